@@ -1,0 +1,106 @@
+"""Arrays to bytes and back: dtypes by name, digests, chunks.
+
+Both ends use it. It knows no gRPC and no jax; what is sent where is decided elsewhere.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hvpd._errors import InvalidArgumentError
+
+CHUNK_BYTES = 1 << 20
+"""Most bytes of payload in one message. Pipelined messages of 1 MiB go several times faster than one large one."""
+
+VECTOR_DTYPES = ("float32", "float64")
+"""dtypes of flat x, gradient and products. Narrower leaves are computed in their own dtype and raveled to float32."""
+
+
+Array = npt.NDArray[Any]
+Buffer = bytes | bytearray | memoryview
+
+
+def dtype(name: str) -> np.dtype[Any]:
+    """The dtype of a name on the wire, little-endian. bfloat16 and the like need ml_dtypes, which comes with jax."""
+    try:
+        found = np.dtype(name)
+    except TypeError:
+        try:
+            import ml_dtypes
+
+            found = np.dtype(getattr(ml_dtypes, name))
+        except (ImportError, AttributeError):
+            raise TypeError(f"no dtype named {name!r} on this machine (bfloat16 and float8 need `ml_dtypes`)") from None
+    if found.hasobject or found.kind in "SUMmV" and found.isbuiltin == 1:
+        raise TypeError(f"arrays of dtype {name!r} cannot be sent")
+    return found.newbyteorder("<") if found.isbuiltin == 1 else found
+
+
+def payload(array: Array) -> memoryview:
+    """The elements of `array`, row-major and little-endian, as bytes without a copy where they already lie so."""
+    array = np.ascontiguousarray(array)
+    if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and np.little_endian is False):
+        array = array.astype(array.dtype.newbyteorder("<"))
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def array(data: Buffer, dtype_name: str, shape: Sequence[int]) -> Array:
+    """The array of some bytes; raises ValueError where their number is not what the shape needs."""
+    element = dtype(dtype_name)
+    expected = math.prod(shape) * element.itemsize
+    size = memoryview(data).nbytes
+    if size != expected:
+        raise ValueError(f"{dtype_name}{list(shape)} takes {expected} bytes, got {size}")
+    return np.frombuffer(data, element).reshape(shape)
+
+
+def digest(*parts: Buffer) -> str:
+    """SHA-256 of the concatenated parts, in hexadecimal."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
+
+
+def is_digest(text: str) -> bool:
+    """Whether `text` has the form of a digest: 64 lower-case hexadecimal digits."""
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")
+
+
+def chunks(data: Buffer, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
+    """Consecutive views of `data`, each of `size` bytes but the last. One empty view for empty data."""
+    view = memoryview(data).cast("B")
+    for start in range(0, max(len(view), 1), size):
+        yield view[start : start + size]
+
+
+def data_array(leaf: Any, where: str, *, x_dtype: np.dtype[Any], x64: bool) -> Array:
+    """A leaf of data as jax takes it: Python numbers in x's dtype, 64 bits narrowed where x64 is off.
+
+    Raises:
+        InvalidArgumentError: Not an array of numbers, or integers that 32 bits cannot hold.
+    """
+    found = np.asarray(leaf)
+    if isinstance(leaf, float) and not isinstance(leaf, np.floating):
+        found = found.astype(x_dtype)
+    if found.dtype.hasobject or found.dtype.kind in "SUMm" or found.dtype.names:
+        raise InvalidArgumentError(f"{where} must be an array of numbers or booleans, got dtype {found.dtype}")
+    narrow = {"float64": "float32", "complex128": "complex64", "int64": "int32", "uint64": "uint32"}.get(found.dtype.name)
+    if isinstance(leaf, int) and not isinstance(leaf, bool):
+        narrow = "int32" if abs(leaf) < 2**31 else narrow
+    elif x64:
+        narrow = None
+    if narrow is None:
+        return found
+    if found.dtype.kind in "iu" and found.size:
+        limits = np.iinfo(narrow)
+        if found.min() < limits.min or found.max() > limits.max:
+            raise InvalidArgumentError(
+                f"{where} holds integers that {narrow} cannot, and this objective is traced without 64-bit types: "
+                "register it under jax.enable_x64(True), or with a float64 x"
+            )
+    return found.astype(narrow)

@@ -1,0 +1,142 @@
+"""What can go wrong, as the user sees it.
+
+    HvpdError
+    ├── InvalidArgumentError   also ValueError: the call's arguments; repeating it cannot help
+    ├── NotFoundError          also LookupError: no objective of that name or digest
+    ├── UnavailableError       also ConnectionError: no server answers there, or it went away for too long
+    ├── DeadlineError          also TimeoutError: the time that the caller gave is over
+    ├── OverloadedError        the server is out of a resource: its queue, its memory, its disk
+    ├── IncompatibleError      client and server, or bundle and server, are of versions that do not fit
+    └── MissingExtraError      also ImportError: this needs `pip install 'hvpd[...]'`
+
+Every RPC's failure becomes one of these in `from_rpc`, nowhere else.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import grpc
+
+DOMAIN = "hvpd"
+"""The domain of our ErrorInfo details (https://google.aip.dev/193)."""
+
+
+class HvpdError(Exception):
+    """Base of everything that hvpd raises on purpose.
+
+    Attributes:
+        reason: A constant such as `POINT_NOT_RESIDENT`, for programs; empty where there is none.
+    """
+
+    def __init__(self, message: str, *, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class InvalidArgumentError(HvpdError, ValueError):
+    """An argument is wrong; the message says which, what arrived, and what was expected."""
+
+
+class NotFoundError(HvpdError, LookupError):
+    """The server has no objective of that name or digest."""
+
+
+class UnavailableError(HvpdError, ConnectionError):
+    """No server answers at the address, or it has been away for longer than the client retries."""
+
+
+class DeadlineError(HvpdError, TimeoutError):
+    """The time that the caller allowed is over."""
+
+
+class OverloadedError(HvpdError):
+    """The server lacks a resource: a place in its queue, memory, disk."""
+
+
+class IncompatibleError(HvpdError):
+    """Client and server, or a bundle and a server, are of versions that do not fit."""
+
+
+class MissingExtraError(HvpdError, ImportError):
+    """Something optional is not installed."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An RPC's failure in plain terms: what a status and its google.rpc details say."""
+
+    code: grpc.StatusCode
+    """gRPC's status code."""
+    message: str
+    """For people."""
+    reason: str = ""
+    """ErrorInfo.reason."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """ErrorInfo.metadata."""
+    retry_after: float | None = None
+    """RetryInfo.retry_delay, in seconds; None where the server did not say."""
+
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+_CLASSES: Mapping[grpc.StatusCode, type[HvpdError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidArgumentError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
+    grpc.StatusCode.UNIMPLEMENTED: IncompatibleError,
+}
+
+_REASONS: Mapping[str, type[HvpdError]] = {
+    "PROTOCOL_MISMATCH": IncompatibleError,
+    "BUNDLE_INCOMPATIBLE": IncompatibleError,
+}
+
+
+def failure_of_status(status: object) -> Failure:
+    """The failure that a google.rpc.Status message tells."""
+    from google.rpc import error_details_pb2, status_pb2
+
+    assert isinstance(status, status_pb2.Status)
+    reason, metadata, retry_after = "", {}, None
+    for detail in status.details:
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            reason, metadata = info.reason, dict(info.metadata)
+        elif detail.Unpack(retry):
+            retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+    code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+    return Failure(code, status.message, reason, metadata, retry_after)
+
+
+def failure_of_rpc(error: grpc.RpcError) -> Failure:
+    """The failure that a raised RpcError tells, with its details where the server sent any."""
+    from grpc_status import rpc_status
+
+    assert isinstance(error, grpc.Call)
+    status = None
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:  # A proxy rewrote the status and left the details: believe the status.
+        status = None
+    if status is not None:
+        return failure_of_status(status)
+    return Failure(error.code(), error.details() or "")
+
+
+def to_error(failure: Failure, address: str) -> HvpdError:
+    """The exception that the user sees for a failure of the server at `address`."""
+    kind = _REASONS.get(failure.reason) or _CLASSES.get(failure.code, HvpdError)
+    if kind is UnavailableError:
+        return kind(f"no answer from the hvpd server at {address}: {failure.message}", reason=failure.reason)
+    if failure.code is grpc.StatusCode.UNIMPLEMENTED:
+        return kind(
+            f"the server at {address} does not know this call ({failure.message}): it is no hvpd server, or older than "
+            "this client; upgrade the server, or install the client of the server's version",
+            reason=failure.reason,
+        )
+    known = kind is not HvpdError or failure.reason
+    message = failure.message if known else f"the server at {address} failed: {failure.message} ({failure.code.name})"
+    return kind(message, reason=failure.reason)

@@ -1,0 +1,147 @@
+"""Flattening and rebuilding pytrees from a TreeSpec, in jax's order and without jax.
+
+Covers dict, list, tuple, named tuple and None. Other containers are flattened by whoever has jax (see `_export`); here they
+come back as dicts of their children. https://docs.jax.dev/en/latest/pytrees.html
+"""
+
+import collections
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hvpd.v1 import tensor_pb2
+
+Spec = tensor_pb2.TreeSpec
+_KEYED = (Spec.KIND_DICT, Spec.KIND_NAMED_TUPLE, Spec.KIND_CUSTOM)
+
+
+class StructureError(ValueError):
+    """A tree that does not have the structure of a spec."""
+
+
+def leaves(spec: Spec, tree: Any, path: str = "") -> list[Any]:
+    """The leaves of `tree`, in flattening order.
+
+    Raises:
+        StructureError: `tree` has another structure; the message names the first place and what stands there.
+    """
+    found: list[Any] = []
+    _flatten(spec, tree, path, found)
+    return found
+
+
+def _flatten(spec: Spec, tree: Any, path: str, found: list[Any]) -> None:
+    kind = spec.kind
+    if kind == Spec.KIND_LEAF:
+        if isinstance(tree, (dict, list, tuple)) or tree is None:
+            raise StructureError(f"{path or 'it'} must be an array, got {_describe(tree)}")
+        found.append(tree)
+        return
+    children = _children(spec, tree)
+    if children is None or len(children) != len(spec.children):
+        raise StructureError(f"{path or 'it'} must be {describe(spec)}, got {_describe(tree)}")
+    for key, child_spec, child in zip(_paths(spec), spec.children, children, strict=True):
+        _flatten(child_spec, child, path + key, found)
+
+
+def _children(spec: Spec, tree: Any) -> Sequence[Any] | None:
+    """The children of `tree` in the order of `spec`, or None where it is another kind of node."""
+    match spec.kind:
+        case Spec.KIND_NONE:
+            return () if tree is None else None
+        case Spec.KIND_LIST:
+            return tree if isinstance(tree, list) else None
+        case Spec.KIND_TUPLE:
+            return tree if isinstance(tree, tuple) and not hasattr(tree, "_fields") else None
+        case Spec.KIND_NAMED_TUPLE:
+            fields = tuple(key.text for key in spec.keys)
+            return tree if isinstance(tree, tuple) and getattr(tree, "_fields", None) == fields else None
+        case Spec.KIND_DICT | Spec.KIND_CUSTOM:
+            keys = [_key(key) for key in spec.keys]
+            same = isinstance(tree, dict) and tree.keys() == set(keys)
+            return [tree[key] for key in keys] if same else None
+        case _:
+            return None
+
+
+def rebuild(spec: Spec, values: Sequence[Any]) -> Any:
+    """The tree with these leaves. Custom containers become dicts keyed by the names of their children."""
+    iterator = iter(values)
+    tree = _unflatten(spec, iterator)
+    if next(iterator, iterator) is not iterator:
+        raise ValueError(f"{len(values)} leaves are too many for {describe(spec)}")
+    return tree
+
+
+def _unflatten(spec: Spec, values: Iterator[Any]) -> Any:
+    if spec.kind == Spec.KIND_LEAF:
+        return next(values)
+    if spec.kind == Spec.KIND_NONE:
+        return None
+    children = [_unflatten(child, values) for child in spec.children]
+    match spec.kind:
+        case Spec.KIND_LIST:
+            return children
+        case Spec.KIND_TUPLE:
+            return tuple(children)
+        case Spec.KIND_NAMED_TUPLE:
+            fields = [key.text for key in spec.keys]
+            return collections.namedtuple(spec.type_name, fields)(*children)  # type: ignore[misc]  # noqa: PYI024
+        case _:
+            return dict(zip(map(_key, spec.keys), children, strict=True))
+
+
+def count(spec: Spec) -> int:
+    """Number of leaves."""
+    return 1 if spec.kind == Spec.KIND_LEAF else sum(map(count, spec.children))
+
+
+def leaf_paths(spec: Spec, path: str = "") -> list[str]:
+    """Where each leaf stands, as in `['w'][0]`."""
+    if spec.kind == Spec.KIND_LEAF:
+        return [path]
+    return [
+        found
+        for key, child in zip(_paths(spec), spec.children, strict=True)
+        for found in leaf_paths(child, path + key)
+    ]
+
+
+def _paths(spec: Spec) -> Iterator[str]:
+    """How each child is reached from its parent, in Python's notation."""
+    for index in range(len(spec.children)):
+        if spec.kind == Spec.KIND_DICT:
+            yield f"[{_key(spec.keys[index])!r}]"
+        elif spec.kind in _KEYED:
+            yield f".{_key(spec.keys[index])}"
+        else:
+            yield f"[{index}]"
+
+
+def _key(key: Spec.Key) -> str | int:
+    return key.number if key.WhichOneof("kind") == "number" else key.text
+
+
+def describe(spec: Spec) -> str:
+    """What a node is, in a few words."""
+    keys = ", ".join(str(_key(key)) for key in spec.keys)
+    match spec.kind:
+        case Spec.KIND_LEAF:
+            return "an array"
+        case Spec.KIND_NONE:
+            return "None"
+        case Spec.KIND_LIST | Spec.KIND_TUPLE:
+            return f"a {'list' if spec.kind == Spec.KIND_LIST else 'tuple'} of {len(spec.children)}"
+        case Spec.KIND_DICT:
+            return f"a dict with the keys {{{keys}}}"
+        case _:
+            return f"a {spec.type_name}({keys})"
+
+
+def _describe(tree: Any) -> str:
+    if tree is None:
+        return "None"
+    if isinstance(tree, dict):
+        return f"a dict with the keys {{{', '.join(sorted(map(str, tree)))}}}"
+    if isinstance(tree, (list, tuple)):
+        return f"a {type(tree).__name__} of {len(tree)}"
+    return f"a {type(tree).__name__}"

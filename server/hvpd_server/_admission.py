@@ -1,0 +1,122 @@
+"""What a bundle must be before anything of it is used: complete, consistent, and of programs that fit its signature.
+
+Looks at messages and signatures only: neither jax nor gRPC.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from hvpd import _codec, _pytree
+from hvpd.v1 import objective_pb2, tensor_pb2
+from hvpd_server._errors import Code, ServiceError
+from hvpd_server._kernels import Signature
+
+FORMATS = (1,)
+"""Values of Bundle.format that this server understands."""
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+
+
+def check_name(name: str) -> None:
+    """Raises ServiceError where `name` cannot name an objective."""
+    if not _NAME.fullmatch(name) or len(name) > 200 or _codec.is_digest(name):
+        raise _invalid(
+            "INVALID_NAME",
+            f"a name is made of letters, digits, '.', '_' and '-', its parts joined by '/', of 200 characters at most, and is "
+            f"no digest; got {name[:80]!r}",
+        )
+
+
+def parse(serialized: bytes) -> objective_pb2.Bundle:
+    """The bundle of its serialized bytes, checked as far as it can be without its programs."""
+    try:
+        bundle = objective_pb2.Bundle.FromString(serialized)
+    except Exception as error:  # protobuf's DecodeError
+        raise _invalid("BUNDLE_INVALID", f"the blob is no bundle: {error}") from None
+    if bundle.format not in FORMATS:
+        raise ServiceError(
+            Code.FAILED_PRECONDITION,
+            "BUNDLE_INCOMPATIBLE",
+            f"the bundle has format {bundle.format}, this server reads {FORMATS[0]} to {FORMATS[-1]}: upgrade the server",
+        )
+    if bundle.dtype not in _codec.VECTOR_DTYPES or bundle.n < 1:
+        raise _invalid("BUNDLE_INVALID", f"x must be float32 or float64 with n > 0, got {bundle.dtype}[{bundle.n}]")
+    if _pytree.count(bundle.x_tree) != len(bundle.x_leaves) or _pytree.count(bundle.data_tree) != len(bundle.data):
+        raise _invalid("BUNDLE_INVALID", "the structures of x and data do not have as many leaves as are listed")
+    if sum(_size(leaf.shape) for leaf in bundle.x_leaves) != bundle.n:
+        raise _invalid("BUNDLE_INVALID", f"the leaves of x do not have n = {bundle.n} elements together")
+    for array in [*bundle.x_leaves, *bundle.data, *bundle.captured]:
+        try:
+            _codec.dtype(array.dtype)
+        except TypeError as error:
+            raise _invalid("BUNDLE_INVALID", str(error)) from None
+    if not (bundle.HasField("value_and_grad") and bundle.HasField("hvp")):
+        raise _invalid("BUNDLE_INVALID", "value_and_grad and hvp are required")
+    if bundle.HasField("prepare") != bundle.HasField("apply"):
+        raise _invalid("BUNDLE_INVALID", "prepare and apply go together")
+    return bundle
+
+
+def references(bundle: objective_pb2.Bundle) -> Iterator[str]:
+    """The digests of all blobs that a bundle needs."""
+    for name in ("value_and_grad", "hvp", "prepare", "apply"):
+        if bundle.HasField(name):  # type: ignore[arg-type]
+            yield getattr(bundle, name).digest
+    for tensor in [*bundle.captured, *bundle.data]:
+        yield tensor.digest
+
+
+def check_signatures(bundle: objective_pb2.Bundle, signatures: Mapping[str, Signature]) -> None:
+    """Raises ServiceError where a program does not take or return what the bundle says."""
+    x = ((bundle.n,), bundle.dtype)
+    block = ((None, bundle.n), bundle.dtype)
+    args = tuple(map(_spec, [*bundle.captured, *bundle.data]))
+    value = signatures["value_and_grad"].results[:1]
+    if len(value) != 1 or value[0][0] != ():
+        raise _invalid("BUNDLE_INVALID", f"value_and_grad must return a scalar first, it returns {value}")
+    kept = tuple(_spec(residual.spec) for residual in bundle.residuals if residual.WhichOneof("source") == "result")
+    expected = {
+        "value_and_grad": Signature((x, *args), (*value, x)),
+        "hvp": Signature((x, block, *args), (block,)),
+        "prepare": Signature((x, *args), (*value, x, *kept)),
+        "apply": Signature((block, *(_spec(residual.spec) for residual in bundle.residuals)), (block,)),
+    }
+    for name, signature in signatures.items():
+        if signature != expected[name]:
+            raise _invalid("BUNDLE_INVALID", f"{name} is {signature}, the bundle says {expected[name]}")
+    results = [residual.result for residual in bundle.residuals if residual.WhichOneof("source") == "result"]
+    arguments = [residual for residual in bundle.residuals if residual.WhichOneof("source") != "result"]
+    if results != list(range(len(results))) or any(
+        not 0 <= residual.argument <= len(args) or _spec(residual.spec) != (x, *args)[residual.argument]
+        for residual in arguments
+    ):
+        raise _invalid("BUNDLE_INVALID", "the residuals do not refer to results of prepare, or to arguments, in order")
+
+
+def check_data(bundle: objective_pb2.Bundle, data: Sequence[tensor_pb2.Tensor]) -> None:
+    """Raises ServiceError where tensors cannot be bound as the objective's data."""
+    if len(data) != len(bundle.data):
+        raise _invalid("DATA_MISMATCH", f"data has {len(data)} leaves, the objective takes {len(bundle.data)}")
+    for path, given, expected in zip(_pytree.leaf_paths(bundle.data_tree), data, bundle.data, strict=True):
+        if _spec(given) != _spec(expected):
+            raise _invalid(
+                "DATA_MISMATCH",
+                f"data{path} is {given.dtype}{list(given.shape)}, the objective takes {expected.dtype}{list(expected.shape)}",
+            )
+
+
+def _spec(array: tensor_pb2.Tensor | tensor_pb2.ArraySpec) -> tuple[tuple[int | None, ...], str]:
+    return tuple(array.shape), array.dtype
+
+
+def _size(shape: Sequence[int]) -> int:
+    size = 1
+    for extent in shape:
+        if extent < 0:
+            raise _invalid("BUNDLE_INVALID", f"a shape has a negative extent: {list(shape)}")
+        size *= extent
+    return size
+
+
+def _invalid(reason: str, message: str) -> ServiceError:
+    return ServiceError(Code.INVALID_ARGUMENT, reason, message)

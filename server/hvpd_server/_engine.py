@@ -1,0 +1,362 @@
+"""The server without its transport: objectives, points and products, from the store to the device and back.
+
+A product's way: `multiply` -> `_batcher` (queue, coalesce) -> `_launch` -> `_kernels` (compiled programs).
+A point's way: `create_point` -> `_store` (data by digest) -> `_residency` (what is on the device) -> `_kernels`.
+"""
+
+import concurrent.futures
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+from hvpd import _codec
+from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
+from hvpd_server import _admission, _batcher, _kernels
+from hvpd_server._errors import Code, ServiceError
+from hvpd_server._metrics import Metrics
+from hvpd_server._residency import Residency
+from hvpd_server._store import Store
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the engine may use."""
+
+    memory_budget_bytes: int
+    """For data, points and residuals on the device."""
+    max_block_width: int
+    """Most vectors in a launch; a power of two."""
+    max_pending: int
+    """Most vectors that wait for the device."""
+
+
+class Objective:
+    """A registered objective with its programs."""
+
+    def __init__(self, digest: str, bundle: objective_pb2.Bundle, kernels: _kernels.Kernels) -> None:
+        self.digest = digest
+        self.bundle = bundle
+        self.kernels = kernels
+        self.dtype = _codec.dtype(bundle.dtype)
+        self.n = bundle.n
+        self.timing = Timing()
+        self.residual_bytes = sum(
+            int(np.prod(residual.spec.shape, dtype=np.int64)) * _codec.dtype(residual.spec.dtype).itemsize
+            for residual in bundle.residuals
+            if residual.WhichOneof("source") == "result"
+        )
+
+
+class Timing:
+    """Which of `hvp` and `apply` multiplies a single vector faster here: the least seconds seen of each."""
+
+    SAMPLES = 3
+    """Launches of each before one is preferred."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, float]] = {}
+
+    def add(self, name: str, seconds: float) -> None:
+        count, least = self._seen.get(name, (0, float("inf")))
+        self._seen[name] = (count + 1, min(least, seconds))
+
+    def prefers_apply(self) -> bool:
+        """False only when `apply` has been seen often enough to be slower."""
+        hvp, apply = (self._seen.get(name, (0, float("inf"))) for name in ("hvp", "apply"))
+        return min(hvp[0], apply[0]) < self.SAMPLES or apply[1] < hvp[1]
+
+
+@dataclasses.dataclass(eq=False)
+class Point:
+    """(objective, data, x) on the device. Compared by identity: products of the same resident point are coalesced."""
+
+    id: str
+    objective: Objective
+    x: Any
+    """x[n] on the device."""
+    args: Sequence[Any]
+    """The captured arrays and the data, on the device."""
+    value: float
+    gradient: _codec.Array
+    """In the host's memory."""
+    nonfinite_x: int
+    single_products: int = 0
+    """Launches of one vector so far: residuals pay from the second on."""
+
+    def message(self) -> curvature_pb2.Point:
+        return curvature_pb2.Point(
+            id=self.id,
+            value=self.value,
+            nonfinite_x=self.nonfinite_x,
+            nonfinite_value=not np.isfinite(self.value),
+            nonfinite_gradient=_nonfinite(self.gradient),
+        )
+
+
+def point_id(spec: curvature_pb2.PointSpec) -> str:
+    """Names a point by what it is made of."""
+    data = "default" if spec.default_data else ";".join(f"{t.dtype}{list(t.shape)}{t.digest}" for t in spec.data)
+    return _codec.digest("\n".join((spec.objective_digest, data, spec.x_digest)).encode())
+
+
+class Engine:
+    """Everything between the transport and the device.
+
+    Args:
+        store: What is on disk.
+        device: Where programs run.
+        limits: What may be used.
+        metrics: Counts.
+    """
+
+    def __init__(self, store: Store, device: _kernels.Device, limits: Limits, metrics: Metrics) -> None:
+        self.store = store
+        self.device = device
+        self.limits = limits
+        self.metrics = metrics
+        self.residency = Residency(limits.memory_budget_bytes, on_evict=metrics.evicted)
+        self._compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="hvpd-compile")
+        self._objectives: dict[str, Objective] = {}
+        self._objectives_lock = threading.Lock()
+        self._batcher = _batcher.Batcher(self._launch, self._room, max_pending=limits.max_pending)
+        metrics.observe(self.residency.used_bytes, lambda: self._batcher.pending)
+
+    def close(self) -> None:
+        """Stops compiling."""
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+
+    # Objectives
+
+    def register(self, digest: str, name: str) -> Objective:
+        """Makes an objective of an uploaded bundle and starts to compile it.
+
+        Raises:
+            ServiceError: The bundle is not stored, incomplete, or not what it must be; nothing was registered.
+        """
+        if name:
+            _admission.check_name(name)
+        bundle = _admission.parse(self.store.read(digest))
+        missing = sorted({reference for reference in _admission.references(bundle) if not self.store.has(reference)})
+        if missing:
+            raise ServiceError(
+                Code.FAILED_PRECONDITION,
+                "BLOBS_MISSING",
+                f"{len(missing)} blobs of the bundle are not stored: upload them first",
+                {"digests": ",".join(missing)},
+            )
+        objective = self.objective(digest)
+        self.store.add_objective(digest, name)
+        self.warm(objective)
+        return objective
+
+    def objective(self, digest: str) -> Objective:
+        """The objective of a stored bundle, its programs read."""
+        with self._objectives_lock:
+            found = self._objectives.get(digest)
+        if found is not None:
+            return found
+        bundle = _admission.parse(self.store.read(digest))
+        kernels = _kernels.Kernels(bundle, self.device, self.store.read, self._compiler, self.metrics.compiled)
+        _admission.check_signatures(bundle, kernels.signatures())
+        with self._objectives_lock:
+            return self._objectives.setdefault(digest, Objective(digest, bundle, kernels))
+
+    def warm(self, objective: Objective) -> "list[concurrent.futures.Future[Any]]":
+        """Compiles what a first point and a first product need, in the background."""
+        return [objective.kernels.request("value_and_grad"), objective.kernels.request("hvp", 1)]
+
+    def warm_all(self) -> None:
+        """Compiles all registered objectives, from the cache where they are in it; logs those that cannot be."""
+        futures = []
+        for digest in dict.fromkeys(digest for _, digest in self.store.objectives()):
+            try:
+                futures += self.warm(self.objective(digest))
+            except ServiceError as error:
+                _log.error("objective %s cannot be served: %s", digest, error)  # noqa: TRY400 - no news in its traceback
+        for future in futures:
+            try:
+                future.result()
+            except ServiceError as error:
+                _log.error("a program cannot be served: %s", error)  # noqa: TRY400
+
+    # Points
+
+    def find_point(self, spec: curvature_pb2.PointSpec) -> Point | None:
+        """The point, where it is resident.
+
+        Raises:
+            ServiceError: The objective is not registered.
+        """
+        point: Point | None = self.residency.get(point_id(spec))
+        if point is None:
+            self.store.objective(spec.objective_digest)
+        return point
+
+    def create_point(self, spec: curvature_pb2.PointSpec, x: _codec.Array) -> Point:
+        """Makes a point resident: x and its data on the device, value and gradient computed."""
+        objective = self.objective(spec.objective_digest)
+        bundle = objective.bundle
+        data = bundle.data if spec.default_data else spec.data
+        _admission.check_data(bundle, data)
+        if _codec.digest(_codec.payload(x)) != spec.x_digest:
+            raise ServiceError(Code.INVALID_ARGUMENT, "DIGEST_MISMATCH", "x does not have the digest that the point names: send it again")
+        identity = point_id(spec)
+
+        def make() -> tuple[Point, int]:
+            args = [self._tensor(tensor) for tensor in [*bundle.captured, *data]]
+            self.residency.check(2 * x.nbytes, "a point")
+            on_device = self.device.put(x)
+            value, gradient = objective.kernels.call("value_and_grad", 0, on_device, *args)
+            self.metrics.points.inc()
+            return (
+                Point(identity, objective, on_device, args, float(value), _kernels.host(gradient), _nonfinite(x)),
+                2 * x.nbytes,
+            )
+
+        point: Point = self.residency.load(identity, "point", make)
+        return point
+
+    def _tensor(self, tensor: tensor_pb2.Tensor) -> Any:
+        def make() -> tuple[Any, int]:
+            array = self.store.read_tensor(tensor)
+            self.residency.check(array.nbytes, "a tensor")
+            return self.device.put(array), array.nbytes
+
+        return self.residency.load((tensor.digest, tensor.dtype, tuple(tensor.shape)), "data", make)
+
+    # Products
+
+    def resident(self, spec: curvature_pb2.ProductSpec) -> Point:
+        """The point of a product, whose request is checked as far as it can be without its vectors.
+
+        Raises:
+            ServiceError: NOT_FOUND with reason POINT_NOT_RESIDENT, or the request is malformed.
+        """
+        if spec.operator != curvature_pb2.OPERATOR_HESSIAN:
+            raise ServiceError(Code.INVALID_ARGUMENT, "UNKNOWN_OPERATOR", f"this server has no operator {spec.operator}: upgrade it")
+        point: Point | None = self.residency.get(spec.point_id)
+        if point is None:
+            raise ServiceError(
+                Code.NOT_FOUND,
+                "POINT_NOT_RESIDENT",
+                f"point {spec.point_id[:12]} is not on the device (evicted, or the server restarted): create it again and repeat",
+            )
+        if not 1 <= spec.k <= self.limits.max_block_width:
+            raise ServiceError(
+                Code.INVALID_ARGUMENT,
+                "BLOCK_WIDTH",
+                f"a product has 1 to {self.limits.max_block_width} vectors, got {spec.k}: send wider blocks as several",
+            )
+        return point
+
+    def multiply(
+        self,
+        point: Point,
+        operator: int,
+        vectors: _codec.Array,
+        *,
+        tenant: str = "",
+        deadline: float = float("inf"),
+        on_queue: Callable[[Callable[[], None]], object] = lambda cancel: None,
+    ) -> tuple[_codec.Array, curvature_pb2.ProductInfo]:
+        """V[k,n] -> HV[k,n], coalesced with whatever else waits for the same point.
+
+        Args:
+            deadline: On time.monotonic's clock.
+            on_queue: Given a function that cancels the product while it waits.
+        """
+        kernels = point.objective.kernels
+        self._have(point.objective, len(vectors))
+        if not kernels.widths("hvp"):
+            kernels.request("hvp", 1).result()
+        job = _batcher.Job((point, operator), vectors, tenant, deadline)
+        on_queue(lambda: self._batcher.cancel(job))
+        result = self._batcher.run(job)
+        self.metrics.product(job)
+        info = curvature_pb2.ProductInfo(
+            queue_duration_ns=int((job.started - job.queued) * 1e9),
+            compute_duration_ns=int((job.finished - job.started) * 1e9),
+            batch_width=job.width,
+        )
+        return result, info
+
+    def _have(self, objective: Objective, width: int) -> None:
+        """Has the bucket for a block of this width compiled, in the background."""
+        bucket = min(1 << (width - 1).bit_length(), self.limits.max_block_width)
+        if not objective.kernels.ready("hvp", bucket):
+            objective.kernels.request("hvp", bucket)
+
+    def _room(self, key: Hashable) -> int:
+        point, _ = _key(key)
+        return max(point.objective.kernels.widths("hvp"), default=1)
+
+    def _launch(self, key: Hashable, blocks: Sequence[_codec.Array]) -> Sequence[_codec.Array]:
+        """Multiplies the blocks of one point by as few launches as the compiled buckets allow: mostly one."""
+        point, _ = _key(key)
+        widths = [len(block) for block in blocks]
+        total = sum(widths)
+        if self._batcher.pending:
+            self._have(point.objective, min(total + self._batcher.pending, self.limits.max_block_width))
+        compiled = point.objective.kernels.widths("hvp")
+        bucket = next((width for width in compiled if width >= total), compiled[-1])
+        padded = _batcher.pad(blocks, -(-total // bucket) * bucket)
+        parts = [self._product(point, padded[row : row + bucket]) for row in range(0, total, bucket)]
+        return _batcher.split(parts[0] if len(parts) == 1 else np.concatenate(parts), widths)
+
+    def _product(self, point: Point, block: _codec.Array) -> _codec.Array:
+        kernels, width = point.objective.kernels, len(block)
+        started = time.perf_counter()
+        residuals = self._residuals(point) if width == 1 else None
+        if residuals is not None:
+            name, result = "apply", kernels.call("apply", width, block, *residuals)
+        else:
+            name, result = "hvp", kernels.call("hvp", width, point.x, block, *point.args)
+        on_host = _kernels.host(result)
+        if width == 1:
+            point.objective.timing.add(name, time.perf_counter() - started)
+        self.metrics.launches.labels(program=name).inc()
+        return on_host
+
+    def _residuals(self, point: Point) -> Sequence[Any] | None:
+        """The residuals of a point, made at its second single product where they fit and pay; else None."""
+        objective = point.objective
+        point.single_products += 1
+        wanted = (
+            objective.bundle.HasField("apply")
+            and point.single_products > 1
+            and objective.residual_bytes <= self.limits.memory_budget_bytes // 4
+            and objective.timing.prefers_apply()
+        )
+        if not wanted:
+            return None
+        kernels = objective.kernels
+        if not (kernels.ready("prepare") and kernels.ready("apply", 1)):
+            kernels.request("prepare")
+            kernels.request("apply", 1)
+            return None
+        found: Sequence[Any] | None = self.residency.get(("residuals", point.id))
+        if found is None:
+            results = kernels.call("prepare", 0, point.x, *point.args)[2:]
+            arguments = [point.x, *point.args]
+            found = [
+                results[residual.result] if residual.WhichOneof("source") == "result" else arguments[residual.argument]
+                for residual in objective.bundle.residuals
+            ]
+            self.residency.put(("residuals", point.id), "residuals", found, objective.residual_bytes)
+        return found
+
+
+def _key(key: Hashable) -> tuple[Point, int]:
+    assert isinstance(key, tuple)
+    return key
+
+
+def _nonfinite(array: _codec.Array) -> int:
+    return int(array.size - np.count_nonzero(np.isfinite(array)))

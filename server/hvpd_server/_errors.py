@@ -1,0 +1,73 @@
+"""Why a request is refused or fails, as the server's inner parts say it: a code, a reason, a sentence.
+
+`to_status` is the one place where a failure becomes a google.rpc.Status (https://google.aip.dev/193).
+"""
+
+import errno
+import logging
+from collections.abc import Mapping
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from hvpd._errors import DOMAIN, HvpdError
+
+_log = logging.getLogger(__name__)
+
+Code = grpc.StatusCode
+
+
+class ServiceError(Exception):
+    """A failure that the client is told of.
+
+    Args:
+        code: gRPC's status code.
+        reason: A constant in UPPER_SNAKE_CASE, part of the contract.
+        message: What arrived, what was expected, what to do.
+        metadata: Facts for programs.
+        retry_after: Seconds after which a retry may help; None where it cannot, or nobody knows.
+    """
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        reason: str,
+        message: str,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.metadata = dict(metadata or {})
+        self.retry_after = retry_after
+
+
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def to_status(error: BaseException) -> status_pb2.Status:
+    """The status to answer for an error; what nobody expected is INTERNAL, and logged with its traceback."""
+    if isinstance(error, OSError) and error.errno in _FULL_DISK:
+        error = ServiceError(
+            Code.RESOURCE_EXHAUSTED,
+            "DISK_FULL",
+            f"the server's store has no room ({error.strerror}): nothing was stored; free space on the server's disk and retry",
+        )
+    elif isinstance(error, HvpdError):  # From the code that client and server share: the codec, the tree specs.
+        error = ServiceError(Code.INVALID_ARGUMENT, error.reason or "INVALID_ARGUMENT", str(error))
+    if not isinstance(error, ServiceError):
+        _log.error("internal error", exc_info=error)
+        error = ServiceError(Code.INTERNAL, "INTERNAL", f"{type(error).__name__}: {error}")
+    details: list[any_pb2.Any] = []
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    details.append(any_pb2.Any())
+    details[-1].Pack(info)
+    if error.retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after * 1e9))
+        details.append(any_pb2.Any())
+        details[-1].Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return status_pb2.Status(code=error.code.value[0], message=str(error), details=details)

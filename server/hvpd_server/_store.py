@@ -1,0 +1,258 @@
+"""What survives a restart: blobs by digest, objectives and names, as plain files.
+
+    STORE/blobs/ab/abcd...     bytes whose SHA-256 is the file's name
+    STORE/objectives/DIGEST    JSON: when it was registered
+    STORE/names/QUOTED         JSON: the digest that the name points at
+    STORE/corrupt/             blobs whose bytes did not match their name, set aside
+    STORE/incoming/            uploads under way; emptied at start
+    STORE/cache/               compiled programs (jax's own persistent cache)
+
+Every file is written aside, flushed and renamed, so a crash leaves the old state or the new one. No jax, no gRPC.
+"""
+
+import contextlib
+import difflib
+import fcntl
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import hashlib
+
+from hvpd import _codec
+from hvpd.v1 import objective_pb2, tensor_pb2
+from hvpd_server._errors import Code, ServiceError
+
+_log = logging.getLogger(__name__)
+
+
+class Store:
+    """A directory of blobs, objectives and names. Safe for many threads of one process; other processes are locked out.
+
+    Args:
+        root: The directory; created where it is missing.
+
+    Raises:
+        ServiceError: Another process has the store open.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for part in ("blobs", "objectives", "names", "corrupt", "incoming", "cache"):
+            (root / part).mkdir(parents=True, exist_ok=True)
+        self._lock_file = (root / "lock").open("a")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock_file.close()
+            raise ServiceError(
+                Code.FAILED_PRECONDITION, "STORE_IN_USE", f"the store {root} is in use by another server: give each its own"
+            ) from None
+        for leftover in (root / "incoming").iterdir():
+            leftover.unlink()
+        self._names_lock = threading.Lock()
+
+    def close(self) -> None:
+        """Lets other processes open the store."""
+        self._lock_file.close()
+
+    @property
+    def cache(self) -> Path:
+        """The directory for compiled programs."""
+        return self.root / "cache"
+
+    # Blobs
+
+    def has(self, digest: str) -> bool:
+        """Whether a blob is stored."""
+        return _codec.is_digest(digest) and self._blob(digest).exists()
+
+    def upload(self, digest: str, size_bytes: int) -> "Upload":
+        """Starts to store a blob; see `Upload`.
+
+        Raises:
+            ServiceError: Not a digest, or not a size, or no room on the disk.
+        """
+        if not _codec.is_digest(digest):
+            raise ServiceError(
+                Code.INVALID_ARGUMENT, "INVALID_DIGEST", f"a digest is 64 lower-case hexadecimal digits, got {digest!r}"
+            )
+        free = shutil.disk_usage(self.root).free
+        if not 0 <= size_bytes <= free:
+            code = Code.INVALID_ARGUMENT if size_bytes < 0 else Code.RESOURCE_EXHAUSTED
+            raise ServiceError(
+                code,
+                "INVALID_SIZE" if size_bytes < 0 else "DISK_FULL",
+                f"blob {digest[:12]} is announced with {size_bytes} bytes, the server's store has {free} free",
+            )
+        return Upload(self, digest, size_bytes)
+
+    def read(self, digest: str) -> bytes:
+        """The bytes of a blob, verified against its digest.
+
+        Raises:
+            ServiceError: Not stored; or corrupt on the disk, then it is set aside and can be uploaded again.
+        """
+        path = self._blob(digest)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            raise ServiceError(
+                Code.FAILED_PRECONDITION, "BLOBS_MISSING", f"blob {digest} is not stored: upload it", {"digests": digest}
+            ) from None
+        if _codec.digest(content) != digest:
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(self.root / "corrupt" / f"{digest}.{time.time_ns()}")
+            _log.error("blob %s is corrupt on disk and was set aside", digest)
+            raise ServiceError(
+                Code.DATA_LOSS,
+                "BLOB_CORRUPT",
+                f"blob {digest} is corrupt on the server's disk; it was set aside: register the objective again to restore it",
+                {"digests": digest},
+            )
+        return content
+
+    def read_tensor(self, tensor: tensor_pb2.Tensor) -> _codec.Array:
+        """The array of a tensor, verified against its digest."""
+        try:
+            return _codec.array(self.read(tensor.digest), tensor.dtype, tensor.shape)
+        except (ValueError, TypeError) as error:
+            raise ServiceError(Code.INVALID_ARGUMENT, "INVALID_TENSOR", f"tensor {tensor.digest[:12]}: {error}") from None
+
+    def _blob(self, digest: str) -> Path:
+        return self.root / "blobs" / digest[:2] / digest
+
+    # Objectives and names
+
+    def add_objective(self, digest: str, name: str) -> None:
+        """Records a bundle as an objective and, where `name` is not empty, points the name at it."""
+        marker = self.root / "objectives" / digest
+        if not marker.exists():
+            self._write(marker, {"create_time_ns": time.time_ns()})
+        if name:
+            with self._names_lock:
+                if self._names().get(name) != digest:
+                    self._write(self.root / "names" / urllib.parse.quote(name, safe=""), {"digest": digest})
+
+    def objective(self, name: str) -> tuple[str, str, int]:
+        """Name, digest and time of registration (ns since 1970) of the objective with this name or digest.
+
+        Raises:
+            ServiceError: There is none; the message suggests near names.
+        """
+        names = self._names()
+        digest = names.get(name, name if _codec.is_digest(name) else "")
+        marker = self.root / "objectives" / digest
+        if not digest or not marker.exists():
+            near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; none of the stored names is near"
+            what = "digest" if _codec.is_digest(name) else "name"
+            raise ServiceError(
+                Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND", f"no objective of {what} {name!r}{hint}", {"near": ",".join(near)}
+            )
+        shown = name if name in names else min((known for known, to in names.items() if to == digest), default="")
+        return shown, digest, int(json.loads(marker.read_text())["create_time_ns"])
+
+    def objectives(self) -> list[tuple[str, str]]:
+        """(name, digest) of every name, sorted, then ("", digest) of the nameless objectives."""
+        names = self._names()
+        nameless = {path.name for path in (self.root / "objectives").iterdir()} - set(names.values())
+        return sorted(names.items()) + sorted(("", digest) for digest in nameless)
+
+    def bundle(self, digest: str) -> objective_pb2.Bundle:
+        """The parsed bundle of an objective."""
+        return objective_pb2.Bundle.FromString(self.read(digest))
+
+    def _names(self) -> Mapping[str, str]:
+        found = {}
+        for path in (self.root / "names").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found[urllib.parse.unquote(path.name)] = json.loads(path.read_text())["digest"]
+        return found
+
+    def _write(self, path: Path, content: Mapping[str, Any]) -> None:
+        with self._incoming() as (file, commit):
+            file.write(json.dumps(content).encode())
+            commit(path)
+
+    @contextlib.contextmanager
+    def _incoming(self) -> Iterator[Any]:
+        """A new file, and the function that makes it durable under its final name. Gone where that was not called."""
+        descriptor, name = tempfile.mkstemp(dir=self.root / "incoming")
+        try:
+            with open(descriptor, "wb") as file:
+
+                def commit(path: Path) -> None:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    path.parent.mkdir(exist_ok=True)
+                    Path(name).rename(path)
+                    _flush_directory(path.parent)
+
+                yield file, commit
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                Path(name).unlink()
+
+
+class Upload:
+    """A blob on its way in: a context manager, so that what was not committed is gone.
+
+    Raises:
+        ServiceError: From `append` and `commit`: bytes out of order, too many, too few, or not those of the digest.
+    """
+
+    def __init__(self, store: Store, digest: str, size_bytes: int) -> None:
+        self._store = store
+        self._digest = digest
+        self._size = size_bytes
+        self._received = 0
+        self._hash = hashlib.sha256()
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Upload":
+        self._file, self._commit = self._stack.enter_context(self._store._incoming())  # noqa: SLF001 - its other half
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def append(self, offset_bytes: int, chunk: bytes) -> None:
+        """Adds the next bytes."""
+        if offset_bytes != self._received:
+            raise self._refusal("UPLOAD_OUT_OF_ORDER", f"a chunk for offset {offset_bytes} came, expected {self._received}")
+        if self._received + len(chunk) > self._size:
+            raise self._refusal("UPLOAD_SIZE", f"more than the announced {self._size} bytes came")
+        self._file.write(chunk)
+        self._hash.update(chunk)
+        self._received += len(chunk)
+
+    def commit(self) -> int:
+        """Verifies and stores; returns the size in bytes."""
+        if self._received != self._size:
+            raise self._refusal("UPLOAD_SIZE", f"{self._received} bytes came of the announced {self._size}")
+        if self._hash.hexdigest() != self._digest:
+            raise self._refusal("DIGEST_MISMATCH", f"the bytes that came have the digest {self._hash.hexdigest()}")
+        self._commit(self._store._blob(self._digest))  # noqa: SLF001 - its other half
+        return self._received
+
+    def _refusal(self, reason: str, what: str) -> ServiceError:
+        return ServiceError(
+            Code.INVALID_ARGUMENT, reason, f"upload of blob {self._digest}: {what}; nothing was stored, upload it again"
+        )
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
