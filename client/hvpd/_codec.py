@@ -35,7 +35,7 @@ def dtype(name: str) -> np.dtype[Any]:
             found = np.dtype(getattr(ml_dtypes, name))
         except (ImportError, AttributeError):
             raise TypeError(f"no dtype named {name!r} on this machine (bfloat16 and float8 need `ml_dtypes`)") from None
-    if found.hasobject or found.kind in "SUMmV" and found.isbuiltin == 1:
+    if found.hasobject or (found.kind in "SUMmV" and found.isbuiltin == 1):
         raise TypeError(f"arrays of dtype {name!r} cannot be sent")
     return found.newbyteorder("<") if found.isbuiltin == 1 else found
 
@@ -89,7 +89,9 @@ def data_array(leaf: Any, where: str, *, x_dtype: np.dtype[Any], x64: bool) -> A
         found = found.astype(x_dtype)
     if found.dtype.hasobject or found.dtype.kind in "SUMm" or found.dtype.names:
         raise InvalidArgumentError(f"{where} must be an array of numbers or booleans, got dtype {found.dtype}")
-    narrow = {"float64": "float32", "complex128": "complex64", "int64": "int32", "uint64": "uint32"}.get(found.dtype.name)
+    narrow = {"float64": "float32", "complex128": "complex64", "int64": "int32", "uint64": "uint32"}.get(
+        found.dtype.name
+    )
     if isinstance(leaf, int) and not isinstance(leaf, bool):
         narrow = "int32" if abs(leaf) < 2**31 else narrow
     elif x64:

@@ -50,7 +50,13 @@ class Export:
 
 
 def export(
-    fun: _Function, x: Any, data: Sequence[Any], *, platforms: Sequence[str], precision: str, lift_bytes: int = LIFT_BYTES
+    fun: _Function,
+    x: Any,
+    data: Sequence[Any],
+    *,
+    platforms: Sequence[str],
+    precision: str,
+    lift_bytes: int = LIFT_BYTES,
 ) -> Export:
     """Differentiates `fun(x, *data)` and exports value_and_grad, hvp, prepare and apply.
 
@@ -145,7 +151,9 @@ def data_array(leaf: Any, where: str, *, x_dtype: np.dtype[Any], x64: bool) -> _
     """
     dtype = getattr(leaf, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended):
-        raise InvalidArgumentError(f"{where} is of dtype {dtype}: pass jax.random.key_data(key), and wrap it in the function")
+        raise InvalidArgumentError(
+            f"{where} is of dtype {dtype}: pass jax.random.key_data(key), and wrap it in the function"
+        )
     return _codec.data_array(leaf, where, x_dtype=x_dtype, x64=x64)
 
 
@@ -187,7 +195,9 @@ def _check_scalar(fun: _Function, out: Any) -> None:
     name = getattr(fun, "__name__", repr(fun))
     leaves = jax.tree.leaves(out)
     if len(leaves) != 1 or leaves[0] is not out:
-        raise InvalidArgumentError(f"{name} must return one scalar, it returns {jax.tree.map(lambda s: s.str_short(), out)}")
+        raise InvalidArgumentError(
+            f"{name} must return one scalar, it returns {jax.tree.map(lambda s: s.str_short(), out)}"
+        )
     if out.shape != ():
         raise InvalidArgumentError(
             f"{name} must return a scalar, it returns an array of shape {out.shape}: reduce it, for instance with jnp.mean"
@@ -260,7 +270,9 @@ def _programs(
         return tuple(jex.jaxpr_as_fun(jex.ClosedJaxpr(shortened, closed.consts))(x, *args))
 
     prepare_shortened.__name__ = prepare_shortened.__qualname__ = "prepare"
-    residual_specs = [jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in closed.jaxpr.outvars[2:]]
+    residual_specs = [
+        jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in closed.jaxpr.outvars[2:]
+    ]
     programs["prepare"] = _export(prepare_shortened, platforms, *specs)
     programs["apply"] = _export_batched(apply_of, platforms, block, *residual_specs)
     return programs, sources

@@ -100,9 +100,7 @@ def leaf_paths(spec: Spec, path: str = "") -> list[str]:
     if spec.kind == Spec.KIND_LEAF:
         return [path]
     return [
-        found
-        for key, child in zip(_paths(spec), spec.children, strict=True)
-        for found in leaf_paths(child, path + key)
+        found for key, child in zip(_paths(spec), spec.children, strict=True) for found in leaf_paths(child, path + key)
     ]
 
 

@@ -168,7 +168,9 @@ class Batcher:
         """The next tenant's first product, and all that share its key and fit; what is stale is dropped."""
         with self._lock:
             now = self._clock()
-            for job in [job for queue in self._queues.values() for job in queue if job.deadline <= now or job.cancelled]:
+            for job in [
+                job for queue in self._queues.values() for job in queue if job.deadline <= now or job.cancelled
+            ]:
                 self._remove(job)
                 job.finish(_stale(job))
             if not self._queues:

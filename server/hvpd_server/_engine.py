@@ -100,10 +100,10 @@ class Point:
         )
 
 
-def point_id(spec: curvature_pb2.PointSpec) -> str:
+def point_id(objective_digest: str, data: Sequence[tensor_pb2.Tensor], x_digest: str) -> str:
     """Names a point by what it is made of."""
-    data = "default" if spec.default_data else ";".join(f"{t.dtype}{list(t.shape)}{t.digest}" for t in spec.data)
-    return _codec.digest("\n".join((spec.objective_digest, data, spec.x_digest)).encode())
+    leaves = (f"{tensor.dtype}{list(tensor.shape)}{tensor.digest}" for tensor in data)
+    return _codec.digest("\n".join((objective_digest, *leaves, x_digest)).encode())
 
 
 class Engine:
@@ -179,38 +179,44 @@ class Engine:
             try:
                 futures += self.warm(self.objective(digest))
             except ServiceError as error:
-                _log.error("objective %s cannot be served: %s", digest, error)  # noqa: TRY400 - no news in its traceback
+                _log.error("objective %s cannot be served: %s", digest, error)
         for future in futures:
             try:
                 future.result()
             except ServiceError as error:
-                _log.error("a program cannot be served: %s", error)  # noqa: TRY400
+                _log.error("a program cannot be served: %s", error)
 
     # Points
 
-    def find_point(self, spec: curvature_pb2.PointSpec) -> Point | None:
-        """The point, where it is resident.
+    def locate(self, spec: curvature_pb2.PointSpec) -> tuple[Objective, Sequence[tensor_pb2.Tensor], str]:
+        """Objective, data and id of the point that a spec names.
 
         Raises:
-            ServiceError: The objective is not registered.
+            ServiceError: The objective is not registered, or the data does not fit it.
         """
-        point: Point | None = self.residency.get(point_id(spec))
-        if point is None:
-            self.store.objective(spec.objective_digest)
-        return point
+        self.store.objective(spec.objective_digest)
+        objective = self.objective(spec.objective_digest)
+        data = objective.bundle.data if spec.default_data else spec.data
+        _admission.check_data(objective.bundle, data)
+        return objective, data, point_id(objective.digest, data, spec.x_digest)
+
+    def find_point(self, spec: curvature_pb2.PointSpec) -> Point | None:
+        """The point, where it is resident."""
+        found: Point | None = self.residency.get(self.locate(spec)[2])
+        return found
 
     def create_point(self, spec: curvature_pb2.PointSpec, x: _codec.Array) -> Point:
         """Makes a point resident: x and its data on the device, value and gradient computed."""
-        objective = self.objective(spec.objective_digest)
-        bundle = objective.bundle
-        data = bundle.data if spec.default_data else spec.data
-        _admission.check_data(bundle, data)
+        objective, data, identity = self.locate(spec)
         if _codec.digest(_codec.payload(x)) != spec.x_digest:
-            raise ServiceError(Code.INVALID_ARGUMENT, "DIGEST_MISMATCH", "x does not have the digest that the point names: send it again")
-        identity = point_id(spec)
+            raise ServiceError(
+                Code.INVALID_ARGUMENT,
+                "DIGEST_MISMATCH",
+                "x does not have the digest that the spec gives: send it again",
+            )
 
         def make() -> tuple[Point, int]:
-            args = [self._tensor(tensor) for tensor in [*bundle.captured, *data]]
+            args = [self._tensor(tensor) for tensor in [*objective.bundle.captured, *data]]
             self.residency.check(2 * x.nbytes, "a point")
             on_device = self.device.put(x)
             value, gradient = objective.kernels.call("value_and_grad", 0, on_device, *args)
@@ -240,7 +246,9 @@ class Engine:
             ServiceError: NOT_FOUND with reason POINT_NOT_RESIDENT, or the request is malformed.
         """
         if spec.operator != curvature_pb2.OPERATOR_HESSIAN:
-            raise ServiceError(Code.INVALID_ARGUMENT, "UNKNOWN_OPERATOR", f"this server has no operator {spec.operator}: upgrade it")
+            raise ServiceError(
+                Code.INVALID_ARGUMENT, "UNKNOWN_OPERATOR", f"this server has no operator {spec.operator}: upgrade it"
+            )
         point: Point | None = self.residency.get(spec.point_id)
         if point is None:
             raise ServiceError(

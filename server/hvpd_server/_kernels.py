@@ -40,12 +40,12 @@ class Device:
     """
 
     def __init__(self, cache: Path) -> None:
-        jax.config.update("jax_enable_x64", True)  # noqa: FBT003 - programs say their own dtypes; this only permits 64 bits
+        jax.config.update("jax_enable_x64", True)
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         # A product is computed in the thread that asks for it: on the CPU one hand-off less.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)  # noqa: FBT003
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         self._device = jax.devices()[0]
         self.platform = {"gpu": "cuda"}.get(self._device.platform, self._device.platform)
         self.kind = self._device.device_kind
@@ -190,14 +190,17 @@ def _deserialize(name: str, blob: bytes, device: Device, bundle: objective_pb2.B
         )
     if exported.ordered_effects or exported.unordered_effects or exported.nr_devices != 1:
         raise ServiceError(
-            Code.INVALID_ARGUMENT, "BUNDLE_INVALID", f"{name} has side effects or is partitioned: only pure programs are served"
+            Code.INVALID_ARGUMENT,
+            "BUNDLE_INVALID",
+            f"{name} has side effects or is partitioned: only pure programs are served",
         )
     return exported
 
 
 def _specs(avals: Sequence[Any]) -> tuple[tuple[tuple[int | None, ...], str], ...]:
     return tuple(
-        (tuple(size if isinstance(size, int) else None for size in aval.shape), np.dtype(aval.dtype).name) for aval in avals
+        (tuple(size if isinstance(size, int) else None for size in aval.shape), np.dtype(aval.dtype).name)
+        for aval in avals
     )
 
 
@@ -208,5 +211,7 @@ def _device_errors() -> Iterator[None]:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            raise ServiceError(Code.RESOURCE_EXHAUSTED, "DEVICE_MEMORY", f"the device is out of memory: {error}") from error
+            raise ServiceError(
+                Code.RESOURCE_EXHAUSTED, "DEVICE_MEMORY", f"the device is out of memory: {error}"
+            ) from error
         raise

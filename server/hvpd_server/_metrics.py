@@ -20,7 +20,9 @@ class Metrics:
         registry = self.registry
         self.build = prometheus_client.Info("hvpd_build", "Version of the server.", registry=registry)
         self.points = prometheus_client.Counter("hvpd_points", "Points made resident.", registry=registry)
-        self.launches = prometheus_client.Counter("hvpd_launches", "Launches on the device.", ["program"], registry=registry)
+        self.launches = prometheus_client.Counter(
+            "hvpd_launches", "Launches on the device.", ["program"], registry=registry
+        )
         self.evictions = prometheus_client.Counter(
             "hvpd_evictions", "Entries dropped from the device for want of room.", ["kind"], registry=registry
         )

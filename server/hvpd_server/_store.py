@@ -13,6 +13,7 @@ Every file is written aside, flushed and renamed, so a crash leaves the old stat
 import contextlib
 import difflib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -24,8 +25,6 @@ import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import hashlib
 
 from hvpd import _codec
 from hvpd.v1 import objective_pb2, tensor_pb2
@@ -54,7 +53,9 @@ class Store:
         except BlockingIOError:
             self._lock_file.close()
             raise ServiceError(
-                Code.FAILED_PRECONDITION, "STORE_IN_USE", f"the store {root} is in use by another server: give each its own"
+                Code.FAILED_PRECONDITION,
+                "STORE_IN_USE",
+                f"the store {root} is in use by another server: give each its own",
             ) from None
         for leftover in (root / "incoming").iterdir():
             leftover.unlink()
@@ -106,7 +107,10 @@ class Store:
             content = path.read_bytes()
         except FileNotFoundError:
             raise ServiceError(
-                Code.FAILED_PRECONDITION, "BLOBS_MISSING", f"blob {digest} is not stored: upload it", {"digests": digest}
+                Code.FAILED_PRECONDITION,
+                "BLOBS_MISSING",
+                f"blob {digest} is not stored: upload it",
+                {"digests": digest},
             ) from None
         if _codec.digest(content) != digest:
             with contextlib.suppress(FileNotFoundError):
@@ -125,7 +129,9 @@ class Store:
         try:
             return _codec.array(self.read(tensor.digest), tensor.dtype, tensor.shape)
         except (ValueError, TypeError) as error:
-            raise ServiceError(Code.INVALID_ARGUMENT, "INVALID_TENSOR", f"tensor {tensor.digest[:12]}: {error}") from None
+            raise ServiceError(
+                Code.INVALID_ARGUMENT, "INVALID_TENSOR", f"tensor {tensor.digest[:12]}: {error}"
+            ) from None
 
     def _blob(self, digest: str) -> Path:
         return self.root / "blobs" / digest[:2] / digest
@@ -156,7 +162,10 @@ class Store:
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; none of the stored names is near"
             what = "digest" if _codec.is_digest(name) else "name"
             raise ServiceError(
-                Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND", f"no objective of {what} {name!r}{hint}", {"near": ",".join(near)}
+                Code.NOT_FOUND,
+                "OBJECTIVE_NOT_FOUND",
+                f"no objective of {what} {name!r}{hint}",
+                {"near": ",".join(near)},
             )
         shown = name if name in names else min((known for known, to in names.items() if to == digest), default="")
         return shown, digest, int(json.loads(marker.read_text())["create_time_ns"])
@@ -228,7 +237,9 @@ class Upload:
     def append(self, offset_bytes: int, chunk: bytes) -> None:
         """Adds the next bytes."""
         if offset_bytes != self._received:
-            raise self._refusal("UPLOAD_OUT_OF_ORDER", f"a chunk for offset {offset_bytes} came, expected {self._received}")
+            raise self._refusal(
+                "UPLOAD_OUT_OF_ORDER", f"a chunk for offset {offset_bytes} came, expected {self._received}"
+            )
         if self._received + len(chunk) > self._size:
             raise self._refusal("UPLOAD_SIZE", f"more than the announced {self._size} bytes came")
         self._file.write(chunk)

@@ -1,0 +1,174 @@
+"""The `hvpd` command: serve, register, objectives, info. Each does what a call of the library does."""
+
+import argparse
+import dataclasses
+import json
+import runpy
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hvpd._errors import HvpdError, InvalidArgumentError, MissingExtraError
+from hvpd._version import __version__
+
+if TYPE_CHECKING:
+    from hvpd._client import Client
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except HvpdError as error:
+        print(f"hvpd: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `hvpd objectives | head`
+        sys.stderr.close()
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hvpd",
+        description="Hessian-vector products as a service: a server that owns the accelerator, solvers that run anywhere.",
+    )
+    parser.add_argument("--version", action="version", version=f"hvpd {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve products until SIGTERM",
+        description="Serve products until SIGTERM or Ctrl-C; then running products finish. Each flag is also the environment "
+        "variable in brackets; flags win. `hvpd: serving on HOST:PORT` on stderr says that it is ready.",
+    )
+    from hvpd_server import _config
+
+    _config.add_arguments(serve)
+    serve.set_defaults(run=_serve)
+
+    register = commands.add_parser(
+        "register",
+        help="register an objective that a Python file defines",
+        description="Register the objective of a Python file. SOURCE is FILE.py:NAME; NAME is a function without arguments that "
+        "returns (fun, x, *data), as for client.register(fun, x, *data).",
+    )
+    register.add_argument("source", metavar="SOURCE", help="FILE.py:NAME")
+    register.add_argument("--name", help="name for the objective, such as digits/mlp")
+    register.add_argument("--platforms", default="cpu,cuda", help="platforms to lower for (default: cpu,cuda)")
+    register.add_argument("--precision", default="highest", help="highest, high or default (default: highest)")
+    _connection(register)
+    register.set_defaults(run=_register)
+
+    objectives = commands.add_parser("objectives", help="list the registered objectives")
+    objectives.add_argument("--json", action="store_true", help="one JSON object a line")
+    _connection(objectives)
+    objectives.set_defaults(run=_objectives)
+
+    info = commands.add_parser("info", help="what a server is: versions, device, limits")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    _connection(info)
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _connection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", metavar="HOST:PORT", help="the server (default: localhost:7070) [$HVPD_ADDRESS]")
+    parser.add_argument("--token", help="who calls, for servers that ask [$HVPD_TOKEN]")
+
+
+def _connect(arguments: argparse.Namespace) -> "Client":
+    from hvpd._client import connect
+
+    return connect(arguments.address, token=arguments.token)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from hvpd_server import _config
+
+    try:
+        config = _config.load(arguments)
+    except ValueError as error:
+        print(f"hvpd: {error}", file=sys.stderr)
+        return 2
+    try:
+        from hvpd_server import _app
+    except ImportError as error:
+        raise MissingExtraError(f"serving needs the server's packages: pip install 'hvpd[server]' ({error})") from error
+    return _app.run(config)
+
+
+def _register(arguments: argparse.Namespace) -> int:
+    path, separator, name = arguments.source.rpartition(":")
+    if not separator or not path:
+        raise InvalidArgumentError(f"SOURCE is FILE.py:NAME, got {arguments.source!r}")
+    try:
+        defined = runpy.run_path(path)
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot read {path}: {error.strerror}") from None
+    if not callable(defined.get(name)):
+        raise InvalidArgumentError(f"{path} defines no function {name!r}")
+    made = defined[name]()
+    if not isinstance(made, tuple) or len(made) < 2 or not callable(made[0]):
+        raise InvalidArgumentError(f"{name}() must return (fun, x, *data), it returned {type(made).__name__}")
+    fun, x, *data = made
+    with _connect(arguments) as client:
+        objective = client.register(
+            fun,
+            x,
+            *data,
+            name=arguments.name,
+            platforms=tuple(filter(None, arguments.platforms.split(","))),
+            precision=arguments.precision,
+        )
+        print(f"{objective.name or '-'} {objective.digest} n={objective.n} {objective.dtype}")
+    return 0
+
+
+def _objectives(arguments: argparse.Namespace) -> int:
+    with _connect(arguments) as client:
+        found = client.objectives()
+    if arguments.json:
+        for listing in found:
+            print(json.dumps(dataclasses.asdict(listing) | {"created": listing.created.isoformat()}))
+        return 0
+    rows = [("NAME", "N", "DTYPE", "PRECISION", "PLATFORMS", "DATA", "CREATED", "DIGEST")]
+    rows += [
+        (
+            listing.name or "-",
+            str(listing.n),
+            listing.dtype,
+            listing.precision,
+            ",".join(listing.platforms),
+            _size(listing.data_bytes),
+            listing.created.strftime("%Y-%m-%d %H:%M"),
+            listing.digest[:12],
+        )
+        for listing in found
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    with _connect(arguments) as client:
+        facts = {"address": client.address} | {
+            field.name: getattr(client.server, field.name) for field in client.server.DESCRIPTOR.fields
+        }
+    if arguments.json:
+        print(json.dumps(facts))
+    else:
+        for name, value in facts.items():
+            print(f"{name.replace('_', ' ')}: {value}")
+    return 0
+
+
+def _size(size_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.3g} TiB"

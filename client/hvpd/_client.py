@@ -1,0 +1,221 @@
+"""A connection as the user has it: register, find, list."""
+
+import dataclasses
+import datetime
+import functools
+import os
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from hvpd._errors import HvpdError, IncompatibleError, MissingExtraError
+from hvpd._objective import Objective
+from hvpd._transport import Statistics, Transport
+from hvpd.v1 import objective_pb2, server_pb2
+
+DEFAULT_ADDRESS = "localhost:7070"
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """An objective in `Client.objectives()`."""
+
+    name: str
+    """Empty where it has none."""
+    digest: str
+    """SHA-256 of what was registered."""
+    n: int
+    """Number of elements of x."""
+    dtype: str
+    """float32 or float64."""
+    precision: str
+    """Matrix-multiplication precision."""
+    platforms: tuple[str, ...]
+    """What it was lowered for."""
+    data_bytes: int
+    """Size of the data it was registered with."""
+    created: datetime.datetime
+    """When it was registered, UTC."""
+
+
+class Client:
+    """A connection to a server; also a context manager. Made by `hvpd.connect` and `hvpd.local`.
+
+    Threads may share it. Calls ride through a restart of the server.
+
+    Attributes:
+        address: Where it is connected, "host:port".
+    """
+
+    def __init__(self, transport: Transport, on_close: Callable[[], None] = lambda: None) -> None:
+        self._transport = transport
+        self._on_close = on_close
+        self.address: str = transport.address
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        server = self._transport.server
+        return f"<Client of hvpd {server.version} at {self.address}, {server.platform} ({server.device_kind})>"
+
+    def close(self) -> None:
+        """Ends the connection, and the server where it is an embedded one."""
+        self._transport.close()
+        self._on_close()
+
+    @property
+    def server(self) -> server_pb2.GetServerResponse:
+        """What the server said of itself when this client connected."""
+        return self._transport.server
+
+    def statistics(self) -> Statistics:
+        """What this client's products were, so far."""
+        return self._transport.statistics()
+
+    def register(
+        self,
+        fun: Callable[..., Any],
+        x: Any,
+        *data: Any,
+        name: str | None = None,
+        platforms: Sequence[str] = ("cpu", "cuda"),
+        precision: str = "highest",
+    ) -> Objective:
+        """Registers f(x, *data) -> scalar with the server, with its derivative programs and its data.
+
+        `fun` is traced once for these shapes, differentiated forward over reverse, and lowered for all platforms; nothing runs
+        here. Closed-over arrays above 16 KiB are stored like data. Registering the same again uploads and compiles nothing.
+
+        A float64 x is traced with 64-bit types whatever jax's x64 mode. With a float32 x and x64 off, 64-bit data is narrowed
+        as jax itself narrows it; integers that 32 bits cannot hold are refused.
+
+        Args:
+            fun: Written in jax, pure; returns one real floating scalar.
+            x: Any pytree of floating arrays: gives structure, shapes and dtypes. Its values are not used.
+            data: One pytree of arrays for each further argument of `fun`; integers and booleans are allowed.
+            name: Points at the objective from now on, for teammates; letters, digits, `._-`, parts joined by `/`.
+            platforms: Of "cpu", "cuda", "rocm", "tpu".
+            precision: "highest", "high" or "default", for matrix products that do not say their own. On GPUs anything but
+                "highest" means TF32, and errors of 1e-3.
+
+        Raises:
+            InvalidArgumentError: `fun`, `x`, `data` or `name` cannot be registered.
+            MissingExtraError: jax is not installed here.
+            IncompatibleError: The server cannot run what this version of jax exports, or is of another platform.
+        """
+        try:
+            import flatbuffers  # type: ignore[import-untyped]  # noqa: F401 - jax.export needs it, and says so only later
+
+            from hvpd import _export
+        except ImportError as error:
+            raise MissingExtraError(
+                f"registering needs jax here (the server's is not enough): pip install 'hvpd[jax]' ({error})"
+            ) from error
+        export = _export.export(fun, x, data, platforms=tuple(platforms), precision=precision)
+        self._check_server_reads(export.bundle)
+        request = objective_pb2.CreateObjectiveRequest(digest=export.digest, name=name or "")
+        for last in (False, True):
+            for digest in self._transport.missing(list(export.blobs)):
+                self._transport.upload(digest, export.blobs[digest])
+            try:
+                response = self._transport.unary(self._transport.objectives.CreateObjective, request)
+                break
+            except HvpdError as error:
+                # Another client's upload was found corrupt, or removed, after it was found present.
+                if last or error.reason not in ("BLOBS_MISSING", "BLOB_CORRUPT"):
+                    raise
+        return Objective(self._transport, response.objective, functools.partial(_export.unflatten, export.x_treedef))
+
+    def _check_server_reads(self, bundle: objective_pb2.Bundle) -> None:
+        server = self._transport.server
+        oldest, newest = server.min_calling_convention_version, server.max_calling_convention_version
+        if not oldest <= bundle.calling_convention_version <= newest:
+            raise IncompatibleError(
+                f"jax {bundle.jax_version} here exports calling convention {bundle.calling_convention_version}; the server at "
+                f"{self.address} runs jax {server.jax_version}, which reads {oldest} to {newest}: install a nearer version",
+                reason="BUNDLE_INCOMPATIBLE",
+            )
+        if server.platform not in bundle.platforms:
+            raise IncompatibleError(
+                f"the server at {self.address} computes on {server.platform}, the objective would be lowered for "
+                f"{', '.join(bundle.platforms)}: register it with platforms=({server.platform!r}, ...)",
+                reason="BUNDLE_INCOMPATIBLE",
+            )
+
+    def objective(self, name: str) -> Objective:
+        """The objective of a name, or of a digest. Needs no jax.
+
+        Raises:
+            NotFoundError: There is none; the message suggests near names.
+        """
+        request = objective_pb2.GetObjectiveRequest(name=name)
+        return Objective(
+            self._transport, self._transport.unary(self._transport.objectives.GetObjective, request).objective
+        )
+
+    def objectives(self) -> list[Listing]:
+        """All objectives, sorted by name, the nameless last."""
+        found: list[Listing] = []
+        token = ""
+        while True:
+            request = objective_pb2.ListObjectivesRequest(page_token=token)
+            response = self._transport.unary(self._transport.objectives.ListObjectives, request)
+            found.extend(map(_listing, response.objectives))
+            token = response.next_page_token
+            if not token:
+                return found
+
+
+def _listing(message: objective_pb2.Objective) -> Listing:
+    import math
+
+    from hvpd import _codec
+
+    bundle = message.bundle
+    return Listing(
+        name=message.name,
+        digest=message.digest,
+        n=bundle.n,
+        dtype=bundle.dtype,
+        precision=bundle.precision,
+        platforms=tuple(bundle.platforms),
+        data_bytes=sum(math.prod(tensor.shape) * _codec.dtype(tensor.dtype).itemsize for tensor in bundle.data),
+        created=message.create_time.ToDatetime(datetime.UTC),
+    )
+
+
+def connect(
+    address: str | None = None,
+    *,
+    token: str | None = None,
+    connect_timeout: float = 10.0,
+    retry_timeout: float = 60.0,
+    timeout: float | None = None,
+) -> Client:
+    """Connects to a server.
+
+    Args:
+        address: "host:port"; $HVPD_ADDRESS without, then localhost:7070.
+        token: Who calls, for servers that ask; $HVPD_TOKEN without.
+        connect_timeout: Seconds to wait for a server at the address.
+        retry_timeout: Seconds for which calls are repeated while the server is away or overloaded.
+        timeout: Seconds that one call may take at most; None: as long as it takes.
+
+    Raises:
+        UnavailableError: Nothing answers there within the connect timeout.
+        IncompatibleError: What answers is no hvpd server, or one of another version.
+    """
+    transport = Transport(
+        address or os.environ.get("HVPD_ADDRESS") or DEFAULT_ADDRESS,
+        token=token or os.environ.get("HVPD_TOKEN"),
+        connect_timeout=connect_timeout,
+        retry_timeout=retry_timeout,
+        timeout=timeout,
+    )
+    return Client(transport)

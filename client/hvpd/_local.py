@@ -1,0 +1,117 @@
+"""An embedded server: a child process with a store of its own, which never outlives its owner."""
+
+import collections
+import contextlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+from hvpd._client import Client
+from hvpd._errors import HvpdError, MissingExtraError
+from hvpd._transport import Transport
+
+_READY = "hvpd: serving on "
+
+
+class LocalServer:
+    """The child process.
+
+    Args:
+        settings: Of `hvpd serve`, by their names: `memory_budget="4G"`. The store is a temporary directory, removed at the
+            end, unless one is given.
+
+    Raises:
+        MissingExtraError: The server's packages are not installed.
+        HvpdError: It did not start; the message has its last lines.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        missing = [
+            name
+            for name in ("jax", "flatbuffers", "grpc_health", "prometheus_client")
+            if not importlib.util.find_spec(name)
+        ]
+        if missing:
+            raise MissingExtraError(f"an embedded server needs {', '.join(missing)}: pip install 'hvpd[server]'")
+        self._stack = contextlib.ExitStack()
+        if "store" not in settings:
+            settings["store"] = self._stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="hvpd-", ignore_cleanup_errors=True)
+            )
+        arguments = []
+        for name, value in {"host": "127.0.0.1", "port": 0, "log_level": "WARNING", **settings}.items():
+            arguments += [f"--{name.replace('_', '-')}"] + (
+                [] if value is True else [os.fspath(value) if isinstance(value, Path) else str(value)]
+            )
+        self.process = subprocess.Popen(  # noqa: S603 - this interpreter, our own module
+            [sys.executable, "-m", "hvpd_server", *arguments],
+            stdin=subprocess.PIPE,  # Its end of file tells the child that its owner is gone, however that went.
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=os.environ | {"HVPD_OWNED": "1"},
+            start_new_session=True,  # Ctrl-C is for the solver, not for the server under it.
+        )
+        self._lines: collections.deque[str] = collections.deque(maxlen=50)
+        self._address: str | None = None
+        self._started = threading.Event()
+        self._reader = threading.Thread(target=self._read, name="hvpd-local", daemon=True)
+        self._reader.start()
+        self.stop = weakref.finalize(self, _stop, self.process, self._stack)
+        self._started.wait()
+        if self._address is None:
+            self.stop()
+            raise HvpdError("the embedded server did not start:\n" + "\n".join(self._lines))
+        self.address: str = self._address
+
+    def _read(self) -> None:
+        """Keeps the child's last lines, passes warnings on, and never lets its pipe fill up."""
+        assert self.process.stderr is not None
+        with self.process.stderr as stderr:
+            for line in stderr:
+                self._lines.append(line.rstrip())
+                if line.startswith(_READY):
+                    self._address = line.removeprefix(_READY).strip()
+                    self._started.set()
+        self._started.set()
+
+
+def _stop(process: "subprocess.Popen[str]", stack: contextlib.ExitStack) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    stack.close()
+
+
+def local(**settings: Any) -> Client:
+    """Starts an embedded server and connects to it; both end with the client, or with this process.
+
+    Args:
+        settings: Of `hvpd serve`, by their names: `hvpd.local(memory_budget="4G")`; also `connect`'s `retry_timeout` and
+            `timeout`. Without `store` nothing is kept.
+
+    Raises:
+        MissingExtraError: The server's packages are not installed here.
+        HvpdError: The server did not start; the message has its last lines.
+    """
+    connection = {"retry_timeout": 60.0, "timeout": None}
+    connection |= {name: settings.pop(name) for name in tuple(connection) if name in settings}
+    server = LocalServer(**settings)
+    try:
+        transport = Transport(server.address, token=None, connect_timeout=10.0, **connection)
+    except BaseException:
+        server.stop()
+        raise
+    return Client(transport, on_close=server.stop)

@@ -1,0 +1,279 @@
+"""Objectives and points as a client sees them. Nothing here needs jax."""
+
+import collections
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hvpd import _codec, _pytree
+from hvpd._errors import InvalidArgumentError
+from hvpd._transport import Transport
+from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
+
+if TYPE_CHECKING:
+    from hvpd._operator import HessianOperator
+
+_RECENT = 4
+"""Points that an objective remembers: a line search goes back and forth between few."""
+
+
+class Objective:
+    """A registered f(x, *data). Made by `Client.register` and `Client.objective`.
+
+    Wherever it takes an x, that is a flat vector of n real numbers or a pytree of the registered structure. Numbers are
+    converted to the objective's dtype. Points it has visited are remembered, so repeated calls at the same x send nothing.
+
+    Attributes:
+        n: Number of elements of x.
+        dtype: float32 or float64: of flat vectors, gradients and products.
+        digest: SHA-256 of what was registered, in hexadecimal: its identity.
+        name: The name it was found by; empty where it has none.
+        platforms: What it was lowered for.
+        precision: Matrix-multiplication precision that it was traced with.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        message: objective_pb2.Objective,
+        unflatten: Callable[[Sequence[Any]], Any] | None = None,
+    ) -> None:
+        bundle = message.bundle
+        self._transport = transport
+        self._bundle = bundle
+        self._unflatten = unflatten or (lambda leaves: _pytree.rebuild(bundle.x_tree, leaves))
+        self._recent: collections.OrderedDict[str, Point] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self.n: int = bundle.n
+        self.dtype: np.dtype[Any] = np.dtype(bundle.dtype)
+        self.digest: str = message.digest
+        self.name: str = message.name
+        self.platforms: tuple[str, ...] = tuple(bundle.platforms)
+        self.precision: str = bundle.precision
+
+    @property
+    def label(self) -> str:
+        """The name, or the beginning of the digest."""
+        return self.name or self.digest[:12]
+
+    def __repr__(self) -> str:
+        return f"<Objective {self.label} n={self.n} {self.dtype}>"
+
+    # SciPy's signatures
+
+    def value(self, x: Any) -> float:
+        """f(x) with the registered data."""
+        return self.at(x).value
+
+    def gradient(self, x: Any) -> _codec.Array:
+        """The gradient at x, of shape (n,), in the objective's dtype."""
+        return self.at(x).gradient.copy()
+
+    def value_and_grad(self, x: Any) -> tuple[float, _codec.Array]:
+        """f(x) and its gradient of shape (n,): `fun` of scipy.optimize.minimize with `jac=True`."""
+        point = self.at(x)
+        return point.value, point.gradient.copy()
+
+    def hessp(self, x: Any, p: Any) -> _codec.Array:
+        """The Hessian at x times p, both of shape (n,): `hessp` of scipy.optimize.minimize."""
+        return self.at(x).hessian() @ self._flat(p, "p", exact="")
+
+    # Points
+
+    def at(self, x: Any, *data: Any) -> "Point":
+        """Makes the point resident on the device and returns it, with its value and gradient.
+
+        Args:
+            x: A flat vector of shape (n,), or a pytree of the registered structure.
+            data: In place of the registered data: as many arguments, of the same structure, shapes and dtypes.
+
+        Raises:
+            InvalidArgumentError: x or data does not fit what was registered.
+        """
+        flat = self._x(x)
+        tensors = self._upload(data) if data else []
+        spec = curvature_pb2.PointSpec(
+            objective_digest=self.digest,
+            data=tensors,
+            default_data=not data,
+            x_digest=_codec.digest(_codec.payload(flat)),
+        )
+        key = spec.SerializeToString(deterministic=True)
+        with self._lock:
+            point = self._recent.get(key)
+            if point is not None:
+                self._recent.move_to_end(key)
+                return point
+        point = Point(self, self._transport, spec, flat)
+        with self._lock:
+            self._recent[key] = point
+            if len(self._recent) > _RECENT:
+                self._recent.popitem(last=False)
+        return point
+
+    def _upload(self, data: Sequence[Any]) -> list[tensor_pb2.Tensor]:
+        bundle = self._bundle
+        takes = len(bundle.data_tree.children)
+        if len(data) != takes:
+            raise InvalidArgumentError(f"{self.label} takes {takes} data arguments after x, got {len(data)}")
+        leaves = self._leaves(bundle.data_tree, tuple(data), "data")
+        arrays = []
+        for path, leaf, spec in zip(_pytree.leaf_paths(bundle.data_tree), leaves, bundle.data, strict=True):
+            array = _codec.data_array(leaf, f"data{path}", x_dtype=self.dtype, x64=bundle.x64)
+            expected = _codec.dtype(spec.dtype)
+            if array.shape != tuple(spec.shape) or not np.can_cast(array.dtype, expected, "safe"):
+                raise InvalidArgumentError(
+                    f"data{path} must be {spec.dtype}{list(spec.shape)} as registered, got {array.dtype}{list(array.shape)}"
+                )
+            arrays.append(array.astype(expected, copy=False))
+        payloads = [_codec.payload(array) for array in arrays]
+        digests = [_codec.digest(payload) for payload in payloads]
+        missing = set(self._transport.missing(digests)) if digests else set()
+        for digest, payload in dict(zip(digests, payloads, strict=True)).items():
+            if digest in missing:
+                self._transport.upload(digest, payload)
+        return [
+            tensor_pb2.Tensor(dtype=spec.dtype, shape=spec.shape, digest=digest)
+            for spec, digest in zip(bundle.data, digests, strict=True)
+        ]
+
+    # Between the pytree and the flat vector
+
+    def ravel(self, tree: Any) -> _codec.Array:
+        """The flat vector of shape (n,) of a pytree of the registered structure, in jax's flattening order.
+
+        Raises:
+            InvalidArgumentError: Another structure, another shape, or not real floating numbers.
+        """
+        leaves = self._leaves(self._bundle.x_tree, tree, "x")
+        parts = []
+        for path, leaf, spec in zip(
+            _pytree.leaf_paths(self._bundle.x_tree), leaves, self._bundle.x_leaves, strict=True
+        ):
+            array = np.asarray(leaf)
+            if array.shape != tuple(spec.shape):
+                raise InvalidArgumentError(f"x{path} must have the shape {tuple(spec.shape)}, got {array.shape}")
+            parts.append(self._real(array, f"x{path}").reshape(-1))
+        return np.concatenate(parts)
+
+    def unravel(self, vector: Any) -> Any:
+        """The pytree of a flat vector of shape (n,): the registered structure, shapes and dtypes.
+
+        Whoever registered it gets their own containers back. Elsewhere dicts, lists, tuples, named tuples and None come as
+        they are, other containers as dicts of their children.
+        """
+        flat = self._flat(vector, "the vector", exact="")
+        leaves, start = [], 0
+        for spec in self._bundle.x_leaves:
+            size = int(np.prod(spec.shape, dtype=np.int64))
+            leaf = flat[start : start + size].reshape(tuple(spec.shape))
+            try:
+                dtype = _codec.dtype(spec.dtype)
+            except TypeError:  # bfloat16 where ml_dtypes is not installed
+                dtype = self.dtype
+            leaves.append(leaf.astype(dtype))
+            start += size
+        return self._unflatten(leaves)
+
+    def _x(self, x: Any) -> _codec.Array:
+        """The flat vector of what a caller gave for x."""
+        spec = self._bundle.x_tree
+        if spec.kind == spec.KIND_LEAF or isinstance(x, np.ndarray) or hasattr(x, "__array__"):
+            array = np.asarray(x)
+            if spec.kind == spec.KIND_LEAF and array.shape == tuple(self._bundle.x_leaves[0].shape):
+                array = array.reshape(-1)
+            return self._flat(array, "x", exact="x")
+        return self.ravel(x)
+
+    def _flat(self, vector: Any, what: str, *, exact: str) -> _codec.Array:
+        array = np.asarray(vector)
+        if array.shape != (self.n,):
+            structure = _pytree.describe(self._bundle.x_tree)
+            raise InvalidArgumentError(
+                f"{what} must be a vector of shape ({self.n},)"
+                + (f" or {structure} as registered" if exact else "")
+                + f", got shape {array.shape}"
+            )
+        if not exact and array.dtype.kind in "iub":
+            array = array.astype(self.dtype)
+        return self._real(array, what)
+
+    def _real(self, array: _codec.Array, what: str) -> _codec.Array:
+        if not np.issubdtype(array.dtype, np.floating) and array.dtype.name not in ("bfloat16",):
+            raise InvalidArgumentError(f"{what} must have real floating elements, got dtype {array.dtype}")
+        return np.ascontiguousarray(array, dtype=self.dtype)
+
+    def _leaves(self, spec: _pytree.Spec, tree: Any, what: str) -> list[Any]:
+        try:
+            return _pytree.leaves(spec, tree)
+        except _pytree.StructureError as error:
+            if "jax" in sys.modules:  # A container of the user's own: jax knows how to flatten it.
+                from hvpd import _export
+
+                structure, leaves = _export.flatten(tree)
+                if structure == spec:
+                    return leaves
+            raise InvalidArgumentError(f"{what} has another structure than the registered one: {error}") from None
+
+
+class Point:
+    """(objective, data, x), resident on the server's device. Made by `Objective.at`.
+
+    The server may forget it, to make room or in a restart; then it is made again from what this holds, unnoticed.
+
+    Attributes:
+        objective: Whose point it is.
+        x: The flat vector, of shape (n,); read-only.
+        value: f(x, *data).
+        gradient: Of shape (n,); read-only.
+        nonfinite: Which of "x", "value" and "gradient" hold NaN or infinity; empty where all is well.
+    """
+
+    def __init__(
+        self, objective: Objective, transport: Transport, spec: curvature_pb2.PointSpec, x: _codec.Array
+    ) -> None:
+        self.objective = objective
+        self.n = objective.n
+        self.dtype = objective.dtype
+        self._transport = transport
+        self._spec = spec
+        self.x = x.copy()
+        self.x.flags.writeable = False
+        message, gradient = transport.create_point(spec, self.x)
+        gradient.flags.writeable = False
+        self._id = message.id
+        self.value: float = message.value
+        self.gradient: _codec.Array = gradient
+        counts = {"x": message.nonfinite_x, "value": message.nonfinite_value, "gradient": message.nonfinite_gradient}
+        self.nonfinite: tuple[str, ...] = tuple(name for name, count in counts.items() if count)
+
+    def hessian(self, shift: float = 0.0) -> "HessianOperator":
+        """The Hessian plus `shift` times the identity, as a symmetric scipy.sparse.linalg.LinearOperator of shape (n, n)."""
+        from hvpd._operator import HessianOperator
+
+        return HessianOperator(self, shift)
+
+    def multiply(self, block: _codec.Array) -> _codec.Array:
+        """V[k,n] -> HV[k,n], row-major, in the objective's dtype: what the operators are made of.
+
+        Raises:
+            InvalidArgumentError: The block has another shape or dtype.
+        """
+        if block.ndim != 2 or block.shape[1] != self.n or block.dtype != self.dtype:
+            raise InvalidArgumentError(
+                f"a block must be {self.dtype}[k, {self.n}], got {block.dtype}{list(block.shape)}"
+            )
+        if len(block) == 0:
+            return np.empty_like(block)
+        spec = curvature_pb2.ProductSpec(point_id=self._id, operator=curvature_pb2.OPERATOR_HESSIAN)
+        return self._transport.multiply(spec, np.ascontiguousarray(block), restore=self._restore)
+
+    def _restore(self) -> None:
+        self._transport.create_point(self._spec, self.x)
+
+    def __repr__(self) -> str:
+        warning = f", not finite: {', '.join(self.nonfinite)}" if self.nonfinite else ""
+        return f"<Point of {self.objective.label}: value {self.value:g}{warning}>"

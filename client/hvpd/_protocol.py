@@ -1,0 +1,13 @@
+"""Which revisions of the wire protocol this version of hvpd speaks, and how client and server tell each other."""
+
+OLDEST = 1
+"""Oldest revision that is understood."""
+
+NEWEST = 1
+"""Newest revision; what the client says it speaks. Raised with every change that an older peer would misunderstand."""
+
+REVISION_KEY = "hvpd-protocol"
+"""Metadata key of the client's revision."""
+
+VERSION_KEY = "hvpd-version"
+"""Metadata key of the client's version of hvpd, for messages."""

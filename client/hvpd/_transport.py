@@ -1,0 +1,437 @@
+"""Every call to the server goes through here: one channel, one retry rule, one place where errors become hvpd's.
+
+A product takes a stream out of a pool, has it to itself for one exchange, and puts it back: threads of one client do not wait
+for each other, and a reply never changes threads.
+"""
+
+import contextlib
+import dataclasses
+import ipaddress
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import grpc
+import numpy as np
+
+from hvpd import _codec, _protocol
+from hvpd._errors import (
+    Failure,
+    HvpdError,
+    IncompatibleError,
+    InvalidArgumentError,
+    UnavailableError,
+    failure_of_rpc,
+    failure_of_status,
+    to_error,
+)
+from hvpd._version import __version__
+from hvpd.v1 import (
+    blob_pb2,
+    blob_pb2_grpc,
+    curvature_pb2,
+    curvature_pb2_grpc,
+    objective_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+
+_T = TypeVar("_T")
+_Message = TypeVar("_Message")
+
+_INLINE_BYTES = 64 << 10
+"""Points up to this size send x with the question whether it is resident."""
+
+_CODE = grpc.StatusCode
+
+
+class RpcFailure(Exception):  # noqa: N818 - not an error of its own: `Transport.call` retries it, or makes an HvpdError of it
+    """What one attempt met."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What a client's products were, since it connected. Durations are sums, in seconds."""
+
+    products: int = 0
+    """Products answered."""
+    vectors: int = 0
+    """Vectors multiplied."""
+    seconds: float = 0.0
+    """From call to result."""
+    queue_seconds: float = 0.0
+    """Of these, waiting for the device."""
+    compute_seconds: float = 0.0
+    """Of these, on the device."""
+    launched_vectors: int = 0
+    """Sum over products of the vectors in the launch, of all clients."""
+    retries: int = 0
+    """Calls repeated because the server was away, busy, or had forgotten a point."""
+
+    @property
+    def mean_batch_width(self) -> float:
+        """Vectors in the launch of a product, of all clients, on average."""
+        return self.launched_vectors / self.products if self.products else 0.0
+
+
+class Transport:
+    """A connection to one server.
+
+    Args:
+        address: "host:port".
+        token: Sent as a bearer token, where given.
+        connect_timeout: Seconds to wait for a server at first.
+        retry_timeout: Seconds for which a call is repeated while the server is away.
+        timeout: Seconds that one call may take, its retries included; None: as long as it takes.
+
+    Raises:
+        UnavailableError: Nothing answers at the address.
+        IncompatibleError: What answers is no hvpd server, or one of another protocol.
+    """
+
+    def __init__(
+        self, address: str, *, token: str | None, connect_timeout: float, retry_timeout: float, timeout: float | None
+    ) -> None:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal():
+            raise InvalidArgumentError(f"an address is host:port, such as gpu-box:7070, got {address!r}")
+        self.address = address
+        self._retry_timeout = retry_timeout
+        self._timeout = timeout
+        self._metadata = [(_protocol.REVISION_KEY, str(_protocol.NEWEST)), (_protocol.VERSION_KEY, __version__)]
+        if token is not None:
+            self._metadata.append(("authorization", f"Bearer {token}"))
+        options = [
+            ("grpc.initial_reconnect_backoff_ms", 50),
+            ("grpc.min_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 1_000),
+            # A dead network is noticed within half a minute, also while a product computes.
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.max_send_message_length", 4 << 20),
+            ("grpc.max_receive_message_length", 4 << 20),
+            *([("grpc.enable_http_proxy", 0)] if _is_local(host) else []),
+        ]
+        self._channel = grpc.insecure_channel(address, options)
+        self.blobs = blob_pb2_grpc.BlobServiceStub(self._channel)
+        self.objectives = objective_pb2_grpc.ObjectiveServiceStub(self._channel)
+        self._curvature = curvature_pb2_grpc.CurvatureServiceStub(self._channel)
+        self._streams: list[_Stream[curvature_pb2.StreamProductsRequest, curvature_pb2.StreamProductsResponse]] = []
+        self._lock = threading.Lock()
+        self._statistics = Statistics()
+        self._closed = False
+        try:
+            self.server = self._handshake(connect_timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    def _handshake(self, connect_timeout: float) -> server_pb2.GetServerResponse:
+        try:
+            server = server_pb2_grpc.ServerServiceStub(self._channel).GetServer(
+                server_pb2.GetServerRequest(), metadata=self._metadata, timeout=connect_timeout, wait_for_ready=True
+            )
+        except grpc.RpcError as error:
+            failure = failure_of_rpc(error)
+            if failure.code in (_CODE.DEADLINE_EXCEEDED, _CODE.UNAVAILABLE):
+                raise UnavailableError(
+                    f"no hvpd server answers at {self.address} (waited {connect_timeout:g} s): is it running there "
+                    "(`hvpd serve`), and is the address right (argument, or $HVPD_ADDRESS)?"
+                ) from None
+            raise to_error(failure, self.address) from None
+        if not server.min_protocol <= _protocol.NEWEST or not server.max_protocol >= _protocol.OLDEST:
+            raise IncompatibleError(
+                f"the server at {self.address} (hvpd {server.version}) speaks protocol {server.min_protocol} to "
+                f"{server.max_protocol}, this client (hvpd {__version__}) {_protocol.OLDEST} to {_protocol.NEWEST}: "
+                "install the same version on both",
+                reason="PROTOCOL_MISMATCH",
+            )
+        # The revision that both know: an older server is spoken to in its own.
+        self._metadata[0] = (_protocol.REVISION_KEY, str(min(_protocol.NEWEST, server.max_protocol)))
+        return server
+
+    def close(self) -> None:
+        """Ends all streams and the connection."""
+        with self._lock:
+            self._closed = True
+            streams, self._streams = self._streams, []
+        for stream in streams:
+            stream.close()
+        self._channel.close()
+
+    def statistics(self) -> Statistics:
+        """Counts so far."""
+        with self._lock:
+            return self._statistics
+
+    def _count(self, **increments: float) -> None:
+        with self._lock:
+            values = {name: getattr(self._statistics, name) + more for name, more in increments.items()}
+            self._statistics = dataclasses.replace(self._statistics, **values)
+
+    # One call
+
+    def call(self, attempt: Callable[[float | None], _T], *, restore: Callable[[], None] | None = None) -> _T:
+        """Runs `attempt(seconds left)` until it succeeds; repeats what can be repeated. Everything on this wire can.
+
+        Args:
+            attempt: One try; raises grpc.RpcError or RpcFailure.
+            restore: Makes the point resident again, when the server has forgotten it.
+
+        Raises:
+            HvpdError: The attempt failed for good, or for longer than the retry timeout.
+        """
+        started = time.monotonic()
+        ends = started + self._timeout if self._timeout is not None else float("inf")
+        gives_up = min(started + self._retry_timeout, ends)
+        pause = 0.02
+        while True:
+            left = None if self._timeout is None else max(ends - time.monotonic(), 0.001)
+            try:
+                if self._closed:
+                    raise HvpdError(f"this client of {self.address} is closed")
+                return attempt(left)
+            except grpc.RpcError as error:
+                failure = failure_of_rpc(error)
+            except RpcFailure as error:
+                failure = error.failure
+            now = time.monotonic()
+            if failure.reason == "POINT_NOT_RESIDENT" and restore is not None and now < gives_up:
+                self._count(retries=1)
+                restore()
+                continue
+            wait = failure.retry_after if failure.retry_after is not None else pause
+            if not _is_transient(failure) or now + wait > gives_up:
+                raise to_error(failure, self.address)
+            self._count(retries=1)
+            time.sleep(wait * random.uniform(0.8, 1.2))  # noqa: S311 - spreads the retries of many clients
+            pause = min(2 * pause, 1.0)
+
+    def unary(self, method: Callable[..., _T], request: Any) -> _T:
+        """Calls a unary method."""
+        return self.call(lambda left: method(request, metadata=self._metadata, timeout=left))
+
+    # Blobs
+
+    def missing(self, digests: Sequence[str]) -> list[str]:
+        """Those digests that the server does not hold."""
+        request = blob_pb2.FindMissingBlobsRequest(digests=digests)
+        return list(self.unary(self.blobs.FindMissingBlobs, request).missing_digests)
+
+    def upload(self, digest: str, content: _codec.Buffer) -> None:
+        """Stores a blob."""
+        size = memoryview(content).nbytes
+
+        def messages() -> Iterator[blob_pb2.UploadBlobRequest]:
+            offset = 0
+            for chunk in _codec.chunks(content):
+                first = offset == 0
+                yield blob_pb2.UploadBlobRequest(
+                    digest=digest if first else "",
+                    size_bytes=size if first else 0,
+                    offset_bytes=offset,
+                    chunk=bytes(chunk),
+                )
+                offset += len(chunk)
+
+        self.call(lambda left: self.blobs.UploadBlob(messages(), metadata=self._metadata, timeout=left))
+
+    # Points and products
+
+    def create_point(self, spec: curvature_pb2.PointSpec, x: _codec.Array) -> tuple[curvature_pb2.Point, _codec.Array]:
+        """Makes a point resident; returns it and its gradient[n]. Sends x only where the server does not hold it."""
+        payload = _codec.payload(x)
+        inline = bytes(payload) if len(payload) <= _INLINE_BYTES else b""
+
+        def attempt(left: float | None) -> tuple[curvature_pb2.Point, _codec.Array]:
+            stream: _Stream[curvature_pb2.CreatePointRequest, curvature_pb2.CreatePointResponse]
+            stream = _Stream(self._curvature.CreatePoint, self._metadata, left)
+            point, gradient = None, _Filling(x.shape, x.dtype)
+            try:
+                stream.send([curvature_pb2.CreatePointRequest(spec=spec, inline_x=inline)])
+                while point is None or not gradient.complete:
+                    response = stream.receive()
+                    match response.WhichOneof("content"):
+                        case "x_wanted":
+                            stream.send(
+                                curvature_pb2.CreatePointRequest(chunk=bytes(chunk)) for chunk in _codec.chunks(payload)
+                            )
+                        case "point":
+                            point = response.point
+                        case "chunk":
+                            gradient.append(response.chunk)
+            finally:
+                stream.close()
+            return point, gradient.array
+
+        return self.call(attempt)
+
+    def multiply(
+        self, spec: curvature_pb2.ProductSpec, block: _codec.Array, *, restore: Callable[[], None]
+    ) -> _codec.Array:
+        """V[k,n] -> HV[k,n] in one round trip; blocks wider than the server's limit as several products of one exchange."""
+        limit = max(self.server.max_block_width, 1)
+        parts = [block[row : row + limit] for row in range(0, len(block), limit)]
+        started = time.perf_counter()
+        result = self.call(lambda left: self._exchange(spec, parts, left), restore=restore)
+        self._count(vectors=len(block), seconds=time.perf_counter() - started)
+        return result
+
+    def _exchange(
+        self, spec: curvature_pb2.ProductSpec, parts: Sequence[_codec.Array], left: float | None
+    ) -> _codec.Array:
+        result = np.empty((sum(map(len, parts)), parts[0].shape[1]), parts[0].dtype)
+        answers, row = [], 0
+        for part in parts:
+            answers.append(_Filling(part.shape, part.dtype, result[row : row + len(part)]))
+            row += len(part)
+        open_answers, failure = len(parts), None
+        with self._stream(left) as stream:
+            first = stream.reserve_tags(len(parts))
+            stream.send(_requests(spec, parts, first))
+            while open_answers:
+                response = stream.receive()
+                index = response.tag - first
+                if not 0 <= index < len(parts):  # An answer to an exchange that was given up.
+                    continue
+                if response.HasField("error"):
+                    failure = failure or failure_of_status(response.error)
+                    open_answers -= 1
+                    continue
+                if response.HasField("info"):
+                    info = response.info
+                    self._count(
+                        products=1,
+                        queue_seconds=info.queue_duration_ns / 1e9,
+                        compute_seconds=info.compute_duration_ns / 1e9,
+                        launched_vectors=info.batch_width,
+                    )
+                answers[index].append(response.chunk)
+                open_answers -= answers[index].complete
+        if failure is not None:
+            raise RpcFailure(failure)
+        return result
+
+    @contextlib.contextmanager
+    def _stream(
+        self, left: float | None
+    ) -> "Iterator[_Stream[curvature_pb2.StreamProductsRequest, curvature_pb2.StreamProductsResponse]]":
+        """A stream for one exchange. With a timeout it is a new one, whose deadline the server sees; else one of the pool."""
+        stream = None
+        if left is None:
+            with self._lock:
+                stream = self._streams.pop() if self._streams else None
+        if stream is None:
+            stream = _Stream(self._curvature.StreamProducts, self._metadata, left)
+        try:
+            yield stream
+        except BaseException:  # Also KeyboardInterrupt: nobody knows what is still on its way.
+            stream.close()
+            raise
+        with self._lock:
+            keep = left is None and not self._closed
+            if keep:
+                self._streams.append(stream)
+        if not keep:
+            stream.close()
+
+
+class _Stream(Generic[_Message, _T]):
+    """A bidirectional call: messages are taken from a queue of iterables, one at a time, as the transport has room for them."""
+
+    def __init__(self, method: Callable[..., Any], metadata: Any, timeout: float | None) -> None:
+        self._outgoing: queue.SimpleQueue[Iterable[_Message] | None] = queue.SimpleQueue()
+        self._call = method(_drain(self._outgoing), metadata=metadata, timeout=timeout)
+        self._next_tag = 1
+
+    def reserve_tags(self, count: int) -> int:
+        """The first of `count` tags that were not used on this stream."""
+        first = self._next_tag
+        self._next_tag += count
+        return first
+
+    def send(self, messages: Iterable[_Message]) -> None:
+        """Sends messages, in the background; an iterator is advanced only as fast as they leave."""
+        self._outgoing.put(messages)
+
+    def receive(self) -> _T:
+        """Waits for the next message.
+
+        Raises:
+            RpcFailure: The stream broke or ended.
+        """
+        try:
+            return next(self._call)  # type: ignore[no-any-return]
+        except StopIteration:
+            raise RpcFailure(Failure(_CODE.UNAVAILABLE, "the server ended the stream")) from None
+        except grpc.RpcError as error:
+            failure = failure_of_rpc(error)
+            if failure.code is _CODE.CANCELLED:  # The server drains: go elsewhere, or come back.
+                failure = dataclasses.replace(failure, code=_CODE.UNAVAILABLE)
+            raise RpcFailure(failure) from None
+
+    def close(self) -> None:
+        """Ends the call."""
+        self._outgoing.put(None)
+        self._call.cancel()
+
+
+def _drain(outgoing: "queue.SimpleQueue[Iterable[_Message] | None]") -> Iterator[_Message]:
+    while (messages := outgoing.get()) is not None:
+        yield from messages
+
+
+def _requests(
+    spec: curvature_pb2.ProductSpec, parts: Sequence[_codec.Array], first: int
+) -> Iterator[curvature_pb2.StreamProductsRequest]:
+    for tag, part in enumerate(parts, first):
+        opening = curvature_pb2.ProductSpec(point_id=spec.point_id, operator=spec.operator, k=len(part))
+        for index, chunk in enumerate(_codec.chunks(_codec.payload(part))):
+            yield curvature_pb2.StreamProductsRequest(tag=tag, spec=None if index else opening, chunk=bytes(chunk))
+
+
+class _Filling:
+    """An array that is filled from consecutive chunks."""
+
+    def __init__(self, shape: Sequence[int], dtype: np.dtype[Any], target: _codec.Array | None = None) -> None:
+        self.array = np.empty(shape, dtype) if target is None else target
+        self._bytes = memoryview(self.array.reshape(-1).view(np.uint8))
+        self._filled = 0
+
+    def append(self, chunk: bytes) -> None:
+        end = self._filled + len(chunk)
+        if end > len(self._bytes):
+            raise RpcFailure(
+                Failure(_CODE.DATA_LOSS, f"the server sent more than the {len(self._bytes)} bytes of an array")
+            )
+        self._bytes[self._filled : end] = chunk
+        self._filled = end
+
+    @property
+    def complete(self) -> bool:
+        return self._filled == len(self._bytes)
+
+
+def _is_transient(failure: Failure) -> bool:
+    if failure.code is _CODE.UNAVAILABLE:
+        return True
+    if failure.code is _CODE.RESOURCE_EXHAUSTED:
+        return failure.retry_after is not None
+    # How a server that was killed in the middle of a reply can look.
+    return (
+        failure.code in (_CODE.INTERNAL, _CODE.UNKNOWN) and not failure.reason and "stream" in failure.message.lower()
+    )
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

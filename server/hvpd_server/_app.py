@@ -1,0 +1,178 @@
+"""The server as a whole, in the order in which a request meets it:
+
+    gRPC -> _service (decode, validate) -> _engine (which objective, which point)
+         -> _store (bytes by digest) -> _residency (what is on the device) -> _kernels (value and gradient)     a point's way
+         -> _batcher (queue, coalesce) -> _kernels (compiled programs)                                          a product's way
+
+`run` starts it, says when it is ready, and stops it on SIGTERM or SIGINT without losing what has begun.
+"""
+
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+
+import grpc
+import prometheus_client
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+import hvpd
+from hvpd.v1 import (
+    blob_pb2,
+    blob_pb2_grpc,
+    curvature_pb2,
+    curvature_pb2_grpc,
+    objective_pb2,
+    objective_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+from hvpd_server import _service
+from hvpd_server._config import Config
+from hvpd_server._engine import Engine, Limits
+from hvpd_server._errors import ServiceError
+from hvpd_server._kernels import Device
+from hvpd_server._metrics import Metrics
+from hvpd_server._store import Store
+
+_log = logging.getLogger(__name__)
+
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # A second server on the port is an error, not a coin toss.
+    ("grpc.max_send_message_length", 4 << 20),
+    ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+]
+
+
+class App:
+    """A server: bound to its address from construction on, SERVING when `start` returns.
+
+    Args:
+        config: Its settings.
+
+    Raises:
+        ServiceError: The store is in use.
+        OSError: The address cannot be listened on.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        store = Store(config.store)
+        device = Device(store.cache)
+        self.metrics = Metrics()
+        self.metrics.build.info({"version": hvpd.__version__, "jax": device.jax_version, "platform": device.platform})
+        limits = Limits(config.memory_budget or default_budget(device), config.max_block_width, config.max_pending)
+        self.engine = Engine(store, device, limits, self.metrics)
+        self._gate = _service.Gate()
+        self._server = grpc.server(
+            ThreadPoolExecutor(config.max_calls, thread_name_prefix="hvpd-call"),
+            interceptors=[self._gate],
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=config.max_calls,
+        )
+        self._curvature = _service.CurvatureService(self.engine)
+        blob_pb2_grpc.add_BlobServiceServicer_to_server(_service.BlobService(self.engine), self._server)
+        objective_pb2_grpc.add_ObjectiveServiceServicer_to_server(_service.ObjectiveService(self.engine), self._server)
+        curvature_pb2_grpc.add_CurvatureServiceServicer_to_server(self._curvature, self._server)
+        server_pb2_grpc.add_ServerServiceServicer_to_server(_service.ServerService(self.engine), self._server)
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        files = (blob_pb2, objective_pb2, curvature_pb2, server_pb2, health_pb2)
+        self._names = [service.full_name for file in files for service in file.DESCRIPTOR.services_by_name.values()]
+        reflection.enable_server_reflection([*self._names, reflection.SERVICE_NAME], self._server)
+        host = f"[{config.host}]" if ":" in config.host.strip("[]") and not config.host.startswith("[") else config.host
+        try:
+            self.address = f"{host}:{self._server.add_insecure_port(f'{host}:{config.port}')}"
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {host}:{config.port}: is another server there? ({error})") from None
+
+    def start(self) -> None:
+        """Listens, warms the stored objectives, then answers."""
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._server.start()
+        self.engine.warm_all()
+        self._gate.open = True
+        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    def stop(self) -> None:
+        """Refuses new calls, lets running products finish within the drain time, then closes."""
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        stopped = self._server.stop(self.config.drain)
+        self._curvature.streams.drain()
+        stopped.wait()
+        self.engine.close()
+        self.engine.store.close()
+
+    def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+        for name in ("", *self._names):
+            self._health.set(name, status)
+
+
+def default_budget(device: Device) -> int:
+    """Three quarters of the device's memory; on a CPU a quarter of the machine's."""
+    memory = device.memory_bytes()
+    if memory is not None:
+        return memory * 3 // 4
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def run(config: Config, *, owner: int | None = None) -> int:
+    """Serves until SIGTERM or SIGINT; returns the process's exit code.
+
+    Args:
+        config: The settings.
+        owner: A file descriptor whose end of file, too, stops the server at once: the pipe of a process that embeds it.
+    """
+    logging.basicConfig(
+        level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    for chatty in ("jax", "jaxlib"):
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    if owner is not None:
+        threading.Thread(target=_die_with, args=(owner,), name="hvpd-owner", daemon=True).start()
+    try:
+        app = App(config)
+    except (ServiceError, OSError) as error:
+        _say(f"cannot start: {error}")
+        return 1
+    if config.metrics_port is not None:
+        host = config.host.strip("[]")
+        metrics, _ = prometheus_client.start_http_server(config.metrics_port, host, app.metrics.registry)
+        _say(f"metrics on http://{host}:{metrics.server_port}/metrics")
+    app.start()
+    _say(f"serving on {app.address}")
+    stop.wait()
+    _say("stopping")
+    app.stop()
+    _say("stopped")
+    return 0
+
+
+def _die_with(owner: int) -> None:
+    """Ends this process when its owner is gone: its end of the pipe closes, or, where a fork of it holds that, it is re-parented."""
+    parent = os.getppid()
+    while True:
+        readable, _, _ = select.select([owner], [], [], 1.0)
+        if os.getppid() != parent or (readable and not os.read(owner, 1)):
+            os._exit(0)
+
+
+def _say(line: str) -> None:
+    """One line for people and scripts, on stderr whatever the log level."""
+    print(f"hvpd: {line}", file=sys.stderr, flush=True)  # noqa: T201

@@ -1,0 +1,171 @@
+"""Settings of the server: each a flag of `hvpd serve` and an environment variable. No logic of the server's is here."""
+
+import argparse
+import dataclasses
+import ipaddress
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes: `512M`, `16G`, `1073741824`."""
+    number, unit = text.strip().upper().removesuffix("B").removesuffix("I"), ""
+    if number and number[-1] in _UNITS:
+        number, unit = number[:-1], number[-1]
+    try:
+        size = int(float(number) * _UNITS[unit])
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"expected a size such as 512M or 16G, got {text!r}")
+    return size
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text!r}")
+    return value
+
+
+def _width(text: str) -> int:
+    value = _positive(text)
+    if value & (value - 1):
+        raise argparse.ArgumentTypeError(f"expected a power of two, got {text!r}")
+    return value
+
+
+def _flag(text: str) -> bool:
+    values = {
+        "1": True,
+        "true": True,
+        "yes": True,
+        "on": True,
+        "0": False,
+        "false": False,
+        "no": False,
+        "off": False,
+        "": False,
+    }
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"expected 1 or 0, got {text!r}")
+    return values[text.lower()]
+
+
+def _default_store() -> Path:
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "hvpd"
+
+
+def _setting(parse: Callable[[str], Any], default: Any, meaning: str, metavar: str) -> Any:
+    fill = {"default_factory": default} if callable(default) else {"default": default}
+    return dataclasses.field(**fill, metadata={"parse": parse, "help": meaning, "metavar": metavar})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What can be set. A field `some_name` is the flag `--some-name` and the variable `$HVPD_SOME_NAME`."""
+
+    host: str = _setting(str, "127.0.0.1", "address to listen on", "HOST")
+    port: int = _setting(_port, 7070, "port to listen on; 0 picks a free one", "PORT")
+    store: Path = _setting(Path, _default_store, "directory for objectives, data and compiled programs", "DIR")
+    metrics_port: int | None = _setting(
+        _port, None, "port for Prometheus metrics; 0 picks a free one; none without", "PORT"
+    )
+    memory_budget: int | None = _setting(
+        parse_bytes,
+        None,
+        "device memory for data, points and residuals, such as 16G; three quarters of the device's memory, or a quarter of "
+        "the machine's on a CPU, without",
+        "BYTES",
+    )
+    max_block_width: int = _setting(_width, 64, "most vectors in one launch, a power of two", "WIDTH")
+    max_pending: int = _setting(
+        _positive, 4096, "most vectors that wait for the device before products are refused", "N"
+    )
+    max_calls: int = _setting(_positive, 1024, "most calls and streams at once", "N")
+    drain: float = _setting(_seconds, 30.0, "seconds that running products have to finish after SIGTERM", "SECONDS")
+    insecure: bool = _setting(
+        _flag, False, "allow a host other than loopback although nothing is encrypted or checked", ""
+    )
+    log_level: str = _setting(str.upper, "INFO", "DEBUG, INFO, WARNING or ERROR", "LEVEL")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for every setting."""
+    for field in dataclasses.fields(Config):
+        flag = f"--{field.name.replace('_', '-')}"
+        default = field.default if field.default is not dataclasses.MISSING else _default_store()
+        note = "" if default in (None, False) else f" (default: {default})"
+        text = f"{field.metadata['help']}{note} [$HVPD_{field.name.upper()}]"
+        if field.metadata["parse"] is _flag:
+            parser.add_argument(flag, action="store_const", const=True, default=None, help=text)
+        else:
+            parser.add_argument(
+                flag, type=field.metadata["parse"], metavar=field.metadata["metavar"], default=None, help=text
+            )
+
+
+def load(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Config:
+    """The settings: flags first, then the environment, then defaults.
+
+    Raises:
+        ValueError: A variable has a value that its setting cannot have, or the host needs --insecure.
+    """
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Config):
+        value, variable = getattr(arguments, field.name), f"HVPD_{field.name.upper()}"
+        if value is None and environment.get(variable):
+            try:
+                value = field.metadata["parse"](environment[variable])
+            except argparse.ArgumentTypeError as error:
+                raise ValueError(f"${variable}: {error}") from None
+        if value is not None:
+            values[field.name] = value
+    config = Config(**values)
+    if config.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ValueError(f"--log-level must be DEBUG, INFO, WARNING or ERROR, got {config.log_level!r}")
+    if not config.insecure and not _is_loopback(config.host):
+        raise ValueError(
+            f"--host {config.host} can be reached from other machines, and nothing checks who calls: listen on 127.0.0.1 "
+            "behind a tunnel or a proxy that does, or say --insecure"
+        )
+    return config
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        pass
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address[4][0]).is_loopback for address in found)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line of `python -m hvpd_server`."""
+    parser = argparse.ArgumentParser(prog="hvpd serve", description="Serve Hessian-vector products.")
+    add_arguments(parser)
+    return parser.parse_args(argv)

@@ -1,0 +1,439 @@
+"""The wire: decodes and validates requests, calls the engine, answers. Knows gRPC and no jax."""
+
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf import timestamp_pb2
+from google.rpc import status_pb2
+from grpc_status import rpc_status
+
+import hvpd
+from hvpd import _codec, _protocol
+from hvpd.v1 import (
+    blob_pb2,
+    blob_pb2_grpc,
+    curvature_pb2,
+    curvature_pb2_grpc,
+    objective_pb2,
+    objective_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+from hvpd_server._engine import Engine, Point
+from hvpd_server._errors import Code, ServiceError, to_status
+
+_T = TypeVar("_T")
+
+_ARRIVING = 16
+"""Most products whose chunks may interleave on one stream."""
+
+
+def _abort(context: grpc.ServicerContext, error: Exception) -> None:
+    """Ends the call with the error's status. A call that is already dead is left alone."""
+    if isinstance(error, grpc.RpcError):
+        raise error
+    context.abort_with_status(rpc_status.to_status(to_status(error)))
+
+
+def _unary(method: Callable[[Any, Any, grpc.ServicerContext], _T]) -> Callable[[Any, Any, grpc.ServicerContext], _T]:
+    @functools.wraps(method)
+    def call(self: Any, request: Any, context: grpc.ServicerContext) -> _T:
+        try:
+            return method(self, request, context)
+        except Exception as error:
+            _abort(context, error)
+            raise
+
+    return call
+
+
+def _streaming(
+    method: Callable[[Any, Any, grpc.ServicerContext], Iterator[_T]],
+) -> Callable[[Any, Any, grpc.ServicerContext], Iterator[_T]]:
+    @functools.wraps(method)
+    def call(self: Any, request: Any, context: grpc.ServicerContext) -> Iterator[_T]:
+        try:
+            yield from method(self, request, context)
+        except Exception as error:  # noqa: BLE001 - likewise
+            _abort(context, error)
+
+    return call
+
+
+class BlobService(blob_pb2_grpc.BlobServiceServicer):
+    """Blobs in and out of the store."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @_unary
+    def FindMissingBlobs(  # noqa: N802 - the contract's name
+        self, request: blob_pb2.FindMissingBlobsRequest, context: grpc.ServicerContext
+    ) -> blob_pb2.FindMissingBlobsResponse:
+        if len(request.digests) > 10_000:
+            raise ServiceError(
+                Code.INVALID_ARGUMENT, "TOO_MANY", f"ask for 10,000 digests at most, got {len(request.digests)}"
+            )
+        missing = [digest for digest in request.digests if not self._engine.store.has(digest)]
+        return blob_pb2.FindMissingBlobsResponse(missing_digests=missing)
+
+    @_unary
+    def UploadBlob(  # noqa: N802
+        self, request_iterator: Iterator[blob_pb2.UploadBlobRequest], context: grpc.ServicerContext
+    ) -> blob_pb2.UploadBlobResponse:
+        first = next(request_iterator, None)
+        if first is None:
+            raise ServiceError(Code.INVALID_ARGUMENT, "UPLOAD_SIZE", "an upload without a message")
+        with self._engine.store.upload(first.digest, first.size_bytes) as upload:
+            upload.append(first.offset_bytes, first.chunk)
+            for message in request_iterator:
+                upload.append(message.offset_bytes, message.chunk)
+            size_bytes = upload.commit()
+        self._engine.metrics.uploads.inc()
+        return blob_pb2.UploadBlobResponse(size_bytes=size_bytes)
+
+
+class ObjectiveService(objective_pb2_grpc.ObjectiveServiceServicer):
+    """Objectives by name and digest."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @_unary
+    def CreateObjective(  # noqa: N802
+        self, request: objective_pb2.CreateObjectiveRequest, context: grpc.ServicerContext
+    ) -> objective_pb2.CreateObjectiveResponse:
+        self._engine.register(request.digest, request.name)
+        return objective_pb2.CreateObjectiveResponse(objective=self._objective(request.name or request.digest))
+
+    @_unary
+    def GetObjective(  # noqa: N802
+        self, request: objective_pb2.GetObjectiveRequest, context: grpc.ServicerContext
+    ) -> objective_pb2.GetObjectiveResponse:
+        return objective_pb2.GetObjectiveResponse(objective=self._objective(request.name))
+
+    @_unary
+    def ListObjectives(  # noqa: N802
+        self, request: objective_pb2.ListObjectivesRequest, context: grpc.ServicerContext
+    ) -> objective_pb2.ListObjectivesResponse:
+        size = min(request.page_size or 100, 100)
+        if size < 0 or not (request.page_token or "0").isdecimal():
+            raise ServiceError(
+                Code.INVALID_ARGUMENT, "INVALID_PAGE", "page_size or page_token is not one of this server's"
+            )
+        start = int(request.page_token or 0)
+        known = self._engine.store.objectives()
+        response = objective_pb2.ListObjectivesResponse()
+        for name, digest in known[start : start + size]:
+            objective = self._objective(name or digest)
+            for structure in ("x_tree", "x_leaves", "data_tree", "residuals"):
+                objective.bundle.ClearField(structure)  # type: ignore[arg-type]
+            response.objectives.append(objective)
+        if start + size < len(known):
+            response.next_page_token = str(start + size)
+        return response
+
+    def _objective(self, name: str) -> objective_pb2.Objective:
+        store = self._engine.store
+        shown, digest, created = store.objective(name)
+        created_at = timestamp_pb2.Timestamp()
+        created_at.FromNanoseconds(created)
+        return objective_pb2.Objective(name=shown, digest=digest, bundle=store.bundle(digest), create_time=created_at)
+
+
+class CurvatureService(curvature_pb2_grpc.CurvatureServiceServicer):
+    """Points and products."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.streams = Streams()
+
+    @_streaming
+    def CreatePoint(  # noqa: N802
+        self, request_iterator: Iterator[curvature_pb2.CreatePointRequest], context: grpc.ServicerContext
+    ) -> Iterator[curvature_pb2.CreatePointResponse]:
+        first = next(request_iterator, None)
+        if first is None or first.WhichOneof("content") != "spec":
+            raise ServiceError(Code.INVALID_ARGUMENT, "SPEC_MISSING", "the first message must have the point's spec")
+        point = self._engine.find_point(first.spec)
+        if point is None:
+            bundle = self._engine.objective(first.spec.objective_digest).bundle
+            vector = _Vectors(1, bundle.n, bundle.dtype)
+            if first.inline_x:
+                vector.append(first.inline_x)
+            else:
+                yield curvature_pb2.CreatePointResponse(x_wanted=True)
+                for message in request_iterator:
+                    if vector.append(message.chunk):
+                        break
+            if not vector.complete:
+                raise ServiceError(Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"x ended early: {vector.progress}")
+            point = self._engine.create_point(first.spec, vector.block[0])
+        yield curvature_pb2.CreatePointResponse(point=point.message())
+        for chunk in _codec.chunks(_codec.payload(point.gradient)):
+            yield curvature_pb2.CreatePointResponse(chunk=bytes(chunk))
+
+    @_unary
+    def ComputeProduct(  # noqa: N802
+        self, request: curvature_pb2.ComputeProductRequest, context: grpc.ServicerContext
+    ) -> curvature_pb2.ComputeProductResponse:
+        point = self._engine.resident(request.spec)
+        vectors = _Vectors(request.spec.k, point.objective.n, point.objective.bundle.dtype)
+        vectors.append(request.vectors)
+        if not vectors.complete:
+            raise ServiceError(Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"V has the wrong size: {vectors.progress}")
+        cancel = _Cancel(context)
+        result, info = self._engine.multiply(
+            point, request.spec.operator, vectors.block, deadline=_deadline(context), on_queue=cancel.instead
+        )
+        return curvature_pb2.ComputeProductResponse(vectors=bytes(_codec.payload(result)), info=info)
+
+    @_streaming
+    def StreamProducts(  # noqa: N802
+        self, request_iterator: Iterator[curvature_pb2.StreamProductsRequest], context: grpc.ServicerContext
+    ) -> Iterator[curvature_pb2.StreamProductsResponse]:
+        arriving: dict[int, tuple[curvature_pb2.ProductSpec, Point, _Vectors]] = {}
+        cancel = _Cancel(context)
+        with self.streams.opened(context) as stream:
+            for message in request_iterator:
+                stream.begin()
+                # A product is refused with its first chunk; the chunks that are on their way are of no use to anybody.
+                if message.HasField("spec") or message.tag in arriving:
+                    try:
+                        complete = _arrive(self._engine, arriving, message)
+                    except Exception as error:  # noqa: BLE001 - one product's error, the stream goes on
+                        arriving.pop(message.tag, None)
+                        yield _refusal(message.tag, error)
+                    else:
+                        if complete is not None:
+                            spec, point, block = complete
+                            yield from self._answer(message.tag, spec, point, block, context, cancel)
+                if not arriving and stream.end():
+                    return
+
+    def _answer(
+        self,
+        tag: int,
+        spec: curvature_pb2.ProductSpec,
+        point: Point,
+        block: _codec.Array,
+        context: grpc.ServicerContext,
+        cancel: "_Cancel",
+    ) -> Iterator[curvature_pb2.StreamProductsResponse]:
+        try:
+            result, info = self._engine.multiply(
+                point, spec.operator, block, deadline=_deadline(context), on_queue=cancel.instead
+            )
+        except Exception as error:  # noqa: BLE001 - one product's error, the stream goes on
+            yield _refusal(tag, error)
+            return
+        for chunk in _codec.chunks(_codec.payload(result)):
+            yield curvature_pb2.StreamProductsResponse(tag=tag, info=info, chunk=bytes(chunk))
+            info = None
+
+
+class ServerService(server_pb2_grpc.ServerServiceServicer):
+    """Facts about the server."""
+
+    def __init__(self, engine: Engine) -> None:
+        device = engine.device
+        oldest, newest = device.calling_conventions
+        self._response = server_pb2.GetServerResponse(
+            version=hvpd.__version__,
+            min_protocol=_protocol.OLDEST,
+            max_protocol=_protocol.NEWEST,
+            jax_version=device.jax_version,
+            min_calling_convention_version=oldest,
+            max_calling_convention_version=newest,
+            platform=device.platform,
+            device_kind=device.kind,
+            max_block_width=engine.limits.max_block_width,
+        )
+
+    def GetServer(  # noqa: N802
+        self, request: server_pb2.GetServerRequest, context: grpc.ServicerContext
+    ) -> server_pb2.GetServerResponse:
+        return self._response
+
+
+class Gate(grpc.ServerInterceptor):
+    """Refuses calls that cannot be served: all while the server warms up, and those of clients whose protocol revision is
+    not served. Clients that say no revision (grpcurl) are taken at their word.
+    """
+
+    def __init__(self) -> None:
+        self.open = False
+
+    def intercept_service(
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None]",
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
+        """Continues, or answers why not."""
+        method = str(handler_call_details.method)
+        if not method.startswith("/hvpd.") or method == "/hvpd.v1.ServerService/GetServer":
+            return continuation(handler_call_details)
+        metadata = {str(key): str(value) for key, value in handler_call_details.invocation_metadata or ()}
+        said = metadata.get(_protocol.REVISION_KEY, "")
+        if said and not (said.isdecimal() and _protocol.OLDEST <= int(said) <= _protocol.NEWEST):
+            return _refusing(
+                ServiceError(
+                    Code.FAILED_PRECONDITION,
+                    "PROTOCOL_MISMATCH",
+                    f"the client (hvpd {metadata.get(_protocol.VERSION_KEY, 'unknown')}) speaks protocol {said}, this server "
+                    f"(hvpd {hvpd.__version__}) speaks {_protocol.OLDEST} to {_protocol.NEWEST}: install the same version on both",
+                )
+            )
+        if not self.open:
+            return _refusing(
+                ServiceError(Code.UNAVAILABLE, "WARMING_UP", "the server is warming its programs", retry_after=0.2)
+            )
+        return continuation(handler_call_details)
+
+
+def _refusing(error: ServiceError) -> "grpc.RpcMethodHandler[Any, Any]":
+    def refuse(request: Any, context: grpc.ServicerContext) -> Any:
+        _abort(context, error)
+
+    return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+class Streams:
+    """The open product streams, so that a drain can end the idle ones and let the busy ones finish."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: set[Stream] = set()
+        self._draining = False
+
+    @contextlib.contextmanager
+    def opened(self, context: grpc.ServicerContext) -> "Iterator[Stream]":
+        """Registers a stream while it is open."""
+        stream = Stream(self, context)
+        with self._lock:
+            self._open.add(stream)
+        try:
+            yield stream
+        finally:
+            with self._lock:
+                self._open.discard(stream)
+
+    def drain(self) -> None:
+        """Ends idle streams now, busy ones after what they have begun."""
+        with self._lock:
+            self._draining = True
+            idle = [stream for stream in self._open if not stream.busy]
+        for stream in idle:
+            stream.context.cancel()
+
+
+class Stream:
+    """One open stream."""
+
+    def __init__(self, streams: Streams, context: grpc.ServicerContext) -> None:
+        self._streams = streams
+        self.context: Any = context
+        self.busy = False
+
+    def begin(self) -> None:
+        """A message came."""
+        self.busy = True
+
+    def end(self) -> bool:
+        """Everything was answered. Returns whether the stream must end."""
+        with self._streams._lock:  # noqa: SLF001 - its other half
+            self.busy = False
+            return self._streams._draining  # noqa: SLF001
+
+
+class _Vectors:
+    """A block V[k,n] that arrives in chunks. One that comes whole is used where it lies."""
+
+    def __init__(self, k: int, n: int, dtype: str) -> None:
+        self._shape, self._dtype = (k, n), _codec.dtype(dtype)
+        self._size = k * n * self._dtype.itemsize
+        self._received = 0
+        self._buffer: Any = None
+
+    def append(self, chunk: bytes) -> bool:
+        """Takes the next bytes; returns whether all are there."""
+        end = self._received + len(chunk)
+        if end > self._size:
+            self._received = end
+            raise ServiceError(
+                Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"the vectors have the wrong size: {self.progress}"
+            )
+        if end - self._received == self._size:
+            self._buffer = chunk
+        else:
+            if self._buffer is None:
+                self._buffer = bytearray(self._size)
+            self._buffer[self._received : end] = chunk
+        self._received = end
+        return self.complete
+
+    @property
+    def complete(self) -> bool:
+        return self._received == self._size
+
+    @property
+    def progress(self) -> str:
+        k, n = self._shape
+        return f"got {self._received} bytes, {k} x {n} of {self._dtype.name} are {self._size}"
+
+    @property
+    def block(self) -> _codec.Array:
+        return _codec.array(self._buffer, self._dtype.name, self._shape)
+
+
+class _Cancel:
+    """Cancels the product that waits when its call ends before its time."""
+
+    def __init__(self, context: grpc.ServicerContext) -> None:
+        self._cancel: Callable[[], None] = lambda: None
+        context.add_callback(lambda: self._cancel())
+
+    def instead(self, cancel: Callable[[], None]) -> None:
+        """From now on, this is what to cancel."""
+        self._cancel = cancel
+
+
+def _arrive(
+    engine: Engine,
+    arriving: dict[int, tuple[curvature_pb2.ProductSpec, Point, _Vectors]],
+    message: curvature_pb2.StreamProductsRequest,
+) -> tuple[curvature_pb2.ProductSpec, Point, _codec.Array] | None:
+    """Takes one message of a product; returns the product when it is complete."""
+    if message.HasField("spec"):
+        if message.tag in arriving or len(arriving) >= _ARRIVING:
+            raise ServiceError(
+                Code.INVALID_ARGUMENT,
+                "INVALID_TAG",
+                f"tag {message.tag} is in use, or more than {_ARRIVING} products of one stream arrive at once",
+            )
+        point = engine.resident(message.spec)
+        arriving[message.tag] = (
+            message.spec,
+            point,
+            _Vectors(message.spec.k, point.objective.n, point.objective.bundle.dtype),
+        )
+    spec, point, vectors = arriving[message.tag]
+    if not vectors.append(message.chunk):
+        return None
+    del arriving[message.tag]
+    return spec, point, vectors.block
+
+
+def _refusal(tag: int, error: Exception) -> curvature_pb2.StreamProductsResponse:
+    status: status_pb2.Status = to_status(error)
+    return curvature_pb2.StreamProductsResponse(tag=tag, error=status)
+
+
+def _deadline(context: grpc.ServicerContext) -> float:
+    remaining = context.time_remaining()
+    return float("inf") if remaining is None else time.monotonic() + remaining
