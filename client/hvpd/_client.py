@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from hvpd._errors import HvpdError, IncompatibleError, MissingExtraError
 from hvpd._objective import Objective
@@ -52,7 +52,7 @@ class Client:
         self._on_close = on_close
         self.address: str = transport.address
 
-    def __enter__(self) -> "Client":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

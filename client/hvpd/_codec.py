@@ -45,7 +45,7 @@ def payload(array: Array) -> memoryview:
     array = np.ascontiguousarray(array)
     if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and np.little_endian is False):
         array = array.astype(array.dtype.newbyteorder("<"))
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def array(data: Buffer, dtype_name: str, shape: Sequence[int]) -> Array:
@@ -85,14 +85,14 @@ def data_array(leaf: Any, where: str, *, x_dtype: np.dtype[Any], x64: bool) -> A
         InvalidArgumentError: Not an array of numbers, or integers that 32 bits cannot hold.
     """
     found = np.asarray(leaf)
-    if isinstance(leaf, float) and not isinstance(leaf, np.floating):
+    if type(leaf) is float:
         found = found.astype(x_dtype)
     if found.dtype.hasobject or found.dtype.kind in "SUMm" or found.dtype.names:
         raise InvalidArgumentError(f"{where} must be an array of numbers or booleans, got dtype {found.dtype}")
     narrow = {"float64": "float32", "complex128": "complex64", "int64": "int32", "uint64": "uint32"}.get(
         found.dtype.name
     )
-    if isinstance(leaf, int) and not isinstance(leaf, bool):
+    if type(leaf) is int:
         narrow = "int32" if abs(leaf) < 2**31 else narrow
     elif x64:
         narrow = None

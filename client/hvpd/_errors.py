@@ -14,6 +14,7 @@ Every RPC's failure becomes one of these in `from_rpc`, nowhere else.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import grpc
 
@@ -115,15 +116,14 @@ def failure_of_rpc(error: grpc.RpcError) -> Failure:
     """The failure that a raised RpcError tells, with its details where the server sent any."""
     from grpc_status import rpc_status
 
-    assert isinstance(error, grpc.Call)
-    status = None
+    call = cast("grpc.Call", error)  # What a stub raises is both.
     try:
-        status = rpc_status.from_call(error)
+        status = rpc_status.from_call(call)
     except ValueError:  # A proxy rewrote the status and left the details: believe the status.
         status = None
     if status is not None:
         return failure_of_status(status)
-    return Failure(error.code(), error.details() or "")
+    return Failure(call.code(), call.details() or "")
 
 
 def to_error(failure: Failure, address: str) -> HvpdError:

@@ -82,7 +82,7 @@ def export(
     if n == 0:
         raise InvalidArgumentError("x has no elements: there is nothing to differentiate by")
     flat_dtype = np.result_type(np.float32, *(np.float64 for array in x_arrays if array.dtype == np.float64))
-    x64 = bool(jax.config.read("jax_enable_x64")) or flat_dtype == np.float64
+    x64 = bool(jax.dtypes.canonicalize_dtype(np.float64) == np.float64) or flat_dtype == np.float64
     data_leaves, data_treedef = jax.tree.flatten(tuple(data))
     data_arrays = [
         data_array(leaf, f"data{path}", x_dtype=flat_dtype, x64=x64)
@@ -210,9 +210,8 @@ def _programs(
     fun: _Function, specs: Sequence[jax.ShapeDtypeStruct], platforms: tuple[str, ...]
 ) -> tuple[dict[str, jax.export.Exported], list[objective_pb2.Residual]]:
     """Exports the derivative programs of fun(x, *args); `specs` are those of x and args."""
-    x_spec = specs[0]
     (k,) = jax.export.symbolic_shape("k")
-    block = jax.ShapeDtypeStruct((k, *x_spec.shape), x_spec.dtype)
+    block = jax.ShapeDtypeStruct((k, *specs[0].shape), specs[0].dtype)
 
     def value_and_grad(x: jax.Array, *args: jax.Array) -> Any:
         return jax.value_and_grad(fun)(x, *args)
@@ -224,6 +223,26 @@ def _programs(
 
         return hvp
 
+    prepare, apply_of, sources = _linearized(fun, specs)
+    residual_specs = [jax.ShapeDtypeStruct(tuple(source.spec.shape), source.spec.dtype) for source in sources]
+    programs = {
+        "value_and_grad": _export(value_and_grad, platforms, *specs),
+        "hvp": _export_batched(hvp_of, platforms, specs[0], block, *specs[1:]),
+        "prepare": _export(prepare, platforms, *specs),
+        "apply": _export_batched(apply_of, platforms, block, *residual_specs),
+    }
+    return programs, sources
+
+
+def _linearized(
+    fun: _Function, specs: Sequence[jax.ShapeDtypeStruct]
+) -> tuple[_Function, Callable[[_Function], _Function], list[objective_pb2.Residual]]:
+    """Splits the product into what depends on x only and what is linear in V, as jax.linearize does.
+
+    Returns:
+        prepare(x, *args) -> (value, gradient, *results); apply(V, *residuals), given how to batch; and where apply's
+        residuals come from. One that is an argument (a data matrix, often) is taken from there: prepare need not copy it.
+    """
     linear: list[Any] = []
 
     def prepare(x: jax.Array, *args: jax.Array) -> Any:
@@ -236,32 +255,20 @@ def _programs(
         linear[:] = [treedef]
         return value, gradient, *residuals
 
-    def apply_of(batch: _Function) -> _Function:
-        def apply(V: jax.Array, *residuals: jax.Array) -> Any:
-            return batch(jax.tree.unflatten(linear[0], residuals))(V)
-
-        return apply
-
-    programs = {
-        "value_and_grad": _export(value_and_grad, platforms, *specs),
-        "hvp": _export_batched(hvp_of, platforms, x_spec, block, *specs[1:]),
-    }
-    # A residual that is one of the arguments (a data matrix, often) is taken from there: prepare need not copy it.
     closed = jax.make_jaxpr(prepare)(*specs)
-    arguments = {variable: position for position, variable in enumerate(closed.jaxpr.invars)}
-    sources, kept = [], []
-    for variable in closed.jaxpr.outvars[2:]:
-        position = None if isinstance(variable, jex.Literal) else arguments.get(variable)
-        spec = _array_spec(variable.aval)
+    inputs = {variable: position for position, variable in enumerate(closed.jaxpr.invars)}
+    residuals = closed.jaxpr.outvars[2:]
+    sources, kept = [], list(closed.jaxpr.outvars[:2])
+    for variable in residuals:
+        position = None if isinstance(variable, jex.Literal) else inputs.get(variable)
+        source = {"result": len(kept) - 2} if position is None else {"argument": position}
+        sources.append(objective_pb2.Residual(spec=_array_spec(variable.aval), **source))
         if position is None:
-            sources.append(objective_pb2.Residual(result=len(kept), spec=spec))
             kept.append(variable)
-        else:
-            sources.append(objective_pb2.Residual(argument=position, spec=spec))
     shortened = jex.Jaxpr(
         constvars=closed.jaxpr.constvars,
         invars=closed.jaxpr.invars,
-        outvars=[*closed.jaxpr.outvars[:2], *kept],
+        outvars=kept,
         eqns=closed.jaxpr.eqns,
         effects=closed.jaxpr.effects,
     )
@@ -270,12 +277,14 @@ def _programs(
         return tuple(jex.jaxpr_as_fun(jex.ClosedJaxpr(shortened, closed.consts))(x, *args))
 
     prepare_shortened.__name__ = prepare_shortened.__qualname__ = "prepare"
-    residual_specs = [
-        jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in closed.jaxpr.outvars[2:]
-    ]
-    programs["prepare"] = _export(prepare_shortened, platforms, *specs)
-    programs["apply"] = _export_batched(apply_of, platforms, block, *residual_specs)
-    return programs, sources
+
+    def apply_of(batch: _Function) -> _Function:
+        def apply(V: jax.Array, *residuals: jax.Array) -> Any:
+            return batch(jax.tree.unflatten(linear[0], residuals))(V)
+
+        return apply
+
+    return prepare_shortened, apply_of, sources
 
 
 def _export_batched(
@@ -380,7 +389,7 @@ def tree_spec(tree: Any) -> Spec:
     )
 
 
-def _kind(tree: Any, keys: Sequence[Any]) -> Spec.Kind:
+def _kind(tree: Any, keys: Sequence[Any]) -> Spec.Kind.ValueType:
     if type(tree) is list:
         return Spec.KIND_LIST
     if type(tree) is tuple:

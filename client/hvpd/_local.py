@@ -1,6 +1,7 @@
 """An embedded server: a child process with a store of its own, which never outlives its owner."""
 
 import collections
+import concurrent.futures
 import contextlib
 import importlib.util
 import os
@@ -60,16 +61,14 @@ class LocalServer:
             start_new_session=True,  # Ctrl-C is for the solver, not for the server under it.
         )
         self._lines: collections.deque[str] = collections.deque(maxlen=50)
-        self._address: str | None = None
-        self._started = threading.Event()
+        self._ready: concurrent.futures.Future[str] = concurrent.futures.Future()
         self._reader = threading.Thread(target=self._read, name="hvpd-local", daemon=True)
         self._reader.start()
         self.stop = weakref.finalize(self, _stop, self.process, self._stack)
-        self._started.wait()
-        if self._address is None:
+        self.address = self._ready.result()
+        if not self.address:
             self.stop()
             raise HvpdError("the embedded server did not start:\n" + "\n".join(self._lines))
-        self.address: str = self._address
 
     def _read(self) -> None:
         """Keeps the child's last lines, passes warnings on, and never lets its pipe fill up."""
@@ -78,9 +77,9 @@ class LocalServer:
             for line in stderr:
                 self._lines.append(line.rstrip())
                 if line.startswith(_READY):
-                    self._address = line.removeprefix(_READY).strip()
-                    self._started.set()
-        self._started.set()
+                    self._ready.set_result(line.removeprefix(_READY).strip())
+        if not self._ready.done():
+            self._ready.set_result("")
 
 
 def _stop(process: "subprocess.Popen[str]", stack: contextlib.ExitStack) -> None:
@@ -106,7 +105,7 @@ def local(**settings: Any) -> Client:
         MissingExtraError: The server's packages are not installed here.
         HvpdError: The server did not start; the message has its last lines.
     """
-    connection = {"retry_timeout": 60.0, "timeout": None}
+    connection: dict[str, Any] = {"retry_timeout": 60.0, "timeout": None}
     connection |= {name: settings.pop(name) for name in tuple(connection) if name in settings}
     server = LocalServer(**settings)
     try:

@@ -45,7 +45,7 @@ class Objective:
         self._transport = transport
         self._bundle = bundle
         self._unflatten = unflatten or (lambda leaves: _pytree.rebuild(bundle.x_tree, leaves))
-        self._recent: collections.OrderedDict[str, Point] = collections.OrderedDict()
+        self._recent: collections.OrderedDict[bytes, Point] = collections.OrderedDict()
         self._lock = threading.Lock()
         self.n: int = bundle.n
         self.dtype: np.dtype[Any] = np.dtype(bundle.dtype)
@@ -202,7 +202,7 @@ class Objective:
         return self._real(array, what)
 
     def _real(self, array: _codec.Array, what: str) -> _codec.Array:
-        if not np.issubdtype(array.dtype, np.floating) and array.dtype.name not in ("bfloat16",):
+        if not np.issubdtype(array.dtype, np.floating) and array.dtype.name != "bfloat16":
             raise InvalidArgumentError(f"{what} must have real floating elements, got dtype {array.dtype}")
         return np.ascontiguousarray(array, dtype=self.dtype)
 

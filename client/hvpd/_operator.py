@@ -21,12 +21,12 @@ class HessianOperator(LinearOperator):
     """
 
     def __init__(self, point: Point, shift: float = 0.0) -> None:
-        super().__init__(point.dtype, (point.n, point.n))
+        super().__init__(point.dtype, (point.n, point.n))  # type: ignore[call-arg]  # the stubs know only __new__
         self.point = point
         self.shift = float(shift)
 
     def _matvec(self, x: Any) -> _codec.Array:
-        return self._multiply(np.asarray(x).reshape(1, -1))[0]
+        return self._multiply(np.asarray(x).reshape(1, -1)).reshape(-1)
 
     def _matmat(self, X: Any) -> _codec.Array:
         return self._multiply(np.asarray(X).T).T

@@ -85,7 +85,7 @@ def _unflatten(spec: Spec, values: Iterator[Any]) -> Any:
             return tuple(children)
         case Spec.KIND_NAMED_TUPLE:
             fields = [key.text for key in spec.keys]
-            return collections.namedtuple(spec.type_name, fields)(*children)  # type: ignore[misc]  # noqa: PYI024
+            return collections.namedtuple(spec.type_name, fields)(*children)  # noqa: PYI024
         case _:
             return dict(zip(map(_key, spec.keys), children, strict=True))
 

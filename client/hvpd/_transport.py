@@ -105,9 +105,12 @@ class Transport:
         self.address = address
         self._retry_timeout = retry_timeout
         self._timeout = timeout
-        self._metadata = [(_protocol.REVISION_KEY, str(_protocol.NEWEST)), (_protocol.VERSION_KEY, __version__)]
-        if token is not None:
-            self._metadata.append(("authorization", f"Bearer {token}"))
+        credentials = () if token is None else (("authorization", f"Bearer {token}"),)
+        identity = ((_protocol.VERSION_KEY, __version__), *credentials)
+        self._metadata: tuple[tuple[str, str | bytes], ...] = (
+            (_protocol.REVISION_KEY, str(_protocol.NEWEST)),
+            *identity,
+        )
         options = [
             ("grpc.initial_reconnect_backoff_ms", 50),
             ("grpc.min_reconnect_backoff_ms", 200),
@@ -154,7 +157,8 @@ class Transport:
                 reason="PROTOCOL_MISMATCH",
             )
         # The revision that both know: an older server is spoken to in its own.
-        self._metadata[0] = (_protocol.REVISION_KEY, str(min(_protocol.NEWEST, server.max_protocol)))
+        revision = str(min(_protocol.NEWEST, server.max_protocol))
+        self._metadata = ((_protocol.REVISION_KEY, revision), *self._metadata[1:])
         return server
 
     def close(self) -> None:
@@ -402,7 +406,7 @@ class _Filling:
 
     def __init__(self, shape: Sequence[int], dtype: np.dtype[Any], target: _codec.Array | None = None) -> None:
         self.array = np.empty(shape, dtype) if target is None else target
-        self._bytes = memoryview(self.array.reshape(-1).view(np.uint8))
+        self._bytes = self.array.reshape(-1).view(np.uint8).data
         self._filled = 0
 
     def append(self, chunk: bytes) -> None:

@@ -3,18 +3,32 @@
 Looks at messages and signatures only: neither jax nor gRPC.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+from google.protobuf.message import DecodeError
 
 from hvpd import _codec, _pytree
 from hvpd.v1 import objective_pb2, tensor_pb2
 from hvpd_server._errors import Code, ServiceError
-from hvpd_server._kernels import Signature
+
+PROGRAMS: Final = ("value_and_grad", "hvp", "prepare", "apply")
+"""The programs of a bundle, by their fields. The last two are optional."""
 
 FORMATS = (1,)
 """Values of Bundle.format that this server understands."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """Shapes and dtypes of a program's arguments and results; None stands for the symbolic block width."""
+
+    arguments: tuple[tuple[tuple[int | None, ...], str], ...]
+    results: tuple[tuple[tuple[int | None, ...], str], ...]
 
 
 def check_name(name: str) -> None:
@@ -31,7 +45,7 @@ def parse(serialized: bytes) -> objective_pb2.Bundle:
     """The bundle of its serialized bytes, checked as far as it can be without its programs."""
     try:
         bundle = objective_pb2.Bundle.FromString(serialized)
-    except Exception as error:  # protobuf's DecodeError
+    except DecodeError as error:
         raise _invalid("BUNDLE_INVALID", f"the blob is no bundle: {error}") from None
     if bundle.format not in FORMATS:
         raise ServiceError(
@@ -45,9 +59,9 @@ def parse(serialized: bytes) -> objective_pb2.Bundle:
         raise _invalid("BUNDLE_INVALID", "the structures of x and data do not have as many leaves as are listed")
     if sum(_size(leaf.shape) for leaf in bundle.x_leaves) != bundle.n:
         raise _invalid("BUNDLE_INVALID", f"the leaves of x do not have n = {bundle.n} elements together")
-    for array in [*bundle.x_leaves, *bundle.data, *bundle.captured]:
+    for dtype in {array.dtype for arrays in (bundle.x_leaves, bundle.data, bundle.captured) for array in arrays}:
         try:
-            _codec.dtype(array.dtype)
+            _codec.dtype(dtype)
         except TypeError as error:
             raise _invalid("BUNDLE_INVALID", str(error)) from None
     if not (bundle.HasField("value_and_grad") and bundle.HasField("hvp")):
@@ -59,8 +73,8 @@ def parse(serialized: bytes) -> objective_pb2.Bundle:
 
 def references(bundle: objective_pb2.Bundle) -> Iterator[str]:
     """The digests of all blobs that a bundle needs."""
-    for name in ("value_and_grad", "hvp", "prepare", "apply"):
-        if bundle.HasField(name):  # type: ignore[arg-type]
+    for name in PROGRAMS:
+        if bundle.HasField(name):
             yield getattr(bundle, name).digest
     for tensor in [*bundle.captured, *bundle.data]:
         yield tensor.digest

@@ -112,7 +112,7 @@ class App:
         self.engine.close()
         self.engine.store.close()
 
-    def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+    def _set_health(self, status: int) -> None:
         for name in ("", *self._names):
             self._health.set(name, status)
 

@@ -6,7 +6,6 @@ never stalls somebody else's product. What was compiled stays in jax's persisten
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import logging
 import threading
 import time
@@ -20,16 +19,13 @@ import numpy as np
 
 from hvpd import _codec
 from hvpd.v1 import objective_pb2
+from hvpd_server._admission import PROGRAMS, Signature
 from hvpd_server._errors import Code, ServiceError
 
 _log = logging.getLogger(__name__)
 
 DeviceArray = jax.Array
 Compiled = Callable[..., Any]
-
-PROGRAMS = ("value_and_grad", "hvp", "prepare", "apply")
-BLOCKED = ("hvp", "apply")
-"""Programs with a block of vectors, compiled by width; the others have width 0."""
 
 
 class Device:
@@ -62,15 +58,8 @@ class Device:
     def put(self, array: _codec.Array) -> DeviceArray:
         """Copies an array to the device."""
         with _device_errors():
-            return jax.block_until_ready(jax.device_put(np.array(array, copy=True), self._device))
-
-
-@dataclasses.dataclass(frozen=True)
-class Signature:
-    """Shapes and dtypes of a program's arguments and results; None stands for the symbolic block width."""
-
-    arguments: tuple[tuple[tuple[int | None, ...], str], ...]
-    results: tuple[tuple[tuple[int | None, ...], str], ...]
+            placed: DeviceArray = jax.block_until_ready(jax.device_put(np.array(array, copy=True), self._device))
+            return placed
 
 
 class Kernels:

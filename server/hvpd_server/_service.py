@@ -132,7 +132,7 @@ class ObjectiveService(objective_pb2_grpc.ObjectiveServiceServicer):
         for name, digest in known[start : start + size]:
             objective = self._objective(name or digest)
             for structure in ("x_tree", "x_leaves", "data_tree", "residuals"):
-                objective.bundle.ClearField(structure)  # type: ignore[arg-type]
+                objective.bundle.ClearField(structure)
             response.objectives.append(objective)
         if start + size < len(known):
             response.next_page_token = str(start + size)
@@ -232,9 +232,8 @@ class CurvatureService(curvature_pb2_grpc.CurvatureServiceServicer):
         except Exception as error:  # noqa: BLE001 - one product's error, the stream goes on
             yield _refusal(tag, error)
             return
-        for chunk in _codec.chunks(_codec.payload(result)):
-            yield curvature_pb2.StreamProductsResponse(tag=tag, info=info, chunk=bytes(chunk))
-            info = None
+        for index, chunk in enumerate(_codec.chunks(_codec.payload(result))):
+            yield curvature_pb2.StreamProductsResponse(tag=tag, info=None if index else info, chunk=bytes(chunk))
 
 
 class ServerService(server_pb2_grpc.ServerServiceServicer):
@@ -396,7 +395,7 @@ class _Cancel:
 
     def __init__(self, context: grpc.ServicerContext) -> None:
         self._cancel: Callable[[], None] = lambda: None
-        context.add_callback(lambda: self._cancel())
+        context.add_callback(lambda: self._cancel())  # noqa: PLW0108 - looked up when it is called
 
     def instead(self, cancel: Callable[[], None]) -> None:
         """From now on, this is what to cancel."""
@@ -435,5 +434,5 @@ def _refusal(tag: int, error: Exception) -> curvature_pb2.StreamProductsResponse
 
 
 def _deadline(context: grpc.ServicerContext) -> float:
-    remaining = context.time_remaining()
-    return float("inf") if remaining is None else time.monotonic() + remaining
+    """When the call's time is over, on time.monotonic's clock."""
+    return time.monotonic() + context.time_remaining()

@@ -24,7 +24,7 @@ import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from hvpd import _codec
 from hvpd.v1 import objective_pb2, tensor_pb2
@@ -197,7 +197,7 @@ class Store:
         """A new file, and the function that makes it durable under its final name. Gone where that was not called."""
         descriptor, name = tempfile.mkstemp(dir=self.root / "incoming")
         try:
-            with open(descriptor, "wb") as file:
+            with os.fdopen(descriptor, "wb") as file:
 
                 def commit(path: Path) -> None:
                     file.flush()
@@ -227,7 +227,7 @@ class Upload:
         self._hash = hashlib.sha256()
         self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> "Upload":
+    def __enter__(self) -> Self:
         self._file, self._commit = self._stack.enter_context(self._store._incoming())  # noqa: SLF001 - its other half
         return self
 
