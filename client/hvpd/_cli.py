@@ -172,3 +172,7 @@ def _size(size_bytes: float) -> str:
             return f"{size_bytes:.3g} {unit}"
         size_bytes /= 1024
     return f"{size_bytes:.3g} TiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -258,23 +258,17 @@ def _linearized(
     closed = jax.make_jaxpr(prepare)(*specs)
     inputs = {variable: position for position, variable in enumerate(closed.jaxpr.invars)}
     residuals = closed.jaxpr.outvars[2:]
-    sources, kept = [], list(closed.jaxpr.outvars[:2])
-    for variable in residuals:
+    sources, kept = [], [0, 1]
+    for output, variable in enumerate(residuals, start=2):
         position = None if isinstance(variable, jex.Literal) else inputs.get(variable)
         source = {"result": len(kept) - 2} if position is None else {"argument": position}
         sources.append(objective_pb2.Residual(spec=_array_spec(variable.aval), **source))
         if position is None:
-            kept.append(variable)
-    shortened = jex.Jaxpr(
-        constvars=closed.jaxpr.constvars,
-        invars=closed.jaxpr.invars,
-        outvars=kept,
-        eqns=closed.jaxpr.eqns,
-        effects=closed.jaxpr.effects,
-    )
+            kept.append(output)
 
     def prepare_shortened(x: jax.Array, *args: jax.Array) -> Any:
-        return tuple(jex.jaxpr_as_fun(jex.ClosedJaxpr(shortened, closed.consts))(x, *args))
+        outputs = jex.jaxpr_as_fun(closed)(x, *args)
+        return tuple(outputs[output] for output in kept)
 
     prepare_shortened.__name__ = prepare_shortened.__qualname__ = "prepare"
 
@@ -367,7 +361,8 @@ def _evaluate(closed: Any, args: Sequence[Any], replaced: Mapping[int, Any]) -> 
         else:
             variables = list(dict.fromkeys(atom for atom in equation.invars if not isinstance(atom, jex.Literal)))
             kept = [variable for variable in equation.outvars if not isinstance(variable, jex.DropVar)]
-            single = jex.Jaxpr((), variables, kept, [equation], equation.effects)
+            names = jex.DebugInfo("eval", "equation", ("",) * len(variables), ("",) * len(kept))
+            single = jex.Jaxpr((), variables, kept, [equation], equation.effects, names)
             values.update(zip(kept, jex.jaxpr_as_fun(jex.ClosedJaxpr(single, ()))(*map(read, variables)), strict=True))
     return [read(atom) for atom in closed.jaxpr.outvars]
 

@@ -1,0 +1,115 @@
+"""What all tests share: real servers as child processes, on free ports, stopped whatever happens."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import hvpd
+
+_WAIT = 120.0
+
+
+class Serving:
+    """An `hvpd serve` process that can be killed and started again on the same port and store."""
+
+    def __init__(self, store: Path, *flags: str, host: str = "127.0.0.1", environment: dict[str, str] | None = None) -> None:
+        self.store = store
+        self._flags = flags
+        self._environment = os.environ | (environment or {})
+        self._host = host
+        self.port = 0
+        self.lines: list[str] = []
+        self.start()
+
+    @property
+    def address(self) -> str:
+        return f"{self._host}:{self.port}"
+
+    def start(self) -> None:
+        """Starts it and waits until it says that it serves."""
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "hvpd._cli", "serve", "--host", self._host, "--port", str(self.port)),
+                *("--store", str(self.store), "--metrics-port", "0", *self._flags),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self._environment,
+        )
+        ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, args=(self.process, ready), daemon=True)
+        self._reader.start()
+        assert ready.wait(_WAIT), self.lines
+        assert self.process.poll() is None, self.lines
+
+    def _read(self, process: "subprocess.Popen[str]", ready: threading.Event) -> None:
+        assert process.stderr is not None
+        with process.stderr as stderr:
+            for line in stderr:
+                self.lines.append(line.rstrip())
+                if found := re.match(r"hvpd: serving on .*:(\d+)$", line):
+                    self.port = int(found[1])
+                    ready.set()
+        ready.set()
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples over its labels."""
+        said = next(line for line in reversed(self.lines) if "hvpd: metrics on " in line)
+        with urllib.request.urlopen(said.split(" on ")[1], timeout=30) as response:
+            text = response.read().decode()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"{name}[ {{]", line))
+
+    def kill(self) -> None:
+        """`kill -9`."""
+        self.process.kill()
+        self.process.wait(_WAIT)
+        self._reader.join(_WAIT)
+
+    def terminate(self) -> int:
+        """SIGTERM; returns the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(_WAIT)
+        self._reader.join(_WAIT)
+        return code
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--target", metavar="HOST:PORT", help="run the end-to-end tests that allow it against this server")
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Serving]]:
+    """Starts servers: serve(*flags, store=..., environment=...)."""
+    started: list[Serving] = []
+
+    def start(*flags: str, store: Path | None = None, environment: dict[str, str] | None = None) -> Serving:
+        started.append(Serving(store or tmp_path_factory.mktemp("store"), *flags, environment=environment))
+        return started[-1]
+
+    yield start
+    for serving in started:
+        if serving.process.poll() is None:
+            serving.kill()
+
+
+@pytest.fixture(scope="session")
+def server(serve: Callable[..., Serving]) -> Serving:
+    """One server for all tests that leave it as it was."""
+    return serve()
+
+
+@pytest.fixture(scope="session")
+def client(request: pytest.FixtureRequest) -> Iterator[hvpd.Client]:
+    """A client of that server, or of --target."""
+    target = request.config.getoption("--target")
+    with contextlib.closing(hvpd.connect(target or request.getfixturevalue("server").address)) as connected:
+        yield connected
