@@ -75,13 +75,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _connection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", metavar="HOST:PORT", help="the server (default: localhost:7070) [$HVPD_ADDRESS]")
+    parser.add_argument(
+        "--connect-timeout", type=float, default=10.0, metavar="SECONDS", help="how long to wait for it (default: 10)"
+    )
     parser.add_argument("--token", help="who calls, for servers that ask [$HVPD_TOKEN]")
 
 
 def _connect(arguments: argparse.Namespace) -> "Client":
     from hvpd._client import connect
 
-    return connect(arguments.address, token=arguments.token)
+    return connect(arguments.address, token=arguments.token, connect_timeout=arguments.connect_timeout)
 
 
 def _serve(arguments: argparse.Namespace) -> int:

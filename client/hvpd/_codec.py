@@ -24,20 +24,29 @@ Array = npt.NDArray[Any]
 Buffer = bytes | bytearray | memoryview
 
 
+_NUMPY = frozenset(
+    ["bool", "float16", "float32", "float64", "complex64", "complex128"]
+    + [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+)
+_ML_DTYPES = ("bfloat16", "float8_", "int2", "int4", "uint2", "uint4")
+
+
 def dtype(name: str) -> np.dtype[Any]:
-    """The dtype of a name on the wire, little-endian. bfloat16 and the like need ml_dtypes, which comes with jax."""
-    try:
-        found = np.dtype(name)
-    except TypeError:
+    """The dtype of a name on the wire, little-endian. bfloat16 and the like need ml_dtypes, which comes with jax.
+
+    Raises:
+        TypeError: No such dtype can be sent, or ml_dtypes is not installed.
+    """
+    if name in _NUMPY:
+        return np.dtype(name).newbyteorder("<")
+    if name.startswith(_ML_DTYPES):
         try:
             import ml_dtypes
 
-            found = np.dtype(getattr(ml_dtypes, name))
+            return np.dtype(getattr(ml_dtypes, name))
         except (ImportError, AttributeError):
-            raise TypeError(f"no dtype named {name!r} on this machine (bfloat16 and float8 need `ml_dtypes`)") from None
-    if found.hasobject or (found.kind in "SUMmV" and found.isbuiltin == 1):
-        raise TypeError(f"arrays of dtype {name!r} cannot be sent")
-    return found.newbyteorder("<") if found.isbuiltin == 1 else found
+            raise TypeError(f"dtype {name!r} needs the package ml_dtypes, in a version that knows it") from None
+    raise TypeError(f"arrays of dtype {name!r} cannot be sent")
 
 
 def payload(array: Array) -> memoryview:
@@ -87,22 +96,21 @@ def data_array(leaf: Any, where: str, *, x_dtype: np.dtype[Any], x64: bool) -> A
     found = np.asarray(leaf)
     if type(leaf) is float:
         found = found.astype(x_dtype)
-    if found.dtype.hasobject or found.dtype.kind in "SUMm" or found.dtype.names:
-        raise InvalidArgumentError(f"{where} must be an array of numbers or booleans, got dtype {found.dtype}")
-    narrow = {"float64": "float32", "complex128": "complex64", "int64": "int32", "uint64": "uint32"}.get(
-        found.dtype.name
-    )
-    if type(leaf) is int:
-        narrow = "int32" if abs(leaf) < 2**31 else narrow
-    elif x64:
-        narrow = None
-    if narrow is None:
+    elif type(leaf) is int and found.dtype.kind in "iu" and abs(leaf) < 2**31:
+        found = found.astype(np.int32)
+    try:
+        dtype(found.dtype.name)
+    except TypeError:
+        raise InvalidArgumentError(f"{where} must be an array of numbers or booleans, got dtype {found.dtype}") from None
+    narrow = {"float64": "float32", "complex128": "complex64", "int64": "int32", "uint64": "uint32"}
+    if x64 or found.dtype.name not in narrow:
         return found
+    to = narrow[found.dtype.name]
     if found.dtype.kind in "iu" and found.size:
-        limits = np.iinfo(narrow)
+        limits = np.iinfo(to)
         if found.min() < limits.min or found.max() > limits.max:
             raise InvalidArgumentError(
-                f"{where} holds integers that {narrow} cannot, and this objective is traced without 64-bit types: "
+                f"{where} holds integers that {to} cannot, and this objective is traced without 64-bit types: "
                 "register it under jax.enable_x64(True), or with a float64 x"
             )
-    return found.astype(narrow)
+    return found.astype(to)

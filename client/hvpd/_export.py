@@ -195,9 +195,8 @@ def _check_scalar(fun: _Function, out: Any) -> None:
     name = getattr(fun, "__name__", repr(fun))
     leaves = jax.tree.leaves(out)
     if len(leaves) != 1 or leaves[0] is not out:
-        raise InvalidArgumentError(
-            f"{name} must return one scalar, it returns {jax.tree.map(lambda s: s.str_short(), out)}"
-        )
+        shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", out)
+        raise InvalidArgumentError(f"{name} must return one scalar and nothing else, it returns {shapes}")
     if out.shape != ():
         raise InvalidArgumentError(
             f"{name} must return a scalar, it returns an array of shape {out.shape}: reduce it, for instance with jnp.mean"

@@ -41,7 +41,8 @@ class LocalServer:
         if missing:
             raise MissingExtraError(f"an embedded server needs {', '.join(missing)}: pip install 'hvpd[server]'")
         self._stack = contextlib.ExitStack()
-        if "store" not in settings:
+        ephemeral = "store" not in settings
+        if ephemeral:
             settings["store"] = self._stack.enter_context(
                 tempfile.TemporaryDirectory(prefix="hvpd-", ignore_cleanup_errors=True)
             )
@@ -57,7 +58,7 @@ class LocalServer:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            env=os.environ | {"HVPD_OWNED": "1"},
+            env=os.environ | {"HVPD_OWNED": "ephemeral" if ephemeral else "1"},
             start_new_session=True,  # Ctrl-C is for the solver, not for the server under it.
         )
         self._lines: collections.deque[str] = collections.deque(maxlen=50)

@@ -13,8 +13,8 @@ def main() -> int:
     except ValueError as error:
         print(f"hvpd: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    owned = os.environ.get("HVPD_OWNED") == "1"
-    return _app.run(config, owner=sys.stdin.fileno() if owned else None)
+    owned = os.environ.get("HVPD_OWNED")
+    return _app.run(config, owner=sys.stdin.fileno() if owned else None, ephemeral=owned == "ephemeral")
 
 
 if __name__ == "__main__":

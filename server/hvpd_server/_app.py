@@ -10,10 +10,12 @@
 import logging
 import os
 import select
+import shutil
 import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import FrameType
 
 import grpc
@@ -125,12 +127,13 @@ def default_budget(device: Device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
-def run(config: Config, *, owner: int | None = None) -> int:
+def run(config: Config, *, owner: int | None = None, ephemeral: bool = False) -> int:
     """Serves until SIGTERM or SIGINT; returns the process's exit code.
 
     Args:
         config: The settings.
         owner: A file descriptor whose end of file, too, stops the server at once: the pipe of a process that embeds it.
+        ephemeral: Whether the store is of no use to anybody without that owner.
     """
     logging.basicConfig(
         level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
@@ -145,7 +148,7 @@ def run(config: Config, *, owner: int | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     if owner is not None:
-        threading.Thread(target=_die_with, args=(owner,), name="hvpd-owner", daemon=True).start()
+        threading.Thread(target=_die_with, args=(owner, config.store if ephemeral else None), name="hvpd-owner", daemon=True).start()
     try:
         app = App(config)
     except (ServiceError, OSError) as error:
@@ -164,12 +167,14 @@ def run(config: Config, *, owner: int | None = None) -> int:
     return 0
 
 
-def _die_with(owner: int) -> None:
+def _die_with(owner: int, store: Path | None) -> None:
     """Ends this process when its owner is gone: its end of the pipe closes, or, where a fork of it holds that, it is re-parented."""
     parent = os.getppid()
     while True:
         readable, _, _ = select.select([owner], [], [], 1.0)
         if os.getppid() != parent or (readable and not os.read(owner, 1)):
+            if store is not None:
+                shutil.rmtree(store, ignore_errors=True)
             os._exit(0)
 
 

@@ -26,6 +26,7 @@ def logistic_hessian(w, X, y):
 
 
 def relative(found, expected):
+    expected = np.asarray(expected)
     return np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected)
 
 

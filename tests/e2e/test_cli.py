@@ -1,0 +1,102 @@
+"""The `hvpd` command, as a shell calls it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import hvpd
+
+
+def command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "hvpd._cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | environment,
+    )
+
+
+def test_help_of_serve_names_each_setting_and_its_variable():
+    done = command("serve", "--help", COLUMNS="200")
+    assert done.returncode == 0
+    for name in ("host", "port", "store", "metrics-port", "memory-budget", "max-block-width", "max-pending", "insecure"):
+        assert f"--{name}" in done.stdout
+        assert f"[$HVPD_{name.upper().replace('-', '_')}]" in done.stdout
+    assert "hvpd: serving on HOST:PORT" in done.stdout
+
+
+def test_version_and_no_command():
+    assert command("--version").stdout.strip() == f"hvpd {hvpd.__version__}"
+    nothing = command()
+    assert nothing.returncode == 2
+    assert "COMMAND" in nothing.stderr
+
+
+def test_register_and_list(serve, tmp_path):
+    server = serve()
+    source = tmp_path / "model.py"
+    source.write_text(
+        textwrap.dedent("""
+        import jax.numpy as jnp, numpy as np
+        def objective():
+            return lambda x, s: s * jnp.sum(x**2), np.zeros(3), np.ones(())
+        def wrong():
+            return 5
+        """)
+    )
+    done = command("register", f"{source}:objective", "--name", "from/cli", "--address", server.address)
+    assert done.returncode == 0, done.stderr
+    digest = re.fullmatch(r"from/cli ([0-9a-f]{64}) n=3 float64\n", done.stdout)[1]
+    listed = command("objectives", HVPD_ADDRESS=server.address).stdout.splitlines()
+    assert listed[0].split() == ["NAME", "N", "DTYPE", "PRECISION", "PLATFORMS", "DATA", "CREATED", "DIGEST"]
+    assert listed[1].split()[:6] == ["from/cli", "3", "float64", "highest", "cpu,cuda", "8"]
+    as_json = json.loads(command("objectives", "--json", "--address", server.address).stdout)
+    assert as_json["digest"] == digest
+    assert json.loads(command("info", "--json", "--address", server.address).stdout)["version"] == hvpd.__version__
+    assert "max block width: 64" in command("info", "--address", server.address).stdout
+    for wrong, says in [
+        ("nothing", "SOURCE is FILE.py:NAME"),
+        (f"{source}:missing", "defines no function"),
+        (f"{source}:wrong", "must return"),
+        (f"{tmp_path}/none.py:f", "cannot read"),
+    ]:
+        failed = command("register", wrong, "--address", server.address)
+        assert failed.returncode == 1
+        assert failed.stderr.startswith("hvpd: ")
+        assert says in failed.stderr
+        assert "Traceback" not in failed.stderr
+
+
+def test_settings_come_from_the_environment(serve):
+    server = serve(environment={"HVPD_MAX_BLOCK_WIDTH": "8"})
+    assert json.loads(command("info", "--json", "--address", server.address).stdout)["max_block_width"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        (["--port", "70000"], {}, "port from 0 to 65535"),
+        (["--host", "0.0.0.0"], {}, "--insecure"),
+        ([], {"HVPD_MEMORY_BUDGET": "lots"}, r"\$HVPD_MEMORY_BUDGET: expected a size"),
+        (["--log-level", "loud"], {}, "--log-level must be"),
+    ],
+)
+def test_wrong_settings_are_named(arguments, environment, says):
+    done = command("serve", *arguments, **environment)
+    assert done.returncode == 2
+    assert re.search(says, done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_no_server_is_one_line():
+    done = command("objectives", "--address", "127.0.0.1:1", "--connect-timeout", "0.3")
+    assert done.returncode == 1
+    assert done.stderr.startswith("hvpd: no hvpd server answers at 127.0.0.1:1")
+    assert "Traceback" not in done.stderr

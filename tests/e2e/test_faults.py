@@ -1,0 +1,270 @@
+"""What goes wrong around a solve: the server killed, draining, full, evicting, absent; the client gone. Nothing is lost."""
+
+import concurrent.futures
+import re
+import resource
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+
+import hvpd
+
+
+def quadratic(x, A):
+    return 0.5 * x @ A @ x
+
+
+@pytest.fixture(scope="module")
+def spd():
+    A = np.random.default_rng(0).normal(size=(60, 60))
+    return A @ A.T / 60 + np.eye(60)
+
+
+def test_killed_and_restarted_between_two_products_of_one_operator(serve, spd):
+    server = serve()
+    with hvpd.connect(server.address) as client:
+        H = client.register(quadratic, np.zeros(60), spd, name="spd").at(np.ones(60)).hessian()
+        v = np.arange(60.0)
+        before = H @ v
+        server.kill()
+        server.start()
+        after = H @ v
+        assert client.statistics().retries > 0
+    assert np.allclose(before, spd @ v, rtol=1e-12)
+    assert np.allclose(after, spd @ v, rtol=1e-12)
+
+
+def test_killed_in_the_middle_of_a_running_solve(serve, spd):
+    """The server dies while CG runs and comes back; CG ends with the right answer."""
+    server = serve()
+    with hvpd.connect(server.address) as client:
+        H = client.register(quadratic, np.zeros(60), spd).at(np.ones(60)).hessian()
+        products = 0
+
+        def matvec(v):
+            nonlocal products
+            products += 1
+            if products == 5:
+                killer.start()
+            return H @ v
+
+        def kill():
+            server.kill()
+            server.start()
+
+        killer = threading.Thread(target=kill)
+        b = np.arange(60.0)
+        solution, code = scipy.sparse.linalg.cg(scipy.sparse.linalg.LinearOperator((60, 60), matvec, dtype=float), b, rtol=1e-12)
+        killer.join(120)
+    assert code == 0
+    assert np.allclose(solution, np.linalg.solve(spd, b), rtol=1e-8)
+
+
+def test_objectives_data_and_names_survive_a_restart(serve, spd):
+    server = serve()
+    with hvpd.connect(server.address) as client:
+        digest = client.register(quadratic, np.zeros(60), spd, name="team/spd").digest
+    assert server.terminate() == 0
+    assert "hvpd: stopped" in server.lines
+    server.start()
+    with hvpd.connect(server.address) as client:
+        found = client.objective("team/spd")
+        assert found.digest == digest
+        assert np.allclose(found.at(np.ones(60)).hessian() @ np.ones(60), spd @ np.ones(60))
+
+
+def test_sigterm_lets_a_running_product_finish(serve):
+    """A product that takes about a second is under way when SIGTERM comes; it is answered, then the server is gone."""
+    server = serve()
+    with hvpd.connect(server.address, retry_timeout=0.5) as client:
+
+        def slow(x, A):
+            return jnp.sum(jnp.linalg.matrix_power(A, 200) @ x) ** 2
+
+        n = 700
+        A = np.eye(n)[np.random.default_rng(0).permutation(n)]
+        H = client.register(slow, np.zeros(n), A).at(np.ones(n)).hessian()
+        H @ np.ones(n)
+        idle = hvpd.connect(server.address)
+        idle.objective(H.point.objective.digest).at(np.ones(n)).hessian() @ np.ones(n)  # leaves an idle stream open
+        launched = server.metric("hvpd_launches_total")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            future = pool.submit(lambda: H @ np.tile(np.ones((n, 1)), 64))
+            while server.metric("hvpd_launches_total") == launched:
+                assert not future.done()  # 64 vectors are many launches, or one that waits for its compile
+            assert server.terminate() == 0
+            assert np.allclose(future.result(60), 2 * n)
+        with pytest.raises(hvpd.UnavailableError, match=f"no answer from the hvpd server at {re.escape(server.address)}"):
+            H @ np.ones(n)
+        idle.close()
+
+
+def test_points_that_do_not_fit_come_back_by_themselves(serve):
+    """The budget holds two points; three take turns."""
+    n = 1000
+    server = serve("--memory-budget", str(2 * 2 * n * 8))
+    with hvpd.connect(server.address) as client:
+        objective = client.register(lambda x: jnp.sum(x**4) / 12, np.zeros(n))
+        points = [objective.at(np.full(n, float(value))) for value in (1, 2, 3)]
+        for _ in range(2):
+            for point in points:
+                assert np.array_equal(point.hessian() @ np.ones(n), point.x**2)
+        assert client.statistics().retries > 0
+        with pytest.raises(hvpd.OverloadedError, match=r"larger than the server's memory budget.*--memory-budget"):
+            client.register(lambda x: jnp.sum(x**2), np.zeros(4 * n)).at(np.zeros(4 * n))
+    assert server.metric("hvpd_evictions_total") > 0
+
+
+def test_a_full_disk_refuses_and_recovers(serve):
+    """The server's process may write no file above 64 KiB: the system refuses as it does on a full disk."""
+    server = serve()
+    with hvpd.connect(server.address) as client:
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+        A = np.random.default_rng(0).normal(size=(200, 200))
+        with pytest.raises(hvpd.OverloadedError, match="the server's store has no room") as error:
+            client.register(quadratic, np.zeros(200), A, name="large")
+        assert error.value.reason == "DISK_FULL"
+        assert list((server.store / "incoming").iterdir()) == []
+        with pytest.raises(hvpd.NotFoundError):
+            client.objective("large")
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        objective = client.register(quadratic, np.zeros(200), A, name="large")
+        assert np.allclose(objective.hessp(np.zeros(200), np.ones(200)), (A + A.T) @ np.ones(200) / 2)
+
+
+def test_a_blob_corrupted_on_disk_is_found_set_aside_and_healed(serve, spd):
+    server = serve()
+    with hvpd.connect(server.address) as client:
+        objective = client.register(quadratic, np.zeros(60), spd, name="healed")
+        digest = objective._bundle.data[0].digest
+    server.kill()
+    blob = server.store / "blobs" / digest[:2] / digest
+    blob.write_bytes(b"\0" + blob.read_bytes()[1:])
+    server.start()
+    with hvpd.connect(server.address) as client:
+        with pytest.raises(hvpd.HvpdError, match="corrupt on the server's disk") as error:
+            client.objective("healed").at(np.ones(60))
+        assert error.value.reason == "BLOB_CORRUPT"
+        assert [path.name.split(".")[0] for path in (server.store / "corrupt").iterdir()] == [digest]
+        again = client.register(quadratic, np.zeros(60), spd, name="healed")
+        assert np.allclose(again.hessp(np.ones(60), np.ones(60)), spd @ np.ones(60))
+
+
+def test_no_server_at_the_address():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, not listening: nothing answers here, and nobody else gets the port
+        address = "127.0.0.1:{}".format(taken.getsockname()[1])
+        started = time.monotonic()
+        with pytest.raises(hvpd.UnavailableError, match=f"no hvpd server answers at {address}.*hvpd serve") as error:
+            hvpd.connect(address, connect_timeout=0.5)
+        assert time.monotonic() - started < 10
+        assert isinstance(error.value, ConnectionError)
+
+
+def test_something_that_is_not_grpc_at_the_address():
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(hvpd.UnavailableError, match="no hvpd server answers"):
+            hvpd.connect("127.0.0.1:{}".format(silent.getsockname()[1]), connect_timeout=0.5)
+
+
+@pytest.mark.parametrize("address", ["gpu-box", ":7070", "host:port"])
+def test_addresses_that_are_none(address):
+    with pytest.raises(hvpd.InvalidArgumentError, match="an address is host:port"):
+        hvpd.connect(address)
+
+
+def test_a_closed_client_says_so(server):
+    client = hvpd.connect(server.address)
+    client.close()
+    client.close()
+    with pytest.raises(hvpd.HvpdError, match="is closed"):
+        client.objectives()
+
+
+def test_a_timeout_is_the_callers_and_the_next_call_is_fine(serve):
+    server = serve()
+
+    def slow(x, A):
+        return jnp.sum(jnp.linalg.matrix_power(A, 300) @ x) ** 2
+
+    A = np.eye(600)
+    with hvpd.connect(server.address) as client:
+        client.register(slow, np.zeros(600), A, name="slow").at(np.ones(600)).hessian() @ np.ones(600)
+    with hvpd.connect(server.address, timeout=0.05) as client:
+        H = None
+        with pytest.raises(hvpd.DeadlineError):
+            H = client.objective("slow").at(np.ones(600)).hessian()
+            H @ np.tile(np.ones((600, 1)), 64)
+    with hvpd.connect(server.address) as client:
+        assert np.allclose(client.objective("slow").hessp(np.ones(600), np.ones(600)), 2 * 600)
+
+
+def test_a_client_killed_with_products_in_flight_harms_nobody(server, client):
+    objective = client.register(lambda x: jnp.sum(x**4) / 12, np.zeros(200_000), name="victim")
+    program = textwrap.dedent("""
+        import sys, threading, numpy as np, hvpd
+        client = hvpd.connect(sys.argv[1])
+        H = client.objective("victim").at(np.ones(200_000)).hessian()
+        H @ np.ones(200_000)
+        def work():
+            while True:
+                H @ np.ones((200_000, 16))
+        for _ in range(4):
+            threading.Thread(target=work, daemon=True).start()
+        print("ready", flush=True)
+        threading.Event().wait()
+    """)
+    victim = subprocess.Popen([sys.executable, "-c", program, server.address], stdout=subprocess.PIPE, text=True)
+    assert victim.stdout is not None
+    with victim.stdout:
+        assert victim.stdout.readline() == "ready\n"
+        victim.kill()
+    victim.wait(60)
+    x = np.full(200_000, 3.0)
+    assert np.array_equal(objective.at(x).hessian() @ np.ones(200_000), x**2)
+
+
+def test_threads_of_one_client_and_of_many_are_batched_and_get_their_own(server):
+    """Eight threads of two clients at one point: each gets its own product, and launches were shared."""
+    n = 2000
+    with hvpd.connect(server.address) as one, hvpd.connect(server.address) as two:
+        x = np.linspace(0, 1, n)
+        A = np.random.default_rng(0).normal(size=(n, n))
+        one.register(quadratic, x, A, name="shared")
+        operators = [client.objective("shared").at(x).hessian() for client in (one, two)]
+        S = (A + A.T) / 2
+
+        def work(seed):
+            rng = np.random.default_rng(seed)
+            for _ in range(20):
+                v = rng.normal(size=n)
+                assert np.allclose(operators[seed % 2] @ v, S @ v, rtol=1e-9, atol=1e-9)
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+        assert one.statistics().mean_batch_width + two.statistics().mean_batch_width > 2
+
+
+def test_two_servers_cannot_share_a_store_or_a_port(serve, tmp_path):
+    server = serve()
+
+    def start(*flags):
+        command = [sys.executable, "-m", "hvpd._cli", "serve", *flags]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    same_store = start("--port", "0", "--store", str(server.store))
+    assert same_store.returncode == 1
+    assert "is in use by another server" in same_store.stderr
+    same_port = start("--port", str(server.port), "--store", str(tmp_path))
+    assert same_port.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{server.port}" in same_port.stderr

@@ -1,0 +1,282 @@
+"""What may be registered, what is refused and how, and that the same thing is stored and compiled once."""
+
+import collections
+import functools
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hvpd
+
+
+def quadratic(x, A):
+    return 0.5 * x @ A @ x
+
+
+def test_the_same_again_uploads_and_compiles_nothing(serve):
+    server = serve()
+    A = np.diag(np.arange(1.0, 6.0))
+    with hvpd.connect(server.address) as client:
+        first = client.register(quadratic, np.zeros(5), A, name="q")
+        assert np.allclose(first.at(np.ones(5)).hessian() @ np.ones(5), np.arange(1.0, 6.0))
+        stored, compiled = server.metric("hvpd_blobs_stored_total"), server.metric("hvpd_compile_seconds_count")
+        assert stored > 0
+        assert compiled > 0
+        again = client.register(quadratic, np.zeros(5), A, name="q")
+        assert np.allclose(again.at(np.ones(5)).hessian() @ np.ones(5), np.arange(1.0, 6.0))
+    assert again.digest == first.digest
+    assert server.metric("hvpd_blobs_stored_total") == stored
+    assert server.metric("hvpd_compile_seconds_count") == compiled
+
+
+def test_the_digest_does_not_depend_on_the_checkout_and_no_path_travels(tmp_path):
+    """Two copies of a file, on other lines of other directories, with other hash seeds, give the same bytes."""
+    source = textwrap.dedent("""
+        import jax, jax.numpy as jnp, numpy as np
+        def loss(params, X):
+            hidden = jax.nn.relu(X @ params["w"])
+            return jnp.mean(jax.nn.logsumexp(hidden, axis=1)) + jnp.sum(params["b"] ** 4)
+        def bundle():
+            from hvpd import _export
+            params = {"b": np.zeros(3), "w": np.ones((4, 3))}
+            return _export.export(loss, params, (np.ones((5, 4)),), platforms=("cpu", "cuda"), precision="highest")
+    """)
+    digests = set()
+    for number in (1, 2):
+        checkout = tmp_path / f"checkout-{number}"
+        checkout.mkdir()
+        (checkout / "model.py").write_text("# moved down\n" * 10 * number + source)
+        program = "import model; e = model.bundle(); print(e.digest, any(b'checkout' in bytes(b) for b in e.blobs.values()))"
+        environment = os.environ | {"PYTHONHASHSEED": str(number), "PYTHONPATH": str(checkout)}
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=checkout, env=environment, capture_output=True, text=True, check=True
+        )
+        digest, carries_path = done.stdout.split()
+        assert carries_path == "False"
+        digests.add(digest)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_large_closed_over_arrays_become_tensors(client, nested):
+    rng = np.random.default_rng(0)
+    large, small = rng.normal(size=(400, 6)), rng.normal(size=6)
+
+    def inner(x):
+        return jnp.sum(jnp.tanh(jnp.asarray(large) @ x) ** 2) + small @ x
+
+    fun = jax.jit(inner) if nested else inner
+    objective = client.register(fun, np.zeros(6))
+    bundle = objective._bundle
+    assert [tuple(tensor.shape) for tensor in bundle.captured] == [(400, 6)]
+    assert bundle.hvp.size_bytes < large.nbytes
+    x, v = rng.normal(size=(2, 6))
+    with jax.enable_x64(True):
+        expected = jax.jvp(jax.grad(inner), (jnp.asarray(x),), (jnp.asarray(v),))[1]
+    for _ in range(4):
+        assert np.allclose(objective.at(x).hessian() @ v, expected, rtol=1e-10)
+
+
+def test_float64_is_never_cut_although_x64_is_off(client):
+    assert not jax.config.read("jax_enable_x64")
+    x = np.array([1.0 + 1e-12, 2.0])
+    objective = client.register(lambda x: jnp.sum(x**3), x)
+    assert objective.dtype == np.float64
+    assert objective.value(x) == pytest.approx(float(np.sum(x**3)), rel=1e-15)
+    assert np.allclose(objective.hessp(x, np.ones(2)), 6 * x, rtol=1e-15)
+
+
+def test_data_is_taken_as_jax_takes_it(client):
+    """With a float32 x and x64 off, 64-bit data is narrowed; integers that do not fit are refused, not wrapped."""
+    X, labels = np.ones((3, 2)), np.array([0, 1, 1])
+    objective = client.register(
+        lambda x, X, labels, scale: scale * jnp.sum((X @ x - labels) ** 2), np.zeros(2, np.float32), X, labels, 0.5
+    )
+    assert [tensor.dtype for tensor in objective._bundle.data] == ["float32", "int32", "float32"]
+    assert np.allclose(objective.at(np.zeros(2)).hessian() @ np.eye(2), 3 * np.ones((2, 2)))
+    assert np.allclose(objective.at(np.zeros(2), 2 * X, labels, 1.0).hessian() @ np.eye(2), 24 * np.ones((2, 2)))
+    with pytest.raises(hvpd.InvalidArgumentError, match=r"data\[0\].*integers that int32 cannot"):
+        client.register(lambda x, k: jnp.sum(x) * k[0], np.zeros(2, np.float32), np.array([2**40]))
+
+
+Pair = collections.namedtuple("Pair", ["first", "second"])
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["gain", "bias"], meta_fields=[])
+class Custom:
+    def __init__(self, gain, bias):
+        self.gain, self.bias = gain, bias
+
+
+def test_any_pytree_and_back(client):
+    tree = {
+        "b": [np.arange(3.0), (np.float64(7.0), None)],
+        "a": Pair(np.ones((2, 2)), np.arange(2.0, dtype=np.float32)),
+        "c": {2: np.zeros(1), 1: np.full((1, 1), 5.0)},
+    }
+
+    def fun(tree):
+        return sum(jnp.sum(leaf**3) for leaf in jax.tree.leaves(tree))
+
+    registered = client.register(fun, tree, name="trees")
+    found = client.objective("trees")
+    expected = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+    for objective in (registered, found):
+        assert np.array_equal(objective.ravel(tree), expected)
+        back = objective.unravel(objective.ravel(tree))
+        assert jax.tree.all(jax.tree.map(np.array_equal, jax.tree.leaves(back), jax.tree.leaves(tree)))
+        assert [leaf.dtype for leaf in jax.tree.leaves(back)] == [np.asarray(leaf).dtype for leaf in jax.tree.leaves(tree)]
+        assert back["b"][1][1] is None
+        assert back["a"]._fields == Pair._fields
+        assert np.allclose(objective.at(tree).gradient, 3 * expected**2)
+        assert objective.at(tree).value == objective.at(expected).value
+
+
+def test_containers_of_the_users_own(client):
+    fun = lambda tree: jnp.sum(tree["net"].gain ** 2) + jnp.sum(tree["net"].bias ** 3)  # noqa: E731
+    tree = {"net": Custom(np.ones(2), np.full(1, 2.0))}
+    registered = client.register(fun, tree, name="custom")
+    assert isinstance(registered.unravel(np.arange(3.0))["net"], Custom)
+    found = client.objective("custom")
+    assert found.unravel(np.arange(3.0))["net"].keys() == {"gain", "bias"}
+    assert np.array_equal(found.ravel({"net": {"gain": np.ones(2), "bias": np.zeros(1)}}), [1.0, 1.0, 0.0])
+    assert np.array_equal(found.ravel(tree), [1.0, 1.0, 2.0])
+
+
+def test_half_precision_leaves_are_computed_as_they_are_and_raveled_to_float32(client):
+    tree = {"h": jnp.ones(2, jnp.bfloat16), "f": np.ones(2, np.float16)}
+    objective = client.register(lambda t: jnp.sum(t["h"].astype(jnp.float32) ** 2) + jnp.sum(t["f"]) ** 2, tree)
+    assert objective.dtype == np.float32
+    assert objective.unravel(np.ones(4))["h"].dtype == jnp.bfloat16
+    assert np.allclose(objective.at(tree).hessian() @ np.eye(4), np.diag([0, 0, 2, 2]) + np.pad(np.full((2, 2), 2.0), (0, 2)))
+
+
+@pytest.mark.parametrize(
+    ("fun", "x", "data", "says"),
+    [
+        (lambda x: x**2, np.ones(3), (), r"must return a scalar.*shape \(3,\)"),
+        (lambda x: (jnp.sum(x), x), np.ones(3), (), "must return one scalar"),
+        (lambda x: jnp.sum(x > 0), np.ones(3), (), "must return a real floating scalar.*int"),
+        (lambda x: jnp.sum(x) * 1j, np.ones(3), (), "must return a real floating scalar.*complex"),
+        (lambda x: jnp.sum(x.real), np.ones(3) * 1j, (), "x is of dtype complex128"),
+        (lambda x: jnp.sum(x["a"]), {"a": np.ones(3, int)}, (), r"x\['a'\] is of dtype int64"),
+        (lambda x: jnp.sum(x), np.ones(0), (), "no elements"),
+        (lambda x, s: jnp.sum(x), np.ones(3), (np.array(["a"]),), r"data\[0\] must be an array of numbers"),
+        (lambda x, k: jnp.sum(x), np.ones(3), (jax.random.key(0),), "jax.random.key_data"),
+        (lambda x: jnp.sum(x) + undefined, np.ones(3), (), "NameError"),  # noqa: F821
+        (lambda x: jax.lax.while_loop(lambda c: c < 5, lambda c: c * 2, jnp.sum(x)), np.ones(3), (), "while_loop"),
+        (lambda x: jax.pure_callback(np.sum, x[0], x), np.ones(3), (), "jax cannot trace"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_registered_says_why(client, fun, x, data, says):
+    with pytest.raises(hvpd.InvalidArgumentError, match=says):
+        client.register(fun, x, *data)
+
+
+@pytest.mark.parametrize("name", ["../escape", "a//b", "/root", "a b", "ä", "x" * 201, "0" * 64, "a/../b", ".hidden"])
+def test_names_that_are_none(client, name):
+    with pytest.raises(hvpd.InvalidArgumentError, match="a name is made of"):
+        client.register(lambda x: jnp.sum(x), np.ones(2), name=name)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("platforms", ("gpu",)), ("platforms", ()), ("precision", "tf32")])
+def test_options_that_are_none(client, argument, value):
+    with pytest.raises(hvpd.InvalidArgumentError, match=argument):
+        client.register(lambda x: jnp.sum(x), np.ones(2), **{argument: value})
+
+
+def test_another_platform_than_the_servers(client):
+    with pytest.raises(hvpd.IncompatibleError, match="computes on cpu.*lowered for tpu"):
+        client.register(lambda x: jnp.sum(x), np.ones(2), platforms=("tpu",))
+
+
+@pytest.fixture(scope="module")
+def objective(client):
+    return client.register(
+        lambda p, X: jnp.sum((X @ p["w"] + p["b"]) ** 2), {"w": np.zeros(3), "b": np.zeros(())}, np.ones((2, 3)), name="bad/input"
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda o: o.at(np.ones(5)), r"x must be a vector of shape \(4,\).*got shape \(5,\)"),
+        (lambda o: o.at(np.ones(4, int)), "real floating elements, got dtype int64"),
+        (lambda o: o.at(np.ones(4) * 1j), "real floating elements, got dtype complex128"),
+        (lambda o: o.at({"w": np.ones(3)}), r"must be a dict with the keys \{b, w\}, got a dict with the keys \{w\}"),
+        (lambda o: o.at([np.ones(3), 1.0]), "got a list of 2"),
+        (lambda o: o.at({"w": np.ones(4), "b": 0.0}), r"x\['w'\] must have the shape \(3,\)"),
+        (lambda o: o.at({"w": [1.0, 2.0, 3.0], "b": 0.0}), r"\['w'\] must be an array, got a list"),
+        (lambda o: o.value(None), "got None"),
+        (lambda o: o.hessp(np.ones(4), np.ones(3)), r"p must be a vector of shape \(4,\), got shape \(3,\)"),
+        (lambda o: o.hessp(np.ones(4), np.ones(4) * 1j), "complex128"),
+        (lambda o: o.at(np.ones(4), np.ones((2, 3)), 1.0), "takes 1 data arguments after x, got 2"),
+        (lambda o: o.at(np.ones(4), np.ones((3, 3))), r"data\[0\] must be float64\[2, 3\] as registered, got float64\[3, 3\]"),
+        (lambda o: o.at(np.ones(4), np.ones((2, 3)) * 1j), r"data\[0\].*complex128"),
+        (lambda o: o.at(np.ones(4), [np.ones((2, 3))]), "data has another structure"),
+        (lambda o: o.at(np.ones(4)).hessian() @ (np.ones(4) * 1j), "real vectors, got dtype complex128.*imaginary"),
+        (lambda o: o.at(np.ones(4)).multiply(np.ones((2, 5))), r"a block must be float64\[k, 4\]"),
+        (lambda o: o.unravel(np.ones(3)), r"vector must be a vector of shape \(4,\)|must be a vector"),
+        (lambda o: o.ravel({"w": np.ones(3), "b": "text"}), r"x\['b'\] must have real floating"),
+    ],
+)
+def test_wrong_arguments_of_any_call(objective, call, says):
+    with pytest.raises(hvpd.InvalidArgumentError, match=says):
+        call(objective)
+
+
+def test_empty_blocks_and_integer_vectors_are_fine(objective):
+    H = objective.at(np.zeros(4)).hessian()
+    assert (H @ np.ones((4, 0))).shape == (4, 0)
+    assert np.array_equal(H @ np.eye(4, dtype=int), H @ np.eye(4))
+
+
+def test_unknown_names_and_digests_suggest_near_ones(client, objective):
+    with pytest.raises(hvpd.NotFoundError, match="'bad/imput'; did you mean 'bad/input'"):
+        client.objective("bad/imput")
+    with pytest.raises(hvpd.NotFoundError, match="no objective of digest"):
+        client.objective("0" * 64)
+    assert client.objective(objective.digest).digest == objective.digest
+
+
+def test_a_name_moves_to_what_was_registered_last(client):
+    first = client.register(lambda x: jnp.sum(x**2), np.ones(2), name="moving")
+    second = client.register(lambda x: jnp.sum(x**4), np.ones(2), name="moving")
+    assert client.objective("moving").digest == second.digest != first.digest
+    assert first.value(np.full(2, 2.0)) == 8.0
+    assert {listing.digest for listing in client.objectives()} >= {first.digest, second.digest}
+
+
+def test_two_clients_register_the_same_at_once(serve):
+    server = serve()
+    barrier = threading.Barrier(2, timeout=60)
+    A = np.random.default_rng(0).normal(size=(400, 400))
+    digests, errors = [], []
+
+    def register():
+        try:
+            with hvpd.connect(server.address) as client:
+                barrier.wait()
+                objective = client.register(quadratic, np.zeros(400), A, name="twice")
+                product = objective.at(np.zeros(400)).hessian() @ np.ones(400)
+                assert np.allclose(product, (A + A.T) @ np.ones(400) / 2)
+                digests.append(objective.digest)
+        except BaseException as error:  # noqa: BLE001 - shown by the assertion below
+            errors.append(error)
+
+    threads = [threading.Thread(target=register) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert errors == []
+    assert len(digests) == 2
+    assert len(set(digests)) == 1

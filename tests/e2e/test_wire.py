@@ -1,0 +1,340 @@
+"""The wire as somebody else's client sees it: uploads that go wrong, streams, versions, health, reflection, details."""
+
+import contextlib
+import hashlib
+import queue
+
+import grpc
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from grpc_status import rpc_status
+
+import hvpd
+from hvpd.v1 import (
+    blob_pb2,
+    blob_pb2_grpc,
+    curvature_pb2,
+    curvature_pb2_grpc,
+    objective_pb2,
+    objective_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+
+N = 300_000
+
+
+@pytest.fixture(scope="module")
+def channel(server):
+    with grpc.insecure_channel(server.address) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def blobs(channel):
+    return blob_pb2_grpc.BlobServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def curvature(channel):
+    return curvature_pb2_grpc.CurvatureServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def point(client):
+    """x -> sum(x^4) / 12 at x = 0, 1, ..., whose Hessian is diag(x^2)."""
+    x = np.arange(N, dtype=float) % 100
+    return client.register(lambda x: jnp.sum(x**4) / 12, x, name="quartic").at(x)
+
+
+def reason(error):
+    """ErrorInfo.reason of a failed call."""
+    info = error_details_pb2.ErrorInfo()
+    status = rpc_status.from_call(error.value)
+    assert any(detail.Unpack(info) for detail in status.details)
+    assert info.domain == "hvpd"
+    return info.reason
+
+
+def upload(content, *, digest=None, size=None, offsets=None, cut=None, step=1000):
+    """The messages of an upload, rightly or wrongly made."""
+    digest = digest or hashlib.sha256(content).hexdigest()
+    pieces = [content[start : start + step] for start in range(0, len(content), step)]
+    offsets = offsets or [step * index for index in range(len(pieces))]
+    for index, (offset, piece) in enumerate(list(zip(offsets, pieces, strict=True))[:cut]):
+        first = index == 0
+        yield blob_pb2.UploadBlobRequest(
+            digest=digest if first else "",
+            size_bytes=(len(content) if size is None else size) if first else 0,
+            offset_bytes=offset,
+            chunk=piece,
+        )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"digest": hashlib.sha256(b"other").hexdigest()}, "DIGEST_MISMATCH"),
+        ({"offsets": [0, 2000, 1000]}, "UPLOAD_OUT_OF_ORDER"),
+        ({"cut": 2}, "UPLOAD_SIZE"),
+        ({"size": 10}, "UPLOAD_SIZE"),
+        ({"size": -1}, "INVALID_SIZE"),
+        ({"digest": "../../../etc/passwd"}, "INVALID_DIGEST"),
+        ({"digest": "A" * 64}, "INVALID_DIGEST"),
+    ],
+)
+def test_a_bad_upload_is_refused_and_the_next_try_works(server, blobs, wrong, expected):
+    content = np.random.default_rng(len(expected)).bytes(2500) + repr(wrong).encode()
+    content = content[:3000]
+    digest = hashlib.sha256(content).hexdigest()
+    before = sorted(path for path in server.store.rglob("*") if path.is_file())
+    with pytest.raises(grpc.RpcError) as error:
+        blobs.UploadBlob(upload(content, **wrong))
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert reason(error) == expected
+    assert sorted(path for path in server.store.rglob("*") if path.is_file()) == before
+    missing = blob_pb2.FindMissingBlobsRequest(digests=[digest])
+    assert list(blobs.FindMissingBlobs(missing).missing_digests) == [digest]
+    assert blobs.UploadBlob(upload(content)).size_bytes == len(content)
+    assert list(blobs.FindMissingBlobs(missing).missing_digests) == []
+
+
+def test_an_upload_without_messages_and_one_announced_larger_than_the_disk(blobs):
+    with pytest.raises(grpc.RpcError) as error:
+        blobs.UploadBlob(iter(()))
+    assert reason(error) == "UPLOAD_SIZE"
+    with pytest.raises(grpc.RpcError) as error:
+        blobs.UploadBlob(upload(b"small", size=1 << 60))
+    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert reason(error) == "DISK_FULL"
+
+
+def test_a_blob_that_is_no_bundle_is_no_objective(channel, blobs):
+    content = b"\xff not a bundle"
+    digest = hashlib.sha256(content).hexdigest()
+    blobs.UploadBlob(upload(content))
+    objectives = objective_pb2_grpc.ObjectiveServiceStub(channel)
+    with pytest.raises(grpc.RpcError) as error:
+        objectives.CreateObjective(objective_pb2.CreateObjectiveRequest(digest=digest, name="not-a-bundle"))
+    assert reason(error) == "BUNDLE_INVALID"
+    with pytest.raises(grpc.RpcError) as error:
+        objectives.GetObjective(objective_pb2.GetObjectiveRequest(name="not-a-bundle"))
+    assert error.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+class Stream:
+    """A product stream that a test feeds by hand."""
+
+    def __init__(self, curvature):
+        self.outgoing = queue.SimpleQueue()
+        self.incoming = curvature.StreamProducts(iter(self.outgoing.get, None), timeout=120)
+
+    def send(self, tag, chunk, *, spec=None):
+        self.outgoing.put(curvature_pb2.StreamProductsRequest(tag=tag, spec=spec, chunk=chunk))
+
+    def answer(self, answers):
+        """Collects answers until one is complete; returns its tag."""
+        message = next(self.incoming)
+        if message.HasField("error"):
+            answers[message.tag] = message.error
+            return message.tag
+        assert len(message.chunk) <= 1 << 20
+        collected = answers.setdefault(message.tag, bytearray())
+        assert message.HasField("info") == (not collected)
+        collected += message.chunk
+        return message.tag
+
+
+@pytest.fixture
+def stream(curvature):
+    opened = Stream(curvature)
+    yield opened
+    opened.outgoing.put(None)
+    opened.incoming.cancel()
+
+
+def product_of(point, k=1, **changes):
+    fields = {"point_id": point._id, "operator": curvature_pb2.OPERATOR_HESSIAN, "k": k} | changes
+    return curvature_pb2.ProductSpec(**fields)
+
+
+def test_products_are_pipelined_and_their_chunks_interleave(point, stream):
+    """Two products of 2.3 MiB each arrive chunk by chunk in turn; both are right."""
+    V = np.random.default_rng(0).normal(size=(2, N))
+    raw = [v.tobytes() for v in V]
+    step = 1 << 20
+    for start in range(0, N * 8, step):
+        for tag in (0, 1):
+            stream.send(tag + 10, raw[tag][start : start + step], spec=None if start else product_of(point))
+    answers = {}
+    while sum(map(len, answers.values())) < 2 * N * 8:
+        stream.answer(answers)
+    for tag, v in enumerate(V):
+        assert np.allclose(np.frombuffer(answers[tag + 10]), point.x**2 * v, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("spec", "chunk", "expected"),
+    [
+        ({"point_id": "0" * 64}, 8, "POINT_NOT_RESIDENT"),
+        ({"operator": 0}, 8, "UNKNOWN_OPERATOR"),
+        ({"operator": 99}, 8, "UNKNOWN_OPERATOR"),
+        ({"k": 0}, 8, "BLOCK_WIDTH"),
+        ({"k": 65}, 8, "BLOCK_WIDTH"),
+        ({"k": -1}, 8, "BLOCK_WIDTH"),
+        ({}, N * 8 + 8, "SIZE_MISMATCH"),
+    ],
+)
+def test_a_bad_product_is_an_answer_and_the_stream_goes_on(point, stream, spec, chunk, expected):
+    stream.send(1, b"\0" * chunk, spec=product_of(point, **spec))
+    stream.send(1, b"late")  # what was on its way when it was refused
+    stream.send(2, np.ones(N).tobytes(), spec=product_of(point))
+    answers = {}
+    while not isinstance(answers.get(2), bytearray) or len(answers[2]) < N * 8:
+        stream.answer(answers)
+    info = error_details_pb2.ErrorInfo()
+    answers[1].details[0].Unpack(info)
+    assert info.reason == expected
+    assert np.allclose(np.frombuffer(answers[2]), point.x**2)
+
+
+def test_a_tag_cannot_be_used_twice_at_once(point, stream):
+    stream.send(5, b"\0" * 8, spec=product_of(point))
+    stream.send(5, b"\0" * 8, spec=product_of(point))
+    answers = {}
+    assert stream.answer(answers) == 5
+    info = error_details_pb2.ErrorInfo()
+    answers[5].details[0].Unpack(info)
+    assert info.reason == "INVALID_TAG"
+
+
+def test_a_stream_cut_in_the_middle_of_a_vector_harms_nobody(point, curvature):
+    cut = Stream(curvature)
+    cut.send(1, b"\0" * 1000, spec=product_of(point))
+    cut.incoming.cancel()
+    cut.outgoing.put(None)
+    assert np.allclose(point.hessian() @ np.ones(N), point.x**2)
+
+
+def test_the_unary_product(client, curvature):
+    x = np.arange(4.0)
+    point = client.register(lambda x: jnp.sum(x**4) / 12, x).at(x)
+    reply = curvature.ComputeProduct(
+        curvature_pb2.ComputeProductRequest(spec=product_of(point, k=2), vectors=np.ones((2, 4)).tobytes())
+    )
+    assert np.array_equal(np.frombuffer(reply.vectors).reshape(2, 4), [x**2, x**2])
+    assert reply.info.batch_width >= 2
+    assert reply.info.compute_duration_ns > 0
+    for wrong in (b"", b"\0" * 7, b"\0" * 72):
+        with pytest.raises(grpc.RpcError) as error:
+            curvature.ComputeProduct(curvature_pb2.ComputeProductRequest(spec=product_of(point, k=2), vectors=wrong))
+        assert reason(error) == "SIZE_MISMATCH"
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([], "SPEC_MISSING"),
+        ([{"chunk": b"\0" * 8}], "SPEC_MISSING"),
+        ([{"inline_x": b"\0" * 7}], "SIZE_MISMATCH"),
+        ([{"inline_x": b"\0" * 32}], "DIGEST_MISMATCH"),
+        ([{}, {"chunk": b"\0" * 33}], "SIZE_MISMATCH"),
+        ([{}, {"chunk": b"\0" * 31}], "SIZE_MISMATCH"),
+        ([{"spec": {"objective_digest": "0" * 64}}], "OBJECTIVE_NOT_FOUND"),
+        ([{"spec": {"objective_digest": "../x"}}], "OBJECTIVE_NOT_FOUND"),
+        ([{"spec": {"default_data": False, "data": [{"dtype": "float64", "digest": "0" * 64}]}}], "DATA_MISMATCH"),
+    ],
+)
+def test_a_bad_point_is_refused(client, curvature, messages, expected):
+    x = np.arange(4.0)
+    objective = client.register(lambda x: jnp.sum(x**4) / 12, x)
+    good = {"objective_digest": objective.digest, "default_data": True, "x_digest": "0" * 64}
+    requests = []
+    for message in messages:
+        spec = {} if "chunk" in message else {"spec": good | message.get("spec", {})}
+        requests.append(curvature_pb2.CreatePointRequest(**(message | spec)))
+    with pytest.raises(grpc.RpcError) as error:
+        list(curvature.CreatePoint(iter(requests), timeout=60))
+    assert reason(error) == expected
+
+
+def test_a_message_larger_than_the_limit_is_refused_by_the_transport(blobs):
+    with pytest.raises(grpc.RpcError) as error:
+        blobs.UploadBlob(upload(b"\0" * (5 << 20), step=5 << 20))
+    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("said", ["0", "999", "x"])
+def test_a_client_of_another_protocol_is_told_both_versions(channel, said):
+    metadata = (("hvpd-protocol", said), ("hvpd-version", "9.9.9"))
+    objectives = objective_pb2_grpc.ObjectiveServiceStub(channel)
+    with pytest.raises(grpc.RpcError) as error:
+        objectives.ListObjectives(objective_pb2.ListObjectivesRequest(), metadata=metadata)
+    assert reason(error) == "PROTOCOL_MISMATCH"
+    assert "hvpd 9.9.9" in error.value.details()
+    assert hvpd.__version__ in error.value.details()
+    server = server_pb2_grpc.ServerServiceStub(channel).GetServer(server_pb2.GetServerRequest(), metadata=metadata)
+    assert server.version == hvpd.__version__
+
+
+@contextlib.contextmanager
+def serving(*services):
+    """A gRPC server that is not hvpd's, or that of another time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    for add, servicer in services:
+        add(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+@pytest.mark.parametrize("oldest", [0, 7])
+def test_a_server_of_another_protocol_is_refused_by_the_client(oldest):
+    class Other(server_pb2_grpc.ServerServiceServicer):
+        def GetServer(self, request, context):
+            return server_pb2.GetServerResponse(version="0.0.7", min_protocol=oldest, max_protocol=oldest)
+
+    with serving((server_pb2_grpc.add_ServerServiceServicer_to_server, Other())) as address:
+        with pytest.raises(hvpd.IncompatibleError, match=rf"{address}.*hvpd 0\.0\.7.*install the same version"):
+            hvpd.connect(address)
+
+
+def test_a_grpc_server_that_is_not_hvpd():
+    with serving() as address, pytest.raises(hvpd.IncompatibleError, match="no hvpd server, or older"):
+        hvpd.connect(address)
+
+
+def test_health_and_reflection(channel):
+    health = health_pb2_grpc.HealthStub(channel)
+    for name in ("", "hvpd.v1.CurvatureService"):
+        reply = health.Check(health_pb2.HealthCheckRequest(service=name))
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+    services = ProtoReflectionDescriptorDatabase(channel).get_services()
+    assert {f"hvpd.v1.{name}Service" for name in ("Blob", "Objective", "Curvature", "Server")} <= set(services)
+
+
+def test_listing_in_pages(client, channel):
+    for index in range(3):
+        client.register(lambda x, i=index: jnp.sum(x) * i, np.ones(2), name=f"page/{index}")
+    objectives = objective_pb2_grpc.ObjectiveServiceStub(channel)
+    names, token = [], ""
+    while True:
+        page = objectives.ListObjectives(objective_pb2.ListObjectivesRequest(page_size=1, page_token=token))
+        names += [objective.name for objective in page.objectives]
+        token = page.next_page_token
+        if not token:
+            break
+    assert names == [listing.name for listing in client.objectives()]
+    assert [name for name in names if name.startswith("page/")] == ["page/0", "page/1", "page/2"]
+    with pytest.raises(grpc.RpcError) as error:
+        objectives.ListObjectives(objective_pb2.ListObjectivesRequest(page_token="x"))
+    assert reason(error) == "INVALID_PAGE"
