@@ -21,7 +21,9 @@ _WAIT = 120.0
 class Serving:
     """An `hvpd serve` process that can be killed and started again on the same port and store."""
 
-    def __init__(self, store: Path, *flags: str, host: str = "127.0.0.1", environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, store: Path, *flags: str, host: str = "127.0.0.1", environment: dict[str, str] | None = None
+    ) -> None:
         self.store = store
         self._flags = flags
         self._environment = os.environ | (environment or {})

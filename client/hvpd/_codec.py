@@ -43,9 +43,10 @@ def dtype(name: str) -> np.dtype[Any]:
         try:
             import ml_dtypes
 
-            return np.dtype(getattr(ml_dtypes, name))
+            found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
         except (ImportError, AttributeError):
             raise TypeError(f"dtype {name!r} needs the package ml_dtypes, in a version that knows it") from None
+        return found
     raise TypeError(f"arrays of dtype {name!r} cannot be sent")
 
 
@@ -101,7 +102,9 @@ def data_array(leaf: Any, where: str, *, x_dtype: np.dtype[Any], x64: bool) -> A
     try:
         dtype(found.dtype.name)
     except TypeError:
-        raise InvalidArgumentError(f"{where} must be an array of numbers or booleans, got dtype {found.dtype}") from None
+        raise InvalidArgumentError(
+            f"{where} must be an array of numbers or booleans, got dtype {found.dtype}"
+        ) from None
     narrow = {"float64": "float32", "complex128": "complex64", "int64": "int32", "uint64": "uint32"}
     if x64 or found.dtype.name not in narrow:
         return found

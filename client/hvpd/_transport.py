@@ -427,7 +427,8 @@ def _is_transient(failure: Failure) -> bool:
     if failure.code is _CODE.UNAVAILABLE:
         return True
     if failure.code is _CODE.RESOURCE_EXHAUSTED:
-        return failure.retry_after is not None
+        # The second is gRPC's own refusal, of a call beyond the server's limit.
+        return failure.retry_after is not None or "concurrent rpc limit" in failure.message.lower()
     # How a server that was killed in the middle of a reply can look.
     return (
         failure.code in (_CODE.INTERNAL, _CODE.UNKNOWN) and not failure.reason and "stream" in failure.message.lower()

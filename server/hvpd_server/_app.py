@@ -81,7 +81,7 @@ class App:
             options=_OPTIONS,
             maximum_concurrent_rpcs=config.max_calls,
         )
-        self._curvature = _service.CurvatureService(self.engine)
+        self._curvature = _service.CurvatureService(self.engine, max_streams=max(config.max_calls * 3 // 4, 1))
         blob_pb2_grpc.add_BlobServiceServicer_to_server(_service.BlobService(self.engine), self._server)
         objective_pb2_grpc.add_ObjectiveServiceServicer_to_server(_service.ObjectiveService(self.engine), self._server)
         curvature_pb2_grpc.add_CurvatureServiceServicer_to_server(self._curvature, self._server)
@@ -148,7 +148,9 @@ def run(config: Config, *, owner: int | None = None, ephemeral: bool = False) ->
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     if owner is not None:
-        threading.Thread(target=_die_with, args=(owner, config.store if ephemeral else None), name="hvpd-owner", daemon=True).start()
+        threading.Thread(
+            target=_die_with, args=(owner, config.store if ephemeral else None), name="hvpd-owner", daemon=True
+        ).start()
     try:
         app = App(config)
     except (ServiceError, OSError) as error:

@@ -215,8 +215,10 @@ class Engine:
                 "x does not have the digest that the spec gives: send it again",
             )
 
+        tensors = [*objective.bundle.captured, *data]
+
         def make() -> tuple[Point, int]:
-            args = [self._tensor(tensor) for tensor in [*objective.bundle.captured, *data]]
+            args = [self._tensor(tensor) for tensor in tensors]
             self.residency.check(2 * x.nbytes, "a point")
             on_device = self.device.put(x)
             value, gradient = objective.kernels.call("value_and_grad", 0, on_device, *args)
@@ -226,7 +228,7 @@ class Engine:
                 2 * x.nbytes,
             )
 
-        point: Point = self.residency.load(identity, "point", make)
+        point: Point = self.residency.load(identity, "point", make, needs=list(map(_tensor_key, tensors)))
         return point
 
     def _tensor(self, tensor: tensor_pb2.Tensor) -> Any:
@@ -235,7 +237,7 @@ class Engine:
             self.residency.check(array.nbytes, "a tensor")
             return self.device.put(array), array.nbytes
 
-        return self.residency.load((tensor.digest, tensor.dtype, tuple(tensor.shape)), "data", make)
+        return self.residency.load(_tensor_key(tensor), "data", make)
 
     # Products
 
@@ -357,13 +359,17 @@ class Engine:
                 results[residual.result] if residual.WhichOneof("source") == "result" else arguments[residual.argument]
                 for residual in objective.bundle.residuals
             ]
-            self.residency.put(("residuals", point.id), "residuals", found, objective.residual_bytes)
+            self.residency.put(("residuals", point.id), "residuals", found, objective.residual_bytes, needs=[point.id])
         return found
 
 
 def _key(key: Hashable) -> tuple[Point, int]:
     assert isinstance(key, tuple)
     return key
+
+
+def _tensor_key(tensor: tensor_pb2.Tensor) -> Hashable:
+    return tensor.digest, tensor.dtype, tuple(tensor.shape)
 
 
 def _nonfinite(array: _codec.Array) -> int:

@@ -6,7 +6,7 @@ Dropping an entry only forgets it: a launch that uses it keeps it alive until it
 import collections
 import dataclasses
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from hvpd_server._errors import Code, ServiceError
@@ -17,6 +17,8 @@ class _Entry:
     kind: str
     value: Any
     size_bytes: int
+    needs: tuple[Hashable, ...]
+    needed_by: set[Hashable] = dataclasses.field(default_factory=set)
 
 
 class Residency:
@@ -46,24 +48,32 @@ class Residency:
             entry = self._entries.get(key)
             if entry is None:
                 return None
-            self._entries.move_to_end(key)
+            self._touch(key)
             return entry.value
 
-    def put(self, key: Hashable, kind: str, value: Any, size_bytes: int) -> None:
+    def put(self, key: Hashable, kind: str, value: Any, size_bytes: int, *, needs: Sequence[Hashable] = ()) -> None:
         """Makes an entry resident and drops others until it fits.
 
+        Args:
+            needs: Entries that this one holds on to: used whenever it is, and when one of them goes, it goes too. One that
+                has been dropped meanwhile is ignored.
+
         Raises:
-            ServiceError: It alone is larger than the budget.
+            ServiceError: It does not fit, even with nothing else resident but what it needs.
         """
-        self.check(size_bytes, kind)
+        evicted: list[str] = []
         with self._lock:
-            self._forget(key)
-            evicted = []
+            self._forget(key, [])
+            present = tuple(need for need in dict.fromkeys(needs) if need in self._entries)
+            beside = sum(self._entries[need].size_bytes for need in present)
+            self.check(beside + size_bytes, kind)
+            for need in present:
+                self._touch(need)
             while sum(self._used.values()) + size_bytes > self.budget_bytes:
-                oldest = next(iter(self._entries))
-                evicted.append(self._entries[oldest].kind)
-                self._forget(oldest)
-            self._entries[key] = _Entry(kind, value, size_bytes)
+                self._forget(next(iter(self._entries)), evicted)
+            self._entries[key] = _Entry(kind, value, size_bytes, present)
+            for need in present:
+                self._entries[need].needed_by.add(key)
             self._used[kind] += size_bytes
         for dropped in evicted:
             self._on_evict(dropped)
@@ -74,11 +84,13 @@ class Residency:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
                 "MEMORY_BUDGET",
-                f"{kind} of {size_bytes} bytes is larger than the server's memory budget of {self.budget_bytes} bytes: "
+                f"{kind} of {size_bytes} bytes, with what it needs, is larger than the server's memory budget of {self.budget_bytes} bytes: "
                 "raise `hvpd serve --memory-budget`",
             )
 
-    def load(self, key: Hashable, kind: str, loader: Callable[[], tuple[Any, int]]) -> Any:
+    def load(
+        self, key: Hashable, kind: str, loader: Callable[[], tuple[Any, int]], *, needs: Sequence[Hashable] = ()
+    ) -> Any:
         """The entry; where it is not resident, `loader` makes it and says its bytes. Called once for many who ask at once."""
         value = self.get(key)
         if value is not None:
@@ -90,7 +102,7 @@ class Residency:
             if value is None:
                 try:
                     value, size_bytes = loader()
-                    self.put(key, kind, value, size_bytes)
+                    self.put(key, kind, value, size_bytes, needs=needs)
                 finally:
                     with self._lock:
                         self._loading.pop(key, None)
@@ -99,9 +111,21 @@ class Residency:
     def drop(self, key: Hashable) -> None:
         """Forgets an entry."""
         with self._lock:
-            self._forget(key)
+            self._forget(key, [])
 
-    def _forget(self, key: Hashable) -> None:
+    def _touch(self, key: Hashable) -> None:
+        for need in self._entries[key].needs:
+            self._touch(need)
+        self._entries.move_to_end(key)
+
+    def _forget(self, key: Hashable, dropped: list[str]) -> None:
         entry = self._entries.pop(key, None)
-        if entry is not None:
-            self._used[entry.kind] -= entry.size_bytes
+        if entry is None:
+            return
+        dropped.append(entry.kind)
+        self._used[entry.kind] -= entry.size_bytes
+        for need in entry.needs:
+            if need in self._entries:
+                self._entries[need].needed_by.discard(key)
+        for dependent in tuple(entry.needed_by):
+            self._forget(dependent, dropped)

@@ -149,9 +149,9 @@ class ObjectiveService(objective_pb2_grpc.ObjectiveServiceServicer):
 class CurvatureService(curvature_pb2_grpc.CurvatureServiceServicer):
     """Points and products."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, max_streams: int) -> None:
         self._engine = engine
-        self.streams = Streams()
+        self.streams = Streams(max_streams)
 
     @_streaming
     def CreatePoint(  # noqa: N802
@@ -303,11 +303,17 @@ def _refusing(error: ServiceError) -> "grpc.RpcMethodHandler[Any, Any]":
 
 
 class Streams:
-    """The open product streams, so that a drain can end the idle ones and let the busy ones finish."""
+    """The open product streams: a drain ends the idle ones and lets the busy ones finish, and one stream too many ends the one
+    that has been idle for longest. Each takes a thread, and whoever is sent away comes back when it has something to ask.
 
-    def __init__(self) -> None:
+    Args:
+        limit: Most streams that are kept open.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._lock = threading.Lock()
-        self._open: set[Stream] = set()
+        self._open: dict[Stream, None] = {}
         self._draining = False
 
     @contextlib.contextmanager
@@ -315,12 +321,24 @@ class Streams:
         """Registers a stream while it is open."""
         stream = Stream(self, context)
         with self._lock:
-            self._open.add(stream)
+            self._open[stream] = None
+            idle = next((other for other in self._open if not other.busy), None)
+            crowded = len(self._open) > self._limit
+        if crowded and idle is not None and idle is not stream:
+            idle.context.cancel()
         try:
             yield stream
         finally:
             with self._lock:
-                self._open.discard(stream)
+                del self._open[stream]
+
+    def rest(self, stream: "Stream") -> bool:
+        """Notes that a stream is idle, as the last of all; returns whether it must end."""
+        with self._lock:
+            stream.busy = False
+            del self._open[stream]
+            self._open[stream] = None
+            return self._draining
 
     def drain(self) -> None:
         """Ends idle streams now, busy ones after what they have begun."""
@@ -345,9 +363,7 @@ class Stream:
 
     def end(self) -> bool:
         """Everything was answered. Returns whether the stream must end."""
-        with self._streams._lock:  # noqa: SLF001 - its other half
-            self.busy = False
-            return self._streams._draining  # noqa: SLF001
+        return self._streams.rest(self)
 
 
 class _Vectors:

@@ -88,7 +88,9 @@ def test_data_gets_the_dtype_that_jax_would_give_it(leaf, x64, expected):
     assert _codec.data_array(leaf, "data", x_dtype=x_dtype, x64=x64).dtype == expected
 
 
-@pytest.mark.parametrize("leaf", ["text", None, object(), np.array(["a"]), np.array([None]), np.datetime64("2026-01-01")])
+@pytest.mark.parametrize(
+    "leaf", ["text", None, object(), np.array(["a"]), np.array([None]), np.datetime64("2026-01-01")]
+)
 def test_data_that_is_no_numbers(leaf):
     with pytest.raises(InvalidArgumentError, match=r"data\[1\] must be an array of numbers"):
         _codec.data_array(leaf, "data[1]", x_dtype=np.dtype("float32"), x64=False)

@@ -26,7 +26,16 @@ def command(*arguments, **environment):
 def test_help_of_serve_names_each_setting_and_its_variable():
     done = command("serve", "--help", COLUMNS="200")
     assert done.returncode == 0
-    for name in ("host", "port", "store", "metrics-port", "memory-budget", "max-block-width", "max-pending", "insecure"):
+    for name in (
+        "host",
+        "port",
+        "store",
+        "metrics-port",
+        "memory-budget",
+        "max-block-width",
+        "max-pending",
+        "insecure",
+    ):
         assert f"--{name}" in done.stdout
         assert f"[$HVPD_{name.upper().replace('-', '_')}]" in done.stdout
     assert "hvpd: serving on HOST:PORT" in done.stdout

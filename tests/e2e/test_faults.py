@@ -62,7 +62,9 @@ def test_killed_in_the_middle_of_a_running_solve(serve, spd):
 
         killer = threading.Thread(target=kill)
         b = np.arange(60.0)
-        solution, code = scipy.sparse.linalg.cg(scipy.sparse.linalg.LinearOperator((60, 60), matvec, dtype=float), b, rtol=1e-12)
+        solution, code = scipy.sparse.linalg.cg(
+            scipy.sparse.linalg.LinearOperator((60, 60), matvec, dtype=float), b, rtol=1e-12
+        )
         killer.join(120)
     assert code == 0
     assert np.allclose(solution, np.linalg.solve(spd, b), rtol=1e-8)
@@ -102,7 +104,9 @@ def test_sigterm_lets_a_running_product_finish(serve):
                 assert not future.done()  # 64 vectors are many launches, or one that waits for its compile
             assert server.terminate() == 0
             assert np.allclose(future.result(60), 2 * n)
-        with pytest.raises(hvpd.UnavailableError, match=f"no answer from the hvpd server at {re.escape(server.address)}"):
+        with pytest.raises(
+            hvpd.UnavailableError, match=f"no answer from the hvpd server at {re.escape(server.address)}"
+        ):
             H @ np.ones(n)
         idle.close()
 
@@ -161,7 +165,7 @@ def test_a_blob_corrupted_on_disk_is_found_set_aside_and_healed(serve, spd):
 def test_no_server_at_the_address():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: nothing answers here, and nobody else gets the port
-        address = "127.0.0.1:{}".format(taken.getsockname()[1])
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
         started = time.monotonic()
         with pytest.raises(hvpd.UnavailableError, match=f"no hvpd server answers at {address}.*hvpd serve") as error:
             hvpd.connect(address, connect_timeout=0.5)
@@ -174,7 +178,7 @@ def test_something_that_is_not_grpc_at_the_address():
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         with pytest.raises(hvpd.UnavailableError, match="no hvpd server answers"):
-            hvpd.connect("127.0.0.1:{}".format(silent.getsockname()[1]), connect_timeout=0.5)
+            hvpd.connect(f"127.0.0.1:{silent.getsockname()[1]}", connect_timeout=0.5)
 
 
 @pytest.mark.parametrize("address", ["gpu-box", ":7070", "host:port"])
@@ -268,3 +272,32 @@ def test_two_servers_cannot_share_a_store_or_a_port(serve, tmp_path):
     same_port = start("--port", str(server.port), "--store", str(tmp_path))
     assert same_port.returncode == 1
     assert f"cannot listen on 127.0.0.1:{server.port}" in same_port.stderr
+
+
+def test_more_streams_than_the_server_keeps(serve):
+    """Sixteen clients, and a server of eight calls: whoever was idle is sent away and comes back, unnoticed."""
+    server = serve("--max-calls", "8")
+    clients = [hvpd.connect(server.address) for _ in range(16)]
+    clients[0].register(lambda x: jnp.sum(x**4) / 12, np.zeros(3), name="crowd")
+    operators = [client.objective("crowd").at(np.arange(3.0)).hessian() for client in clients]
+    for _ in range(2):
+        for H in operators:
+            assert np.array_equal(H @ np.ones(3), np.arange(3.0) ** 2)
+    for client in clients:
+        client.close()
+
+
+def test_data_that_is_needed_counts_and_stays(serve):
+    """Data, and the points that hold on to it, share the budget: an objective that is in use keeps its data."""
+    n, rows = 100, 200
+    server = serve("--memory-budget", str(2 * rows * n * 8 + 10 * 2 * n * 8))
+    rng = np.random.default_rng(0)
+    with hvpd.connect(server.address) as client:
+        matrices = [rng.normal(size=(rows, n)) for _ in range(3)]
+        objectives = [client.register(lambda x, X: jnp.sum((X @ x) ** 2) / 2, np.zeros(n), X) for X in matrices]
+        for _ in range(2):
+            for objective, X in zip(objectives, matrices, strict=True):
+                assert np.allclose(objective.hessp(np.zeros(n), np.ones(n)), X.T @ (X @ np.ones(n)))
+        assert server.metric("hvpd_resident_bytes") <= 2 * rows * n * 8 + 10 * 2 * n * 8
+        with pytest.raises(hvpd.OverloadedError, match="memory budget"):
+            client.register(lambda x, X: jnp.sum(X @ x), np.zeros(n), np.zeros((5 * rows, n))).at(np.zeros(n))

@@ -111,7 +111,9 @@ def test_solving_leaves_jax_out_of_sys_modules(server, client):
 
 
 def test_importing_hvpd_imports_nothing_heavy():
-    done = run("import sys, hvpd; print(sorted({'grpc', 'jax', 'numpy', 'scipy', 'google'} & {n.split('.')[0] for n in sys.modules}))")
+    done = run(
+        "import sys, hvpd; print(sorted({'grpc', 'jax', 'numpy', 'scipy', 'google'} & {n.split('.')[0] for n in sys.modules}))"
+    )
     assert done.stdout == "[]\n", done.stderr
 
 

@@ -53,7 +53,9 @@ def test_the_digest_does_not_depend_on_the_checkout_and_no_path_travels(tmp_path
         checkout = tmp_path / f"checkout-{number}"
         checkout.mkdir()
         (checkout / "model.py").write_text("# moved down\n" * 10 * number + source)
-        program = "import model; e = model.bundle(); print(e.digest, any(b'checkout' in bytes(b) for b in e.blobs.values()))"
+        program = (
+            "import model; e = model.bundle(); print(e.digest, any(b'checkout' in bytes(b) for b in e.blobs.values()))"
+        )
         environment = os.environ | {"PYTHONHASHSEED": str(number), "PYTHONPATH": str(checkout)}
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=checkout, env=environment, capture_output=True, text=True, check=True
@@ -132,7 +134,9 @@ def test_any_pytree_and_back(client):
         assert np.array_equal(objective.ravel(tree), expected)
         back = objective.unravel(objective.ravel(tree))
         assert jax.tree.all(jax.tree.map(np.array_equal, jax.tree.leaves(back), jax.tree.leaves(tree)))
-        assert [leaf.dtype for leaf in jax.tree.leaves(back)] == [np.asarray(leaf).dtype for leaf in jax.tree.leaves(tree)]
+        assert [leaf.dtype for leaf in jax.tree.leaves(back)] == [
+            np.asarray(leaf).dtype for leaf in jax.tree.leaves(tree)
+        ]
         assert back["b"][1][1] is None
         assert back["a"]._fields == Pair._fields
         assert np.allclose(objective.at(tree).gradient, 3 * expected**2)
@@ -155,7 +159,9 @@ def test_half_precision_leaves_are_computed_as_they_are_and_raveled_to_float32(c
     objective = client.register(lambda t: jnp.sum(t["h"].astype(jnp.float32) ** 2) + jnp.sum(t["f"]) ** 2, tree)
     assert objective.dtype == np.float32
     assert objective.unravel(np.ones(4))["h"].dtype == jnp.bfloat16
-    assert np.allclose(objective.at(tree).hessian() @ np.eye(4), np.diag([0, 0, 2, 2]) + np.pad(np.full((2, 2), 2.0), (0, 2)))
+    assert np.allclose(
+        objective.at(tree).hessian() @ np.eye(4), np.diag([0, 0, 2, 2]) + np.pad(np.full((2, 2), 2.0), (0, 2))
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,14 +200,17 @@ def test_options_that_are_none(client, argument, value):
 
 
 def test_another_platform_than_the_servers(client):
-    with pytest.raises(hvpd.IncompatibleError, match="computes on cpu.*lowered for tpu"):
+    with pytest.raises(hvpd.IncompatibleError, match=r"computes on cpu.*lowered for tpu"):
         client.register(lambda x: jnp.sum(x), np.ones(2), platforms=("tpu",))
 
 
 @pytest.fixture(scope="module")
 def objective(client):
     return client.register(
-        lambda p, X: jnp.sum((X @ p["w"] + p["b"]) ** 2), {"w": np.zeros(3), "b": np.zeros(())}, np.ones((2, 3)), name="bad/input"
+        lambda p, X: jnp.sum((X @ p["w"] + p["b"]) ** 2),
+        {"w": np.zeros(3), "b": np.zeros(())},
+        np.ones((2, 3)),
+        name="bad/input",
     )
 
 
@@ -219,7 +228,10 @@ def objective(client):
         (lambda o: o.hessp(np.ones(4), np.ones(3)), r"p must be a vector of shape \(4,\), got shape \(3,\)"),
         (lambda o: o.hessp(np.ones(4), np.ones(4) * 1j), "complex128"),
         (lambda o: o.at(np.ones(4), np.ones((2, 3)), 1.0), "takes 1 data arguments after x, got 2"),
-        (lambda o: o.at(np.ones(4), np.ones((3, 3))), r"data\[0\] must be float64\[2, 3\] as registered, got float64\[3, 3\]"),
+        (
+            lambda o: o.at(np.ones(4), np.ones((3, 3))),
+            r"data\[0\] must be float64\[2, 3\] as registered, got float64\[3, 3\]",
+        ),
         (lambda o: o.at(np.ones(4), np.ones((2, 3)) * 1j), r"data\[0\].*complex128"),
         (lambda o: o.at(np.ones(4), [np.ones((2, 3))]), "data has another structure"),
         (lambda o: o.at(np.ones(4)).hessian() @ (np.ones(4) * 1j), "real vectors, got dtype complex128.*imaginary"),

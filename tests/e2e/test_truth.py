@@ -170,7 +170,17 @@ def test_a_nonfinite_vector_stays_its_callers_own(client, classification):
 
 def test_the_public_names_are_these():
     assert set(hvpd.__all__) == {
-        *("Client", "HessianOperator", "Listing", "Objective", "Point", "Statistics", "connect", "local", "__version__"),
+        *(
+            "Client",
+            "HessianOperator",
+            "Listing",
+            "Objective",
+            "Point",
+            "Statistics",
+            "connect",
+            "local",
+            "__version__",
+        ),
         *("DeadlineError", "HvpdError", "IncompatibleError", "InvalidArgumentError", "MissingExtraError"),
         *("NotFoundError", "OverloadedError", "UnavailableError"),
     }

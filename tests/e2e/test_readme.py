@@ -1,0 +1,44 @@
+"""The README's Python runs as it stands, in the order in which it is read."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import hvpd
+from hvpd_server import _config
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def test_its_python_blocks_run(server, monkeypatch):
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    connect = hvpd.connect
+    monkeypatch.setattr(hvpd, "connect", lambda address: connect(server.address))
+    for block in blocks:
+        namespace: dict[str, object] = {}
+        exec(block, namespace)
+        assert isinstance(namespace["client"], hvpd.Client)
+        namespace["client"].close()
+    assert namespace["top"].shape == (5,)
+
+
+@pytest.mark.parametrize("field", _config.Config.__dataclass_fields__)
+def test_its_table_has_every_setting(field):
+    assert f"| `--{field.replace('_', '-')}` | `HVPD_{field.upper()}` |" in README
+
+
+def test_its_table_has_every_metric(serve):
+    from hvpd_server._metrics import Metrics
+
+    metrics = Metrics()
+    metrics.observe(lambda: {"data": 1}, lambda: 0)
+    for family in metrics.registry.collect():
+        assert f"`{family.name}" in README
+
+
+def test_its_table_has_every_error():
+    for name in hvpd.__all__:
+        if name.endswith("Error") and name != "HvpdError":
+            assert f"| `{name}` |" in README
