@@ -117,7 +117,14 @@ class Client:
             raise MissingExtraError(
                 f"registering needs jax here (the server's is not enough): pip install 'hvpd[jax]' ({error})"
             ) from error
-        export = _export.export(fun, x, data, platforms=tuple(platforms), precision=precision)
+        export = _export.export(
+            fun,
+            x,
+            data,
+            platforms=tuple(platforms),
+            precision=precision,
+            stablehlo_version=self.server.stablehlo_version,
+        )
         self._check_server_reads(export.bundle)
         request = objective_pb2.CreateObjectiveRequest(digest=export.digest, name=name or "")
         for last in (False, True):

@@ -18,6 +18,7 @@ import jax.interpreters.mlir
 import jax.numpy as jnp
 import numpy as np
 from jaxlib.mlir import ir, passmanager
+from jaxlib.mlir.dialects import stablehlo
 
 from hvpd import _codec
 from hvpd._errors import InvalidArgumentError
@@ -49,6 +50,14 @@ class Export:
     """jax's treedef of x, to rebuild the user's own containers."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What programs are written for."""
+
+    platforms: tuple[str, ...]
+    stablehlo_version: str
+
+
 def export(
     fun: _Function,
     x: Any,
@@ -56,6 +65,7 @@ def export(
     *,
     platforms: Sequence[str],
     precision: str,
+    stablehlo_version: str = "",
     lift_bytes: int = LIFT_BYTES,
 ) -> Export:
     """Differentiates `fun(x, *data)` and exports value_and_grad, hvp, prepare and apply.
@@ -66,6 +76,7 @@ def export(
         data: One pytree of arrays for each trailing argument.
         platforms: Of "cpu", "cuda", "rocm", "tpu".
         precision: Of `PRECISIONS`, for matrix products in `fun` that do not say their own.
+        stablehlo_version: Newest that the server reads; empty: what servers up to four weeks older read.
         lift_bytes: Largest closed-over array that stays a constant of the program.
 
     Raises:
@@ -106,7 +117,8 @@ def export(
         captured, lifted = _lift(closed, lift_bytes)
         specs = [x_spec, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in captured), *data_specs]
         with _traced(fun):
-            programs, residuals = _programs(lifted, specs, tuple(platforms))
+            target = Target(tuple(platforms), _artifact_version(stablehlo_version))
+            programs, residuals = _programs(lifted, specs, target)
 
     blobs: dict[str, _codec.Buffer] = {}
 
@@ -206,7 +218,7 @@ def _check_scalar(fun: _Function, out: Any) -> None:
 
 
 def _programs(
-    fun: _Function, specs: Sequence[jax.ShapeDtypeStruct], platforms: tuple[str, ...]
+    fun: _Function, specs: Sequence[jax.ShapeDtypeStruct], target: Target
 ) -> tuple[dict[str, jax.export.Exported], list[objective_pb2.Residual]]:
     """Exports the derivative programs of fun(x, *args); `specs` are those of x and args."""
     (k,) = jax.export.symbolic_shape("k")
@@ -225,10 +237,10 @@ def _programs(
     prepare, apply_of, sources = _linearized(fun, specs)
     residual_specs = [jax.ShapeDtypeStruct(tuple(source.spec.shape), source.spec.dtype) for source in sources]
     programs = {
-        "value_and_grad": _export(value_and_grad, platforms, *specs),
-        "hvp": _export_batched(hvp_of, platforms, specs[0], block, *specs[1:]),
-        "prepare": _export(prepare, platforms, *specs),
-        "apply": _export_batched(apply_of, platforms, block, *residual_specs),
+        "value_and_grad": _export(value_and_grad, target, *specs),
+        "hvp": _export_batched(hvp_of, target, specs[0], block, *specs[1:]),
+        "prepare": _export(prepare, target, *specs),
+        "apply": _export_batched(apply_of, target, block, *residual_specs),
     }
     return programs, sources
 
@@ -280,33 +292,31 @@ def _linearized(
     return prepare_shortened, apply_of, sources
 
 
-def _export_batched(
-    function_of: Callable[[_Function], _Function], platforms: tuple[str, ...], *specs: Any
-) -> jax.export.Exported:
+def _export_batched(function_of: Callable[[_Function], _Function], target: Target, *specs: Any) -> jax.export.Exported:
     """Exports with a symbolic block width: vectorized, or one vector after the other where an operation cannot be."""
     try:
-        return _export(function_of(jax.vmap), platforms, *specs)
+        return _export(function_of(jax.vmap), target, *specs)
     except Exception:  # noqa: BLE001 - whatever the batching rule or the shape analysis raised: the loop needs neither
-        return _export(function_of(lambda f: lambda V: jax.lax.map(f, V)), platforms, *specs)
+        return _export(function_of(lambda f: lambda V: jax.lax.map(f, V)), target, *specs)
 
 
-def _export(fun: _Function, platforms: tuple[str, ...], *specs: Any) -> jax.export.Exported:
+def _export(fun: _Function, target: Target, *specs: Any) -> jax.export.Exported:
     """Exports without source locations: the same function gives the same bytes from any checkout, and no path travels."""
-    exported = jax.export.export(jax.jit(fun, keep_unused=True), platforms=platforms)(*specs)
+    exported = jax.export.export(jax.jit(fun, keep_unused=True), platforms=target.platforms)(*specs)
     with jax.interpreters.mlir.make_ir_context() as context:
         module = jax.extend.mlir.deserialize_portable_artifact(exported.mlir_module_serialized)
         parsed = ir.Module.parse(module, context) if isinstance(module, str | bytes) else module
         passmanager.PassManager.parse("builtin.module(strip-debuginfo)").run(parsed.operation)
-        artifact = jax.extend.mlir.serialize_portable_artifact(parsed, _artifact_version())
+        artifact = jax.extend.mlir.serialize_portable_artifact(parsed, target.stablehlo_version)
     return dataclasses.replace(exported, mlir_module_serialized=artifact)
 
 
-def _artifact_version() -> str:
-    """The StableHLO version that servers up to four weeks older can read, as jax.export itself chooses."""
-    from jaxlib.mlir.dialects import stablehlo
-
-    weeks = stablehlo.StablehloCompatibilityRequirement.WEEK_4
-    return stablehlo.get_version_from_compatibility_requirement(weeks)
+def _artifact_version(newest: str) -> str:
+    """The StableHLO version to write: what servers up to four weeks older read, as jax.export chooses; or older, for this one."""
+    weeks: str = stablehlo.get_version_from_compatibility_requirement(
+        stablehlo.StablehloCompatibilityRequirement.WEEK_4
+    )
+    return min(weeks, newest or weeks, key=lambda version: [int(part) for part in version.split(".")])
 
 
 def _lift(closed: Any, lift_bytes: int) -> tuple[list[_codec.Array], _Function]:

@@ -75,6 +75,10 @@ class Statistics:
     retries: int = 0
     """Calls repeated because the server was away, busy, or had forgotten a point."""
 
+    def __sub__(self, earlier: "Statistics") -> "Statistics":
+        """What came between two snapshots."""
+        return Statistics(*(getattr(self, f.name) - getattr(earlier, f.name) for f in dataclasses.fields(self)))
+
     @property
     def mean_batch_width(self) -> float:
         """Vectors in the launch of a product, of all clients, on average."""

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.export
 import numpy as np
+from jaxlib.mlir.dialects import stablehlo
 
 from hvpd import _codec
 from hvpd.v1 import objective_pb2
@@ -46,6 +47,7 @@ class Device:
         self.platform = {"gpu": "cuda"}.get(self._device.platform, self._device.platform)
         self.kind = self._device.device_kind
         self.jax_version = jax.__version__
+        self.stablehlo_version: str = stablehlo.get_current_version()
         self.calling_conventions = (
             jax.export.minimum_supported_calling_convention_version,
             jax.export.maximum_supported_calling_convention_version,
@@ -163,6 +165,7 @@ def _deserialize(name: str, blob: bytes, device: Device, bundle: objective_pb2.B
     try:
         exported = jax.export.deserialize(bytearray(blob))
         version = exported.calling_convention_version
+        exported.mlir_module()  # StableHLO of a version that this one does not know is found here, not at the first product.
     except Exception as error:
         raise ServiceError(
             Code.INVALID_ARGUMENT,

@@ -252,6 +252,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             platform=device.platform,
             device_kind=device.kind,
             max_block_width=engine.limits.max_block_width,
+            stablehlo_version=device.stablehlo_version,
         )
 
     def GetServer(  # noqa: N802

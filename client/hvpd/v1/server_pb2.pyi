@@ -43,6 +43,7 @@ class GetServerResponse(google.protobuf.message.Message):
     PLATFORM_FIELD_NUMBER: builtins.int
     DEVICE_KIND_FIELD_NUMBER: builtins.int
     MAX_BLOCK_WIDTH_FIELD_NUMBER: builtins.int
+    STABLEHLO_VERSION_FIELD_NUMBER: builtins.int
     version: builtins.str
     """Version of hvpd that serves."""
     min_protocol: builtins.int
@@ -61,6 +62,8 @@ class GetServerResponse(google.protobuf.message.Message):
     """Name of the device as its driver gives it, for people."""
     max_block_width: builtins.int
     """Most vectors in one product; send wider blocks as several."""
+    stablehlo_version: builtins.str
+    """Newest version of StableHLO that can be read, such as "1.17.0". Clients with a newer jax write that one."""
     def __init__(
         self,
         *,
@@ -73,7 +76,8 @@ class GetServerResponse(google.protobuf.message.Message):
         platform: builtins.str = ...,
         device_kind: builtins.str = ...,
         max_block_width: builtins.int = ...,
+        stablehlo_version: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device_kind", b"device_kind", "jax_version", b"jax_version", "max_block_width", b"max_block_width", "max_calling_convention_version", b"max_calling_convention_version", "max_protocol", b"max_protocol", "min_calling_convention_version", b"min_calling_convention_version", "min_protocol", b"min_protocol", "platform", b"platform", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_kind", b"device_kind", "jax_version", b"jax_version", "max_block_width", b"max_block_width", "max_calling_convention_version", b"max_calling_convention_version", "max_protocol", b"max_protocol", "min_calling_convention_version", b"min_calling_convention_version", "min_protocol", b"min_protocol", "platform", b"platform", "stablehlo_version", b"stablehlo_version", "version", b"version"]) -> None: ...
 
 Global___GetServerResponse: typing_extensions.TypeAlias = GetServerResponse
