@@ -90,6 +90,19 @@ def _unflatten(spec: Spec, values: Iterator[Any]) -> Any:
             return dict(zip(map(_key, spec.keys), children, strict=True))
 
 
+def check(spec: Spec) -> None:
+    """Raises StructureError where `spec`, which came from elsewhere, describes no tree."""
+    leaf_like = spec.kind in (Spec.KIND_LEAF, Spec.KIND_NONE)
+    keyed = spec.kind in _KEYED
+    known = leaf_like or keyed or spec.kind in (Spec.KIND_LIST, Spec.KIND_TUPLE)
+    if not known or (leaf_like and spec.children) or len(spec.keys) != (len(spec.children) if keyed else 0):
+        raise StructureError(
+            f"a node of kind {spec.kind} with {len(spec.children)} children and {len(spec.keys)} keys is no part of a tree"
+        )
+    for child in spec.children:
+        check(child)
+
+
 def count(spec: Spec) -> int:
     """Number of leaves."""
     return 1 if spec.kind == Spec.KIND_LEAF else sum(map(count, spec.children))

@@ -53,22 +53,38 @@ def parse(serialized: bytes) -> objective_pb2.Bundle:
             "BUNDLE_INCOMPATIBLE",
             f"the bundle has format {bundle.format}, this server reads {FORMATS[0]} to {FORMATS[-1]}: upgrade the server",
         )
-    if bundle.dtype not in _codec.VECTOR_DTYPES or bundle.n < 1:
-        raise _invalid("BUNDLE_INVALID", f"x must be float32 or float64 with n > 0, got {bundle.dtype}[{bundle.n}]")
-    if _pytree.count(bundle.x_tree) != len(bundle.x_leaves) or _pytree.count(bundle.data_tree) != len(bundle.data):
-        raise _invalid("BUNDLE_INVALID", "the structures of x and data do not have as many leaves as are listed")
-    if sum(_size(leaf.shape) for leaf in bundle.x_leaves) != bundle.n:
-        raise _invalid("BUNDLE_INVALID", f"the leaves of x do not have n = {bundle.n} elements together")
-    for dtype in {array.dtype for arrays in (bundle.x_leaves, bundle.data, bundle.captured) for array in arrays}:
-        try:
-            _codec.dtype(dtype)
-        except TypeError as error:
-            raise _invalid("BUNDLE_INVALID", str(error)) from None
+    _check_arrays(bundle)
     if not (bundle.HasField("value_and_grad") and bundle.HasField("hvp")):
         raise _invalid("BUNDLE_INVALID", "value_and_grad and hvp are required")
     if bundle.HasField("prepare") != bundle.HasField("apply"):
         raise _invalid("BUNDLE_INVALID", "prepare and apply go together")
+    if bundle.residuals and not bundle.HasField("apply"):
+        raise _invalid("BUNDLE_INVALID", "there are residuals, and no apply that takes them")
     return bundle
+
+
+def _check_arrays(bundle: objective_pb2.Bundle) -> None:
+    """Structures, shapes and dtypes fit each other."""
+    if bundle.dtype not in _codec.VECTOR_DTYPES or bundle.n < 1:
+        raise _invalid("BUNDLE_INVALID", f"x must be float32 or float64 with n > 0, got {bundle.dtype}[{bundle.n}]")
+    for tree in (bundle.x_tree, bundle.data_tree):
+        try:
+            _pytree.check(tree)
+        except _pytree.StructureError as error:
+            raise _invalid("BUNDLE_INVALID", str(error)) from None
+    if _pytree.count(bundle.x_tree) != len(bundle.x_leaves) or _pytree.count(bundle.data_tree) != len(bundle.data):
+        raise _invalid("BUNDLE_INVALID", "the structures of x and data do not have as many leaves as are listed")
+    if sum(_size(leaf.shape) for leaf in bundle.x_leaves) != bundle.n:
+        raise _invalid("BUNDLE_INVALID", f"the leaves of x do not have n = {bundle.n} elements together")
+    for dtype in {
+        array.dtype
+        for arrays in (bundle.x_leaves, bundle.data, bundle.captured, (r.spec for r in bundle.residuals))
+        for array in arrays
+    }:
+        try:
+            _codec.dtype(dtype)
+        except TypeError as error:
+            raise _invalid("BUNDLE_INVALID", str(error)) from None
 
 
 def references(bundle: objective_pb2.Bundle) -> Iterator[str]:

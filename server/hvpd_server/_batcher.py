@@ -178,7 +178,13 @@ class Batcher:
             tenant, queue = next(iter(self._queues.items()))
             self._queues.move_to_end(tenant)
             key = queue[0].key
-            room = self._limit(key)
+            try:
+                room = self._limit(key)
+            except BaseException as error:  # noqa: BLE001 - likewise
+                failed = queue[0]
+                self._remove(failed)
+                failed.finish(error)
+                return []
             batch: list[Job] = []
             for candidates in [queue, *(other for other in self._queues.values() if other is not queue)]:
                 for job in candidates:
@@ -196,8 +202,10 @@ class Batcher:
         results: Sequence[Block | None] = [None] * len(batch)
         try:
             results = self._execute(batch[0].key, [job.block for job in batch])
+            if len(results) != len(batch):
+                raise RuntimeError(f"{len(results)} results for {len(batch)} blocks")  # noqa: TRY301 - everybody must hear
         except BaseException as raised:  # noqa: BLE001 - it is raised again, in each caller's own thread
-            error = raised
+            error, results = raised, [None] * len(batch)
         finished = self._clock()
         for job, result in zip(batch, results, strict=True):
             job.result, job.width, job.started, job.finished = result, width, started, finished

@@ -19,7 +19,7 @@ def parse_bytes(text: str) -> int:
         number, unit = number[:-1], number[-1]
     try:
         size = int(float(number) * _UNITS[unit])
-    except ValueError:
+    except (ValueError, OverflowError):
         size = 0
     if size <= 0:
         raise argparse.ArgumentTypeError(f"expected a size such as 512M or 16G, got {text!r}")
@@ -53,6 +53,12 @@ def _width(text: str) -> int:
     if value & (value - 1):
         raise argparse.ArgumentTypeError(f"expected a power of two, got {text!r}")
     return value
+
+
+def _level(text: str) -> str:
+    if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise argparse.ArgumentTypeError(f"expected DEBUG, INFO, WARNING or ERROR, got {text!r}")
+    return text.upper()
 
 
 def _flag(text: str) -> bool:
@@ -107,7 +113,7 @@ class Config:
     insecure: bool = _setting(
         _flag, False, "allow a host other than loopback although nothing is encrypted or checked", ""
     )
-    log_level: str = _setting(str.upper, "INFO", "DEBUG, INFO, WARNING or ERROR", "LEVEL")
+    log_level: str = _setting(_level, "INFO", "DEBUG, INFO, WARNING or ERROR", "LEVEL")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(Config):
         flag = f"--{field.name.replace('_', '-')}"
         default = field.default if field.default is not dataclasses.MISSING else _default_store()
-        note = "" if default in (None, False) else f" (default: {default})"
+        note = "" if default in (None, False) else f" (default: {default})".replace("%", "%%")
         text = f"{field.metadata['help']}{note} [$HVPD_{field.name.upper()}]"
         if field.metadata["parse"] is _flag:
             parser.add_argument(flag, action="store_const", const=True, default=None, help=text)
@@ -142,8 +148,10 @@ def load(arguments: argparse.Namespace, environment: Mapping[str, str] = os.envi
         if value is not None:
             values[field.name] = value
     config = Config(**values)
-    if config.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        raise ValueError(f"--log-level must be DEBUG, INFO, WARNING or ERROR, got {config.log_level!r}")
+    if config.max_pending < config.max_block_width:
+        raise ValueError(
+            f"--max-pending {config.max_pending} has no room for one block of --max-block-width {config.max_block_width}"
+        )
     if not config.insecure and not _is_loopback(config.host):
         raise ValueError(
             f"--host {config.host} can be reached from other machines, and nothing checks who calls: listen on 127.0.0.1 "

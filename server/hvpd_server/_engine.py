@@ -7,6 +7,7 @@ A point's way: `create_point` -> `_store` (data by digest) -> `_residency` (what
 import concurrent.futures
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -48,9 +49,7 @@ class Objective:
         self.n = bundle.n
         self.timing = Timing()
         self.residual_bytes = sum(
-            int(np.prod(residual.spec.shape, dtype=np.int64)) * _codec.dtype(residual.spec.dtype).itemsize
-            for residual in bundle.residuals
-            if residual.WhichOneof("source") == "result"
+            _array_bytes(residual.spec) for residual in bundle.residuals if residual.WhichOneof("source") == "result"
         )
 
 
@@ -178,12 +177,12 @@ class Engine:
         for digest in dict.fromkeys(digest for _, digest in self.store.objectives()):
             try:
                 futures += self.warm(self.objective(digest))
-            except ServiceError as error:
+            except Exception as error:  # noqa: BLE001 - one broken objective keeps nobody else's from being served
                 _log.error("objective %s cannot be served: %s", digest, error)
         for future in futures:
             try:
                 future.result()
-            except ServiceError as error:
+            except Exception as error:  # noqa: BLE001 - likewise
                 _log.error("a program cannot be served: %s", error)
 
     # Points
@@ -194,8 +193,8 @@ class Engine:
         Raises:
             ServiceError: The objective is not registered, or the data does not fit it.
         """
-        self.store.objective(spec.objective_digest)
-        objective = self.objective(spec.objective_digest)
+        _, digest, _ = self.store.objective(spec.objective_digest)
+        objective = self.objective(digest)
         data = objective.bundle.data if spec.default_data else spec.data
         _admission.check_data(objective.bundle, data)
         return objective, data, point_id(objective.digest, data, spec.x_digest)
@@ -216,10 +215,11 @@ class Engine:
             )
 
         tensors = [*objective.bundle.captured, *data]
+        together = {_tensor_key(tensor): _array_bytes(tensor) for tensor in tensors}
+        self.residency.check(2 * x.nbytes + sum(together.values()), "a point")
 
         def make() -> tuple[Point, int]:
             args = [self._tensor(tensor) for tensor in tensors]
-            self.residency.check(2 * x.nbytes, "a point")
             on_device = self.device.put(x)
             value, gradient = objective.kernels.call("value_and_grad", 0, on_device, *args)
             self.metrics.points.inc()
@@ -228,13 +228,12 @@ class Engine:
                 2 * x.nbytes,
             )
 
-        point: Point = self.residency.load(identity, "point", make, needs=list(map(_tensor_key, tensors)))
+        point: Point = self.residency.load(identity, "point", make, needs=list(together))
         return point
 
     def _tensor(self, tensor: tensor_pb2.Tensor) -> Any:
         def make() -> tuple[Any, int]:
             array = self.store.read_tensor(tensor)
-            self.residency.check(array.nbytes, "a tensor")
             return self.device.put(array), array.nbytes
 
         return self.residency.load(_tensor_key(tensor), "data", make)
@@ -346,6 +345,10 @@ class Engine:
         )
         if not wanted:
             return None
+        try:
+            self.residency.check(objective.residual_bytes, "residuals", [point.id])
+        except ServiceError:  # They pay only where there is room.
+            return None
         kernels = objective.kernels
         if not (kernels.ready("prepare") and kernels.ready("apply", 1)):
             kernels.request("prepare")
@@ -366,6 +369,10 @@ class Engine:
 def _key(key: Hashable) -> tuple[Point, int]:
     assert isinstance(key, tuple)
     return key
+
+
+def _array_bytes(array: tensor_pb2.Tensor | tensor_pb2.ArraySpec) -> int:
+    return math.prod(array.shape) * _codec.dtype(array.dtype).itemsize
 
 
 def _tensor_key(tensor: tensor_pb2.Tensor) -> Hashable:

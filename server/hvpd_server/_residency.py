@@ -65,8 +65,7 @@ class Residency:
         with self._lock:
             self._forget(key, [])
             present = tuple(need for need in dict.fromkeys(needs) if need in self._entries)
-            beside = sum(self._entries[need].size_bytes for need in present)
-            self.check(beside + size_bytes, kind)
+            self._check(size_bytes, kind, present)
             for need in present:
                 self._touch(need)
             while sum(self._used.values()) + size_bytes > self.budget_bytes:
@@ -78,8 +77,18 @@ class Residency:
         for dropped in evicted:
             self._on_evict(dropped)
 
-    def check(self, size_bytes: int, kind: str) -> None:
-        """Raises ServiceError where something of this size can never be resident."""
+    def check(self, size_bytes: int, kind: str, needs: Sequence[Hashable] = ()) -> None:
+        """Raises ServiceError where something of this size can never be resident beside what it needs."""
+        with self._lock:
+            self._check(size_bytes, kind, [need for need in needs if need in self._entries])
+
+    def _check(self, size_bytes: int, kind: str, present: Sequence[Hashable]) -> None:
+        held, rest = set(present), list(present)
+        while rest:
+            new = set(self._entries[rest.pop()].needs) - held
+            held |= new
+            rest.extend(new)
+        size_bytes += sum(self._entries[key].size_bytes for key in held)
         if size_bytes > self.budget_bytes:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,

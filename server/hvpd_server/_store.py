@@ -2,7 +2,7 @@
 
     STORE/blobs/ab/abcd...     bytes whose SHA-256 is the file's name
     STORE/objectives/DIGEST    JSON: when it was registered
-    STORE/names/QUOTED         JSON: the digest that the name points at
+    STORE/names/SHA256         JSON: a name, and the digest that it points at; the file is named by the name's own digest
     STORE/corrupt/             blobs whose bytes did not match their name, set aside
     STORE/incoming/            uploads under way; emptied at start
     STORE/cache/               compiled programs (jax's own persistent cache)
@@ -21,7 +21,6 @@ import shutil
 import tempfile
 import threading
 import time
-import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -102,16 +101,23 @@ class Store:
         Raises:
             ServiceError: Not stored; or corrupt on the disk, then it is set aside and can be uploaded again.
         """
-        path = self._blob(digest)
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
+        if not self.has(digest):
             raise ServiceError(
                 Code.FAILED_PRECONDITION,
                 "BLOBS_MISSING",
-                f"blob {digest} is not stored: upload it",
+                f"blob {digest!r} is not stored: upload it",
                 {"digests": digest},
-            ) from None
+            )
+        path = self._blob(digest)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ServiceError(
+                Code.DATA_LOSS,
+                "BLOB_CORRUPT",
+                f"blob {digest} cannot be read from the server's disk: {error.strerror}",
+                {"digests": digest},
+            ) from error
         if _codec.digest(content) != digest:
             with contextlib.suppress(FileNotFoundError):
                 path.rename(self.root / "corrupt" / f"{digest}.{time.time_ns()}")
@@ -146,7 +152,8 @@ class Store:
         if name:
             with self._names_lock:
                 if self._names().get(name) != digest:
-                    self._write(self.root / "names" / urllib.parse.quote(name, safe=""), {"digest": digest})
+                    file = _codec.digest(name.encode())  # A name can be longer than a file's may be, and has slashes.
+                    self._write(self.root / "names" / file, {"name": name, "digest": digest})
 
     def objective(self, name: str) -> tuple[str, str, int]:
         """Name, digest and time of registration (ns since 1970) of the objective with this name or digest.
@@ -184,7 +191,8 @@ class Store:
         found = {}
         for path in (self.root / "names").iterdir():
             with contextlib.suppress(FileNotFoundError):
-                found[urllib.parse.unquote(path.name)] = json.loads(path.read_text())["digest"]
+                record = json.loads(path.read_text())
+                found[record["name"]] = record["digest"]
         return found
 
     def _write(self, path: Path, content: Mapping[str, Any]) -> None:

@@ -94,7 +94,7 @@ def test_settings_come_from_the_environment(serve):
         (["--port", "70000"], {}, "port from 0 to 65535"),
         (["--host", "0.0.0.0"], {}, "--insecure"),
         ([], {"HVPD_MEMORY_BUDGET": "lots"}, r"\$HVPD_MEMORY_BUDGET: expected a size"),
-        (["--log-level", "loud"], {}, "--log-level must be"),
+        (["--log-level", "loud"], {}, "argument --log-level: expected DEBUG"),
     ],
 )
 def test_wrong_settings_are_named(arguments, environment, says):

@@ -1,0 +1,399 @@
+"""The batcher coalesces without waiting: who is alone goes at once, who arrives meanwhile goes together, and nobody's
+product is another's business.
+
+The device is a fake that the test holds busy, and the clock a fake where time decides.
+"""
+
+import itertools
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvpd_server._batcher import Batcher, Job, pad, split
+from hvpd_server._errors import Code, ServiceError
+
+WAIT = 10
+"""Seconds until a thread that does not answer is a failure."""
+
+
+class Gate:
+    """A job's lock that tells each time that its caller has to wait at it: the job is queued by then."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._waits = threading.Semaphore(0)
+
+    def acquire(self, timeout=-1):
+        if self._lock.acquire(blocking=False):
+            return True
+        self._waits.release()
+        return self._lock.acquire(timeout=timeout)
+
+    def release(self):
+        self._lock.release()
+
+    def await_waiter(self):
+        assert self._waits.acquire(timeout=WAIT)
+
+
+class FakeDevice:
+    """Multiplies by ten. Notes its launches, and holds each until the test lets it go on."""
+
+    def __init__(self):
+        self.launches = []
+        self.threads = []
+        self._begun = threading.Semaphore(0)
+        self._may_end = threading.Semaphore(0)
+
+    def execute(self, key, blocks):
+        self.launches.append((key, [int(block[0, 0]) for block in blocks]))
+        self.threads.append(threading.current_thread())
+        self._begun.release()
+        assert self._may_end.acquire(timeout=WAIT)
+        if key == "broken":
+            raise ZeroDivisionError("the device says no")
+        return [10 * block for block in blocks]
+
+    def await_launch(self):
+        assert self._begun.acquire(timeout=WAIT)
+
+    def let_go(self, launches=1000):
+        self._may_end.release(launches)
+
+
+class Clock:
+    """Time stands still until the test moves it."""
+
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+class Bench:
+    """A batcher on a fake device, whose first launch (job 0, key "first") holds the device while a test queues others."""
+
+    def __init__(self, start, *, limit=64, max_pending=1000):
+        self._start = start
+        self.device = FakeDevice()
+        self.clock = Clock()
+        self.batcher = Batcher(self.device.execute, lambda key: limit, max_pending=max_pending, clock=self.clock)
+
+    def occupy(self):
+        self.first = self._run(self.job(0, key="first"))
+        self.device.await_launch()
+        return self
+
+    def job(self, number, *, key="k", width=1, tenant="", deadline=float("inf")):
+        return Job(key, np.full((width, 2), float(number)), tenant, deadline, gate=Gate())
+
+    def queue(self, number, **settings):
+        """Starts a caller; returns when its product is queued."""
+        job = self.job(number, **settings)
+        future = self._run(job)
+        job.gate.await_waiter()
+        return future, job
+
+    def run(self, job):
+        """The product. The caller is a thread of its own: one that is stuck fails its test, and no other."""
+        return self._run(job).result(WAIT)
+
+    def _run(self, job):
+        return self._start(self.batcher.run, job)
+
+    def finish(self):
+        self.device.let_go()
+        np.testing.assert_array_equal(self.first.result(WAIT), [[0.0, 0.0]])
+
+    def launched(self):
+        """(key, numbers of the jobs) of all launches after the first."""
+        return self.device.launches[1:]
+
+
+@pytest.fixture
+def bench(start):
+    return Bench(start).occupy()
+
+
+def refusal(future):
+    error = future.exception(WAIT)
+    assert isinstance(error, ServiceError)
+    return error.code
+
+
+def test_a_lone_caller_is_executed_in_its_own_thread(start):
+    bench = Bench(start, max_pending=1)
+    bench.device.let_go()
+    job = bench.job(4)
+
+    def caller():
+        return bench.batcher.run(job), threading.current_thread()
+
+    product, thread = start(caller).result(WAIT)
+    np.testing.assert_array_equal(product, [[40.0, 40.0]])
+    assert bench.device.threads == [thread]
+    assert (job.width, job.queued, job.started, job.finished) == (1, 100.0, 100.0, 100.0)
+    assert bench.batcher.pending == 0
+
+
+def test_what_arrives_while_the_device_works_shares_one_launch(bench):
+    callers = [bench.queue(number) for number in (1, 2, 3)]
+    assert bench.batcher.pending == 3
+    bench.clock.now = 103.0
+    bench.finish()
+
+    for number, (future, job) in enumerate(callers, start=1):
+        np.testing.assert_array_equal(future.result(WAIT), [[10.0 * number] * 2])
+        assert (job.width, job.queued, job.started) == (3, 100.0, 103.0)
+    assert bench.launched() == [("k", [1, 2, 3])]
+    assert bench.batcher.pending == 0
+
+
+def test_different_keys_never_share_a_launch(bench):
+    callers = [bench.queue(number, key=key) for number, key in enumerate("abab", start=1)]
+    bench.finish()
+    for future, _ in callers:
+        future.result(WAIT)
+    assert bench.launched() == [("a", [1, 3]), ("b", [2, 4])]
+
+
+def test_a_launch_is_no_wider_than_the_limit(start):
+    bench = Bench(start, limit=4).occupy()
+    callers = [bench.queue(number, width=width) for number, width in [(1, 2), (2, 1), (3, 2), (4, 1)]]
+    bench.finish()
+    for future, _ in callers:
+        future.result(WAIT)
+    assert bench.launched() == [("k", [1, 2, 4]), ("k", [3])]
+    assert [job.width for _, job in callers] == [4, 4, 2, 4]
+
+
+def test_a_block_wider_than_the_limit_goes_alone(start):
+    bench = Bench(start, limit=4).occupy()
+    callers = [bench.queue(1, width=9), bench.queue(2)]
+    bench.finish()
+    assert callers[0][0].result(WAIT).shape == (9, 2)
+    callers[1][0].result(WAIT)
+    assert bench.launched() == [("k", [1]), ("k", [2])]
+
+
+def test_tenants_take_turns(start):
+    bench = Bench(start).occupy()
+    jobs = [(1, "busy"), (2, "busy"), (3, "busy"), (4, "calm"), (5, "late"), (6, "calm")]
+    callers = [bench.queue(number, key=number, tenant=tenant) for number, tenant in jobs]
+    bench.finish()
+    for future, _ in callers:
+        future.result(WAIT)
+    assert [number for _, (number,) in bench.launched()] == [1, 4, 5, 2, 6, 3]
+
+
+def test_the_tenant_in_turn_comes_before_others_where_the_limit_leaves_no_room_for_all(start):
+    bench = Bench(start, limit=2).occupy()
+    jobs = [(1, "a"), (2, "b"), (3, "b"), (4, "a")]
+    callers = [bench.queue(number, tenant=tenant) for number, tenant in jobs]
+    bench.finish()
+    for future, _ in callers:
+        future.result(WAIT)
+    assert bench.launched() == [("k", [1, 4]), ("k", [2, 3])]
+
+
+def test_a_full_queue_refuses_and_says_when_to_retry(start):
+    bench = Bench(start, max_pending=4).occupy()
+    queued, _ = bench.queue(1, width=3)
+    with pytest.raises(ServiceError, match="3 vectors wait") as refused:
+        bench.run(bench.job(2, width=2))
+    fits, _ = bench.queue(3)
+    bench.finish()
+
+    assert refused.value.code is Code.RESOURCE_EXHAUSTED
+    assert refused.value.reason == "QUEUE_FULL"
+    assert refused.value.retry_after > 0
+    queued.result(WAIT)
+    fits.result(WAIT)
+    assert bench.launched() == [("k", [1, 3])]
+
+
+def test_a_refused_product_leaves_the_batcher_free(start):
+    bench = Bench(start, max_pending=1)
+    bench.device.let_go()
+    with pytest.raises(ServiceError):
+        bench.run(bench.job(1, width=2))
+    np.testing.assert_array_equal(bench.run(bench.job(2)), [[20.0, 20.0]])
+
+
+def test_what_expires_while_the_device_works_is_not_executed(bench):
+    expired, _ = bench.queue(1, deadline=bench.clock.now + 5)
+    alive, _ = bench.queue(2, deadline=bench.clock.now + 7)
+    bench.clock.now += 6
+    bench.finish()
+    alive.result(WAIT)
+    assert refusal(expired) is Code.DEADLINE_EXCEEDED
+    assert bench.launched() == [("k", [2])]
+
+
+def test_what_is_expired_on_arrival_is_not_executed(start):
+    bench = Bench(start)
+    with pytest.raises(ServiceError) as refused:
+        bench.run(bench.job(1, deadline=bench.clock.now))
+    assert refused.value.code is Code.DEADLINE_EXCEEDED
+    assert bench.device.launches == []
+
+
+def test_a_caller_leaves_at_its_deadline_although_the_device_still_works(bench):
+    bench.clock.now = time.monotonic()  # The wait itself is in real time.
+    expired, _ = bench.queue(1, deadline=bench.clock.now + 0.01)
+    assert refusal(expired) is Code.DEADLINE_EXCEEDED
+    assert not bench.first.done()
+    assert bench.batcher.pending == 0
+    bench.finish()
+    assert bench.launched() == []
+
+
+def test_a_deadline_that_passes_during_the_launch_does_not_lose_the_result(bench):
+    leader, _ = bench.queue(1)
+    follower, job = bench.queue(2, deadline=bench.clock.now + 0.01)
+    bench.device.let_go(1)
+    bench.device.await_launch()
+    job.gate.await_waiter()  # Its time was over, and it waits again: the device cannot be called back.
+    bench.finish()
+    leader.result(WAIT)
+    np.testing.assert_array_equal(follower.result(WAIT), [[20.0, 20.0]])
+
+
+def test_what_is_cancelled_while_it_waits_is_not_executed(bench):
+    cancelled, job = bench.queue(1)
+    kept, _ = bench.queue(2)
+    bench.batcher.cancel(job)
+    assert refusal(cancelled) is Code.CANCELLED
+    assert bench.batcher.pending == 1
+    bench.finish()
+    kept.result(WAIT)
+    assert bench.launched() == [("k", [2])]
+
+
+def test_cancelling_during_or_after_the_launch_changes_nothing(bench):
+    future, job = bench.queue(1)
+    bench.device.let_go(1)
+    bench.device.await_launch()
+    bench.batcher.cancel(job)
+    bench.finish()
+    np.testing.assert_array_equal(future.result(WAIT), [[10.0, 10.0]])
+    bench.batcher.cancel(job)
+    np.testing.assert_array_equal(bench.run(bench.job(2)), [[20.0, 20.0]])
+
+
+def test_what_is_cancelled_before_it_is_queued_is_not_executed(start):
+    bench = Bench(start)
+    job = bench.job(1)
+    bench.batcher.cancel(job)
+    with pytest.raises(ServiceError) as refused:
+        bench.run(job)
+    assert refused.value.code is Code.CANCELLED
+    assert bench.device.launches == []
+
+
+def test_an_exception_reaches_all_of_its_launch_and_nobody_else(bench):
+    broken = [bench.queue(number, key="broken") for number in (1, 2)]
+    sound = [bench.queue(number) for number in (3, 4)]
+    bench.finish()
+    for future, _ in broken:
+        assert isinstance(future.exception(WAIT), ZeroDivisionError)
+    for number, (future, _) in enumerate(sound, start=3):
+        np.testing.assert_array_equal(future.result(WAIT), [[10.0 * number] * 2])
+    np.testing.assert_array_equal(bench.run(bench.job(5)), [[50.0, 50.0]])
+
+
+def test_the_lead_is_handed_to_a_caller_that_still_waits(bench):
+    """Not to the one who cancelled last, nor is it kept: the device would stand still."""
+    _, gone = bench.queue(1, key="a")
+    waiting, _ = bench.queue(2, key="b")
+    bench.batcher.cancel(gone)
+    bench.finish()
+    np.testing.assert_array_equal(waiting.result(WAIT), [[20.0, 20.0]])
+    assert bench.device.threads[0] is not bench.device.threads[1]
+
+
+def test_no_wake_up_is_lost_and_every_result_is_its_own(start):
+    """32 threads, 50 products each, with random keys, tenants, widths, deadlines and cancellations, and a device that fails at times."""
+    threads, products, limit = 32, 50, 6
+    together = threading.Barrier(threads)
+    launches = itertools.count()
+
+    def execute(key, blocks):
+        assert sum(map(len, blocks)) <= limit
+        if next(launches) % 50 == 49:
+            raise ZeroDivisionError
+        return [block * (key + 2) for block in blocks]
+
+    batcher = Batcher(execute, lambda key: limit, max_pending=3 * threads)
+
+    def caller(seed):
+        rng = random.Random(seed)
+        outcomes = []
+        together.wait(WAIT)
+        for number in range(products):
+            soon = time.monotonic() + rng.choice([-1.0, 1e-4, 1e-3, 60.0, 60.0, 60.0])
+            block = np.full((rng.randint(1, 3), 2), seed * products + number + 1.0)
+            job = Job(rng.randrange(3), block, str(rng.randrange(4)), soon)
+            canceller = start(batcher.cancel, job) if rng.random() < 0.1 else None
+            try:
+                np.testing.assert_array_equal(batcher.run(job), block * (job.key + 2))
+                outcomes.append("result")
+            except ServiceError as error:
+                outcomes.append(error.reason)
+            except ZeroDivisionError:
+                outcomes.append("failed")
+            if canceller is not None:
+                canceller.result(WAIT)
+        return outcomes
+
+    futures = [start(caller, seed) for seed in range(threads)]
+    outcomes = [outcome for future in futures for outcome in future.result(30)]
+    assert len(outcomes) == threads * products
+    assert set(outcomes) >= {"result", "DEADLINE_EXCEEDED", "failed"}
+    assert outcomes.count("result") > threads * products / 4
+    assert batcher.pending == 0
+    np.testing.assert_array_equal(start(batcher.run, Job(0, np.ones((1, 2)))).result(WAIT), [[2.0, 2.0]])
+
+
+@settings(deadline=None)
+@given(
+    widths=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    n=st.integers(1, 4),
+    spare=st.integers(0, 9),
+    dtype=st.sampled_from(["float32", "float64"]),
+)
+def test_split_undoes_pad(widths, n, spare, dtype):
+    blocks = [np.random.default_rng(i).standard_normal((width, n)).astype(dtype) for i, width in enumerate(widths)]
+    padded = pad(blocks, sum(widths) + spare)
+    assert padded.shape == (sum(widths) + spare, n)
+    assert padded.dtype == dtype
+    assert not padded[sum(widths) :].any()
+    for block, again in zip(blocks, split(padded, widths), strict=True):
+        np.testing.assert_array_equal(again, block)
+
+
+def test_one_block_of_the_right_width_is_not_copied():
+    block = np.ones((4, 3))
+    assert pad([block], 4) is block
+
+
+def test_a_limit_that_fails_and_results_that_are_missing_reach_their_callers():
+    def limit(key):
+        if key == "no limit":
+            raise RuntimeError("no limit")
+        return 4
+
+    def execute(key, blocks):
+        return [] if key == "no results" else blocks
+
+    batcher = Batcher(execute, limit, max_pending=10)
+    for key in ("no limit", "no results"):
+        with pytest.raises(RuntimeError, match=r"no limit|0 results for 1 blocks"):
+            batcher.run(Job(key, np.ones((1, 2))))
+    assert np.array_equal(batcher.run(Job("good", np.ones((1, 2)))), np.ones((1, 2)))
+    assert batcher.pending == 0

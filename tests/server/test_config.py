@@ -1,0 +1,164 @@
+"""Each setting is a flag and a variable; a flag wins over the variable, the variable over the default."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvpd_server._config import Config, load, parse, parse_bytes
+
+# Setting: two values as they are written, and what they mean.
+VALUES = {
+    "host": ("127.0.0.2", "127.0.0.2", "::1", "::1"),
+    "port": ("0", 0, "65535", 65535),
+    "store": ("/srv/a", Path("/srv/a"), "b", Path("b")),
+    "metrics_port": ("0", 0, "9090", 9090),
+    "memory_budget": ("16G", 16 << 30, "512M", 512 << 20),
+    "max_block_width": ("1", 1, "128", 128),
+    "max_pending": ("128", 128, "100000", 100000),
+    "max_calls": ("8", 8, "9", 9),
+    "drain": ("0", 0.0, "2.5", 2.5),
+    "log_level": ("debug", "DEBUG", "ERROR", "ERROR"),
+}
+
+BAD = {
+    "port": ["-1", "65536", "http", "7070.0", "0x10"],
+    "metrics_port": ["-1", "99999"],
+    "memory_budget": ["0", "-1G", "16X", "lots", "G", "nan", "inf"],
+    "max_block_width": ["0", "3", "-4", "1.5", "wide"],
+    "max_pending": ["0", "-1", "1e3"],
+    "max_calls": ["0", "many"],
+    "drain": ["-1", "inf", "nan", "soon"],
+    "log_level": ["loud", "5"],
+}
+
+
+def flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def variable(name):
+    return f"HVPD_{name.upper()}"
+
+
+def config(*argv, **environment):
+    return load(parse(argv), environment)
+
+
+def test_the_defaults_listen_on_loopback_only():
+    assert config() == Config()
+    assert (Config().host, Config().port, Config().insecure) == ("127.0.0.1", 7070, False)
+
+
+def test_the_default_store_is_where_users_data_belongs(monkeypatch, tmp_path):
+    """https://specifications.freedesktop.org/basedir-spec/latest/"""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert config().store == tmp_path / "hvpd"
+    monkeypatch.delenv("XDG_DATA_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert config().store == tmp_path / ".local" / "share" / "hvpd"
+
+
+def test_these_tests_know_every_setting():
+    assert {*VALUES, "insecure"} == {field.name for field in dataclasses.fields(Config)}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_flags_win_over_variables_and_variables_over_defaults(name):
+    written, meant, other_written, other_meant = VALUES[name]
+    assert getattr(config(flag(name), written), name) == meant
+    assert getattr(config(**{variable(name): written}), name) == meant
+    both = config(flag(name), other_written, **{variable(name): written})
+    assert both == dataclasses.replace(Config(), **{name: other_meant})
+    assert getattr(config(**{variable(name): ""}), name) == getattr(Config(), name)
+
+
+def test_insecure_is_a_flag_without_a_value():
+    assert config("--insecure").insecure
+    assert config("--insecure", HVPD_INSECURE="0").insecure
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("1", True), ("true", True), ("YES", True), ("on", True), ("0", False), ("False", False), ("no", False)],
+)
+def test_a_variable_says_insecure_in_words(written, meant):
+    assert config(HVPD_INSECURE=written).insecure is meant
+
+
+def test_a_variable_that_says_neither_is_refused():
+    with pytest.raises(ValueError, match=r"\$HVPD_INSECURE: expected 1 or 0, got 'perhaps'"):
+        config(HVPD_INSECURE="perhaps")
+
+
+@pytest.mark.parametrize(("name", "written"), [(name, written) for name in BAD for written in BAD[name]])
+def test_a_bad_value_is_refused_by_the_name_of_its_flag(name, written, capsys):
+    with pytest.raises((SystemExit, ValueError)) as refused:
+        config(f"{flag(name)}={written}")
+    said = capsys.readouterr().err + str(refused.value)
+    assert flag(name) in said
+    assert written.upper() in said.upper()
+
+
+@pytest.mark.parametrize(("name", "written"), [(name, written) for name in BAD for written in BAD[name]])
+def test_a_bad_value_is_refused_by_the_name_of_its_variable(name, written):
+    with pytest.raises(ValueError, match=rf"(?i)\${variable(name)}\b.*{written}"):
+        config(**{variable(name): written})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost"])
+def test_loopback_needs_no_permission(host):
+    assert config("--host", host).host == host
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]", "10.0.0.1", "192.168.1.2", "0", "", "no-such-host.invalid"])
+def test_any_other_host_needs_insecure(host):
+    with pytest.raises(ValueError, match=r"--host .*--insecure"):
+        config("--host", host)
+    with pytest.raises(ValueError, match=r"--host .*--insecure"):
+        config("--host", host, HVPD_INSECURE="0")
+    assert config("--host", host, "--insecure").host == host
+    assert config("--host", host, HVPD_INSECURE="1").host == host
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("1073741824", 1 << 30),
+        ("512M", 512 << 20),
+        ("512m", 512 << 20),
+        ("16GB", 16 << 30),
+        ("16GiB", 16 << 30),
+        ("1.5K", 1536),
+        ("2T", 2 << 40),
+        (" 7 k ", 7 << 10),
+        ("100B", 100),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_bytes(text) == size
+
+
+@settings(deadline=None)
+@given(size=st.integers(1, 1 << 20), unit=st.sampled_from(list(enumerate(["", "K", "M", "G", "T"]))))
+def test_whole_sizes_are_exact(size, unit):
+    power, letter = unit
+    assert parse_bytes(f"{size}{letter}") == size * 1024**power
+
+
+def test_help_names_every_flag_and_variable(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(Config):
+        assert flag(field.name) in shown
+        assert f"${variable(field.name)}" in shown
+
+
+def test_a_queue_that_no_block_fits_into_is_refused():
+    with pytest.raises(ValueError, match=r"--max-pending 32 has no room for one block of --max-block-width 64"):
+        load(parse(["--max-pending", "32"]), {})

@@ -1,0 +1,568 @@
+"""The server without its transport: from uploaded blobs to products that are right, whoever else asks, evicts or breaks.
+
+Truth is a dense `jax.hessian` of the user's own function.
+"""
+
+import gc
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hvpd import _codec
+from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
+from hvpd_server._engine import Timing
+from hvpd_server._errors import Code, ServiceError
+
+WAIT = 60
+
+HESSIAN = curvature_pb2.OPERATOR_HESSIAN
+
+
+def tensor(store, upload, array):
+    return tensor_pb2.Tensor(dtype=array.dtype.name, shape=array.shape, digest=upload(store, _codec.payload(array)))
+
+
+def point_spec(example, x=None, data=None):
+    """Of a point of an example: its own, or at another x, or with other tensors as data."""
+    return curvature_pb2.PointSpec(
+        objective_digest=example.export.digest,
+        x_digest=_codec.digest(_codec.payload(example.x if x is None else x)),
+        default_data=data is None,
+        data=data or (),
+    )
+
+
+def create_point(engine, example, x=None, data=None):
+    return engine.create_point(point_spec(example, x, data), example.x if x is None else x)
+
+
+def product_spec(point, k=1, operator=HESSIAN):
+    return curvature_pb2.ProductSpec(point_id=point.id, operator=operator, k=k)
+
+
+def block(example, width, seed=0):
+    return np.random.default_rng([seed, width]).standard_normal((width, example.x.size)).astype(example.x.dtype)
+
+
+def multiply(engine, point, V, **settings):
+    products, _ = engine.multiply(point, HESSIAN, V, **settings)
+    return products
+
+
+def launches(engine, program):
+    return engine.metrics.registry.get_sample_value("hvpd_launches_total", {"program": program}) or 0
+
+
+def compile_programs(point, *programs):
+    """Compiles (program, width) now, so that the test knows what is ready."""
+    for name, width in programs:
+        point.objective.kernels.request(name, width).result(WAIT)
+
+
+def refusal(code, reason, call, *args, **settings):
+    with pytest.raises(ServiceError) as refused:
+        call(*args, **settings)
+    assert (refused.value.code, refused.value.reason) == (code, reason)
+    return refused.value
+
+
+# Products and points against the truth
+
+
+def test_a_point_comes_with_value_and_gradient(serve, objective_example):
+    example = objective_example
+    point = create_point(serve(example), example)
+    rtol = {"float64": 1e-12, "float32": 1e-5}[example.x.dtype.name]
+    np.testing.assert_allclose(point.value, example.value, rtol=rtol)
+    np.testing.assert_allclose(point.gradient, example.gradient, rtol=rtol, atol=rtol * np.abs(example.gradient).max())
+    message = point.message()
+    assert (message.value, message.nonfinite_x) == (point.value, 0)
+    assert not message.nonfinite_value
+    assert message.nonfinite_gradient == 0
+
+
+def test_products_of_every_width(serve, objective_example, assert_product):
+    """Whatever is compiled by then: widths up to 9 go through buckets of 1 to 16, at first in pieces of one."""
+    engine = serve(objective_example)
+    point = create_point(engine, objective_example)
+    for width in range(1, 10):
+        V = block(objective_example, width)
+        products, info = engine.multiply(point, HESSIAN, V)
+        assert_product(products, objective_example.hessian, V)
+        assert info.batch_width == width
+        assert info.queue_duration_ns >= 0
+        assert info.compute_duration_ns > 0
+
+
+@pytest.mark.parametrize(
+    ("compiled", "expected"), [([1], 7), ([1, 2], 4), ([1, 2, 4], 2), ([1, 2, 4, 8], 1), ([1, 8, 16], 1)]
+)
+def test_a_block_takes_as_few_launches_as_the_compiled_buckets_allow(
+    serve, logistic, assert_product, monkeypatch, compiled, expected
+):
+    engine = serve(logistic)
+    point = create_point(engine, logistic)
+    compile_programs(point, *(("hvp", width) for width in compiled))
+    monkeypatch.setattr(engine, "_have", lambda objective, width: None)
+    V = block(logistic, 7)
+    assert_product(multiply(engine, point, V), logistic.hessian, V)
+    assert launches(engine, "hvp") + launches(engine, "apply") == expected
+    assert point.objective.kernels.widths("hvp") == compiled
+
+
+def test_a_bucket_that_is_missing_is_compiled_beside_the_product(serve, logistic):
+    engine = serve(logistic)
+    point = create_point(engine, logistic)
+    multiply(engine, point, block(logistic, 5))
+    point.objective.kernels.request("hvp", 8).result(WAIT)
+    before = launches(engine, "hvp")
+    multiply(engine, point, block(logistic, 5))
+    assert launches(engine, "hvp") == before + 1
+
+
+def test_other_data_gives_another_point(serve, logistic, upload, make_example, assert_product):
+    engine = serve(logistic)
+    other_data = tuple(np.flip(array) * 0.5 for array in logistic.data)
+    other = make_example(logistic.fun, logistic.x, *other_data)
+    point = create_point(engine, logistic)
+    other_point = create_point(engine, logistic, data=[tensor(engine.store, upload, array) for array in other_data])
+    assert other_point.id != point.id
+    V = block(logistic, 3)
+    assert_product(multiply(engine, other_point, V), other.hessian, V)
+    assert_product(multiply(engine, point, V), logistic.hessian, V)
+
+
+def test_the_same_data_said_explicitly_is_the_same_point(serve, logistic):
+    engine = serve(logistic)
+    point = create_point(engine, logistic)
+    explicit = point_spec(logistic, data=list(logistic.bundle.data))
+    assert not explicit.default_data
+    assert engine.find_point(explicit) is point
+    assert engine.create_point(explicit, logistic.x) is point
+    assert engine.find_point(point_spec(logistic, logistic.x + 1)) is None
+
+
+def test_many_who_create_a_point_at_once_get_one(serve, logistic, start):
+    engine = serve(logistic)
+    together = threading.Barrier(6)
+
+    def create():
+        together.wait(WAIT)
+        return create_point(engine, logistic)
+
+    points = [future.result(WAIT) for future in [start(create) for _ in range(6)]]
+    assert all(point is points[0] for point in points)
+    assert engine.metrics.registry.get_sample_value("hvpd_points_total") == 1
+
+
+def test_what_is_not_finite_is_counted(serve, rosen):
+    """SciPy's line searches step there: it is an answer, not an error."""
+    x = rosen.x.copy()
+    x[0], x[3] = np.nan, np.inf
+    message = create_point(serve(rosen), rosen, x).message()
+    assert message.nonfinite_x == 2
+    assert message.nonfinite_value
+    assert message.nonfinite_gradient > 0
+
+
+# Residuals
+
+
+def test_residuals_are_used_from_the_second_single_product_on(serve, objective_example, assert_product):
+    example = objective_example
+    engine = serve(example)
+    point = create_point(engine, example)
+    compile_programs(point, ("hvp", 1), ("prepare", 0), ("apply", 1))
+    V = block(example, 1)
+    for product, programs in enumerate([(1, 0), (1, 1), (1, 2)]):
+        assert_product(multiply(engine, point, V), example.hessian, V)
+        assert (launches(engine, "hvp"), launches(engine, "apply")) == programs, product
+    assert engine.residency.used_bytes()["residuals"] == point.objective.residual_bytes
+
+
+def test_blocks_make_and_use_no_residuals(serve, logistic):
+    engine = serve(logistic)
+    point = create_point(engine, logistic)
+    compile_programs(point, ("hvp", 4), ("prepare", 0), ("apply", 1))
+    for seed in range(3):
+        multiply(engine, point, block(logistic, 4, seed))
+    assert launches(engine, "apply") == 0
+    assert "residuals" not in engine.residency.used_bytes()
+
+
+def test_a_product_does_not_wait_for_the_residual_programs_to_compile(serve, rosen):
+    engine = serve(rosen)
+    point = create_point(engine, rosen)
+    for _ in range(2):
+        multiply(engine, point, block(rosen, 1))
+    assert launches(engine, "hvp") == 2
+    compile_programs(point, ("prepare", 0), ("apply", 1))
+    multiply(engine, point, block(rosen, 1))
+    assert launches(engine, "apply") == 1
+
+
+def test_residuals_that_would_fill_the_budget_are_not_made(serve, rosen, assert_product):
+    engine = serve(rosen)
+    needed = create_point(engine, rosen).objective.residual_bytes
+    engine = serve(memory_budget_bytes=4 * needed - 1)
+    point = create_point(engine, rosen)
+    compile_programs(point, ("hvp", 1), ("prepare", 0), ("apply", 1))
+    for seed in range(3):
+        V = block(rosen, 1, seed)
+        assert_product(multiply(engine, point, V), rosen.hessian, V)
+    assert launches(engine, "apply") == 0
+
+
+def test_residuals_that_do_not_fit_beside_the_data_are_no_failure_of_the_product(serve, make_example, assert_product):
+    x = np.linspace(1, 2, 5)
+    example = make_example(lambda x, d: jnp.sum(x[1:] ** 4 * x[:-1]) * d.mean(), x, np.ones(1000))
+    residuals = create_point(serve(example), example).objective.residual_bytes
+    budget = example.data[0].nbytes + 2 * x.nbytes + residuals - 1
+    assert 0 < residuals <= budget // 4
+    engine = serve(memory_budget_bytes=budget)
+    point = create_point(engine, example)
+    compile_programs(point, ("hvp", 1), ("prepare", 0), ("apply", 1))
+    for seed in range(3):
+        V = block(example, 1, seed)
+        assert_product(multiply(engine, engine.resident(product_spec(point)), V), example.hessian, V)
+
+
+def test_residuals_are_given_up_where_they_are_measured_to_be_slower():
+    timing = Timing()
+    assert timing.prefers_apply()
+    for _ in range(Timing.SAMPLES):
+        assert timing.prefers_apply()
+        timing.add("hvp", 1.0)
+    for seconds in (9.0, 2.0):  # The first has prepared as well: the least counts.
+        timing.add("apply", seconds)
+        assert timing.prefers_apply()
+    timing.add("apply", 2.0)
+    assert not timing.prefers_apply()
+    timing.add("apply", 0.5)
+    assert timing.prefers_apply()
+
+
+# Coalescing
+
+
+def test_eight_threads_at_two_points_get_their_own_products(serve, logistic, make_example, assert_product, start):
+    engine = serve(logistic)
+    x = logistic.x + 1
+    examples = [logistic, make_example(logistic.fun, x, *logistic.data)]
+    points = [create_point(engine, logistic), create_point(engine, logistic, x)]
+    together = threading.Barrier(8)
+
+    def caller(seed):
+        together.wait(WAIT)
+        for number in range(20):
+            V = block(logistic, 1 + (seed + number) % 5, seed=100 * seed + number)
+            assert_product(multiply(engine, points[seed % 2], V), examples[seed % 2].hessian, V)
+
+    for future in [start(caller, seed) for seed in range(8)]:
+        future.result(WAIT)
+    assert engine.metrics.registry.get_sample_value("hvpd_products_total") == 160
+
+
+def test_what_arrives_while_the_device_works_goes_as_one_block(serve, logistic, assert_product, start, monkeypatch):
+    engine = serve(logistic)
+    point = create_point(engine, logistic)
+    compile_programs(point, ("hvp", 1), ("hvp", 8))
+    begun, may_go, queued = threading.Event(), threading.Event(), threading.Semaphore(0)
+    product, enqueue = engine._product, engine._batcher._enqueue
+
+    def held_product(*args):
+        begun.set()
+        assert may_go.wait(WAIT)
+        return product(*args)
+
+    def noted_enqueue(job):
+        enqueue(job)
+        queued.release()
+
+    monkeypatch.setattr(engine, "_product", held_product)
+    monkeypatch.setattr(engine._batcher, "_enqueue", noted_enqueue)
+    blocks = [block(logistic, 1, seed) for seed in range(8)]
+    futures = [start(engine.multiply, point, HESSIAN, blocks[0])]
+    assert begun.wait(WAIT)
+    futures += [start(engine.multiply, point, HESSIAN, V) for V in blocks[1:]]
+    for _ in blocks:
+        assert queued.acquire(timeout=WAIT)
+    may_go.set()
+
+    answers = [future.result(WAIT) for future in futures]
+    for V, (products, _) in zip(blocks, answers, strict=True):
+        assert_product(products, logistic.hessian, V)
+    assert [info.batch_width for _, info in answers] == [1] + [7] * 7
+    assert launches(engine, "hvp") == 2
+
+
+def test_a_product_of_no_use_any_more_is_not_made(serve, rosen):
+    engine = serve(rosen)
+    point = create_point(engine, rosen)
+    V = block(rosen, 1)
+    refusal(Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", multiply, engine, point, V, deadline=time.monotonic())
+    refusal(Code.CANCELLED, "CANCELLED", multiply, engine, point, V, on_queue=lambda cancel: cancel())
+    assert launches(engine, "hvp") == 0
+
+
+# Memory
+
+
+def test_an_evicted_point_is_not_resident_until_it_is_created_again(serve, rosen, assert_product):
+    engine = serve(rosen, memory_budget_bytes=3 * rosen.x.nbytes)
+    point = create_point(engine, rosen)
+    assert engine.resident(product_spec(point)) is point
+    create_point(engine, rosen, rosen.x + 1)
+    error = refusal(Code.NOT_FOUND, "POINT_NOT_RESIDENT", engine.resident, product_spec(point))
+    assert "create it again" in str(error)
+    assert engine.find_point(point_spec(rosen)) is None
+    assert engine.metrics.registry.get_sample_value("hvpd_evictions_total", {"kind": "point"}) == 1
+
+    again = create_point(engine, rosen)
+    assert again.id == point.id
+    V = block(rosen, 2)
+    assert_product(multiply(engine, again, V), rosen.hessian, V)
+
+
+def test_a_product_under_way_outlives_the_eviction_of_its_point(serve, rosen, assert_product):
+    engine = serve(rosen, memory_budget_bytes=3 * rosen.x.nbytes)
+    point = create_point(engine, rosen)
+    create_point(engine, rosen, rosen.x + 1)
+    V = block(rosen, 2)
+    assert_product(multiply(engine, point, V), rosen.hessian, V)
+
+
+def test_what_is_larger_than_the_budget_is_refused(serve, rosen, logistic):
+    engine = serve(rosen, logistic, memory_budget_bytes=2 * rosen.x.nbytes - 1)
+    for example in (rosen, logistic):
+        error = refusal(Code.RESOURCE_EXHAUSTED, "MEMORY_BUDGET", create_point, engine, example)
+        assert "--memory-budget" in str(error)
+
+
+def test_the_budget_holds_for_what_is_really_on_the_device(serve, make_example, upload):
+    """Counted by jax. Points in use keep their data alive: data that is evicted from under them frees nothing."""
+    example = make_example(lambda x, d: jnp.sum((x * d.sum()) ** 4), np.ones(2), np.zeros(10_000))
+    budget = 3 * example.data[0].nbytes
+    engine = serve(example, memory_budget_bytes=budget)
+    gc.collect()
+    before = sum(array.nbytes for array in jax.live_arrays())
+    used = []
+    for seed in range(8):
+        data = np.random.default_rng(seed).standard_normal(10_000)
+        used.append(create_point(engine, example, data=[tensor(engine.store, upload, data)]).id)
+        for identity in used:
+            engine.residency.get(identity)
+    gc.collect()
+    assert sum(array.nbytes for array in jax.live_arrays()) - before <= budget
+
+
+def test_data_that_fits_one_by_one_but_not_together_is_refused(serve, make_example):
+    example = make_example(
+        lambda x, a, b: jnp.sum((x * a.sum() * b.sum()) ** 2), np.ones(2), np.ones(1000), np.zeros(1000)
+    )
+    engine = serve(example, memory_budget_bytes=example.data[0].nbytes * 3 // 2)
+    refusal(Code.RESOURCE_EXHAUSTED, "MEMORY_BUDGET", create_point, engine, example)
+
+
+# Refusals
+
+
+def test_a_product_is_checked_before_its_vectors_come(serve, rosen):
+    engine = serve(rosen, max_block_width=8)
+    point = create_point(engine, rosen)
+    for k in (0, -1, 9):
+        refusal(Code.INVALID_ARGUMENT, "BLOCK_WIDTH", engine.resident, product_spec(point, k))
+    for operator in (curvature_pb2.OPERATOR_UNSPECIFIED, 99):
+        refusal(Code.INVALID_ARGUMENT, "UNKNOWN_OPERATOR", engine.resident, product_spec(point, 1, operator))
+    nowhere = curvature_pb2.ProductSpec(point_id="0" * 64, operator=HESSIAN, k=1)
+    refusal(Code.NOT_FOUND, "POINT_NOT_RESIDENT", engine.resident, nowhere)
+    assert engine.resident(product_spec(point, 8)) is point
+
+
+def test_an_x_that_is_not_the_one_of_the_spec_is_refused(serve, rosen):
+    engine = serve(rosen)
+    refusal(
+        Code.INVALID_ARGUMENT, "DIGEST_MISMATCH", engine.create_point, point_spec(rosen), np.nextafter(rosen.x, np.inf)
+    )
+    assert engine.find_point(point_spec(rosen)) is None
+
+
+def test_data_that_does_not_fit_or_is_not_stored_is_refused(serve, logistic, upload):
+    engine = serve(logistic)
+    features, labels = logistic.bundle.data
+    wrong = tensor(engine.store, upload, np.ones((30, 7)))
+    refusal(Code.INVALID_ARGUMENT, "DATA_MISMATCH", create_point, engine, logistic, data=[wrong, labels])
+    absent = tensor_pb2.Tensor(dtype="float64", shape=(30,), digest="0" * 64)
+    error = refusal(Code.FAILED_PRECONDITION, "BLOBS_MISSING", create_point, engine, logistic, data=[features, absent])
+    assert error.metadata == {"digests": "0" * 64}
+
+
+def test_a_point_of_an_unknown_objective_is_not_found(serve, rosen, logistic):
+    engine = serve(rosen)
+    refusal(Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND", create_point, engine, logistic)
+
+
+def test_a_bundle_with_blobs_missing_is_refused_by_their_digests(serve, logistic, upload):
+    engine = serve()
+    missing = {logistic.bundle.hvp.digest, logistic.bundle.data[0].digest}
+    for digest, content in logistic.export.blobs.items():
+        if digest not in missing:
+            upload(engine.store, content)
+    error = refusal(Code.FAILED_PRECONDITION, "BLOBS_MISSING", engine.register, logistic.export.digest, "")
+    assert set(error.metadata["digests"].split(",")) == missing
+    assert engine.store.objectives() == []
+
+
+@pytest.mark.parametrize("name", ["../x", ".", "a b", "f" * 64])
+def test_an_objective_of_a_bad_name_is_not_registered(serve, rosen, upload, name):
+    engine = serve()
+    for content in rosen.export.blobs.values():
+        upload(engine.store, content)
+    refusal(Code.INVALID_ARGUMENT, "INVALID_NAME", engine.register, rosen.export.digest, name)
+    assert engine.store.objectives() == []
+
+
+def test_digests_that_are_paths_lead_nowhere(serve, tmp_path, logistic):
+    """They come from clients, in a registration and in a point's data."""
+    engine = serve(logistic)
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"0" * 240)
+    data = [logistic.bundle.data[0], tensor_pb2.Tensor(dtype="float64", shape=(30,), digest=str(outside))]
+    for call in (
+        lambda: engine.register(str(outside), "stolen"),
+        lambda: create_point(engine, logistic, data=data),
+    ):
+        with pytest.raises(ServiceError):
+            call()
+        assert outside.read_bytes() == b"0" * 240
+
+
+# Bundles that cannot be served
+
+
+def register_changed(engine, example, upload, **fields):
+    """Registers the example's bundle with some fields changed; returns its digest without having it served."""
+    bundle = objective_pb2.Bundle.FromString(example.bundle.SerializeToString())
+    for name, value in fields.items():
+        field = getattr(bundle, name)
+        if hasattr(field, "CopyFrom"):
+            field.CopyFrom(value)
+        else:
+            setattr(bundle, name, value)
+    for content in example.export.blobs.values():
+        upload(engine.store, content)
+    return upload(engine.store, bundle.SerializeToString(deterministic=True))
+
+
+def damage(store, digest):
+    """Flips a bit of a blob on the disk."""
+    path = store.root / "blobs" / digest[:2] / digest
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_program_that_is_corrupt_on_disk_is_refused_and_nothing_is_registered(serve, rosen, upload):
+    engine = serve()
+    digest = register_changed(engine, rosen, upload)
+    damage(engine.store, rosen.bundle.hvp.digest)
+    refusal(Code.DATA_LOSS, "BLOB_CORRUPT", engine.register, digest, "rosen")
+    assert engine.store.objectives() == []
+    upload(engine.store, rosen.export.blobs[rosen.bundle.hvp.digest])
+    assert engine.register(digest, "rosen").n == 7
+    assert engine.store.objectives() == [("rosen", digest)]
+
+
+def test_a_blob_that_is_no_program_is_refused_and_nothing_is_registered(serve, rosen, upload):
+    engine = serve()
+    junk = upload(engine.store, b"not a program")
+    digest = register_changed(engine, rosen, upload, hvp=objective_pb2.Program(digest=junk, size_bytes=13))
+    refusal(Code.INVALID_ARGUMENT, "BUNDLE_INCOMPATIBLE", engine.register, digest, "junk")
+    assert engine.store.objectives() == []
+
+
+def test_another_calling_convention_is_refused_by_both_versions_and_nothing_is_registered(serve, rosen, upload):
+    engine = serve()
+    digest = register_changed(engine, rosen, upload, calling_convention_version=999, jax_version="9.9.9")
+    error = refusal(Code.FAILED_PRECONDITION, "BUNDLE_INCOMPATIBLE", engine.register, digest, "future")
+    assert "jax 9.9.9" in str(error)
+    assert "999" in str(error)
+    assert f"jax {jax.__version__}" in str(error)
+    assert engine.store.objectives() == []
+
+
+def test_programs_of_another_objective_are_refused(serve, rosen, logistic, upload):
+    engine = serve(logistic)
+    digest = register_changed(engine, rosen, upload, hvp=logistic.bundle.hvp)
+    refusal(Code.INVALID_ARGUMENT, "BUNDLE_INVALID", engine.register, digest, "")
+    assert engine.store.objectives() == [("", logistic.export.digest)]
+
+
+def test_registering_again_changes_nothing(serve, rosen):
+    engine = serve(rosen)
+    before = engine.objective(rosen.export.digest)
+    assert engine.register(rosen.export.digest, "") is before
+    assert engine.register(rosen.export.digest, "digits/rosen") is before
+    assert engine.store.objectives() == [("digits/rosen", rosen.export.digest)]
+
+
+# Restarts
+
+
+def test_after_a_restart_all_is_warm_and_right_without_registering(serve, rosen, logistic, assert_product):
+    serve(rosen, logistic)
+    engine = serve()
+    engine.warm_all()
+    for example in (rosen, logistic):
+        kernels = engine.objective(example.export.digest).kernels
+        assert kernels.ready("value_and_grad")
+        assert kernels.ready("hvp", 1)
+        V = block(example, 3)
+        assert_product(multiply(engine, create_point(engine, example), V), example.hessian, V)
+
+
+def _corrupt_bundle(engine, example):
+    damage(engine.store, example.export.digest)
+
+
+def _corrupt_program(engine, example):
+    damage(engine.store, example.bundle.apply.digest)
+
+
+def _lost_program(engine, example):
+    digest = example.bundle.value_and_grad.digest
+    (engine.store.root / "blobs" / digest[:2] / digest).unlink()
+
+
+def _unreadable_program(engine, example):
+    """An OSError that is not FileNotFoundError, as of a failing disk."""
+    _lost_program(engine, example)
+    digest = example.bundle.value_and_grad.digest
+    (engine.store.root / "blobs" / digest[:2] / digest).mkdir()
+
+
+@pytest.mark.parametrize("break_", [_corrupt_bundle, _corrupt_program, _lost_program, _unreadable_program])
+def test_a_store_with_a_broken_objective_serves_the_rest(serve, rosen, logistic, assert_product, caplog, break_):
+    break_(serve(rosen, logistic), rosen)
+    engine = serve()
+    engine.warm_all()
+    assert rosen.export.digest in caplog.text
+    V = block(logistic, 2)
+    assert_product(multiply(engine, create_point(engine, logistic), V), logistic.hessian, V)
+    with pytest.raises((ServiceError, OSError)):
+        create_point(engine, rosen)
+
+
+def test_a_bundle_of_a_newer_server_does_not_stop_this_one(serve, rosen, logistic, upload, caplog, assert_product):
+    engine = serve(logistic)
+    newer = register_changed(engine, rosen, upload, format=2)
+    engine.store.add_objective(newer, "newer")
+    engine = serve()
+    engine.warm_all()
+    assert newer in caplog.text
+    V = block(logistic, 2)
+    assert_product(multiply(engine, create_point(engine, logistic), V), logistic.hessian, V)

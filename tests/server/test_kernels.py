@@ -1,0 +1,261 @@
+"""The compiled programs of a bundle give what the mathematics says, and what is no program of this server is refused.
+
+Truth is `jax.hessian` of the user's own function, in float64, and SciPy's closed forms. No gRPC, no engine.
+"""
+
+import concurrent.futures
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+
+from hvpd.v1 import objective_pb2
+from hvpd_server._errors import Code, ServiceError
+from hvpd_server._kernels import Kernels, host
+
+WAIT = 60
+
+WIDTHS = range(1, 10)
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        yield executor
+
+
+@pytest.fixture
+def kernels_of(device, compiler):
+    def kernels_of(export, *, bundle=None, blobs=None, on_compile=lambda seconds: None):
+        """Of a bundle, or of a changed one; `blobs` replaces programs by their names."""
+        replaced = {getattr(export.bundle, name).digest: content for name, content in (blobs or {}).items()}
+        contents = {**export.blobs, **replaced}
+        return Kernels(bundle or export.bundle, device, lambda digest: bytes(contents[digest]), compiler, on_compile)
+
+    return kernels_of
+
+
+def block(example, width):
+    return np.random.default_rng(width).standard_normal((width, example.x.size)).astype(example.x.dtype)
+
+
+def residuals(example, prepared, arguments):
+    """What `apply` takes, as the bundle says where it is."""
+    return [
+        prepared[each.result] if each.WhichOneof("source") == "result" else arguments[each.argument]
+        for each in example.bundle.residuals
+    ]
+
+
+# Against the truth
+
+
+def test_value_and_gradient(objective_example, kernels_of):
+    example = objective_example
+    value, gradient = kernels_of(example.export).call("value_and_grad", 0, example.x, *example.data)
+    rtol = {"float64": 1e-12, "float32": 1e-5}[example.x.dtype.name]
+    np.testing.assert_allclose(value, example.value, rtol=rtol)
+    np.testing.assert_allclose(gradient, example.gradient, rtol=rtol, atol=rtol * np.abs(example.gradient).max())
+    assert gradient.dtype == example.x.dtype
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_hvp_of_every_width(objective_example, kernels_of, assert_product, width):
+    example, V = objective_example, block(objective_example, width)
+    products = kernels_of(example.export).call("hvp", width, example.x, V, *example.data)
+    assert_product(host(products), example.hessian, V)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_prepare_and_apply_of_every_width(objective_example, kernels_of, assert_product, width):
+    example, V = objective_example, block(objective_example, width)
+    kernels = kernels_of(example.export)
+    value, gradient, *prepared = kernels.call("prepare", 0, example.x, *example.data)
+    products = kernels.call("apply", width, V, *residuals(example, prepared, [example.x, *example.data]))
+    assert_product(host(products), example.hessian, V)
+    direct = kernels.call("value_and_grad", 0, example.x, *example.data)
+    np.testing.assert_allclose(value, direct[0], rtol=1e-6)
+    np.testing.assert_allclose(gradient, direct[1], rtol=1e-5, atol=1e-6)
+
+
+def test_residuals_that_are_arguments_are_not_made_again(logistic):
+    """The feature matrix is most of what `apply` needs, and is on the device already."""
+    sources = {each.WhichOneof("source") for each in logistic.bundle.residuals}
+    assert sources == {"result", "argument"}
+
+
+def test_rosenbrock_against_closed_forms(rosen, kernels_of):
+    kernels = kernels_of(rosen.export)
+    value, gradient = kernels.call("value_and_grad", 0, rosen.x)
+    np.testing.assert_allclose(value, scipy.optimize.rosen(rosen.x), rtol=1e-12)
+    np.testing.assert_allclose(gradient, scipy.optimize.rosen_der(rosen.x), rtol=1e-10)
+    V = block(rosen, 3)
+    expected = [scipy.optimize.rosen_hess_prod(rosen.x, v) for v in V]
+    np.testing.assert_allclose(kernels.call("hvp", 3, rosen.x, V), expected, rtol=1e-10)
+
+
+def test_a_quadratic_form_has_its_matrix_as_hessian(make_example, kernels_of):
+    rng = np.random.default_rng(3)
+    A = rng.standard_normal((40, 90))
+    Q = (A.T @ A).astype(np.float64)
+    example = make_example(lambda x: x @ (Q @ x) / 2, rng.standard_normal(90))
+    assert [list(tensor.shape) for tensor in example.bundle.captured] == [[90, 90]]
+    V = block(example, 2)
+    np.testing.assert_allclose(kernels_of(example.export).call("hvp", 2, example.x, V, Q), V @ Q, rtol=1e-10, atol=1e-8)
+
+
+# Compiling
+
+
+def test_a_program_is_compiled_once_for_a_width_however_many_ask(rosen, kernels_of, start):
+    seconds = []
+    kernels = kernels_of(rosen.export, on_compile=seconds.append)
+    together = threading.Barrier(8)
+
+    def ask():
+        together.wait(WAIT)
+        return kernels.request("hvp", 2)
+
+    requested = [future.result(WAIT) for future in [start(ask) for _ in range(8)]]
+    assert all(each is requested[0] for each in requested)
+    requested[0].result(WAIT)
+    assert len(seconds) == 1
+    assert seconds[0] > 0
+
+
+def test_what_is_ready_is_told_by_width(rosen, kernels_of):
+    kernels = kernels_of(rosen.export)
+    assert kernels.widths("hvp") == []
+    assert not kernels.ready("hvp", 4)
+    for name, width in [("hvp", 4), ("hvp", 1), ("apply", 2), ("prepare", 0)]:
+        kernels.request(name, width).result(WAIT)
+    assert kernels.widths("hvp") == [1, 4]
+    assert kernels.widths("apply") == [2]
+    assert kernels.ready("prepare")
+    assert not kernels.ready("value_and_grad")
+    assert not kernels.ready("hvp", 2)
+
+
+def test_a_program_that_the_compiler_refuses_is_an_answer_and_asked_again_later(rosen, kernels_of):
+    """jax reads it, and the compiler does not know the call in it."""
+    call = jax.ffi.ffi_call("nowhere", jax.ShapeDtypeStruct((7,), np.float64))
+    unsafe = jax.export.DisabledSafetyCheck.custom_call("nowhere")
+    exported = jax.export.export(jax.jit(call), platforms=("cpu",), disabled_checks=[unsafe])(rosen.x)
+    kernels = kernels_of(rosen.export, blobs={"hvp": bytes(exported.serialize())})
+    for _ in range(2):
+        with pytest.raises(ServiceError, match=r"cannot compile hvp \(width 2\)") as refused:
+            kernels.request("hvp", 2).result(WAIT)
+        assert (refused.value.code, refused.value.reason) == (Code.INVALID_ARGUMENT, "COMPILE_FAILED")
+    assert not kernels.ready("hvp", 2)
+    assert kernels.widths("hvp") == []
+    kernels.call("value_and_grad", 0, rosen.x)
+
+
+def test_a_device_out_of_memory_is_an_answer_and_the_next_call_works(export, rosen, kernels_of):
+    """256 TiB: the allocator itself says no."""
+    wide = export(lambda x: jnp.sum(jnp.sort(jnp.arange(2**45, dtype=jnp.float64) * x[0])), np.ones(3))
+    kernels = kernels_of(wide)
+    with pytest.raises(ServiceError, match="the device is out of memory") as refused:
+        kernels.call("value_and_grad", 0, np.ones(3))
+    assert (refused.value.code, refused.value.reason) == (Code.RESOURCE_EXHAUSTED, "DEVICE_MEMORY")
+    kernels_of(rosen.export).call("value_and_grad", 0, rosen.x)
+
+
+def test_signatures_have_a_hole_for_the_width_only(logistic, kernels_of):
+    signatures = kernels_of(logistic.export).signatures()
+    x, V, data = ((6,), "float64"), ((None, 6), "float64"), (((30, 6), "float64"), ((30,), "float64"))
+    assert signatures["value_and_grad"].arguments == (x, *data)
+    assert signatures["value_and_grad"].results == (((), "float64"), x)
+    assert signatures["hvp"].arguments == (x, V, *data)
+    assert signatures["hvp"].results == (V,)
+    assert signatures["prepare"].results[:2] == (((), "float64"), x)
+    assert signatures["apply"].arguments[0] == V
+    assert signatures["apply"].results == (V,)
+
+
+# What is no program of this server
+
+
+def changed(bundle, **fields):
+    copy = objective_pb2.Bundle.FromString(bundle.SerializeToString())
+    for name, value in fields.items():
+        setattr(copy, name, value)
+    return copy
+
+
+@pytest.mark.parametrize("version", [1, 999])
+def test_another_calling_convention_is_refused_by_both_versions(rosen, device, kernels_of, version):
+    bundle = changed(rosen.bundle, calling_convention_version=version, jax_version="0.3.14")
+    with pytest.raises(ServiceError) as refused:
+        kernels_of(rosen.export, bundle=bundle)
+    assert (refused.value.code, refused.value.reason) == (Code.FAILED_PRECONDITION, "BUNDLE_INCOMPATIBLE")
+    oldest = jax.export.minimum_supported_calling_convention_version
+    newest = jax.export.maximum_supported_calling_convention_version
+    theirs, ours = (
+        f"jax 0.3.14 with calling convention {version};",
+        f"jax {jax.__version__}, which reads {oldest} to {newest}",
+    )
+    assert theirs in str(refused.value)
+    assert ours in str(refused.value)
+
+
+def test_programs_for_other_platforms_only_are_refused(export, kernels_of):
+    cuda = export(lambda x: jnp.sum(x**2), np.ones(3), platforms=("cuda", "tpu"))
+    with pytest.raises(ServiceError, match=r"lowered for cuda, tpu .* device is cpu: register with") as refused:
+        kernels_of(cuda)
+    assert (refused.value.code, refused.value.reason) == (Code.FAILED_PRECONDITION, "BUNDLE_INCOMPATIBLE")
+
+
+def test_programs_for_more_platforms_than_this_are_served(export, kernels_of):
+    both = export(lambda x: jnp.sum(x**3), np.ones(3), platforms=("cpu", "cuda"))
+    products = kernels_of(both).call("hvp", 1, np.array([1.0, 2.0, 3.0]), np.ones((1, 3)))
+    np.testing.assert_allclose(products, [[6.0, 12.0, 18.0]], rtol=1e-12)
+
+
+def test_a_partitioned_program_is_refused(rosen, kernels_of):
+    mesh = jax.sharding.AbstractMesh((2,), ("i",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("i"))
+    x = jax.ShapeDtypeStruct((8,), np.float64, sharding=sharding)
+    partitioned = jax.export.export(jax.jit(lambda x: 2 * x), platforms=("cpu",))(x)
+    assert partitioned.nr_devices == 2
+    with pytest.raises(ServiceError, match="hvp has side effects or is partitioned") as refused:
+        kernels_of(rosen.export, blobs={"hvp": bytes(partitioned.serialize())})
+    assert (refused.value.code, refused.value.reason) == (Code.INVALID_ARGUMENT, "BUNDLE_INVALID")
+
+
+def test_a_program_with_a_module_that_is_none_is_refused_before_it_is_compiled(rosen, kernels_of):
+    """The header is one of jax's."""
+    blob = rosen.read(rosen.bundle.hvp.digest)
+    module = jax.export.deserialize(bytearray(blob)).mlir_module_serialized
+    assert module in blob
+    damaged = blob.replace(module, module[:40] + bytes(len(module) - 40))
+    with pytest.raises(ServiceError, match="hvp is no program that this server") as refused:
+        kernels_of(rosen.export, blobs={"hvp": damaged})
+    assert (refused.value.code, refused.value.reason) == (Code.INVALID_ARGUMENT, "BUNDLE_INCOMPATIBLE")
+
+
+def _flipped(blob):
+    return bytes(255 - byte for byte in blob)
+
+
+JUNK = {
+    "nothing": lambda blob: b"",
+    "zeros": lambda blob: bytes(len(blob)),
+    "half": lambda blob: blob[: len(blob) // 2],
+    "the end": lambda blob: blob[len(blob) // 2 :],
+    "flipped": _flipped,
+    "text": lambda blob: b"not a program",
+}
+
+
+@pytest.mark.parametrize("name", ["value_and_grad", "hvp", "prepare", "apply"])
+@pytest.mark.parametrize("junk", JUNK)
+def test_bytes_that_are_no_program_are_refused(rosen, kernels_of, name, junk):
+    content = JUNK[junk](rosen.read(getattr(rosen.bundle, name).digest))
+    with pytest.raises(ServiceError) as refused:
+        kernels_of(rosen.export, blobs={name: content}).request(name, 1).result(WAIT)
+    assert refused.value.code is Code.INVALID_ARGUMENT
+    assert name in str(refused.value)

@@ -1,0 +1,361 @@
+"""The store keeps what was committed, whole and verified, across restarts, and of all else it keeps nothing."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hvpd.v1 import objective_pb2, tensor_pb2
+from hvpd_server._admission import check_name
+from hvpd_server._errors import Code, ServiceError
+from hvpd_server._store import Store
+
+CONTENT = bytes(range(256)) * 40
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+OTHER = hashlib.sha256(b"other").hexdigest()
+
+
+def files(root):
+    """Every file under a directory with its content; empty directories count, too."""
+    return {path.relative_to(root): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+
+
+def blob_file(store, digest):
+    (found,) = (store.root / "blobs").rglob(digest)
+    return found
+
+
+# Blobs
+
+
+@pytest.mark.parametrize("content", [b"", b"x", CONTENT])
+@pytest.mark.parametrize("chunk_bytes", [7, 1 << 20])
+def test_what_is_uploaded_is_read_back(store, upload, content, chunk_bytes):
+    digest = hashlib.sha256(content).hexdigest()
+    assert not store.has(digest)
+    upload(store, content, chunk_bytes=chunk_bytes)
+    assert store.has(digest)
+    assert store.read(digest) == content
+    assert not list((store.root / "incoming").iterdir())
+
+
+def test_everything_survives_a_restart(store, upload):
+    upload(store, CONTENT)
+    store.add_objective(DIGEST, "digits/mlp")
+    before = store.objective("digits/mlp")
+    store.close()
+    reopened = Store(store.root)
+    try:
+        assert reopened.read(DIGEST) == CONTENT
+        assert reopened.objective("digits/mlp") == before
+        assert reopened.objectives() == [("digits/mlp", DIGEST)]
+    finally:
+        reopened.close()
+
+
+def test_leftovers_of_a_crash_are_removed_at_the_start(store, upload):
+    upload(store, CONTENT)
+    store.close()
+    clean = files(store.root)
+    (store.root / "incoming" / "half").write_bytes(CONTENT[:100])
+    Store(store.root).close()
+    assert files(store.root) == clean
+
+
+def test_one_directory_serves_one_store_at_a_time(store):
+    with pytest.raises(ServiceError, match="in use by another server") as refused:
+        Store(store.root)
+    assert refused.value.reason == "STORE_IN_USE"
+    store.close()
+    Store(store.root).close()
+
+
+def test_another_process_is_locked_out_as_well(store):
+    script = "import pathlib, sys; from hvpd_server._store import Store; Store(pathlib.Path(sys.argv[1]))"
+    other = subprocess.run(
+        [sys.executable, "-c", script, store.root], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert other.returncode == 1
+    assert "in use by another server" in other.stderr
+
+
+BAD_UPLOADS = {
+    "late": ("UPLOAD_OUT_OF_ORDER", len(CONTENT), [(1, CONTENT)]),
+    "out of order": ("UPLOAD_OUT_OF_ORDER", len(CONTENT), [(0, CONTENT[:100]), (200, CONTENT[200:])]),
+    "repeated": ("UPLOAD_OUT_OF_ORDER", len(CONTENT), [(0, CONTENT[:100]), (0, CONTENT[:100])]),
+    "truncated": ("UPLOAD_SIZE", len(CONTENT), [(0, CONTENT[:-1])]),
+    "without chunks": ("UPLOAD_SIZE", len(CONTENT), []),
+    "too long": ("UPLOAD_SIZE", len(CONTENT), [(0, CONTENT), (len(CONTENT), b"!")]),
+    "wrong bytes": ("DIGEST_MISMATCH", len(CONTENT), [(0, CONTENT[:-1] + b"!")]),
+    "of another size": ("DIGEST_MISMATCH", 3, [(0, CONTENT[:3])]),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_UPLOADS)
+def test_a_bad_upload_leaves_the_store_as_it_was_and_the_next_try_works(store, upload, bad):
+    reason, size_bytes, chunks = BAD_UPLOADS[bad]
+    before = files(store.root)
+    with pytest.raises(ServiceError) as refused, store.upload(DIGEST, size_bytes) as uploading:
+        for offset, chunk in chunks:
+            uploading.append(offset, chunk)
+        uploading.commit()
+    assert (refused.value.code, refused.value.reason) == (Code.INVALID_ARGUMENT, reason)
+    assert files(store.root) == before
+    upload(store, CONTENT)
+    assert store.read(DIGEST) == CONTENT
+
+
+def test_an_upload_that_is_broken_off_leaves_the_store_as_it_was(store):
+    before = files(store.root)
+    with pytest.raises(ConnectionError), store.upload(DIGEST, len(CONTENT)) as uploading:
+        uploading.append(0, CONTENT[:5000])
+        raise ConnectionError
+    with store.upload(DIGEST, len(CONTENT)) as uploading:
+        uploading.append(0, CONTENT)
+    assert files(store.root) == before
+
+
+@pytest.mark.parametrize(
+    ("digest", "size_bytes", "code", "reason"),
+    [
+        ("", 1, Code.INVALID_ARGUMENT, "INVALID_DIGEST"),
+        (DIGEST.upper(), 1, Code.INVALID_ARGUMENT, "INVALID_DIGEST"),
+        (DIGEST + "0", 1, Code.INVALID_ARGUMENT, "INVALID_DIGEST"),
+        ("../" * 21 + "a", 1, Code.INVALID_ARGUMENT, "INVALID_DIGEST"),
+        (DIGEST, -1, Code.INVALID_ARGUMENT, "INVALID_SIZE"),
+        (DIGEST, 1 << 62, Code.RESOURCE_EXHAUSTED, "DISK_FULL"),
+    ],
+)
+def test_what_cannot_become_a_blob_is_refused_before_it_comes(store, digest, size_bytes, code, reason):
+    before = files(store.root)
+    with pytest.raises(ServiceError) as refused:
+        store.upload(digest, size_bytes)
+    assert (refused.value.code, refused.value.reason) == (code, reason)
+    assert files(store.root) == before
+
+
+@pytest.mark.parametrize("damage", [CONTENT[:-1], CONTENT + b"!", b"", CONTENT[:99] + b"!" + CONTENT[100:]])
+def test_a_blob_that_is_corrupt_on_disk_is_set_aside_and_can_be_uploaded_again(store, upload, damage):
+    upload(store, CONTENT)
+    blob_file(store, DIGEST).write_bytes(damage)
+    with pytest.raises(ServiceError, match="set aside: register the objective again") as lost:
+        store.read(DIGEST)
+    assert (lost.value.code, lost.value.reason) == (Code.DATA_LOSS, "BLOB_CORRUPT")
+    assert lost.value.metadata == {"digests": DIGEST}
+    assert not store.has(DIGEST)
+    assert [path.read_bytes() for path in (store.root / "corrupt").iterdir()] == [damage]
+
+    with pytest.raises(ServiceError) as missing:
+        store.read(DIGEST)
+    assert missing.value.reason == "BLOBS_MISSING"
+    upload(store, CONTENT)
+    assert store.read(DIGEST) == CONTENT
+
+
+def test_the_same_blob_from_two_threads_at_once(store, start):
+    both = threading.Barrier(2)
+
+    def upload_in_step():
+        with store.upload(DIGEST, len(CONTENT)) as uploading:
+            for offset in range(0, len(CONTENT), 1000):
+                both.wait(10)
+                uploading.append(offset, CONTENT[offset : offset + 1000])
+            both.wait(10)
+            return uploading.commit()
+
+    futures = [start(upload_in_step) for _ in range(2)]
+    assert [future.result(10) for future in futures] == [len(CONTENT)] * 2
+    assert store.read(DIGEST) == CONTENT
+    assert not list((store.root / "incoming").iterdir())
+
+
+FULL_DISK = """
+import json, pathlib, resource, sys
+from hvpd_server._errors import to_status
+from hvpd_server._store import Store
+from hvpd import _codec
+
+store = Store(pathlib.Path(sys.argv[1]))
+content = b"x" * int(sys.argv[2])
+files = lambda: sorted(str(path) for path in store.root.rglob("*"))
+
+def upload():
+    with store.upload(_codec.digest(content), len(content)) as uploading:
+        for offset in range(0, len(content), 1 << 16):
+            uploading.append(offset, content[offset : offset + (1 << 16)])
+        uploading.commit()
+
+before = files()
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    upload()
+except OSError as error:
+    status = to_status(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+unchanged = files() == before
+upload()
+print(json.dumps({"code": status.code, "message": status.message, "unchanged": unchanged}))
+"""
+
+
+@pytest.mark.parametrize("size_bytes", [2000, 1 << 20], ids=["fails when flushed", "fails when written"])
+def test_a_full_disk_stores_nothing_and_the_next_try_works(tmp_path, size_bytes):
+    """The operating system itself refuses to let a file grow (EFBIG), in a process of its own: the limit is the process's."""
+    child = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, tmp_path / "store", str(size_bytes)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    seen = json.loads(child.stdout)
+    assert seen["code"] == Code.RESOURCE_EXHAUSTED.value[0]
+    assert os.strerror(27) in seen["message"]
+    assert seen["unchanged"]
+    store = Store(tmp_path / "store")
+    try:
+        assert store.read(hashlib.sha256(b"x" * size_bytes).hexdigest()) == b"x" * size_bytes
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("digest", ["{outside}", "../{name}", "../" * 21 + "a", "..", "", ".", "ab", "/"])
+def test_reading_what_is_no_digest_touches_no_file(tmp_path, store, digest):
+    """Digests come from clients: one that is a path must not lead out of the store, nor move what it finds there."""
+    outside = tmp_path / "outside"
+    outside.write_text("not the store's")
+    before = files(tmp_path)
+    with pytest.raises(ServiceError):
+        store.read(digest.format(outside=outside, name=outside.name))
+    assert files(tmp_path) == before
+
+
+def test_a_tensor_is_read_in_its_shape(store, upload):
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    tensor = tensor_pb2.Tensor(dtype="float32", shape=(2, 3), digest=upload(store, array.tobytes()))
+    np.testing.assert_array_equal(store.read_tensor(tensor), array)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("float32", (2, 4)), ("float64", (2, 3)), ("nonsense", (2, 3))])
+def test_a_tensor_of_another_size_is_refused(store, upload, dtype, shape):
+    digest = upload(store, np.zeros((2, 3), np.float32).tobytes())
+    with pytest.raises(ServiceError) as refused:
+        store.read_tensor(tensor_pb2.Tensor(dtype=dtype, shape=shape, digest=digest))
+    assert (refused.value.code, refused.value.reason) == (Code.INVALID_ARGUMENT, "INVALID_TENSOR")
+
+
+# Objectives and names
+
+
+def test_an_objective_is_found_by_name_and_by_digest(store):
+    store.add_objective(DIGEST, "b")
+    store.add_objective(DIGEST, "a")
+    store.add_objective(OTHER, "")
+    assert store.objective("b")[:2] == ("b", DIGEST)
+    assert store.objective(DIGEST)[:2] == ("a", DIGEST)
+    assert store.objective(OTHER)[:2] == ("", OTHER)
+    assert store.objectives() == [("a", DIGEST), ("b", DIGEST), ("", OTHER)]
+
+
+def test_the_time_of_registration_is_the_first(store):
+    store.add_objective(DIGEST, "a")
+    first = store.objective("a")
+    store.add_objective(DIGEST, "a")
+    assert store.objective("a") == first
+
+
+def test_a_name_moves_to_a_newer_digest(store):
+    store.add_objective(DIGEST, "digits")
+    store.add_objective(OTHER, "digits")
+    assert store.objective("digits")[1] == OTHER
+    assert store.objective(DIGEST)[:2] == ("", DIGEST)
+    store.add_objective(DIGEST, "digits")
+    assert store.objective("digits")[1] == DIGEST
+
+
+def test_near_names_are_suggested(store):
+    for name in ("digits/mlp", "digits/cnn", "weather"):
+        store.add_objective(DIGEST, name)
+    with pytest.raises(ServiceError, match="did you mean 'digits/mlp'") as unknown:
+        store.objective("digit/mlp")
+    assert (unknown.value.code, unknown.value.reason) == (Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND")
+    assert unknown.value.metadata["near"].split(",")[0] == "digits/mlp"
+
+
+@pytest.mark.parametrize("name", ["", "x" * 500, "../names", OTHER, "\0"])
+def test_an_unknown_name_is_not_found(store, name):
+    store.add_objective(DIGEST, "digits")
+    with pytest.raises(ServiceError, match="none of the stored names is near") as unknown:
+        store.objective(name)
+    assert unknown.value.code is Code.NOT_FOUND
+
+
+def test_the_stored_bundle_is_parsed(store, upload):
+    bundle = objective_pb2.Bundle(format=1, n=3, dtype="float64")
+    assert store.bundle(upload(store, bundle.SerializeToString())) == bundle
+
+
+ESCAPES = [
+    "..",
+    ".",
+    "../lock",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "a/../../b",
+    "a//b",
+    "%2e%2e%2fb",
+    "a\\..\\b",
+    "~",
+    "a\nb",
+    " a",
+    "a:b",
+    "ä",
+    "\u202eb",
+]
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_a_name_that_looks_like_a_way_out_is_refused(name):
+    with pytest.raises(ServiceError) as refused:
+        check_name(name)
+    assert refused.value.reason == "INVALID_NAME"
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_no_name_leads_out_of_the_directory_of_names_even_unchecked(tmp_path, store, name):
+    store.add_objective(DIGEST, "")
+    before = files(tmp_path)
+    try:
+        store.add_objective(DIGEST, name)
+    except OSError:  # "." and ".." are directories.
+        assert files(tmp_path) == before
+    else:
+        (new,) = files(tmp_path).keys() - before.keys()
+        assert new.parent == Path("store/names")
+        assert store.objective(name)[:2] == (name, DIGEST)
+
+
+_part = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,30}", fullmatch=True)
+
+
+@settings(max_examples=50, deadline=None)
+@given(name=st.lists(_part, min_size=1, max_size=100).map("/".join).filter(lambda name: len(name) <= 200))
+@example(name="/".join(["a"] * 100))
+@example(name="a" * 200)
+def test_every_name_that_is_allowed_can_be_stored(tmp_path_factory, name):
+    check_name(name)
+    store = Store(tmp_path_factory.mktemp("store"))
+    try:
+        store.add_objective(DIGEST, name)
+        assert store.objective(name)[:2] == (name, DIGEST)
+        assert store.objectives() == [(name, DIGEST)]
+    finally:
+        store.close()
