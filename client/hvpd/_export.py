@@ -7,6 +7,7 @@ Differentiation happens here because jax can do it only before export: an `Expor
 import contextlib
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,15 @@ LIFT_BYTES = 16 << 10
 """Closed-over arrays larger than this become tensors; smaller ones stay constants of the program."""
 
 PRECISIONS = ("highest", "high", "default")
+
+MODES = (
+    "forward_over_reverse",
+    "reverse_over_forward",
+    "reverse_over_reverse",
+    "linearized",
+    "finite_difference",
+    "auto",
+)
 
 _Function = Callable[..., Any]
 
@@ -65,6 +75,7 @@ def export(
     *,
     platforms: Sequence[str],
     precision: str,
+    mode: str = "forward_over_reverse",
     stablehlo_version: str = "",
     lift_bytes: int = LIFT_BYTES,
 ) -> Export:
@@ -75,6 +86,7 @@ def export(
         x: Any pytree of floating arrays.
         data: One pytree of arrays for each trailing argument.
         platforms: Of "cpu", "cuda", "rocm", "tpu".
+        mode: Of `MODES`: how products are made.
         precision: Of `PRECISIONS`, for matrix products in `fun` that do not say their own.
         stablehlo_version: Newest that the server reads; empty: what servers up to four weeks older read.
         lift_bytes: Largest closed-over array that stays a constant of the program.
@@ -84,6 +96,8 @@ def export(
     """
     if precision not in PRECISIONS:
         raise InvalidArgumentError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if mode not in MODES:
+        raise InvalidArgumentError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     unknown = sorted(set(platforms) - {"cpu", "cuda", "rocm", "tpu"})
     if unknown or not platforms:
         raise InvalidArgumentError(f"platforms must be of cpu, cuda, rocm and tpu, got {list(platforms)!r}")
@@ -118,7 +132,7 @@ def export(
         specs = [x_spec, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in captured), *data_specs]
         with _traced(fun):
             target = Target(tuple(platforms), _artifact_version(stablehlo_version))
-            programs, residuals = _programs(lifted, specs, target)
+            programs, residuals, mode = _programs(lifted, specs, mode, target)
 
     blobs: dict[str, _codec.Buffer] = {}
 
@@ -140,13 +154,14 @@ def export(
         data_tree=tree_spec(tuple(data)),
         data=[tensor(array) for array in data_arrays],
         captured=[tensor(array) for array in captured],
+        mode=mode,
         residuals=residuals,
         platforms=list(platforms),
         precision=precision,
         x64=x64,
         jax_version=jax.__version__,
         calling_convention_version=programs["hvp"].calling_convention_version,
-        **{
+        programs={
             name: objective_pb2.Program(digest=blob(content), size_bytes=len(content))
             for name, content in serialized.items()
         },
@@ -218,31 +233,76 @@ def _check_scalar(fun: _Function, out: Any) -> None:
 
 
 def _programs(
-    fun: _Function, specs: Sequence[jax.ShapeDtypeStruct], target: Target
-) -> tuple[dict[str, jax.export.Exported], list[objective_pb2.Residual]]:
-    """Exports the derivative programs of fun(x, *args); `specs` are those of x and args."""
+    fun: _Function, specs: Sequence[jax.ShapeDtypeStruct], mode: str, target: Target
+) -> tuple[dict[str, jax.export.Exported], list[objective_pb2.Residual], str]:
+    """Exports the derivative programs of fun(x, *args); `specs` are those of x and args.
+
+    Returns:
+        The programs, the residuals of `apply`, and the mode: reverse over reverse where jax forbids the jvp that was asked for.
+    """
     (k,) = jax.export.symbolic_shape("k")
     block = jax.ShapeDtypeStruct((k, *specs[0].shape), specs[0].dtype)
 
     def value_and_grad(x: jax.Array, *args: jax.Array) -> Any:
         return jax.value_and_grad(fun)(x, *args)
 
-    def hvp_of(batch: _Function) -> _Function:
+    programs = {"value_and_grad": _export(value_and_grad, target, *specs)}
+    try:
+        hvp = _hvp_of(fun, mode)
+        programs["hvp"] = _export_batched(hvp, target, specs[0], block, *specs[1:])
+        if mode not in ("forward_over_reverse", "linearized", "auto"):
+            return programs, [], mode
+        prepare, apply_of, residuals = _linearized(fun, specs)
+    except TypeError as error:
+        if "custom_vjp" not in str(error) or mode == "reverse_over_reverse":
+            raise
+        warnings.warn(
+            f"jax forbids mode {mode!r} for this function, which has a custom_vjp inside: it is registered with mode "
+            "'reverse_over_reverse'",
+            stacklevel=4,
+        )
+        return _programs(fun, specs, "reverse_over_reverse", target)
+    residual_specs = [jax.ShapeDtypeStruct(tuple(residual.spec.shape), residual.spec.dtype) for residual in residuals]
+    programs["prepare"] = _export(prepare, target, *specs)
+    programs["apply"] = _export_batched(apply_of, target, block, *residual_specs)
+    return programs, residuals, mode
+
+
+def _hvp_of(fun: _Function, mode: str) -> Callable[[_Function], _Function]:
+    """hvp(x, V[k,n], *args) -> HV[k,n] in a mode, given how to batch one vector's product."""
+
+    def forward_over_reverse(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
+        # Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6 (1994).
+        return jax.jvp(jax.grad(lambda x: fun(x, *args)), (x,), (v,))[1]
+
+    def reverse_over_forward(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
+        return jax.grad(lambda x: jax.jvp(lambda x: fun(x, *args), (x,), (v,))[1].astype(x.dtype))(x)
+
+    def reverse_over_reverse(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
+        return jax.grad(lambda x: jnp.vdot(jax.grad(lambda x: fun(x, *args))(x), v))(x)
+
+    def finite_difference(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
+        # Central, its step balancing rounding and truncation: Nocedal and Wright, Numerical Optimization (2006), section 8.1.
+        # Rounding of x + step v decides how far the points really are apart; v = 0 needs some step, and gets H 0 = 0.
+        gradient = jax.grad(lambda x: fun(x, *args))
+        size = jnp.linalg.norm(v)
+        scale = jnp.where(size > 0, size, 1.0)
+        step = float(np.finfo(x.dtype).eps) ** (1 / 3) * (1 + jnp.linalg.norm(x)) / scale
+        return (gradient(x + step * v) - gradient(x - step * v)) / (2 * step)
+
+    one = {
+        "reverse_over_forward": reverse_over_forward,
+        "reverse_over_reverse": reverse_over_reverse,
+        "finite_difference": finite_difference,
+    }.get(mode, forward_over_reverse)
+
+    def batched(batch: _Function) -> _Function:
         def hvp(x: jax.Array, V: jax.Array, *args: jax.Array) -> Any:
-            gradient = jax.grad(lambda x: fun(x, *args))
-            return batch(lambda v: jax.jvp(gradient, (x,), (v,))[1])(V)
+            return batch(lambda v: one(x, v, *args))(V)
 
         return hvp
 
-    prepare, apply_of, sources = _linearized(fun, specs)
-    residual_specs = [jax.ShapeDtypeStruct(tuple(source.spec.shape), source.spec.dtype) for source in sources]
-    programs = {
-        "value_and_grad": _export(value_and_grad, target, *specs),
-        "hvp": _export_batched(hvp_of, target, specs[0], block, *specs[1:]),
-        "prepare": _export(prepare, target, *specs),
-        "apply": _export_batched(apply_of, target, block, *residual_specs),
-    }
-    return programs, sources
+    return batched
 
 
 def _linearized(

@@ -14,8 +14,18 @@ from hvpd import _codec, _pytree
 from hvpd.v1 import objective_pb2, tensor_pb2
 from hvpd_server._errors import Code, ServiceError
 
-PROGRAMS: Final = ("value_and_grad", "hvp", "prepare", "apply")
-"""The programs of a bundle, by their fields. The last two are optional."""
+PROGRAMS: Final = frozenset(["value_and_grad", "hvp", "prepare", "apply"])
+"""The programs that this server knows, by name."""
+
+MODES: Final = {
+    "forward_over_reverse": False,
+    "reverse_over_forward": False,
+    "reverse_over_reverse": False,
+    "finite_difference": False,
+    "linearized": True,
+    "auto": True,
+}
+"""Modes that this server knows, and whether they need `apply`."""
 
 FORMATS = (1,)
 """Values of Bundle.format that this server understands."""
@@ -54,11 +64,24 @@ def parse(serialized: bytes) -> objective_pb2.Bundle:
             f"the bundle has format {bundle.format}, this server reads {FORMATS[0]} to {FORMATS[-1]}: upgrade the server",
         )
     _check_arrays(bundle)
-    if not (bundle.HasField("value_and_grad") and bundle.HasField("hvp")):
+    unknown = sorted(bundle.programs.keys() - PROGRAMS)
+    if unknown:
+        raise ServiceError(
+            Code.FAILED_PRECONDITION,
+            "BUNDLE_INCOMPATIBLE",
+            f"the bundle has programs that this server does not know: {', '.join(unknown)[:200]}; upgrade the server",
+        )
+    if not bundle.programs.keys() >= {"value_and_grad", "hvp"}:
         raise _invalid("BUNDLE_INVALID", "value_and_grad and hvp are required")
-    if bundle.HasField("prepare") != bundle.HasField("apply"):
+    if ("prepare" in bundle.programs) != ("apply" in bundle.programs):
         raise _invalid("BUNDLE_INVALID", "prepare and apply go together")
-    if bundle.residuals and not bundle.HasField("apply"):
+    if bundle.mode not in MODES:
+        raise _invalid(
+            "BUNDLE_INVALID", f"the bundle's mode is {bundle.mode[:40]!r}, this server knows {', '.join(MODES)}"
+        )
+    if MODES[bundle.mode] and "apply" not in bundle.programs:
+        raise _invalid("BUNDLE_INVALID", f"mode {bundle.mode} needs prepare and apply")
+    if bundle.residuals and "apply" not in bundle.programs:
         raise _invalid("BUNDLE_INVALID", "there are residuals, and no apply that takes them")
     return bundle
 
@@ -89,9 +112,8 @@ def _check_arrays(bundle: objective_pb2.Bundle) -> None:
 
 def references(bundle: objective_pb2.Bundle) -> Iterator[str]:
     """The digests of all blobs that a bundle needs."""
-    for name in PROGRAMS:
-        if bundle.HasField(name):
-            yield getattr(bundle, name).digest
+    for program in bundle.programs.values():
+        yield program.digest
     for tensor in [*bundle.captured, *bundle.data]:
         yield tensor.digest
 

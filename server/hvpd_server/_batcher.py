@@ -19,8 +19,8 @@ from hvpd_server._errors import Code, ServiceError
 
 Block = npt.NDArray[Any]
 
-Execute = Callable[[Hashable, Sequence[Block]], Sequence[Block]]
-"""Multiplies the blocks V[k,n] of one key, in one launch; returns HV[k,n] for each. Runs outside of any lock."""
+Execute = Callable[[Hashable, Sequence[Block]], Sequence[Any]]
+"""Multiplies the blocks V[k,n] of one key, in one launch; returns what each caller gets. Runs outside of any lock."""
 
 Limit = Callable[[Hashable], int]
 """The most vectors that the next launch of a key can take; at least as many as any one of its products has."""
@@ -38,8 +38,8 @@ class Job:
     """Tenants take turns."""
     deadline: float = float("inf")
     """When it is of no use any more, on the batcher's clock, in seconds."""
-    result: Block | None = None
-    """HV[k,n], when done."""
+    result: Any = None
+    """What `execute` returned for it, when done."""
     error: BaseException | None = None
     """Why there is no result, when done."""
     queued: float = 0.0
@@ -88,8 +88,8 @@ class Batcher:
         """Vectors that wait."""
         return self._pending
 
-    def run(self, job: Job) -> Block:
-        """Queues a product, waits for it, and perhaps leads. Returns HV[k,n].
+    def run(self, job: Job) -> Any:
+        """Queues a product, waits for it, and perhaps leads. Returns what `execute` returned for it.
 
         Raises:
             ServiceError: The queue is full, or the deadline passed, or the job was cancelled.
@@ -106,7 +106,6 @@ class Batcher:
                 leads = self._follow(job)
         if job.error is not None:
             raise job.error
-        assert job.result is not None
         return job.result
 
     def cancel(self, job: Job) -> None:
@@ -199,7 +198,7 @@ class Batcher:
         started = self._clock()
         width = sum(len(job.block) for job in batch)
         error: BaseException | None = None
-        results: Sequence[Block | None] = [None] * len(batch)
+        results: Sequence[Any] = [None] * len(batch)
         try:
             results = self._execute(batch[0].key, [job.block for job in batch])
             if len(results) != len(batch):

@@ -20,6 +20,7 @@ from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
 from hvpd_server import _admission, _batcher, _kernels
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._metrics import Metrics
+from hvpd_server._plan import Plan
 from hvpd_server._residency import Residency
 from hvpd_server._store import Store
 
@@ -41,35 +42,20 @@ class Limits:
 class Objective:
     """A registered objective with its programs."""
 
-    def __init__(self, digest: str, bundle: objective_pb2.Bundle, kernels: _kernels.Kernels) -> None:
+    def __init__(
+        self, digest: str, bundle: objective_pb2.Bundle, kernels: _kernels.Kernels, residual_budget_bytes: int
+    ) -> None:
         self.digest = digest
         self.bundle = bundle
         self.kernels = kernels
         self.dtype = _codec.dtype(bundle.dtype)
         self.n = bundle.n
-        self.timing = Timing()
         self.residual_bytes = sum(
             _array_bytes(residual.spec) for residual in bundle.residuals if residual.WhichOneof("source") == "result"
         )
-
-
-class Timing:
-    """Which of `hvp` and `apply` multiplies a single vector faster here: the least seconds seen of each."""
-
-    SAMPLES = 3
-    """Launches of each before one is preferred."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, tuple[int, float]] = {}
-
-    def add(self, name: str, seconds: float) -> None:
-        count, least = self._seen.get(name, (0, float("inf")))
-        self._seen[name] = (count + 1, min(least, seconds))
-
-    def prefers_apply(self) -> bool:
-        """False only when `apply` has been seen often enough to be slower."""
-        hvp, apply = (self._seen.get(name, (0, float("inf"))) for name in ("hvp", "apply"))
-        return min(hvp[0], apply[0]) < self.SAMPLES or apply[1] < hvp[1]
+        self.plan = Plan(
+            bundle.mode, has_apply="apply" in bundle.programs, fits=self.residual_bytes <= residual_budget_bytes
+        )
 
 
 @dataclasses.dataclass(eq=False)
@@ -86,8 +72,8 @@ class Point:
     gradient: _codec.Array
     """In the host's memory."""
     nonfinite_x: int
-    single_products: int = 0
-    """Launches of one vector so far: residuals pay from the second on."""
+    launches: int = 0
+    """So far: residuals pay from the second on."""
 
     def message(self) -> curvature_pb2.Point:
         return curvature_pb2.Point(
@@ -165,11 +151,14 @@ class Engine:
         kernels = _kernels.Kernels(bundle, self.device, self.store.read, self._compiler, self.metrics.compiled)
         _admission.check_signatures(bundle, kernels.signatures())
         with self._objectives_lock:
-            return self._objectives.setdefault(digest, Objective(digest, bundle, kernels))
+            return self._objectives.setdefault(
+                digest, Objective(digest, bundle, kernels, self.limits.memory_budget_bytes // 4)
+            )
 
     def warm(self, objective: Objective) -> "list[concurrent.futures.Future[Any]]":
         """Compiles what a first point and a first product need, in the background."""
-        return [objective.kernels.request("value_and_grad"), objective.kernels.request("hvp", 1)]
+        first = [("value_and_grad", 0), (self._base(objective), 1)] + [("prepare", 0)] * objective.plan.needs_apply
+        return [objective.kernels.request(name, width) for name, width in first]
 
     def warm_all(self) -> None:
         """Compiles all registered objectives, from the cache where they are in it; logs those that cannot be."""
@@ -281,88 +270,112 @@ class Engine:
             deadline: On time.monotonic's clock.
             on_queue: Given a function that cancels the product while it waits.
         """
-        kernels = point.objective.kernels
-        self._have(point.objective, len(vectors))
-        if not kernels.widths("hvp"):
-            kernels.request("hvp", 1).result()
+        self._ready(point.objective, len(vectors))
         job = _batcher.Job((point, operator), vectors, tenant, deadline)
         on_queue(lambda: self._batcher.cancel(job))
-        result = self._batcher.run(job)
+        result, program = self._batcher.run(job)
         self.metrics.product(job)
         info = curvature_pb2.ProductInfo(
             queue_duration_ns=int((job.started - job.queued) * 1e9),
             compute_duration_ns=int((job.finished - job.started) * 1e9),
             batch_width=job.width,
+            program=program,
         )
         return result, info
+
+    def choices(self, digest: str) -> objective_pb2.GetPlanResponse:
+        """What multiplies blocks of which width."""
+        _, digest, _ = self.store.objective(digest)
+        objective = self.objective(digest)
+        widths = sorted({width for name in ("hvp", "apply") for width in objective.kernels.widths(name)})
+        return objective_pb2.GetPlanResponse(
+            choices=[objective.plan.choose(width) for width in widths], residual_bytes=objective.residual_bytes
+        )
+
+    def _base(self, objective: Objective) -> str:
+        """The program whose compiled widths decide how wide a launch can be."""
+        return "apply" if objective.plan.needs_apply else "hvp"
+
+    def _ready(self, objective: Objective, width: int) -> None:
+        """Waits until a product can be launched at all, and has the bucket for its width compiled in the background."""
+        kernels, base = objective.kernels, self._base(objective)
+        if not kernels.widths(base):
+            kernels.request(base, 1).result()
+        if base == "apply":
+            kernels.request("prepare").result()
+        self._have(objective, width)
 
     def _have(self, objective: Objective, width: int) -> None:
         """Has the bucket for a block of this width compiled, in the background."""
         bucket = min(1 << (width - 1).bit_length(), self.limits.max_block_width)
-        if not objective.kernels.ready("hvp", bucket):
-            objective.kernels.request("hvp", bucket)
+        base = self._base(objective)
+        if not objective.kernels.ready(base, bucket):
+            objective.kernels.request(base, bucket)
 
     def _room(self, key: Hashable) -> int:
         point, _ = _key(key)
-        return max(point.objective.kernels.widths("hvp"), default=1)
+        return max(point.objective.kernels.widths(self._base(point.objective)), default=1)
 
-    def _launch(self, key: Hashable, blocks: Sequence[_codec.Array]) -> Sequence[_codec.Array]:
-        """Multiplies the blocks of one point by as few launches as the compiled buckets allow: mostly one."""
+    def _launch(self, key: Hashable, blocks: Sequence[_codec.Array]) -> Sequence[tuple[_codec.Array, str]]:
+        """Multiplies the blocks of one point by as few launches as the compiled buckets allow: mostly one.
+
+        Returns:
+            For each block its product, and the program that made it.
+        """
         point, _ = _key(key)
         widths = [len(block) for block in blocks]
         total = sum(widths)
         if self._batcher.pending:
             self._have(point.objective, min(total + self._batcher.pending, self.limits.max_block_width))
-        compiled = point.objective.kernels.widths("hvp")
+        compiled = point.objective.kernels.widths(self._base(point.objective))
         bucket = next((width for width in compiled if width >= total), compiled[-1])
         padded = _batcher.pad(blocks, -(-total // bucket) * bucket)
         parts = [self._product(point, padded[row : row + bucket]) for row in range(0, total, bucket)]
-        return _batcher.split(parts[0] if len(parts) == 1 else np.concatenate(parts), widths)
+        products = [product for product, _ in parts]
+        whole = products[0] if len(products) == 1 else np.concatenate(products)
+        return [(block, parts[0][1]) for block in _batcher.split(whole, widths)]
 
-    def _product(self, point: Point, block: _codec.Array) -> _codec.Array:
+    def _product(self, point: Point, block: _codec.Array) -> tuple[_codec.Array, str]:
+        """One launch: V[width,n] -> HV[width,n], and the program that the objective's plan chose."""
         kernels, width = point.objective.kernels, len(block)
+        point.launches += 1
+        residuals = self._residuals(point, width)
         started = time.perf_counter()
-        residuals = self._residuals(point) if width == 1 else None
-        if residuals is not None:
-            name, result = "apply", kernels.call("apply", width, block, *residuals)
+        if residuals is None:
+            program, result = "hvp", kernels.call("hvp", width, point.x, block, *point.args)
         else:
-            name, result = "hvp", kernels.call("hvp", width, point.x, block, *point.args)
+            program, result = "apply", kernels.call("apply", width, block, *residuals)
         on_host = _kernels.host(result)
-        if width == 1:
-            point.objective.timing.add(name, time.perf_counter() - started)
-        self.metrics.launches.labels(program=name).inc()
-        return on_host
+        point.objective.plan.add(program, width, time.perf_counter() - started)
+        self.metrics.launches.labels(program=program).inc()
+        return on_host, program
 
-    def _residuals(self, point: Point) -> Sequence[Any] | None:
-        """The residuals of a point, made at its second single product where they fit and pay; else None."""
-        objective = point.objective
-        point.single_products += 1
-        wanted = (
-            objective.bundle.HasField("apply")
-            and point.single_products > 1
-            and objective.residual_bytes <= self.limits.memory_budget_bytes // 4
-            and objective.timing.prefers_apply()
-        )
-        if not wanted:
+    def _residuals(self, point: Point, width: int) -> Sequence[Any] | None:
+        """The residuals of a point, where its plan wants `apply` for this width and they can be had now; else None."""
+        objective, kernels = point.objective, point.objective.kernels
+        if objective.plan.choose(width).program != "apply":
             return None
+        if not objective.plan.needs_apply:
+            if not (kernels.ready("prepare") and kernels.ready("apply", width)):
+                kernels.request("prepare")
+                kernels.request("apply", width)
+                return None
+            if point.launches < 2:  # Whoever asks for one product alone pays for no residuals.
+                return None
+        found: Sequence[Any] | None = self.residency.get(("residuals", point.id))
+        if found is not None:
+            return found
         try:
             self.residency.check(objective.residual_bytes, "residuals", [point.id])
         except ServiceError:  # They pay only where there is room.
             return None
-        kernels = objective.kernels
-        if not (kernels.ready("prepare") and kernels.ready("apply", 1)):
-            kernels.request("prepare")
-            kernels.request("apply", 1)
-            return None
-        found: Sequence[Any] | None = self.residency.get(("residuals", point.id))
-        if found is None:
-            results = kernels.call("prepare", 0, point.x, *point.args)[2:]
-            arguments = [point.x, *point.args]
-            found = [
-                results[residual.result] if residual.WhichOneof("source") == "result" else arguments[residual.argument]
-                for residual in objective.bundle.residuals
-            ]
-            self.residency.put(("residuals", point.id), "residuals", found, objective.residual_bytes, needs=[point.id])
+        results = kernels.call("prepare", 0, point.x, *point.args)[2:]
+        arguments = [point.x, *point.args]
+        found = [
+            results[residual.result] if residual.WhichOneof("source") == "result" else arguments[residual.argument]
+            for residual in objective.bundle.residuals
+        ]
+        self.residency.put(("residuals", point.id), "residuals", found, objective.residual_bytes, needs=[point.id])
         return found
 
 

@@ -20,7 +20,7 @@ from jaxlib.mlir.dialects import stablehlo
 
 from hvpd import _codec
 from hvpd.v1 import objective_pb2
-from hvpd_server._admission import PROGRAMS, Signature
+from hvpd_server._admission import Signature
 from hvpd_server._errors import Code, ServiceError
 
 _log = logging.getLogger(__name__)
@@ -90,9 +90,7 @@ class Kernels:
         self._lock = threading.Lock()
         self._compiled: dict[tuple[str, int], concurrent.futures.Future[Compiled]] = {}
         self._exported = {
-            name: _deserialize(name, read(getattr(bundle, name).digest), device, bundle)
-            for name in PROGRAMS
-            if bundle.HasField(name)
+            name: _deserialize(name, read(program.digest), device, bundle) for name, program in bundle.programs.items()
         }
 
     def signatures(self) -> Mapping[str, Signature]:

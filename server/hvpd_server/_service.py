@@ -138,6 +138,12 @@ class ObjectiveService(objective_pb2_grpc.ObjectiveServiceServicer):
             response.next_page_token = str(start + size)
         return response
 
+    @_unary
+    def GetPlan(  # noqa: N802
+        self, request: objective_pb2.GetPlanRequest, context: grpc.ServicerContext
+    ) -> objective_pb2.GetPlanResponse:
+        return self._engine.choices(request.digest)
+
     def _objective(self, name: str) -> objective_pb2.Objective:
         store = self._engine.store
         shown, digest, created = store.objective(name)

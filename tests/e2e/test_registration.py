@@ -78,7 +78,7 @@ def test_large_closed_over_arrays_become_tensors(client, nested):
     objective = client.register(fun, np.zeros(6))
     bundle = objective._bundle
     assert [tuple(tensor.shape) for tensor in bundle.captured] == [(400, 6)]
-    assert bundle.hvp.size_bytes < large.nbytes
+    assert bundle.programs["hvp"].size_bytes < large.nbytes
     x, v = rng.normal(size=(2, 6))
     with jax.enable_x64(True):
         expected = jax.jvp(jax.grad(inner), (jnp.asarray(x),), (jnp.asarray(v),))[1]

@@ -55,11 +55,11 @@ def admit(bundle, signatures):
     check_signatures(parse(bundle.SerializeToString()), signatures)
 
 
-def refuse(bundle, signatures):
+def refuse(bundle, signatures, code=Code.INVALID_ARGUMENT, reason="BUNDLE_INVALID"):
     """The refusal, which says that it is the bundle's fault."""
     with pytest.raises(ServiceError) as refused:
         admit(bundle, signatures)
-    assert (refused.value.code, refused.value.reason) == (Code.INVALID_ARGUMENT, "BUNDLE_INVALID")
+    assert (refused.value.code, refused.value.reason) == (code, reason)
     return refused.value
 
 
@@ -79,8 +79,9 @@ def test_the_valid_bundle_is_admitted_and_has_everything_that_is_changed_below(b
 
 
 def test_a_bundle_without_prepare_and_apply_is_admitted(bundle, signatures):
-    for field in ("prepare", "apply", "residuals"):
-        bundle.ClearField(field)
+    for name in ("prepare", "apply"):
+        del bundle.programs[name]
+    bundle.ClearField("residuals")
     admit(bundle, {name: signatures[name] for name in ("value_and_grad", "hvp")})
 
 
@@ -119,11 +120,22 @@ def test_x_must_be_what_the_programs_take(bundle, signatures, field, value):
 
 @pytest.mark.parametrize(
     "field",
-    ["value_and_grad", "hvp", "prepare", "apply", "x_leaves", "data", "captured", "x_tree", "data_tree", "residuals"],
+    ["programs", "x_leaves", "data", "captured", "x_tree", "data_tree", "residuals", "mode"],
 )
 def test_what_is_missing_is_refused(bundle, signatures, field):
     bundle.ClearField(field)
     refuse(bundle, signatures)
+
+
+@pytest.mark.parametrize("name", ["value_and_grad", "hvp", "prepare", "apply"])
+def test_a_program_that_is_missing_is_refused(bundle, signatures, name):
+    del bundle.programs[name]
+    refuse(bundle, signatures)
+
+
+def test_a_program_of_a_later_version_is_refused_by_its_name(bundle, signatures):
+    bundle.programs["quantum"].CopyFrom(bundle.programs["hvp"])
+    assert "quantum" in str(refuse(bundle, signatures, code=Code.FAILED_PRECONDITION, reason="BUNDLE_INCOMPATIBLE"))
 
 
 @pytest.mark.parametrize("field", ["x_leaves", "data", "captured", "residuals"])
@@ -201,8 +213,9 @@ def test_residuals_that_apply_would_not_find_are_refused(bundle, signatures, cha
 def test_residuals_of_a_bundle_without_apply_are_refused(bundle, signatures, dtype):
     kept = residual(bundle, "result")
     kept.spec.dtype = dtype
-    for field in ("prepare", "apply", "residuals"):
-        bundle.ClearField(field)
+    for name in ("prepare", "apply"):
+        del bundle.programs[name]
+    bundle.ClearField("residuals")
     bundle.residuals.append(objective_pb2.Residual(result=0, spec=kept.spec))
     refuse(bundle, {name: signatures[name] for name in ("value_and_grad", "hvp")})
 

@@ -14,8 +14,8 @@ import pytest
 
 from hvpd import _codec
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
-from hvpd_server._engine import Timing
 from hvpd_server._errors import Code, ServiceError
+from hvpd_server._plan import Plan
 
 WAIT = 60
 
@@ -172,13 +172,14 @@ def test_what_is_not_finite_is_counted(serve, rosen):
 # Residuals
 
 
-def test_residuals_are_used_from_the_second_single_product_on(serve, objective_example, assert_product):
+def test_both_programs_are_tried_and_residuals_stay(serve, objective_example, assert_product):
     example = objective_example
     engine = serve(example)
     point = create_point(engine, example)
     compile_programs(point, ("hvp", 1), ("prepare", 0), ("apply", 1))
     V = block(example, 1)
-    for product, programs in enumerate([(1, 0), (1, 1), (1, 2)]):
+    tried = [(hvp, 0) for hvp in range(1, Plan.SAMPLES + 1)] + [(Plan.SAMPLES, 1), (Plan.SAMPLES, 2)]
+    for product, programs in enumerate(tried):
         assert_product(multiply(engine, point, V), example.hessian, V)
         assert (launches(engine, "hvp"), launches(engine, "apply")) == programs, product
     assert engine.residency.used_bytes()["residuals"] == point.objective.residual_bytes
@@ -197,9 +198,9 @@ def test_blocks_make_and_use_no_residuals(serve, logistic):
 def test_a_product_does_not_wait_for_the_residual_programs_to_compile(serve, rosen):
     engine = serve(rosen)
     point = create_point(engine, rosen)
-    for _ in range(2):
+    for _ in range(Plan.SAMPLES + 1):
         multiply(engine, point, block(rosen, 1))
-    assert launches(engine, "hvp") == 2
+    assert launches(engine, "hvp") == Plan.SAMPLES + 1
     compile_programs(point, ("prepare", 0), ("apply", 1))
     multiply(engine, point, block(rosen, 1))
     assert launches(engine, "apply") == 1
@@ -211,7 +212,7 @@ def test_residuals_that_would_fill_the_budget_are_not_made(serve, rosen, assert_
     engine = serve(memory_budget_bytes=4 * needed - 1)
     point = create_point(engine, rosen)
     compile_programs(point, ("hvp", 1), ("prepare", 0), ("apply", 1))
-    for seed in range(3):
+    for seed in range(Plan.SAMPLES + 1):
         V = block(rosen, 1, seed)
         assert_product(multiply(engine, point, V), rosen.hessian, V)
     assert launches(engine, "apply") == 0
@@ -226,24 +227,9 @@ def test_residuals_that_do_not_fit_beside_the_data_are_no_failure_of_the_product
     engine = serve(memory_budget_bytes=budget)
     point = create_point(engine, example)
     compile_programs(point, ("hvp", 1), ("prepare", 0), ("apply", 1))
-    for seed in range(3):
+    for seed in range(Plan.SAMPLES + 1):
         V = block(example, 1, seed)
         assert_product(multiply(engine, engine.resident(product_spec(point)), V), example.hessian, V)
-
-
-def test_residuals_are_given_up_where_they_are_measured_to_be_slower():
-    timing = Timing()
-    assert timing.prefers_apply()
-    for _ in range(Timing.SAMPLES):
-        assert timing.prefers_apply()
-        timing.add("hvp", 1.0)
-    for seconds in (9.0, 2.0):  # The first has prepared as well: the least counts.
-        timing.add("apply", seconds)
-        assert timing.prefers_apply()
-    timing.add("apply", 2.0)
-    assert not timing.prefers_apply()
-    timing.add("apply", 0.5)
-    assert timing.prefers_apply()
 
 
 # Coalescing
@@ -408,7 +394,7 @@ def test_a_point_of_an_unknown_objective_is_not_found(serve, rosen, logistic):
 
 def test_a_bundle_with_blobs_missing_is_refused_by_their_digests(serve, logistic, upload):
     engine = serve()
-    missing = {logistic.bundle.hvp.digest, logistic.bundle.data[0].digest}
+    missing = {logistic.bundle.programs["hvp"].digest, logistic.bundle.data[0].digest}
     for digest, content in logistic.export.blobs.items():
         if digest not in missing:
             upload(engine.store, content)
@@ -444,9 +430,11 @@ def test_digests_that_are_paths_lead_nowhere(serve, tmp_path, logistic):
 # Bundles that cannot be served
 
 
-def register_changed(engine, example, upload, **fields):
+def register_changed(engine, example, upload, hvp=None, **fields):
     """Registers the example's bundle with some fields changed; returns its digest without having it served."""
     bundle = objective_pb2.Bundle.FromString(example.bundle.SerializeToString())
+    if hvp is not None:
+        bundle.programs["hvp"].CopyFrom(hvp)
     for name, value in fields.items():
         field = getattr(bundle, name)
         if hasattr(field, "CopyFrom"):
@@ -469,10 +457,10 @@ def damage(store, digest):
 def test_a_program_that_is_corrupt_on_disk_is_refused_and_nothing_is_registered(serve, rosen, upload):
     engine = serve()
     digest = register_changed(engine, rosen, upload)
-    damage(engine.store, rosen.bundle.hvp.digest)
+    damage(engine.store, rosen.bundle.programs["hvp"].digest)
     refusal(Code.DATA_LOSS, "BLOB_CORRUPT", engine.register, digest, "rosen")
     assert engine.store.objectives() == []
-    upload(engine.store, rosen.export.blobs[rosen.bundle.hvp.digest])
+    upload(engine.store, rosen.export.blobs[rosen.bundle.programs["hvp"].digest])
     assert engine.register(digest, "rosen").n == 7
     assert engine.store.objectives() == [("rosen", digest)]
 
@@ -497,7 +485,7 @@ def test_another_calling_convention_is_refused_by_both_versions_and_nothing_is_r
 
 def test_programs_of_another_objective_are_refused(serve, rosen, logistic, upload):
     engine = serve(logistic)
-    digest = register_changed(engine, rosen, upload, hvp=logistic.bundle.hvp)
+    digest = register_changed(engine, rosen, upload, hvp=logistic.bundle.programs["hvp"])
     refusal(Code.INVALID_ARGUMENT, "BUNDLE_INVALID", engine.register, digest, "")
     assert engine.store.objectives() == [("", logistic.export.digest)]
 
@@ -530,18 +518,18 @@ def _corrupt_bundle(engine, example):
 
 
 def _corrupt_program(engine, example):
-    damage(engine.store, example.bundle.apply.digest)
+    damage(engine.store, example.bundle.programs["apply"].digest)
 
 
 def _lost_program(engine, example):
-    digest = example.bundle.value_and_grad.digest
+    digest = example.bundle.programs["value_and_grad"].digest
     (engine.store.root / "blobs" / digest[:2] / digest).unlink()
 
 
 def _unreadable_program(engine, example):
     """An OSError that is not FileNotFoundError, as of a failing disk."""
     _lost_program(engine, example)
-    digest = example.bundle.value_and_grad.digest
+    digest = example.bundle.programs["value_and_grad"].digest
     (engine.store.root / "blobs" / digest[:2] / digest).mkdir()
 
 

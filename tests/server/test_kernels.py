@@ -31,7 +31,7 @@ def compiler():
 def kernels_of(device, compiler):
     def kernels_of(export, *, bundle=None, blobs=None, on_compile=lambda seconds: None):
         """Of a bundle, or of a changed one; `blobs` replaces programs by their names."""
-        replaced = {getattr(export.bundle, name).digest: content for name, content in (blobs or {}).items()}
+        replaced = {export.bundle.programs[name].digest: content for name, content in (blobs or {}).items()}
         contents = {**export.blobs, **replaced}
         return Kernels(bundle or export.bundle, device, lambda digest: bytes(contents[digest]), compiler, on_compile)
 
@@ -228,7 +228,7 @@ def test_a_partitioned_program_is_refused(rosen, kernels_of):
 
 def test_a_program_with_a_module_that_is_none_is_refused_before_it_is_compiled(rosen, kernels_of):
     """The header is one of jax's."""
-    blob = rosen.read(rosen.bundle.hvp.digest)
+    blob = rosen.read(rosen.bundle.programs["hvp"].digest)
     module = jax.export.deserialize(bytearray(blob)).mlir_module_serialized
     assert module in blob
     damaged = blob.replace(module, module[:40] + bytes(len(module) - 40))
@@ -254,7 +254,7 @@ JUNK = {
 @pytest.mark.parametrize("name", ["value_and_grad", "hvp", "prepare", "apply"])
 @pytest.mark.parametrize("junk", JUNK)
 def test_bytes_that_are_no_program_are_refused(rosen, kernels_of, name, junk):
-    content = JUNK[junk](rosen.read(getattr(rosen.bundle, name).digest))
+    content = JUNK[junk](rosen.read(rosen.bundle.programs[name].digest))
     with pytest.raises(ServiceError) as refused:
         kernels_of(rosen.export, blobs={name: content}).request(name, 1).result(WAIT)
     assert refused.value.code is Code.INVALID_ARGUMENT

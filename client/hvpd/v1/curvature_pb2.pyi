@@ -202,20 +202,24 @@ class ProductInfo(google.protobuf.message.Message):
     QUEUE_DURATION_NS_FIELD_NUMBER: builtins.int
     COMPUTE_DURATION_NS_FIELD_NUMBER: builtins.int
     BATCH_WIDTH_FIELD_NUMBER: builtins.int
+    PROGRAM_FIELD_NUMBER: builtins.int
     queue_duration_ns: builtins.int
     """Time from the arrival of the last chunk until the device started, in nanoseconds."""
     compute_duration_ns: builtins.int
     """Time from then until the result was back in the host's memory, in nanoseconds."""
     batch_width: builtins.int
     """Number of vectors, of all clients, that were multiplied together in the launch; padding not counted."""
+    program: builtins.str
+    """Program that made it: "hvp", or "apply" from the residuals of the point."""
     def __init__(
         self,
         *,
         queue_duration_ns: builtins.int = ...,
         compute_duration_ns: builtins.int = ...,
         batch_width: builtins.int = ...,
+        program: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["batch_width", b"batch_width", "compute_duration_ns", b"compute_duration_ns", "queue_duration_ns", b"queue_duration_ns"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batch_width", b"batch_width", "compute_duration_ns", b"compute_duration_ns", "program", b"program", "queue_duration_ns", b"queue_duration_ns"]) -> None: ...
 
 Global___ProductInfo: typing_extensions.TypeAlias = ProductInfo
 

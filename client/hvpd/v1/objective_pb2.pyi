@@ -22,7 +22,14 @@ DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
 class Program(google.protobuf.message.Message):
-    """One exported function: a blob that jax.export serialized. All arguments and results are arrays (no pytrees), x is flat."""
+    """One exported function: a blob that jax.export serialized. All arguments and results are arrays (no pytrees), x is flat.
+
+    By name, with k symbolic:
+      value_and_grad         (x, *captured, *data) -> (value, gradient[n]); required
+      hvp                    (x, V[k,n], *captured, *data) -> HV[k,n]; required
+      prepare                (x, *captured, *data) -> (value, gradient[n], *residuals); together with apply
+      apply                  (V[k,n], *residuals) -> HV[k,n]
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -80,6 +87,24 @@ class Bundle(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class ProgramsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> Global___Program: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: Global___Program | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     FORMAT_FIELD_NUMBER: builtins.int
     N_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
@@ -88,10 +113,8 @@ class Bundle(google.protobuf.message.Message):
     DATA_TREE_FIELD_NUMBER: builtins.int
     DATA_FIELD_NUMBER: builtins.int
     CAPTURED_FIELD_NUMBER: builtins.int
-    VALUE_AND_GRAD_FIELD_NUMBER: builtins.int
-    HVP_FIELD_NUMBER: builtins.int
-    PREPARE_FIELD_NUMBER: builtins.int
-    APPLY_FIELD_NUMBER: builtins.int
+    PROGRAMS_FIELD_NUMBER: builtins.int
+    MODE_FIELD_NUMBER: builtins.int
     RESIDUALS_FIELD_NUMBER: builtins.int
     PLATFORMS_FIELD_NUMBER: builtins.int
     PRECISION_FIELD_NUMBER: builtins.int
@@ -104,6 +127,11 @@ class Bundle(google.protobuf.message.Message):
     """Number of elements of the flat x."""
     dtype: builtins.str
     """dtype of the flat x, of the gradient and of products: "float32" or "float64"."""
+    mode: builtins.str
+    """How `hvp` was made, and when `apply` is used instead: "forward_over_reverse" (where it pays, for single vectors),
+    "reverse_over_forward", "reverse_over_reverse", "finite_difference" (never), "linearized" (always),
+    "auto" (for each block width, whichever the server has measured to be faster).
+    """
     precision: builtins.str
     """Matrix-multiplication precision that the programs were traced with: "highest", "high" or "default"."""
     x64: builtins.bool
@@ -133,20 +161,8 @@ class Bundle(google.protobuf.message.Message):
         """Large arrays that the function closed over, lifted into arguments of the programs."""
 
     @property
-    def value_and_grad(self) -> Global___Program:
-        """(x, *captured, *data) -> (value, gradient[n])."""
-
-    @property
-    def hvp(self) -> Global___Program:
-        """(x, V[k,n], *captured, *data) -> HV[k,n], symbolic in k. Forward over reverse."""
-
-    @property
-    def prepare(self) -> Global___Program:
-        """(x, *captured, *data) -> (value, gradient[n], *residuals). Absent where the objective cannot be linearized."""
-
-    @property
-    def apply(self) -> Global___Program:
-        """(V[k,n], *residuals) -> HV[k,n], symbolic in k. Present exactly where `prepare` is."""
+    def programs(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, Global___Program]:
+        """The derivative programs by name; see Program."""
 
     @property
     def residuals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Residual]:
@@ -167,10 +183,8 @@ class Bundle(google.protobuf.message.Message):
         data_tree: hvpd.v1.tensor_pb2.TreeSpec | None = ...,
         data: collections.abc.Iterable[hvpd.v1.tensor_pb2.Tensor] | None = ...,
         captured: collections.abc.Iterable[hvpd.v1.tensor_pb2.Tensor] | None = ...,
-        value_and_grad: Global___Program | None = ...,
-        hvp: Global___Program | None = ...,
-        prepare: Global___Program | None = ...,
-        apply: Global___Program | None = ...,
+        programs: collections.abc.Mapping[builtins.str, Global___Program] | None = ...,
+        mode: builtins.str = ...,
         residuals: collections.abc.Iterable[Global___Residual] | None = ...,
         platforms: collections.abc.Iterable[builtins.str] | None = ...,
         precision: builtins.str = ...,
@@ -178,12 +192,8 @@ class Bundle(google.protobuf.message.Message):
         jax_version: builtins.str = ...,
         calling_convention_version: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_apply", b"_apply", "_prepare", b"_prepare", "apply", b"apply", "data_tree", b"data_tree", "hvp", b"hvp", "prepare", b"prepare", "value_and_grad", b"value_and_grad", "x_tree", b"x_tree"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_apply", b"_apply", "_prepare", b"_prepare", "apply", b"apply", "calling_convention_version", b"calling_convention_version", "captured", b"captured", "data", b"data", "data_tree", b"data_tree", "dtype", b"dtype", "format", b"format", "hvp", b"hvp", "jax_version", b"jax_version", "n", b"n", "platforms", b"platforms", "precision", b"precision", "prepare", b"prepare", "residuals", b"residuals", "value_and_grad", b"value_and_grad", "x64", b"x64", "x_leaves", b"x_leaves", "x_tree", b"x_tree"]) -> None: ...
-    @typing.overload
-    def WhichOneof(self, oneof_group: typing.Literal["_apply", b"_apply"]) -> typing.Literal["apply"] | None: ...
-    @typing.overload
-    def WhichOneof(self, oneof_group: typing.Literal["_prepare", b"_prepare"]) -> typing.Literal["prepare"] | None: ...
+    def HasField(self, field_name: typing.Literal["data_tree", b"data_tree", "x_tree", b"x_tree"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["calling_convention_version", b"calling_convention_version", "captured", b"captured", "data", b"data", "data_tree", b"data_tree", "dtype", b"dtype", "format", b"format", "jax_version", b"jax_version", "mode", b"mode", "n", b"n", "platforms", b"platforms", "precision", b"precision", "programs", b"programs", "residuals", b"residuals", "x64", b"x64", "x_leaves", b"x_leaves", "x_tree", b"x_tree"]) -> None: ...
 
 Global___Bundle: typing_extensions.TypeAlias = Bundle
 
@@ -349,3 +359,79 @@ class ListObjectivesResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["next_page_token", b"next_page_token", "objectives", b"objectives"]) -> None: ...
 
 Global___ListObjectivesResponse: typing_extensions.TypeAlias = ListObjectivesResponse
+
+@typing.final
+class GetPlanRequest(google.protobuf.message.Message):
+    """Request of GetPlan."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: builtins.int
+    digest: builtins.str
+    """Digest of the objective."""
+    def __init__(
+        self,
+        *,
+        digest: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest"]) -> None: ...
+
+Global___GetPlanRequest: typing_extensions.TypeAlias = GetPlanRequest
+
+@typing.final
+class Choice(google.protobuf.message.Message):
+    """What multiplies blocks of one width."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WIDTH_FIELD_NUMBER: builtins.int
+    PROGRAM_FIELD_NUMBER: builtins.int
+    HVP_SECONDS_FIELD_NUMBER: builtins.int
+    APPLY_SECONDS_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    width: builtins.int
+    """The width, in vectors; a power of two."""
+    program: builtins.str
+    """"hvp" or "apply"."""
+    hvp_seconds: builtins.float
+    """Least time of a launch of `hvp` at this width that was measured here, in seconds; 0 where none was."""
+    apply_seconds: builtins.float
+    """Likewise of `apply`."""
+    reason: builtins.str
+    """Why, in words."""
+    def __init__(
+        self,
+        *,
+        width: builtins.int = ...,
+        program: builtins.str = ...,
+        hvp_seconds: builtins.float = ...,
+        apply_seconds: builtins.float = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["apply_seconds", b"apply_seconds", "hvp_seconds", b"hvp_seconds", "program", b"program", "reason", b"reason", "width", b"width"]) -> None: ...
+
+Global___Choice: typing_extensions.TypeAlias = Choice
+
+@typing.final
+class GetPlanResponse(google.protobuf.message.Message):
+    """Reply of GetPlan."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHOICES_FIELD_NUMBER: builtins.int
+    RESIDUAL_BYTES_FIELD_NUMBER: builtins.int
+    residual_bytes: builtins.int
+    """Size of a point's residuals, in bytes; 0 where the objective has no `apply`."""
+    @property
+    def choices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Choice]:
+        """One for each width that has been compiled, ascending."""
+
+    def __init__(
+        self,
+        *,
+        choices: collections.abc.Iterable[Global___Choice] | None = ...,
+        residual_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["choices", b"choices", "residual_bytes", b"residual_bytes"]) -> None: ...
+
+Global___GetPlanResponse: typing_extensions.TypeAlias = GetPlanResponse

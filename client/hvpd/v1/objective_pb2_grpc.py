@@ -50,6 +50,11 @@ class ObjectiveServiceStub(object):
                 request_serializer=hvpd_dot_v1_dot_objective__pb2.ListObjectivesRequest.SerializeToString,
                 response_deserializer=hvpd_dot_v1_dot_objective__pb2.ListObjectivesResponse.FromString,
                 _registered_method=True)
+        self.GetPlan = channel.unary_unary(
+                '/hvpd.v1.ObjectiveService/GetPlan',
+                request_serializer=hvpd_dot_v1_dot_objective__pb2.GetPlanRequest.SerializeToString,
+                response_deserializer=hvpd_dot_v1_dot_objective__pb2.GetPlanResponse.FromString,
+                _registered_method=True)
 
 
 class ObjectiveServiceServicer(object):
@@ -78,6 +83,13 @@ class ObjectiveServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPlan(self, request, context):
+        """Tells which program multiplies blocks of which width, and what that choice rests on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ObjectiveServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -95,6 +107,11 @@ def add_ObjectiveServiceServicer_to_server(servicer, server):
                     servicer.ListObjectives,
                     request_deserializer=hvpd_dot_v1_dot_objective__pb2.ListObjectivesRequest.FromString,
                     response_serializer=hvpd_dot_v1_dot_objective__pb2.ListObjectivesResponse.SerializeToString,
+            ),
+            'GetPlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPlan,
+                    request_deserializer=hvpd_dot_v1_dot_objective__pb2.GetPlanRequest.FromString,
+                    response_serializer=hvpd_dot_v1_dot_objective__pb2.GetPlanResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -179,6 +196,33 @@ class ObjectiveService(object):
             '/hvpd.v1.ObjectiveService/ListObjectives',
             hvpd_dot_v1_dot_objective__pb2.ListObjectivesRequest.SerializeToString,
             hvpd_dot_v1_dot_objective__pb2.ListObjectivesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hvpd.v1.ObjectiveService/GetPlan',
+            hvpd_dot_v1_dot_objective__pb2.GetPlanRequest.SerializeToString,
+            hvpd_dot_v1_dot_objective__pb2.GetPlanResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -73,7 +73,23 @@ _ObjectiveServiceListObjectivesType = typing_extensions.TypeVar(
     ],
 )
 
-class ObjectiveServiceStub(typing.Generic[_ObjectiveServiceCreateObjectiveType, _ObjectiveServiceGetObjectiveType, _ObjectiveServiceListObjectivesType]):
+_ObjectiveServiceGetPlanType = typing_extensions.TypeVar(
+    '_ObjectiveServiceGetPlanType',
+    grpc.UnaryUnaryMultiCallable[
+        hvpd.v1.objective_pb2.GetPlanRequest,
+        hvpd.v1.objective_pb2.GetPlanResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        hvpd.v1.objective_pb2.GetPlanRequest,
+        hvpd.v1.objective_pb2.GetPlanResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        hvpd.v1.objective_pb2.GetPlanRequest,
+        hvpd.v1.objective_pb2.GetPlanResponse,
+    ],
+)
+
+class ObjectiveServiceStub(typing.Generic[_ObjectiveServiceCreateObjectiveType, _ObjectiveServiceGetObjectiveType, _ObjectiveServiceListObjectivesType, _ObjectiveServiceGetPlanType]):
     """Registers objectives and finds them again."""
 
     @typing.overload
@@ -89,6 +105,10 @@ class ObjectiveServiceStub(typing.Generic[_ObjectiveServiceCreateObjectiveType, 
         grpc.UnaryUnaryMultiCallable[
             hvpd.v1.objective_pb2.ListObjectivesRequest,
             hvpd.v1.objective_pb2.ListObjectivesResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            hvpd.v1.objective_pb2.GetPlanRequest,
+            hvpd.v1.objective_pb2.GetPlanResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -106,6 +126,10 @@ class ObjectiveServiceStub(typing.Generic[_ObjectiveServiceCreateObjectiveType, 
             hvpd.v1.objective_pb2.ListObjectivesRequest,
             hvpd.v1.objective_pb2.ListObjectivesResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            hvpd.v1.objective_pb2.GetPlanRequest,
+            hvpd.v1.objective_pb2.GetPlanResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     CreateObjective: _ObjectiveServiceCreateObjectiveType
@@ -119,6 +143,9 @@ class ObjectiveServiceStub(typing.Generic[_ObjectiveServiceCreateObjectiveType, 
     ListObjectives: _ObjectiveServiceListObjectivesType
     """Lists the registered objectives, sorted by name, the nameless ones last, by digest."""
 
+    GetPlan: _ObjectiveServiceGetPlanType
+    """Tells which program multiplies blocks of which width, and what that choice rests on."""
+
 ObjectiveServiceAsyncStub: typing_extensions.TypeAlias = ObjectiveServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         hvpd.v1.objective_pb2.CreateObjectiveRequest,
@@ -131,6 +158,10 @@ ObjectiveServiceAsyncStub: typing_extensions.TypeAlias = ObjectiveServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         hvpd.v1.objective_pb2.ListObjectivesRequest,
         hvpd.v1.objective_pb2.ListObjectivesResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        hvpd.v1.objective_pb2.GetPlanRequest,
+        hvpd.v1.objective_pb2.GetPlanResponse,
     ],
 ]
 
@@ -162,5 +193,13 @@ class ObjectiveServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.objective_pb2.ListObjectivesResponse, collections.abc.Awaitable[hvpd.v1.objective_pb2.ListObjectivesResponse]]:
         """Lists the registered objectives, sorted by name, the nameless ones last, by digest."""
+
+    @abc.abstractmethod
+    def GetPlan(
+        self,
+        request: hvpd.v1.objective_pb2.GetPlanRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[hvpd.v1.objective_pb2.GetPlanResponse, collections.abc.Awaitable[hvpd.v1.objective_pb2.GetPlanResponse]]:
+        """Tells which program multiplies blocks of which width, and what that choice rests on."""
 
 def add_ObjectiveServiceServicer_to_server(servicer: ObjectiveServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

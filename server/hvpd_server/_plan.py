@@ -1,0 +1,61 @@
+"""Which of `hvp` and `apply` multiplies a block: by the objective's mode, by what fits, and by what has been measured.
+
+`hvp` recomputes everything that depends on x with each block, `apply` reads it back as residuals. Which is faster depends on
+the function, the width and the device, so it is timed here, on the products that are asked for anyway. Knows no jax, no gRPC.
+"""
+
+import threading
+
+from hvpd.v1 import objective_pb2
+
+
+class Plan:
+    """The choice for one objective, by block width.
+
+    Args:
+        mode: Bundle.mode.
+        has_apply: Whether the bundle has prepare and apply.
+        fits: Whether the residuals of a point fit in the part of the memory budget that they may have.
+    """
+
+    SAMPLES = 3
+    """Launches of each before one is preferred."""
+
+    def __init__(self, mode: str, *, has_apply: bool, fits: bool) -> None:
+        self._mode = mode
+        self._has_apply = has_apply
+        self._fits = fits
+        self._lock = threading.Lock()
+        self._seen: dict[tuple[str, int], tuple[int, float]] = {}
+
+    @property
+    def needs_apply(self) -> bool:
+        """Whether products wait for `apply` to be compiled."""
+        return self._mode == "linearized" and self._fits
+
+    def add(self, program: str, width: int, seconds: float) -> None:
+        """Notes how long a launch took."""
+        with self._lock:
+            count, least = self._seen.get((program, width), (0, float("inf")))
+            self._seen[program, width] = (count + 1, min(least, seconds))
+
+    def choose(self, width: int) -> objective_pb2.Choice:
+        """What multiplies a block of this width now, and why."""
+        with self._lock:
+            hvps, hvp = self._seen.get(("hvp", width), (0, 0.0))
+            applies, apply = self._seen.get(("apply", width), (0, 0.0))
+        program, reason = self._decide(width, hvps, hvp, applies, apply)
+        return objective_pb2.Choice(width=width, program=program, hvp_seconds=hvp, apply_seconds=apply, reason=reason)
+
+    def _decide(self, width: int, hvps: int, hvp: float, applies: int, apply: float) -> tuple[str, str]:
+        fixed = {
+            not self._has_apply: ("hvp", f"mode {self._mode}"),
+            self._has_apply and not self._fits: ("hvp", "the residuals do not fit in a quarter of the memory budget"),
+            self.needs_apply: ("apply", "mode linearized"),
+            self._mode == "forward_over_reverse" and width > 1: ("hvp", "a block shares what depends on x"),
+        }
+        if True in fixed:
+            return fixed[True]
+        if min(hvps, applies) < self.SAMPLES:
+            return "hvp" if hvps < self.SAMPLES else "apply", "not yet measured"
+        return "apply" if apply < hvp else "hvp", "measured to be faster"

@@ -1,0 +1,61 @@
+"""Which program multiplies: by mode, by what fits, by what was measured; and the reason says which of these it was."""
+
+import pytest
+
+from hvpd_server._plan import Plan
+
+
+def measured(plan, width, hvp, apply):
+    for _ in range(Plan.SAMPLES):
+        plan.add("hvp", width, hvp)
+        plan.add("apply", width, apply)
+    return plan
+
+
+@pytest.mark.parametrize("mode", ["reverse_over_forward", "reverse_over_reverse", "finite_difference"])
+def test_a_bundle_without_apply_has_no_choice(mode):
+    choice = Plan(mode, has_apply=False, fits=True).choose(4)
+    assert (choice.program, choice.width, choice.reason) == ("hvp", 4, f"mode {mode}")
+
+
+@pytest.mark.parametrize("mode", ["forward_over_reverse", "linearized", "auto"])
+def test_residuals_that_do_not_fit_are_not_kept(mode):
+    plan = measured(Plan(mode, has_apply=True, fits=False), 1, hvp=9.0, apply=1.0)
+    assert plan.choose(1).program == "hvp"
+    assert "do not fit" in plan.choose(1).reason
+    assert not plan.needs_apply
+
+
+def test_linearized_is_linearized_whatever_was_measured():
+    plan = measured(Plan("linearized", has_apply=True, fits=True), 8, hvp=1.0, apply=9.0)
+    assert plan.choose(8).program == plan.choose(1).program == "apply"
+    assert plan.needs_apply
+
+
+def test_the_default_keeps_residuals_for_single_vectors_only():
+    plan = measured(Plan("forward_over_reverse", has_apply=True, fits=True), 1, hvp=2.0, apply=1.0)
+    measured(plan, 2, hvp=2.0, apply=1.0)
+    assert plan.choose(1).program == "apply"
+    assert plan.choose(2).program == "hvp"
+
+
+def test_each_is_tried_before_one_is_preferred():
+    plan = Plan("auto", has_apply=True, fits=True)
+    for _ in range(Plan.SAMPLES):
+        assert plan.choose(2).program == "hvp"
+        plan.add("hvp", 2, 1.0)
+    for seconds in (9.0, 8.0, 7.0):
+        assert (plan.choose(2).program, plan.choose(2).reason) == ("apply", "not yet measured")
+        plan.add("apply", 2, seconds)
+    choice = plan.choose(2)
+    assert (choice.program, choice.reason) == ("hvp", "measured to be faster")
+    assert (choice.hvp_seconds, choice.apply_seconds) == (1.0, 7.0)
+    assert plan.choose(4).reason == "not yet measured"
+
+
+@pytest.mark.parametrize(("hvp", "apply", "expected"), [(2.0, 1.0, "apply"), (1.0, 2.0, "hvp"), (1.0, 1.0, "hvp")])
+def test_the_least_time_decides(hvp, apply, expected):
+    plan = measured(Plan("auto", has_apply=True, fits=True), 4, hvp, apply)
+    plan.add("hvp", 4, 99.0)  # once, something else was running
+    plan.add("apply", 4, 99.0)
+    assert plan.choose(4).program == expected
