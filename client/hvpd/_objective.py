@@ -1,6 +1,8 @@
 """Objectives and points as a client sees them. Nothing here needs jax."""
 
 import collections
+import dataclasses
+import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -14,10 +16,27 @@ from hvpd._transport import Transport
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
 
 if TYPE_CHECKING:
-    from hvpd._operator import HessianOperator
+    from hvpd._check import Certificate
+    from hvpd._operator import CurvatureOperator, HessianOperator
 
 _RECENT = 4
 """Points that an objective remembers: a line search goes back and forth between few."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What multiplies blocks of one width, in `Objective.plan`."""
+
+    width: int
+    """Vectors in a launch, a power of two."""
+    program: str
+    """"hvp", which recomputes what depends on x, or "apply", which reads it back."""
+    hvp_seconds: float | None
+    """Least time of a launch of `hvp` that the server has measured; None where it has none."""
+    apply_seconds: float | None
+    """Likewise of `apply`."""
+    reason: str
+    """Why, in words."""
 
 
 class Objective:
@@ -33,6 +52,7 @@ class Objective:
         name: The name it was found by; empty where it has none.
         platforms: What it was lowered for.
         precision: Matrix-multiplication precision that it was traced with.
+        mode: How its products are made; see `Client.register`.
     """
 
     def __init__(
@@ -53,6 +73,7 @@ class Objective:
         self.name: str = message.name
         self.platforms: tuple[str, ...] = tuple(bundle.platforms)
         self.precision: str = bundle.precision
+        self.mode: str = bundle.mode
 
     @property
     def label(self) -> str:
@@ -80,6 +101,50 @@ class Objective:
     def hessp(self, x: Any, p: Any) -> _codec.Array:
         """The Hessian at x times p, both of shape (n,): `hessp` of scipy.optimize.minimize."""
         return self.at(x).hessian() @ self._flat(p, "p", exact="")
+
+    def has(self, program: str) -> bool:
+        """Whether it was registered with a program, such as "ggn"."""
+        return program in self._bundle.programs
+
+    def plan(self) -> list[Choice]:
+        """Which program multiplies blocks of which width on this server now, and what that rests on; ascending by width."""
+        request = objective_pb2.GetPlanRequest(digest=self.digest)
+        choices = self._transport.unary(self._transport.objectives.GetPlan, request).choices
+        return [Choice(c.width, c.program, c.hvp_seconds or None, c.apply_seconds or None, c.reason) for c in choices]
+
+    def check(self, x: Any, *data: Any, seed: int = 0, probes: Any = 4) -> "Certificate":
+        """The certificate at x: whether products behave like the Hessian of the values and gradients, as far as the dtype sees.
+
+        Products are held against each other (symmetry, linearity, block against columns, repeats, block widths), against central
+        differences of gradients, and, through the order of the Taylor remainder, against values. Thresholds follow from the
+        dtype, and from rounding measured close to x; what rounding or a kink hides is undecided, and no failure. NaN and
+        infinity at x fail the item "finite", and leave the others undecided. It visits about 50 points for 4 probes.
+
+        Args:
+            x: A flat vector of shape (n,), or a pytree of the registered structure.
+            data: In place of the registered data, as for `at`.
+            seed: Of the probes, from 0.
+            probes: How many tangents to draw, or the tangents themselves, of shape (k, n).
+
+        Returns:
+            A `Certificate`: `passed`, `items`, `to_json()`; printed, a table.
+
+        Raises:
+            InvalidArgumentError: x or data does not fit what was registered; probes that are not finite, zero, or of another
+                shape.
+        """
+        from hvpd import _check
+
+        base = self.at(x, *data)
+
+        def at(flat: _codec.Array) -> Point:
+            # Data is bound already: only x changes. These points are not worth remembering.
+            spec = curvature_pb2.PointSpec()
+            spec.CopyFrom(base._spec)
+            spec.x_digest = _codec.digest(_codec.payload(flat))
+            return Point(self, self._transport, spec, flat)
+
+        return _check.certify(base, at, seed=seed, probes=probes)
 
     # Points
 
@@ -176,6 +241,19 @@ class Objective:
             start += size
         return self._unflatten(leaves)
 
+    def slices(self) -> dict[str, slice]:
+        """Where each leaf of x lies in the flat vector, in its order.
+
+        A leaf is called by the keys, fields and indices that lead to it, joined by slashes: "hidden/w", "layers/0"; by "" where x
+        is a single array.
+        """
+        found, start = {}, 0
+        for name, spec in zip(_pytree.leaf_names(self._bundle.x_tree), self._bundle.x_leaves, strict=True):
+            size = math.prod(spec.shape)
+            found[name] = slice(start, start + size)
+            start += size
+        return found
+
     def _x(self, x: Any) -> _codec.Array:
         """The flat vector of what a caller gave for x."""
         spec = self._bundle.x_tree
@@ -256,19 +334,77 @@ class Point:
 
         return HessianOperator(self, shift)
 
-    def multiply(self, block: _codec.Array) -> _codec.Array:
+    def ggn(self, shift: float = 0.0) -> "CurvatureOperator":
+        """The Gauss-Newton matrix of a composite objective plus `shift` times the identity, as a LinearOperator like `hessian`.
+
+        Raises:
+            InvalidArgumentError: The objective was registered as one function.
+        """
+        return self._curvature("ggn", curvature_pb2.OPERATOR_GGN, shift)
+
+    def fisher(self, shift: float = 0.0) -> "CurvatureOperator":
+        """The Fisher matrix of the model's own distribution plus `shift` times the identity, likewise; see `hvpd.composite`.
+
+        Raises:
+            InvalidArgumentError: The objective is no composite, or has no distribution.
+        """
+        return self._curvature("fisher", curvature_pb2.OPERATOR_FISHER, shift)
+
+    def empirical_fisher(self, shift: float = 0.0) -> "CurvatureOperator":
+        """The empirical Fisher matrix, of the gradients at the targets, plus `shift` times the identity, likewise.
+
+        Raises:
+            InvalidArgumentError: The objective is no composite, or its model's output is not one array with a row an example.
+        """
+        return self._curvature("empirical_fisher", curvature_pb2.OPERATOR_EMPIRICAL_FISHER, shift)
+
+    def _curvature(self, program: str, kind: int, shift: float) -> "CurvatureOperator":
+        from hvpd._operator import CurvatureOperator
+
+        if not self.objective.has(program):
+            wants = {"ggn": "", "fisher": ", distribution=...", "empirical_fisher": ""}[program]
+            raise InvalidArgumentError(
+                f"{self.objective.label} was registered without {program}: register hvpd.composite(model, loss{wants})"
+                + (", with a model that returns one array [rows, ...]" if program != "ggn" else "")
+            )
+        return CurvatureOperator(self, kind, shift=shift)
+
+    def multiply(self, block: _codec.Array, operator: int = curvature_pb2.OPERATOR_HESSIAN) -> _codec.Array:
         """V[k,n] -> HV[k,n], row-major, in the objective's dtype: what the operators are made of.
+
+        Args:
+            block: V, one vector a row.
+            operator: Which curvature H is: a value of `hvpd.v1.curvature_pb2.Operator`.
 
         Raises:
             InvalidArgumentError: The block has another shape or dtype.
         """
+        return self._ask(block, operator, quadratic_form=False)
+
+    def quadratic_form(self, block: _codec.Array, operator: int = curvature_pb2.OPERATOR_HESSIAN) -> _codec.Array:
+        """V[k,n] -> v'Hv for each row, of shape (k,), in the objective's dtype; only these numbers come back.
+
+        Args:
+            block: As for `multiply`.
+            operator: As for `multiply`.
+
+        Raises:
+            InvalidArgumentError: The block has another shape or dtype.
+        """
+        return self._ask(block, operator, quadratic_form=True)
+
+    def _ask(self, block: _codec.Array, operator: int, *, quadratic_form: bool) -> _codec.Array:
         if block.ndim != 2 or block.shape[1] != self.n or block.dtype != self.dtype:
             raise InvalidArgumentError(
                 f"a block must be {self.dtype}[k, {self.n}], got {block.dtype}{list(block.shape)}"
             )
         if len(block) == 0:
-            return np.empty_like(block)
-        spec = curvature_pb2.ProductSpec(point_id=self._id, operator=curvature_pb2.OPERATOR_HESSIAN)
+            return np.empty_like(block[:, 0] if quadratic_form else block)
+        spec = curvature_pb2.ProductSpec(
+            point_id=self._id,
+            operator=operator,  # type: ignore[arg-type]  # an open enum
+            quadratic_form=quadratic_form,
+        )
         return self._transport.multiply(spec, np.ascontiguousarray(block), restore=self._restore)
 
     def _restore(self) -> None:

@@ -117,6 +117,27 @@ def leaf_paths(spec: Spec, path: str = "") -> list[str]:
     ]
 
 
+def leaf_names(spec: Spec) -> list[str]:
+    """A name for each leaf: keys, fields and indices joined by slashes, as in `w/0`; empty where the tree is one leaf.
+
+    Where keys hold slashes so that leaves would share a name, these are called by their `leaf_paths`.
+    """
+    names = _names(spec)
+    shared = collections.Counter(names)
+    return [path if shared[name] > 1 else name for name, path in zip(names, leaf_paths(spec), strict=True)]
+
+
+def _names(spec: Spec) -> list[str]:
+    if spec.kind == Spec.KIND_LEAF:
+        return [""]
+    keys = [str(_key(key)) for key in spec.keys] or [str(index) for index in range(len(spec.children))]
+    return [
+        f"{key}/{below}" if below else key
+        for key, child in zip(keys, spec.children, strict=True)
+        for below in _names(child)
+    ]
+
+
 def _paths(spec: Spec) -> Iterator[str]:
     """How each child is reached from its parent, in Python's notation."""
     for index in range(len(spec.children)):

@@ -284,7 +284,10 @@ class Transport:
     def multiply(
         self, spec: curvature_pb2.ProductSpec, block: _codec.Array, *, restore: Callable[[], None]
     ) -> _codec.Array:
-        """V[k,n] -> HV[k,n] in one round trip; blocks wider than the server's limit as several products of one exchange."""
+        """V[k,n] -> HV[k,n], or k numbers v'Hv for a quadratic form, in one round trip.
+
+        Blocks wider than the server's limit are several products of one exchange.
+        """
         limit = max(self.server.max_block_width, 1)
         parts = [block[row : row + limit] for row in range(0, len(block), limit)]
         started = time.perf_counter()
@@ -295,10 +298,11 @@ class Transport:
     def _exchange(
         self, spec: curvature_pb2.ProductSpec, parts: Sequence[_codec.Array], left: float | None
     ) -> _codec.Array:
-        result = np.empty((sum(map(len, parts)), parts[0].shape[1]), parts[0].dtype)
+        columns = () if spec.quadratic_form else parts[0].shape[1:]
+        result = np.empty((sum(map(len, parts)), *columns), parts[0].dtype)
         answers, row = [], 0
         for part in parts:
-            answers.append(_Filling(part.shape, part.dtype, result[row : row + len(part)]))
+            answers.append(_Filling((len(part), *columns), part.dtype, result[row : row + len(part)]))
             row += len(part)
         open_answers, failure = len(parts), None
         with self._stream(left) as stream:
@@ -400,7 +404,9 @@ def _requests(
     spec: curvature_pb2.ProductSpec, parts: Sequence[_codec.Array], first: int
 ) -> Iterator[curvature_pb2.StreamProductsRequest]:
     for tag, part in enumerate(parts, first):
-        opening = curvature_pb2.ProductSpec(point_id=spec.point_id, operator=spec.operator, k=len(part))
+        opening = curvature_pb2.ProductSpec()
+        opening.CopyFrom(spec)
+        opening.k = len(part)
         for index, chunk in enumerate(_codec.chunks(_codec.payload(part))):
             yield curvature_pb2.StreamProductsRequest(tag=tag, spec=None if index else opening, chunk=bytes(chunk))
 

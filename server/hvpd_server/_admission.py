@@ -14,7 +14,10 @@ from hvpd import _codec, _pytree
 from hvpd.v1 import objective_pb2, tensor_pb2
 from hvpd_server._errors import Code, ServiceError
 
-PROGRAMS: Final = frozenset(["value_and_grad", "hvp", "prepare", "apply"])
+CURVATURES: Final = ("hvp", "ggn", "fisher", "empirical_fisher")
+"""Programs that multiply from x and the data: (x, V[k,n], *args) -> [k,n]."""
+
+PROGRAMS: Final = frozenset(["value_and_grad", "prepare", "apply", *CURVATURES])
 """The programs that this server knows, by name."""
 
 MODES: Final = {
@@ -129,7 +132,7 @@ def check_signatures(bundle: objective_pb2.Bundle, signatures: Mapping[str, Sign
     kept = tuple(_spec(residual.spec) for residual in bundle.residuals if residual.WhichOneof("source") == "result")
     expected = {
         "value_and_grad": Signature((x, *args), (*value, x)),
-        "hvp": Signature((x, block, *args), (block,)),
+        **dict.fromkeys(CURVATURES, Signature((x, block, *args), (block,))),
         "prepare": Signature((x, *args), (*value, x, *kept)),
         "apply": Signature((block, *(_spec(residual.spec) for residual in bundle.residuals)), (block,)),
     }

@@ -110,7 +110,7 @@ class App:
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         stopped = self._server.stop(self.config.drain)
         self._curvature.streams.drain()
-        stopped.wait()
+        stopped.wait(self.config.drain + 5)
         self.engine.close()
         self.engine.store.close()
 
@@ -128,7 +128,7 @@ def default_budget(device: Device) -> int:
 
 
 def run(config: Config, *, owner: int | None = None, ephemeral: bool = False) -> int:
-    """Serves until SIGTERM or SIGINT; returns the process's exit code.
+    """Serves until SIGTERM or SIGINT, then ends the process with 0; returns the exit code where it cannot start.
 
     Args:
         config: The settings.
@@ -166,7 +166,9 @@ def run(config: Config, *, owner: int | None = None, ephemeral: bool = False) ->
     _say("stopping")
     app.stop()
     _say("stopped")
-    return 0
+    # A product that never ends holds a thread that nothing can end, and an ordinary exit would wait for it.
+    logging.shutdown()
+    os._exit(0)
 
 
 def _die_with(owner: int, store: Path | None) -> None:

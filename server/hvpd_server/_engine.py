@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,15 @@ class Limits:
     """Most vectors in a launch; a power of two."""
     max_pending: int
     """Most vectors that wait for the device."""
+
+
+OPERATORS: Mapping[int, str] = {
+    curvature_pb2.OPERATOR_HESSIAN: "hvp",
+    curvature_pb2.OPERATOR_GGN: "ggn",
+    curvature_pb2.OPERATOR_FISHER: "fisher",
+    curvature_pb2.OPERATOR_EMPIRICAL_FISHER: "empirical_fisher",
+}
+"""The program that multiplies by an operator."""
 
 
 class Objective:
@@ -157,7 +166,9 @@ class Engine:
 
     def warm(self, objective: Objective) -> "list[concurrent.futures.Future[Any]]":
         """Compiles what a first point and a first product need, in the background."""
-        first = [("value_and_grad", 0), (self._base(objective), 1)] + [("prepare", 0)] * objective.plan.needs_apply
+        first = [("value_and_grad", 0), (self._base(objective, curvature_pb2.OPERATOR_HESSIAN), 1)] + [
+            ("prepare", 0)
+        ] * objective.plan.needs_apply
         return [objective.kernels.request(name, width) for name, width in first]
 
     def warm_all(self) -> None:
@@ -235,7 +246,8 @@ class Engine:
         Raises:
             ServiceError: NOT_FOUND with reason POINT_NOT_RESIDENT, or the request is malformed.
         """
-        if spec.operator != curvature_pb2.OPERATOR_HESSIAN:
+        program = OPERATORS.get(spec.operator)
+        if program is None:
             raise ServiceError(
                 Code.INVALID_ARGUMENT, "UNKNOWN_OPERATOR", f"this server has no operator {spec.operator}: upgrade it"
             )
@@ -245,6 +257,13 @@ class Engine:
                 Code.NOT_FOUND,
                 "POINT_NOT_RESIDENT",
                 f"point {spec.point_id[:12]} is not on the device (evicted, or the server restarted): create it again and repeat",
+            )
+        if program not in point.objective.bundle.programs:
+            raise ServiceError(
+                Code.FAILED_PRECONDITION,
+                "NO_SUCH_OPERATOR",
+                f"objective {point.objective.digest[:12]} was registered without {program}: "
+                "register hvpd.composite(model, loss), for Fisher with a distribution",
             )
         if not 1 <= spec.k <= self.limits.max_block_width:
             raise ServiceError(
@@ -270,7 +289,7 @@ class Engine:
             deadline: On time.monotonic's clock.
             on_queue: Given a function that cancels the product while it waits.
         """
-        self._ready(point.objective, len(vectors))
+        self._ready(point.objective, operator, len(vectors))
         job = _batcher.Job((point, operator), vectors, tenant, deadline)
         on_queue(lambda: self._batcher.cancel(job))
         result, program = self._batcher.run(job)
@@ -292,29 +311,29 @@ class Engine:
             choices=[objective.plan.choose(width) for width in widths], residual_bytes=objective.residual_bytes
         )
 
-    def _base(self, objective: Objective) -> str:
+    def _base(self, objective: Objective, operator: int) -> str:
         """The program whose compiled widths decide how wide a launch can be."""
-        return "apply" if objective.plan.needs_apply else "hvp"
+        program = OPERATORS[operator]
+        return "apply" if program == "hvp" and objective.plan.needs_apply else program
 
-    def _ready(self, objective: Objective, width: int) -> None:
+    def _ready(self, objective: Objective, operator: int, width: int) -> None:
         """Waits until a product can be launched at all, and has the bucket for its width compiled in the background."""
-        kernels, base = objective.kernels, self._base(objective)
+        kernels, base = objective.kernels, self._base(objective, operator)
         if not kernels.widths(base):
             kernels.request(base, 1).result()
         if base == "apply":
             kernels.request("prepare").result()
-        self._have(objective, width)
+        self._have(objective, base, width)
 
-    def _have(self, objective: Objective, width: int) -> None:
+    def _have(self, objective: Objective, base: str, width: int) -> None:
         """Has the bucket for a block of this width compiled, in the background."""
         bucket = min(1 << (width - 1).bit_length(), self.limits.max_block_width)
-        base = self._base(objective)
         if not objective.kernels.ready(base, bucket):
             objective.kernels.request(base, bucket)
 
     def _room(self, key: Hashable) -> int:
-        point, _ = _key(key)
-        return max(point.objective.kernels.widths(self._base(point.objective)), default=1)
+        point, operator = _key(key)
+        return max(point.objective.kernels.widths(self._base(point.objective, operator)), default=1)
 
     def _launch(self, key: Hashable, blocks: Sequence[_codec.Array]) -> Sequence[tuple[_codec.Array, str]]:
         """Multiplies the blocks of one point by as few launches as the compiled buckets allow: mostly one.
@@ -322,27 +341,28 @@ class Engine:
         Returns:
             For each block its product, and the program that made it.
         """
-        point, _ = _key(key)
+        point, operator = _key(key)
+        base = self._base(point.objective, operator)
         widths = [len(block) for block in blocks]
         total = sum(widths)
         if self._batcher.pending:
-            self._have(point.objective, min(total + self._batcher.pending, self.limits.max_block_width))
-        compiled = point.objective.kernels.widths(self._base(point.objective))
+            self._have(point.objective, base, min(total + self._batcher.pending, self.limits.max_block_width))
+        compiled = point.objective.kernels.widths(base)
         bucket = next((width for width in compiled if width >= total), compiled[-1])
         padded = _batcher.pad(blocks, -(-total // bucket) * bucket)
-        parts = [self._product(point, padded[row : row + bucket]) for row in range(0, total, bucket)]
+        parts = [self._product(point, operator, padded[row : row + bucket]) for row in range(0, total, bucket)]
         products = [product for product, _ in parts]
         whole = products[0] if len(products) == 1 else np.concatenate(products)
         return [(block, parts[0][1]) for block in _batcher.split(whole, widths)]
 
-    def _product(self, point: Point, block: _codec.Array) -> tuple[_codec.Array, str]:
-        """One launch: V[width,n] -> HV[width,n], and the program that the objective's plan chose."""
-        kernels, width = point.objective.kernels, len(block)
+    def _product(self, point: Point, operator: int, block: _codec.Array) -> tuple[_codec.Array, str]:
+        """One launch: V[width,n] -> [width,n], and the program that made it; for Hessians, the one that the plan chose."""
+        kernels, width, program = point.objective.kernels, len(block), OPERATORS[operator]
         point.launches += 1
-        residuals = self._residuals(point, width)
+        residuals = self._residuals(point, width) if program == "hvp" else None
         started = time.perf_counter()
         if residuals is None:
-            program, result = "hvp", kernels.call("hvp", width, point.x, block, *point.args)
+            result = kernels.call(program, width, point.x, block, *point.args)
         else:
             program, result = "apply", kernels.call("apply", width, block, *residuals)
         on_host = _kernels.host(result)

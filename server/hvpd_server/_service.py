@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import grpc
+import numpy as np
 from google.protobuf import timestamp_pb2
 from google.rpc import status_pb2
 from grpc_status import rpc_status
@@ -197,6 +198,8 @@ class CurvatureService(curvature_pb2_grpc.CurvatureServiceServicer):
         result, info = self._engine.multiply(
             point, request.spec.operator, vectors.block, deadline=_deadline(context), on_queue=cancel.instead
         )
+        if request.spec.quadratic_form:
+            result = _quadratic_form(vectors.block, result)
         return curvature_pb2.ComputeProductResponse(vectors=bytes(_codec.payload(result)), info=info)
 
     @_streaming
@@ -238,6 +241,8 @@ class CurvatureService(curvature_pb2_grpc.CurvatureServiceServicer):
         except Exception as error:  # noqa: BLE001 - one product's error, the stream goes on
             yield _refusal(tag, error)
             return
+        if spec.quadratic_form:
+            result = _quadratic_form(block, result)
         for index, chunk in enumerate(_codec.chunks(_codec.payload(result))):
             yield curvature_pb2.StreamProductsResponse(tag=tag, info=None if index else info, chunk=bytes(chunk))
 
@@ -449,6 +454,12 @@ def _arrive(
         return None
     del arriving[message.tag]
     return spec, point, vectors.block
+
+
+def _quadratic_form(vectors: _codec.Array, products: _codec.Array) -> _codec.Array:
+    """V[k,n], HV[k,n] -> v'Hv for each row."""
+    form: _codec.Array = np.einsum("kn,kn->k", vectors, products)
+    return form
 
 
 def _refusal(tag: int, error: Exception) -> curvature_pb2.StreamProductsResponse:

@@ -58,3 +58,14 @@ def test_the_error_names_the_place():
 def test_a_wrong_number_of_leaves(count):
     with pytest.raises((ValueError, StopIteration, RuntimeError)):
         _pytree.rebuild(_export.tree_spec([1.0, 2.0]), [0.0] * count)
+
+
+def test_names_join_keys_with_slashes():
+    spec = _export.tree_spec({"w": [1.0, (2.0,)], "b": {3: 4.0}, "none": None})
+    assert _pytree.leaf_names(spec) == ["b/3", "w/0", "w/1/0"]
+    assert _pytree.leaf_names(_export.tree_spec(1.0)) == [""]
+
+
+def test_names_that_would_be_shared_are_paths():
+    spec = _export.tree_spec({"a": {"b": 1.0, "c": 2.0}, "a/b": 3.0})
+    assert _pytree.leaf_names(spec) == ["['a']['b']", "a/c", "['a/b']"]

@@ -31,6 +31,12 @@ class _OperatorEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """Not set: refused."""
     OPERATOR_HESSIAN: _Operator.ValueType  # 1
     """The Hessian of f in x."""
+    OPERATOR_GGN: _Operator.ValueType  # 2
+    """Gauss-Newton: J' (second derivative of the loss in the model's output) J."""
+    OPERATOR_FISHER: _Operator.ValueType  # 3
+    """The Fisher matrix of the model's own distribution."""
+    OPERATOR_EMPIRICAL_FISHER: _Operator.ValueType  # 4
+    """The empirical Fisher matrix: of the gradients at the targets."""
 
 class Operator(_Operator, metaclass=_OperatorEnumTypeWrapper):
     """Which symmetric linear map at a point."""
@@ -39,6 +45,12 @@ OPERATOR_UNSPECIFIED: Operator.ValueType  # 0
 """Not set: refused."""
 OPERATOR_HESSIAN: Operator.ValueType  # 1
 """The Hessian of f in x."""
+OPERATOR_GGN: Operator.ValueType  # 2
+"""Gauss-Newton: J' (second derivative of the loss in the model's output) J."""
+OPERATOR_FISHER: Operator.ValueType  # 3
+"""The Fisher matrix of the model's own distribution."""
+OPERATOR_EMPIRICAL_FISHER: Operator.ValueType  # 4
+"""The empirical Fisher matrix: of the gradients at the targets."""
 Global___Operator: typing_extensions.TypeAlias = Operator
 
 @typing.final
@@ -176,20 +188,24 @@ class ProductSpec(google.protobuf.message.Message):
     POINT_ID_FIELD_NUMBER: builtins.int
     OPERATOR_FIELD_NUMBER: builtins.int
     K_FIELD_NUMBER: builtins.int
+    QUADRATIC_FORM_FIELD_NUMBER: builtins.int
     point_id: builtins.str
     """Point.id."""
     operator: Global___Operator.ValueType
     """The operator at that point."""
     k: builtins.int
     """Number of vectors, k."""
+    quadratic_form: builtins.bool
+    """Whether to answer v'Hv for each vector, k numbers in the objective's dtype, in place of the vectors HV[k,n]."""
     def __init__(
         self,
         *,
         point_id: builtins.str = ...,
         operator: Global___Operator.ValueType = ...,
         k: builtins.int = ...,
+        quadratic_form: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["k", b"k", "operator", b"operator", "point_id", b"point_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["k", b"k", "operator", b"operator", "point_id", b"point_id", "quadratic_form", b"quadratic_form"]) -> None: ...
 
 Global___ProductSpec: typing_extensions.TypeAlias = ProductSpec
 

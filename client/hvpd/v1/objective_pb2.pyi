@@ -29,6 +29,9 @@ class Program(google.protobuf.message.Message):
       hvp                    (x, V[k,n], *captured, *data) -> HV[k,n]; required
       prepare                (x, *captured, *data) -> (value, gradient[n], *residuals); together with apply
       apply                  (V[k,n], *residuals) -> HV[k,n]
+      ggn                    (x, V[k,n], *captured, *data) -> GV[k,n]; of composite objectives, like the next two
+      fisher                 likewise, where the model's output parametrizes a distribution
+      empirical_fisher       likewise, where it has a row for each example
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

@@ -1,0 +1,45 @@
+"""A point whose curvature is a dense matrix, and which counts what is asked of it: no server, no jax."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from hvpd.v1 import curvature_pb2
+
+
+class DensePoint:
+    """Multiplies by `matrix`, in its dtype; `products` holds the block width of every call."""
+
+    def __init__(self, matrix, *, slices=None, kind=curvature_pb2.OPERATOR_HESSIAN):
+        self.matrix = np.asarray(matrix)
+        self.n, self.dtype = len(self.matrix), self.matrix.dtype
+        self.products = []
+        self.kind = kind
+        self.objective = SimpleNamespace(label="dense", slices=lambda: slices or {"": slice(0, self.n)})
+
+    def multiply(self, block, operator=curvature_pb2.OPERATOR_HESSIAN):
+        assert operator == self.kind
+        assert block.dtype == self.dtype
+        assert block.flags.c_contiguous
+        assert block.shape[1:] == (self.n,)
+        self.products.append(len(block))
+        return block @ self.matrix
+
+
+@pytest.fixture
+def dense_point():
+    return DensePoint
+
+
+@pytest.fixture
+def spectrum():
+    return _spectrum
+
+
+def _spectrum(values, seed=0, dtype=np.float64):
+    """A symmetric matrix with these eigenvalues, and its eigenvectors."""
+    values = np.asarray(values, np.float64)
+    Q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((len(values),) * 2))
+    matrix = (Q * values) @ Q.T
+    return ((matrix + matrix.T) / 2).astype(dtype), Q
