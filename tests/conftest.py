@@ -68,7 +68,7 @@ class Serving:
         said = next(line for line in reversed(self.lines) if "hvpd: metrics on " in line)
         with urllib.request.urlopen(said.split(" on ")[1], timeout=30) as response:
             text = response.read().decode()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"{name}[ {{]", line))
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"{name}[ {{}}]", line))
 
     def kill(self) -> None:
         """`kill -9`."""

@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 from hvpd._version import __version__
 
 if TYPE_CHECKING:
+    from hvpd._check import Certificate
     from hvpd._client import Client, Listing, connect
+    from hvpd._composite import Composite, composite
+    from hvpd._diagonal import Diagonal
     from hvpd._errors import (
         DeadlineError,
         HvpdError,
@@ -27,36 +30,50 @@ if TYPE_CHECKING:
         UnavailableError,
     )
     from hvpd._local import local
-    from hvpd._objective import Objective, Point
-    from hvpd._operator import HessianOperator
+    from hvpd._lowrank import LowRankOperator, NystromPreconditioner, nystrom
+    from hvpd._objective import Choice, Objective, Point
+    from hvpd._operator import CurvatureOperator, HessianOperator
     from hvpd._transport import Statistics
 
 __all__ = [
+    "Certificate",
+    "Choice",
     "Client",
+    "Composite",
+    "CurvatureOperator",
     "DeadlineError",
+    "Diagonal",
     "HessianOperator",
     "HvpdError",
     "IncompatibleError",
     "InvalidArgumentError",
     "Listing",
+    "LowRankOperator",
     "MissingExtraError",
     "NotFoundError",
+    "NystromPreconditioner",
     "Objective",
     "OverloadedError",
     "Point",
     "Statistics",
     "UnavailableError",
     "__version__",
+    "composite",
     "connect",
     "local",
+    "nystrom",
 ]
 
 _HOMES = {
+    "_check": ("Certificate",),
+    "_composite": ("Composite", "composite"),
     "_client": ("Client", "Listing", "connect"),
+    "_diagonal": ("Diagonal",),
     "_errors": tuple(name for name in __all__ if name.endswith("Error")),
     "_local": ("local",),
-    "_objective": ("Objective", "Point"),
-    "_operator": ("HessianOperator",),
+    "_lowrank": ("LowRankOperator", "NystromPreconditioner", "nystrom"),
+    "_objective": ("Choice", "Objective", "Point"),
+    "_operator": ("CurvatureOperator", "HessianOperator"),
     "_transport": ("Statistics",),
 }
 

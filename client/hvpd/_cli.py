@@ -1,4 +1,4 @@
-"""The `hvpd` command: serve, register, objectives, info. Each does what a call of the library does."""
+"""The `hvpd` command: serve, register, objectives, check, info. Each does what a call of the library does."""
 
 import argparse
 import dataclasses
@@ -6,7 +6,8 @@ import json
 import runpy
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from hvpd._errors import HvpdError, InvalidArgumentError, MissingExtraError
 from hvpd._version import __version__
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0 done, 1 failed, 2 wrong usage."""
+    """Runs the command line; returns the exit code: 0 done, 1 failed, 2 wrong usage, 3 a check that found errors."""
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.run(arguments)
@@ -54,7 +55,18 @@ def _parser() -> argparse.ArgumentParser:
         description="Register the objective of a Python file. SOURCE is FILE.py:NAME; NAME is a function without arguments that "
         "returns (fun, x, *data), as for client.register(fun, x, *data).",
     )
-    register.add_argument("source", metavar="SOURCE", help="FILE.py:NAME")
+    register.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="FILE.py:NAME; with --exported, NAME returns data alone, or SOURCE is left out where there is none",
+        nargs="?",
+    )
+    register.add_argument(
+        "--exported", metavar="FILE", help="the bytes of a jax.export.Exported, serialized with vjp_order=2"
+    )
+    register.add_argument(
+        "--mode", default="forward_over_reverse", help="how products are made (default: forward_over_reverse)"
+    )
     register.add_argument("--name", help="name for the objective, such as digits/mlp")
     register.add_argument("--platforms", default="cpu,cuda", help="platforms to lower for (default: cpu,cuda)")
     register.add_argument("--precision", default="highest", help="highest, high or default (default: highest)")
@@ -65,6 +77,20 @@ def _parser() -> argparse.ArgumentParser:
     objectives.add_argument("--json", action="store_true", help="one JSON object a line")
     _connection(objectives)
     objectives.set_defaults(run=_objectives)
+
+    check = commands.add_parser(
+        "check",
+        help="check an objective's products against its gradients and values",
+        description="Check an objective at a point: symmetry, linearity, blocks against vectors, repeats, central differences, "
+        "Taylor remainders. Exit code 0: no item failed; 3: one did; 1: it could not be checked.",
+    )
+    check.add_argument("name", metavar="NAME", help="name or digest of the objective")
+    check.add_argument("--x", metavar="FILE.npy", help="where, a flat vector (default: standard normal, by the seed)")
+    check.add_argument("--seed", type=int, default=0, help="of the probes, and of x (default: 0)")
+    check.add_argument("--probes", type=int, default=4, help="how many tangents (default: 4)")
+    check.add_argument("--json", action="store_true", help="as JSON")
+    _connection(check)
+    check.set_defaults(run=_check)
 
     info = commands.add_parser("info", help="what a server is: versions, device, limits")
     info.add_argument("--json", action="store_true", help="as JSON")
@@ -103,9 +129,35 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _register(arguments: argparse.Namespace) -> int:
-    path, separator, name = arguments.source.rpartition(":")
+    if arguments.source is None and arguments.exported is None:
+        raise InvalidArgumentError("say SOURCE (FILE.py:NAME), or --exported FILE")
+    made = () if arguments.source is None else _made_by(arguments.source)
+    with _connect(arguments) as client:
+        if arguments.exported is not None:
+            try:
+                exported = Path(arguments.exported).read_bytes()
+            except OSError as error:
+                raise InvalidArgumentError(f"cannot read {arguments.exported}: {error.strerror}") from None
+            objective = client.register_exported(exported, *made, name=arguments.name)
+        else:
+            if len(made) < 2 or not callable(made[0]):
+                raise InvalidArgumentError(f"{arguments.source} must return (fun, x, *data)")
+            objective = client.register(
+                *made,
+                name=arguments.name,
+                platforms=tuple(filter(None, arguments.platforms.split(","))),
+                precision=arguments.precision,
+                mode=arguments.mode,
+            )
+        print(f"{objective.name or '-'} {objective.digest} n={objective.n} {objective.dtype} {objective.mode}")
+    return 0
+
+
+def _made_by(source: str) -> tuple[Any, ...]:
+    """What FILE.py:NAME returns."""
+    path, separator, name = source.rpartition(":")
     if not separator or not path:
-        raise InvalidArgumentError(f"SOURCE is FILE.py:NAME, got {arguments.source!r}")
+        raise InvalidArgumentError(f"SOURCE is FILE.py:NAME, got {source!r}")
     try:
         defined = runpy.run_path(path)
     except OSError as error:
@@ -113,20 +165,9 @@ def _register(arguments: argparse.Namespace) -> int:
     if not callable(defined.get(name)):
         raise InvalidArgumentError(f"{path} defines no function {name!r}")
     made = defined[name]()
-    if not isinstance(made, tuple) or len(made) < 2 or not callable(made[0]):
-        raise InvalidArgumentError(f"{name}() must return (fun, x, *data), it returned {type(made).__name__}")
-    fun, x, *data = made
-    with _connect(arguments) as client:
-        objective = client.register(
-            fun,
-            x,
-            *data,
-            name=arguments.name,
-            platforms=tuple(filter(None, arguments.platforms.split(","))),
-            precision=arguments.precision,
-        )
-        print(f"{objective.name or '-'} {objective.digest} n={objective.n} {objective.dtype}")
-    return 0
+    if not isinstance(made, tuple):
+        raise InvalidArgumentError(f"{name}() in {path} must return a tuple, it returned {type(made).__name__}")
+    return made
 
 
 def _objectives(arguments: argparse.Namespace) -> int:
@@ -136,13 +177,14 @@ def _objectives(arguments: argparse.Namespace) -> int:
         for listing in found:
             print(json.dumps(dataclasses.asdict(listing) | {"created": listing.created.isoformat()}))
         return 0
-    rows = [("NAME", "N", "DTYPE", "PRECISION", "PLATFORMS", "DATA", "CREATED", "DIGEST")]
+    rows = [("NAME", "N", "DTYPE", "PRECISION", "MODE", "PLATFORMS", "DATA", "CREATED", "DIGEST")]
     rows += [
         (
             listing.name or "-",
             str(listing.n),
             listing.dtype,
             listing.precision,
+            listing.mode,
             ",".join(listing.platforms),
             _size(listing.data_bytes),
             listing.created.strftime("%Y-%m-%d %H:%M"),
@@ -154,6 +196,28 @@ def _objectives(arguments: argparse.Namespace) -> int:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    x = None
+    if arguments.x is not None:
+        try:
+            x = np.load(arguments.x, allow_pickle=False)
+        except OSError as error:
+            raise InvalidArgumentError(f"cannot read {arguments.x}: {error.strerror or error}") from None
+        except (ValueError, EOFError) as error:
+            raise InvalidArgumentError(f"{arguments.x} is no array of numpy.save: {error}") from None
+    elif arguments.seed < 0:
+        raise InvalidArgumentError(f"--seed must be from 0, got {arguments.seed}")
+    with _connect(arguments) as client:
+        objective = client.objective(arguments.name)
+        if x is None:
+            x = np.random.default_rng(arguments.seed).standard_normal(objective.n)
+        certificate = objective.check(x, seed=arguments.seed, probes=arguments.probes)
+    print(json.dumps(certificate.to_json()) if arguments.json else certificate)
+    return 0 if certificate.passed else 3
 
 
 def _info(arguments: argparse.Namespace) -> int:

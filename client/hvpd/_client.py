@@ -2,16 +2,18 @@
 
 import dataclasses
 import datetime
-import functools
 import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from hvpd._errors import HvpdError, IncompatibleError, MissingExtraError
 from hvpd._objective import Objective
 from hvpd._transport import Statistics, Transport
 from hvpd.v1 import objective_pb2, server_pb2
+
+if TYPE_CHECKING:
+    from hvpd._export import Export
 
 DEFAULT_ADDRESS = "localhost:7070"
 
@@ -30,6 +32,8 @@ class Listing:
     """float32 or float64."""
     precision: str
     """Matrix-multiplication precision."""
+    mode: str
+    """How products are made."""
     platforms: tuple[str, ...]
     """What it was lowered for."""
     data_bytes: int
@@ -86,6 +90,7 @@ class Client:
         name: str | None = None,
         platforms: Sequence[str] = ("cpu", "cuda"),
         precision: str = "highest",
+        mode: str = "forward_over_reverse",
     ) -> Objective:
         """Registers f(x, *data) -> scalar with the server, with its derivative programs and its data.
 
@@ -103,12 +108,68 @@ class Client:
             platforms: Of "cpu", "cuda", "rocm", "tpu".
             precision: "highest", "high" or "default", for matrix products that do not say their own. On GPUs anything but
                 "highest" means TF32, and errors of 1e-3.
+            mode: How products are made:
+
+                - "forward_over_reverse": jvp of grad (Pearlmutter 1994), linearized for single vectors where that pays;
+                - "reverse_over_forward", "reverse_over_reverse": where forward mode is slow or forbidden;
+                - "linearized": `jax.linearize` once at each point, its residuals kept, then only its linear part;
+                - "finite_difference": central, from gradients alone, for functions that jax cannot differentiate twice;
+                  good to about eps**(2/3);
+                - "auto": fused or linearized, whichever the server measures to be faster for each block width.
+
+                A function in which jax forbids forward mode (a custom_vjp) falls back to "reverse_over_reverse", with a
+                warning; `objective.mode` says which it was.
 
         Raises:
             InvalidArgumentError: `fun`, `x`, `data` or `name` cannot be registered.
             MissingExtraError: jax is not installed here.
             IncompatibleError: The server cannot run what this version of jax exports, or is of another platform.
         """
+        _export = self._exporting()
+        export = _export.export(
+            fun,
+            x,
+            data,
+            platforms=tuple(platforms),
+            precision=precision,
+            mode=mode,
+            stablehlo_version=self.server.stablehlo_version,
+        )
+        return self._store(export, name)
+
+    def register_exported(self, exported: bytes | bytearray, *data: Any, name: str | None = None) -> Objective:
+        """Registers an objective that was exported elsewhere: the bytes of
+
+            jax.export.export(jax.jit(f), platforms=("cpu", "cuda"))(x, *data).serialize(vjp_order=2)
+
+        Such a function can be differentiated by reverse mode only, so its mode is "reverse_over_reverse": the vjp of its
+        gradient, which is the product, since a Hessian is symmetric. Its precision is what it was exported with.
+
+        Args:
+            exported: What `serialize` returned.
+            data: Values for each argument after the first, as for `register`.
+            name: As for `register`.
+
+        Raises:
+            InvalidArgumentError: It is no exported function, or has not both derivatives, or data does not fit it.
+            MissingExtraError: jax is not installed here.
+            IncompatibleError: It was lowered for other platforms than the server's.
+        """
+        _export = self._exporting()
+        foreign = _export.foreign(exported)
+        export = _export.export(
+            foreign.fun,
+            foreign.x,
+            data,
+            platforms=foreign.platforms,
+            precision="highest",
+            mode="reverse_over_reverse",
+            stablehlo_version=self.server.stablehlo_version,
+        )
+        return self._store(export, name)
+
+    def _exporting(self) -> Any:
+        """The module that needs jax."""
         try:
             import flatbuffers  # type: ignore[import-untyped]  # noqa: F401 - jax.export needs it, and says so only later
 
@@ -117,14 +178,10 @@ class Client:
             raise MissingExtraError(
                 f"registering needs jax here (the server's is not enough): pip install 'hvpd[jax]' ({error})"
             ) from error
-        export = _export.export(
-            fun,
-            x,
-            data,
-            platforms=tuple(platforms),
-            precision=precision,
-            stablehlo_version=self.server.stablehlo_version,
-        )
+        return _export
+
+    def _store(self, export: "Export", name: str | None) -> Objective:
+        """Uploads what the server does not have, and has it registered."""
         self._check_server_reads(export.bundle)
         request = objective_pb2.CreateObjectiveRequest(digest=export.digest, name=name or "")
         for last in (False, True):
@@ -137,7 +194,7 @@ class Client:
                 # Another client's upload was found corrupt, or removed, after it was found present.
                 if last or error.reason not in ("BLOBS_MISSING", "BLOB_CORRUPT"):
                     raise
-        return Objective(self._transport, response.objective, functools.partial(_export.unflatten, export.x_treedef))
+        return Objective(self._transport, response.objective, export.unflatten)
 
     def _check_server_reads(self, bundle: objective_pb2.Bundle) -> None:
         server = self._transport.server
@@ -191,6 +248,7 @@ def _listing(message: objective_pb2.Objective) -> Listing:
         n=bundle.n,
         dtype=bundle.dtype,
         precision=bundle.precision,
+        mode=bundle.mode,
         platforms=tuple(bundle.platforms),
         data_bytes=sum(math.prod(tensor.shape) * _codec.dtype(tensor.dtype).itemsize for tensor in bundle.data),
         created=message.create_time.ToDatetime(datetime.UTC),

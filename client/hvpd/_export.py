@@ -1,4 +1,5 @@
-"""From a Python function to a bundle: trace, differentiate, lower to StableHLO. The only file of the client that imports jax.
+"""From a Python function to a bundle: trace, differentiate, lower to StableHLO. With `_derivatives` and `_lift` the
+only part of the client that imports jax.
 
 Differentiation happens here because jax can do it only before export: an `Exported` has no jvp and no batching rule
 (jax issue 28327). The programs take and return flat arrays, so a server needs none of the user's classes.
@@ -14,7 +15,6 @@ from typing import Any
 import jax
 import jax.export
 import jax.extend
-import jax.extend.core as jex
 import jax.interpreters.mlir
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,10 @@ from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import stablehlo
 
 from hvpd import _codec
+from hvpd._composite import Composite
+from hvpd._derivatives import Stages, array_spec, curvatures_of, hvp_of, linearized
 from hvpd._errors import InvalidArgumentError
+from hvpd._lift import lift
 from hvpd._pytree import Spec
 from hvpd.v1 import objective_pb2, tensor_pb2
 
@@ -57,7 +60,11 @@ class Export:
     digest: str
     """Digest of the serialized bundle: the objective's."""
     x_treedef: Any
-    """jax's treedef of x, to rebuild the user's own containers."""
+    """jax's treedef of x."""
+
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        """The leaves of x in the user's own containers."""
+        return jax.tree.unflatten(self.x_treedef, leaves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +101,7 @@ def export(
     Raises:
         InvalidArgumentError: `fun`, `x` or `data` cannot be registered; the message says why.
     """
-    if precision not in PRECISIONS:
-        raise InvalidArgumentError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if mode not in MODES:
-        raise InvalidArgumentError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    unknown = sorted(set(platforms) - {"cpu", "cuda", "rocm", "tpu"})
-    if unknown or not platforms:
-        raise InvalidArgumentError(f"platforms must be of cpu, cuda, rocm and tpu, got {list(platforms)!r}")
+    _check_options(platforms, precision, mode)
     x_leaves, x_treedef = jax.tree.flatten(x)
     x_arrays = [_floating(leaf, path) for leaf, path in zip(x_leaves, _paths(x), strict=True)]
     n = sum(array.size for array in x_arrays)
@@ -114,25 +115,38 @@ def export(
         for leaf, path in zip(data_leaves, _paths(tuple(data)), strict=True)
     ]
 
-    def flat_fun(x: jax.Array, *leaves: jax.Array) -> Any:
+    def tree_of(x: jax.Array) -> Any:
         ends = list(itertools.accumulate(array.size for array in x_arrays))
         parts = [
             x[end - array.size : end].reshape(array.shape).astype(array.dtype)
             for array, end in zip(x_arrays, ends, strict=True)
         ]
-        return fun(jax.tree.unflatten(x_treedef, parts), *jax.tree.unflatten(data_treedef, leaves))
+        return jax.tree.unflatten(x_treedef, parts)
+
+    def arguments_of(leaves: Sequence[jax.Array]) -> Any:
+        return jax.tree.unflatten(data_treedef, leaves)
 
     x_spec = jax.ShapeDtypeStruct((n,), flat_dtype)
     with jax.enable_x64(x64), jax.default_matmul_precision(precision):
         data_specs = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in data_arrays]
-        with _traced(fun):
-            closed, out = jax.make_jaxpr(flat_fun, return_shape=True)(x_spec, *data_specs)
-        _check_scalar(fun, out)
-        captured, lifted = _lift(closed, lift_bytes)
+        if isinstance(fun, Composite):
+            captured, stages = _stages(fun, tree_of, arguments_of, [x_spec, *data_specs], lift_bytes)
+
+            def objective(x: jax.Array, *args: jax.Array) -> Any:
+                return stages.loss(stages.model(x, *args), *args)
+
+            curvatures = curvatures_of(stages, fun)
+        else:
+            captured, objective = _trace(
+                lambda x, *leaves: fun(tree_of(x), *arguments_of(leaves)), fun, [x_spec, *data_specs], lift_bytes
+            )
+            curvatures = {}
         specs = [x_spec, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in captured), *data_specs]
+        target = Target(tuple(platforms), _artifact_version(stablehlo_version))
         with _traced(fun):
-            target = Target(tuple(platforms), _artifact_version(stablehlo_version))
-            programs, residuals, mode = _programs(lifted, specs, mode, target)
+            programs, residuals, mode = _programs(objective, specs, mode, target)
+            for name, product in curvatures.items():
+                programs[name] = _export_batched(product, target, x_spec, _block(x_spec), *specs[1:])
 
     blobs: dict[str, _codec.Buffer] = {}
 
@@ -150,7 +164,7 @@ def export(
         n=n,
         dtype=flat_dtype.name,
         x_tree=tree_spec(x),
-        x_leaves=[_array_spec(array) for array in x_arrays],
+        x_leaves=[array_spec(array) for array in x_arrays],
         data_tree=tree_spec(tuple(data)),
         data=[tensor(array) for array in data_arrays],
         captured=[tensor(array) for array in captured],
@@ -168,6 +182,63 @@ def export(
     )
     digest = blob(bundle.SerializeToString(deterministic=True))
     return Export(bundle, blobs, digest, x_treedef)
+
+
+def _check_options(platforms: Sequence[str], precision: str, mode: str) -> None:
+    if precision not in PRECISIONS:
+        raise InvalidArgumentError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if mode not in MODES:
+        raise InvalidArgumentError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    unknown = sorted(set(platforms) - {"cpu", "cuda", "rocm", "tpu"})
+    if unknown or not platforms:
+        raise InvalidArgumentError(f"platforms must be of cpu, cuda, rocm and tpu, got {list(platforms)!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """An objective that somebody else exported, as a function to register."""
+
+    fun: _Function
+    """fun(x, *data), differentiable by reverse mode twice."""
+    x: Any
+    """Zeros of the structure, shapes and dtypes of its first argument."""
+    platforms: tuple[str, ...]
+    """What it was lowered for."""
+
+
+def foreign(blob: bytes | bytearray) -> Foreign:
+    """Reads a function that `jax.export.export(jax.jit(f))(...).serialize(vjp_order=2)` made.
+
+    Raises:
+        InvalidArgumentError: It is none, or it cannot be differentiated twice, or its arguments are not x and data.
+    """
+    oldest = jax.export.minimum_supported_calling_convention_version
+    newest = jax.export.maximum_supported_calling_convention_version
+    try:
+        exported = jax.export.deserialize(bytearray(blob))
+        exported.mlir_module()
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"these are not the bytes of a jax.export.Exported that jax {jax.__version__} here can read (calling conventions "
+            f"{oldest} to {newest}): {type(error).__name__}: {error}"
+        ) from error
+    order, derivative = 0, exported
+    while order < 2 and derivative.has_vjp():
+        order, derivative = order + 1, derivative.vjp()
+    if order < 2:
+        raise InvalidArgumentError(
+            f"{exported.fun_name} was serialized with vjp_order={order}; a Hessian needs both derivatives: "
+            "exported.serialize(vjp_order=2)"
+        )
+    args, kwargs = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    if kwargs or not args:
+        raise InvalidArgumentError(f"{exported.fun_name} must take x and data by position, it takes {exported.in_tree}")
+    if any(not isinstance(size, int) for aval in exported.in_avals for size in aval.shape):
+        raise InvalidArgumentError(
+            f"{exported.fun_name} has symbolic shapes ({exported.in_avals}): export it for fixed ones"
+        )
+    zeros = jax.tree.map(lambda aval: np.zeros(aval.shape, aval.dtype), args[0])
+    return Foreign(exported.call, zeros, tuple(exported.platforms))
 
 
 def data_array(leaf: Any, where: str, *, x_dtype: np.dtype[Any], x64: bool) -> _codec.Array:
@@ -200,10 +271,6 @@ def _paths(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
-def _array_spec(array: Any) -> tensor_pb2.ArraySpec:
-    return tensor_pb2.ArraySpec(dtype=np.dtype(array.dtype).name, shape=array.shape)
-
-
 @contextlib.contextmanager
 def _traced(fun: _Function) -> Iterator[None]:
     """Turns what jax raises while it traces `fun` into an error that says what to do."""
@@ -232,6 +299,79 @@ def _check_scalar(fun: _Function, out: Any) -> None:
         raise InvalidArgumentError(f"{name} must return a real floating scalar, it returns {out.dtype}")
 
 
+def _trace(
+    flat: _Function, fun: _Function, specs: Sequence[Any], lift_bytes: int
+) -> tuple[list[_codec.Array], _Function]:
+    """The large arrays that a scalar function closes over, and the function as fun(x, *arrays, *data)."""
+    with _traced(fun):
+        closed, out = jax.make_jaxpr(flat, return_shape=True)(*specs)
+    _check_scalar(fun, out)
+    captured, lifted = lift(closed, lift_bytes)
+    count = len(captured)
+
+    def traced(x: Any, *args: jax.Array) -> Any:
+        return lifted(args[:count], [*jax.tree.leaves(x), *args[count:]])[0]
+
+    return captured, traced
+
+
+def _stages(
+    composite: Composite,
+    tree_of: _Function,
+    arguments_of: _Function,
+    specs: Sequence[Any],
+    lift_bytes: int,
+) -> tuple[list[_codec.Array], Stages]:
+    """The large arrays that both stages close over, and the stages, traced apart."""
+    takes = len(jax.eval_shape(lambda *leaves: arguments_of(leaves), *specs[1:]))
+    if composite.inputs > takes:
+        raise InvalidArgumentError(
+            f"the model takes {composite.inputs} data arguments (inputs={composite.inputs}), {takes} were given"
+        )
+    with _traced(composite.model):
+        closed, z = jax.make_jaxpr(
+            lambda x, *leaves: composite.model(tree_of(x), *arguments_of(leaves)[: composite.inputs]), return_shape=True
+        )(*specs)
+    leaves, treedef = jax.tree.flatten(z)
+    shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", z)
+    if not leaves or not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
+        raise InvalidArgumentError(f"the model must return real floating arrays, it returns {shapes}")
+    rows = leaves[0].shape[0] if leaves[0] is z and leaves[0].ndim > 0 else None
+    least = 2 if composite.distribution == "categorical" else 1
+    if composite.distribution is not None and (rows is None or leaves[0].ndim < least):
+        raise InvalidArgumentError(
+            f"a model of distribution {composite.distribution!r} must return one array [rows, ...], it returns {shapes}"
+        )
+    models, lifted = lift(closed, lift_bytes)
+    try:
+        losses, loss = _trace(
+            lambda *z_and_leaves: composite.loss(
+                jax.tree.unflatten(treedef, z_and_leaves[: len(leaves)]),
+                *arguments_of(z_and_leaves[len(leaves) :])[composite.inputs :],
+            ),
+            composite.loss,
+            [*leaves, *specs[1:]],
+            lift_bytes,
+        )
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"the loss cannot take what the model returns, {shapes}: {error}") from error
+    first, both = len(models), len(models) + len(losses)
+
+    def model(x: jax.Array, *args: jax.Array) -> Any:
+        return jax.tree.unflatten(treedef, lifted(args[:first], [x, *args[both:]]))
+
+    def loss_of(z: Any, *args: jax.Array) -> Any:
+        return loss(z, *args[first:])
+
+    return [*models, *losses], Stages(model, loss_of, rows)
+
+
+def _block(x_spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """V[k,n], its width symbolic."""
+    (k,) = jax.export.symbolic_shape("k")
+    return jax.ShapeDtypeStruct((k, *x_spec.shape), x_spec.dtype)
+
+
 def _programs(
     fun: _Function, specs: Sequence[jax.ShapeDtypeStruct], mode: str, target: Target
 ) -> tuple[dict[str, jax.export.Exported], list[objective_pb2.Residual], str]:
@@ -240,19 +380,18 @@ def _programs(
     Returns:
         The programs, the residuals of `apply`, and the mode: reverse over reverse where jax forbids the jvp that was asked for.
     """
-    (k,) = jax.export.symbolic_shape("k")
-    block = jax.ShapeDtypeStruct((k, *specs[0].shape), specs[0].dtype)
+    block = _block(specs[0])
 
     def value_and_grad(x: jax.Array, *args: jax.Array) -> Any:
         return jax.value_and_grad(fun)(x, *args)
 
     programs = {"value_and_grad": _export(value_and_grad, target, *specs)}
     try:
-        hvp = _hvp_of(fun, mode)
+        hvp = hvp_of(fun, mode)
         programs["hvp"] = _export_batched(hvp, target, specs[0], block, *specs[1:])
         if mode not in ("forward_over_reverse", "linearized", "auto"):
             return programs, [], mode
-        prepare, apply_of, residuals = _linearized(fun, specs)
+        prepare, apply_of, residuals = linearized(fun, specs)
     except TypeError as error:
         if "custom_vjp" not in str(error) or mode == "reverse_over_reverse":
             raise
@@ -266,90 +405,6 @@ def _programs(
     programs["prepare"] = _export(prepare, target, *specs)
     programs["apply"] = _export_batched(apply_of, target, block, *residual_specs)
     return programs, residuals, mode
-
-
-def _hvp_of(fun: _Function, mode: str) -> Callable[[_Function], _Function]:
-    """hvp(x, V[k,n], *args) -> HV[k,n] in a mode, given how to batch one vector's product."""
-
-    def forward_over_reverse(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
-        # Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6 (1994).
-        return jax.jvp(jax.grad(lambda x: fun(x, *args)), (x,), (v,))[1]
-
-    def reverse_over_forward(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
-        return jax.grad(lambda x: jax.jvp(lambda x: fun(x, *args), (x,), (v,))[1].astype(x.dtype))(x)
-
-    def reverse_over_reverse(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
-        return jax.grad(lambda x: jnp.vdot(jax.grad(lambda x: fun(x, *args))(x), v))(x)
-
-    def finite_difference(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
-        # Central, its step balancing rounding and truncation: Nocedal and Wright, Numerical Optimization (2006), section 8.1.
-        # Rounding of x + step v decides how far the points really are apart; v = 0 needs some step, and gets H 0 = 0.
-        gradient = jax.grad(lambda x: fun(x, *args))
-        size = jnp.linalg.norm(v)
-        scale = jnp.where(size > 0, size, 1.0)
-        step = float(np.finfo(x.dtype).eps) ** (1 / 3) * (1 + jnp.linalg.norm(x)) / scale
-        return (gradient(x + step * v) - gradient(x - step * v)) / (2 * step)
-
-    one = {
-        "reverse_over_forward": reverse_over_forward,
-        "reverse_over_reverse": reverse_over_reverse,
-        "finite_difference": finite_difference,
-    }.get(mode, forward_over_reverse)
-
-    def batched(batch: _Function) -> _Function:
-        def hvp(x: jax.Array, V: jax.Array, *args: jax.Array) -> Any:
-            return batch(lambda v: one(x, v, *args))(V)
-
-        return hvp
-
-    return batched
-
-
-def _linearized(
-    fun: _Function, specs: Sequence[jax.ShapeDtypeStruct]
-) -> tuple[_Function, Callable[[_Function], _Function], list[objective_pb2.Residual]]:
-    """Splits the product into what depends on x only and what is linear in V, as jax.linearize does.
-
-    Returns:
-        prepare(x, *args) -> (value, gradient, *results); apply(V, *residuals), given how to batch; and where apply's
-        residuals come from. One that is an argument (a data matrix, often) is taken from there: prepare need not copy it.
-    """
-    linear: list[Any] = []
-
-    def prepare(x: jax.Array, *args: jax.Array) -> Any:
-        def gradient_and_value(x: jax.Array) -> Any:
-            value, gradient = jax.value_and_grad(fun)(x, *args)
-            return gradient, value
-
-        gradient, apply, value = jax.linearize(gradient_and_value, x, has_aux=True)
-        residuals, treedef = jax.tree.flatten(apply)
-        linear[:] = [treedef]
-        return value, gradient, *residuals
-
-    closed = jax.make_jaxpr(prepare)(*specs)
-    inputs = {variable: position for position, variable in enumerate(closed.jaxpr.invars)}
-    residuals = closed.jaxpr.outvars[2:]
-    sources, kept = [], [0, 1]
-    for output, variable in enumerate(residuals, start=2):
-        position = None if isinstance(variable, jex.Literal) else inputs.get(variable)
-        source = {"result": len(kept) - 2} if position is None else {"argument": position}
-        sources.append(objective_pb2.Residual(spec=_array_spec(variable.aval), **source))
-        if position is None:
-            kept.append(output)
-
-    def prepare_shortened(x: jax.Array, *args: jax.Array) -> Any:
-        outputs = jex.jaxpr_as_fun(closed)(x, *args)
-        return tuple(outputs[output] for output in kept)
-
-    prepare_shortened.__name__ = prepare_shortened.__qualname__ = "prepare"
-
-    def apply_of(batch: _Function) -> _Function:
-        def apply(V: jax.Array, *residuals: jax.Array) -> Any:
-            return batch(jax.tree.unflatten(linear[0], residuals))(V)
-
-        return apply
-
-    return prepare_shortened, apply_of, sources
 
 
 def _export_batched(function_of: Callable[[_Function], _Function], target: Target, *specs: Any) -> jax.export.Exported:
@@ -377,63 +432,6 @@ def _artifact_version(newest: str) -> str:
         stablehlo.StablehloCompatibilityRequirement.WEEK_4
     )
     return min(weeks, newest or weeks, key=lambda version: [int(part) for part in version.split(".")])
-
-
-def _lift(closed: Any, lift_bytes: int) -> tuple[list[_codec.Array], _Function]:
-    """Turns closed-over arrays of more than `lift_bytes` into arguments.
-
-    Returns:
-        The arrays, and fun(x, *arrays, *data).
-    """
-    found = {id(constant): constant for constant in _constants(closed) if getattr(constant, "nbytes", 0) > lift_bytes}
-    captured = [np.asarray(constant) for constant in found.values()]
-
-    def lifted(x: jax.Array, *args: jax.Array) -> Any:
-        replaced = dict(zip(found, args[: len(found)], strict=True))
-        (value,) = _evaluate(closed, [x, *args[len(found) :]], replaced)
-        return value
-
-    return captured, lifted
-
-
-def _calls(closed: Any) -> Iterator[tuple[Any, Any]]:
-    """The equations that are calls of a nested jit, with its jaxpr. Loops and branches take what they close over as operands."""
-    for equation in closed.jaxpr.eqns:
-        if equation.primitive.name in ("jit", "pjit"):
-            yield equation, equation.params["jaxpr"]
-
-
-def _constants(closed: Any) -> Iterator[Any]:
-    yield from closed.consts
-    for _, inner in _calls(closed):
-        yield from _constants(inner)
-
-
-def _evaluate(closed: Any, args: Sequence[Any], replaced: Mapping[int, Any]) -> list[Any]:
-    """Evaluates a jaxpr with some constants replaced; nested jits that hold one of them are inlined, all else stays."""
-    inlined = {
-        id(equation): inner
-        for equation, inner in _calls(closed)
-        if any(id(constant) in replaced for constant in _constants(inner))
-    }
-    constants = [replaced.get(id(constant), constant) for constant in closed.consts]
-    values = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*constants, *args], strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jex.Literal) else values[atom]
-
-    for equation in closed.jaxpr.eqns:
-        inner = inlined.get(id(equation))
-        if inner is not None:
-            outputs = _evaluate(inner, [read(atom) for atom in equation.invars], replaced)
-            values.update(zip(equation.outvars, outputs, strict=True))
-        else:
-            variables = list(dict.fromkeys(atom for atom in equation.invars if not isinstance(atom, jex.Literal)))
-            kept = [variable for variable in equation.outvars if not isinstance(variable, jex.DropVar)]
-            names = jex.DebugInfo("eval", "equation", ("",) * len(variables), ("",) * len(kept))
-            single = jex.Jaxpr((), variables, kept, [equation], equation.effects, names)
-            values.update(zip(kept, jex.jaxpr_as_fun(jex.ClosedJaxpr(single, ()))(*map(read, variables)), strict=True))
-    return [read(atom) for atom in closed.jaxpr.outvars]
 
 
 def tree_spec(tree: Any) -> Spec:
@@ -474,8 +472,3 @@ def _key(key: Any) -> Spec.Key:
 def flatten(tree: Any) -> tuple[Spec, list[Any]]:
     """Structure and leaves of any pytree that jax knows."""
     return tree_spec(tree), jax.tree.leaves(tree)
-
-
-def unflatten(treedef: Any, leaves: Sequence[Any]) -> Any:
-    """The tree of a treedef, with the user's own containers."""
-    return jax.tree.unflatten(treedef, leaves)

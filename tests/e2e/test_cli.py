@@ -62,10 +62,10 @@ def test_register_and_list(serve, tmp_path):
     )
     done = command("register", f"{source}:objective", "--name", "from/cli", "--address", server.address)
     assert done.returncode == 0, done.stderr
-    digest = re.fullmatch(r"from/cli ([0-9a-f]{64}) n=3 float64\n", done.stdout)[1]
+    digest = re.fullmatch(r"from/cli ([0-9a-f]{64}) n=3 float64 forward_over_reverse\n", done.stdout)[1]
     listed = command("objectives", HVPD_ADDRESS=server.address).stdout.splitlines()
-    assert listed[0].split() == ["NAME", "N", "DTYPE", "PRECISION", "PLATFORMS", "DATA", "CREATED", "DIGEST"]
-    assert listed[1].split()[:6] == ["from/cli", "3", "float64", "highest", "cpu,cuda", "8"]
+    assert listed[0].split() == ["NAME", "N", "DTYPE", "PRECISION", "MODE", "PLATFORMS", "DATA", "CREATED", "DIGEST"]
+    assert listed[1].split()[:6] == ["from/cli", "3", "float64", "highest", "forward_over_reverse", "cpu,cuda"]
     as_json = json.loads(command("objectives", "--json", "--address", server.address).stdout)
     assert as_json["digest"] == digest
     assert json.loads(command("info", "--json", "--address", server.address).stdout)["version"] == hvpd.__version__
@@ -75,6 +75,9 @@ def test_register_and_list(serve, tmp_path):
         (f"{source}:missing", "defines no function"),
         (f"{source}:wrong", "must return"),
         (f"{tmp_path}/none.py:f", "cannot read"),
+        (f"--exported={tmp_path}/none", "cannot read"),
+        (f"--exported={source}", "not the bytes of a jax.export.Exported"),
+        ("--name=x", "say SOURCE"),
     ]:
         failed = command("register", wrong, "--address", server.address)
         assert failed.returncode == 1
@@ -109,3 +112,18 @@ def test_no_server_is_one_line():
     assert done.returncode == 1
     assert done.stderr.startswith("hvpd: no hvpd server answers at 127.0.0.1:1")
     assert "Traceback" not in done.stderr
+
+
+def test_register_what_somebody_else_exported(server, client, tmp_path):
+    import jax
+    import numpy as np
+
+    with jax.enable_x64(True):
+        exported = jax.export.export(jax.jit(lambda x, s: s * (x**4).sum()))(np.zeros(3), np.zeros(()))
+    (tmp_path / "f.bin").write_bytes(exported.serialize(vjp_order=2))
+    (tmp_path / "data.py").write_text("def data():\n    return (2.0,)\n")
+    arguments = ["--exported", str(tmp_path / "f.bin"), "--name", "cli/foreign", "--address", server.address]
+    done = command("register", f"{tmp_path}/data.py:data", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "reverse_over_reverse" in done.stdout
+    assert np.allclose(client.objective("cli/foreign").hessp(np.ones(3), np.ones(3)), 24)

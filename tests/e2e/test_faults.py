@@ -10,10 +10,13 @@ import textwrap
 import threading
 import time
 
+import grpc
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse.linalg
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import hvpd
 
@@ -301,3 +304,24 @@ def test_data_that_is_needed_counts_and_stays(serve):
         assert server.metric("hvpd_resident_bytes") <= 2 * rows * n * 8 + 10 * 2 * n * 8
         with pytest.raises(hvpd.OverloadedError, match="memory budget"):
             client.register(lambda x, X: jnp.sum(X @ x), np.zeros(n), np.zeros((5 * rows, n))).at(np.zeros(n))
+
+
+def test_a_computation_that_never_ends_blocks_neither_health_nor_others_nor_the_end(serve):
+    """The loop's condition depends on x alone, and no derivative goes through it: at some points it ends, at others never."""
+    server = serve("--drain", "0.5")
+
+    def trap(x):
+        held = jax.lax.stop_gradient(x[0])
+        return jnp.sum(x**4) / 12 * jax.lax.while_loop(lambda count: held > 0, lambda count: count + 1, 1.0)
+
+    with hvpd.connect(server.address) as client:
+        objective = client.register(trap, np.zeros(3), name="trap")
+        good = -np.ones(3)
+        assert np.allclose(objective.hessp(good, np.ones(3)), 1)
+        with hvpd.connect(server.address, timeout=0.5) as impatient, pytest.raises(hvpd.DeadlineError):
+            impatient.objective("trap").at(np.ones(3))
+        with grpc.insecure_channel(server.address) as channel:
+            reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30)
+            assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        assert np.allclose(objective.hessp(2 * good, np.ones(3)), 4)
+    assert server.terminate() == 0

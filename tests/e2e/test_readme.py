@@ -13,7 +13,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 
 def test_its_python_blocks_run(server, monkeypatch):
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     connect = hvpd.connect
     monkeypatch.setattr(hvpd, "connect", lambda address: connect(server.address))
     for block in blocks:
@@ -21,7 +21,6 @@ def test_its_python_blocks_run(server, monkeypatch):
         exec(block, namespace)
         assert isinstance(namespace["client"], hvpd.Client)
         namespace["client"].close()
-    assert namespace["top"].shape == (5,)
 
 
 @pytest.mark.parametrize("field", _config.Config.__dataclass_fields__)

@@ -8,8 +8,6 @@ import pytest
 import scipy.sparse.linalg
 from scipy.optimize import minimize, rosen, rosen_der, rosen_hess, rosen_hess_prod
 
-import hvpd
-
 
 def rosenbrock(x):
     return jnp.sum(100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2)
@@ -166,23 +164,3 @@ def test_a_nonfinite_vector_stays_its_callers_own(client, classification):
     product = H @ V
     assert np.isfinite(product[:, [0, 2]]).all()
     assert not np.isfinite(product[:, 1]).all()
-
-
-def test_the_public_names_are_these():
-    assert set(hvpd.__all__) == {
-        *(
-            "Client",
-            "HessianOperator",
-            "Listing",
-            "Objective",
-            "Point",
-            "Statistics",
-            "connect",
-            "local",
-            "__version__",
-        ),
-        *("DeadlineError", "HvpdError", "IncompatibleError", "InvalidArgumentError", "MissingExtraError"),
-        *("NotFoundError", "OverloadedError", "UnavailableError"),
-    }
-    for name in hvpd.__all__:
-        assert getattr(hvpd, name) is not None

@@ -107,7 +107,7 @@ def test_a_block_takes_as_few_launches_as_the_compiled_buckets_allow(
     engine = serve(logistic)
     point = create_point(engine, logistic)
     compile_programs(point, *(("hvp", width) for width in compiled))
-    monkeypatch.setattr(engine, "_have", lambda objective, width: None)
+    monkeypatch.setattr(engine, "_have", lambda objective, base, width: None)
     V = block(logistic, 7)
     assert_product(multiply(engine, point, V), logistic.hessian, V)
     assert launches(engine, "hvp") + launches(engine, "apply") == expected

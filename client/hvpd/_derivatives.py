@@ -1,0 +1,164 @@
+"""The mathematics of the programs: how products come from a function, in jax. Nothing here exports or sends anything.
+
+Each product is written for one vector, or given how to batch it (`jax.vmap`, or a loop where an operation cannot be vectorized).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+
+from hvpd._composite import Composite
+from hvpd.v1 import objective_pb2, tensor_pb2
+
+Function = Callable[..., Any]
+
+
+def array_spec(array: Any) -> tensor_pb2.ArraySpec:
+    """Shape and dtype as they go over the wire."""
+    return tensor_pb2.ArraySpec(dtype=np.dtype(array.dtype).name, shape=array.shape)
+
+
+def hvp_of(fun: Function, mode: str) -> Callable[[Function], Function]:
+    """hvp(x, V[k,n], *args) -> HV[k,n] in a mode, given how to batch one vector's product."""
+
+    def forward_over_reverse(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
+        # Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6 (1994).
+        return jax.jvp(jax.grad(lambda x: fun(x, *args)), (x,), (v,))[1]
+
+    def reverse_over_forward(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
+        return jax.grad(lambda x: jax.jvp(lambda x: fun(x, *args), (x,), (v,))[1].astype(x.dtype))(x)
+
+    def reverse_over_reverse(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
+        return jax.grad(lambda x: jnp.vdot(jax.grad(lambda x: fun(x, *args))(x), v))(x)
+
+    def finite_difference(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
+        # Central, its step balancing rounding and truncation: Nocedal and Wright, Numerical Optimization (2006), section 8.1.
+        # Rounding of x + step v decides how far the points really are apart; v = 0 needs some step, and gets H 0 = 0.
+        gradient = jax.grad(lambda x: fun(x, *args))
+        size = jnp.linalg.norm(v)
+        scale = jnp.where(size > 0, size, 1.0)
+        step = float(np.finfo(x.dtype).eps) ** (1 / 3) * (1 + jnp.linalg.norm(x)) / scale
+        return (gradient(x + step * v) - gradient(x - step * v)) / (2 * step)
+
+    one = {
+        "reverse_over_forward": reverse_over_forward,
+        "reverse_over_reverse": reverse_over_reverse,
+        "finite_difference": finite_difference,
+    }.get(mode, forward_over_reverse)
+
+    def batched(batch: Function) -> Function:
+        def hvp(x: jax.Array, V: jax.Array, *args: jax.Array) -> Any:
+            return batch(lambda v: one(x, v, *args))(V)
+
+        return hvp
+
+    return batched
+
+
+def linearized(
+    fun: Function, specs: Sequence[jax.ShapeDtypeStruct]
+) -> tuple[Function, Callable[[Function], Function], list[objective_pb2.Residual]]:
+    """Splits the product into what depends on x only and what is linear in V, as jax.linearize does.
+
+    Returns:
+        prepare(x, *args) -> (value, gradient, *results); apply(V, *residuals), given how to batch; and where apply's
+        residuals come from. One that is an argument (a data matrix, often) is taken from there: prepare need not copy it.
+    """
+    linear: list[Any] = []
+
+    def prepare(x: jax.Array, *args: jax.Array) -> Any:
+        def gradient_and_value(x: jax.Array) -> Any:
+            value, gradient = jax.value_and_grad(fun)(x, *args)
+            return gradient, value
+
+        gradient, apply, value = jax.linearize(gradient_and_value, x, has_aux=True)
+        residuals, treedef = jax.tree.flatten(apply)
+        linear[:] = [treedef]
+        return value, gradient, *residuals
+
+    closed = jax.make_jaxpr(prepare)(*specs)
+    inputs = {variable: position for position, variable in enumerate(closed.jaxpr.invars)}
+    residuals = closed.jaxpr.outvars[2:]
+    sources, kept = [], [0, 1]
+    for output, variable in enumerate(residuals, start=2):
+        position = None if isinstance(variable, jex.Literal) else inputs.get(variable)
+        source = {"result": len(kept) - 2} if position is None else {"argument": position}
+        sources.append(objective_pb2.Residual(spec=array_spec(variable.aval), **source))
+        if position is None:
+            kept.append(output)
+
+    def prepare_shortened(x: jax.Array, *args: jax.Array) -> Any:
+        outputs = jex.jaxpr_as_fun(closed)(x, *args)
+        return tuple(outputs[output] for output in kept)
+
+    prepare_shortened.__name__ = prepare_shortened.__qualname__ = "prepare"
+
+    def apply_of(batch: Function) -> Function:
+        def apply(V: jax.Array, *residuals: jax.Array) -> Any:
+            return batch(jax.tree.unflatten(linear[0], residuals))(V)
+
+        return apply
+
+    return prepare_shortened, apply_of, sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """A composite objective, traced: loss(model(x, *args), *args)."""
+
+    model: Function
+    """model(x, *args) -> z."""
+    loss: Function
+    """loss(z, *args) -> scalar."""
+    rows: int | None
+    """Rows of z, where that is one array with a row for each example; else None."""
+
+
+def curvatures_of(stages: Stages, composite: Composite) -> dict[str, Callable[[Function], Function]]:
+    """The Gauss-Newton and Fisher products of a composite, by program name: each (x, V[k,n], *args) -> [k,n], given how to batch.
+
+    With z = model(x) and J its Jacobian, each is J' M J with a symmetric M in the space of z: for Gauss-Newton the loss's Hessian
+    in z; for the Fisher matrices row by row s E[g g'], where g is the gradient of -log p, taken over the model's own distribution
+    or at the targets, and s is 1 over the rows for a mean, else 1. Sources: Schraudolph, Fast curvature matrix-vector products,
+    Neural Computation 14 (2002); Martens, New insights and perspectives on the natural gradient method, JMLR 21 (2020);
+    Kunstner, Balles and Hennig, Limitations of the empirical Fisher approximation, NeurIPS (2019).
+    """
+
+    def product(middle: Callable[[Any, Any, Sequence[jax.Array]], Any]) -> Callable[[Function], Function]:
+        def batched(batch: Function) -> Function:
+            def multiply(x: jax.Array, V: jax.Array, *args: jax.Array) -> Any:
+                z, forward = jax.linearize(lambda x: stages.model(x, *args), x)
+                backward = jax.linear_transpose(forward, x)
+                return batch(lambda v: backward(middle(z, forward(v), args))[0])(V)
+
+            return multiply
+
+        return batched
+
+    def loss_hessian(z: Any, Jv: Any, args: Sequence[jax.Array]) -> Any:
+        return jax.jvp(jax.grad(lambda z: stages.loss(z, *args)), (z,), (Jv,))[1]
+
+    def empirical(z: jax.Array, Jv: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
+        scale = composite.scale(z.shape[0])
+        gradients: jax.Array = jax.grad(lambda z: stages.loss(z, *args))(z) / scale
+        inner: jax.Array = jnp.sum(gradients * Jv, axis=tuple(range(1, z.ndim)), keepdims=True)
+        return scale * gradients * inner
+
+    def categorical(z: jax.Array, Jv: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
+        p: jax.Array = jax.nn.softmax(z, axis=-1)
+        return composite.scale(z.shape[0]) * p * (Jv - jnp.sum(p * Jv, axis=-1, keepdims=True))
+
+    def normal(z: jax.Array, Jv: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
+        return composite.scale(z.shape[0]) * Jv
+
+    programs = {"ggn": product(loss_hessian)}
+    if stages.rows is not None:
+        programs["empirical_fisher"] = product(empirical)
+    if composite.distribution is not None:
+        programs["fisher"] = product({"categorical": categorical, "normal": normal}[composite.distribution])
+    return programs

@@ -1,0 +1,38 @@
+"""The public names are a contract: a change here is a change in the CHANGELOG."""
+
+import hvpd
+
+NAMES = """
+Choice
+Client
+Composite
+CurvatureOperator
+DeadlineError
+Diagonal
+HessianOperator
+HvpdError
+IncompatibleError
+InvalidArgumentError
+Listing
+LowRankOperator
+MissingExtraError
+NotFoundError
+NystromPreconditioner
+Objective
+OverloadedError
+Point
+Statistics
+UnavailableError
+__version__
+composite
+connect
+local
+nystrom
+"""
+
+
+def test_the_public_names_are_these_and_each_can_be_had():
+    assert sorted(hvpd.__all__) == NAMES.split()
+    assert set(dir(hvpd)) >= set(NAMES.split())
+    for name in hvpd.__all__:
+        assert getattr(hvpd, name) is not None

@@ -1,0 +1,223 @@
+"""Every way of making a product gives the same product, says which way it was, and refuses what it cannot do."""
+
+import warnings
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hvpd
+
+MODES = [
+    "forward_over_reverse",
+    "reverse_over_forward",
+    "reverse_over_reverse",
+    "linearized",
+    "auto",
+    "finite_difference",
+]
+
+
+def softmax_regression(W, X, Y):
+    """Mean cross-entropy of softmax(X W) with one-hot rows Y."""
+    return -jnp.mean(jnp.sum(Y * jax.nn.log_softmax(X @ W), axis=1))
+
+
+def softmax_hessian(W, X):
+    """The closed form: mean over rows of x x' (x) (diag(p) - p p'), in the order of W's raveling."""
+    logits = X @ W
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    middle = np.einsum("ri,ij->rij", p, np.eye(p.shape[1])) - np.einsum("ri,rj->rij", p, p)
+    size = W.size
+    return np.einsum("ra,rij,rb->aibj", X, middle, X).reshape(size, size) / len(X)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    rng = np.random.default_rng(0)
+    W, X = rng.normal(size=(6, 4)), rng.normal(size=(50, 6))
+    return W, X, np.eye(4)[rng.integers(0, 4, 50)]
+
+
+def relative(found, expected):
+    return np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("mode", MODES)
+def test_each_mode_gives_the_closed_form(client, problem, mode, dtype):
+    W, X, Y = (array.astype(dtype) for array in problem)
+    objective = client.register(softmax_regression, W, X, Y, mode=mode, name=f"softmax/{mode}")
+    assert objective.mode == client.objective(f"softmax/{mode}").mode == mode
+    H = objective.at(W).hessian()
+    dense = softmax_hessian(*problem[:2])
+    tolerance = {np.float64: 1e-10, np.float32: 1e-5}[dtype]
+    if mode == "finite_difference":  # eps ** (2/3), times what the third derivative makes of it
+        tolerance = 100 * np.finfo(dtype).eps ** (2 / 3)
+    V = np.random.default_rng(1).normal(size=(24, 5)).astype(dtype)
+    for _ in range(2):
+        assert relative(H @ V, dense @ V) < tolerance
+        for v in V.T:
+            assert relative(H @ v, dense @ v) < tolerance
+    assert np.array_equal(H @ np.zeros(24), np.zeros(24))
+
+
+def test_the_plan_says_what_was_chosen_and_why(serve, problem):
+    server = serve()
+    W, X, Y = problem
+    with hvpd.connect(server.address) as client:
+        auto = client.register(softmax_regression, W, X, Y, mode="auto")
+        H = auto.at(W).hessian()
+        tried = set()
+        for _ in range(1000):  # both programs have to be compiled, in the background, before both can be measured
+            H @ np.ones(24)
+            (choice,) = auto.plan()
+            tried.add(choice.reason)
+            if choice.reason == "measured to be faster":
+                break
+        assert tried >= {"measured to be faster", "not yet measured"}
+        faster = "hvp" if choice.hvp_seconds <= choice.apply_seconds else "apply"
+        assert choice.width == 1
+        assert choice.program == faster
+        fixed = client.register(softmax_regression, W, X, Y, mode="linearized")
+        fixed.at(W).hessian() @ np.ones(24)
+        assert [(c.width, c.program, c.reason) for c in fixed.plan()] == [(1, "apply", "mode linearized")]
+        reverse = client.register(softmax_regression, W, X, Y, mode="reverse_over_reverse")
+        reverse.at(W).hessian() @ np.ones(24)
+        assert [(c.program, c.hvp_seconds is None) for c in reverse.plan()] == [("hvp", False)]
+
+
+def test_linearized_uses_apply_for_every_product(serve, problem):
+    server = serve()
+    W, X, Y = problem
+    with hvpd.connect(server.address) as client:
+        H = client.register(softmax_regression, W, X, Y, mode="linearized").at(W).hessian()
+        for _ in range(3):
+            H @ np.eye(24)
+            H @ np.ones(24)
+    assert server.metric('hvpd_launches_total{program="apply"') > 0
+    assert server.metric('hvpd_launches_total{program="hvp"') == 0
+
+
+@jax.custom_vjp
+def cubed(x):
+    return jnp.sum(x**3)
+
+
+cubed.defvjp(lambda x: (cubed(x), x), lambda x, g: (g * 3 * outer_square(x),))
+
+
+@jax.custom_vjp
+def outer_square(x):
+    return x**2
+
+
+outer_square.defvjp(lambda x: (outer_square(x), x), lambda x, g: (g * 2 * x,))
+
+
+def test_a_custom_vjp_that_forbids_forward_mode_falls_back_and_says_so(client):
+    x = np.arange(1.0, 4.0)
+    with pytest.warns(UserWarning, match="custom_vjp inside: it is registered with mode 'reverse_over_reverse'"):
+        objective = client.register(cubed, x)
+    assert objective.mode == "reverse_over_reverse"
+    assert np.allclose(objective.at(x).hessian() @ np.eye(3), np.diag(6 * x), rtol=1e-12)
+
+
+def test_a_custom_vjp_that_forward_mode_can_take_stays_as_it_is(client):
+    @jax.custom_vjp
+    def fourth(x):
+        return jnp.sum(x**4)
+
+    fourth.defvjp(lambda x: (jnp.sum(x**4), x), lambda x, g: (g * 4 * x**3,))
+    x = np.arange(1.0, 4.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        objective = client.register(fourth, x)
+    assert objective.mode == "forward_over_reverse"
+    assert np.allclose(objective.hessp(x, np.ones(3)), 12 * x**2, rtol=1e-12)
+
+
+def test_a_function_with_no_second_derivative_can_be_differenced(client):
+    """Its backward pass leaves jax: nothing but gradients can be had of it."""
+
+    @jax.custom_vjp
+    def fourth(x):
+        return jnp.sum(x**4)
+
+    @jax.custom_jvp
+    def cube(x):
+        return x**3
+
+    @cube.defjvp
+    def no(primals, tangents):
+        raise NotImplementedError("no derivative of the derivative")
+
+    fourth.defvjp(lambda x: (fourth(x), x), lambda x, g: (g * 4 * cube(x),))
+    x = np.arange(1.0, 4.0)
+    with pytest.raises(hvpd.InvalidArgumentError, match="no derivative of the derivative"):
+        client.register(fourth, x)
+    objective = client.register(fourth, x, mode="finite_difference")
+    assert np.allclose(objective.hessp(x, np.ones(3)), 12 * x**2, rtol=1e-8)
+
+
+def test_finite_differences_do_not_depend_on_the_scale_of_the_vector(client):
+    x = np.linspace(-1, 1, 10)
+    H = client.register(lambda x: jnp.sum(jnp.exp(x)), x, mode="finite_difference").at(x).hessian()
+    for scale in (1e-30, 1.0, 1e30):
+        assert np.allclose(H @ np.full(10, scale), np.exp(x) * scale, rtol=1e-8)
+
+
+def test_an_unknown_mode_lists_the_known_ones(client):
+    with pytest.raises(hvpd.InvalidArgumentError, match=rf"mode must be one of {', '.join(MODES[:3])}.*got 'forward'"):
+        client.register(lambda x: jnp.sum(x), np.ones(2), mode="forward")
+
+
+# Foreign bundles
+
+
+def exported(vjp_order=2, **options):
+    """What somebody else's export gives: quartic + quadratic form, whose Hessian is diag(12 x^2) + (A + A') / 2."""
+
+    def form(x, A):
+        return jnp.sum(x**4) + 0.5 * x @ A @ x
+
+    spec = jax.ShapeDtypeStruct
+    with jax.enable_x64(True):
+        made = jax.export.export(jax.jit(form), **options)(spec((5,), np.float64), spec((5, 5), np.float64))
+        return made.serialize(vjp_order=vjp_order)
+
+
+def test_a_blob_that_somebody_else_exported(client):
+    rng = np.random.default_rng(0)
+    x, A, V = rng.normal(size=5), rng.normal(size=(5, 5)), rng.normal(size=(5, 7))
+    objective = client.register_exported(exported(), A, name="foreign")
+    assert (objective.n, objective.dtype, objective.mode) == (5, np.float64, "reverse_over_reverse")
+    dense = np.diag(12 * x**2) + (A + A.T) / 2
+    H = client.objective("foreign").at(x).hessian()
+    assert relative(H @ V, dense @ V) < 1e-10
+    assert relative(H @ V[:, 0], dense @ V[:, 0]) < 1e-10
+    assert objective.value(x) == pytest.approx(np.sum(x**4) + 0.5 * x @ A @ x, rel=1e-12)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_foreign_blob_without_both_derivatives(client, order):
+    with pytest.raises(hvpd.InvalidArgumentError, match=rf"form was serialized with vjp_order={order}.*vjp_order=2"):
+        client.register_exported(exported(vjp_order=order), np.ones((5, 5)))
+
+
+@pytest.mark.parametrize("blob", [b"", b"\0" * 100, bytes(exported()[:-200]), b"not a program"])
+def test_bytes_that_are_no_exported_function(client, blob):
+    with pytest.raises(hvpd.InvalidArgumentError, match=r"not the bytes of a jax\.export\.Exported"):
+        client.register_exported(blob)
+
+
+def test_a_foreign_blob_for_another_platform_and_with_other_data(client):
+    with pytest.raises(hvpd.IncompatibleError, match=r"computes on cpu.*lowered for tpu"):
+        client.register_exported(exported(platforms=("tpu",)), np.ones((5, 5)))
+    with pytest.raises(hvpd.InvalidArgumentError, match="jax cannot trace"):
+        client.register_exported(exported(), np.ones((4, 4)))
+    with pytest.raises(hvpd.InvalidArgumentError, match="jax cannot trace"):
+        client.register_exported(exported())
