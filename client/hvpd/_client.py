@@ -91,6 +91,7 @@ class Client:
         platforms: Sequence[str] = ("cpu", "cuda"),
         precision: str = "highest",
         mode: str = "forward_over_reverse",
+        any_rows: bool = False,
     ) -> Objective:
         """Registers f(x, *data) -> scalar with the server, with its derivative programs and its data.
 
@@ -119,6 +120,8 @@ class Client:
 
                 A function in which jax forbids forward mode (a custom_vjp) falls back to "reverse_over_reverse", with a
                 warning; `objective.mode` says which it was.
+            any_rows: Whether points can be bound to data of any number of rows: one program with a symbolic first axis, in the
+                first leaf of data and all others that are as long. Such an objective keeps no residuals.
 
         Raises:
             InvalidArgumentError: `fun`, `x`, `data` or `name` cannot be registered.
@@ -133,6 +136,7 @@ class Client:
             platforms=tuple(platforms),
             precision=precision,
             mode=mode,
+            any_rows=any_rows,
             stablehlo_version=self.server.stablehlo_version,
         )
         return self._store(export, name)

@@ -73,6 +73,8 @@ class Target:
 
     platforms: tuple[str, ...]
     stablehlo_version: str
+    scope: jax.export.SymbolicScope
+    """Of the symbolic sizes: k, the width of a block; m, the rows of data."""
 
 
 def export(
@@ -83,6 +85,7 @@ def export(
     platforms: Sequence[str],
     precision: str,
     mode: str = "forward_over_reverse",
+    any_rows: bool = False,
     stablehlo_version: str = "",
     lift_bytes: int = LIFT_BYTES,
 ) -> Export:
@@ -95,6 +98,7 @@ def export(
         platforms: Of "cpu", "cuda", "rocm", "tpu".
         mode: Of `MODES`: how products are made.
         precision: Of `PRECISIONS`, for matrix products in `fun` that do not say their own.
+        any_rows: Whether the first axis of data is symbolic, in all leaves that have as many rows as the first leaf.
         stablehlo_version: Newest that the server reads; empty: what servers up to four weeks older read.
         lift_bytes: Largest closed-over array that stays a constant of the program.
 
@@ -102,6 +106,10 @@ def export(
         InvalidArgumentError: `fun`, `x` or `data` cannot be registered; the message says why.
     """
     _check_options(platforms, precision, mode)
+    if any_rows and mode in ("linearized", "auto"):
+        raise InvalidArgumentError(
+            f"mode {mode!r} keeps residuals, whose size must be known: it does not go with any_rows"
+        )
     x_leaves, x_treedef = jax.tree.flatten(x)
     x_arrays = [_floating(leaf, path) for leaf, path in zip(x_leaves, _paths(x), strict=True)]
     n = sum(array.size for array in x_arrays)
@@ -128,7 +136,13 @@ def export(
 
     x_spec = jax.ShapeDtypeStruct((n,), flat_dtype)
     with jax.enable_x64(x64), jax.default_matmul_precision(precision):
-        data_specs = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in data_arrays]
+        target = Target(tuple(platforms), _artifact_version(stablehlo_version), jax.export.SymbolicScope())
+        row_leaves = _row_leaves(data_arrays) if any_rows else []
+        (m,) = jax.export.symbolic_shape("m", scope=target.scope)
+        data_specs = [
+            jax.ShapeDtypeStruct((m, *array.shape[1:]) if index in row_leaves else array.shape, array.dtype)
+            for index, array in enumerate(data_arrays)
+        ]
         if isinstance(fun, Composite):
             captured, stages = _stages(fun, tree_of, arguments_of, [x_spec, *data_specs], lift_bytes)
 
@@ -142,11 +156,10 @@ def export(
             )
             curvatures = {}
         specs = [x_spec, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in captured), *data_specs]
-        target = Target(tuple(platforms), _artifact_version(stablehlo_version))
         with _traced(fun):
             programs, residuals, mode = _programs(objective, specs, mode, target)
             for name, product in curvatures.items():
-                programs[name] = _export_batched(product, target, x_spec, _block(x_spec), *specs[1:])
+                programs[name] = _export_batched(product, target, x_spec, _block(x_spec, target), *specs[1:])
 
     blobs: dict[str, _codec.Buffer] = {}
 
@@ -169,6 +182,7 @@ def export(
         data=[tensor(array) for array in data_arrays],
         captured=[tensor(array) for array in captured],
         mode=mode,
+        row_leaves=row_leaves,
         residuals=residuals,
         platforms=list(platforms),
         precision=precision,
@@ -366,9 +380,17 @@ def _stages(
     return [*models, *losses], Stages(model, loss_of, rows)
 
 
-def _block(x_spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def _row_leaves(arrays: Sequence[_codec.Array]) -> list[int]:
+    """Which leaves of data have a first axis of rows: those that are as long as the first one."""
+    if not arrays or arrays[0].ndim == 0:
+        raise InvalidArgumentError("any_rows needs data whose first leaf has rows")
+    rows = len(arrays[0])
+    return [index for index, array in enumerate(arrays) if array.ndim > 0 and len(array) == rows]
+
+
+def _block(x_spec: jax.ShapeDtypeStruct, target: Target) -> jax.ShapeDtypeStruct:
     """V[k,n], its width symbolic."""
-    (k,) = jax.export.symbolic_shape("k")
+    (k,) = jax.export.symbolic_shape("k", scope=target.scope)
     return jax.ShapeDtypeStruct((k, *x_spec.shape), x_spec.dtype)
 
 
@@ -380,7 +402,7 @@ def _programs(
     Returns:
         The programs, the residuals of `apply`, and the mode: reverse over reverse where jax forbids the jvp that was asked for.
     """
-    block = _block(specs[0])
+    block = _block(specs[0], target)
 
     def value_and_grad(x: jax.Array, *args: jax.Array) -> Any:
         return jax.value_and_grad(fun)(x, *args)
@@ -389,7 +411,8 @@ def _programs(
     try:
         hvp = hvp_of(fun, mode)
         programs["hvp"] = _export_batched(hvp, target, specs[0], block, *specs[1:])
-        if mode not in ("forward_over_reverse", "linearized", "auto"):
+        symbolic = any(not isinstance(size, int) for spec in specs for size in spec.shape)
+        if symbolic or mode not in ("forward_over_reverse", "linearized", "auto"):
             return programs, [], mode
         prepare, apply_of, residuals = linearized(fun, specs)
     except TypeError as error:

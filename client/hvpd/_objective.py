@@ -140,11 +140,12 @@ class Objective:
         def at(flat: _codec.Array) -> Point:
             # Data is bound already: only x changes. These points are not worth remembering.
             spec = curvature_pb2.PointSpec()
-            spec.CopyFrom(base._spec)
+            spec.CopyFrom(base._spec)  # noqa: SLF001 - the point is one of its own
             spec.x_digest = _codec.digest(_codec.payload(flat))
             return Point(self, self._transport, spec, flat)
 
-        return _check.certify(base, at, seed=seed, probes=probes)
+        eps = _check.resolution([leaf.dtype for leaf in self._bundle.x_leaves], self.precision)
+        return _check.certify(base, at, eps=eps, seed=seed, probes=probes)
 
     # Points
 
@@ -153,7 +154,8 @@ class Objective:
 
         Args:
             x: A flat vector of shape (n,), or a pytree of the registered structure.
-            data: In place of the registered data: as many arguments, of the same structure, shapes and dtypes.
+            data: In place of the registered data: as many arguments, of the same structure, shapes and dtypes; of any number of
+                rows where it was registered with `any_rows`.
 
         Raises:
             InvalidArgumentError: x or data does not fit what was registered.
@@ -183,13 +185,17 @@ class Objective:
         if len(data) != takes:
             raise InvalidArgumentError(f"{self.label} takes {takes} data arguments after x, got {len(data)}")
         leaves = self._leaves(bundle.data_tree, tuple(data), "data")
-        arrays = []
+        arrays: list[_codec.Array] = []
         for path, leaf, spec in zip(_pytree.leaf_paths(bundle.data_tree), leaves, bundle.data, strict=True):
             array = _codec.data_array(leaf, f"data{path}", x_dtype=self.dtype, x64=bundle.x64)
-            expected = _codec.dtype(spec.dtype)
-            if array.shape != tuple(spec.shape) or not np.can_cast(array.dtype, expected, "safe"):
+            expected, shape = _codec.dtype(spec.dtype), tuple(spec.shape)
+            if len(arrays) in bundle.row_leaves and array.ndim > 0:
+                first = bundle.row_leaves[0]
+                rows = len(arrays[first]) if len(arrays) > first else max(len(array), 1)
+                shape = (rows, *shape[1:])
+            if array.shape != shape or not np.can_cast(array.dtype, expected, "safe"):
                 raise InvalidArgumentError(
-                    f"data{path} must be {spec.dtype}{list(spec.shape)} as registered, got {array.dtype}{list(array.shape)}"
+                    f"data{path} must be {spec.dtype}{list(shape)} as registered, got {array.dtype}{list(array.shape)}"
                 )
             arrays.append(array.astype(expected, copy=False))
         payloads = [_codec.payload(array) for array in arrays]
@@ -199,8 +205,8 @@ class Objective:
             if digest in missing:
                 self._transport.upload(digest, payload)
         return [
-            tensor_pb2.Tensor(dtype=spec.dtype, shape=spec.shape, digest=digest)
-            for spec, digest in zip(bundle.data, digests, strict=True)
+            tensor_pb2.Tensor(dtype=spec.dtype, shape=array.shape, digest=digest)
+            for spec, array, digest in zip(bundle.data, arrays, digests, strict=True)
         ]
 
     # Between the pytree and the flat vector

@@ -36,12 +36,21 @@ FORMATS = (1,)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
 
+WIDTH: Final = "k"
+"""The symbolic width of a block."""
+
+ROWS: Final = "m"
+"""The symbolic number of rows of data."""
+
+_Spec = tuple[tuple[int | str, ...], str]
+
+
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """Shapes and dtypes of a program's arguments and results; None stands for the symbolic block width."""
+    """Shapes and dtypes of a program's arguments and results; a symbolic extent is its expression, such as `WIDTH`."""
 
-    arguments: tuple[tuple[tuple[int | None, ...], str], ...]
-    results: tuple[tuple[tuple[int | None, ...], str], ...]
+    arguments: tuple[_Spec, ...]
+    results: tuple[_Spec, ...]
 
 
 def check_name(name: str) -> None:
@@ -100,6 +109,12 @@ def _check_arrays(bundle: objective_pb2.Bundle) -> None:
             raise _invalid("BUNDLE_INVALID", str(error)) from None
     if _pytree.count(bundle.x_tree) != len(bundle.x_leaves) or _pytree.count(bundle.data_tree) != len(bundle.data):
         raise _invalid("BUNDLE_INVALID", "the structures of x and data do not have as many leaves as are listed")
+    if not all(0 <= index < len(bundle.data) and bundle.data[index].shape for index in bundle.row_leaves):
+        raise _invalid("BUNDLE_INVALID", f"row_leaves {list(bundle.row_leaves)} are not all leaves of data with rows")
+    if bundle.row_leaves and bundle.residuals:
+        raise _invalid(
+            "BUNDLE_INVALID", "data of any number of rows does not go with residuals, whose size must be known"
+        )
     if sum(_size(leaf.shape) for leaf in bundle.x_leaves) != bundle.n:
         raise _invalid("BUNDLE_INVALID", f"the leaves of x do not have n = {bundle.n} elements together")
     for dtype in {
@@ -124,8 +139,12 @@ def references(bundle: objective_pb2.Bundle) -> Iterator[str]:
 def check_signatures(bundle: objective_pb2.Bundle, signatures: Mapping[str, Signature]) -> None:
     """Raises ServiceError where a program does not take or return what the bundle says."""
     x = ((bundle.n,), bundle.dtype)
-    block = ((None, bundle.n), bundle.dtype)
-    args = tuple(map(_spec, [*bundle.captured, *bundle.data]))
+    block = ((WIDTH, bundle.n), bundle.dtype)
+    data: list[_Spec] = [
+        ((ROWS, *tensor.shape[1:]), tensor.dtype) if index in bundle.row_leaves else _spec(tensor)
+        for index, tensor in enumerate(bundle.data)
+    ]
+    args = (*map(_spec, bundle.captured), *data)
     value = signatures["value_and_grad"].results[:1]
     if len(value) != 1 or value[0][0] != ():
         raise _invalid("BUNDLE_INVALID", f"value_and_grad must return a scalar first, it returns {value}")
@@ -152,15 +171,31 @@ def check_data(bundle: objective_pb2.Bundle, data: Sequence[tensor_pb2.Tensor]) 
     """Raises ServiceError where tensors cannot be bound as the objective's data."""
     if len(data) != len(bundle.data):
         raise _invalid("DATA_MISMATCH", f"data has {len(data)} leaves, the objective takes {len(bundle.data)}")
-    for path, given, expected in zip(_pytree.leaf_paths(bundle.data_tree), data, bundle.data, strict=True):
-        if _spec(given) != _spec(expected):
+    rows = rows_of(bundle, data)
+    for index, path in enumerate(_pytree.leaf_paths(bundle.data_tree)):
+        given, expected = _spec(data[index]), _spec(bundle.data[index])
+        if index in bundle.row_leaves:
+            expected = ((rows, *expected[0][1:]), expected[1])
+        if given != expected:
             raise _invalid(
                 "DATA_MISMATCH",
-                f"data{path} is {given.dtype}{list(given.shape)}, the objective takes {expected.dtype}{list(expected.shape)}",
+                f"data{path} is {given[1]}{list(given[0])}, the objective takes {expected[1]}{list(expected[0])}",
             )
 
 
-def _spec(array: tensor_pb2.Tensor | tensor_pb2.ArraySpec) -> tuple[tuple[int | None, ...], str]:
+def rows_of(bundle: objective_pb2.Bundle, data: Sequence[tensor_pb2.Tensor]) -> int:
+    """How many rows data has where that is symbolic, 0 where nothing is."""
+    if not bundle.row_leaves:
+        return 0
+    shape = data[bundle.row_leaves[0]].shape
+    if not shape or shape[0] < 1:
+        raise _invalid(
+            "DATA_MISMATCH", f"data needs at least one row, its first leaf of rows has the shape {list(shape)}"
+        )
+    return shape[0]
+
+
+def _spec(array: tensor_pb2.Tensor | tensor_pb2.ArraySpec) -> _Spec:
     return tuple(array.shape), array.dtype
 
 

@@ -73,6 +73,8 @@ class Point:
 
     id: str
     objective: Objective
+    kernels: _kernels.Kernels
+    """The objective's, for as many rows as the data has."""
     x: Any
     """x[n] on the device."""
     args: Sequence[Any]
@@ -169,7 +171,8 @@ class Engine:
         first = [("value_and_grad", 0), (self._base(objective, curvature_pb2.OPERATOR_HESSIAN), 1)] + [
             ("prepare", 0)
         ] * objective.plan.needs_apply
-        return [objective.kernels.request(name, width) for name, width in first]
+        kernels = objective.kernels.for_rows(_admission.rows_of(objective.bundle, objective.bundle.data))
+        return [kernels.request(name, width) for name, width in first]
 
     def warm_all(self) -> None:
         """Compiles all registered objectives, from the cache where they are in it; logs those that cannot be."""
@@ -215,16 +218,19 @@ class Engine:
             )
 
         tensors = [*objective.bundle.captured, *data]
+        kernels = objective.kernels.for_rows(_admission.rows_of(objective.bundle, data))
         together = {_tensor_key(tensor): _array_bytes(tensor) for tensor in tensors}
         self.residency.check(2 * x.nbytes + sum(together.values()), "a point")
 
         def make() -> tuple[Point, int]:
             args = [self._tensor(tensor) for tensor in tensors]
             on_device = self.device.put(x)
-            value, gradient = objective.kernels.call("value_and_grad", 0, on_device, *args)
+            value, gradient = kernels.call("value_and_grad", 0, on_device, *args)
             self.metrics.points.inc()
             return (
-                Point(identity, objective, on_device, args, float(value), _kernels.host(gradient), _nonfinite(x)),
+                Point(
+                    identity, objective, kernels, on_device, args, float(value), _kernels.host(gradient), _nonfinite(x)
+                ),
                 2 * x.nbytes,
             )
 
@@ -289,7 +295,7 @@ class Engine:
             deadline: On time.monotonic's clock.
             on_queue: Given a function that cancels the product while it waits.
         """
-        self._ready(point.objective, operator, len(vectors))
+        self._ready(point, operator, len(vectors))
         job = _batcher.Job((point, operator), vectors, tenant, deadline)
         on_queue(lambda: self._batcher.cancel(job))
         result, program = self._batcher.run(job)
@@ -306,7 +312,8 @@ class Engine:
         """What multiplies blocks of which width."""
         _, digest, _ = self.store.objective(digest)
         objective = self.objective(digest)
-        widths = sorted({width for name in ("hvp", "apply") for width in objective.kernels.widths(name)})
+        kernels = objective.kernels.for_rows(_admission.rows_of(objective.bundle, objective.bundle.data))
+        widths = sorted({width for name in ("hvp", "apply") for width in kernels.widths(name)})
         return objective_pb2.GetPlanResponse(
             choices=[objective.plan.choose(width) for width in widths], residual_bytes=objective.residual_bytes
         )
@@ -316,24 +323,24 @@ class Engine:
         program = OPERATORS[operator]
         return "apply" if program == "hvp" and objective.plan.needs_apply else program
 
-    def _ready(self, objective: Objective, operator: int, width: int) -> None:
+    def _ready(self, point: Point, operator: int, width: int) -> None:
         """Waits until a product can be launched at all, and has the bucket for its width compiled in the background."""
-        kernels, base = objective.kernels, self._base(objective, operator)
-        if not kernels.widths(base):
-            kernels.request(base, 1).result()
+        base = self._base(point.objective, operator)
+        if not point.kernels.widths(base):
+            point.kernels.request(base, 1).result()
         if base == "apply":
-            kernels.request("prepare").result()
-        self._have(objective, base, width)
+            point.kernels.request("prepare").result()
+        self._have(point, base, width)
 
-    def _have(self, objective: Objective, base: str, width: int) -> None:
+    def _have(self, point: Point, base: str, width: int) -> None:
         """Has the bucket for a block of this width compiled, in the background."""
         bucket = min(1 << (width - 1).bit_length(), self.limits.max_block_width)
-        if not objective.kernels.ready(base, bucket):
-            objective.kernels.request(base, bucket)
+        if not point.kernels.ready(base, bucket):
+            point.kernels.request(base, bucket)
 
     def _room(self, key: Hashable) -> int:
         point, operator = _key(key)
-        return max(point.objective.kernels.widths(self._base(point.objective, operator)), default=1)
+        return max(point.kernels.widths(self._base(point.objective, operator)), default=1)
 
     def _launch(self, key: Hashable, blocks: Sequence[_codec.Array]) -> Sequence[tuple[_codec.Array, str]]:
         """Multiplies the blocks of one point by as few launches as the compiled buckets allow: mostly one.
@@ -346,8 +353,8 @@ class Engine:
         widths = [len(block) for block in blocks]
         total = sum(widths)
         if self._batcher.pending:
-            self._have(point.objective, base, min(total + self._batcher.pending, self.limits.max_block_width))
-        compiled = point.objective.kernels.widths(base)
+            self._have(point, base, min(total + self._batcher.pending, self.limits.max_block_width))
+        compiled = point.kernels.widths(base)
         bucket = next((width for width in compiled if width >= total), compiled[-1])
         padded = _batcher.pad(blocks, -(-total // bucket) * bucket)
         parts = [self._product(point, operator, padded[row : row + bucket]) for row in range(0, total, bucket)]
@@ -357,7 +364,7 @@ class Engine:
 
     def _product(self, point: Point, operator: int, block: _codec.Array) -> tuple[_codec.Array, str]:
         """One launch: V[width,n] -> [width,n], and the program that made it; for Hessians, the one that the plan chose."""
-        kernels, width, program = point.objective.kernels, len(block), OPERATORS[operator]
+        kernels, width, program = point.kernels, len(block), OPERATORS[operator]
         point.launches += 1
         residuals = self._residuals(point, width) if program == "hvp" else None
         started = time.perf_counter()
@@ -372,7 +379,7 @@ class Engine:
 
     def _residuals(self, point: Point, width: int) -> Sequence[Any] | None:
         """The residuals of a point, where its plan wants `apply` for this width and they can be had now; else None."""
-        objective, kernels = point.objective, point.objective.kernels
+        objective, kernels = point.objective, point.kernels
         if objective.plan.choose(width).program != "apply":
             return None
         if not objective.plan.needs_apply:

@@ -6,6 +6,7 @@ never stalls somebody else's product. What was compiled stays in jax's persisten
 
 import concurrent.futures
 import contextlib
+import copy
 import logging
 import threading
 import time
@@ -20,7 +21,7 @@ from jaxlib.mlir.dialects import stablehlo
 
 from hvpd import _codec
 from hvpd.v1 import objective_pb2
-from hvpd_server._admission import Signature
+from hvpd_server._admission import ROWS, WIDTH, Signature
 from hvpd_server._errors import Code, ServiceError
 
 _log = logging.getLogger(__name__)
@@ -85,6 +86,8 @@ class Kernels:
         compiler: concurrent.futures.Executor,
         on_compile: Callable[[float], None] = lambda seconds: None,
     ) -> None:
+        self._rows = 0
+        self._others: dict[int, Kernels] = {}
         self._compiler = compiler
         self._on_compile = on_compile
         self._lock = threading.Lock()
@@ -96,6 +99,17 @@ class Kernels:
     def signatures(self) -> Mapping[str, Signature]:
         """What each program takes and returns."""
         return {name: Signature(_specs(e.in_avals), _specs(e.out_avals)) for name, e in self._exported.items()}
+
+    def for_rows(self, rows: int) -> "Kernels":
+        """The same programs, compiled for data of this many rows, where that is symbolic; 0 where nothing is."""
+        if rows == self._rows:
+            return self
+        with self._lock:
+            found = self._others.get(rows)
+            if found is None:
+                found = self._others[rows] = copy.copy(self)
+                found._rows, found._lock, found._compiled, found._others = rows, threading.Lock(), {}, self._others  # noqa: SLF001
+            return found
 
     def request(self, name: str, width: int = 0) -> "concurrent.futures.Future[Compiled]":
         """Has a program compiled for a block width, unless it is already, or under way."""
@@ -124,9 +138,11 @@ class Kernels:
     def _compile(self, name: str, width: int) -> Compiled:
         started = time.perf_counter()
         exported = self._exported[name]
-        # The block is hvp's second argument and apply's first: the only one with a symbolic axis.
+        sizes = {WIDTH: width, ROWS: self._rows}
         specs = [
-            jax.ShapeDtypeStruct([size if isinstance(size, int) else width for size in aval.shape], aval.dtype)
+            jax.ShapeDtypeStruct(
+                [size if isinstance(size, int) else sizes[str(size)] for size in aval.shape], aval.dtype
+            )
             for aval in exported.in_avals
         ]
         try:
@@ -187,9 +203,9 @@ def _deserialize(name: str, blob: bytes, device: Device, bundle: objective_pb2.B
     return exported
 
 
-def _specs(avals: Sequence[Any]) -> tuple[tuple[tuple[int | None, ...], str], ...]:
+def _specs(avals: Sequence[Any]) -> tuple[tuple[tuple[int | str, ...], str], ...]:
     return tuple(
-        (tuple(size if isinstance(size, int) else None for size in aval.shape), np.dtype(aval.dtype).name)
+        (tuple(size if isinstance(size, int) else str(size) for size in aval.shape), np.dtype(aval.dtype).name)
         for aval in avals
     )
 

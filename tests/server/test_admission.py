@@ -225,7 +225,7 @@ def _narrow(specs):
 
 
 def _fixed(specs):
-    return tuple((tuple(4 if size is None else size for size in shape), dtype) for shape, dtype in specs)
+    return tuple((tuple(4 if size == "k" else size for size in shape), dtype) for shape, dtype in specs)
 
 
 PROGRAMS = {

@@ -166,7 +166,7 @@ def test_a_device_out_of_memory_is_an_answer_and_the_next_call_works(export, ros
 
 def test_signatures_have_a_hole_for_the_width_only(logistic, kernels_of):
     signatures = kernels_of(logistic.export).signatures()
-    x, V, data = ((6,), "float64"), ((None, 6), "float64"), (((30, 6), "float64"), ((30,), "float64"))
+    x, V, data = ((6,), "float64"), (("k", 6), "float64"), (((30, 6), "float64"), ((30,), "float64"))
     assert signatures["value_and_grad"].arguments == (x, *data)
     assert signatures["value_and_grad"].results == (((), "float64"), x)
     assert signatures["hvp"].arguments == (x, V, *data)

@@ -115,6 +115,7 @@ class Bundle(google.protobuf.message.Message):
     X_LEAVES_FIELD_NUMBER: builtins.int
     DATA_TREE_FIELD_NUMBER: builtins.int
     DATA_FIELD_NUMBER: builtins.int
+    ROW_LEAVES_FIELD_NUMBER: builtins.int
     CAPTURED_FIELD_NUMBER: builtins.int
     PROGRAMS_FIELD_NUMBER: builtins.int
     MODE_FIELD_NUMBER: builtins.int
@@ -160,6 +161,12 @@ class Bundle(google.protobuf.message.Message):
         """The data that the objective was registered with, one tensor a leaf."""
 
     @property
+    def row_leaves(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Which leaves of data, by position, may have any number of rows, the same for all: their first axis is symbolic, as "m".
+        The mode of such an objective uses no residuals.
+        """
+
+    @property
     def captured(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[hvpd.v1.tensor_pb2.Tensor]:
         """Large arrays that the function closed over, lifted into arguments of the programs."""
 
@@ -185,6 +192,7 @@ class Bundle(google.protobuf.message.Message):
         x_leaves: collections.abc.Iterable[hvpd.v1.tensor_pb2.ArraySpec] | None = ...,
         data_tree: hvpd.v1.tensor_pb2.TreeSpec | None = ...,
         data: collections.abc.Iterable[hvpd.v1.tensor_pb2.Tensor] | None = ...,
+        row_leaves: collections.abc.Iterable[builtins.int] | None = ...,
         captured: collections.abc.Iterable[hvpd.v1.tensor_pb2.Tensor] | None = ...,
         programs: collections.abc.Mapping[builtins.str, Global___Program] | None = ...,
         mode: builtins.str = ...,
@@ -196,7 +204,7 @@ class Bundle(google.protobuf.message.Message):
         calling_convention_version: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["data_tree", b"data_tree", "x_tree", b"x_tree"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["calling_convention_version", b"calling_convention_version", "captured", b"captured", "data", b"data", "data_tree", b"data_tree", "dtype", b"dtype", "format", b"format", "jax_version", b"jax_version", "mode", b"mode", "n", b"n", "platforms", b"platforms", "precision", b"precision", "programs", b"programs", "residuals", b"residuals", "x64", b"x64", "x_leaves", b"x_leaves", "x_tree", b"x_tree"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["calling_convention_version", b"calling_convention_version", "captured", b"captured", "data", b"data", "data_tree", b"data_tree", "dtype", b"dtype", "format", b"format", "jax_version", b"jax_version", "mode", b"mode", "n", b"n", "platforms", b"platforms", "precision", b"precision", "programs", b"programs", "residuals", b"residuals", "row_leaves", b"row_leaves", "x64", b"x64", "x_leaves", b"x_leaves", "x_tree", b"x_tree"]) -> None: ...
 
 Global___Bundle: typing_extensions.TypeAlias = Bundle
 
