@@ -24,6 +24,8 @@ class Composite:
     """What the model's output parametrizes; None where it is no distribution."""
     reduction: str
     """Whether the loss is a mean or a sum over rows."""
+    samples: int = 1
+    """Draws for each row of the Monte-Carlo Fisher matrix."""
 
     def __call__(self, x: Any, *data: Any) -> Any:
         """The objective."""
@@ -47,6 +49,7 @@ def composite(
     inputs: int = 1,
     distribution: str | None = None,
     reduction: str = "mean",
+    samples: int = 1,
 ) -> Composite:
     """An objective loss(model(x, *inputs), *targets) whose Gauss-Newton and Fisher operators can be had.
 
@@ -61,6 +64,7 @@ def composite(
             is 1. The Fisher matrix is that of the model's own distribution, exactly; for the cross-entropy of the one, and half
             a squared error summed over a row for the other, it is the Gauss-Newton matrix (Martens 2020, section 9).
         reduction: "mean" or "sum": how the loss goes over rows. The Fisher matrices are scaled alike.
+        samples: How many targets `fisher(seed=...)` draws for each row.
 
     Raises:
         InvalidArgumentError: An option has no such value.
@@ -71,4 +75,6 @@ def composite(
         raise InvalidArgumentError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if type(inputs) is not int or inputs < 0:
         raise InvalidArgumentError(f"inputs must be a number of data arguments, got {inputs!r}")
-    return Composite(model, loss, inputs, distribution, reduction)
+    if type(samples) is not int or samples < 1:
+        raise InvalidArgumentError(f"samples must be a whole number from 1, got {samples!r}")
+    return Composite(model, loss, inputs, distribution, reduction, samples)

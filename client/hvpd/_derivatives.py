@@ -115,8 +115,14 @@ class Stages:
     """model(x, *args) -> z."""
     loss: Function
     """loss(z, *args) -> scalar."""
+    arguments: int
+    """How many args there are."""
     rows: int | None
     """Rows of z, where that is one array with a row for each example; else None."""
+
+
+_Middle = Callable[[Any, Any, Sequence[jax.Array]], Any]
+"""A symmetric linear map in the space of the model's output: (z, J v, args) -> M J v."""
 
 
 def curvatures_of(stages: Stages, composite: Composite) -> dict[str, Callable[[Function], Function]]:
@@ -128,37 +134,69 @@ def curvatures_of(stages: Stages, composite: Composite) -> dict[str, Callable[[F
     Neural Computation 14 (2002); Martens, New insights and perspectives on the natural gradient method, JMLR 21 (2020);
     Kunstner, Balles and Hennig, Limitations of the empirical Fisher approximation, NeurIPS (2019).
     """
+    middles: dict[str, _Middle] = {"ggn": _loss_hessian(stages)}
+    if stages.rows is not None:
+        middles["empirical_fisher"] = _empirical(stages, composite)
+    if composite.distribution is not None:
+        middles["fisher"] = _categorical(composite) if composite.distribution == "categorical" else _normal(composite)
+        middles["sampled_fisher"] = _sampled(composite)
+    return {name: _around(stages, middle) for name, middle in middles.items()}
 
-    def product(middle: Callable[[Any, Any, Sequence[jax.Array]], Any]) -> Callable[[Function], Function]:
-        def batched(batch: Function) -> Function:
-            def multiply(x: jax.Array, V: jax.Array, *args: jax.Array) -> Any:
-                z, forward = jax.linearize(lambda x: stages.model(x, *args), x)
-                backward = jax.linear_transpose(forward, x)
-                return batch(lambda v: backward(middle(z, forward(v), args))[0])(V)
 
-            return multiply
+def _around(stages: Stages, middle: _Middle) -> Callable[[Function], Function]:
+    """The program of J' middle J. A middle that is drawn takes its random key in front of the other arguments."""
 
-        return batched
+    def batched(batch: Function) -> Function:
+        def multiply(x: jax.Array, V: jax.Array, *args: jax.Array) -> Any:
+            own = args[len(args) - stages.arguments :]
+            z, forward = jax.linearize(lambda x: stages.model(x, *own), x)
+            backward = jax.linear_transpose(forward, x)
+            return batch(lambda v: backward(middle(z, forward(v), args))[0])(V)
 
-    def loss_hessian(z: Any, Jv: Any, args: Sequence[jax.Array]) -> Any:
-        return jax.jvp(jax.grad(lambda z: stages.loss(z, *args)), (z,), (Jv,))[1]
+        return multiply
 
-    def empirical(z: jax.Array, Jv: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
-        scale = composite.scale(z.shape[0])
-        gradients: jax.Array = jax.grad(lambda z: stages.loss(z, *args))(z) / scale
-        inner: jax.Array = jnp.sum(gradients * Jv, axis=tuple(range(1, z.ndim)), keepdims=True)
-        return scale * gradients * inner
+    return batched
 
-    def categorical(z: jax.Array, Jv: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
+
+def _loss_hessian(stages: Stages) -> _Middle:
+    return lambda z, Jv, args: jax.jvp(jax.grad(lambda z: stages.loss(z, *args)), (z,), (Jv,))[1]
+
+
+def _outer(composite: Composite, z: jax.Array, Jv: jax.Array, gradients: jax.Array) -> jax.Array:
+    """Row by row s g (g . Jv)."""
+    inner: jax.Array = jnp.sum(gradients * Jv, axis=tuple(range(1, z.ndim)), keepdims=True)
+    return composite.scale(z.shape[0]) * gradients * inner
+
+
+def _empirical(stages: Stages, composite: Composite) -> _Middle:
+    def middle(z: jax.Array, Jv: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
+        gradients = jax.grad(lambda z: stages.loss(z, *args))(z) / composite.scale(z.shape[0])
+        return _outer(composite, z, Jv, gradients)
+
+    return middle
+
+
+def _categorical(composite: Composite) -> _Middle:
+    def middle(z: jax.Array, Jv: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
         p: jax.Array = jax.nn.softmax(z, axis=-1)
         return composite.scale(z.shape[0]) * p * (Jv - jnp.sum(p * Jv, axis=-1, keepdims=True))
 
-    def normal(z: jax.Array, Jv: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
-        return composite.scale(z.shape[0]) * Jv
+    return middle
 
-    programs = {"ggn": product(loss_hessian)}
-    if stages.rows is not None:
-        programs["empirical_fisher"] = product(empirical)
-    if composite.distribution is not None:
-        programs["fisher"] = product({"categorical": categorical, "normal": normal}[composite.distribution])
-    return programs
+
+def _normal(composite: Composite) -> _Middle:
+    return lambda z, Jv, args: composite.scale(z.shape[0]) * Jv
+
+
+def _sampled(composite: Composite) -> _Middle:
+    def middle(z: jax.Array, Jv: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
+        def draw(key: jax.Array) -> jax.Array:
+            if composite.distribution == "normal":
+                return _outer(composite, z, Jv, jax.random.normal(key, z.shape, z.dtype))
+            labels = jax.random.categorical(key, z)
+            return _outer(composite, z, Jv, jax.nn.softmax(z) - jax.nn.one_hot(labels, z.shape[-1], dtype=z.dtype))
+
+        keys = jax.random.split(jax.random.wrap_key_data(args[0], impl="threefry2x32"), composite.samples)
+        return jnp.mean(jax.vmap(draw)(keys), axis=0)
+
+    return middle

@@ -159,7 +159,9 @@ def export(
         with _traced(fun):
             programs, residuals, mode = _programs(objective, specs, mode, target)
             for name, product in curvatures.items():
-                programs[name] = _export_batched(product, target, x_spec, _block(x_spec, target), *specs[1:])
+                drawn = [jax.ShapeDtypeStruct((2,), np.uint32)] if name == "sampled_fisher" else []
+                block = _block(x_spec, target)
+                programs[name] = _export_batched(product, target, x_spec, block, *drawn, *specs[1:])
 
     blobs: dict[str, _codec.Buffer] = {}
 
@@ -377,7 +379,7 @@ def _stages(
     def loss_of(z: Any, *args: jax.Array) -> Any:
         return loss(z, *args[first:])
 
-    return [*models, *losses], Stages(model, loss_of, rows)
+    return [*models, *losses], Stages(model, loss_of, both + len(specs) - 1, rows)
 
 
 def _row_leaves(arrays: Sequence[_codec.Array]) -> list[int]:

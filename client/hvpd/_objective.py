@@ -348,13 +348,22 @@ class Point:
         """
         return self._curvature("ggn", curvature_pb2.OPERATOR_GGN, shift)
 
-    def fisher(self, shift: float = 0.0) -> "CurvatureOperator":
+    def fisher(self, shift: float = 0.0, *, seed: int | None = None) -> "CurvatureOperator":
         """The Fisher matrix of the model's own distribution plus `shift` times the identity, likewise; see `hvpd.composite`.
+
+        Args:
+            shift: Added to the diagonal.
+            seed: From 0 to 2**64 - 1: an unbiased Monte-Carlo estimate in place of the exact matrix, from targets drawn with this
+                seed. The same seed is the same matrix.
 
         Raises:
             InvalidArgumentError: The objective is no composite, or has no distribution.
         """
-        return self._curvature("fisher", curvature_pb2.OPERATOR_FISHER, shift)
+        if seed is None:
+            return self._curvature("fisher", curvature_pb2.OPERATOR_FISHER, shift)
+        if not 0 <= seed < 2**64:
+            raise InvalidArgumentError(f"a seed is a whole number from 0 to 2**64 - 1, got {seed!r}")
+        return self._curvature("fisher", curvature_pb2.OPERATOR_SAMPLED_FISHER, shift, seed)
 
     def empirical_fisher(self, shift: float = 0.0) -> "CurvatureOperator":
         """The empirical Fisher matrix, of the gradients at the targets, plus `shift` times the identity, likewise.
@@ -364,7 +373,7 @@ class Point:
         """
         return self._curvature("empirical_fisher", curvature_pb2.OPERATOR_EMPIRICAL_FISHER, shift)
 
-    def _curvature(self, program: str, kind: int, shift: float) -> "CurvatureOperator":
+    def _curvature(self, program: str, kind: int, shift: float, seed: int = 0) -> "CurvatureOperator":
         from hvpd._operator import CurvatureOperator
 
         if not self.objective.has(program):
@@ -373,33 +382,39 @@ class Point:
                 f"{self.objective.label} was registered without {program}: register hvpd.composite(model, loss{wants})"
                 + (", with a model that returns one array [rows, ...]" if program != "ggn" else "")
             )
-        return CurvatureOperator(self, kind, shift=shift)
+        return CurvatureOperator(self, kind, seed=seed, shift=shift)
 
-    def multiply(self, block: _codec.Array, operator: int = curvature_pb2.OPERATOR_HESSIAN) -> _codec.Array:
+    def multiply(
+        self, block: _codec.Array, operator: int = curvature_pb2.OPERATOR_HESSIAN, seed: int = 0
+    ) -> _codec.Array:
         """V[k,n] -> HV[k,n], row-major, in the objective's dtype: what the operators are made of.
 
         Args:
             block: V, one vector a row.
             operator: Which curvature H is: a value of `hvpd.v1.curvature_pb2.Operator`.
+            seed: Of operators that are drawn.
 
         Raises:
             InvalidArgumentError: The block has another shape or dtype.
         """
-        return self._ask(block, operator, quadratic_form=False)
+        return self._ask(block, operator, seed, quadratic_form=False)
 
-    def quadratic_form(self, block: _codec.Array, operator: int = curvature_pb2.OPERATOR_HESSIAN) -> _codec.Array:
+    def quadratic_form(
+        self, block: _codec.Array, operator: int = curvature_pb2.OPERATOR_HESSIAN, seed: int = 0
+    ) -> _codec.Array:
         """V[k,n] -> v'Hv for each row, of shape (k,), in the objective's dtype; only these numbers come back.
 
         Args:
             block: As for `multiply`.
             operator: As for `multiply`.
+            seed: As for `multiply`.
 
         Raises:
             InvalidArgumentError: The block has another shape or dtype.
         """
-        return self._ask(block, operator, quadratic_form=True)
+        return self._ask(block, operator, seed, quadratic_form=True)
 
-    def _ask(self, block: _codec.Array, operator: int, *, quadratic_form: bool) -> _codec.Array:
+    def _ask(self, block: _codec.Array, operator: int, seed: int, *, quadratic_form: bool) -> _codec.Array:
         if block.ndim != 2 or block.shape[1] != self.n or block.dtype != self.dtype:
             raise InvalidArgumentError(
                 f"a block must be {self.dtype}[k, {self.n}], got {block.dtype}{list(block.shape)}"
@@ -410,6 +425,7 @@ class Point:
             point_id=self._id,
             operator=operator,  # type: ignore[arg-type]  # an open enum
             quadratic_form=quadratic_form,
+            seed=seed,
         )
         return self._transport.multiply(spec, np.ascontiguousarray(block), restore=self._restore)
 

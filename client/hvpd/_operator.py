@@ -42,6 +42,7 @@ class CurvatureOperator(LinearOperator):
     Attributes:
         point: Where the curvature is taken.
         kind: Which curvature: a value of `hvpd.v1.curvature_pb2.Operator`.
+        seed: Of curvature that is drawn.
         scale: Multiplies the curvature.
         shift: Added to the diagonal, on the client.
         update: The low-rank term, an `(U, C)`; None where there is none.
@@ -53,12 +54,14 @@ class CurvatureOperator(LinearOperator):
         point: Point,
         kind: int = curvature_pb2.OPERATOR_HESSIAN,
         *,
+        seed: int = 0,
         scale: float = 1.0,
         shift: float = 0.0,
     ) -> None:
         super().__init__(point.dtype, (point.n, point.n))  # type: ignore[call-arg]  # the stubs know only __new__
         self.point = point
         self.kind = kind
+        self.seed = seed
         self.scale = _finite(scale, "scale")
         self.shift = _finite(shift, "shift")
         self.update: Update | None = None
@@ -105,7 +108,7 @@ class CurvatureOperator(LinearOperator):
                 f"directions must have the shape ({self.shape[0]},) or ({self.shape[0]}, k), got {directions.shape}"
             )
         block = self._block(directions.reshape(self.shape[0], -1).T)
-        form = self.point.quadratic_form(self._embedded(block), self.kind) * self.dtype.type(self.scale)
+        form = self.point.quadratic_form(self._embedded(block), self.kind, self.seed) * self.dtype.type(self.scale)
         if self.shift:
             form += self.dtype.type(self.shift) * np.einsum("kn,kn->k", block, block)
         if self.update is not None:
@@ -136,7 +139,7 @@ class CurvatureOperator(LinearOperator):
 
     def _curvature(self, block: _codec.Array) -> _codec.Array:
         """V[k,n] -> A V[k,n]: neither scaled, nor shifted, nor updated."""
-        product = self.point.multiply(self._embedded(block), self.kind)
+        product = self.point.multiply(self._embedded(block), self.kind, self.seed)
         return product if self._indices is None else product[:, self._indices]
 
     def _embedded(self, block: _codec.Array) -> _codec.Array:
@@ -228,7 +231,8 @@ class CurvatureOperator(LinearOperator):
         return (-self).__radd__(other)
 
     def _same_curvature(self, other: "CurvatureOperator") -> bool:
-        return self.point is other.point and self.kind == other.kind and self.leaves == other.leaves
+        mine, theirs = ((op.kind, op.seed, op.leaves) for op in (self, other))
+        return self.point is other.point and mine == theirs
 
     # Principal blocks
 

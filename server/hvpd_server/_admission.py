@@ -17,7 +17,7 @@ from hvpd_server._errors import Code, ServiceError
 CURVATURES: Final = ("hvp", "ggn", "fisher", "empirical_fisher")
 """Programs that multiply from x and the data: (x, V[k,n], *args) -> [k,n]."""
 
-PROGRAMS: Final = frozenset(["value_and_grad", "prepare", "apply", *CURVATURES])
+PROGRAMS: Final = frozenset(["value_and_grad", "prepare", "apply", "sampled_fisher", *CURVATURES])
 """The programs that this server knows, by name."""
 
 MODES: Final = {
@@ -152,6 +152,7 @@ def check_signatures(bundle: objective_pb2.Bundle, signatures: Mapping[str, Sign
     expected = {
         "value_and_grad": Signature((x, *args), (*value, x)),
         **dict.fromkeys(CURVATURES, Signature((x, block, *args), (block,))),
+        "sampled_fisher": Signature((x, block, ((2,), "uint32"), *args), (block,)),
         "prepare": Signature((x, *args), (*value, x, *kept)),
         "apply": Signature((block, *(_spec(residual.spec) for residual in bundle.residuals)), (block,)),
     }

@@ -44,6 +44,7 @@ OPERATORS: Mapping[int, str] = {
     curvature_pb2.OPERATOR_GGN: "ggn",
     curvature_pb2.OPERATOR_FISHER: "fisher",
     curvature_pb2.OPERATOR_EMPIRICAL_FISHER: "empirical_fisher",
+    curvature_pb2.OPERATOR_SAMPLED_FISHER: "sampled_fisher",
 }
 """The program that multiplies by an operator."""
 
@@ -285,6 +286,7 @@ class Engine:
         operator: int,
         vectors: _codec.Array,
         *,
+        seed: int = 0,
         tenant: str = "",
         deadline: float = float("inf"),
         on_queue: Callable[[Callable[[], None]], object] = lambda cancel: None,
@@ -292,11 +294,12 @@ class Engine:
         """V[k,n] -> HV[k,n], coalesced with whatever else waits for the same point.
 
         Args:
+            seed: Of operators that are drawn.
             deadline: On time.monotonic's clock.
             on_queue: Given a function that cancels the product while it waits.
         """
         self._ready(point, operator, len(vectors))
-        job = _batcher.Job((point, operator), vectors, tenant, deadline)
+        job = _batcher.Job((point, operator, seed), vectors, tenant, deadline)
         on_queue(lambda: self._batcher.cancel(job))
         result, program = self._batcher.run(job)
         self.metrics.product(job)
@@ -339,7 +342,7 @@ class Engine:
             point.kernels.request(base, bucket)
 
     def _room(self, key: Hashable) -> int:
-        point, operator = _key(key)
+        point, operator, _ = _key(key)
         return max(point.kernels.widths(self._base(point.objective, operator)), default=1)
 
     def _launch(self, key: Hashable, blocks: Sequence[_codec.Array]) -> Sequence[tuple[_codec.Array, str]]:
@@ -348,7 +351,7 @@ class Engine:
         Returns:
             For each block its product, and the program that made it.
         """
-        point, operator = _key(key)
+        point, operator, seed = _key(key)
         base = self._base(point.objective, operator)
         widths = [len(block) for block in blocks]
         total = sum(widths)
@@ -357,19 +360,20 @@ class Engine:
         compiled = point.kernels.widths(base)
         bucket = next((width for width in compiled if width >= total), compiled[-1])
         padded = _batcher.pad(blocks, -(-total // bucket) * bucket)
-        parts = [self._product(point, operator, padded[row : row + bucket]) for row in range(0, total, bucket)]
+        parts = [self._product(point, operator, seed, padded[row : row + bucket]) for row in range(0, total, bucket)]
         products = [product for product, _ in parts]
         whole = products[0] if len(products) == 1 else np.concatenate(products)
         return [(block, parts[0][1]) for block in _batcher.split(whole, widths)]
 
-    def _product(self, point: Point, operator: int, block: _codec.Array) -> tuple[_codec.Array, str]:
+    def _product(self, point: Point, operator: int, seed: int, block: _codec.Array) -> tuple[_codec.Array, str]:
         """One launch: V[width,n] -> [width,n], and the program that made it; for Hessians, the one that the plan chose."""
         kernels, width, program = point.kernels, len(block), OPERATORS[operator]
         point.launches += 1
         residuals = self._residuals(point, width) if program == "hvp" else None
         started = time.perf_counter()
         if residuals is None:
-            result = kernels.call(program, width, point.x, block, *point.args)
+            drawn = [_random_key(seed)] if program == "sampled_fisher" else []
+            result = kernels.call(program, width, point.x, block, *drawn, *point.args)
         else:
             program, result = "apply", kernels.call("apply", width, block, *residuals)
         on_host = _kernels.host(result)
@@ -406,9 +410,14 @@ class Engine:
         return found
 
 
-def _key(key: Hashable) -> tuple[Point, int]:
+def _key(key: Hashable) -> tuple[Point, int, int]:
     assert isinstance(key, tuple)
     return key
+
+
+def _random_key(seed: int) -> _codec.Array:
+    """The data of jax.random.key(seed), for its default generator."""
+    return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
 
 
 def _array_bytes(array: tensor_pb2.Tensor | tensor_pb2.ArraySpec) -> int:

@@ -196,7 +196,12 @@ class CurvatureService(curvature_pb2_grpc.CurvatureServiceServicer):
             raise ServiceError(Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"V has the wrong size: {vectors.progress}")
         cancel = _Cancel(context)
         result, info = self._engine.multiply(
-            point, request.spec.operator, vectors.block, deadline=_deadline(context), on_queue=cancel.instead
+            point,
+            request.spec.operator,
+            vectors.block,
+            seed=request.spec.seed,
+            deadline=_deadline(context),
+            on_queue=cancel.instead,
         )
         if request.spec.quadratic_form:
             result = _quadratic_form(vectors.block, result)
@@ -236,7 +241,7 @@ class CurvatureService(curvature_pb2_grpc.CurvatureServiceServicer):
     ) -> Iterator[curvature_pb2.StreamProductsResponse]:
         try:
             result, info = self._engine.multiply(
-                point, spec.operator, block, deadline=_deadline(context), on_queue=cancel.instead
+                point, spec.operator, block, seed=spec.seed, deadline=_deadline(context), on_queue=cancel.instead
             )
         except Exception as error:  # noqa: BLE001 - one product's error, the stream goes on
             yield _refusal(tag, error)

@@ -18,7 +18,7 @@ class DensePoint:
         self.kind = kind
         self.objective = SimpleNamespace(label="dense", slices=lambda: slices or {"": slice(0, self.n)})
 
-    def multiply(self, block, operator=curvature_pb2.OPERATOR_HESSIAN):
+    def multiply(self, block, operator=curvature_pb2.OPERATOR_HESSIAN, seed=0):
         assert operator == self.kind
         assert block.dtype == self.dtype
         assert block.flags.c_contiguous

@@ -160,6 +160,7 @@ def test_operators_that_an_objective_cannot_give_name_the_registration_that_can(
         ({"distribution": "poisson"}, "distribution must be one of categorical, normal"),
         ({"reduction": "max"}, "reduction must be one of mean, sum"),
         ({"inputs": -1}, "inputs must be a number"),
+        ({"samples": 0}, "samples must be a whole number from 1"),
         ({"inputs": 3}, "the model takes 3 data arguments .* 2 were given"),
         (
             {"model": lambda p, X: X @ p["w1"], "distribution": None},
@@ -192,3 +193,44 @@ def test_composites_and_plain_products_do_not_share_launches(client, problem):
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         for kind, product in pool.map(lambda i: (i % 3, operators[i % 3] @ np.ones(35)), range(60)):
             assert np.allclose(product, expected[kind] @ np.ones(35), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("distribution", ["categorical", "normal"])
+def test_the_monte_carlo_fisher_matrix_is_drawn_by_its_seed_and_right_on_average(client, problem, distribution):
+    params, X, labels, Y = problem
+    loss, targets = (cross_entropy, labels) if distribution == "categorical" else (squared_error, Y)
+    composite = hvpd.composite(network, loss, distribution=distribution, samples=8)
+    point = client.register(composite, params, X, targets).at(params)
+    exact = dense(point.fisher())
+    draws = [point.fisher(seed=seed) @ np.eye(len(exact)) for seed in range(60)]
+    assert np.array_equal(draws[3], point.fisher(seed=3) @ np.eye(len(exact)))
+    assert not np.array_equal(draws[3], draws[4])
+    for draw in draws[:3]:
+        assert np.allclose(draw, draw.T, rtol=1e-10, atol=1e-12)
+        assert np.linalg.eigvalsh(draw).min() > -1e-10 * np.linalg.norm(exact)
+    errors = [np.linalg.norm(draw - exact) for draw in draws]
+    mean_error = np.linalg.norm(np.mean(draws, axis=0) - exact)
+    assert min(errors) > 0
+    # The error of a mean of 60 independent draws is about 1 / sqrt(60) of one draw's; twice that leaves room for chance.
+    assert mean_error < 2 * np.sqrt(np.mean(np.square(errors)) / 60)
+
+
+def test_a_draw_is_of_gradients_of_the_distribution(client, problem, jacobian):
+    """With one sample for each row: J' g g' J, where each g is one of the few that the distribution has."""
+    params, X, labels, _ = problem
+    composite = hvpd.composite(network, cross_entropy, distribution="categorical")
+    point = client.register(composite, params, X[:1], labels[:1]).at(params)
+    p = softmax(output(problem))[0]
+    possible = []
+    for label in range(CLASSES):
+        g = (p - np.eye(CLASSES)[label]) @ jacobian[0]
+        possible.append(np.outer(g, g))
+    found = set()
+    for seed in (*range(40), 2**63, 2**64 - 1):
+        draw = point.fisher(seed=seed) @ np.eye(35)
+        (match,) = [label for label in range(CLASSES) if np.allclose(draw, possible[label], rtol=1e-9, atol=1e-12)]
+        found.add(match)
+    assert len(found) > 1
+    for seed in (-1, 2**64):
+        with pytest.raises(hvpd.InvalidArgumentError, match="a seed is a whole number"):
+            point.fisher(seed=seed)

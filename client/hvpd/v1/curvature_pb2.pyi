@@ -37,6 +37,8 @@ class _OperatorEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """The Fisher matrix of the model's own distribution."""
     OPERATOR_EMPIRICAL_FISHER: _Operator.ValueType  # 4
     """The empirical Fisher matrix: of the gradients at the targets."""
+    OPERATOR_SAMPLED_FISHER: _Operator.ValueType  # 5
+    """A Monte-Carlo estimate of the Fisher matrix, from targets drawn with ProductSpec.seed."""
 
 class Operator(_Operator, metaclass=_OperatorEnumTypeWrapper):
     """Which symmetric linear map at a point."""
@@ -51,6 +53,8 @@ OPERATOR_FISHER: Operator.ValueType  # 3
 """The Fisher matrix of the model's own distribution."""
 OPERATOR_EMPIRICAL_FISHER: Operator.ValueType  # 4
 """The empirical Fisher matrix: of the gradients at the targets."""
+OPERATOR_SAMPLED_FISHER: Operator.ValueType  # 5
+"""A Monte-Carlo estimate of the Fisher matrix, from targets drawn with ProductSpec.seed."""
 Global___Operator: typing_extensions.TypeAlias = Operator
 
 @typing.final
@@ -189,6 +193,7 @@ class ProductSpec(google.protobuf.message.Message):
     OPERATOR_FIELD_NUMBER: builtins.int
     K_FIELD_NUMBER: builtins.int
     QUADRATIC_FORM_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
     point_id: builtins.str
     """Point.id."""
     operator: Global___Operator.ValueType
@@ -197,6 +202,8 @@ class ProductSpec(google.protobuf.message.Message):
     """Number of vectors, k."""
     quadratic_form: builtins.bool
     """Whether to answer v'Hv for each vector, k numbers in the objective's dtype, in place of the vectors HV[k,n]."""
+    seed: builtins.int
+    """Seed of operators that are drawn; ignored by the others. The same seed is the same matrix."""
     def __init__(
         self,
         *,
@@ -204,8 +211,9 @@ class ProductSpec(google.protobuf.message.Message):
         operator: Global___Operator.ValueType = ...,
         k: builtins.int = ...,
         quadratic_form: builtins.bool = ...,
+        seed: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["k", b"k", "operator", b"operator", "point_id", b"point_id", "quadratic_form", b"quadratic_form"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["k", b"k", "operator", b"operator", "point_id", b"point_id", "quadratic_form", b"quadratic_form", "seed", b"seed"]) -> None: ...
 
 Global___ProductSpec: typing_extensions.TypeAlias = ProductSpec
 

@@ -31,6 +31,7 @@ class Program(google.protobuf.message.Message):
       apply                  (V[k,n], *residuals) -> HV[k,n]
       ggn                    (x, V[k,n], *captured, *data) -> GV[k,n]; of composite objectives, like the next two
       fisher                 likewise, where the model's output parametrizes a distribution
+      sampled_fisher         (x, V[k,n], key uint32[2], *captured, *data) -> FV[k,n]; wherever fisher is
       empirical_fisher       likewise, where it has a row for each example
     """
 
