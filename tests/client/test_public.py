@@ -3,6 +3,7 @@
 import hvpd
 
 NAMES = """
+Certificate
 Choice
 Client
 Composite

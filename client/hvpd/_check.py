@@ -1,0 +1,606 @@
+"""The certificate of an objective at a point: do its products behave like the Hessian of its values and gradients?
+
+What it is not: a proof. It sees what random tangents and the dtype's rounding let it see, and says "undecided" where rounding
+or a kink hides the answer. Nothing here needs jax, or knows how the products are made.
+
+    rounding   value, gradient and products 2^7 and 2^8 ulp of x away, on both sides: what every threshold is widened by
+    algebra    symmetry, linearity, matmat, repeats, widths: products at x against each other
+    walk       x + t d and x - t d for falling t: gradients for the central difference, values for the Taylor remainder
+"""
+
+import dataclasses
+import itertools
+import math
+import operator
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from hvpd._codec import Array
+from hvpd._errors import InvalidArgumentError
+from hvpd._objective import Point
+
+_EPS: Mapping[str, float] = {
+    "float64": 2.0**-52,
+    "float32": 2.0**-23,
+    "TF32": 2.0**-10,
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+}
+
+_CONTRACT: Mapping[str, float] = {"float64": 1e-12, "float32": 1e-5}
+"""Of symmetry and linearity, relative. float64: 4500 eps. float32: 84 eps, as much as its products may be off: rounding errors
+of dot products grow like sqrt(n) eps (Higham and Mary, 2019, doi:10.1137/18M1226312) and a random u averages them down again.
+What is computed in less than float32 has as many eps of its own."""
+
+_BLOCK_EPS = 10.0
+"""A block against its columns, in eps of the largest element: block widths differ in rounding, not in more."""
+
+_ULPS = 2.0**7
+"""Relative size, in eps, of the perturbations of x that measure rounding. Large, so that what rounding does and what a change
+of x does can be told apart; smaller where that is 1/64 of x, as in bfloat16."""
+
+_PERTURBATIONS = 2
+"""Directions in which x is perturbed, each both ways, once and twice as far."""
+
+_MARGIN = 8.0
+"""Thresholds over measured rounding, which is a sample of few."""
+
+_WIDTHS = (1, 2, 4, 8)
+_REPEATS = 4
+_RUNGS = 26
+"""Most steps of the walk; few need more than seven."""
+
+_SLOPE = 2.5
+"""Between a remainder of third order and one of second, which is what a wrong Hessian leaves."""
+
+_ABOVE = 20.0
+"""A remainder is fitted where it is so many times its rounding."""
+
+_ITEMS = {
+    "finite": "x, value, gradient and products hold no NaN and no infinity",
+    "symmetry": "|u.Hv - v.Hu| / (|u| |Hv|)",
+    "linearity": "|H(au + bv) - aHu - bHv| / (|aHu| + |bHv|)",
+    "matmat": "H @ V against H @ v, relative to the largest element",
+    "repeats": "the same product again",
+    "widths": "the same product in blocks of 1, 2, 4 and 8",
+    "difference": "|Hv - (g(x + tv) - g(x - tv)) / 2t| / |Hv|, extrapolated in t",
+    "taylor": "order in t of f(x + td) - f - t g.d - t^2/2 d.Hd",
+}
+
+At: TypeAlias = Callable[[Array], Point]
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One line of a certificate."""
+
+    name: str
+    """finite, symmetry, linearity, matmat, repeats, widths, difference, taylor."""
+    measured: float
+    """Relative error; the order of the remainder for taylor; NaN where there was nothing to measure."""
+    threshold: float
+    """Most that passes; for taylor the least. NaN where there is none."""
+    passed: bool | None
+    """None: undecided, because rounding or a kink hides the answer."""
+    meaning: str
+    """What was measured, and what the verdict rests on."""
+
+    @property
+    def verdict(self) -> str:
+        """passed, failed or undecided."""
+        return {True: "passed", False: "FAILED", None: "undecided"}[self.passed]
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """What `Objective.check` found; `str` of it is a table."""
+
+    objective: str
+    """The objective's name, or the beginning of its digest."""
+    digest: str
+    """SHA-256 of what was registered."""
+    n: int
+    """Number of elements of x."""
+    dtype: str
+    """float32 or float64; thresholds follow from it."""
+    precision: str
+    """Matrix-multiplication precision that the objective was traced with."""
+    seed: int
+    """Of the probes: the same seed asks the same questions."""
+    items: tuple[Item, ...]
+    """In the order of the table."""
+    products: int
+    """Vectors that were multiplied."""
+    points: int
+    """Points whose value and gradient were computed."""
+    seconds: float
+    """How long it took."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether no item failed; undecided ones do not count."""
+        return all(item.passed is not False for item in self.items)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types, for json.dumps; NaN and infinity as the strings "nan", "inf" and "-inf"."""
+        items = [
+            dataclasses.asdict(item)
+            | {"measured": _plain(item.measured), "threshold": _plain(item.threshold), "verdict": item.verdict.lower()}
+            for item in self.items
+        ]
+        return dataclasses.asdict(self) | {"passed": self.passed, "items": items}
+
+    def __str__(self) -> str:
+        rows = [("ITEM", "MEASURED", "THRESHOLD", "VERDICT", "MEANING")]
+        for item in self.items:
+            bound = (
+                "" if math.isnan(item.threshold) else f"{'>=' if item.name == 'taylor' else '<='} {item.threshold:.2g}"
+            )
+            measured = "-" if math.isnan(item.measured) else f"{item.measured:.2g}"
+            rows.append((item.name, measured, bound, item.verdict, item.meaning))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        undecided = sum(item.passed is None for item in self.items)
+        title = f"{self.objective} ({self.digest[:12]}): n = {self.n}, {self.dtype}, precision {self.precision}, seed {self.seed}"
+        verdict = f"{'passed' if self.passed else 'FAILED'}{f', {undecided} undecided' if undecided else ''}"
+        cost = f"{self.products} products, {self.points} points, {self.seconds:.2g} s"
+        return "\n".join([title, *table, f"{verdict}: {cost}"])
+
+
+def resolution(dtypes: Collection[str], precision: str) -> float:
+    """The coarsest eps that a computation has which starts from leaves of these dtypes, at this matmul precision."""
+    narrow = ["TF32"] if precision != "highest" and "float64" not in dtypes else []
+    return max(_EPS[name] for name in [*dtypes, *narrow])
+
+
+def certify(point: Point, at: At, *, eps: float, seed: int, probes: Any) -> Certificate:
+    """The certificate at `point`.
+
+    Args:
+        point: Where.
+        at: Makes other points of the same objective and data, from flat vectors in its dtype.
+        eps: Of what products are computed in: from `resolution`.
+        seed: Of numpy's generator.
+        probes: How many tangents are drawn, or the tangents, of shape (k, n).
+
+    Raises:
+        InvalidArgumentError: A seed or probes that cannot be used.
+    """
+    started = time.perf_counter()
+    counter = _Counter(point, at, eps)
+    try:
+        rng = np.random.default_rng([operator.index(seed), 1])
+    except (TypeError, ValueError):
+        raise InvalidArgumentError(f"seed must be an integer from 0, got {seed!r}") from None
+    tangents = _tangents(probes, point, rng)
+    with np.errstate(all="ignore"):  # What is not finite is looked for, and reported.
+        items = tuple(_items(counter, tangents, rng))
+    objective = point.objective
+    return Certificate(
+        objective=objective.label,
+        digest=objective.digest,
+        n=point.n,
+        dtype=point.dtype.name,
+        precision=objective.precision,
+        seed=int(seed),
+        items=items,
+        products=counter.products,
+        points=counter.points,
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Counter:
+    """The point and its neighbours, counting what they cost. Vectors come and go in float64."""
+
+    def __init__(self, point: Point, at: At, eps: float) -> None:
+        self.point = point
+        self.products = 0
+        self.points = 1
+        self.n, self.dtype, self.mode = point.n, point.dtype, point.objective.mode
+        self.eps = eps
+        self.contract = max(
+            _CONTRACT[point.dtype.name], _CONTRACT["float32"] / _EPS["float32"] * eps * (eps > _EPS["float32"])
+        )
+        self.ulps = max(2.0, min(_ULPS, 2.0**-6 / eps))
+        self.x = point.x.astype(np.float64)
+        self.gradient = point.gradient.astype(np.float64)
+        self._at = at
+
+    def at(self, x: Array) -> tuple[Point, Array]:
+        """The point nearest to x in the dtype, and the step there from the base point without the rounding of x."""
+        self.points += 1
+        there = self._at(x.astype(self.dtype))
+        return there, there.x.astype(np.float64) - self.x
+
+    def multiply(self, block: Array, point: Point | None = None) -> Array:
+        """V[k,n] -> HV[k,n] at the base point, or at another."""
+        self.products += len(block)
+        product = (point or self.point).multiply(np.ascontiguousarray(block, self.dtype))
+        return product.astype(np.float64)
+
+
+def _tangents(probes: Any, point: Point, rng: np.random.Generator) -> Array:
+    """The caller's tangents, or seeded ones, in the point's dtype, of shape (k, n)."""
+    array = np.asarray(probes)
+    if array.ndim == 0:
+        if array.dtype.kind not in "iu" or array < 1:
+            raise InvalidArgumentError(
+                f"probes must be a number of tangents from 1, or an array of them, got {probes!r}"
+            )
+        return rng.standard_normal((int(array), point.n)).astype(point.dtype)
+    if array.ndim != 2 or array.shape[1] != point.n or not len(array) or array.dtype.kind not in "fiu":
+        raise InvalidArgumentError(
+            f"probes must be a number, or real tangents of shape (k, {point.n}), got {array.dtype}{list(array.shape)}"
+        )
+    with np.errstate(over="ignore"):
+        tangents = array.astype(point.dtype)
+    for row, tangent in enumerate(tangents):
+        if not np.isfinite(tangent).all():
+            raise InvalidArgumentError(
+                f"probes[{row}] holds NaN or infinity in {point.dtype}: products of it prove nothing"
+            )
+        if not tangent.any():
+            raise InvalidArgumentError(f"probes[{row}] is zero: the product of it proves nothing")
+    return tangents
+
+
+def _items(counter: _Counter, tangents: Array, rng: np.random.Generator) -> Iterator[Item]:
+    k, n = tangents.shape
+    # All about as long, by powers of two: none hides another's errors.
+    V = tangents.astype(np.float64)
+    V *= np.array([2.0 ** -round(math.log2(_norm(v) / math.sqrt(n))) for v in V])[:, None]
+    U = rng.standard_normal((k, n)).astype(counter.dtype).astype(np.float64)
+    a, b = rng.uniform(0.5, 2.0, (2, k, 1))
+    W = (a * V + b * U).astype(counter.dtype).astype(np.float64)
+    HV, HU, HW = np.split(counter.multiply(np.concatenate([V, U, W])), 3)
+
+    wrong = list(counter.point.nonfinite)
+    if not all(np.isfinite(product).all() for product in (HV, HU, HW)):
+        wrong.append("products")
+    message = f"NaN or infinity in {', '.join(wrong)}" if wrong else _ITEMS["finite"]
+    yield Item("finite", float(len(wrong)), 0.0, not wrong, message)
+    if wrong:
+        for name in list(_ITEMS)[1:]:
+            yield Item(name, math.nan, math.nan, None, f"{_ITEMS[name]}; skipped, since something is not finite")
+        return
+
+    # Single products may come from another program than blocks, and change from one to the other.
+    rows = np.concatenate([V, U, rng.standard_normal((max(_WIDTHS), n))])
+    singles = [counter.multiply(rows[:1]) for _ in range(_REPEATS)]
+    blocks = [counter.multiply(rows[: max(_WIDTHS)]) for _ in range(_REPEATS)]
+    repeatable = any(np.array_equal(one, next_) for one, next_ in itertools.pairwise(blocks))
+
+    rounding = _rounding(counter, V, rng, repeatable=repeatable)
+    contract = counter.contract
+    inner = max(
+        _ratio(abs(u @ hv - v @ hu), max(_norm(u) * _norm(hv), _norm(v) * _norm(hu)))
+        for u, v, hu, hv in zip(U, V, HU, HV, strict=True)
+    )
+    yield _bounded("symmetry", inner, contract, rounding)
+    combined = max(
+        _ratio(_norm(hw - ai * hv - bi * hu), _norm(ai * hv) + _norm(bi * hu))
+        for hw, hv, hu, ai, bi in zip(HW, HV, HU, a, b, strict=True)
+    )
+    yield _bounded("linearity", combined, contract, rounding)
+    contract = _BLOCK_EPS * counter.eps
+    H = counter.point.hessian()
+    counter.products += 2 * k
+    columns = np.array([H @ v for v in V.astype(counter.dtype)], np.float64)
+    yield _bounded("matmat", _difference(np.asarray(H @ V.T, np.float64).T, columns), contract, rounding)
+    measured = max(_difference(again, group[0]) for group in (singles, blocks) for again in group[1:])
+    same = all(np.array_equal(again, group[0]) for group in (singles, blocks) for again in group[1:])
+    meaning = f"{_ITEMS['repeats']}, {_REPEATS} times, alone and in a block: bits {'equal' if same else 'differ'}"
+    yield _bounded("repeats", measured, contract, rounding, meaning)
+    by_width = [counter.multiply(rows[:width]) for width in _WIDTHS]
+    measured = max(_difference(product, by_width[-1][: len(product)]) for product in by_width)
+    yield _bounded("widths", measured, contract, rounding)
+    yield from _walk(counter, V, HV, rounding)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rounding:
+    """How exactly things are known at the base point, measured at points some ulp away.
+
+    Half the difference of both sides is what x does, and is divided by its ulps; the third difference is what rounding does.
+    The larger counts: no algorithm in this dtype can be expected to know better. Products at the base point and other blocks
+    take no part, so that what is wrong with them cannot excuse itself.
+    """
+
+    eps: float
+    value: float
+    """Of f, absolute; at least eps |f|."""
+    gradient: float
+    """Of the gradient, in the 2-norm; at least eps |g|."""
+    product: float
+    """Of products, relative."""
+
+
+def _rounding(counter: _Counter, V: Array, rng: np.random.Generator, *, repeatable: bool) -> _Rounding:
+    """Rounding at the base point, after the idea of Moré and Wild, 2011, doi:10.1137/100786125: look at close neighbours.
+
+    Products that are not repeatable may excuse themselves up to the contract's figure only.
+    """
+    x, eps, point = counter.x, counter.eps, counter.point
+    size = np.abs(x)
+    size[size == 0] = size[size > 0].min() if size.any() else 1.0  # a zero has no ulp of its own
+    value, gradient, product = eps * abs(point.value), eps * _norm(counter.gradient), 0.0
+    if counter.mode == "finite_difference":
+        product = 2 * eps ** (2 / 3)  # the truncation that goes with such a step; its rounding is measured like others
+    for _ in range(_PERTURBATIONS):
+        delta = counter.ulps * eps * size * rng.choice([-1.0, 1.0], counter.n)
+        near = [counter.at(x + step * delta)[0] for step in (-2, -1, 1, 2)]
+        if any(there.nonfinite for there in near):
+            continue
+        value = max(value, *_known([there.value for there in near], counter.ulps))
+        gradient = max(gradient, *_known([there.gradient.astype(np.float64) for there in near], counter.ulps))
+        # As a block and alone, since these round differently.
+        for products in zip(
+            *([*counter.multiply(V, there), *counter.multiply(V[:1], there)] for there in near), strict=True
+        ):
+            length = _norm(products[0])
+            moved, rounded = _known(products, counter.ulps)
+            if not repeatable:
+                rounded = min(rounded, counter.contract / _MARGIN * length)
+            product = max(product, _ratio(max(moved, rounded), length))
+    return _Rounding(eps, value, gradient, product if math.isfinite(product) else 0.0)
+
+
+def _known(near: Sequence[Any], ulps: float) -> tuple[float, float]:
+    """What one ulp of x does, and what rounding does, from what was found at -2, -1, 1 and 2 perturbations."""
+    far_behind, behind, ahead, far_ahead = near
+    return _norm(ahead - behind) / 2 / ulps, _norm((far_ahead - far_behind) - 2 * (ahead - behind)) / 2
+
+
+def _bounded(name: str, measured: float, contract: float, rounding: _Rounding, meaning: str = "") -> Item:
+    """An item whose threshold is the contract's, or as much as products are known to where that is less."""
+    threshold = max(contract, _MARGIN * rounding.product)
+    meaning = meaning or _ITEMS[name]
+    if threshold > 4 * contract:
+        meaning += f"; products are known to {rounding.product:.1g} here"
+    if not measured <= threshold:
+        return Item(name, measured, threshold, False, meaning)
+    return Item(name, measured, threshold, True if threshold <= _coarse(rounding.eps) else None, meaning)
+
+
+def _walk(counter: _Counter, V: Array, HV: Array, rounding: _Rounding) -> Iterator[Item]:
+    """The items difference and taylor, from values and gradients at x + t d and x - t d for falling t.
+
+    d has the length of x. The first t comes from the rounding: with r its share in a unit change of the gradient, an extrapolated
+    central difference errs by t^4 + r / t, least at r^(1/5), as a plain one at r^(1/3) (Nocedal and Wright, Numerical
+    Optimization, 2nd edition, section 8.1); it is larger where rounding would drown the change. Then t falls until both are decided.
+    """
+    length = _norm(counter.x) or math.sqrt(counter.n)
+    scales = [length / _norm(v) for v in V]
+    lines = [_Line(counter, scale * v, scale * hv, rounding) for scale, v, hv in zip(scales, V, HV, strict=True)]
+    share = rounding.gradient / _norm(np.array([line.size for line in lines])) * math.sqrt(len(lines))
+    share = min(share, 1.0)
+    t = max(16.0 * share**0.2, 16.0 * share / _sharp(rounding.eps))
+    ratio = 4.0 if rounding.eps < 1e-10 else 2.0  # float32 has room for few scales
+    t = 2.0 ** round(math.log2(t)) if share else 2.0**-4
+    taylor = _Taylor(rounding)
+    for _ in range(_RUNGS):
+        if taylor.done and all(line.done for line in lines):
+            break
+        remainders = [line.visit(t) for line in lines if not (taylor.done and line.done)]
+        if not taylor.done:
+            taylor.add(t, [pair for pair in remainders if pair is not None])
+        t /= ratio
+    difference = _judge_lines(lines)
+    yield difference
+    yield taylor.judge(lines, agrees=difference.passed is True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Remainder:
+    """Of the second-order model on both sides of x along one direction."""
+
+    both: float
+    """Root mean square of the two."""
+    even: float
+    """(f(x + s) + f(x - s)) / 2 - f: the curvature as values see it, whatever the product says."""
+    floor: float
+    """What rounding leaves of them."""
+    quadratic: float
+    """t^2/2 |d.Hd|."""
+
+
+class _Line:
+    """Central differences along one direction d, extrapolated (Richardson) from each two neighbouring steps."""
+
+    def __init__(self, counter: _Counter, d: Array, Hd: Array, rounding: _Rounding) -> None:
+        self._counter, self.rounding = counter, rounding
+        self.d, self.Hd = d, Hd
+        self._curvature = float(d @ Hd)
+        self.size = _norm(Hd) or _norm(counter.gradient) or 1.0
+        """What errors are relative to: where the product is zero, the gradient, over the length of x."""
+        self._last: tuple[float, Array] | None = None
+        self._extrapolated: Array | None = None
+        self.best: tuple[float, float, float] | None = None
+        """(error, threshold, t) of the step that bounds the product's error best; relative."""
+        self.done = False
+
+    def visit(self, t: float) -> _Remainder | None:
+        """Goes to x + t d and x - t d; None where the function is not finite."""
+        counter = self._counter
+        base = counter.point
+        ahead, step_ahead = counter.at(counter.x + t * self.d)
+        behind, step_behind = counter.at(counter.x - t * self.d)
+        if ahead.nonfinite or behind.nonfinite:
+            self._last = self._extrapolated = None
+            return None
+        if not self.done:
+            self._difference(t, (ahead.gradient.astype(np.float64) - behind.gradient) / (2 * t))
+        remainders, floors = [], []
+        for there, step, s in ((ahead, step_ahead, t), (behind, step_behind, -t)):
+            # s.Hs of the rounded step, from the product that is known: the rest is of second order in the rounding.
+            linear, quadratic = float(counter.gradient @ step), s * float(step @ self.Hd) - t**2 / 2 * self._curvature
+            remainders.append(there.value - base.value - linear - quadratic)
+            # An ulp of each x counts too: near a minimum it is all there is.
+            sizes = abs(there.value) + abs(base.value) + abs(linear) + abs(quadratic) + _norm(there.gradient * there.x)
+            floors.append(self.rounding.value + self.rounding.eps * sizes)
+        return _Remainder(
+            both=math.sqrt((remainders[0] ** 2 + remainders[1] ** 2) / 2),
+            even=abs((ahead.value - base.value) + (behind.value - base.value)) / 2,
+            floor=max(floors),
+            quadratic=t**2 / 2 * abs(self._curvature),
+        )
+
+    def _difference(self, t: float, quotient: Array) -> None:
+        eps = self.rounding.eps
+        noise = _MARGIN * self.rounding.gradient / t
+        if self._last is not None:
+            ratio = (self._last[0] / t) ** 2
+            extrapolated = (ratio * quotient - self._last[1]) / (ratio - 1)
+            if self._extrapolated is not None:
+                error = _norm(extrapolated - self.Hd) / self.size
+                spread = _norm(extrapolated - self._extrapolated)
+                threshold = (spread + noise) / self.size + _MARGIN * self.rounding.product
+                if self.best is None or error + threshold < sum(self.best[:2]):
+                    self.best = error, threshold, t
+                error, threshold, _ = self.best
+                # Known well enough; or smaller steps can tell no more, of what agrees or at all.
+                enough = _sharp(eps) if error <= threshold else 0.0
+                hidden = (error + threshold if error <= threshold else _coarse(eps)) * self.size
+                self.done = threshold <= enough or noise > min(hidden, _coarse(eps) * self.size)
+            self._extrapolated = extrapolated
+        self._last = t, quotient
+
+    def kinked(self, t: float) -> bool:
+        """Whether products along the line jump rather than bend, as where a ReLU switches.
+
+        Third differences of H(x + s d) d fall eight times as the step halves where it is smooth. Products at x itself take no
+        part: they are what is in doubt.
+        """
+        counter = self._counter
+
+        def product(s: float) -> Array:
+            multiplied: Array = counter.multiply(self.d[None], counter.at(counter.x + s * self.d)[0])[0]
+            return multiplied
+
+        sizes = []
+        odd = [product(s) - product(-s) for s in (t, t / 2, t / 4)]
+        for wide, narrow in itertools.pairwise(odd):
+            sizes.append(_norm(wide - 2 * narrow))
+        noise = max(30 * self.rounding.eps, _MARGIN * self.rounding.product) * _norm(self.Hd)
+        return sizes[1] > noise and sizes[1] > 0.3 * sizes[0]
+
+
+def _judge_lines(lines: Sequence[_Line]) -> Item:
+    name = "difference"
+    meaning, coarse = _ITEMS[name], _coarse(lines[0].rounding.eps)
+    decided: list[tuple[float, float]] = []
+    kinked = False
+    for line in lines:
+        if line.best is None:
+            continue
+        error, threshold, t = line.best
+        if error > threshold:
+            # Differences that scatter themselves accuse nobody. Where products are zero they cannot show kinks, so it takes more.
+            clear = threshold <= coarse and (line.Hd.any() or error > 4 * threshold)
+            if clear and not line.kinked(t):
+                return Item(name, error, threshold, False, f"{meaning}; t = {t:.1g} |x|/|v|")
+            kinked = True
+        elif threshold <= coarse:
+            decided.append((error, threshold))
+    if kinked:
+        meaning += "; kinks within the step"
+    elif decided:
+        error, threshold = max(decided, key=lambda pair: _ratio(*pair))
+        return Item(name, error, threshold, True, meaning)
+    else:
+        meaning += "; hidden by rounding"
+    seen = [line.best[:2] for line in lines if line.best is not None]
+    error, threshold = max(seen, default=(math.nan, math.nan))
+    return Item(name, error, threshold, None, meaning)
+
+
+class _Taylor:
+    """The order of the remainder over the walk, root mean square over directions and sides."""
+
+    def __init__(self, rounding: _Rounding) -> None:
+        self._rounding = rounding
+        self._seen: list[tuple[float, _Remainder]] = []
+        self.done = False
+
+    def add(self, t: float, remainders: Sequence[_Remainder]) -> None:
+        """A step of the walk; done at the second one that rounding covers."""
+        if not remainders:
+            return
+
+        def mean(name: str) -> float:
+            return _norm(np.array([getattr(remainder, name) for remainder in remainders])) / math.sqrt(len(remainders))
+
+        self._seen.append((t, _Remainder(*(mean(field.name) for field in dataclasses.fields(_Remainder)))))
+        self.done = len(self._seen) > 3 and all(r.both <= _ABOVE * r.floor for _, r in self._seen[-2:])
+
+    def judge(self, lines: Sequence[_Line], *, agrees: bool) -> Item:
+        """Third order, or all rounding, passes.
+
+        Where the values themselves are smooth, first order fails: the gradient is not theirs. So does second order, unless
+        products agree with the gradient at smaller steps: then there are kinks on the way to the larger ones.
+        """
+        name, meaning = "taylor", _ITEMS["taylor"]
+        # The smallest steps that are above the rounding: there the order shows.
+        above = [(t, r) for t, r in self._seen if r.both > _ABOVE * r.floor][-4:]
+        if len(above) < 3:
+            sharpest = min((_ratio(_ABOVE * r.floor, r.quadratic) for _, r in self._seen), default=math.inf)
+            if sharpest <= _coarse(self._rounding.eps):
+                return Item(name, math.nan, _SLOPE, True, f"{meaning}; only rounding: f is quadratic")
+            return Item(name, math.nan, _SLOPE, None, f"{meaning}; hidden by rounding")
+        slope = _slope([(t, r.both) for t, r in above])
+        if slope >= _SLOPE:
+            return Item(name, slope, _SLOPE, True, meaning)
+        orders = [_slope([(t, r.both) for t, r in pair]) for pair in itertools.pairwise(above)]
+        smooth = abs(_slope([(t, r.even) for t, r in above]) - 2) < 0.15 or all(
+            r.even < 0.01 * r.both for _, r in above
+        )
+        if smooth and all(abs(order - 1) < 0.1 for order in orders):
+            return Item(name, slope, _SLOPE, False, f"{meaning}; the gradient does not fit the values")
+        second = smooth and all(abs(order - 2) < 0.3 for order in orders)
+        if agrees or not second or any(line.kinked(above[-1][0]) for line in lines):
+            why = "orders are mixed" if smooth and not second else "f is not smooth"
+            return Item(name, slope, _SLOPE, None, f"{meaning}; {why} at these steps")
+        return Item(name, slope, _SLOPE, False, meaning)
+
+
+def _sharp(eps: float) -> float:
+    """Half the dtype's digits: as good as a difference needs to be."""
+    return math.sqrt(eps)
+
+
+def _coarse(eps: float) -> float:
+    """A quarter of the dtype's digits: with a threshold above, nothing is decided."""
+    return float(eps**0.25)
+
+
+def _slope(pairs: Sequence[tuple[float, float]]) -> float:
+    t, size = np.log(np.maximum(np.array(pairs).T, np.finfo(np.float64).tiny))
+    return float(np.polynomial.polynomial.polyfit(t, size, 1)[1])
+
+
+def _difference(found: Array, expected: Array) -> float:
+    """The largest difference of elements, relative to the largest element."""
+    return _ratio(float(np.abs(found - expected).max()), float(np.abs(expected).max()))
+
+
+def _norm(vector: Any) -> float:
+    """The 2-norm, also where squares would overflow or vanish."""
+    largest = float(np.abs(vector).max())
+    if largest == 0 or not math.isfinite(largest):
+        return largest
+    return largest * float(np.linalg.norm(vector / largest))
+
+
+def _ratio(part: float, whole: float) -> float:
+    """The quotient, 0 where both are."""
+    if whole:
+        return float(part / whole)
+    return math.inf if part else 0.0
+
+
+def _plain(number: float) -> float | str:
+    return number if math.isfinite(number) else str(number)

@@ -1,0 +1,175 @@
+"""The certificate of objectives on a real server, as a call and as a command."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hvpd
+
+NAMES = ["finite", "symmetry", "linearity", "matmat", "repeats", "widths", "difference", "taylor"]
+BOTH = pytest.mark.parametrize("dtype", [np.float64, np.float32])
+
+
+def rosenbrock(x):
+    return jnp.sum(100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2)
+
+
+def logistic(w, X, y):
+    return jnp.mean(jnp.logaddexp(0.0, -y * (X @ w))) + 0.5e-3 * w @ w
+
+
+def gaussian(x, S):
+    """A Cholesky factorization and a triangular solve."""
+    L = jnp.linalg.cholesky(S * jnp.exp(x[0]) + jnp.diag(jnp.exp(x[1:])))
+    z = jax.scipy.linalg.solve_triangular(L, jnp.ones(len(S), x.dtype), lower=True)
+    return jnp.sum(jnp.log(jnp.diag(L))) + 0.5 * z @ z
+
+
+def spectral(x):
+    return jnp.sum(jnp.log1p(jnp.abs(jnp.fft.rfft(x)) ** 2))
+
+
+def network(params, X):
+    hidden = jax.nn.relu(X @ params["w"] + params["b"])
+    return jnp.mean((hidden @ params["out"]) ** 2)
+
+
+@jax.custom_jvp
+def off(x):
+    """Sum of x^4, whose second derivative is written down 0.1 % too large."""
+    return jnp.sum(x**4)
+
+
+@jax.custom_jvp
+def cubed(x):
+    return 4 * x**3
+
+
+off.defjvp(lambda primals, tangents: (off(*primals), jnp.vdot(cubed(*primals), tangents[0])))
+cubed.defjvp(lambda primals, tangents: (cubed(*primals), 12 * 1.001 * primals[0] ** 2 * tangents[0]))
+
+
+def problems(dtype):
+    rng = np.random.default_rng(5)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(dtype)
+
+    B = normal(8, 8)
+    params = {"w": normal(4, 8), "b": normal(8), "out": normal(8)}
+    return {
+        "rosenbrock": (rosenbrock, normal(30)),
+        "logistic": (logistic, normal(20), normal(2000, 20), np.sign(normal(2000))),
+        "gaussian": (gaussian, normal(9), B @ B.T),
+        "spectral": (spectral, normal(64)),
+        "network": (network, params, normal(50, 4)),
+        "scalar": (lambda x: jnp.cosh(x[0]), normal(1)),
+    }
+
+
+@BOTH
+@pytest.mark.parametrize("name", list(problems(np.float64)))
+def test_what_jax_differentiates_passes(client, name, dtype):
+    fun, x, *data = problems(dtype)[name]
+    objective = client.register(fun, x, *data, name=f"check/{name}-{np.dtype(dtype)}")
+    for seed in range(2):
+        certificate = objective.check(x, seed=seed)
+        assert certificate.passed, str(certificate)
+        assert [item.name for item in certificate.items] == NAMES
+    assert certificate.objective == objective.name
+    assert certificate.digest == objective.digest
+    assert (certificate.n, certificate.dtype, certificate.precision) == (objective.n, np.dtype(dtype).name, "highest")
+    if dtype is np.float64:
+        assert certificate.items[6].passed is True
+
+
+@pytest.mark.parametrize(
+    "mode", ["reverse_over_forward", "reverse_over_reverse", "linearized", "finite_difference", "auto"]
+)
+@BOTH
+def test_every_mode_passes(client, mode, dtype):
+    fun, x, *data = problems(dtype)["logistic"]
+    certificate = client.register(fun, x, *data, mode=mode).check(x)
+    assert certificate.passed, str(certificate)
+
+
+@BOTH
+def test_a_wrong_derivative_rule_is_found(client, dtype):
+    x = np.linspace(0.5, 2.0, 6, dtype=dtype)
+    certificate = client.register(off, x).check(x)
+    assert not certificate.passed
+    items = {item.name: item for item in certificate.items}
+    assert items["difference"].passed is False
+    assert items["difference"].measured == pytest.approx(1e-3, rel=0.05)
+    assert items["symmetry"].passed is True
+
+
+def test_other_data_and_probes_of_ones_own(client):
+    fun, w, X, y = problems(np.float64)["logistic"]
+    objective = client.register(fun, w, X, y)
+    assert objective.check(w, 2 * X, -y, probes=np.eye(20)[:3]).passed
+    with pytest.raises(hvpd.InvalidArgumentError, match=r"probes\[0\] holds NaN or infinity"):
+        objective.check(w, probes=np.full((1, 20), np.nan))
+    with pytest.raises(hvpd.InvalidArgumentError, match="vector of shape"):
+        objective.check(w[:3])
+
+
+def test_a_point_that_is_not_finite_fails(client):
+    certificate = client.register(rosenbrock, np.zeros(3)).check(np.array([0.0, np.nan, 1.0]))
+    assert [item.passed for item in certificate.items] == [False] + 7 * [None]
+    assert "x, value, gradient, products" in certificate.items[0].meaning
+
+
+def test_it_leaves_the_objectives_own_points_alone(client):
+    objective = client.register(rosenbrock, np.zeros(3))
+    points = [objective.at(np.full(3, value)) for value in (1.0, 2.0)]
+    objective.check(np.full(3, 1.5))
+    assert [objective.at(point.x) for point in points] == points
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "hvpd._cli", "check", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ,
+    )
+
+
+def test_the_command(client, tmp_path):
+    client.register(rosenbrock, np.zeros(4), name="check/cli")
+    client.register(off, np.zeros(4), name="check/off")
+    done = command("check/cli", "--address", client.address)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("check/cli (")
+    assert [line.split()[0] for line in lines[2:-1]] == NAMES
+    assert lines[-1].startswith("passed: ")
+
+    np.save(tmp_path / "x.npy", np.array([0.5, 1.0, -1.5, 2.0]))
+    done = command("check/off", "--x", str(tmp_path / "x.npy"), "--json", "--seed", "3", "--address", client.address)
+    assert done.returncode == 3
+    found = json.loads(done.stdout)
+    assert (found["passed"], found["seed"], found["objective"]) == (False, 3, "check/off")
+
+    (tmp_path / "text.npy").write_text("no array")
+    for arguments, says in [
+        (["check/none"], "check/none"),
+        (["check/cli", "--x", str(tmp_path / "none.npy")], "cannot read"),
+        (["check/cli", "--x", str(tmp_path / "text.npy")], "no array of numpy.save"),
+        (["check/cli", "--probes", "0"], "probes must be"),
+        (["check/cli", "--seed", "-1"], "--seed must be from 0"),
+    ]:
+        failed = command(*arguments, "--address", client.address)
+        assert failed.returncode == 1
+        assert failed.stderr.startswith("hvpd: ")
+        assert says in failed.stderr
+        assert "Traceback" not in failed.stderr
