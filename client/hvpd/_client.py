@@ -188,14 +188,14 @@ class Client:
         """Uploads what the server does not have, and has it registered."""
         self._check_server_reads(export.bundle)
         request = objective_pb2.CreateObjectiveRequest(digest=export.digest, name=name or "")
-        for last in (False, True):
+        # Each try may find one blob corrupt on the server's disk, or removed after it was found present, and send it anew.
+        for last in [False] * len(export.blobs) + [True]:
             for digest in self._transport.missing(list(export.blobs)):
                 self._transport.upload(digest, export.blobs[digest])
             try:
                 response = self._transport.unary(self._transport.objectives.CreateObjective, request)
                 break
             except HvpdError as error:
-                # Another client's upload was found corrupt, or removed, after it was found present.
                 if last or error.reason not in ("BLOBS_MISSING", "BLOB_CORRUPT"):
                     raise
         return Objective(self._transport, response.objective, export.unflatten)

@@ -50,6 +50,16 @@ def dtype(name: str) -> np.dtype[Any]:
     raise TypeError(f"arrays of dtype {name!r} cannot be sent")
 
 
+def native(array: Array) -> Array:
+    """The array in this machine's byte order."""
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def is_real_floating(dtype: np.dtype[Any]) -> bool:
+    """Whether the elements are real floating numbers, bfloat16 and float8 among them."""
+    return dtype.kind == "f" or dtype.name.startswith(("bfloat16", "float8_"))
+
+
 def payload(array: Array) -> memoryview:
     """The elements of `array`, row-major and little-endian, as bytes without a copy where they already lie so."""
     array = np.ascontiguousarray(array)
@@ -94,7 +104,7 @@ def data_array(leaf: Any, where: str, *, x_dtype: np.dtype[Any], x64: bool) -> A
     Raises:
         InvalidArgumentError: Not an array of numbers, or integers that 32 bits cannot hold.
     """
-    found = np.asarray(leaf)
+    found = native(np.asarray(leaf))
     if type(leaf) is float:
         found = found.astype(x_dtype)
     elif type(leaf) is int and found.dtype.kind in "iu" and abs(leaf) < 2**31:

@@ -272,7 +272,7 @@ def data_array(leaf: Any, where: str, *, x_dtype: np.dtype[Any], x64: bool) -> _
 
 
 def _floating(leaf: Any, path: str) -> _codec.Array:
-    array = np.asarray(leaf)
+    array = _codec.native(np.asarray(leaf))
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise InvalidArgumentError(
             f"x{path} is of dtype {array.dtype}: derivatives are taken by real floating numbers; "
@@ -322,6 +322,7 @@ def _trace(
     with _traced(fun):
         closed, out = jax.make_jaxpr(flat, return_shape=True)(*specs)
     _check_scalar(fun, out)
+    _check_pure(fun, closed)
     captured, lifted = lift(closed, lift_bytes)
     count = len(captured)
 
@@ -329,6 +330,14 @@ def _trace(
         return lifted(args[:count], [*jax.tree.leaves(x), *args[count:]])[0]
 
     return captured, traced
+
+
+def _check_pure(fun: _Function, closed: Any) -> None:
+    if closed.effects:
+        name = getattr(fun, "__name__", repr(fun))
+        raise InvalidArgumentError(
+            f"{name} has side effects ({', '.join(sorted(map(str, closed.effects)))}): printing and callbacks cannot be served"
+        )
 
 
 def _stages(
@@ -348,6 +357,7 @@ def _stages(
         closed, z = jax.make_jaxpr(
             lambda x, *leaves: composite.model(tree_of(x), *arguments_of(leaves)[: composite.inputs]), return_shape=True
         )(*specs)
+    _check_pure(composite.model, closed)
     leaves, treedef = jax.tree.flatten(z)
     shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", z)
     if not leaves or not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):

@@ -61,6 +61,6 @@ def _evaluate(closed: Any, args: Sequence[Any], replaced: Mapping[int, Any]) -> 
             variables = list(dict.fromkeys(atom for atom in equation.invars if not isinstance(atom, jex.Literal)))
             kept = [variable for variable in equation.outvars if not isinstance(variable, jex.DropVar)]
             names = jex.DebugInfo("eval", "equation", ("",) * len(variables), ("",) * len(kept))
-            single = jex.Jaxpr((), variables, kept, [equation], equation.effects, names)
+            single = jex.Jaxpr([], variables, kept, [equation], equation.effects, names)
             values.update(zip(kept, jex.jaxpr_as_fun(jex.ClosedJaxpr(single, ()))(*map(read, variables)), strict=True))
     return [read(atom) for atom in closed.jaxpr.outvars]

@@ -3,8 +3,10 @@
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from hvpd._client import Client
-from hvpd._errors import HvpdError, MissingExtraError
+from hvpd._errors import HvpdError, InvalidArgumentError, MissingExtraError
 from hvpd._transport import Transport
+from hvpd_server import _config
 
 _READY = "hvpd: serving on "
 
@@ -40,12 +43,15 @@ class LocalServer:
         ]
         if missing:
             raise MissingExtraError(f"an embedded server needs {', '.join(missing)}: pip install 'hvpd[server]'")
-        self._stack = contextlib.ExitStack()
+        known = {field.name for field in dataclasses.fields(_config.Config)}
+        unknown = sorted(settings.keys() - known)
+        if unknown:
+            raise InvalidArgumentError(
+                f"hvpd serve has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+            )
         ephemeral = "store" not in settings
         if ephemeral:
-            settings["store"] = self._stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="hvpd-", ignore_cleanup_errors=True)
-            )
+            settings["store"] = tempfile.mkdtemp(prefix="hvpd-")
         arguments = []
         for name, value in {"host": "127.0.0.1", "port": 0, "log_level": "WARNING", **settings}.items():
             arguments += [f"--{name.replace('_', '-')}"] + (
@@ -65,7 +71,7 @@ class LocalServer:
         self._ready: concurrent.futures.Future[str] = concurrent.futures.Future()
         self._reader = threading.Thread(target=self._read, name="hvpd-local", daemon=True)
         self._reader.start()
-        self.stop = weakref.finalize(self, _stop, self.process, self._stack)
+        self.stop = weakref.finalize(self, _stop, self.process, os.getpid(), settings["store"] if ephemeral else None)
         self.address = self._ready.result()
         if not self.address:
             self.stop()
@@ -83,7 +89,9 @@ class LocalServer:
             self._ready.set_result("")
 
 
-def _stop(process: "subprocess.Popen[str]", stack: contextlib.ExitStack) -> None:
+def _stop(process: "subprocess.Popen[str]", owner: int, ephemeral_store: str | None) -> None:
+    if os.getpid() != owner:  # A fork of the owner ends; the server is not its own.
+        return
     assert process.stdin is not None
     with contextlib.suppress(OSError):
         process.stdin.close()
@@ -92,7 +100,8 @@ def _stop(process: "subprocess.Popen[str]", stack: contextlib.ExitStack) -> None
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    stack.close()
+    if ephemeral_store is not None:
+        shutil.rmtree(ephemeral_store, ignore_errors=True)
 
 
 def local(**settings: Any) -> Client:

@@ -272,6 +272,8 @@ class Objective:
 
     def _flat(self, vector: Any, what: str, *, exact: str) -> _codec.Array:
         array = np.asarray(vector)
+        if array.shape == () and self.n == 1:
+            array = array.reshape(1)
         if array.shape != (self.n,):
             structure = _pytree.describe(self._bundle.x_tree)
             raise InvalidArgumentError(
@@ -284,7 +286,7 @@ class Objective:
         return self._real(array, what)
 
     def _real(self, array: _codec.Array, what: str) -> _codec.Array:
-        if not np.issubdtype(array.dtype, np.floating) and array.dtype.name != "bfloat16":
+        if not _codec.is_real_floating(array.dtype):
             raise InvalidArgumentError(f"{what} must have real floating elements, got dtype {array.dtype}")
         return np.ascontiguousarray(array, dtype=self.dtype)
 

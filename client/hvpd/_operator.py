@@ -118,7 +118,7 @@ class CurvatureOperator(LinearOperator):
 
     def _block(self, rows: _codec.Array) -> _codec.Array:
         """V[k,n] in the objective's dtype."""
-        if not (np.issubdtype(rows.dtype, np.floating) or rows.dtype.kind in "iub"):
+        if not (_codec.is_real_floating(rows.dtype) or rows.dtype.kind in "iub"):
             raise InvalidArgumentError(
                 f"a Hessian multiplies real vectors, got dtype {rows.dtype}"
                 + (": multiply the real and the imaginary part" if rows.dtype.kind == "c" else "")

@@ -5,8 +5,10 @@ for each other, and a reply never changes threads.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import ipaddress
+import os
 import queue
 import random
 import threading
@@ -103,9 +105,12 @@ class Transport:
     def __init__(
         self, address: str, *, token: str | None, connect_timeout: float, retry_timeout: float, timeout: float | None
     ) -> None:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal():
-            raise InvalidArgumentError(f"an address is host:port, such as gpu-box:7070, got {address!r}")
+        host = _host(address)
+        _check_token(token)
+        _check_seconds("connect_timeout", connect_timeout)
+        _check_seconds("retry_timeout", retry_timeout)
+        if timeout is not None:
+            _check_seconds("timeout", timeout)
         self.address = address
         self._retry_timeout = retry_timeout
         self._timeout = timeout
@@ -115,6 +120,20 @@ class Transport:
             (_protocol.REVISION_KEY, str(_protocol.NEWEST)),
             *identity,
         )
+        self._local = _is_local(host)
+        self._owner = os.getpid()
+        self._streams: list[_Stream[curvature_pb2.StreamProductsRequest, curvature_pb2.StreamProductsResponse]] = []
+        self._lock = threading.Lock()
+        self._statistics = Statistics()
+        self._closed = False
+        self._open_channel()
+        try:
+            self.server = self._handshake(connect_timeout)
+        except Exception:
+            self.close()
+            raise
+
+    def _open_channel(self) -> None:
         options = [
             ("grpc.initial_reconnect_backoff_ms", 50),
             ("grpc.min_reconnect_backoff_ms", 200),
@@ -124,21 +143,25 @@ class Transport:
             ("grpc.keepalive_timeout_ms", 10_000),
             ("grpc.max_send_message_length", 4 << 20),
             ("grpc.max_receive_message_length", 4 << 20),
-            *([("grpc.enable_http_proxy", 0)] if _is_local(host) else []),
+            # A channel of its own, and none that an interrupt has left behind (see `_abandon`).
+            ("grpc.use_local_subchannel_pool", 1),
+            *([("grpc.enable_http_proxy", 0)] if self._local else []),
         ]
-        self._channel = grpc.insecure_channel(address, options)
+        self._channel = grpc.insecure_channel(self.address, options)
         self.blobs = blob_pb2_grpc.BlobServiceStub(self._channel)
         self.objectives = objective_pb2_grpc.ObjectiveServiceStub(self._channel)
         self._curvature = curvature_pb2_grpc.CurvatureServiceStub(self._channel)
-        self._streams: list[_Stream[curvature_pb2.StreamProductsRequest, curvature_pb2.StreamProductsResponse]] = []
-        self._lock = threading.Lock()
-        self._statistics = Statistics()
-        self._closed = False
-        try:
-            self.server = self._handshake(connect_timeout)
-        except BaseException:
-            self.close()
-            raise
+
+    def _abandon(self) -> None:
+        """Leaves the channel as it is and opens another.
+
+        An interrupt (Ctrl-C) can strike while gRPC holds its locks, and then whoever touches that channel again, be it to cancel
+        or to close, may wait for ever. Calls of other threads go on with it.
+        """
+        with self._lock:
+            _never_free((self._channel, self._streams))
+            self._streams = []
+            self._open_channel()
 
     def _handshake(self, connect_timeout: float) -> server_pb2.GetServerResponse:
         try:
@@ -170,6 +193,8 @@ class Transport:
         with self._lock:
             self._closed = True
             streams, self._streams = self._streams, []
+        if os.getpid() != self._owner:  # The channel is the parent's.
+            return
         for stream in streams:
             stream.close()
         self._channel.close()
@@ -203,24 +228,41 @@ class Transport:
         while True:
             left = None if self._timeout is None else max(ends - time.monotonic(), 0.001)
             try:
-                if self._closed:
-                    raise HvpdError(f"this client of {self.address} is closed")
+                self._check_usable()
                 return attempt(left)
             except grpc.RpcError as error:
                 failure = failure_of_rpc(error)
             except RpcFailure as error:
                 failure = error.failure
+            except Exception:
+                raise
+            except BaseException:
+                self._abandon()
+                raise
             now = time.monotonic()
             if failure.reason == "POINT_NOT_RESIDENT" and restore is not None and now < gives_up:
                 self._count(retries=1)
                 restore()
                 continue
             wait = failure.retry_after if failure.retry_after is not None else pause
+            if failure.code is _CODE.DEADLINE_EXCEEDED and self._timeout is not None:
+                failure = dataclasses.replace(
+                    failure, message=f"the server at {self.address} did not answer within timeout={self._timeout:g} s"
+                )
             if not _is_transient(failure) or now + wait > gives_up:
                 raise to_error(failure, self.address)
             self._count(retries=1)
             time.sleep(wait * random.uniform(0.8, 1.2))  # noqa: S311 - spreads the retries of many clients
             pause = min(2 * pause, 1.0)
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise HvpdError(f"this client of {self.address} is closed")
+        if os.getpid() != self._owner:
+            raise HvpdError(
+                f"this client of {self.address} was connected before a fork, and gRPC does not survive one: connect again in "
+                "this process"
+            )
 
     def unary(self, method: Callable[..., _T], request: Any) -> _T:
         """Calls a unary method."""
@@ -275,8 +317,10 @@ class Transport:
                             point = response.point
                         case "chunk":
                             gradient.append(response.chunk)
-            finally:
-                stream.close()
+            except BaseException as error:
+                stream.drop(error)
+                raise
+            stream.close()
             return point, gradient.array
 
         return self.call(attempt)
@@ -344,8 +388,8 @@ class Transport:
             stream = _Stream(self._curvature.StreamProducts, self._metadata, left)
         try:
             yield stream
-        except BaseException:  # Also KeyboardInterrupt: nobody knows what is still on its way.
-            stream.close()
+        except BaseException as error:  # Nobody knows what is still on its way.
+            stream.drop(error)
             raise
         with self._lock:
             keep = left is None and not self._closed
@@ -394,6 +438,13 @@ class _Stream(Generic[_Message, _T]):
         self._outgoing.put(None)
         self._call.cancel()
 
+    def drop(self, error: BaseException) -> None:
+        """Ends the call after an error; after an interrupt, leaves it as it is (see `Transport._abandon`)."""
+        if isinstance(error, Exception):
+            self.close()
+        else:
+            _never_free(self)
+
 
 def _drain(outgoing: "queue.SimpleQueue[Iterable[_Message] | None]") -> Iterator[_Message]:
     while (messages := outgoing.get()) is not None:
@@ -431,6 +482,28 @@ class _Filling:
     @property
     def complete(self) -> bool:
         return self._filled == len(self._bytes)
+
+
+def _never_free(thing: object) -> None:
+    """Keeps an object beyond the end of the interpreter: gRPC's destructors, too, take the locks that an interrupt left behind."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def _host(address: object) -> str:
+    host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
+    if not host or not port.isdecimal() or int(port) > 65535 or set(host) & set(" /\t\n"):
+        raise InvalidArgumentError(f"an address is host:port, such as gpu-box:7070, got {address!r}")
+    return host
+
+
+def _check_token(token: object) -> None:
+    if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
+        raise InvalidArgumentError("a token is made of printable ASCII characters")
+
+
+def _check_seconds(name: str, seconds: object) -> None:
+    if not isinstance(seconds, int | float) or not seconds >= 0:
+        raise InvalidArgumentError(f"{name} is a number of seconds, got {seconds!r}")
 
 
 def _is_transient(failure: Failure) -> bool:

@@ -36,6 +36,9 @@ FORMATS = (1,)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
 
+PRECISIONS: Final = ("highest", "high", "default")
+"""Matrix-multiplication precisions."""
+
 WIDTH: Final = "k"
 """The symbolic width of a block."""
 
@@ -76,6 +79,18 @@ def parse(serialized: bytes) -> objective_pb2.Bundle:
             f"the bundle has format {bundle.format}, this server reads {FORMATS[0]} to {FORMATS[-1]}: upgrade the server",
         )
     _check_arrays(bundle)
+    _check_programs(bundle)
+    return bundle
+
+
+def _check_programs(bundle: objective_pb2.Bundle) -> None:
+    """The programs are known, complete, and of a mode and a precision that there is."""
+    if bundle.precision not in PRECISIONS:
+        raise _invalid(
+            "BUNDLE_INVALID", f"precision must be one of {', '.join(PRECISIONS)}, got {bundle.precision[:40]!r}"
+        )
+    if bundle.dtype == "float64" and not bundle.x64:
+        raise _invalid("BUNDLE_INVALID", "x is float64, and the bundle says that it was traced without 64-bit types")
     unknown = sorted(bundle.programs.keys() - PROGRAMS)
     if unknown:
         raise ServiceError(
@@ -95,7 +110,6 @@ def parse(serialized: bytes) -> objective_pb2.Bundle:
         raise _invalid("BUNDLE_INVALID", f"mode {bundle.mode} needs prepare and apply")
     if bundle.residuals and "apply" not in bundle.programs:
         raise _invalid("BUNDLE_INVALID", "there are residuals, and no apply that takes them")
-    return bundle
 
 
 def _check_arrays(bundle: objective_pb2.Bundle) -> None:

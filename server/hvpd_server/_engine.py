@@ -6,6 +6,7 @@ A point's way: `create_point` -> `_store` (data by digest) -> `_residency` (what
 
 import concurrent.futures
 import dataclasses
+import functools
 import logging
 import math
 import threading
@@ -159,13 +160,33 @@ class Engine:
             found = self._objectives.get(digest)
         if found is not None:
             return found
-        bundle = _admission.parse(self.store.read(digest))
-        kernels = _kernels.Kernels(bundle, self.device, self.store.read, self._compiler, self.metrics.compiled)
+        bundle = self.bundle(digest)
+        kernels = _kernels.Kernels(
+            bundle, self.device, functools.partial(self._part, digest), self._compiler, self.metrics.compiled
+        )
         _admission.check_signatures(bundle, kernels.signatures())
         with self._objectives_lock:
             return self._objectives.setdefault(
                 digest, Objective(digest, bundle, kernels, self.limits.memory_budget_bytes // 4)
             )
+
+    def bundle(self, digest: str) -> objective_pb2.Bundle:
+        """The bundle of an objective."""
+        return _admission.parse(self._part(digest, digest))
+
+    def _part(self, objective_digest: str, digest: str) -> bytes:
+        """A blob of an objective. Where it is lost, who asks for the objective is told what would bring it back."""
+        try:
+            return self.store.read(digest)
+        except ServiceError as error:
+            if not self.store.registered(objective_digest):
+                raise
+            raise ServiceError(
+                Code.DATA_LOSS,
+                "BLOB_CORRUPT",
+                f"objective {objective_digest[:12]} has lost a part on the server's disk: register it again ({error})",
+                error.metadata,
+            ) from error
 
     def warm(self, objective: Objective) -> "list[concurrent.futures.Future[Any]]":
         """Compiles what a first point and a first product need, in the background."""
@@ -178,7 +199,7 @@ class Engine:
     def warm_all(self) -> None:
         """Compiles all registered objectives, from the cache where they are in it; logs those that cannot be."""
         futures = []
-        for digest in dict.fromkeys(digest for _, digest in self.store.objectives()):
+        for digest in dict.fromkeys(digest for _, digest, _ in self.store.objectives()):
             try:
                 futures += self.warm(self.objective(digest))
             except Exception as error:  # noqa: BLE001 - one broken objective keeps nobody else's from being served
@@ -197,7 +218,9 @@ class Engine:
         Raises:
             ServiceError: The objective is not registered, or the data does not fit it.
         """
-        _, digest, _ = self.store.objective(spec.objective_digest)
+        digest = spec.objective_digest
+        if not self.store.registered(digest):
+            _, digest, _ = self.store.objective(digest)  # Says why not.
         objective = self.objective(digest)
         data = objective.bundle.data if spec.default_data else spec.data
         _admission.check_data(objective.bundle, data)

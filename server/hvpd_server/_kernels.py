@@ -194,6 +194,12 @@ def _deserialize(name: str, blob: bytes, device: Device, bundle: objective_pb2.B
             f"{name} was lowered for {', '.join(exported.platforms)} (calling convention {version}), and this server's device "
             f"is {device.platform}: register with platforms=({device.platform!r},)",
         )
+    if tuple(bundle.platforms) != tuple(exported.platforms):
+        raise ServiceError(
+            Code.INVALID_ARGUMENT,
+            "BUNDLE_INVALID",
+            f"{name} was lowered for {', '.join(exported.platforms)}, the bundle says {', '.join(bundle.platforms)}",
+        )
     if exported.ordered_effects or exported.unordered_effects or exported.nr_devices != 1:
         raise ServiceError(
             Code.INVALID_ARGUMENT,

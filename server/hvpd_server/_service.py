@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from hvpd.v1 import (
 )
 from hvpd_server._engine import Engine, Point
 from hvpd_server._errors import Code, ServiceError, to_status
+
+_log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -130,8 +133,12 @@ class ObjectiveService(objective_pb2_grpc.ObjectiveServiceServicer):
         start = int(request.page_token or 0)
         known = self._engine.store.objectives()
         response = objective_pb2.ListObjectivesResponse()
-        for name, digest in known[start : start + size]:
-            objective = self._objective(name or digest)
+        for name, digest, created in known[start : start + size]:
+            try:
+                objective = self._message(name, digest, created)
+            except ServiceError as error:
+                _log.error("objective %s cannot be listed: %s", name or digest, error)
+                continue
             for structure in ("x_tree", "x_leaves", "data_tree", "residuals"):
                 objective.bundle.ClearField(structure)
             response.objectives.append(objective)
@@ -146,11 +153,13 @@ class ObjectiveService(objective_pb2_grpc.ObjectiveServiceServicer):
         return self._engine.choices(request.digest)
 
     def _objective(self, name: str) -> objective_pb2.Objective:
-        store = self._engine.store
-        shown, digest, created = store.objective(name)
+        return self._message(*self._engine.store.objective(name))
+
+    def _message(self, name: str, digest: str, created: int) -> objective_pb2.Objective:
         created_at = timestamp_pb2.Timestamp()
         created_at.FromNanoseconds(created)
-        return objective_pb2.Objective(name=shown, digest=digest, bundle=store.bundle(digest), create_time=created_at)
+        bundle = self._engine.bundle(digest)
+        return objective_pb2.Objective(name=name, digest=digest, bundle=bundle, create_time=created_at)
 
 
 class CurvatureService(curvature_pb2_grpc.CurvatureServiceServicer):

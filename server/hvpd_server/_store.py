@@ -32,6 +32,10 @@ from hvpd_server._errors import Code, ServiceError
 _log = logging.getLogger(__name__)
 
 
+_PREFIX = 8
+"""Least digits of a digest that name an objective, where only one begins with them."""
+
+
 class Store:
     """A directory of blobs, objectives and names. Safe for many threads of one process; other processes are locked out.
 
@@ -57,7 +61,10 @@ class Store:
                 f"the store {root} is in use by another server: give each its own",
             ) from None
         for leftover in (root / "incoming").iterdir():
-            leftover.unlink()
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
         self._names_lock = threading.Lock()
 
     def close(self) -> None:
@@ -146,9 +153,8 @@ class Store:
 
     def add_objective(self, digest: str, name: str) -> None:
         """Records a bundle as an objective and, where `name` is not empty, points the name at it."""
-        marker = self.root / "objectives" / digest
-        if not marker.exists():
-            self._write(marker, {"create_time_ns": time.time_ns()})
+        if _created(self._marker(digest)) is None:
+            self._write(self._marker(digest), {"create_time_ns": time.time_ns()})
         if name:
             with self._names_lock:
                 if self._names().get(name) != digest:
@@ -162,10 +168,15 @@ class Store:
             ServiceError: There is none; the message suggests near names.
         """
         names = self._names()
-        digest = names.get(name, name if _codec.is_digest(name) else "")
-        marker = self.root / "objectives" / digest
-        if not digest or not marker.exists():
-            near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        known = {path.name for path in (self.root / "objectives").iterdir()}
+        digest = names.get(name, name)
+        if digest not in known and len(name) >= _PREFIX:
+            beginning = [other for other in known if other.startswith(name)]
+            digest = beginning[0] if len(beginning) == 1 else name
+        created = _created(self._marker(digest)) if digest in known else None
+        if created is None:
+            usable = [other for other, to in names.items() if to in known and other != name]
+            near = difflib.get_close_matches(name, usable, n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; none of the stored names is near"
             what = "digest" if _codec.is_digest(name) else "name"
             raise ServiceError(
@@ -174,25 +185,34 @@ class Store:
                 f"no objective of {what} {name!r}{hint}",
                 {"near": ",".join(near)},
             )
-        shown = name if name in names else min((known for known, to in names.items() if to == digest), default="")
-        return shown, digest, int(json.loads(marker.read_text())["create_time_ns"])
+        shown = name if name in names else min((other for other, to in names.items() if to == digest), default="")
+        return shown, digest, created
 
-    def objectives(self) -> list[tuple[str, str]]:
-        """(name, digest) of every name, sorted, then ("", digest) of the nameless objectives."""
+    def _marker(self, digest: str) -> Path:
+        return self.root / "objectives" / digest
+
+    def registered(self, digest: str) -> bool:
+        """Whether an objective of this digest is registered: quick, for every point asks."""
+        return _codec.is_digest(digest) and self._marker(digest).exists()
+
+    def objectives(self) -> list[tuple[str, str, int]]:
+        """(name, digest, time of registration) of every name, sorted, then ("", digest, time) of the nameless objectives."""
+        created = {path.name: _created(path) for path in (self.root / "objectives").iterdir()}
         names = self._names()
-        nameless = {path.name for path in (self.root / "objectives").iterdir()} - set(names.values())
-        return sorted(names.items()) + sorted(("", digest) for digest in nameless)
+        listed = sorted(names.items()) + sorted(("", digest) for digest in created.keys() - set(names.values()))
+        return [(name, digest, when) for name, digest in listed if (when := created.get(digest)) is not None]
 
     def bundle(self, digest: str) -> objective_pb2.Bundle:
         """The parsed bundle of an objective."""
         return objective_pb2.Bundle.FromString(self.read(digest))
 
     def _names(self) -> Mapping[str, str]:
-        found = {}
+        found: dict[str, str] = {}
         for path in (self.root / "names").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                record = json.loads(path.read_text())
-                found[record["name"]] = record["digest"]
+            record = _read_record(path)
+            name, digest = record.get("name"), record.get("digest")
+            if isinstance(name, str) and isinstance(digest, str) and _codec.is_digest(digest):
+                found[name] = digest
         return found
 
     def _write(self, path: Path, content: Mapping[str, Any]) -> None:
@@ -275,3 +295,20 @@ def _flush_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _read_record(path: Path) -> Mapping[str, Any]:
+    """The JSON object of a file; empty, with a line in the log, where there is none: one damaged file is nobody else's loss."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        if not isinstance(error, FileNotFoundError):
+            _log.error("%s is damaged, and left aside: %s", path, error)
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _created(marker: Path) -> int | None:
+    """When the objective of a marker was registered; None where it was not, or the marker is damaged."""
+    created = _read_record(marker).get("create_time_ns")
+    return created if isinstance(created, int) else None

@@ -184,10 +184,27 @@ def test_something_that_is_not_grpc_at_the_address():
             hvpd.connect(f"127.0.0.1:{silent.getsockname()[1]}", connect_timeout=0.5)
 
 
-@pytest.mark.parametrize("address", ["gpu-box", ":7070", "host:port"])
+@pytest.mark.parametrize(
+    "address", ["gpu-box", ":7070", "host:port", "host:99999", "http://host:7070", " host:7070", 5, b"h:1"]
+)
 def test_addresses_that_are_none(address):
     with pytest.raises(hvpd.InvalidArgumentError, match="an address is host:port"):
         hvpd.connect(address)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"timeout": "a"}, "timeout is a number of seconds"),
+        ({"connect_timeout": -1}, "connect_timeout is a number of seconds"),
+        ({"retry_timeout": float("nan")}, "retry_timeout is a number of seconds"),
+        ({"token": "é"}, "a token is made of printable ASCII"),
+        ({"token": "a\nb"}, "a token is made of printable ASCII"),
+    ],
+)
+def test_options_of_connect_that_are_none(options, says):
+    with pytest.raises(hvpd.InvalidArgumentError, match=says):
+        hvpd.connect("127.0.0.1:1", **options)
 
 
 def test_a_closed_client_says_so(server):
@@ -209,7 +226,9 @@ def test_a_timeout_is_the_callers_and_the_next_call_is_fine(serve):
         client.register(slow, np.zeros(600), A, name="slow").at(np.ones(600)).hessian() @ np.ones(600)
     with hvpd.connect(server.address, timeout=0.05) as client:
         H = None
-        with pytest.raises(hvpd.DeadlineError):
+        with pytest.raises(
+            hvpd.DeadlineError, match=rf"{server.address} did not answer within timeout=0\.05 s|deadline passed"
+        ):
             H = client.objective("slow").at(np.ones(600)).hessian()
             H @ np.tile(np.ones((600, 1)), 64)
     with hvpd.connect(server.address) as client:
@@ -325,3 +344,96 @@ def test_a_computation_that_never_ends_blocks_neither_health_nor_others_nor_the_
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
         assert np.allclose(objective.hessp(2 * good, np.ones(3)), 4)
     assert server.terminate() == 0
+
+
+DAMAGE = {
+    "an empty name": lambda store, digest: next((store / "names").iterdir()).write_bytes(b""),
+    "a name that is no record": lambda store, digest: next((store / "names").iterdir()).write_text("[1]"),
+    "a name that is a path": lambda store, digest: next((store / "names").iterdir()).write_text(
+        '{"name": "lost", "digest": "../../../etc/passwd"}'
+    ),
+    "a directory among names": lambda store, digest: (store / "names" / "directory").mkdir(),
+    "a directory among uploads": lambda store, digest: (store / "incoming" / "directory").mkdir(),
+    "an empty marker": lambda store, digest: (store / "objectives" / digest).write_bytes(b""),
+    "a marker of nothing": lambda store, digest: (store / "objectives" / ("0" * 64)).write_text(
+        '{"create_time_ns": 1}'
+    ),
+    "a lost bundle": lambda store, digest: (store / "blobs" / digest[:2] / digest).unlink(),
+    "an empty bundle": lambda store, digest: (store / "blobs" / digest[:2] / digest).write_bytes(b""),
+    "every blob altered": lambda store, digest: [
+        path.write_bytes(b"\0" + path.read_bytes()[1:]) for path in (store / "blobs").rglob("*") if path.is_file()
+    ],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_damaged_in_the_store_costs_nobody_else_and_registering_mends_it(serve, spd, damage):
+    server = serve()
+    with hvpd.connect(server.address) as client:
+        digest = client.register(quadratic, np.zeros(60), spd, name="damaged").digest
+    server.kill()
+    DAMAGE[damage](server.store, digest)
+    server.start()
+    with hvpd.connect(server.address) as client:
+        client.objectives()
+        mended = client.register(quadratic, np.zeros(60), spd, name="damaged")
+        assert mended.digest == digest
+        if damage == "every blob altered":  # Data is read with the first point.
+            with pytest.raises(hvpd.HvpdError, match="corrupt on the server's disk"):
+                client.objective("damaged").at(np.ones(60))
+            client.register(quadratic, np.zeros(60), spd, name="damaged")
+        product = client.objective("damaged").hessp(np.ones(60), np.ones(60))
+        assert np.allclose(product, spd @ np.ones(60))
+        assert [listing.name for listing in client.objectives()] == ["damaged"]
+
+
+def test_an_objective_that_lost_a_part_says_what_brings_it_back(serve, spd):
+    server = serve()
+    with hvpd.connect(server.address) as client:
+        bundle = client.register(quadratic, np.zeros(60), spd, name="parts")._bundle
+    server.kill()
+    digest = bundle.programs["hvp"].digest
+    (server.store / "blobs" / digest[:2] / digest).write_bytes(b"")
+    server.start()
+    with hvpd.connect(server.address) as client:
+        with pytest.raises(hvpd.HvpdError, match="has lost a part on the server's disk: register it again"):
+            client.objective("parts").at(np.ones(60))
+        mended = client.register(quadratic, np.zeros(60), spd, name="parts")
+        assert np.allclose(mended.hessp(np.ones(60), np.ones(60)), spd @ np.ones(60))
+
+
+@pytest.mark.parametrize("call", ["H @ v", "objective.at(rng.normal(size=20))", "client.objectives()"])
+def test_a_client_goes_on_after_ctrl_c(server, client, call):
+    """The interrupt strikes at times that nobody chose, many times over; each next call answers, and rightly."""
+    client.register(lambda x: jnp.sum(x**4) / 12, np.zeros(20), name="interrupted")
+    program = textwrap.dedent("""
+        import signal, sys, numpy as np, hvpd
+        client = hvpd.connect(sys.argv[1], retry_timeout=30)
+        objective = client.objective("interrupted")
+        rng = np.random.default_rng(0)
+        x, v = np.arange(20.0), np.ones(20)
+        H = objective.at(x).hessian()
+        strikes = 0
+        for strike in range(40):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.0007 * strike)
+                while True:
+                    CALL
+            except KeyboardInterrupt:
+                strikes += 1
+            except RuntimeError as error:  # gRPC's own lock, interrupted between its two ends
+                assert "lock" in str(error), error
+                strikes += 1
+            assert np.array_equal(H @ v, x**2)
+            assert np.array_equal(objective.at(x + strike).hessian() @ v, (x + strike) ** 2)
+        print(strikes, flush=True)
+    """).replace("CALL", call)
+    header = "import signal\nsignal.signal(signal.SIGALRM, signal.default_int_handler)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", header + program, server.address],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.stdout == "40\n", done.stderr[-3000:]

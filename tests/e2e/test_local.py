@@ -128,3 +128,31 @@ def test_serving_without_its_packages_names_the_extra():
         done = run(program)
         assert done.returncode == 1
         assert "pip install 'hvpd[server]'" in done.stderr
+
+
+def test_a_fork_of_the_owner_leaves_the_server_alone_and_its_client_says_so(tmp_path):
+    done = run(
+        """
+        import os, sys, numpy as np, hvpd
+        client = hvpd.local()
+        child = os.fork()
+        if child == 0:
+            try:
+                client.objectives()
+            except hvpd.HvpdError as error:
+                assert "before a fork" in str(error)
+                sys.exit(7)  # an ordinary exit, with everything that runs at one
+            sys.exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert client.objectives() == []
+        print("alive")
+        """,
+        TMPDIR=str(tmp_path),
+    )
+    assert done.stdout == "alive\n", done.stderr
+    assert list(tmp_path.glob("hvpd-*")) == []
+
+
+def test_an_unknown_setting_lists_the_known_ones():
+    with pytest.raises(hvpd.InvalidArgumentError, match=r"no setting nonsense; it has drain, host, insecure"):
+        hvpd.local(nonsense=1)

@@ -164,6 +164,11 @@ def test_half_precision_leaves_are_computed_as_they_are_and_raveled_to_float32(c
     )
 
 
+def _prints(x):
+    jax.debug.print("x = {}", x)
+    return jnp.sum(x)
+
+
 @pytest.mark.parametrize(
     ("fun", "x", "data", "says"),
     [
@@ -179,6 +184,7 @@ def test_half_precision_leaves_are_computed_as_they_are_and_raveled_to_float32(c
         (lambda x: jnp.sum(x) + undefined, np.ones(3), (), "NameError"),  # noqa: F821
         (lambda x: jax.lax.while_loop(lambda c: c < 5, lambda c: c * 2, jnp.sum(x)), np.ones(3), (), "while_loop"),
         (lambda x: jax.pure_callback(np.sum, x[0], x), np.ones(3), (), "jax cannot trace"),
+        (_prints, np.ones(3), (), "_prints has side effects .* printing and callbacks cannot be served"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -292,3 +298,20 @@ def test_two_clients_register_the_same_at_once(serve):
     assert errors == []
     assert len(digests) == 2
     assert len(set(digests)) == 1
+
+
+def test_a_digest_can_be_shortened_where_it_is_the_only_one(client):
+    digest = client.register(lambda x: jnp.sum(x**6), np.ones(2)).digest
+    assert client.objective(digest[:12]).digest == digest
+    with pytest.raises(hvpd.NotFoundError):
+        client.objective(digest[:7])
+
+
+def test_byte_order_and_shape_of_what_is_given_do_not_matter(client):
+    x = np.arange(1.0, 4.0)
+    objective = client.register(lambda x, s: s * jnp.sum(x**4) / 12, x.astype(">f8"), np.array(2.0, ">f8"))
+    assert np.array_equal(objective.hessp(x.astype(">f8"), np.ones(3, ">f4")), 2 * x**2)
+    assert np.array_equal(objective.at(x).hessian() @ jnp.ones(3, jnp.bfloat16), 2 * x**2)
+    single = client.register(lambda x: x[0] ** 3, np.ones(1))
+    assert single.value(2.0) == 8.0
+    assert single.hessp(2.0, 1.0) == 12.0
