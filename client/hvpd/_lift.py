@@ -6,6 +6,7 @@ jax keeps the constants of a nested jit inside its jaxpr, so such calls are inli
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.extend.core as jex
 import numpy as np
 
@@ -18,7 +19,8 @@ Lifted = Callable[[Sequence[Any], Sequence[Any]], list[Any]]
 def lift(closed: Any, lift_bytes: int) -> tuple[list[_codec.Array], Lifted]:
     """Takes the constants of more than `lift_bytes` out of a traced function: the arrays, and the function that is given them."""
     found = {id(constant): constant for constant in _constants(closed) if getattr(constant, "nbytes", 0) > lift_bytes}
-    captured = [np.asarray(constant) for constant in found.values()]
+    # A NumPy constant stands there as it was given; the jaxpr means it in the dtype that jax's x64 mode leaves it.
+    captured = [np.asarray(constant, jax.dtypes.canonicalize_dtype(constant.dtype)) for constant in found.values()]
 
     def lifted(arrays: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
         return _evaluate(closed, arguments, dict(zip(found, arrays, strict=True)))

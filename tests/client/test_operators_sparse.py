@@ -118,7 +118,7 @@ def test_large_patterns_with_a_dense_row(dense_point):
     "give",
     [
         lambda dense: scipy.sparse.csc_matrix(dense),
-        lambda dense: scipy.sparse.tril(dense),
+        lambda dense: scipy.sparse.tril(scipy.sparse.coo_array(dense)),
         lambda dense: dense - np.diag(np.diag(dense)),
         lambda dense: 0 * scipy.sparse.coo_array(dense),  # What is stored is the pattern, zero or not.
         lambda dense: SimpleNamespace(rows=np.nonzero(dense)[0], cols=np.nonzero(dense)[1], shape=dense.shape),

@@ -315,3 +315,12 @@ def test_byte_order_and_shape_of_what_is_given_do_not_matter(client):
     single = client.register(lambda x: x[0] ** 3, np.ones(1))
     assert single.value(2.0) == 8.0
     assert single.hessp(2.0, 1.0) == 12.0
+
+
+def test_captured_arrays_have_the_dtype_that_the_function_sees(client):
+    large = np.linspace(0, 1, 5000)  # float64, in a function of float32 with x64 off
+    objective = client.register(
+        lambda x: jnp.sum(jnp.asarray(large)[:3] * x**2) + jnp.sum(large) * x[0], np.ones(3, np.float32)
+    )
+    assert [tensor.dtype for tensor in objective._bundle.captured] == ["float32"]
+    assert np.allclose(objective.hessp(np.ones(3), np.ones(3)), 2 * large[:3], rtol=1e-5)

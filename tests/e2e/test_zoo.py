@@ -1,0 +1,727 @@
+"""A zoo of objectives, one for each thing that jax can be asked to differentiate, against truth that is not ours.
+
+Closed forms in numpy and scipy where there are any. The others are compared with `jax.hessian` in process, and with
+differences of values and gradients, which know nothing of second derivatives. Not here: logistic and softmax regression, and
+Rosenbrock's function (test_truth, test_modes).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from jax import lax
+from scipy.optimize import minimize
+from scipy.sparse.linalg import LaplacianNd, eigsh
+from scipy.spatial.distance import pdist, squareform
+from scipy.special import softmax
+from scipy.stats import multivariate_normal
+
+import hvpd
+
+MODES = [
+    "forward_over_reverse",
+    "reverse_over_forward",
+    "reverse_over_reverse",
+    "linearized",
+    "finite_difference",
+    "auto",
+]
+TOLERANCE = {np.float64: 1e-10, np.float32: 1e-5}
+
+
+class Case(NamedTuple):
+    """An objective, where to look at it, and what its Hessian is there."""
+
+    fun: Callable[..., Any]
+    x: Any
+    data: tuple[Any, ...] = ()
+    hessian: Callable[..., np.ndarray] | None = None
+    """Closed form of (x, *data) in numpy; None where jax.hessian and differences are all there is."""
+
+
+def cast(tree, dtype):
+    """The floating leaves of a pytree in that dtype."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if np.issubdtype(leaf.dtype, np.floating) else leaf, tree)
+
+
+def normal(seed, *shape, scale=1.0):
+    return np.random.default_rng(seed).normal(size=shape) * scale
+
+
+def relative(found, expected):
+    expected = np.asarray(expected)
+    return np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected)
+
+
+def dense(operator):
+    return operator @ np.eye(operator.shape[0])
+
+
+# Quadratics
+
+GRID = (5, 6)
+
+
+def stretched(x, boundary):
+    """Half the sum of the squared differences of neighbours on the grid: x' (-L) x / 2."""
+    x = x.reshape(GRID)
+    energy = 0.0
+    for axis in range(2):
+        edge = [(0, 0), (0, 0)]
+        edge[axis] = {"dirichlet": (1, 1), "neumann": (0, 0), "periodic": (0, 1)}[boundary]
+        padded = jnp.pad(x, edge, mode="wrap" if boundary == "periodic" else "constant")
+        energy += 0.5 * jnp.sum(jnp.diff(padded, axis=axis) ** 2)
+    return energy
+
+
+def laplacian(boundary):
+    return LaplacianNd(GRID, boundary_conditions=boundary, dtype=np.float64)
+
+
+def laplacian_case(boundary):
+    return Case(
+        lambda x: stretched(x, boundary),
+        normal(1, *GRID).ravel(),
+        hessian=lambda x: -laplacian(boundary).toarray(),
+    )
+
+
+SPECTRUM = np.concatenate([-np.logspace(-3, 1, 6), [0.0], np.logspace(-3, 2, 13)])
+"""Twenty eigenvalues of both signs, over five orders of magnitude."""
+BASIS = scipy.linalg.qr(normal(2, 20, 20))[0]
+
+
+def quadratic(x, A):
+    return 0.5 * x @ A @ x
+
+
+def least_squares(params, X, y):
+    return jnp.mean((X @ params["w"] + params["b"] - y) ** 2)
+
+
+def least_squares_hessian(params, X, y):
+    design = np.column_stack([np.ones(len(X)), X])  # b comes before w in the raveling
+    return 2 * design.T @ design / len(X)
+
+
+# Smooth functions of few operations
+
+
+def log_sum_exp_hessian(x):
+    p = softmax(x)
+    return np.diag(p) - np.outer(p, p)
+
+
+def minus_log_det(X):
+    return -jnp.linalg.slogdet(X)[1]
+
+
+def minus_log_det_hessian(X):
+    """d/dX_kl of -inv(X)_ji is inv(X)_jk inv(X)_li."""
+    inverse = np.linalg.inv(X)
+    return np.einsum("jk,li->ijkl", inverse, inverse).reshape(X.size, X.size)
+
+
+# Lennard-Jones clusters, epsilon = sigma = 1
+
+
+def lennard_jones(x):
+    """Energy of atoms x[atoms, 3]."""
+    i, j = np.triu_indices(len(x), 1)
+    inverse = 1 / jnp.sum((x[i] - x[j]) ** 2, axis=1) ** 3
+    return 4 * jnp.sum(inverse**2 - inverse)
+
+
+def lennard_jones_hessian(x):
+    """Pair by pair: phi'' along the bond, phi'/r across it."""
+    n = len(x)
+    H = np.zeros((n, 3, n, 3))
+    for i in range(n):
+        for j in range(i):
+            r = np.linalg.norm(x[i] - x[j])
+            first, second = 4 * (-12 * r**-13 + 6 * r**-7), 4 * (156 * r**-14 - 42 * r**-8)
+            along = np.outer(x[i] - x[j], x[i] - x[j]) / r**2
+            block = second * along + first / r * (np.eye(3) - along)
+            H[i, :, i] += block
+            H[j, :, j] += block
+            H[i, :, j] -= block
+            H[j, :, i] -= block
+    return H.reshape(3 * n, 3 * n)
+
+
+def icosahedron():
+    """Twelve vertices at distance 1.08 from a thirteenth atom in their centre."""
+    golden = (1 + 5**0.5) / 2
+    face = np.array([[0, a, b * golden] for a in (-1, 1) for b in (-1, 1)])
+    vertices = np.concatenate([np.roll(face, shift, axis=1) for shift in range(3)])
+    return np.concatenate([np.zeros((1, 3)), 1.08 * vertices / np.sqrt(1 + golden**2)])
+
+
+DIMER = np.array([[0.0, 0.0, 0.0], [2 ** (1 / 6), 0.0, 0.0]])
+
+
+# A Gaussian process: hyperparameters are the logarithms of two lengths, of the signal's variance and of the noise's
+
+
+def minus_log_evidence(theta, X, y):
+    scaled = X / jnp.exp(theta[:2])
+    squares = jnp.sum((scaled[:, None] - scaled[None]) ** 2, axis=2)
+    K = jnp.exp(theta[2] - 0.5 * squares) + jnp.exp(theta[3]) * jnp.eye(len(X), dtype=X.dtype)
+    L = jnp.linalg.cholesky(K)
+    white = jax.scipy.linalg.solve_triangular(L, y, lower=True)
+    return 0.5 * white @ white + jnp.sum(jnp.log(jnp.diag(L))) + 0.5 * len(X) * jnp.log(2 * jnp.pi)
+
+
+def kernel_derivatives(theta, X):
+    """K, its four first derivatives, and its second ones[4, 4], by hand."""
+    squares = [squareform(pdist(X[:, [k]], "sqeuclidean")) * np.exp(-2 * theta[k]) for k in range(2)]
+    signal, noise = np.exp(theta[2] - 0.5 * (squares[0] + squares[1])), np.exp(theta[3]) * np.eye(len(X))
+    factors = [*squares, np.ones_like(signal)]  # the derivative of the signal is the signal times these
+    first = np.stack([*(signal * factor for factor in factors), noise])
+    second = np.zeros((4, 4, *noise.shape))
+    second[3, 3] = noise
+    for i in range(3):
+        for j in range(3):
+            second[i, j] = signal * factors[i] * factors[j]
+        second[i, i] -= (2 * first[i]) if i < 2 else 0.0
+    return signal + noise, first, second
+
+
+def minus_log_evidence_gradient(theta, X, y):
+    """Rasmussen and Williams (2006), (5.9)."""
+    K, first, _ = kernel_derivatives(theta, X)
+    inverse = np.linalg.inv(K)
+    alpha = inverse @ y
+    return np.array([-0.5 * np.trace((np.outer(alpha, alpha) - inverse) @ K_i) for K_i in first])
+
+
+def minus_log_evidence_hessian(theta, X, y):
+    """(5.9) differentiated again: d alpha = -inv(K) K_j alpha, d inv(K) = -inv(K) K_j inv(K)."""
+    K, first, second = kernel_derivatives(theta, X)
+    inverse = np.linalg.inv(K)
+    alpha = inverse @ y
+    H = np.zeros((4, 4))
+    for i, K_i in enumerate(first):
+        for j, K_j in enumerate(first):
+            H[i, j] = alpha @ K_i @ inverse @ K_j @ alpha - 0.5 * np.trace(inverse @ K_j @ inverse @ K_i)
+            H[i, j] -= 0.5 * np.trace((np.outer(alpha, alpha) - inverse) @ second[i, j])
+    return H
+
+
+# Control flow
+
+
+def control(u, A, B):
+    """A linear system s' = A s + B u_t under scan; cost |s_t|^2 / 2 summed, and |u|^2 / 2."""
+
+    def step(s, u_t):
+        s = A @ s + B @ u_t
+        return s, 0.5 * s @ s
+
+    _, costs = lax.scan(step, jnp.ones(len(A), u.dtype), u)
+    return jnp.sum(costs) + 0.5 * jnp.sum(u**2)
+
+
+def control_hessian(u, A, B):
+    """I + G'G, where G[t, s] = A^(t-s) B takes the input at s to the state at t."""
+    steps = len(u)
+    power = [np.linalg.matrix_power(A, k) @ B for k in range(steps)]
+    G = np.block([[power[t - s] if s <= t else np.zeros_like(B) for s in range(steps)] for t in range(steps)])
+    return np.eye(u.size) + G.T @ G
+
+
+def recurrent(params, inputs, targets):
+    def step(h, input_and_target):
+        z, target = input_and_target
+        h = jnp.tanh(params["recur"] @ h + params["in"] @ z)
+        return h, (params["out"] @ h - target) ** 2
+
+    return jnp.sum(lax.scan(step, jnp.zeros(4, inputs.dtype), (inputs, targets))[1])
+
+
+def either(x):
+    return lax.cond(jnp.sum(x) > 0, lambda x: jnp.sum(x**4), lambda x: jnp.sum(jnp.exp(x)), x)
+
+
+def heron(x):
+    """Sum of square roots, by Heron's iteration with a fixed number of steps: a fori_loop that is a scan."""
+    return jnp.sum(lax.fori_loop(0, 12, lambda _, y: 0.5 * (y + x / y), jnp.ones_like(x)))
+
+
+def newton_roots(x):
+    """y with y^3 + y = x, elementwise, by Newton in a while_loop until it stands still."""
+
+    def unfinished(state):
+        count, _, change = state
+        return (change > 1e-6) & (count < 50)  # Newton squares the error: the last step leaves rounding
+
+    def newton(state):
+        count, y, _ = state
+        change = (y**3 + y - x) / (3 * y**2 + 1)
+        return count + 1, y - change, jnp.max(jnp.abs(change))
+
+    return lax.while_loop(unfinished, newton, (0, jnp.zeros_like(x), jnp.array(1.0, x.dtype)))[1]
+
+
+def implicit(x):
+    """Sum of squares of the roots; custom_root differentiates what the roots satisfy and never the loop."""
+    roots = lax.custom_root(
+        lambda y: y**3 + y - x,
+        jnp.zeros_like(x),
+        lambda f, _: newton_roots(x),
+        lambda g, rhs: rhs / g(jnp.ones_like(rhs)),
+    )
+    return jnp.sum(roots**2)
+
+
+def real_roots(x):
+    """The same by Cardano's formula, in the form for one real root that does not cancel."""
+    return 2 / np.sqrt(3) * np.sinh(np.arcsinh(1.5 * np.sqrt(3) * x) / 3)
+
+
+def implicit_hessian(x):
+    y = real_roots(x)
+    first = 1 / (3 * y**2 + 1)
+    return np.diag(2 * first**2 - 12 * y**2 * first**3)
+
+
+# Transforms, random numbers, integers
+
+
+def power_spectrum(x, weights):
+    return jnp.sum(weights * jnp.abs(jnp.fft.rfft(x)) ** 2)
+
+
+def power_spectrum_hessian(x, weights):
+    """Circulant: its first column is the weights' cosine transform."""
+    angles = 2 * np.pi * np.outer(np.arange(len(x)), np.arange(len(weights))) / len(x)
+    return scipy.linalg.circulant(2 * np.cos(angles) @ weights)
+
+
+def log_cosh(z):
+    return jnp.logaddexp(z, -z) - np.log(2.0)
+
+
+def filtered(x, c):
+    """Sum of log cosh of the circular convolution of c and x."""
+    return jnp.sum(log_cosh(jnp.fft.irfft(jnp.fft.rfft(c) * jnp.fft.rfft(x), len(x))))
+
+
+def filtered_hessian(x, c):
+    C = scipy.linalg.circulant(c)
+    return (C.T / np.cosh(C @ x) ** 2) @ C
+
+
+def draw(key):
+    """Features[40, 6] of the key's; of 32 bits always, so that both precisions see the same numbers."""
+    return jax.random.normal(jax.random.wrap_key_data(key), (40, 6), jnp.float32)
+
+
+def random_features(x, key):
+    return jnp.mean(log_cosh(draw(key).astype(x.dtype) @ x))
+
+
+def random_features_hessian(x, key):
+    Z = np.asarray(draw(key), np.float64)
+    return (Z.T / np.cosh(Z @ x) ** 2) @ Z / len(Z)
+
+
+def key_data(seed):
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
+
+
+TOKENS = np.array([[1, 4, 1], [6, 3, 4]])
+"""Of a vocabulary of eight: 0, 2, 5 and 7 never occur."""
+
+
+def gathered(table, tokens, U):
+    return jnp.sum(log_cosh(jnp.sum(table[tokens] * U, axis=-1)))
+
+
+def gathered_hessian(table, tokens, U):
+    size = table.shape[1]
+    H = np.zeros((len(table), size, len(table), size))
+    for token, u in zip(tokens.ravel(), U.reshape(-1, size), strict=True):
+        H[token, :, token] += np.outer(u, u) / np.cosh(table[token] @ u) ** 2
+    return H.reshape(table.size, table.size)
+
+
+# Networks
+
+
+def convolutional(params, images, labels):
+    """Two convolutions, the second with stride, mean pooling, a linear layer, cross-entropy."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    h = jnp.tanh(lax.conv_general_dilated(images, params["one"], (1, 1), "SAME", dimension_numbers=layout))
+    h = jnp.tanh(lax.conv_general_dilated(h, params["two"], (2, 2), "VALID", dimension_numbers=layout))
+    return cross_entropy(jnp.mean(h, axis=(1, 2)) @ params["out"], labels)
+
+
+def cross_entropy(logits, labels):
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1))
+
+
+def layer_norm(h, scale, bias):
+    centred = h - jnp.mean(h, axis=-1, keepdims=True)
+    return scale * centred * lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-2) + bias
+
+
+def transformer(params, tokens, labels):
+    """A causal block of two heads with pre-normalization, a GELU network, and logits by the tied embedding."""
+    h = params["embed"][tokens]
+    q, k, v = jnp.einsum("td,kdhe->khte", layer_norm(h, *params["norm1"]), params["qkv"])
+    scores = q @ jnp.swapaxes(k, -1, -2) / np.sqrt(2.0)
+    seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+    attended = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)) @ v
+    h = h + jnp.einsum("hte,hed->td", attended, params["out"])
+    h = h + jax.nn.gelu(layer_norm(h, *params["norm2"]) @ params["up"]) @ params["down"]
+    return cross_entropy(h @ params["embed"].T, labels)
+
+
+def relu_network(params, X, y):
+    return 0.5 * jnp.mean((jax.nn.relu(X @ params["w1"] + params["b1"]) @ params["w2"] - y) ** 2)
+
+
+RELU = Case(
+    relu_network,
+    {"w1": normal(40, 3, 5), "b1": normal(41, 5), "w2": normal(42, 5)},
+    (normal(43, 12, 3), normal(44, 12)),
+)
+
+ZOO = {
+    "laplacian/dirichlet": laplacian_case("dirichlet"),
+    "laplacian/neumann": laplacian_case("neumann"),
+    "laplacian/periodic": laplacian_case("periodic"),
+    "quadratic": Case(quadratic, normal(3, 20), ((BASIS * SPECTRUM) @ BASIS.T,), lambda x, A: (A + A.T) / 2),
+    "least_squares": Case(
+        least_squares,
+        {"w": normal(4, 7), "b": normal(5)},
+        (normal(6, 30, 7), normal(7, 30)),
+        least_squares_hessian,
+    ),
+    "log_sum_exp": Case(jax.nn.logsumexp, normal(8, 15, scale=2.0), hessian=log_sum_exp_hessian),
+    "log_det": Case(minus_log_det, normal(9, 4, 4) + 4 * np.eye(4), hessian=minus_log_det_hessian),
+    "lennard_jones/dimer": Case(lennard_jones, DIMER, hessian=lennard_jones_hessian),
+    "lennard_jones/cluster": Case(
+        lennard_jones, icosahedron() + normal(10, 13, 3, scale=0.05), hessian=lennard_jones_hessian
+    ),
+    "gaussian_process": Case(
+        minus_log_evidence,
+        np.array([0.2, -0.3, 0.4, -1.0]),
+        (normal(11, 25, 2), normal(12, 25)),
+        minus_log_evidence_hessian,
+    ),
+    "scan/control": Case(control, normal(13, 6, 2), (normal(14, 3, 3, scale=0.5), normal(15, 3, 2)), control_hessian),
+    "scan/recurrent": Case(
+        recurrent,
+        {"recur": normal(16, 4, 4, scale=0.5), "in": normal(17, 4, 2), "out": normal(18, 4)},
+        (normal(19, 6, 2), normal(20, 6)),
+    ),
+    "cond/true": Case(either, normal(21, 6) + 1.0, hessian=lambda x: np.diag(12 * x**2)),
+    "cond/false": Case(either, normal(22, 6) - 1.0, hessian=lambda x: np.diag(np.exp(x))),
+    "fori_loop": Case(heron, 0.5 + normal(23, 6) ** 2, hessian=lambda x: np.diag(-0.25 * x**-1.5)),
+    "custom_root": Case(implicit, normal(24, 6, scale=3.0), hessian=implicit_hessian),
+    "fft/even": Case(power_spectrum, normal(25, 12), (normal(26, 7) ** 2,), power_spectrum_hessian),
+    "fft/odd": Case(power_spectrum, normal(27, 13), (normal(28, 7) ** 2,), power_spectrum_hessian),
+    "fft/filtered": Case(filtered, normal(29, 12), (normal(30, 12, scale=0.5),), filtered_hessian),
+    "random": Case(random_features, normal(31, 6), (key_data(5),), random_features_hessian),
+    "gather": Case(gathered, normal(32, 8, 3), (TOKENS, normal(33, 2, 3, 3)), gathered_hessian),
+    "convolutional": Case(
+        convolutional,
+        {"one": normal(34, 3, 3, 1, 3, scale=0.5), "two": normal(35, 2, 2, 3, 4, scale=0.5), "out": normal(36, 4, 3)},
+        (normal(37, 6, 6, 6, 1), np.arange(6) % 3),
+    ),
+    "relu": RELU,
+    "transformer": Case(
+        transformer,
+        {
+            "embed": normal(50, 6, 4),
+            "norm1": 1.0 + normal(51, 2, 4, scale=0.3),
+            "qkv": normal(52, 3, 4, 2, 2, scale=0.5),
+            "out": normal(53, 2, 2, 4, scale=0.5),
+            "norm2": 1.0 + normal(54, 2, 4, scale=0.3),
+            "up": normal(55, 4, 8, scale=0.5),
+            "down": normal(56, 8, 4, scale=0.5),
+        },
+        (np.array([3, 1, 4, 1, 5, 0, 2]), np.array([1, 4, 1, 5, 0, 2, 3])),
+    ),
+}
+# Numbers of 32 bits, so that both precisions are asked for the Hessian at the same place.
+ZOO = {
+    name: case._replace(
+        x=cast(cast(case.x, np.float32), np.float64), data=cast(cast(case.data, np.float32), np.float64)
+    )
+    for name, case in ZOO.items()
+}
+ONLY_IN_FLOAT64 = {"laplacian/neumann", "laplacian/periodic", "cond/false", "fft/odd", "transformer"}
+"""For time's sake: twins of others, and the one that takes ten seconds to compile."""
+WITHOUT_CLOSED_FORM = [name for name, case in ZOO.items() if case.hessian is None]
+
+
+@functools.cache
+def truth(name):
+    """The dense Hessian of a case, in float64 and without hvpd."""
+    case = ZOO[name]
+    if case.hessian is not None:
+        return case.hessian(case.x, *case.data)
+    with jax.enable_x64(True):
+        flat, unravel = jax.flatten_util.ravel_pytree(case.x)
+        return np.asarray(jax.jit(jax.hessian(lambda x: case.fun(unravel(x), *case.data)))(flat))
+
+
+def differenced(name):
+    """Gradient and Hessian by central differences of values and gradients; Richardson's step leaves errors of h^4."""
+    case, h = ZOO[name], 5e-4
+    with jax.enable_x64(True):
+        flat, unravel = jax.flatten_util.ravel_pytree(case.x)
+        evaluate = jax.jit(jax.vmap(jax.value_and_grad(lambda x: case.fun(unravel(x), *case.data))))
+        steps = np.concatenate([step * np.eye(len(flat)) for step in (h, -h, h / 2, -h / 2)])
+        outputs = [np.split(np.asarray(output), 4) for output in evaluate(np.asarray(flat) + steps)]
+    return [
+        (4 * (right - left) / h - (far_right - far_left) / (2 * h)) / 3 for far_right, far_left, right, left in outputs
+    ]
+
+
+@pytest.fixture(scope="module")
+def registered(client):
+    """Objectives of the zoo, by name, dtype and mode; each is traced once for all tests."""
+
+    @functools.cache
+    def register(name, dtype=np.float64, mode="forward_over_reverse"):
+        case = ZOO[name]
+        platforms = (client.server.platform,)  # one is half the time of two, and nothing here differs by platform
+        return client.register(case.fun, cast(case.x, dtype), *cast(case.data, dtype), mode=mode, platforms=platforms)
+
+    return register
+
+
+def check_products(objective, name, dtype):
+    """A block and single vectors; the data are those of the registration."""
+    expected = truth(name)
+    assert (objective.dtype, objective.n) == (dtype, len(expected))
+    H = objective.at(cast(ZOO[name].x, dtype)).hessian()
+    V = normal(99, len(expected), 4).astype(dtype)
+    assert relative(H @ V, expected @ V) < TOLERANCE[dtype]
+    for v in V.T:  # fused at first, from residuals later
+        assert relative(H @ v, expected @ v) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_products_in_float64(registered, name):
+    check_products(registered(name), name, np.float64)
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in ONLY_IN_FLOAT64])
+def test_products_in_float32(registered, name):
+    check_products(registered(name, np.float32), name, np.float32)
+
+
+@pytest.mark.parametrize("mode", ["reverse_over_reverse", "linearized"])
+@pytest.mark.parametrize("name", ["log_det", "scan/control", "cond/true", "custom_root", "fft/filtered", "gather"])
+def test_products_in_other_modes(registered, name, mode):
+    objective = registered(name, mode=mode)
+    assert objective.mode == mode
+    check_products(objective, name, np.float64)
+
+
+@pytest.mark.parametrize("name", WITHOUT_CLOSED_FORM)
+def test_without_a_closed_form_differences_agree(registered, name):
+    point = registered(name).at(ZOO[name].x)
+    gradient, hessian = differenced(name)
+    assert relative(point.gradient, gradient) < 1e-7
+    V = normal(98, len(hessian), 3)
+    assert relative(point.hessian() @ V, hessian @ V) < 1e-7
+
+
+def test_the_relu_network_is_away_from_its_kinks():
+    """No unit changes sign within a difference's step, and some are on, some off: else it would be no test of ReLU."""
+    X = RELU.data[0]
+    before = X @ RELU.x["w1"] + RELU.x["b1"]
+    assert np.abs(before).min() > 1e-3 * max(1.0, np.abs(X).max())
+    assert 0.2 < np.mean(before > 0) < 0.8
+
+
+# Eigenvalues
+
+
+@pytest.mark.parametrize("boundary", ["dirichlet", "neumann", "periodic"])
+def test_eigsh_finds_the_laplacians_spectrum(registered, boundary):
+    case = ZOO[f"laplacian/{boundary}"]
+    H = registered(f"laplacian/{boundary}").at(case.x).hessian()
+    spectrum = np.sort(-laplacian(boundary).eigenvalues())
+    assert np.linalg.eigvalsh(dense(H)) == pytest.approx(spectrum, rel=1e-12, abs=1e-13)
+    for which, expected in (("LA", spectrum[-6:]), ("SA", spectrum[:6])):
+        found = eigsh(H, 6, which=which, tol=1e-12, v0=np.arange(1.0, H.shape[0] + 1), return_eigenvectors=False)
+        assert np.sort(found) == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
+def test_a_prescribed_spectrum_of_both_signs(registered):
+    A = (BASIS * SPECTRUM) @ BASIS.T
+    H = registered("quadratic").at(ZOO["quadratic"].x, A).hessian()
+    assert np.linalg.eigvalsh(dense(H)) == pytest.approx(np.sort(SPECTRUM), abs=1e-12)
+    found = eigsh(H, 4, which="BE", v0=np.ones(20), return_eigenvectors=False)
+    assert np.sort(found) == pytest.approx(np.sort(SPECTRUM)[[0, 1, -2, -1]], rel=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_log_sum_exp_does_not_bend_along_ones(registered, dtype):
+    """Nor does it for numbers whose exponentials overflow."""
+    objective = registered("log_sum_exp", dtype)
+    x = ZOO["log_sum_exp"].x.astype(dtype)
+    for shift in (0.0, 1e4):
+        H = objective.at(x + dtype(shift)).hessian()
+        assert np.abs(H @ np.ones(len(x), dtype)).max() < 4 * np.finfo(dtype).eps
+        assert relative(dense(H), log_sum_exp_hessian((x + dtype(shift)).astype(np.float64))) < TOLERANCE[dtype]
+
+
+def test_the_lennard_jones_dimer_has_one_mode_that_is_not_zero(registered):
+    H = dense(registered("lennard_jones/dimer").at(DIMER).hessian())
+    assert relative(H, lennard_jones_hessian(DIMER)) < 1e-10
+    *zero, stretch = np.linalg.eigvalsh(H)
+    assert np.abs(zero).max() < 1e-13 * stretch
+    assert stretch == pytest.approx(144 / 2 ** (1 / 3), rel=1e-14)
+    assert round(stretch, 4) == 114.2929
+
+
+def test_the_lennard_jones_icosahedron(registered):
+    """LJ13's global minimum, found from a distorted start: its energy and modes are published to the digits given."""
+    objective = registered("lennard_jones/cluster")
+    start = ZOO["lennard_jones/cluster"].x
+    found = minimize(
+        objective.value_and_grad,
+        start.ravel(),
+        jac=True,
+        hessp=objective.hessp,
+        method="trust-ncg",
+        options={"gtol": 1e-4},
+    )
+    assert found.success
+    x = found.x
+    for _ in range(
+        2
+    ):  # Newton's steps, to rounding: what is left of the gradient is in the eigenvalues of the rotations
+        point = objective.at(x)
+        x = x - np.linalg.lstsq(dense(point.hessian()), point.gradient, rcond=1e-6)[0]
+    point = objective.at(x)
+    assert np.linalg.norm(point.gradient) < 1e-11
+    assert round(point.value, 6) == -44.326801
+    H = dense(point.hessian())
+    assert relative(H, lennard_jones_hessian(x.reshape(-1, 3))) < 1e-10
+    modes = np.linalg.eigvalsh(H)
+    zero = np.abs(modes) < 1e-12 * modes[-1]
+    assert zero.sum() == 6
+    assert round(modes[~zero][0], 3) == 42.654
+    assert round(modes[-1], 3) == 592.740
+    top = eigsh(point.hessian(), 3, which="LA", v0=np.arange(1.0, 40.0), return_eigenvectors=False)
+    assert top == pytest.approx(modes[-3:], rel=1e-10)
+
+
+# What is special about one or another
+
+
+def test_a_gaussian_processs_gradient_and_value(registered):
+    """In float64, against Rasmussen and Williams (5.8) and (5.9)."""
+    case = ZOO["gaussian_process"]
+    point = registered("gaussian_process").at(case.x)
+    X, y = case.data
+    K = kernel_derivatives(case.x, X)[0]
+    assert point.value == pytest.approx(-multivariate_normal(np.zeros(len(y)), K).logpdf(y), rel=1e-12)
+    assert relative(point.gradient, minus_log_evidence_gradient(case.x, X, y)) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["true", "false"])
+def test_one_objective_takes_both_sides_of_its_cond(registered, name):
+    """Whichever side the registration's x was on; and a block at one point never sees another's."""
+    objective = registered(f"cond/{name}")
+    on, off = (objective.at(ZOO[f"cond/{side}"].x).hessian() for side in ("true", "false"))
+    for _ in range(2):
+        assert relative(dense(on), truth("cond/true")) < 1e-10
+        assert relative(dense(off), truth("cond/false")) < 1e-10
+
+
+def test_another_key_is_another_hessian(registered):
+    """Keys are data: bound at a point, without another registration."""
+    x, objective = ZOO["random"].x, registered("random")
+    for seed in (5, 6):
+        expected = random_features_hessian(x, key_data(seed))
+        assert relative(dense(objective.at(x, key_data(seed)).hessian()), expected) < 1e-10
+    assert relative(truth("random"), expected) > 0.1
+
+
+def test_rows_that_no_token_names_are_zero(registered):
+    H = dense(registered("gather").at(ZOO["gather"].x).hessian()).reshape(8, 3, 8, 3)
+    untouched = [row for row in range(8) if row not in TOKENS]
+    assert untouched == [0, 2, 5, 7]
+    assert not H[untouched].any()
+    assert not H[:, :, untouched].any()
+    assert H[1].any()
+    assert H[3].any()
+
+
+def test_other_tokens_at_the_same_objective(registered):
+    case = ZOO["gather"]
+    _, U = case.data
+    other = np.array([[0, 2, 2], [7, 0, 5]])
+    H = registered("gather").at(case.x, other, U).hessian()
+    assert relative(dense(H), gathered_hessian(case.x, other, U)) < 1e-10
+
+
+# while_loop: forward mode only, and every Hessian begins with a gradient
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_while_loop_over_x_is_refused_in_every_mode(client, mode):
+    def solved(x):
+        return jnp.sum(newton_roots(x) ** 2)
+
+    says = r"differentiate or export solved: .*Reverse-mode differentiation does not work for lax\.while_loop"
+    with pytest.raises(hvpd.InvalidArgumentError, match=says):
+        client.register(solved, np.ones(3), mode=mode)
+
+
+def test_a_fori_loop_of_a_traced_length_is_a_while_loop(client):
+    def steps(x, count):
+        return jnp.sum(lax.fori_loop(0, count, lambda _, y: 0.5 * (y + x / y), x))
+
+    with pytest.raises(hvpd.InvalidArgumentError, match=r"Reverse-mode.*fori_loop with dynamic start/stop"):
+        client.register(steps, np.ones(3), np.int32(4))
+
+
+@pytest.mark.parametrize("mode", ["forward_over_reverse", "reverse_over_reverse", "linearized"])
+def test_a_while_loop_that_nothing_differentiates_is_fine(client, mode):
+    """Before stop_gradient, behind it, or over data: the roots are constants."""
+    x, b = normal(60, 4), normal(61, 4)
+
+    def weighted(x, b):
+        before = lax.stop_gradient(newton_roots(x))
+        behind = newton_roots(lax.stop_gradient(2 * x))
+        return jnp.sum(x**2 * before + x**3 * behind + x**4 * newton_roots(b))
+
+    H = client.register(weighted, x, b, mode=mode).at(x).hessian()
+    expected = np.diag(2 * real_roots(x) + 6 * x * real_roots(2 * x) + 12 * x**2 * real_roots(b))
+    assert relative(dense(H), expected) < 1e-10
+    assert relative(H @ b, expected @ b) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "name", ["log_det", "scan/control", "cond/true", "custom_root", "fft/filtered", "random", "gather"]
+)
+def test_a_block_in_one_launch(registered, name):
+    """Until its program is compiled, in the background, narrower ones make a block; here one launch has made all of it.
+
+    Last in the file, so that the other tests have given the compiler its time.
+    """
+    objective, expected = registered(name), truth(name)
+    H, V = objective.at(ZOO[name].x).hessian(), normal(97, len(expected), 4)
+    for _ in range(20_000):
+        assert relative(H @ V, expected @ V) < 1e-10
+        if any(choice.width == 4 and choice.hvp_seconds for choice in objective.plan()):
+            break
+    else:
+        pytest.fail(f"no launch of four vectors: {objective.plan()}")
