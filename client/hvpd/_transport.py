@@ -5,16 +5,14 @@ for each other, and a reply never changes threads.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import ipaddress
 import os
-import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -30,6 +28,7 @@ from hvpd._errors import (
     failure_of_status,
     to_error,
 )
+from hvpd._stream import Filling, RpcFailure, Stream, never_free
 from hvpd._version import __version__
 from hvpd.v1 import (
     blob_pb2,
@@ -42,20 +41,11 @@ from hvpd.v1 import (
 )
 
 _T = TypeVar("_T")
-_Message = TypeVar("_Message")
 
 _INLINE_BYTES = 64 << 10
 """Points up to this size send x with the question whether it is resident."""
 
 _CODE = grpc.StatusCode
-
-
-class RpcFailure(Exception):  # noqa: N818 - not an error of its own: `Transport.call` retries it, or makes an HvpdError of it
-    """What one attempt met."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +112,7 @@ class Transport:
         )
         self._local = _is_local(host)
         self._owner = os.getpid()
-        self._streams: list[_Stream[curvature_pb2.StreamProductsRequest, curvature_pb2.StreamProductsResponse]] = []
+        self._streams: list[Stream[curvature_pb2.StreamProductsRequest, curvature_pb2.StreamProductsResponse]] = []
         self._lock = threading.Lock()
         self._statistics = Statistics()
         self._closed = False
@@ -159,7 +149,7 @@ class Transport:
         or to close, may wait for ever. Calls of other threads go on with it.
         """
         with self._lock:
-            _never_free((self._channel, self._streams))
+            never_free((self._channel, self._streams))
             self._streams = []
             self._open_channel()
 
@@ -301,9 +291,9 @@ class Transport:
         inline = bytes(payload) if len(payload) <= _INLINE_BYTES else b""
 
         def attempt(left: float | None) -> tuple[curvature_pb2.Point, _codec.Array]:
-            stream: _Stream[curvature_pb2.CreatePointRequest, curvature_pb2.CreatePointResponse]
-            stream = _Stream(self._curvature.CreatePoint, self._metadata, left)
-            point, gradient = None, _Filling(x.shape, x.dtype)
+            stream: Stream[curvature_pb2.CreatePointRequest, curvature_pb2.CreatePointResponse]
+            stream = Stream(self._curvature.CreatePoint, self._metadata, left)
+            point, gradient = None, Filling(x.shape, x.dtype)
             try:
                 stream.send([curvature_pb2.CreatePointRequest(spec=spec, inline_x=inline)])
                 while point is None or not gradient.complete:
@@ -346,7 +336,7 @@ class Transport:
         result = np.empty((sum(map(len, parts)), *columns), parts[0].dtype)
         answers, row = [], 0
         for part in parts:
-            answers.append(_Filling((len(part), *columns), part.dtype, result[row : row + len(part)]))
+            answers.append(Filling((len(part), *columns), part.dtype, result[row : row + len(part)]))
             row += len(part)
         open_answers, failure = len(parts), None
         with self._stream(left) as stream:
@@ -378,14 +368,14 @@ class Transport:
     @contextlib.contextmanager
     def _stream(
         self, left: float | None
-    ) -> "Iterator[_Stream[curvature_pb2.StreamProductsRequest, curvature_pb2.StreamProductsResponse]]":
+    ) -> "Iterator[Stream[curvature_pb2.StreamProductsRequest, curvature_pb2.StreamProductsResponse]]":
         """A stream for one exchange. With a timeout it is a new one, whose deadline the server sees; else one of the pool."""
         stream = None
         if left is None:
             with self._lock:
                 stream = self._streams.pop() if self._streams else None
         if stream is None:
-            stream = _Stream(self._curvature.StreamProducts, self._metadata, left)
+            stream = Stream(self._curvature.StreamProducts, self._metadata, left)
         try:
             yield stream
         except BaseException as error:  # Nobody knows what is still on its way.
@@ -399,58 +389,6 @@ class Transport:
             stream.close()
 
 
-class _Stream(Generic[_Message, _T]):
-    """A bidirectional call: messages are taken from a queue of iterables, one at a time, as the transport has room for them."""
-
-    def __init__(self, method: Callable[..., Any], metadata: Any, timeout: float | None) -> None:
-        self._outgoing: queue.SimpleQueue[Iterable[_Message] | None] = queue.SimpleQueue()
-        self._call = method(_drain(self._outgoing), metadata=metadata, timeout=timeout)
-        self._next_tag = 1
-
-    def reserve_tags(self, count: int) -> int:
-        """The first of `count` tags that were not used on this stream."""
-        first = self._next_tag
-        self._next_tag += count
-        return first
-
-    def send(self, messages: Iterable[_Message]) -> None:
-        """Sends messages, in the background; an iterator is advanced only as fast as they leave."""
-        self._outgoing.put(messages)
-
-    def receive(self) -> _T:
-        """Waits for the next message.
-
-        Raises:
-            RpcFailure: The stream broke or ended.
-        """
-        try:
-            return next(self._call)  # type: ignore[no-any-return]
-        except StopIteration:
-            raise RpcFailure(Failure(_CODE.UNAVAILABLE, "the server ended the stream")) from None
-        except grpc.RpcError as error:
-            failure = failure_of_rpc(error)
-            if failure.code is _CODE.CANCELLED:  # The server drains: go elsewhere, or come back.
-                failure = dataclasses.replace(failure, code=_CODE.UNAVAILABLE)
-            raise RpcFailure(failure) from None
-
-    def close(self) -> None:
-        """Ends the call."""
-        self._outgoing.put(None)
-        self._call.cancel()
-
-    def drop(self, error: BaseException) -> None:
-        """Ends the call after an error; after an interrupt, leaves it as it is (see `Transport._abandon`)."""
-        if isinstance(error, Exception):
-            self.close()
-        else:
-            _never_free(self)
-
-
-def _drain(outgoing: "queue.SimpleQueue[Iterable[_Message] | None]") -> Iterator[_Message]:
-    while (messages := outgoing.get()) is not None:
-        yield from messages
-
-
 def _requests(
     spec: curvature_pb2.ProductSpec, parts: Sequence[_codec.Array], first: int
 ) -> Iterator[curvature_pb2.StreamProductsRequest]:
@@ -460,33 +398,6 @@ def _requests(
         opening.k = len(part)
         for index, chunk in enumerate(_codec.chunks(_codec.payload(part))):
             yield curvature_pb2.StreamProductsRequest(tag=tag, spec=None if index else opening, chunk=bytes(chunk))
-
-
-class _Filling:
-    """An array that is filled from consecutive chunks."""
-
-    def __init__(self, shape: Sequence[int], dtype: np.dtype[Any], target: _codec.Array | None = None) -> None:
-        self.array = np.empty(shape, dtype) if target is None else target
-        self._bytes = self.array.reshape(-1).view(np.uint8).data
-        self._filled = 0
-
-    def append(self, chunk: bytes) -> None:
-        end = self._filled + len(chunk)
-        if end > len(self._bytes):
-            raise RpcFailure(
-                Failure(_CODE.DATA_LOSS, f"the server sent more than the {len(self._bytes)} bytes of an array")
-            )
-        self._bytes[self._filled : end] = chunk
-        self._filled = end
-
-    @property
-    def complete(self) -> bool:
-        return self._filled == len(self._bytes)
-
-
-def _never_free(thing: object) -> None:
-    """Keeps an object beyond the end of the interpreter: gRPC's destructors, too, take the locks that an interrupt left behind."""
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def _host(address: object) -> str:

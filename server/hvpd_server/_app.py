@@ -38,6 +38,7 @@ from hvpd_server import _service
 from hvpd_server._config import Config
 from hvpd_server._engine import Engine, Limits
 from hvpd_server._errors import ServiceError
+from hvpd_server._gate import Gate
 from hvpd_server._kernels import Device
 from hvpd_server._metrics import Metrics
 from hvpd_server._store import Store
@@ -74,7 +75,7 @@ class App:
         self.metrics.build.info({"version": hvpd.__version__, "jax": device.jax_version, "platform": device.platform})
         limits = Limits(config.memory_budget or default_budget(device), config.max_block_width, config.max_pending)
         self.engine = Engine(store, device, limits, self.metrics)
-        self._gate = _service.Gate()
+        self._gate = Gate()
         self._server = grpc.server(
             ThreadPoolExecutor(config.max_calls, thread_name_prefix="hvpd-call"),
             interceptors=[self._gate],

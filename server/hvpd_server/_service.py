@@ -1,9 +1,7 @@
 """The wire: decodes and validates requests, calls the engine, answers. Knows gRPC and no jax."""
 
-import contextlib
 import functools
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -12,7 +10,6 @@ import grpc
 import numpy as np
 from google.protobuf import timestamp_pb2
 from google.rpc import status_pb2
-from grpc_status import rpc_status
 
 import hvpd
 from hvpd import _codec, _protocol
@@ -28,6 +25,8 @@ from hvpd.v1 import (
 )
 from hvpd_server._engine import Engine, Point
 from hvpd_server._errors import Code, ServiceError, to_status
+from hvpd_server._gate import abort
+from hvpd_server._streams import Streams
 
 _log = logging.getLogger(__name__)
 
@@ -37,20 +36,13 @@ _ARRIVING = 16
 """Most products whose chunks may interleave on one stream."""
 
 
-def _abort(context: grpc.ServicerContext, error: Exception) -> None:
-    """Ends the call with the error's status. A call that is already dead is left alone."""
-    if isinstance(error, grpc.RpcError):
-        raise error
-    context.abort_with_status(rpc_status.to_status(to_status(error)))
-
-
 def _unary(method: Callable[[Any, Any, grpc.ServicerContext], _T]) -> Callable[[Any, Any, grpc.ServicerContext], _T]:
     @functools.wraps(method)
     def call(self: Any, request: Any, context: grpc.ServicerContext) -> _T:
         try:
             return method(self, request, context)
         except Exception as error:
-            _abort(context, error)
+            abort(context, error)
             raise
 
     return call
@@ -64,7 +56,7 @@ def _streaming(
         try:
             yield from method(self, request, context)
         except Exception as error:  # noqa: BLE001 - likewise
-            _abort(context, error)
+            abort(context, error)
 
     return call
 
@@ -284,112 +276,6 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         self, request: server_pb2.GetServerRequest, context: grpc.ServicerContext
     ) -> server_pb2.GetServerResponse:
         return self._response
-
-
-class Gate(grpc.ServerInterceptor):
-    """Refuses calls that cannot be served: all while the server warms up, and those of clients whose protocol revision is
-    not served. Clients that say no revision (grpcurl) are taken at their word.
-    """
-
-    def __init__(self) -> None:
-        self.open = False
-
-    def intercept_service(
-        self,
-        continuation: "Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Any, Any] | None]",
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> "grpc.RpcMethodHandler[Any, Any] | None":
-        """Continues, or answers why not."""
-        method = str(handler_call_details.method)
-        if not method.startswith("/hvpd.") or method == "/hvpd.v1.ServerService/GetServer":
-            return continuation(handler_call_details)
-        metadata = {str(key): str(value) for key, value in handler_call_details.invocation_metadata or ()}
-        said = metadata.get(_protocol.REVISION_KEY, "")
-        if said and not (said.isdecimal() and _protocol.OLDEST <= int(said) <= _protocol.NEWEST):
-            return _refusing(
-                ServiceError(
-                    Code.FAILED_PRECONDITION,
-                    "PROTOCOL_MISMATCH",
-                    f"the client (hvpd {metadata.get(_protocol.VERSION_KEY, 'unknown')}) speaks protocol {said}, this server "
-                    f"(hvpd {hvpd.__version__}) speaks {_protocol.OLDEST} to {_protocol.NEWEST}: install the same version on both",
-                )
-            )
-        if not self.open:
-            return _refusing(
-                ServiceError(Code.UNAVAILABLE, "WARMING_UP", "the server is warming its programs", retry_after=0.2)
-            )
-        return continuation(handler_call_details)
-
-
-def _refusing(error: ServiceError) -> "grpc.RpcMethodHandler[Any, Any]":
-    def refuse(request: Any, context: grpc.ServicerContext) -> Any:
-        _abort(context, error)
-
-    return grpc.unary_unary_rpc_method_handler(refuse)
-
-
-class Streams:
-    """The open product streams: a drain ends the idle ones and lets the busy ones finish, and one stream too many ends the one
-    that has been idle for longest. Each takes a thread, and whoever is sent away comes back when it has something to ask.
-
-    Args:
-        limit: Most streams that are kept open.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._open: dict[Stream, None] = {}
-        self._draining = False
-
-    @contextlib.contextmanager
-    def opened(self, context: grpc.ServicerContext) -> "Iterator[Stream]":
-        """Registers a stream while it is open."""
-        stream = Stream(self, context)
-        with self._lock:
-            self._open[stream] = None
-            idle = next((other for other in self._open if not other.busy), None)
-            crowded = len(self._open) > self._limit
-        if crowded and idle is not None and idle is not stream:
-            idle.context.cancel()
-        try:
-            yield stream
-        finally:
-            with self._lock:
-                del self._open[stream]
-
-    def rest(self, stream: "Stream") -> bool:
-        """Notes that a stream is idle, as the last of all; returns whether it must end."""
-        with self._lock:
-            stream.busy = False
-            del self._open[stream]
-            self._open[stream] = None
-            return self._draining
-
-    def drain(self) -> None:
-        """Ends idle streams now, busy ones after what they have begun."""
-        with self._lock:
-            self._draining = True
-            idle = [stream for stream in self._open if not stream.busy]
-        for stream in idle:
-            stream.context.cancel()
-
-
-class Stream:
-    """One open stream."""
-
-    def __init__(self, streams: Streams, context: grpc.ServicerContext) -> None:
-        self._streams = streams
-        self.context: Any = context
-        self.busy = False
-
-    def begin(self) -> None:
-        """A message came."""
-        self.busy = True
-
-    def end(self) -> bool:
-        """Everything was answered. Returns whether the stream must end."""
-        return self._streams.rest(self)
 
 
 class _Vectors:
