@@ -114,7 +114,7 @@ class Transport:
         self._owner = os.getpid()
         self._streams: list[Stream[curvature_pb2.StreamProductsRequest, curvature_pb2.StreamProductsResponse]] = []
         self._lock = threading.Lock()
-        self._statistics = Statistics()
+        self._counts: dict[str, Any] = dataclasses.asdict(Statistics())
         self._closed = False
         self._open_channel()
         try:
@@ -192,12 +192,12 @@ class Transport:
     def statistics(self) -> Statistics:
         """Counts so far."""
         with self._lock:
-            return self._statistics
+            return Statistics(**self._counts)
 
-    def _count(self, **increments: float) -> None:
+    def _count(self, **increments: Any) -> None:
         with self._lock:
-            values = {name: getattr(self._statistics, name) + more for name, more in increments.items()}
-            self._statistics = dataclasses.replace(self._statistics, **values)
+            for name, increment in increments.items():
+                self._counts[name] += increment
 
     # One call
 
