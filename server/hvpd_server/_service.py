@@ -299,9 +299,7 @@ class _Vectors:
             self._buffer = chunk
         else:
             if self._buffer is None:
-                self._buffer = memoryview(np.empty(self._size, np.uint8)).cast(
-                    "B"
-                )  # Not zeroed: all of it is overwritten.
+                self._buffer = np.empty(self._size, np.uint8).data  # Not zeroed: all of it is overwritten.
             self._buffer[self._received : end] = chunk
         self._received = end
         return self.complete
