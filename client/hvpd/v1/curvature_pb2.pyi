@@ -194,6 +194,7 @@ class ProductSpec(google.protobuf.message.Message):
     K_FIELD_NUMBER: builtins.int
     QUADRATIC_FORM_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    BLOCK_FIELD_NUMBER: builtins.int
     point_id: builtins.str
     """Point.id."""
     operator: Global___Operator.ValueType
@@ -204,6 +205,8 @@ class ProductSpec(google.protobuf.message.Message):
     """Whether to answer v'Hv for each vector, k numbers in the objective's dtype, in place of the vectors HV[k,n]."""
     seed: builtins.int
     """Seed of operators that are drawn; ignored by the others. The same seed is the same matrix."""
+    block: builtins.int
+    """0 for the whole operator; i for the principal block Bundle.blocks[i - 1], whose vectors have the block's elements only."""
     def __init__(
         self,
         *,
@@ -212,8 +215,9 @@ class ProductSpec(google.protobuf.message.Message):
         k: builtins.int = ...,
         quadratic_form: builtins.bool = ...,
         seed: builtins.int = ...,
+        block: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["k", b"k", "operator", b"operator", "point_id", b"point_id", "quadratic_form", b"quadratic_form", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block", b"block", "k", b"k", "operator", b"operator", "point_id", b"point_id", "quadratic_form", b"quadratic_form", "seed", b"seed"]) -> None: ...
 
 Global___ProductSpec: typing_extensions.TypeAlias = ProductSpec
 
@@ -360,3 +364,45 @@ class StreamProductsResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "error", b"error", "info", b"info", "tag", b"tag"]) -> None: ...
 
 Global___StreamProductsResponse: typing_extensions.TypeAlias = StreamProductsResponse
+
+@typing.final
+class ComputeFactorsRequest(google.protobuf.message.Message):
+    """Request of ComputeFactors."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POINT_ID_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
+    point_id: builtins.str
+    """Point.id."""
+    seed: builtins.int
+    """Of the targets that are drawn from the model's distribution; unset: exact, from the loss's Hessian in the model's output."""
+    def __init__(
+        self,
+        *,
+        point_id: builtins.str = ...,
+        seed: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_seed", b"_seed", "seed", b"seed"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "point_id", b"point_id", "seed", b"seed"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
+
+Global___ComputeFactorsRequest: typing_extensions.TypeAlias = ComputeFactorsRequest
+
+@typing.final
+class ComputeFactorsResponse(google.protobuf.message.Message):
+    """Messages from the server in ComputeFactors."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CHUNK_FIELD_NUMBER: builtins.int
+    chunk: builtins.bytes
+    """At most 1 MiB of the factors, each row-major, little-endian, in the objective's dtype, consecutive."""
+    def __init__(
+        self,
+        *,
+        chunk: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk"]) -> None: ...
+
+Global___ComputeFactorsResponse: typing_extensions.TypeAlias = ComputeFactorsResponse

@@ -50,6 +50,11 @@ class CurvatureServiceStub(object):
                 request_serializer=hvpd_dot_v1_dot_curvature__pb2.StreamProductsRequest.SerializeToString,
                 response_deserializer=hvpd_dot_v1_dot_curvature__pb2.StreamProductsResponse.FromString,
                 _registered_method=True)
+        self.ComputeFactors = channel.unary_stream(
+                '/hvpd.v1.CurvatureService/ComputeFactors',
+                request_serializer=hvpd_dot_v1_dot_curvature__pb2.ComputeFactorsRequest.SerializeToString,
+                response_deserializer=hvpd_dot_v1_dot_curvature__pb2.ComputeFactorsResponse.FromString,
+                _registered_method=True)
 
 
 class CurvatureServiceServicer(object):
@@ -82,6 +87,13 @@ class CurvatureServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ComputeFactors(self, request, context):
+        """The Kronecker factors of the dense layers at a point: the bytes of A_0, G_0, A_1, ... (see DenseLayer), one after the other.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CurvatureServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -99,6 +111,11 @@ def add_CurvatureServiceServicer_to_server(servicer, server):
                     servicer.StreamProducts,
                     request_deserializer=hvpd_dot_v1_dot_curvature__pb2.StreamProductsRequest.FromString,
                     response_serializer=hvpd_dot_v1_dot_curvature__pb2.StreamProductsResponse.SerializeToString,
+            ),
+            'ComputeFactors': grpc.unary_stream_rpc_method_handler(
+                    servicer.ComputeFactors,
+                    request_deserializer=hvpd_dot_v1_dot_curvature__pb2.ComputeFactorsRequest.FromString,
+                    response_serializer=hvpd_dot_v1_dot_curvature__pb2.ComputeFactorsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -183,6 +200,33 @@ class CurvatureService(object):
             '/hvpd.v1.CurvatureService/StreamProducts',
             hvpd_dot_v1_dot_curvature__pb2.StreamProductsRequest.SerializeToString,
             hvpd_dot_v1_dot_curvature__pb2.StreamProductsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ComputeFactors(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hvpd.v1.CurvatureService/ComputeFactors',
+            hvpd_dot_v1_dot_curvature__pb2.ComputeFactorsRequest.SerializeToString,
+            hvpd_dot_v1_dot_curvature__pb2.ComputeFactorsResponse.FromString,
             options,
             channel_credentials,
             insecure,

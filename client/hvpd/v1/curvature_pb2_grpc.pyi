@@ -73,7 +73,23 @@ _CurvatureServiceStreamProductsType = typing_extensions.TypeVar(
     ],
 )
 
-class CurvatureServiceStub(typing.Generic[_CurvatureServiceCreatePointType, _CurvatureServiceComputeProductType, _CurvatureServiceStreamProductsType]):
+_CurvatureServiceComputeFactorsType = typing_extensions.TypeVar(
+    '_CurvatureServiceComputeFactorsType',
+    grpc.UnaryStreamMultiCallable[
+        hvpd.v1.curvature_pb2.ComputeFactorsRequest,
+        hvpd.v1.curvature_pb2.ComputeFactorsResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        hvpd.v1.curvature_pb2.ComputeFactorsRequest,
+        hvpd.v1.curvature_pb2.ComputeFactorsResponse,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        hvpd.v1.curvature_pb2.ComputeFactorsRequest,
+        hvpd.v1.curvature_pb2.ComputeFactorsResponse,
+    ],
+)
+
+class CurvatureServiceStub(typing.Generic[_CurvatureServiceCreatePointType, _CurvatureServiceComputeProductType, _CurvatureServiceStreamProductsType, _CurvatureServiceComputeFactorsType]):
     """Makes points resident on the device and multiplies by their curvature."""
 
     @typing.overload
@@ -90,6 +106,10 @@ class CurvatureServiceStub(typing.Generic[_CurvatureServiceCreatePointType, _Cur
             hvpd.v1.curvature_pb2.StreamProductsRequest,
             hvpd.v1.curvature_pb2.StreamProductsResponse,
         ],
+        grpc.UnaryStreamMultiCallable[
+            hvpd.v1.curvature_pb2.ComputeFactorsRequest,
+            hvpd.v1.curvature_pb2.ComputeFactorsResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -105,6 +125,10 @@ class CurvatureServiceStub(typing.Generic[_CurvatureServiceCreatePointType, _Cur
         grpc.aio.StreamStreamMultiCallable[
             hvpd.v1.curvature_pb2.StreamProductsRequest,
             hvpd.v1.curvature_pb2.StreamProductsResponse,
+        ],
+        grpc.aio.UnaryStreamMultiCallable[
+            hvpd.v1.curvature_pb2.ComputeFactorsRequest,
+            hvpd.v1.curvature_pb2.ComputeFactorsResponse,
         ],
     ], channel: grpc.aio.Channel) -> None: ...
 
@@ -125,6 +149,9 @@ class CurvatureServiceStub(typing.Generic[_CurvatureServiceCreatePointType, _Cur
     answer with an error, and the stream goes on.
     """
 
+    ComputeFactors: _CurvatureServiceComputeFactorsType
+    """The Kronecker factors of the dense layers at a point: the bytes of A_0, G_0, A_1, ... (see DenseLayer), one after the other."""
+
 CurvatureServiceAsyncStub: typing_extensions.TypeAlias = CurvatureServiceStub[
     grpc.aio.StreamStreamMultiCallable[
         hvpd.v1.curvature_pb2.CreatePointRequest,
@@ -137,6 +164,10 @@ CurvatureServiceAsyncStub: typing_extensions.TypeAlias = CurvatureServiceStub[
     grpc.aio.StreamStreamMultiCallable[
         hvpd.v1.curvature_pb2.StreamProductsRequest,
         hvpd.v1.curvature_pb2.StreamProductsResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        hvpd.v1.curvature_pb2.ComputeFactorsRequest,
+        hvpd.v1.curvature_pb2.ComputeFactorsResponse,
     ],
 ]
 
@@ -174,5 +205,13 @@ class CurvatureServiceServicer(metaclass=abc.ABCMeta):
         sent before earlier replies have come, and the chunks of different products may interleave. A failed product is an
         answer with an error, and the stream goes on.
         """
+
+    @abc.abstractmethod
+    def ComputeFactors(
+        self,
+        request: hvpd.v1.curvature_pb2.ComputeFactorsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[hvpd.v1.curvature_pb2.ComputeFactorsResponse], collections.abc.AsyncIterator[hvpd.v1.curvature_pb2.ComputeFactorsResponse]]:
+        """The Kronecker factors of the dense layers at a point: the bytes of A_0, G_0, A_1, ... (see DenseLayer), one after the other."""
 
 def add_CurvatureServiceServicer_to_server(servicer: CurvatureServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -7,6 +7,7 @@ import builtins
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
+import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
 import google.protobuf.timestamp_pb2
 import hvpd.v1.tensor_pb2
@@ -19,6 +20,38 @@ else:
     import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _Verdict:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _VerdictEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Verdict.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    VERDICT_UNSPECIFIED: _Verdict.ValueType  # 0
+    """Not checked."""
+    VERDICT_PENDING: _Verdict.ValueType  # 1
+    """The check has not finished."""
+    VERDICT_PASSED: _Verdict.ValueType  # 2
+    """As they must be."""
+    VERDICT_FAILED: _Verdict.ValueType  # 3
+    """Wrong."""
+    VERDICT_UNDECIDED: _Verdict.ValueType  # 4
+    """Rounding, a kink, or what is not finite hides the answer."""
+
+class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper):
+    """How an objective's products were found."""
+
+VERDICT_UNSPECIFIED: Verdict.ValueType  # 0
+"""Not checked."""
+VERDICT_PENDING: Verdict.ValueType  # 1
+"""The check has not finished."""
+VERDICT_PASSED: Verdict.ValueType  # 2
+"""As they must be."""
+VERDICT_FAILED: Verdict.ValueType  # 3
+"""Wrong."""
+VERDICT_UNDECIDED: Verdict.ValueType  # 4
+"""Rounding, a kink, or what is not finite hides the answer."""
+Global___Verdict: typing_extensions.TypeAlias = Verdict
 
 @typing.final
 class Program(google.protobuf.message.Message):
@@ -33,6 +66,10 @@ class Program(google.protobuf.message.Message):
       fisher                 likewise, where the model's output parametrizes a distribution
       sampled_fisher         (x, V[k,n], key uint32[2], *captured, *data) -> FV[k,n]; wherever fisher is
       empirical_fisher       likewise, where it has a row for each example
+      kfac                   (x, *captured, *data) -> (A_0, G_0, A_1, G_1, ...), two factors for each of Bundle.dense_layers
+      sampled_kfac           (x, key uint32[2], *captured, *data) -> likewise, with targets drawn from the model's distribution
+      hvp[i], ggn[i], ...    (x, V[k,m], *captured, *data) -> [k,m]: the principal block of Bundle.blocks[i], of m elements, of the
+                             program that is so called without [i]; sampled_fisher[i] takes its key as sampled_fisher does
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -84,6 +121,58 @@ class Residual(google.protobuf.message.Message):
 Global___Residual: typing_extensions.TypeAlias = Residual
 
 @typing.final
+class Block(google.protobuf.message.Message):
+    """The principal block of some leaves of x, for which the bundle has programs of its own."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEAVES_FIELD_NUMBER: builtins.int
+    @property
+    def leaves(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Positions of the leaves, ascending. The block's elements are theirs, in the order of the flat x."""
+
+    def __init__(
+        self,
+        *,
+        leaves: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["leaves", b"leaves"]) -> None: ...
+
+Global___Block: typing_extensions.TypeAlias = Block
+
+@typing.final
+class DenseLayer(google.protobuf.message.Message):
+    """A dense layer of a composite's model, y = a W + b over rows a, whose Kronecker factors the program `kfac` computes: A[p,p], the
+    mean of a'a over rows, where a has a last element of 1 if there is a bias; and G[q,q], the sum over rows of J'MJ, where J is the
+    derivative of the model's output in y, and M the loss's Hessian in the model's output. Of a kernel W[p,q] and its bias, the block
+    of the Gauss-Newton matrix is about A (x) G.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KERNEL_FIELD_NUMBER: builtins.int
+    BIAS_FIELD_NUMBER: builtins.int
+    TRANSPOSED_FIELD_NUMBER: builtins.int
+    kernel: builtins.int
+    """Position of the kernel among the leaves of x, of shape [in, out]."""
+    bias: builtins.int
+    """Position of the bias, of shape [out]; none where the layer has none."""
+    transposed: builtins.bool
+    """Whether the kernel is [out, in]."""
+    def __init__(
+        self,
+        *,
+        kernel: builtins.int = ...,
+        bias: builtins.int | None = ...,
+        transposed: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_bias", b"_bias", "bias", b"bias"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_bias", b"_bias", "bias", b"bias", "kernel", b"kernel", "transposed", b"transposed"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_bias", b"_bias"]) -> typing.Literal["bias"] | None: ...
+
+Global___DenseLayer: typing_extensions.TypeAlias = DenseLayer
+
+@typing.final
 class Bundle(google.protobuf.message.Message):
     """What is registered: an objective f(x, *data) with its derivative programs. The digest of an objective is the SHA-256 of
     the serialized bundle. In the signatures, x is f's first argument raveled to `dtype`[n], `captured` and `data` are leaves.
@@ -126,6 +215,8 @@ class Bundle(google.protobuf.message.Message):
     X64_FIELD_NUMBER: builtins.int
     JAX_VERSION_FIELD_NUMBER: builtins.int
     CALLING_CONVENTION_VERSION_FIELD_NUMBER: builtins.int
+    BLOCKS_FIELD_NUMBER: builtins.int
+    DENSE_LAYERS_FIELD_NUMBER: builtins.int
     format: builtins.int
     """Revision of this message's meaning; 1 today. A server refuses those that it does not know."""
     n: builtins.int
@@ -183,6 +274,14 @@ class Bundle(google.protobuf.message.Message):
     def platforms(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Platforms that the programs were lowered for: "cpu", "cuda", "rocm", "tpu"."""
 
+    @property
+    def blocks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Block]:
+        """Principal blocks that have programs of their own, at the cost of the block."""
+
+    @property
+    def dense_layers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DenseLayer]:
+        """The layers whose Kronecker factors the program `kfac` computes, in its order."""
+
     def __init__(
         self,
         *,
@@ -203,11 +302,75 @@ class Bundle(google.protobuf.message.Message):
         x64: builtins.bool = ...,
         jax_version: builtins.str = ...,
         calling_convention_version: builtins.int = ...,
+        blocks: collections.abc.Iterable[Global___Block] | None = ...,
+        dense_layers: collections.abc.Iterable[Global___DenseLayer] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["data_tree", b"data_tree", "x_tree", b"x_tree"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["calling_convention_version", b"calling_convention_version", "captured", b"captured", "data", b"data", "data_tree", b"data_tree", "dtype", b"dtype", "format", b"format", "jax_version", b"jax_version", "mode", b"mode", "n", b"n", "platforms", b"platforms", "precision", b"precision", "programs", b"programs", "residuals", b"residuals", "row_leaves", b"row_leaves", "x64", b"x64", "x_leaves", b"x_leaves", "x_tree", b"x_tree"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "calling_convention_version", b"calling_convention_version", "captured", b"captured", "data", b"data", "data_tree", b"data_tree", "dense_layers", b"dense_layers", "dtype", b"dtype", "format", b"format", "jax_version", b"jax_version", "mode", b"mode", "n", b"n", "platforms", b"platforms", "precision", b"precision", "programs", b"programs", "residuals", b"residuals", "row_leaves", b"row_leaves", "x64", b"x64", "x_leaves", b"x_leaves", "x_tree", b"x_tree"]) -> None: ...
 
 Global___Bundle: typing_extensions.TypeAlias = Bundle
+
+@typing.final
+class CheckItem(google.protobuf.message.Message):
+    """One thing that was looked at."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    MEASURED_FIELD_NUMBER: builtins.int
+    THRESHOLD_FIELD_NUMBER: builtins.int
+    VERDICT_FIELD_NUMBER: builtins.int
+    MEANING_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """"finite", "symmetry", "linearity", "difference"."""
+    measured: builtins.float
+    """What was measured: a relative error. NaN where there was nothing to measure."""
+    threshold: builtins.float
+    """The most that passes. NaN where there is none."""
+    verdict: Global___Verdict.ValueType
+    """What follows."""
+    meaning: builtins.str
+    """What was measured, in words."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        measured: builtins.float = ...,
+        threshold: builtins.float = ...,
+        verdict: Global___Verdict.ValueType = ...,
+        meaning: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["meaning", b"meaning", "measured", b"measured", "name", b"name", "threshold", b"threshold", "verdict", b"verdict"]) -> None: ...
+
+Global___CheckItem: typing_extensions.TypeAlias = CheckItem
+
+@typing.final
+class RegistrationCheck(google.protobuf.message.Message):
+    """What the server found when it multiplied a few vectors at the x of the registration."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERDICT_FIELD_NUMBER: builtins.int
+    ITEMS_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    verdict: Global___Verdict.ValueType
+    """The worst of the items; failed before undecided."""
+    reason: builtins.str
+    """Why there are no items: in words, empty where there are."""
+    @property
+    def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___CheckItem]:
+        """What it rests on."""
+
+    def __init__(
+        self,
+        *,
+        verdict: Global___Verdict.ValueType = ...,
+        items: collections.abc.Iterable[Global___CheckItem] | None = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["items", b"items", "reason", b"reason", "verdict", b"verdict"]) -> None: ...
+
+Global___RegistrationCheck: typing_extensions.TypeAlias = RegistrationCheck
 
 @typing.final
 class Objective(google.protobuf.message.Message):
@@ -219,6 +382,7 @@ class Objective(google.protobuf.message.Message):
     DIGEST_FIELD_NUMBER: builtins.int
     BUNDLE_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
+    CHECK_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The name by which it was found, or one of its names; empty where it has none."""
     digest: builtins.str
@@ -231,6 +395,10 @@ class Objective(google.protobuf.message.Message):
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When it was first registered here."""
 
+    @property
+    def check(self) -> Global___RegistrationCheck:
+        """The cheap check that runs after registration, off the product path."""
+
     def __init__(
         self,
         *,
@@ -238,9 +406,10 @@ class Objective(google.protobuf.message.Message):
         digest: builtins.str = ...,
         bundle: Global___Bundle | None = ...,
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        check: Global___RegistrationCheck | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["bundle", b"bundle", "create_time", b"create_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bundle", b"bundle", "create_time", b"create_time", "digest", b"digest", "name", b"name"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["bundle", b"bundle", "check", b"check", "create_time", b"create_time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bundle", b"bundle", "check", b"check", "create_time", b"create_time", "digest", b"digest", "name", b"name"]) -> None: ...
 
 Global___Objective: typing_extensions.TypeAlias = Objective
 
@@ -252,17 +421,21 @@ class CreateObjectiveRequest(google.protobuf.message.Message):
 
     DIGEST_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
+    X_DIGEST_FIELD_NUMBER: builtins.int
     digest: builtins.str
     """Digest of the bundle's blob."""
     name: builtins.str
     """Name to point at it: parts of letters, digits, '.', '_' and '-', joined by '/', 200 characters at most. Empty: no name."""
+    x_digest: builtins.str
+    """Digest of a blob with the flat x of the registration, at which the objective is checked; empty: it is not checked."""
     def __init__(
         self,
         *,
         digest: builtins.str = ...,
         name: builtins.str = ...,
+        x_digest: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["digest", b"digest", "name", b"name"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "name", b"name", "x_digest", b"x_digest"]) -> None: ...
 
 Global___CreateObjectiveRequest: typing_extensions.TypeAlias = CreateObjectiveRequest
 
