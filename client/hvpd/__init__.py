@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hvpd._version import __version__
 
 if TYPE_CHECKING:
-    from hvpd._check import Certificate
+    from hvpd._check import Certificate, RegistrationCheck
     from hvpd._client import Client, Listing, connect
     from hvpd._composite import Composite, composite
     from hvpd._diagonal import Diagonal
@@ -55,6 +55,7 @@ __all__ = [
     "Objective",
     "OverloadedError",
     "Point",
+    "RegistrationCheck",
     "Statistics",
     "UnavailableError",
     "__version__",
@@ -65,7 +66,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "_check": ("Certificate",),
+    "_check": ("Certificate", "RegistrationCheck"),
     "_composite": ("Composite", "composite"),
     "_client": ("Client", "Listing", "connect"),
     "_diagonal": ("Diagonal",),

@@ -1,5 +1,7 @@
 """Products with many vectors at once, as blocks that are wide enough for the device and small enough for this machine."""
 
+import math
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,3 +56,14 @@ def integer(number: Any, what: str, least: int, most: int | None = None) -> int:
         limits = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise InvalidArgumentError(f"{what} must be an integer {limits}, got {number!r}")
     return int(number)
+
+
+def finite(number: Any, what: str) -> float:
+    """`number` as a float.
+
+    Raises:
+        InvalidArgumentError: It is no finite real number.
+    """
+    if not isinstance(number, numbers.Real) or not math.isfinite(number):
+        raise InvalidArgumentError(f"{what} must be a finite real number, got {number!r}")
+    return float(number)

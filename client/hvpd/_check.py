@@ -6,21 +6,31 @@ or a kink hides the answer. Nothing here needs jax, or knows how the products ar
     rounding   value, gradient and products 2^7 and 2^8 ulp of x away, on both sides: what every threshold is widened by
     algebra    symmetry, linearity, matmat, repeats, widths: products at x against each other
     walk       x + t d and x - t d for falling t: gradients for the central difference, values for the Taylor remainder
+
+Gauss-Newton and Fisher matrices are no derivative of the gradient: instead of the walk, their quadratic form is looked at.
+`brief` is the cheap part, which the server makes of what was registered.
 """
 
 import dataclasses
 import itertools
 import math
-import operator
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from operator import index
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from hvpd._codec import Array
 from hvpd._errors import InvalidArgumentError
 from hvpd._objective import Point
+from hvpd.v1 import curvature_pb2, objective_pb2
+
+OPERATORS = ("hessian", "ggn", "fisher", "empirical_fisher")
+"""What can be checked, as the methods of `Point` are called."""
+
+REGISTRATION_BYTES = 64 << 20
+"""Largest x at which the server checks what was registered: larger ones are not sent for that alone."""
 
 _EPS: Mapping[str, float] = {
     "float64": 2.0**-52,
@@ -34,6 +44,9 @@ _CONTRACT: Mapping[str, float] = {"float64": 1e-12, "float32": 1e-5}
 """Of symmetry and linearity, relative. float64: 4500 eps. float32: 84 eps, as much as its products may be off: rounding errors
 of dot products grow like sqrt(n) eps (Higham and Mary, 2019, doi:10.1137/18M1226312) and a random u averages them down again.
 What is computed in less than float32 has as many eps of its own."""
+
+_PRODUCT: Mapping[str, float] = {"float64": 1e-10, "float32": 1e-5}
+"""Of a product against the truth, relative; likewise."""
 
 _BLOCK_EPS = 10.0
 """A block against its columns, in eps of the largest element: block widths differ in rounding, not in more."""
@@ -59,6 +72,9 @@ _SLOPE = 2.5
 _ABOVE = 20.0
 """A remainder is fitted where it is so many times its rounding."""
 
+_PATIENCE = 10.0
+"""Seconds that the first look of `brief` may take if a second is to follow, which costs some ten times as much."""
+
 _ITEMS = {
     "finite": "x, value, gradient and products hold no NaN and no infinity",
     "symmetry": "|u.Hv - v.Hu| / (|u| |Hv|)",
@@ -66,11 +82,30 @@ _ITEMS = {
     "matmat": "H @ V against H @ v, relative to the largest element",
     "repeats": "the same product again",
     "widths": "the same product in blocks of 1, 2, 4 and 8",
-    "difference": "|Hv - (g(x + tv) - g(x - tv)) / 2t| / |Hv|, extrapolated in t",
+    "precision": "how far rounding moves a product, relative",
+    "definite": "least v.Gv / |v|^2, relative to the largest |Gv| / |v|",
+    "difference": "|Hv - (g(x + tv) - g(x - tv)) / 2t| / |Hv|",
     "taylor": "order in t of f(x + td) - f - t g.d - t^2/2 d.Hd",
 }
 
-At: TypeAlias = Callable[[Array], Point]
+_LEAST = ("definite", "taylor")
+"""Items whose threshold is the least that passes."""
+
+_BRIEF = ("finite", "symmetry", "linearity", "difference")
+
+
+class Curved(Protocol):
+    """A point as a check sees it: `hvpd.Point`, or what a server has of one."""
+
+    n: int
+    dtype: np.dtype[Any]
+    x: Array
+    value: float
+    gradient: Array
+    nonfinite: tuple[str, ...]
+
+    def multiply(self, block: Array, operator: int = ..., /) -> Array:
+        """V[k,n] -> HV[k,n]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +113,11 @@ class Item:
     """One line of a certificate."""
 
     name: str
-    """finite, symmetry, linearity, matmat, repeats, widths, difference, taylor."""
+    """finite, symmetry, linearity, matmat, repeats, widths, precision, difference, taylor; definite in place of the last two."""
     measured: float
     """Relative error; the order of the remainder for taylor; NaN where there was nothing to measure."""
     threshold: float
-    """Most that passes; for taylor the least. NaN where there is none."""
+    """Most that passes; for definite and taylor the least. NaN where there is none."""
     passed: bool | None
     """None: undecided, because rounding or a kink hides the answer."""
     meaning: str
@@ -102,6 +137,8 @@ class Certificate:
     """The objective's name, or the beginning of its digest."""
     digest: str
     """SHA-256 of what was registered."""
+    operator: str
+    """Whose products were checked: hessian, ggn, fisher or empirical_fisher."""
     n: int
     """Number of elements of x."""
     dtype: str
@@ -137,14 +174,15 @@ class Certificate:
         rows = [("ITEM", "MEASURED", "THRESHOLD", "VERDICT", "MEANING")]
         for item in self.items:
             bound = (
-                "" if math.isnan(item.threshold) else f"{'>=' if item.name == 'taylor' else '<='} {item.threshold:.2g}"
+                "" if math.isnan(item.threshold) else f"{'>=' if item.name in _LEAST else '<='} {item.threshold:.2g}"
             )
             measured = "-" if math.isnan(item.measured) else f"{item.measured:.2g}"
             rows.append((item.name, measured, bound, item.verdict, item.meaning))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         undecided = sum(item.passed is None for item in self.items)
-        title = f"{self.objective} ({self.digest[:12]}): n = {self.n}, {self.dtype}, precision {self.precision}, seed {self.seed}"
+        facts = f"n = {self.n}, {self.dtype}, precision {self.precision}, seed {self.seed}"
+        title = f"{self.objective} ({self.digest[:12]}): {self.operator}, {facts}"
         verdict = f"{'passed' if self.passed else 'FAILED'}{f', {undecided} undecided' if undecided else ''}"
         cost = f"{self.products} products, {self.points} points, {self.seconds:.2g} s"
         return "\n".join([title, *table, f"{verdict}: {cost}"])
@@ -156,32 +194,72 @@ def resolution(dtypes: Collection[str], precision: str) -> float:
     return max(_EPS[name] for name in [*dtypes, *narrow])
 
 
-def certify(point: Point, at: At, *, eps: float, seed: int, probes: Any) -> Certificate:
-    """The certificate at `point`.
+@dataclasses.dataclass(frozen=True)
+class RegistrationCheck:
+    """What the server found at the x of the registration, by `Objective.registration_check`."""
+
+    verdict: str
+    """passed, failed, undecided, pending; empty where nothing was checked."""
+    items: tuple[Item, ...]
+    """finite, symmetry, linearity, difference: what the verdict rests on."""
+    reason: str
+    """Why there are no items, in words; empty where there are."""
+
+    @classmethod
+    def of(cls, message: objective_pb2.RegistrationCheck) -> Self:
+        """As it came from the server."""
+        decided = {objective_pb2.VERDICT_PASSED: True, objective_pb2.VERDICT_FAILED: False}
+        items = (
+            Item(item.name, item.measured, item.threshold, decided.get(item.verdict), item.meaning)
+            for item in message.items
+        )
+        return cls(verdict_of(message), tuple(items), message.reason)
+
+
+def verdict_of(message: objective_pb2.RegistrationCheck) -> str:
+    """passed, failed, undecided, pending; empty where nothing was checked, and for verdicts of a newer server."""
+    words = {
+        objective_pb2.VERDICT_PENDING: "pending",
+        objective_pb2.VERDICT_PASSED: "passed",
+        objective_pb2.VERDICT_FAILED: "failed",
+        objective_pb2.VERDICT_UNDECIDED: "undecided",
+    }
+    return words.get(message.verdict, "")
+
+
+def certify(
+    point: Point, at: Callable[[Array], Curved], *, operator: str = "hessian", eps: float, seed: int, probes: Any
+) -> Certificate:
+    """The certificate of an operator at `point`.
 
     Args:
         point: Where.
         at: Makes other points of the same objective and data, from flat vectors in its dtype.
+        operator: Of `OPERATORS`.
         eps: Of what products are computed in: from `resolution`.
         seed: Of numpy's generator.
         probes: How many tangents are drawn, or the tangents, of shape (k, n).
 
     Raises:
-        InvalidArgumentError: A seed or probes that cannot be used.
+        InvalidArgumentError: A seed or probes that cannot be used; an operator that is none, or that the objective lacks.
     """
     started = time.perf_counter()
-    counter = _Counter(point, at, eps)
+    if operator not in OPERATORS:
+        raise InvalidArgumentError(f"operator must be one of {', '.join(OPERATORS)}, got {operator!r}")
+    H = getattr(point, operator)()
+    counter = _Counter(point, at, eps, point.objective.mode, H.kind)
     try:
-        rng = np.random.default_rng([operator.index(seed), 1])
+        rng = np.random.default_rng([index(seed), 1])
     except (TypeError, ValueError):
         raise InvalidArgumentError(f"seed must be an integer from 0, got {seed!r}") from None
     tangents = _tangents(probes, point, rng)
     with np.errstate(all="ignore"):  # What is not finite is looked for, and reported.
-        items = tuple(_items(counter, tangents, rng))
+        items = tuple(_items(counter, H, operator, tangents, rng, point.objective.precision))
     objective = point.objective
     return Certificate(
         objective=objective.label,
         digest=objective.digest,
+        operator=operator,
         n=point.n,
         dtype=point.dtype.name,
         precision=objective.precision,
@@ -193,37 +271,99 @@ def certify(point: Point, at: At, *, eps: float, seed: int, probes: Any) -> Cert
     )
 
 
+def brief(point: Curved, at: Callable[[Array], Curved], *, eps: float, mode: str) -> tuple[Item, ...]:
+    """The items finite, symmetry, linearity and difference of the Hessian, from 3 products and 2 more gradients.
+
+    That shows what is right. What does not look right at that price is looked at again as `certify` does it, along one tangent,
+    before it is called wrong. What is not finite is undecided: it may be the x that is at fault, and people register at zeros.
+
+    Args:
+        point: Where.
+        at: As for `certify`.
+        eps: As for `certify`.
+        mode: Bundle.mode.
+    """
+    started = time.perf_counter()
+    counter = _Counter(point, at, eps, mode, curvature_pb2.OPERATOR_HESSIAN)
+    rng = np.random.default_rng(0)
+    with np.errstate(all="ignore"):
+        found = _multiplied(counter, _tangents(1, point, rng), rng)
+        finite = _finite(counter, found)
+        if finite.passed is False:
+            return (dataclasses.replace(finite, passed=None), *_skipped(_BRIEF[1:]))
+        items = _seen(counter, found, _floor(counter))
+        if all(item.passed for item in items):
+            return finite, *items
+        if time.perf_counter() - started > _PATIENCE:
+            unclear = "; a second look takes too long here: run objective.check(x)"
+            return finite, *(
+                item if item.passed else dataclasses.replace(item, passed=None, meaning=item.meaning + unclear)
+                for item in items
+            )
+        return finite, *_looked_at_again(counter, found, rng)
+
+
+def _seen(counter: "_Counter", found: "_Products", rounding: "_Rounding") -> tuple[Item, ...]:
+    """symmetry, linearity and difference at first sight: what does not pass may be right all the same."""
+    eps = counter.eps
+    scale = (_norm(counter.x) or math.sqrt(counter.n)) / _norm(found.V[0])
+    d, Hd = scale * found.V[0], scale * found.HV[0]
+    size = _norm(Hd) or _norm(counter.gradient) or 1.0
+    # Where rounding and truncation of a plain difference meet (Nocedal and Wright, section 8.1).
+    t = 2.0 ** round(math.log2(min(max(rounding.gradient / size, eps), 1.0)) / 3)
+    ahead, behind = (counter.at(counter.x + step * d)[0] for step in (t, -t))
+    error = math.inf
+    if not (ahead.nonfinite or behind.nonfinite):
+        error = _norm((ahead.gradient.astype(np.float64) - behind.gradient) / (2 * t) - Hd) / size
+    meaning = f"{_ITEMS['difference']}; t = {t:.1g} |x|/|v|"
+    return (
+        _bounded("symmetry", found.symmetry(), counter.contract, rounding),
+        _bounded("linearity", found.linearity(), counter.contract, rounding),
+        Item("difference", error, _sharp(eps), error <= _sharp(eps), meaning),
+    )
+
+
+def _looked_at_again(counter: "_Counter", found: "_Products", rng: np.random.Generator) -> Iterator[Item]:
+    """symmetry, linearity and difference with the thresholds of a certificate."""
+    repeatable = np.array_equal(counter.multiply(found.V), counter.multiply(found.V))
+    rounding = _rounding(counter, found.V, rng, repeatable=repeatable)
+    yield _bounded("symmetry", found.symmetry(), counter.contract, rounding)
+    yield _bounded("linearity", found.linearity(), counter.contract, rounding)
+    yield from _walk(counter, found.V, found.HV, rounding, values=False)
+
+
 class _Counter:
     """The point and its neighbours, counting what they cost. Vectors come and go in float64."""
 
-    def __init__(self, point: Point, at: At, eps: float) -> None:
+    def __init__(self, point: Curved, at: Callable[[Array], Curved], eps: float, mode: str, kind: int) -> None:
         self.point = point
         self.products = 0
         self.points = 1
-        self.n, self.dtype, self.mode = point.n, point.dtype, point.objective.mode
+        self.n, self.dtype, self.mode = point.n, point.dtype, mode
         self.eps = eps
-        self.contract = max(
-            _CONTRACT[point.dtype.name], _CONTRACT["float32"] / _EPS["float32"] * eps * (eps > _EPS["float32"])
-        )
+        coarser = _CONTRACT["float32"] / _EPS["float32"] * eps if eps > _EPS["float32"] else 0.0
+        self.contract = max(_CONTRACT[point.dtype.name], coarser)
+        self.product_contract = max(_PRODUCT[point.dtype.name], coarser)
         self.ulps = max(2.0, min(_ULPS, 2.0**-6 / eps))
         self.x = point.x.astype(np.float64)
         self.gradient = point.gradient.astype(np.float64)
         self._at = at
+        self._kind = kind
 
-    def at(self, x: Array) -> tuple[Point, Array]:
+    def at(self, x: Array) -> tuple[Curved, Array]:
         """The point nearest to x in the dtype, and the step there from the base point without the rounding of x."""
         self.points += 1
         there = self._at(x.astype(self.dtype))
         return there, there.x.astype(np.float64) - self.x
 
-    def multiply(self, block: Array, point: Point | None = None) -> Array:
+    def multiply(self, block: Array, point: Curved | None = None) -> Array:
         """V[k,n] -> HV[k,n] at the base point, or at another."""
         self.products += len(block)
-        product = (point or self.point).multiply(np.ascontiguousarray(block, self.dtype))
+        product = (point or self.point).multiply(np.ascontiguousarray(block, self.dtype), self._kind)
         return product.astype(np.float64)
 
 
-def _tangents(probes: Any, point: Point, rng: np.random.Generator) -> Array:
+def _tangents(probes: Any, point: Curved, rng: np.random.Generator) -> Array:
     """The caller's tangents, or seeded ones, in the point's dtype, of shape (k, n)."""
     array = np.asarray(probes)
     if array.ndim == 0:
@@ -248,7 +388,35 @@ def _tangents(probes: Any, point: Point, rng: np.random.Generator) -> Array:
     return tangents
 
 
-def _items(counter: _Counter, tangents: Array, rng: np.random.Generator) -> Iterator[Item]:
+@dataclasses.dataclass(frozen=True)
+class _Products:
+    """Of V[k,n], U and W = a V + b U, where U is drawn."""
+
+    V: Array
+    U: Array
+    a: Array
+    """Of shape (k, 1)."""
+    b: Array
+    HV: Array
+    HU: Array
+    HW: Array
+
+    def symmetry(self) -> float:
+        """The largest of the k errors."""
+        return max(
+            _ratio(abs(u @ hv - v @ hu), max(_norm(u) * _norm(hv), _norm(v) * _norm(hu)))
+            for u, v, hu, hv in zip(self.U, self.V, self.HU, self.HV, strict=True)
+        )
+
+    def linearity(self) -> float:
+        """Likewise."""
+        return max(
+            _ratio(_norm(hw - a * hv - b * hu), _norm(a * hv) + _norm(b * hu))
+            for hw, hv, hu, a, b in zip(self.HW, self.HV, self.HU, self.a, self.b, strict=True)
+        )
+
+
+def _multiplied(counter: _Counter, tangents: Array, rng: np.random.Generator) -> _Products:
     k, n = tangents.shape
     # All about as long, by powers of two: none hides another's errors.
     V = tangents.astype(np.float64)
@@ -256,39 +424,45 @@ def _items(counter: _Counter, tangents: Array, rng: np.random.Generator) -> Iter
     U = rng.standard_normal((k, n)).astype(counter.dtype).astype(np.float64)
     a, b = rng.uniform(0.5, 2.0, (2, k, 1))
     W = (a * V + b * U).astype(counter.dtype).astype(np.float64)
-    HV, HU, HW = np.split(counter.multiply(np.concatenate([V, U, W])), 3)
+    return _Products(V, U, a, b, *np.split(counter.multiply(np.concatenate([V, U, W])), 3))
 
+
+def _finite(counter: _Counter, found: _Products) -> Item:
     wrong = list(counter.point.nonfinite)
-    if not all(np.isfinite(product).all() for product in (HV, HU, HW)):
+    if not all(np.isfinite(product).all() for product in (found.HV, found.HU, found.HW)):
         wrong.append("products")
     message = f"NaN or infinity in {', '.join(wrong)}" if wrong else _ITEMS["finite"]
-    yield Item("finite", float(len(wrong)), 0.0, not wrong, message)
-    if wrong:
-        for name in list(_ITEMS)[1:]:
-            yield Item(name, math.nan, math.nan, None, f"{_ITEMS[name]}; skipped, since something is not finite")
+    return Item("finite", float(len(wrong)), 0.0, not wrong, message)
+
+
+def _skipped(names: Sequence[str]) -> Iterator[Item]:
+    for name in names:
+        yield Item(name, math.nan, math.nan, None, f"{_ITEMS[name]}; skipped, since something is not finite")
+
+
+def _items(
+    counter: _Counter, H: Any, operator: str, tangents: Array, rng: np.random.Generator, precision: str
+) -> Iterator[Item]:
+    found = _multiplied(counter, tangents, rng)
+    finite = _finite(counter, found)
+    yield finite
+    if not finite.passed:
+        apart = ("definite",) if operator == "hessian" else ("difference", "taylor")
+        yield from _skipped([name for name in _ITEMS if name not in ("finite", *apart)])
         return
 
+    V, U = found.V, found.U
     # Single products may come from another program than blocks, and change from one to the other.
-    rows = np.concatenate([V, U, rng.standard_normal((max(_WIDTHS), n))])
+    rows = np.concatenate([V, U, rng.standard_normal((max(_WIDTHS), counter.n))])
     singles = [counter.multiply(rows[:1]) for _ in range(_REPEATS)]
     blocks = [counter.multiply(rows[: max(_WIDTHS)]) for _ in range(_REPEATS)]
     repeatable = any(np.array_equal(one, next_) for one, next_ in itertools.pairwise(blocks))
 
     rounding = _rounding(counter, V, rng, repeatable=repeatable)
-    contract = counter.contract
-    inner = max(
-        _ratio(abs(u @ hv - v @ hu), max(_norm(u) * _norm(hv), _norm(v) * _norm(hu)))
-        for u, v, hu, hv in zip(U, V, HU, HV, strict=True)
-    )
-    yield _bounded("symmetry", inner, contract, rounding)
-    combined = max(
-        _ratio(_norm(hw - ai * hv - bi * hu), _norm(ai * hv) + _norm(bi * hu))
-        for hw, hv, hu, ai, bi in zip(HW, HV, HU, a, b, strict=True)
-    )
-    yield _bounded("linearity", combined, contract, rounding)
+    yield _bounded("symmetry", found.symmetry(), counter.contract, rounding)
+    yield _bounded("linearity", found.linearity(), counter.contract, rounding)
     contract = _BLOCK_EPS * counter.eps
-    H = counter.point.hessian()
-    counter.products += 2 * k
+    counter.products += 2 * len(V)
     columns = np.array([H @ v for v in V.astype(counter.dtype)], np.float64)
     yield _bounded("matmat", _difference(np.asarray(H @ V.T, np.float64).T, columns), contract, rounding)
     measured = max(_difference(again, group[0]) for group in (singles, blocks) for again in group[1:])
@@ -298,7 +472,42 @@ def _items(counter: _Counter, tangents: Array, rng: np.random.Generator) -> Iter
     by_width = [counter.multiply(rows[:width]) for width in _WIDTHS]
     measured = max(_difference(product, by_width[-1][: len(product)]) for product in by_width)
     yield _bounded("widths", measured, contract, rounding)
-    yield from _walk(counter, V, HV, rounding)
+    yield _precision(counter, rounding, precision)
+    if operator == "hessian":
+        yield from _walk(counter, V, found.HV, rounding)
+    else:
+        yield _definite(counter, found, rounding, operator)
+
+
+def _precision(counter: _Counter, rounding: "_Rounding", precision: str) -> Item:
+    """Never failed: where a function is ill-conditioned, no product in this dtype is known better."""
+    meaning = f"precision {precision}: {_ITEMS['precision']}"
+    threshold = max(counter.product_contract, _MARGIN * _truncation(counter))
+    if not math.isfinite(rounding.moved):
+        return Item("precision", math.nan, threshold, None, f"{meaning}; it cannot be measured close to this x")
+    if rounding.moved <= threshold:
+        return Item("precision", rounding.moved, threshold, True, meaning)
+    why = "the function is ill-conditioned here, which is no error of the product"
+    return Item("precision", rounding.moved, threshold, None, f"{meaning}; {why}")
+
+
+def _definite(counter: _Counter, found: _Products, rounding: "_Rounding", operator: str) -> Item:
+    """v.Gv is at least 0 up to rounding, of Fisher matrices by what they are, of Gauss-Newton where the loss is convex."""
+    tangents, products = np.concatenate([found.V, found.U]), np.concatenate([found.HV, found.HU])
+    # Relative to the largest product: what a tangent of the null space leaves is rounding of it.
+    largest = max(_norm(product) / _norm(v) for v, product in zip(tangents, products, strict=True))
+    least = min(float(v @ product) / _norm(v) ** 2 for v, product in zip(tangents, products, strict=True))
+    measured = math.copysign(_ratio(abs(least), largest), least)
+    tolerance = max(counter.product_contract, _MARGIN * rounding.product)
+    meaning = _ITEMS["definite"]
+    passed: bool | None = True if tolerance <= _coarse(rounding.eps) else None
+    if not measured >= -tolerance:
+        passed = None if operator == "ggn" else False
+        if operator == "ggn":
+            meaning += "; negative where the loss is not convex in the model's output, as it need not be"
+    elif passed is None:
+        meaning += f"; products are known to {rounding.product:.1g} here"
+    return Item("definite", measured, -tolerance, passed, meaning)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,7 +525,21 @@ class _Rounding:
     gradient: float
     """Of the gradient, in the 2-norm; at least eps |g|."""
     product: float
-    """Of products, relative."""
+    """Of products, relative: as far as they may excuse themselves."""
+    moved: float
+    """Likewise, all of it; NaN where it could not be measured."""
+
+
+def _truncation(counter: _Counter) -> float:
+    """What a product lacks by its mode, relative: that of finite differences with such a step. Their rounding is measured."""
+    return 2 * counter.eps ** (2 / 3) if counter.mode == "finite_difference" else 0.0
+
+
+def _floor(counter: _Counter) -> _Rounding:
+    """The rounding that there is anywhere, without a look at neighbours."""
+    eps, truncation = counter.eps, _truncation(counter)
+    value, gradient = eps * abs(counter.point.value), eps * _norm(counter.gradient)
+    return _Rounding(eps, value, gradient, truncation, math.nan)
 
 
 def _rounding(counter: _Counter, V: Array, rng: np.random.Generator, *, repeatable: bool) -> _Rounding:
@@ -324,14 +547,12 @@ def _rounding(counter: _Counter, V: Array, rng: np.random.Generator, *, repeatab
 
     Products that are not repeatable may excuse themselves up to the contract's figure only.
     """
-    x, eps, point = counter.x, counter.eps, counter.point
+    x, floor = counter.x, _floor(counter)
     size = np.abs(x)
     size[size == 0] = size[size > 0].min() if size.any() else 1.0  # a zero has no ulp of its own
-    value, gradient, product = eps * abs(point.value), eps * _norm(counter.gradient), 0.0
-    if counter.mode == "finite_difference":
-        product = 2 * eps ** (2 / 3)  # the truncation that goes with such a step; its rounding is measured like others
+    value, gradient, product, moved = floor.value, floor.gradient, floor.product, math.nan
     for _ in range(_PERTURBATIONS):
-        delta = counter.ulps * eps * size * rng.choice([-1.0, 1.0], counter.n)
+        delta = counter.ulps * counter.eps * size * rng.choice([-1.0, 1.0], counter.n)
         near = [counter.at(x + step * delta)[0] for step in (-2, -1, 1, 2)]
         if any(there.nonfinite for there in near):
             continue
@@ -342,11 +563,12 @@ def _rounding(counter: _Counter, V: Array, rng: np.random.Generator, *, repeatab
             *([*counter.multiply(V, there), *counter.multiply(V[:1], there)] for there in near), strict=True
         ):
             length = _norm(products[0])
-            moved, rounded = _known(products, counter.ulps)
+            by_x, by_rounding = _known(products, counter.ulps)
+            moved = max(floor.product if math.isnan(moved) else moved, _ratio(max(by_x, by_rounding), length))
             if not repeatable:
-                rounded = min(rounded, counter.contract / _MARGIN * length)
-            product = max(product, _ratio(max(moved, rounded), length))
-    return _Rounding(eps, value, gradient, product if math.isfinite(product) else 0.0)
+                by_rounding = min(by_rounding, counter.contract / _MARGIN * length)
+            product = max(product, _ratio(max(by_x, by_rounding), length))
+    return _Rounding(counter.eps, value, gradient, product if math.isfinite(product) else 0.0, moved)
 
 
 def _known(near: Sequence[Any], ulps: float) -> tuple[float, float]:
@@ -366,8 +588,8 @@ def _bounded(name: str, measured: float, contract: float, rounding: _Rounding, m
     return Item(name, measured, threshold, True if threshold <= _coarse(rounding.eps) else None, meaning)
 
 
-def _walk(counter: _Counter, V: Array, HV: Array, rounding: _Rounding) -> Iterator[Item]:
-    """The items difference and taylor, from values and gradients at x + t d and x - t d for falling t.
+def _walk(counter: _Counter, V: Array, HV: Array, rounding: _Rounding, *, values: bool = True) -> Iterator[Item]:
+    """The items difference and, from values, taylor: gradients and values at x + t d and x - t d for falling t.
 
     d has the length of x. The first t comes from the rounding: with r its share in a unit change of the gradient, an extrapolated
     central difference errs by t^4 + r / t, least at r^(1/5), as a plain one at r^(1/3) (Nocedal and Wright, Numerical
@@ -382,6 +604,7 @@ def _walk(counter: _Counter, V: Array, HV: Array, rounding: _Rounding) -> Iterat
     ratio = 4.0 if rounding.eps < 1e-10 else 2.0  # float32 has room for few scales
     t = 2.0 ** round(math.log2(t)) if share else 2.0**-4
     taylor = _Taylor(rounding)
+    taylor.done = not values
     for _ in range(_RUNGS):
         if taylor.done and all(line.done for line in lines):
             break
@@ -391,7 +614,8 @@ def _walk(counter: _Counter, V: Array, HV: Array, rounding: _Rounding) -> Iterat
         t /= ratio
     difference = _judge_lines(lines)
     yield difference
-    yield taylor.judge(lines, agrees=difference.passed is True)
+    if values:
+        yield taylor.judge(lines, agrees=difference.passed is True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -491,7 +715,7 @@ class _Line:
 
 def _judge_lines(lines: Sequence[_Line]) -> Item:
     name = "difference"
-    meaning, coarse = _ITEMS[name], _coarse(lines[0].rounding.eps)
+    meaning, coarse = f"{_ITEMS[name]}, extrapolated in t", _coarse(lines[0].rounding.eps)
     decided: list[tuple[float, float]] = []
     kinked = False
     for line in lines:

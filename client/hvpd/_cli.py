@@ -81,11 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="check an objective's products against its gradients and values",
-        description="Check an objective at a point: symmetry, linearity, blocks against vectors, repeats, central differences, "
-        "Taylor remainders. Exit code 0: no item failed; 3: one did; 1: it could not be checked.",
+        description="Check an objective at a point: symmetry, linearity, blocks against vectors, repeats, rounding, central "
+        "differences, Taylor remainders; of a composite's other curvature, that it is not negative. Exit code 0: no item failed; 3: one did; 1: it could not be checked.",
     )
     check.add_argument("name", metavar="NAME", help="name or digest of the objective")
     check.add_argument("--x", metavar="FILE.npy", help="where, a flat vector (default: standard normal, by the seed)")
+    check.add_argument(
+        "--operator", default="hessian", help="hessian, ggn, fisher or empirical_fisher (default: hessian)"
+    )
     check.add_argument("--seed", type=int, default=0, help="of the probes, and of x (default: 0)")
     check.add_argument("--probes", type=int, default=4, help="how many tangents (default: 4)")
     check.add_argument("--json", action="store_true", help="as JSON")
@@ -149,7 +152,9 @@ def _register(arguments: argparse.Namespace) -> int:
                 precision=arguments.precision,
                 mode=arguments.mode,
             )
-        print(f"{objective.name or '-'} {objective.digest} n={objective.n} {objective.dtype} {objective.mode}")
+        check = objective.registration_check().verdict
+        facts = f"n={objective.n} {objective.dtype} {objective.mode} check={check or '-'}"
+        print(f"{objective.name or '-'} {objective.digest} {facts}")
     return 0
 
 
@@ -177,7 +182,7 @@ def _objectives(arguments: argparse.Namespace) -> int:
         for listing in found:
             print(json.dumps(dataclasses.asdict(listing) | {"created": listing.created.isoformat()}))
         return 0
-    rows = [("NAME", "N", "DTYPE", "PRECISION", "MODE", "PLATFORMS", "DATA", "CREATED", "DIGEST")]
+    rows = [("NAME", "N", "DTYPE", "PRECISION", "MODE", "PLATFORMS", "DATA", "CHECK", "CREATED", "DIGEST")]
     rows += [
         (
             listing.name or "-",
@@ -187,6 +192,7 @@ def _objectives(arguments: argparse.Namespace) -> int:
             listing.mode,
             ",".join(listing.platforms),
             _size(listing.data_bytes),
+            listing.check or "-",
             listing.created.strftime("%Y-%m-%d %H:%M"),
             listing.digest[:12],
         )
@@ -215,7 +221,7 @@ def _check(arguments: argparse.Namespace) -> int:
         objective = client.objective(arguments.name)
         if x is None:
             x = np.random.default_rng(arguments.seed).standard_normal(objective.n)
-        certificate = objective.check(x, seed=arguments.seed, probes=arguments.probes)
+        certificate = objective.check(x, seed=arguments.seed, probes=arguments.probes, operator=arguments.operator)
     print(json.dumps(certificate.to_json()) if arguments.json else certificate)
     return 0 if certificate.passed else 3
 

@@ -7,7 +7,11 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from hvpd._errors import HvpdError, IncompatibleError, MissingExtraError
+import numpy as np
+
+from hvpd import _codec
+from hvpd._check import REGISTRATION_BYTES, verdict_of
+from hvpd._errors import HvpdError, IncompatibleError, MissingExtraError, OverloadedError
 from hvpd._objective import Objective
 from hvpd._transport import Statistics, Transport
 from hvpd.v1 import objective_pb2, server_pb2
@@ -40,6 +44,8 @@ class Listing:
     """Size of the data it was registered with."""
     created: datetime.datetime
     """When it was registered, UTC."""
+    check: str = ""
+    """What the server's check after registration found: passed, failed, undecided, pending; empty where there was none."""
 
 
 class Client:
@@ -92,18 +98,24 @@ class Client:
         precision: str = "highest",
         mode: str = "forward_over_reverse",
         any_rows: bool = False,
+        row_reduction: str | None = None,
+        blocks: Sequence[str | Sequence[str]] = (),
+        fixed_bucket: int | None = None,
+        sharded: bool = False,
     ) -> Objective:
         """Registers f(x, *data) -> scalar with the server, with its derivative programs and its data.
 
         `fun` is traced once for these shapes, differentiated forward over reverse, and lowered for all platforms; nothing runs
         here. Closed-over arrays above 16 KiB are stored like data. Registering the same again uploads and compiles nothing.
+        The server then multiplies a few vectors at x, in the background: `objective.registration_check()` has the verdict.
 
         A float64 x is traced with 64-bit types whatever jax's x64 mode. With a float32 x and x64 off, 64-bit data is narrowed
         as jax itself narrows it; integers that 32 bits cannot hold are refused.
 
         Args:
             fun: Written in jax, pure; returns one real floating scalar.
-            x: Any pytree of floating arrays: gives structure, shapes and dtypes. Its values are not used.
+            x: Any pytree of floating arrays: gives structure, shapes and dtypes. The server checks the products at its values,
+                where they are 64 MiB at most.
             data: One pytree of arrays for each further argument of `fun`; integers and booleans are allowed.
             name: Points at the objective from now on, for teammates; letters, digits, `._-`, parts joined by `/`.
             platforms: Of "cpu", "cuda", "rocm", "tpu".
@@ -122,6 +134,15 @@ class Client:
                 warning; `objective.mode` says which it was.
             any_rows: Whether points can be bound to data of any number of rows: one program with a symbolic first axis, in the
                 first leaf of data and all others that are as long. Such an objective keeps no residuals.
+            row_reduction: "mean" or "sum", which implies any_rows: `fun` is a mean over rows of terms of one row each, plus perhaps what
+                no row has part in (a penalty); or a sum over rows, and nothing else. Then data that is larger than the server's
+                memory budget stays on its disk, and each product goes through it in chunks. The result is that of all rows at once.
+            blocks: Principal blocks that get programs of their own, so that products of `H.block(...)` cost what the block costs: each
+                the name of a leaf of x or of what stands above several, or several names. See `CurvatureOperator.block`.
+            fixed_bucket: The only width of blocks that are launched, a power of two: then the bits of a product do not depend on who
+                else was asking, nor on what was measured. Wider ones share more work, and waste more where nobody shares.
+            sharded: Whether data is split by rows over all devices of the server, for what is too large or too slow on one. It takes
+                numbers of rows that the devices divide; other leaves are on every device.
 
         Raises:
             InvalidArgumentError: `fun`, `x`, `data` or `name` cannot be registered.
@@ -137,9 +158,13 @@ class Client:
             precision=precision,
             mode=mode,
             any_rows=any_rows,
+            row_reduction=row_reduction,
+            blocks=blocks,
+            fixed_bucket=fixed_bucket,
+            sharded=sharded,
             stablehlo_version=self.server.stablehlo_version,
         )
-        return self._store(export, name)
+        return self._store(export, name, _export.flatten(x)[1])
 
     def register_exported(self, exported: bytes | bytearray, *data: Any, name: str | None = None) -> Objective:
         """Registers an objective that was exported elsewhere: the bytes of
@@ -184,14 +209,26 @@ class Client:
             ) from error
         return _export
 
-    def _store(self, export: "Export", name: str | None) -> Objective:
-        """Uploads what the server does not have, and has it registered."""
+    def _store(self, export: "Export", name: str | None, x_leaves: Sequence[Any] = ()) -> Objective:
+        """Uploads what the server does not have, and has it registered, and checked where there is an x."""
         self._check_server_reads(export.bundle)
         request = objective_pb2.CreateObjectiveRequest(digest=export.digest, name=name or "")
+        blobs = dict(export.blobs)
+        if x_leaves and export.bundle.n * np.dtype(export.bundle.dtype).itemsize <= REGISTRATION_BYTES:
+            parts = [np.asarray(leaf).reshape(-1).astype(export.bundle.dtype) for leaf in x_leaves]
+            x = _codec.payload(np.concatenate(parts))
+            request.x_digest = _codec.digest(x)
+            blobs[request.x_digest] = x
         # Each try may find one blob corrupt on the server's disk, or removed after it was found present, and send it anew.
         for last in [False] * len(export.blobs) + [True]:
-            for digest in self._transport.missing(list(export.blobs)):
-                self._transport.upload(digest, export.blobs[digest])
+            for digest in self._transport.missing(list(blobs)):
+                try:
+                    self._transport.upload(digest, blobs[digest])
+                except OverloadedError:
+                    if digest in export.blobs:
+                        raise
+                    request.x_digest = ""  # A check is nothing to fail for.
+                    del blobs[digest]
             try:
                 response = self._transport.unary(self._transport.objectives.CreateObjective, request)
                 break
@@ -243,8 +280,6 @@ class Client:
 def _listing(message: objective_pb2.Objective) -> Listing:
     import math
 
-    from hvpd import _codec
-
     bundle = message.bundle
     return Listing(
         name=message.name,
@@ -256,6 +291,7 @@ def _listing(message: objective_pb2.Objective) -> Listing:
         platforms=tuple(bundle.platforms),
         data_bytes=sum(math.prod(tensor.shape) * _codec.dtype(tensor.dtype).itemsize for tensor in bundle.data),
         created=message.create_time.ToDatetime(datetime.UTC),
+        check=verdict_of(message.check),
     )
 
 
@@ -266,6 +302,7 @@ def connect(
     connect_timeout: float = 10.0,
     retry_timeout: float = 60.0,
     timeout: float | None = None,
+    priority: int = 0,
 ) -> Client:
     """Connects to a server.
 
@@ -275,8 +312,12 @@ def connect(
         connect_timeout: Seconds to wait for a server at the address.
         retry_timeout: Seconds for which calls are repeated while the server is away or overloaded.
         timeout: Seconds that one call may take at most; None: as long as it takes.
+        priority: Of this client's products, from -100 to 100: where several of one tenant wait for the device, the higher go
+            first, and the lower for as long as there are such not at all. It changes nothing between tenants, which share the
+            device fairly; who connects is one.
 
     Raises:
+        InvalidArgumentError: An argument is not what it must be.
         UnavailableError: Nothing answers there within the connect timeout.
         IncompatibleError: What answers is no hvpd server, or one of another version.
     """
@@ -286,5 +327,6 @@ def connect(
         connect_timeout=connect_timeout,
         retry_timeout=retry_timeout,
         timeout=timeout,
+        priority=priority,
     )
     return Client(transport)

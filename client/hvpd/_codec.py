@@ -91,10 +91,13 @@ def is_digest(text: str) -> bool:
     return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
-def chunks(data: Buffer, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
-    """Consecutive views of `data`, each of `size` bytes but the last. One empty view for empty data."""
+def chunks(data: Buffer, most: int = CHUNK_BYTES) -> Iterator[memoryview]:
+    """Consecutive views of `data`, as few as there can be of `most` bytes each, about as long as each other. One empty view for
+    empty data.
+    """
     view = memoryview(data).cast("B")
-    for start in range(0, max(len(view), 1), size):
+    size = -(-len(view) // max(-(-len(view) // most), 1))
+    for start in range(0, max(len(view), 1), max(size, 1)):
         yield view[start : start + size]
 
 

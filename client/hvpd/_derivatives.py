@@ -120,8 +120,21 @@ class Stages:
     rows: int | None
     """Rows of z, where that is one array with a row for each example; else None."""
 
+    def whole(self, x: Any, *args: jax.Array) -> Any:
+        """The objective."""
+        return self.loss(self.model(x, *args), *args)
 
-_Middle = Callable[[Any, Any, Sequence[jax.Array]], Any]
+    def through(self, view: Function, extra: int = 0) -> "Stages":
+        """The same in another first argument: view(y, *args) -> (x, *args without the first `extra` ones)."""
+        return Stages(
+            lambda y, *args: self.model(*view(y, *args)),
+            lambda z, *args: self.loss(z, *args[extra:]),
+            self.arguments + extra,
+            self.rows,
+        )
+
+
+Middle = Callable[[Any, Any, Sequence[jax.Array]], Any]
 """A symmetric linear map in the space of the model's output: (z, J v, args) -> M J v."""
 
 
@@ -134,7 +147,7 @@ def curvatures_of(stages: Stages, composite: Composite) -> dict[str, Callable[[F
     Neural Computation 14 (2002); Martens, New insights and perspectives on the natural gradient method, JMLR 21 (2020);
     Kunstner, Balles and Hennig, Limitations of the empirical Fisher approximation, NeurIPS (2019).
     """
-    middles: dict[str, _Middle] = {"ggn": _loss_hessian(stages)}
+    middles: dict[str, Middle] = {"ggn": loss_hessian(stages)}
     if stages.rows is not None:
         middles["empirical_fisher"] = _empirical(stages, composite)
     if composite.distribution is not None:
@@ -143,7 +156,7 @@ def curvatures_of(stages: Stages, composite: Composite) -> dict[str, Callable[[F
     return {name: _around(stages, middle) for name, middle in middles.items()}
 
 
-def _around(stages: Stages, middle: _Middle) -> Callable[[Function], Function]:
+def _around(stages: Stages, middle: Middle) -> Callable[[Function], Function]:
     """The program of J' middle J. A middle that is drawn takes its random key in front of the other arguments."""
 
     def batched(batch: Function) -> Function:
@@ -158,7 +171,8 @@ def _around(stages: Stages, middle: _Middle) -> Callable[[Function], Function]:
     return batched
 
 
-def _loss_hessian(stages: Stages) -> _Middle:
+def loss_hessian(stages: Stages) -> Middle:
+    """The loss's Hessian in the model's output."""
     return lambda z, Jv, args: jax.jvp(jax.grad(lambda z: stages.loss(z, *args)), (z,), (Jv,))[1]
 
 
@@ -168,7 +182,7 @@ def _outer(composite: Composite, z: jax.Array, Jv: jax.Array, gradients: jax.Arr
     return composite.scale(z.shape[0]) * gradients * inner
 
 
-def _empirical(stages: Stages, composite: Composite) -> _Middle:
+def _empirical(stages: Stages, composite: Composite) -> Middle:
     def middle(z: jax.Array, Jv: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
         gradients = jax.grad(lambda z: stages.loss(z, *args))(z) / composite.scale(z.shape[0])
         return _outer(composite, z, Jv, gradients)
@@ -176,7 +190,7 @@ def _empirical(stages: Stages, composite: Composite) -> _Middle:
     return middle
 
 
-def _categorical(composite: Composite) -> _Middle:
+def _categorical(composite: Composite) -> Middle:
     def middle(z: jax.Array, Jv: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
         p: jax.Array = jax.nn.softmax(z, axis=-1)
         return composite.scale(z.shape[0]) * p * (Jv - jnp.sum(p * Jv, axis=-1, keepdims=True))
@@ -184,19 +198,28 @@ def _categorical(composite: Composite) -> _Middle:
     return middle
 
 
-def _normal(composite: Composite) -> _Middle:
+def _normal(composite: Composite) -> Middle:
     return lambda z, Jv, args: composite.scale(z.shape[0]) * Jv
 
 
-def _sampled(composite: Composite) -> _Middle:
+def keys_of(composite: Composite, key: jax.Array) -> jax.Array:
+    """One key for each sample, from the data of a threefry key."""
+    return jax.random.split(jax.random.wrap_key_data(key, impl="threefry2x32"), composite.samples)
+
+
+def drawn_gradient(composite: Composite, z: jax.Array, key: jax.Array) -> jax.Array:
+    """Row by row the gradient of -log p in z, at targets drawn from the model's own distribution p."""
+    if composite.distribution == "normal":
+        return jax.random.normal(key, z.shape, z.dtype)
+    labels = jax.random.categorical(key, z)
+    return jax.nn.softmax(z) - jax.nn.one_hot(labels, z.shape[-1], dtype=z.dtype)
+
+
+def _sampled(composite: Composite) -> Middle:
     def middle(z: jax.Array, Jv: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
         def draw(key: jax.Array) -> jax.Array:
-            if composite.distribution == "normal":
-                return _outer(composite, z, Jv, jax.random.normal(key, z.shape, z.dtype))
-            labels = jax.random.categorical(key, z)
-            return _outer(composite, z, Jv, jax.nn.softmax(z) - jax.nn.one_hot(labels, z.shape[-1], dtype=z.dtype))
+            return _outer(composite, z, Jv, drawn_gradient(composite, z, key))
 
-        keys = jax.random.split(jax.random.wrap_key_data(args[0], impl="threefry2x32"), composite.samples)
-        return jnp.mean(jax.vmap(draw)(keys), axis=0)
+        return jnp.mean(jax.vmap(draw)(keys_of(composite, args[0])), axis=0)
 
     return middle

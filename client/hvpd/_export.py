@@ -7,7 +7,7 @@ Differentiation happens here because jax can do it only before export: an `Expor
 
 import contextlib
 import dataclasses
-import itertools
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,10 +21,12 @@ import numpy as np
 from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import stablehlo
 
-from hvpd import _codec
-from hvpd._composite import Composite
+from hvpd import _codec, _pytree
+from hvpd._composite import REDUCTIONS, Composite
+from hvpd._dense import Factors
 from hvpd._derivatives import Stages, array_spec, curvatures_of, hvp_of, linearized
 from hvpd._errors import InvalidArgumentError
+from hvpd._layout import Layout, View
 from hvpd._lift import lift
 from hvpd._pytree import Spec
 from hvpd.v1 import objective_pb2, tensor_pb2
@@ -45,6 +47,9 @@ MODES = (
     "finite_difference",
     "auto",
 )
+
+_MAX_BUCKET = 1024
+"""Widest fixed bucket."""
 
 _Function = Callable[..., Any]
 
@@ -86,10 +91,14 @@ def export(
     precision: str,
     mode: str = "forward_over_reverse",
     any_rows: bool = False,
+    row_reduction: str | None = None,
+    blocks: Sequence[str | Sequence[str]] = (),
+    fixed_bucket: int | None = None,
+    sharded: bool = False,
     stablehlo_version: str = "",
     lift_bytes: int = LIFT_BYTES,
 ) -> Export:
-    """Differentiates `fun(x, *data)` and exports value_and_grad, hvp, prepare and apply.
+    """Differentiates `fun(x, *data)` and exports value_and_grad, hvp, prepare and apply, and what else there is to be had.
 
     Args:
         fun: Returns a floating scalar.
@@ -99,6 +108,10 @@ def export(
         mode: Of `MODES`: how products are made.
         precision: Of `PRECISIONS`, for matrix products in `fun` that do not say their own.
         any_rows: Whether the first axis of data is symbolic, in all leaves that have as many rows as the first leaf.
+        row_reduction: Of `REDUCTIONS`: how `fun` goes over those rows, so that they can be gone through in chunks.
+        blocks: Names of leaves, or groups of names: principal blocks that get programs of their own.
+        fixed_bucket: The only block width of launches.
+        sharded: Whether the server splits data by rows over all of its devices.
         stablehlo_version: Newest that the server reads; empty: what servers up to four weeks older read.
         lift_bytes: Largest closed-over array that stays a constant of the program.
 
@@ -106,9 +119,12 @@ def export(
         InvalidArgumentError: `fun`, `x` or `data` cannot be registered; the message says why.
     """
     _check_options(platforms, precision, mode)
-    if any_rows and mode in ("linearized", "auto"):
+    _check_rows(fun, row_reduction)
+    _check_bucket(fixed_bucket)
+    any_rows = any_rows or row_reduction is not None
+    if mode in ("linearized", "auto") and (any_rows or sharded):
         raise InvalidArgumentError(
-            f"mode {mode!r} keeps residuals, whose size must be known: it does not go with any_rows"
+            f"mode {mode!r} keeps residuals, whose size must be known: it does not go with any_rows, nor with sharded"
         )
     x_leaves, x_treedef = jax.tree.flatten(x)
     x_arrays = [_floating(leaf, path) for leaf, path in zip(x_leaves, _paths(x), strict=True)]
@@ -123,19 +139,17 @@ def export(
         for leaf, path in zip(data_leaves, _paths(tuple(data)), strict=True)
     ]
 
-    def tree_of(x: jax.Array) -> Any:
-        ends = list(itertools.accumulate(array.size for array in x_arrays))
-        parts = [
-            x[end - array.size : end].reshape(array.shape).astype(array.dtype)
-            for array, end in zip(x_arrays, ends, strict=True)
-        ]
-        return jax.tree.unflatten(x_treedef, parts)
+    def tree_of(leaves: Sequence[jax.Array]) -> Any:
+        return jax.tree.unflatten(x_treedef, leaves)
 
     def arguments_of(leaves: Sequence[jax.Array]) -> Any:
         return jax.tree.unflatten(data_treedef, leaves)
 
+    x_structure = tree_spec(x)
     x_spec = jax.ShapeDtypeStruct((n,), flat_dtype)
     with jax.enable_x64(x64), jax.default_matmul_precision(precision):
+        layout = Layout([jax.ShapeDtypeStruct(array.shape, array.dtype) for array in x_arrays])
+        groups = _groups(x_structure, blocks)
         target = Target(tuple(platforms), _artifact_version(stablehlo_version), jax.export.SymbolicScope())
         row_leaves = _row_leaves(data_arrays) if any_rows else []
         (m,) = jax.export.symbolic_shape("m", scope=target.scope)
@@ -143,25 +157,23 @@ def export(
             jax.ShapeDtypeStruct((m, *array.shape[1:]) if index in row_leaves else array.shape, array.dtype)
             for index, array in enumerate(data_arrays)
         ]
+        leaf_specs = [*layout.leaves, *data_specs]
         if isinstance(fun, Composite):
-            captured, stages = _stages(fun, tree_of, arguments_of, [x_spec, *data_specs], lift_bytes)
-
-            def objective(x: jax.Array, *args: jax.Array) -> Any:
-                return stages.loss(stages.model(x, *args), *args)
-
-            curvatures = curvatures_of(stages, fun)
+            captured, stages = _stages(fun, tree_of, arguments_of, leaf_specs, len(x_arrays), lift_bytes)
+            objective = stages.whole
         else:
             captured, objective = _trace(
-                lambda x, *leaves: fun(tree_of(x), *arguments_of(leaves)), fun, [x_spec, *data_specs], lift_bytes
+                lambda *leaves: fun(tree_of(leaves[: len(x_arrays)]), *arguments_of(leaves[len(x_arrays) :])),
+                fun,
+                leaf_specs,
+                lift_bytes,
             )
-            curvatures = {}
+            stages = None
         specs = [x_spec, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in captured), *data_specs]
         with _traced(fun):
-            programs, residuals, mode = _programs(objective, specs, mode, target)
-            for name, product in curvatures.items():
-                drawn = [jax.ShapeDtypeStruct((2,), np.uint32)] if name == "sampled_fisher" else []
-                block = _block(x_spec, target)
-                programs[name] = _export_batched(product, target, x_spec, block, *drawn, *specs[1:])
+            exported = _programs(_Subject(fun, objective, stages, layout, specs), groups, mode, target)
+            if sharded:
+                exported = exported.without_residuals()
 
     blobs: dict[str, _codec.Buffer] = {}
 
@@ -173,24 +185,29 @@ def export(
     def tensor(array: _codec.Array) -> tensor_pb2.Tensor:
         return tensor_pb2.Tensor(dtype=array.dtype.name, shape=array.shape, digest=blob(_codec.payload(array)))
 
-    serialized = {name: bytes(exported.serialize()) for name, exported in programs.items()}
+    serialized = {name: bytes(program.serialize()) for name, program in exported.programs.items()}
     bundle = objective_pb2.Bundle(
         format=FORMAT,
         n=n,
         dtype=flat_dtype.name,
-        x_tree=tree_spec(x),
+        x_tree=x_structure,
         x_leaves=[array_spec(array) for array in x_arrays],
         data_tree=tree_spec(tuple(data)),
         data=[tensor(array) for array in data_arrays],
         captured=[tensor(array) for array in captured],
-        mode=mode,
+        mode=exported.mode,
         row_leaves=row_leaves,
-        residuals=residuals,
+        row_reduction=row_reduction or "",
+        fixed_bucket=fixed_bucket or 0,
+        sharded=sharded,
+        residuals=exported.residuals,
+        blocks=[objective_pb2.Block(leaves=positions) for positions in groups],
+        dense_layers=exported.dense_layers,
         platforms=list(platforms),
         precision=precision,
         x64=x64,
         jax_version=jax.__version__,
-        calling_convention_version=programs["hvp"].calling_convention_version,
+        calling_convention_version=exported.programs["hvp"].calling_convention_version,
         programs={
             name: objective_pb2.Program(digest=blob(content), size_bytes=len(content))
             for name, content in serialized.items()
@@ -208,6 +225,22 @@ def _check_options(platforms: Sequence[str], precision: str, mode: str) -> None:
     unknown = sorted(set(platforms) - {"cpu", "cuda", "rocm", "tpu"})
     if unknown or not platforms:
         raise InvalidArgumentError(f"platforms must be of cpu, cuda, rocm and tpu, got {list(platforms)!r}")
+
+
+def _check_rows(fun: _Function, row_reduction: str | None) -> None:
+    if row_reduction not in (None, *REDUCTIONS):
+        raise InvalidArgumentError(f"row_reduction must be one of {', '.join(REDUCTIONS)}, got {row_reduction!r}")
+    if row_reduction is not None and isinstance(fun, Composite) and fun.reduction != row_reduction:
+        raise InvalidArgumentError(
+            f"the composite's reduction is {fun.reduction!r}, row_reduction is {row_reduction!r}: they say the same thing"
+        )
+
+
+def _check_bucket(fixed_bucket: int | None) -> None:
+    if fixed_bucket is not None and not (
+        type(fixed_bucket) is int and 1 <= fixed_bucket <= _MAX_BUCKET and fixed_bucket & (fixed_bucket - 1) == 0
+    ):
+        raise InvalidArgumentError(f"fixed_bucket must be a power of two from 1 to {_MAX_BUCKET}, got {fixed_bucket!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,17 +378,19 @@ def _stages(
     tree_of: _Function,
     arguments_of: _Function,
     specs: Sequence[Any],
+    count: int,
     lift_bytes: int,
 ) -> tuple[list[_codec.Array], Stages]:
-    """The large arrays that both stages close over, and the stages, traced apart."""
-    takes = len(jax.eval_shape(lambda *leaves: arguments_of(leaves), *specs[1:]))
+    """The large arrays that both stages close over, and the stages, traced apart; the first `count` specs are x's leaves."""
+    takes = len(jax.eval_shape(lambda *leaves: arguments_of(leaves), *specs[count:]))
     if composite.inputs > takes:
         raise InvalidArgumentError(
             f"the model takes {composite.inputs} data arguments (inputs={composite.inputs}), {takes} were given"
         )
     with _traced(composite.model):
         closed, z = jax.make_jaxpr(
-            lambda x, *leaves: composite.model(tree_of(x), *arguments_of(leaves)[: composite.inputs]), return_shape=True
+            lambda *leaves: composite.model(tree_of(leaves[:count]), *arguments_of(leaves[count:])[: composite.inputs]),
+            return_shape=True,
         )(*specs)
     _check_pure(composite.model, closed)
     leaves, treedef = jax.tree.flatten(z)
@@ -376,20 +411,20 @@ def _stages(
                 *arguments_of(z_and_leaves[len(leaves) :])[composite.inputs :],
             ),
             composite.loss,
-            [*leaves, *specs[1:]],
+            [*leaves, *specs[count:]],
             lift_bytes,
         )
     except InvalidArgumentError as error:
         raise InvalidArgumentError(f"the loss cannot take what the model returns, {shapes}: {error}") from error
     first, both = len(models), len(models) + len(losses)
 
-    def model(x: jax.Array, *args: jax.Array) -> Any:
-        return jax.tree.unflatten(treedef, lifted(args[:first], [x, *args[both:]]))
+    def model(x: Sequence[jax.Array], *args: jax.Array) -> Any:
+        return jax.tree.unflatten(treedef, lifted(args[:first], [*x, *args[both:]]))
 
     def loss_of(z: Any, *args: jax.Array) -> Any:
         return loss(z, *args[first:])
 
-    return [*models, *losses], Stages(model, loss_of, both + len(specs) - 1, rows)
+    return [*models, *losses], Stages(model, loss_of, both + len(specs) - count, rows)
 
 
 def _row_leaves(arrays: Sequence[_codec.Array]) -> list[int]:
@@ -400,46 +435,134 @@ def _row_leaves(arrays: Sequence[_codec.Array]) -> list[int]:
     return [index for index, array in enumerate(arrays) if array.ndim > 0 and len(array) == rows]
 
 
-def _block(x_spec: jax.ShapeDtypeStruct, target: Target) -> jax.ShapeDtypeStruct:
-    """V[k,n], its width symbolic."""
+def _groups(structure: Spec, blocks: Sequence[str | Sequence[str]]) -> list[list[int]]:
+    """Positions of the leaves of each block."""
+    if isinstance(blocks, str) or not all(isinstance(block, str | Sequence) for block in blocks):
+        raise InvalidArgumentError(f"blocks must be a list of names, and of groups of names, got {blocks!r}")
+    known = _pytree.leaf_names(structure)
+    groups = [_pytree.select(known, [block] if isinstance(block, str) else list(block)) for block in blocks]
+    for index, group in enumerate(groups):
+        if group in groups[:index]:
+            raise InvalidArgumentError(f"blocks[{index}] has the same leaves as an earlier one: {blocks[index]!r}")
+    return groups
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """What is differentiated."""
+
+    fun: _Function
+    """The user's, for messages, or their composite."""
+    objective: _Function
+    """objective(leaves of x, *args) -> scalar; args are the captured arrays and the leaves of data."""
+    stages: Stages | None
+    """Of a composite, likewise in the leaves of x."""
+    layout: Layout
+    """Of the leaves in the flat x."""
+    specs: Sequence[jax.ShapeDtypeStruct]
+    """Of the flat x and of args."""
+
+    def hvp(self, view: View, mode: str) -> Callable[[_Function], _Function]:
+        """The Hessian's product in a view of x, given how to batch."""
+        return hvp_of(lambda y, *args: self.objective(*view(y, *args)), mode)
+
+    def curvatures(self, view: View, extra: int = 0) -> dict[str, Callable[[_Function], _Function]]:
+        """The products of a composite's other operators, likewise."""
+        if self.stages is None or not isinstance(self.fun, Composite):
+            return {}
+        return curvatures_of(self.stages.through(view, extra), self.fun)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+    """What was exported, and what the bundle says of it."""
+
+    programs: dict[str, jax.export.Exported]
+    mode: str
+    residuals: Sequence[objective_pb2.Residual] = ()
+    dense_layers: Sequence[objective_pb2.DenseLayer] = ()
+
+    def without_residuals(self) -> "_Programs":
+        """The same for products that recompute what depends on x."""
+        kept = {name: program for name, program in self.programs.items() if name not in ("prepare", "apply")}
+        return dataclasses.replace(self, programs=kept, residuals=())
+
+
+def _programs(subject: _Subject, groups: Sequence[Sequence[int]], mode: str, target: Target) -> _Programs:
+    """Exports all programs of a bundle; `groups` are the positions of each block's leaves."""
+    layout, x, args = subject.layout, subject.specs[0], subject.specs[1:]
+    hessians = _hessians(subject, mode, target)
+    programs = hessians.programs
+    for name, product in subject.curvatures(layout.whole).items():
+        programs[name] = _export_batched(product, target, x, _block(layout.size(), x, target), *_drawn(name), *args)
+    for index, group in enumerate(groups):
+        block, view = _block(layout.size(group), x, target), layout.block(group)
+        for name, product in [("hvp", subject.hvp(view, hessians.mode)), *subject.curvatures(view, extra=1).items()]:
+            drawn = _drawn(name)
+            restricted = _restricted(product, functools.partial(layout.take, positions=group), len(drawn))
+            programs[f"{name}[{index}]"] = _export_batched(restricted, target, x, block, *drawn, *args)
+    if not isinstance(subject.fun, Composite) or subject.stages is None or subject.stages.rows is None:
+        return hessians
+    factors = Factors.of(subject.stages, layout, args, subject.fun)
+    for name, function in factors.programs().items():
+        programs[name] = _export(function, target, x, *_drawn(name), *args)
+    return dataclasses.replace(hessians, dense_layers=[layer.message for layer in factors.layers])
+
+
+def _block(size: int, x: jax.ShapeDtypeStruct, target: Target) -> jax.ShapeDtypeStruct:
+    """V[k,size], its width symbolic."""
     (k,) = jax.export.symbolic_shape("k", scope=target.scope)
-    return jax.ShapeDtypeStruct((k, *x_spec.shape), x_spec.dtype)
+    return jax.ShapeDtypeStruct((k, size), x.dtype)
 
 
-def _programs(
-    fun: _Function, specs: Sequence[jax.ShapeDtypeStruct], mode: str, target: Target
-) -> tuple[dict[str, jax.export.Exported], list[objective_pb2.Residual], str]:
-    """Exports the derivative programs of fun(x, *args); `specs` are those of x and args.
+def _drawn(name: str) -> list[jax.ShapeDtypeStruct]:
+    """The random key that programs take which draw."""
+    return [jax.ShapeDtypeStruct((2,), np.uint32)] if name.startswith("sampled_") else []
 
-    Returns:
-        The programs, the residuals of `apply`, and the mode: reverse over reverse where jax forbids the jvp that was asked for.
-    """
-    block = _block(specs[0], target)
+
+def _restricted(
+    product: Callable[[_Function], _Function], take: _Function, drawn: int
+) -> Callable[[_Function], _Function]:
+    """(x, V, *drawn, *args) from a product of a block, (y, V, *drawn, x, *args)."""
+
+    def batched(batch: _Function) -> _Function:
+        multiply = product(batch)
+        return lambda x, V, *args: multiply(take(x), V, *args[:drawn], x, *args[drawn:])
+
+    return batched
+
+
+def _hessians(subject: _Subject, mode: str, target: Target) -> _Programs:
+    """Exports the value, the gradient and the Hessian's products, by reverse over reverse where jax forbids the jvp of `mode`."""
+    x, args = subject.specs[0], subject.specs[1:]
+    block = _block(subject.layout.size(), x, target)
+
+    def fun(x: jax.Array, *args: jax.Array) -> Any:
+        return subject.objective(*subject.layout.whole(x, *args))
 
     def value_and_grad(x: jax.Array, *args: jax.Array) -> Any:
         return jax.value_and_grad(fun)(x, *args)
 
-    programs = {"value_and_grad": _export(value_and_grad, target, *specs)}
+    programs = {"value_and_grad": _export(value_and_grad, target, x, *args)}
     try:
-        hvp = hvp_of(fun, mode)
-        programs["hvp"] = _export_batched(hvp, target, specs[0], block, *specs[1:])
-        symbolic = any(not isinstance(size, int) for spec in specs for size in spec.shape)
+        programs["hvp"] = _export_batched(subject.hvp(subject.layout.whole, mode), target, x, block, *args)
+        symbolic = any(not isinstance(size, int) for spec in args for size in spec.shape)
         if symbolic or mode not in ("forward_over_reverse", "linearized", "auto"):
-            return programs, [], mode
-        prepare, apply_of, residuals = linearized(fun, specs)
+            return _Programs(programs, mode)
+        prepare, apply_of, residuals = linearized(fun, [x, *args])
     except TypeError as error:
         if "custom_vjp" not in str(error) or mode == "reverse_over_reverse":
             raise
         warnings.warn(
             f"jax forbids mode {mode!r} for this function, which has a custom_vjp inside: it is registered with mode "
             "'reverse_over_reverse'",
-            stacklevel=4,
+            stacklevel=5,
         )
-        return _programs(fun, specs, "reverse_over_reverse", target)
+        return _hessians(subject, "reverse_over_reverse", target)
     residual_specs = [jax.ShapeDtypeStruct(tuple(residual.spec.shape), residual.spec.dtype) for residual in residuals]
-    programs["prepare"] = _export(prepare, target, *specs)
+    programs["prepare"] = _export(prepare, target, x, *args)
     programs["apply"] = _export_batched(apply_of, target, block, *residual_specs)
-    return programs, residuals, mode
+    return _Programs(programs, mode, residuals)
 
 
 def _export_batched(function_of: Callable[[_Function], _Function], target: Target, *specs: Any) -> jax.export.Exported:

@@ -1,6 +1,7 @@
-"""Arrays that a function closes over, taken out of its jaxpr: they are data, not constants of a program. Needs jax.
+"""Jaxprs, evaluated with changes: constants that become arguments, nested jits inlined, results tapped. Needs jax.
 
-jax keeps the constants of a nested jit inside its jaxpr, so such calls are inlined where they hold one of these arrays.
+Arrays that a function closes over are data, not constants of a program. jax keeps those of a nested jit inside its jaxpr, so
+such calls are inlined where they hold one.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,9 @@ from hvpd import _codec
 Lifted = Callable[[Sequence[Any], Sequence[Any]], list[Any]]
 """The outputs of a traced function, given the captured arrays and its own flat arguments."""
 
+Tap = Callable[[Any, Sequence[Any], list[Any]], list[Any]]
+"""(equation, operands, results) -> results."""
+
 
 def lift(closed: Any, lift_bytes: int) -> tuple[list[_codec.Array], Lifted]:
     """Takes the constants of more than `lift_bytes` out of a traced function: the arrays, and the function that is given them."""
@@ -23,9 +27,14 @@ def lift(closed: Any, lift_bytes: int) -> tuple[list[_codec.Array], Lifted]:
     captured = [np.asarray(constant, jax.dtypes.canonicalize_dtype(constant.dtype)) for constant in found.values()]
 
     def lifted(arrays: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-        return _evaluate(closed, arguments, dict(zip(found, arrays, strict=True)))
+        return evaluate(closed, arguments, replaced=dict(zip(found, arrays, strict=True)))
 
     return captured, lifted
+
+
+def inlined(closed: Any) -> Any:
+    """The same traced function without nested jits."""
+    return jax.make_jaxpr(lambda *args: evaluate(closed, args, flat=True))(*closed.in_avals)
 
 
 def _calls(closed: Any) -> Iterator[tuple[Any, Any]]:
@@ -41,12 +50,28 @@ def _constants(closed: Any) -> Iterator[Any]:
         yield from _constants(inner)
 
 
-def _evaluate(closed: Any, args: Sequence[Any], replaced: Mapping[int, Any]) -> list[Any]:
-    """Evaluates a jaxpr with some constants replaced; nested jits that hold one of them are inlined, all else stays."""
-    inlined = {
+def evaluate(
+    closed: Any,
+    args: Sequence[Any],
+    *,
+    replaced: Mapping[int, Any] | None = None,
+    flat: bool = False,
+    tap: Tap = lambda equation, operands, outputs: outputs,
+) -> list[Any]:
+    """Evaluates a jaxpr.
+
+    Args:
+        closed: What `jax.make_jaxpr` gave.
+        args: Its arguments.
+        replaced: Values in place of constants, by the constants' id. Nested jits that hold one of them are inlined.
+        flat: Whether all other nested jits are inlined, too.
+        tap: Given each equation with its operands and results; returns what to go on with as the results.
+    """
+    replaced = replaced or {}
+    opened = {
         id(equation): inner
         for equation, inner in _calls(closed)
-        if any(id(constant) in replaced for constant in _constants(inner))
+        if flat or any(id(constant) in replaced for constant in _constants(inner))
     }
     constants = [replaced.get(id(constant), constant) for constant in closed.consts]
     values = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*constants, *args], strict=True))
@@ -55,14 +80,15 @@ def _evaluate(closed: Any, args: Sequence[Any], replaced: Mapping[int, Any]) -> 
         return atom.val if isinstance(atom, jex.Literal) else values[atom]
 
     for equation in closed.jaxpr.eqns:
-        inner = inlined.get(id(equation))
+        inner = opened.get(id(equation))
         if inner is not None:
-            outputs = _evaluate(inner, [read(atom) for atom in equation.invars], replaced)
+            outputs = evaluate(inner, [read(atom) for atom in equation.invars], replaced=replaced, flat=flat)
             values.update(zip(equation.outvars, outputs, strict=True))
         else:
             variables = list(dict.fromkeys(atom for atom in equation.invars if not isinstance(atom, jex.Literal)))
             kept = [variable for variable in equation.outvars if not isinstance(variable, jex.DropVar)]
             names = jex.DebugInfo("eval", "equation", ("",) * len(variables), ("",) * len(kept))
             single = jex.Jaxpr([], variables, kept, [equation], equation.effects, names)
-            values.update(zip(kept, jex.jaxpr_as_fun(jex.ClosedJaxpr(single, ()))(*map(read, variables)), strict=True))
+            outputs = jex.jaxpr_as_fun(jex.ClosedJaxpr(single, ()))(*map(read, variables))
+            values.update(zip(kept, tap(equation, list(map(read, equation.invars)), outputs), strict=True))
     return [read(atom) for atom in closed.jaxpr.outvars]

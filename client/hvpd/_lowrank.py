@@ -8,13 +8,14 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from hvpd import _blocks, _codec
 from hvpd._errors import InvalidArgumentError
 from hvpd._operator import CurvatureOperator
+from hvpd._symmetric import SymmetricOperator
 
 
-class _Symmetric(LinearOperator):
+class _LowRank(SymmetricOperator):
     """U diag(weights) U^T + shift I, multiplied here."""
 
     def __init__(self, U: _codec.Array, weights: _codec.Array, shift: float) -> None:
-        super().__init__(U.dtype, (len(U), len(U)))  # type: ignore[call-arg]  # the stubs know only __new__
+        super().__init__(U.dtype, len(U))
         self._U, self._weights, self._shift = U, weights[:, None].astype(U.dtype), U.dtype.type(shift)
 
     def _matmat(self, X: Any) -> _codec.Array:
@@ -22,23 +23,8 @@ class _Symmetric(LinearOperator):
         product: _codec.Array = self._U @ (self._weights * (self._U.T @ X)) + self._shift * X
         return product
 
-    def _matvec(self, x: Any) -> _codec.Array:
-        return self._matmat(np.asarray(x).reshape(-1, 1)).reshape(-1)
 
-    def _rmatvec(self, x: Any) -> _codec.Array:
-        return self._matvec(x)
-
-    def _rmatmat(self, X: Any) -> _codec.Array:
-        return self._matmat(X)
-
-    def _adjoint(self) -> "_Symmetric":
-        return self
-
-    def _transpose(self) -> "_Symmetric":
-        return self
-
-
-class LowRankOperator(_Symmetric):
+class LowRankOperator(_LowRank):
     """U diag(eigenvalues) U^T + shift I, symmetric, multiplied without round trips. Made by `CurvatureOperator.low_rank`.
 
     Attributes:
@@ -64,7 +50,7 @@ class LowRankOperator(_Symmetric):
         )
 
 
-class NystromPreconditioner(_Symmetric):
+class NystromPreconditioner(_LowRank):
     """An approximate inverse, up to a factor, for `M=` of SciPy's solvers; positive definite. Made by `hvpd.nystrom`.
 
     (d_r) U D^-1 U^T + (I - U U^T), where D holds the shifted eigenvalues d_1 >= ... >= d_r.

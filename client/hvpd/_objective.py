@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hvpd import _codec, _pytree
+from hvpd import _blocks, _codec, _pytree
 from hvpd._errors import InvalidArgumentError
-from hvpd._transport import Transport
+from hvpd._transport import Step, Transport
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
 
 if TYPE_CHECKING:
-    from hvpd._check import Certificate
+    from hvpd._check import Certificate, RegistrationCheck
+    from hvpd._kronecker import DenseLayer, KroneckerOperator
     from hvpd._operator import CurvatureOperator, HessianOperator
 
 _RECENT = 4
@@ -39,6 +40,22 @@ class Choice:
     """Why, in words."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Compile:
+    """What became of one program at one block width, in `Objective.compiles`."""
+
+    program: str
+    """Its name, such as "hvp"."""
+    width: int
+    """Block width; 0 for programs that multiply nothing."""
+    state: str
+    """"queued", "compiling", "ready" or "failed"."""
+    seconds: float
+    """How long it took, or has taken so far."""
+    error: str
+    """Why it failed."""
+
+
 class Objective:
     """A registered f(x, *data). Made by `Client.register` and `Client.objective`.
 
@@ -53,6 +70,7 @@ class Objective:
         platforms: What it was lowered for.
         precision: Matrix-multiplication precision that it was traced with.
         mode: How its products are made; see `Client.register`.
+        blocks: Names of the leaves of each principal block that has programs of its own; see `Client.register`.
     """
 
     def __init__(
@@ -65,6 +83,10 @@ class Objective:
         self._transport = transport
         self._bundle = bundle
         self._unflatten = unflatten or (lambda leaves: _pytree.rebuild(bundle.x_tree, leaves))
+        names = _pytree.leaf_names(bundle.x_tree)
+        self.blocks: tuple[tuple[str, ...], ...] = tuple(
+            tuple(names[leaf] for leaf in block.leaves) for block in bundle.blocks
+        )
         self._recent: collections.deque[Point] = collections.deque(maxlen=_RECENT)
         self._lock = threading.Lock()
         self.n: int = bundle.n
@@ -102,6 +124,21 @@ class Objective:
         """The Hessian at x times p, both of shape (n,): `hessp` of scipy.optimize.minimize."""
         return self.at(x).hessian() @ self._flat(p, "p", exact="")
 
+    def block_of(self, leaves: Sequence[str]) -> int:
+        """Which principal block with programs of its own has these leaves, counted from 1; 0 where none has."""
+        return self.blocks.index(tuple(leaves)) + 1 if tuple(leaves) in self.blocks else 0
+
+    def size_of(self, block: int) -> int:
+        """Number of elements of such a block; of 0, n."""
+        leaves = self._bundle.blocks[block - 1].leaves if block else range(len(self._bundle.x_leaves))
+        return sum(math.prod(self._bundle.x_leaves[leaf].shape) for leaf in leaves)
+
+    def dense_layers(self) -> "list[DenseLayer]":
+        """The dense layers of a composite's model that `Point.kfac` covers; empty for other objectives."""
+        from hvpd import _kronecker
+
+        return _kronecker.dense_layers(self._bundle, self.slices())
+
     def has(self, program: str) -> bool:
         """Whether it was registered with a program, such as "ggn"."""
         return program in self._bundle.programs
@@ -112,26 +149,53 @@ class Objective:
         choices = self._transport.unary(self._transport.objectives.GetPlan, request).choices
         return [Choice(c.width, c.program, c.hvp_seconds or None, c.apply_seconds or None, c.reason) for c in choices]
 
-    def check(self, x: Any, *data: Any, seed: int = 0, probes: Any = 4) -> "Certificate":
+    def registration_check(self) -> "RegistrationCheck":
+        """What the server found when it multiplied a few vectors at the x of the registration; asked anew with each call.
+
+        It runs in the background after `Client.register`, and its verdict is "pending" until it has: symmetry, linearity, and one
+        central difference of gradients, as far as the dtype sees. What is not finite there is undecided. `check` sees more.
+        """
+        from hvpd import _check
+
+        request = objective_pb2.GetObjectiveRequest(name=self.digest)
+        found = self._transport.unary(self._transport.objectives.GetObjective, request).objective
+        return _check.RegistrationCheck.of(found.check)
+
+    def compiles(self) -> list[Compile]:
+        """What the server has compiled of this objective, or will have, in the order in which it was asked for.
+
+        The first products of a new objective wait for its first compiles: this tells how far they are.
+        """
+        request = objective_pb2.GetPlanRequest(digest=self.digest)
+        compiles = self._transport.unary(self._transport.objectives.GetPlan, request).compiles
+        names = {number: name.removeprefix("STATE_").lower() for name, number in objective_pb2.Compile.State.items()}
+        return [Compile(c.program, c.width, names.get(c.state, "unknown"), c.seconds, c.error) for c in compiles]
+
+    def check(self, x: Any, *data: Any, seed: int = 0, probes: Any = 4, operator: str = "hessian") -> "Certificate":
         """The certificate at x: whether products behave like the Hessian of the values and gradients, as far as the dtype sees.
 
         Products are held against each other (symmetry, linearity, block against columns, repeats, block widths), against central
         differences of gradients, and, through the order of the Taylor remainder, against values. Thresholds follow from the
-        dtype, and from rounding measured close to x; what rounding or a kink hides is undecided, and no failure. NaN and
-        infinity at x fail the item "finite", and leave the others undecided. It visits about 50 points for 4 probes.
+        dtype, and from rounding measured close to x, which the item "precision" tells; what rounding or a kink hides is undecided,
+        and no failure. NaN and infinity at x fail the item "finite", and leave the others undecided. It visits about 50 points
+        for 4 probes.
+
+        The curvature of a composite is no derivative of its gradient. It is held against itself, and has to be "definite": v'Gv
+        is not negative, always of Fisher matrices, of Gauss-Newton where the loss is convex in the model's output.
 
         Args:
             x: A flat vector of shape (n,), or a pytree of the registered structure.
             data: In place of the registered data, as for `at`.
             seed: Of the probes, from 0.
             probes: How many tangents to draw, or the tangents themselves, of shape (k, n).
+            operator: "hessian", "ggn", "fisher" or "empirical_fisher".
 
         Returns:
             A `Certificate`: `passed`, `items`, `to_json()`; printed, a table.
 
         Raises:
             InvalidArgumentError: x or data does not fit what was registered; probes that are not finite, zero, or of another
-                shape.
+                shape; an operator that is none, or that the objective was registered without.
         """
         from hvpd import _check
 
@@ -145,28 +209,36 @@ class Objective:
             return Point(self, self._transport, spec, flat)
 
         eps = _check.resolution([leaf.dtype for leaf in self._bundle.x_leaves], self.precision)
-        return _check.certify(base, at, eps=eps, seed=seed, probes=probes)
+        return _check.certify(base, at, operator=operator, eps=eps, seed=seed, probes=probes)
 
     # Points
 
-    def at(self, x: Any, *data: Any) -> "Point":
+    def at(self, x: Any, *data: Any, pin: int | None = None) -> "Point":
         """Makes the point resident on the device and returns it, with its value and gradient.
 
         Args:
             x: A flat vector of shape (n,), or a pytree of the registered structure.
+            pin: Seconds for which the point stays on the device after it was last used, whatever else wants room; see `Point.pin`.
             data: In place of the registered data: as many arguments, of the same structure, shapes and dtypes; of any number of
                 rows where it was registered with `any_rows`.
 
         Raises:
             InvalidArgumentError: x or data does not fit what was registered.
         """
-        flat = self._x(x)
+        flat = self.vector(x)
         if not data:
             # Comparing bits is many times faster than a digest, and most calls come back to a point that was just visited.
             with self._lock:
                 for recent in reversed(self._recent):
                     if recent.default_data and np.array_equal(_bits(recent.x), _bits(flat)):
-                        return recent
+                        found = recent
+                        break
+                else:
+                    found = None
+            if found is not None:
+                if pin is not None:
+                    found.pin(pin)
+                return found
         tensors = self._upload(data) if data else []
         spec = curvature_pb2.PointSpec(
             objective_digest=self.digest,
@@ -174,7 +246,10 @@ class Objective:
             default_data=not data,
             x_digest=_codec.digest(_codec.payload(flat)),
         )
-        point = Point(self, self._transport, spec, flat)
+        return self.remember(Point(self, self._transport, spec, flat, pin=pin))
+
+    def remember(self, point: "Point") -> "Point":
+        """Has the point found again by who comes back to its x."""
         with self._lock:
             self._recent.append(point)
         return point
@@ -260,14 +335,14 @@ class Objective:
             start += size
         return found
 
-    def _x(self, x: Any) -> _codec.Array:
-        """The flat vector of what a caller gave for x."""
+    def vector(self, x: Any, what: str = "x") -> _codec.Array:
+        """The flat vector, in the objective's dtype, of what a caller gave: flat, or a pytree of the registered structure."""
         spec = self._bundle.x_tree
         if spec.kind == spec.KIND_LEAF or isinstance(x, np.ndarray) or hasattr(x, "__array__"):
             array = np.asarray(x)
             if spec.kind == spec.KIND_LEAF and array.shape == tuple(self._bundle.x_leaves[0].shape):
                 array = array.reshape(-1)
-            return self._flat(array, "x", exact="x")
+            return self._flat(array, what, exact="x")
         return self.ravel(x)
 
     def _flat(self, vector: Any, what: str, *, exact: str) -> _codec.Array:
@@ -318,7 +393,14 @@ class Point:
     """
 
     def __init__(
-        self, objective: Objective, transport: Transport, spec: curvature_pb2.PointSpec, x: _codec.Array
+        self,
+        objective: Objective,
+        transport: Transport,
+        spec: curvature_pb2.PointSpec,
+        x: _codec.Array,
+        *,
+        step: Step | None = None,
+        pin: int | None = None,
     ) -> None:
         self.objective = objective
         self.n = objective.n
@@ -328,13 +410,50 @@ class Point:
         self.default_data = spec.default_data
         self.x = x.copy()
         self.x.flags.writeable = False
-        message, gradient = transport.create_point(spec, self.x)
+        self._pin = None if pin is None else _blocks.integer(pin, "pin", 0, 7 * 24 * 3600)
+        message, gradient = transport.create_point(spec, self.x, step=step, pin_seconds=self._pin)
         gradient.flags.writeable = False
         self._id = message.id
         self.value: float = message.value
         self.gradient: _codec.Array = gradient
         counts = {"x": message.nonfinite_x, "value": message.nonfinite_value, "gradient": message.nonfinite_gradient}
         self.nonfinite: tuple[str, ...] = tuple(name for name, count in counts.items() if count)
+
+    def moved(self, alpha: float, direction: Any) -> "Point":
+        """The point x + alpha * direction, with the same data: a step of a line search.
+
+        The server makes x from this point, if it still has it, and the direction, which is sent for the first step along it only. x
+        itself is not sent; the result is the same as that of `objective.at(point.x + alpha * direction)`.
+
+        Args:
+            alpha: The length of the step.
+            direction: A flat vector of shape (n,), or a pytree of the registered structure.
+
+        Raises:
+            InvalidArgumentError: The direction does not fit, or alpha is no finite number.
+        """
+        alpha = _blocks.finite(alpha, "alpha")
+        p = self.objective.vector(direction, "the direction")
+        # Rounded as the server rounds it, or the digests would differ.
+        x = p * self.dtype.type(alpha)
+        x += self.x
+        spec = curvature_pb2.PointSpec()
+        spec.CopyFrom(self._spec)
+        spec.x_digest = _codec.digest(_codec.payload(x))
+        step = Step(self._id, alpha, p)
+        return self.objective.remember(Point(self.objective, self._transport, spec, x, step=step))
+
+    def pin(self, seconds: int) -> None:
+        """Keeps the point and its data on the device until it has not been used for so long, whatever else wants room.
+
+        The server pins half of its memory at most. 0 gives it up. Points that are not pinned come back by themselves, too: pinning
+        saves the time that takes.
+
+        Raises:
+            OverloadedError: Too much is pinned already.
+        """
+        self._pin = _blocks.integer(seconds, "seconds", 0, 7 * 24 * 3600)
+        self._restore()
 
     def hessian(self, shift: float = 0.0) -> "HessianOperator":
         """The Hessian plus `shift` times the identity, as a symmetric scipy.sparse.linalg.LinearOperator of shape (n, n)."""
@@ -363,9 +482,7 @@ class Point:
         """
         if seed is None:
             return self._curvature("fisher", curvature_pb2.OPERATOR_FISHER, shift)
-        if not 0 <= seed < 2**64:
-            raise InvalidArgumentError(f"a seed is a whole number from 0 to 2**64 - 1, got {seed!r}")
-        return self._curvature("fisher", curvature_pb2.OPERATOR_SAMPLED_FISHER, shift, seed)
+        return self._curvature("fisher", curvature_pb2.OPERATOR_SAMPLED_FISHER, shift, _seed(seed))
 
     def empirical_fisher(self, shift: float = 0.0) -> "CurvatureOperator":
         """The empirical Fisher matrix, of the gradients at the targets, plus `shift` times the identity, likewise.
@@ -374,6 +491,42 @@ class Point:
             InvalidArgumentError: The objective is no composite, or its model's output is not one array with a row an example.
         """
         return self._curvature("empirical_fisher", curvature_pb2.OPERATOR_EMPIRICAL_FISHER, shift)
+
+    def kfac(self, shift: float = 0.0, *, seed: int | None = None) -> "KroneckerOperator":
+        """The Kronecker-factored approximation (K-FAC) of the Gauss-Newton matrix, plus `shift` times the identity.
+
+        For each dense layer y = a W + b of a composite's model, of kernel and bias together, A (x) G: A the mean of a'a, G the
+        curvature in y. The server computes the factors; they come here once, and products and `inverse()` take no round trip:
+        `cg(point.ggn(mu), b, M=point.kfac(mu).inverse())`. Exact where the model has one row of data or is linear, and for each
+        layer alone. Leaves of x that are in no dense layer have zeros. Sources: Martens and Grosse, ICML (2015).
+
+        Args:
+            shift: Added to the diagonal; a positive one is needed to invert.
+            seed: In place of the Gauss-Newton matrix, the Fisher matrix with targets drawn by this seed (see `fisher`), which costs
+                one backward pass a sample, not two for each of the model's outputs.
+
+        Raises:
+            InvalidArgumentError: The objective is no composite of a model with dense layers, or a seed was given and it has no
+                distribution.
+        """
+        from hvpd._kronecker import KroneckerBlock, KroneckerOperator
+
+        program = "kfac" if seed is None else "sampled_kfac"
+        if not self.objective.has(program):
+            raise InvalidArgumentError(
+                f"{self.objective.label} was registered without {program}: register hvpd.composite(model, loss"
+                f"{'' if seed is None else ', distribution=...'}), with a model that returns one array [rows, ...] and has layers "
+                "a @ W + b, W and b being leaves of x that are used nowhere else"
+            )
+        layers = self.objective.dense_layers()
+        request = curvature_pb2.ComputeFactorsRequest(point_id=self._id, seed=None if seed is None else _seed(seed))
+        sizes = [size for layer in layers for size in layer.elements.shape]
+        factors = self._transport.factors(request, sizes, self.dtype, restore=self._restore)
+        blocks = tuple(
+            KroneckerBlock(layer.kernel, layer.bias, layer.elements, A, G)
+            for layer, A, G in zip(layers, factors[::2], factors[1::2], strict=True)
+        )
+        return KroneckerOperator(blocks, self.dtype, self.n, _blocks.finite(shift, "shift"))
 
     def _curvature(self, program: str, kind: int, shift: float, seed: int = 0) -> "CurvatureOperator":
         from hvpd._operator import CurvatureOperator
@@ -387,56 +540,64 @@ class Point:
         return CurvatureOperator(self, kind, seed=seed, shift=shift)
 
     def multiply(
-        self, block: _codec.Array, operator: int = curvature_pb2.OPERATOR_HESSIAN, seed: int = 0
+        self, V: _codec.Array, operator: int = curvature_pb2.OPERATOR_HESSIAN, seed: int = 0, block: int = 0
     ) -> _codec.Array:
         """V[k,n] -> HV[k,n], row-major, in the objective's dtype: what the operators are made of.
 
         Args:
-            block: V, one vector a row.
+            V: One vector a row.
             operator: Which curvature H is: a value of `hvpd.v1.curvature_pb2.Operator`.
             seed: Of operators that are drawn.
+            block: Which principal block of it, of `Objective.block_of`: vectors have its elements only. 0: the whole.
 
         Raises:
-            InvalidArgumentError: The block has another shape or dtype.
+            InvalidArgumentError: V has another shape or dtype.
         """
-        return self._ask(block, operator, seed, quadratic_form=False)
+        return self._ask(V, operator, seed, block, quadratic_form=False)
 
     def quadratic_form(
-        self, block: _codec.Array, operator: int = curvature_pb2.OPERATOR_HESSIAN, seed: int = 0
+        self, V: _codec.Array, operator: int = curvature_pb2.OPERATOR_HESSIAN, seed: int = 0, block: int = 0
     ) -> _codec.Array:
         """V[k,n] -> v'Hv for each row, of shape (k,), in the objective's dtype; only these numbers come back.
 
         Args:
-            block: As for `multiply`.
+            V: As for `multiply`.
             operator: As for `multiply`.
             seed: As for `multiply`.
+            block: As for `multiply`.
 
         Raises:
-            InvalidArgumentError: The block has another shape or dtype.
+            InvalidArgumentError: V has another shape or dtype.
         """
-        return self._ask(block, operator, seed, quadratic_form=True)
+        return self._ask(V, operator, seed, block, quadratic_form=True)
 
-    def _ask(self, block: _codec.Array, operator: int, seed: int, *, quadratic_form: bool) -> _codec.Array:
-        if block.ndim != 2 or block.shape[1] != self.n or block.dtype != self.dtype:
-            raise InvalidArgumentError(
-                f"a block must be {self.dtype}[k, {self.n}], got {block.dtype}{list(block.shape)}"
-            )
-        if len(block) == 0:
-            return np.empty_like(block[:, 0] if quadratic_form else block)
+    def _ask(self, V: _codec.Array, operator: int, seed: int, block: int, *, quadratic_form: bool) -> _codec.Array:
+        n = self.objective.size_of(block)
+        if V.ndim != 2 or V.shape[1] != n or V.dtype != self.dtype:
+            raise InvalidArgumentError(f"a block must be {self.dtype}[k, {n}], got {V.dtype}{list(V.shape)}")
+        if len(V) == 0:
+            return np.empty_like(V[:, 0] if quadratic_form else V)
         spec = curvature_pb2.ProductSpec(
             point_id=self._id,
             operator=operator,  # type: ignore[arg-type]  # an open enum
             quadratic_form=quadratic_form,
             seed=seed,
+            block=block,
         )
-        return self._transport.multiply(spec, np.ascontiguousarray(block), restore=self._restore)
+        return self._transport.multiply(spec, np.ascontiguousarray(V), restore=self._restore)
 
     def _restore(self) -> None:
-        self._transport.create_point(self._spec, self.x)
+        self._transport.create_point(self._spec, self.x, pin_seconds=self._pin)
 
     def __repr__(self) -> str:
         warning = f", not finite: {', '.join(self.nonfinite)}" if self.nonfinite else ""
         return f"<Point of {self.objective.label}: value {self.value:g}{warning}>"
+
+
+def _seed(seed: object) -> int:
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise InvalidArgumentError(f"a seed is a whole number from 0 to 2**64 - 1, got {seed!r}")
+    return int(seed)
 
 
 def _bits(vector: _codec.Array) -> _codec.Array:

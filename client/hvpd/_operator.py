@@ -5,17 +5,16 @@ products has files of its own: `_diagonal`, `_sparse`, `_lowrank`.
 """
 
 import copy
-import math
 import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import scipy.sparse
-from scipy.sparse.linalg import LinearOperator
 
-from hvpd import _codec
+from hvpd import _blocks, _codec, _pytree
 from hvpd._errors import InvalidArgumentError
 from hvpd._objective import Point
+from hvpd._symmetric import SymmetricOperator
 from hvpd.v1 import curvature_pb2
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ class Update(NamedTuple):
     """Shape (r, r), symmetric."""
 
 
-class CurvatureOperator(LinearOperator):
+class CurvatureOperator(SymmetricOperator):
     """scale A + shift I + U C U^T, where A is the curvature at a point: symmetric, real, in the objective's dtype.
 
     `A @ v` and `A @ V` are one round trip each: a block is multiplied as a block. Vectors of another real dtype are converted.
@@ -58,35 +57,20 @@ class CurvatureOperator(LinearOperator):
         scale: float = 1.0,
         shift: float = 0.0,
     ) -> None:
-        super().__init__(point.dtype, (point.n, point.n))  # type: ignore[call-arg]  # the stubs know only __new__
+        super().__init__(point.dtype, point.n)
         self.point = point
         self.kind = kind
         self.seed = seed
-        self.scale = _finite(scale, "scale")
-        self.shift = _finite(shift, "shift")
+        self.scale = _blocks.finite(scale, "scale")
+        self.shift = _blocks.finite(shift, "shift")
         self.update: Update | None = None
         self.leaves: tuple[str, ...] = ()
         self._indices: _codec.Array | None = None
 
     # What SciPy calls
 
-    def _matvec(self, x: Any) -> _codec.Array:
-        return self._multiply(np.asarray(x).reshape(1, -1)).reshape(-1)
-
     def _matmat(self, X: Any) -> _codec.Array:
         return self._multiply(np.asarray(X).T).T
-
-    def _rmatvec(self, x: Any) -> _codec.Array:
-        return self._matvec(x)
-
-    def _rmatmat(self, X: Any) -> _codec.Array:
-        return self._matmat(X)
-
-    def _adjoint(self) -> Self:
-        return self
-
-    def _transpose(self) -> Self:
-        return self
 
     # Products, of vectors that are rows
 
@@ -108,7 +92,8 @@ class CurvatureOperator(LinearOperator):
                 f"directions must have the shape ({self.shape[0]},) or ({self.shape[0]}, k), got {directions.shape}"
             )
         block = self._block(directions.reshape(self.shape[0], -1).T)
-        form = self.point.quadratic_form(self._embedded(block), self.kind, self.seed) * self.dtype.type(self.scale)
+        embedded, own = self._embedded(block)
+        form = self.point.quadratic_form(embedded, self.kind, self.seed, own) * self.dtype.type(self.scale)
         if self.shift:
             form += self.dtype.type(self.shift) * np.einsum("kn,kn->k", block, block)
         if self.update is not None:
@@ -139,22 +124,29 @@ class CurvatureOperator(LinearOperator):
 
     def _curvature(self, block: _codec.Array) -> _codec.Array:
         """V[k,n] -> A V[k,n]: neither scaled, nor shifted, nor updated."""
-        product = self.point.multiply(self._embedded(block), self.kind, self.seed)
-        return product if self._indices is None else product[:, self._indices]
+        embedded, own = self._embedded(block)
+        product = self.point.multiply(embedded, self.kind, self.seed, own)
+        return product if self._indices is None or own else product[:, self._indices]
 
-    def _embedded(self, block: _codec.Array) -> _codec.Array:
-        """The rows as vectors of the whole x, zero outside of a principal block."""
+    def _embedded(self, block: _codec.Array) -> tuple[_codec.Array, int]:
+        """The rows as the server takes them, and which of the objective's blocks they belong to.
+
+        A principal block without programs of its own is 0: vectors of the whole x, zero outside.
+        """
         if self._indices is None:
-            return block
+            return block, 0
+        own = self.point.objective.block_of(self.leaves)
+        if own:
+            return block, own
         whole = np.zeros((len(block), self.point.n), self.dtype)
         whole[:, self._indices] = block
-        return whole
+        return whole, 0
 
     # Arithmetic that stays one operator
 
     def shifted(self, shift: float) -> Self:
         """This plus `shift` times the identity, of one round trip as before."""
-        return self._changed(shift=self.shift + _finite(shift, "shift"))
+        return self._changed(shift=self.shift + _blocks.finite(shift, "shift"))
 
     def updated(self, U: Any, C: Any = None) -> Self:
         """This plus U C U^T, computed on the client.
@@ -191,7 +183,7 @@ class CurvatureOperator(LinearOperator):
         return Update(np.hstack([self.update.U, more.U]), C)
 
     def _scaled(self, factor: float) -> Self:
-        factor = _finite(factor, "the factor")
+        factor = _blocks.finite(factor, "the factor")
         update = self.update and Update(self.update.U, self.dtype.type(factor) * self.update.C)
         return self._changed(scale=factor * self.scale, shift=factor * self.shift, update=update)
 
@@ -244,7 +236,9 @@ class CurvatureOperator(LinearOperator):
     def block(self, *names: str) -> Self:
         """The principal block of some leaves of x: rows and columns of all others are left out.
 
-        A product embeds the vector into zeros, multiplies, and keeps the block's elements: one round trip.
+        A product is one round trip. Where the objective was registered with this block (`register(blocks=...)`), it costs what the
+        block costs: only its elements travel, and nothing is differentiated by the others. Else the vector is embedded into
+        zeros and multiplied by the whole.
 
         Args:
             names: Keys, indices and fields of the registered pytree joined by slashes, such as "hidden/w" or "layers/0"; a name
@@ -256,16 +250,7 @@ class CurvatureOperator(LinearOperator):
         """
         slices = self.point.objective.slices()
         known = self.leaves or tuple(slices)
-        if not names:
-            raise InvalidArgumentError(
-                f"name the leaves of the block: any of {_listed(known)}, or what stands above them"
-            )
-        for name in names:
-            if not any(_below(leaf, name) for leaf in known):
-                raise InvalidArgumentError(
-                    f"no leaf of x is named {name!r}, and none is below it; there are {_listed(known)}"
-                )
-        kept = tuple(leaf for leaf in known if any(_below(leaf, name) for name in names))
+        kept = tuple(known[position] for position in _pytree.select(known, names))
         indices = np.concatenate([np.arange(slices[leaf].start, slices[leaf].stop) for leaf in kept])
         update = self.update and Update(self.update.U[np.isin(self.indices, indices)], self.update.C)
         return self._changed(shape=(len(indices),) * 2, leaves=kept, _indices=indices, update=update)
@@ -379,12 +364,6 @@ class HessianOperator(CurvatureOperator):
         super().__init__(point, curvature_pb2.OPERATOR_HESSIAN, shift=shift)
 
 
-def _finite(number: Any, what: str) -> float:
-    if not isinstance(number, numbers.Real) or not math.isfinite(number):
-        raise InvalidArgumentError(f"{what} must be a finite real number, got {number!r}")
-    return float(number)
-
-
 def _real(array: Any, what: str) -> _codec.Array:
     found = np.asarray(array)
     if found.dtype.kind not in "fiub" or not np.isfinite(found).all():
@@ -400,13 +379,3 @@ def _multiple_of_identity(other: Any, n: int) -> float | None:
     diagonal, entries = matrix.diagonal(), matrix.tocoo()
     alone = not entries.data[entries.row != entries.col].any()
     return float(diagonal[0]) if alone and (diagonal == diagonal[0]).all() else None
-
-
-def _below(leaf: str, name: str) -> bool:
-    """Whether a leaf is the one of that name, or below it."""
-    return name in ("", leaf) or leaf.startswith(f"{name}/")
-
-
-def _listed(names: tuple[str, ...], most: int = 50) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more

@@ -1,4 +1,4 @@
-"""Which revisions of the wire protocol this version of hvpd speaks, and how client and server tell each other."""
+"""Which revisions of the wire protocol this version of hvpd speaks, how client and server tell each other, and what limits it sets."""
 
 OLDEST = 1
 """Oldest revision that is understood."""
@@ -8,6 +8,9 @@ NEWEST = 1
 
 REVISION_KEY = "hvpd-protocol"
 """Metadata key of the client's revision."""
+
+MAX_PRIORITY = 100
+"""Priorities of products go from minus this to this."""
 
 VERSION_KEY = "hvpd-version"
 """Metadata key of the client's version of hvpd, for messages."""

@@ -8,6 +8,7 @@ import collections
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hvpd._errors import InvalidArgumentError
 from hvpd.v1 import tensor_pb2
 
 Spec = tensor_pb2.TreeSpec
@@ -125,6 +126,32 @@ def leaf_names(spec: Spec) -> list[str]:
     names = _names(spec)
     shared = collections.Counter(names)
     return [path if shared[name] > 1 else name for name, path in zip(names, leaf_paths(spec), strict=True)]
+
+
+def select(known: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Positions of the leaves that `names` mean: leaves of that name, and all that are below it.
+
+    Raises:
+        InvalidArgumentError: There is none of such a name; the message lists those that there are.
+    """
+    if not names:
+        raise InvalidArgumentError(f"name the leaves of the block: any of {_listed(known)}, or what stands above them")
+    for name in names:
+        if not any(_below(leaf, name) for leaf in known):
+            raise InvalidArgumentError(
+                f"no leaf of x is named {name!r}, and none is below it; there are {_listed(known)}"
+            )
+    return [position for position, leaf in enumerate(known) if any(_below(leaf, name) for name in names)]
+
+
+def _below(leaf: str, name: str) -> bool:
+    """Whether a leaf is the one of that name, or below it."""
+    return name in ("", leaf) or leaf.startswith(f"{name}/")
+
+
+def _listed(names: Sequence[str], most: int = 50) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
 
 
 def _names(spec: Spec) -> list[str]:

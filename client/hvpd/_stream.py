@@ -86,7 +86,7 @@ class Filling:
         self._bytes = self.array.reshape(-1).view(np.uint8).data
         self._filled = 0
 
-    def append(self, chunk: bytes) -> None:
+    def append(self, chunk: _codec.Buffer) -> None:
         end = self._filled + len(chunk)
         if end > len(self._bytes):
             raise RpcFailure(

@@ -12,12 +12,12 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import numpy as np
 
-from hvpd import _codec, _protocol
+from hvpd import _codec, _frames, _protocol
 from hvpd._errors import (
     Failure,
     HvpdError,
@@ -28,13 +28,12 @@ from hvpd._errors import (
     failure_of_status,
     to_error,
 )
+from hvpd._frames import Frame
 from hvpd._stream import Filling, RpcFailure, Stream, never_free
 from hvpd._version import __version__
 from hvpd.v1 import (
     blob_pb2,
-    blob_pb2_grpc,
     curvature_pb2,
-    curvature_pb2_grpc,
     objective_pb2_grpc,
     server_pb2,
     server_pb2_grpc,
@@ -46,6 +45,10 @@ _INLINE_BYTES = 64 << 10
 """Points up to this size send x with the question whether it is resident."""
 
 _CODE = grpc.StatusCode
+
+ProductStream: TypeAlias = (
+    "Stream[Frame[curvature_pb2.StreamProductsRequest], Frame[curvature_pb2.StreamProductsResponse]]"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,24 @@ class Statistics:
         return self.launched_vectors / self.products if self.products else 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """How a point comes about from one that the server may hold: x = base.x + alpha * direction."""
+
+    base_id: str
+    """Point.id of the base."""
+    alpha: float
+    """In the objective's dtype."""
+    direction: _codec.Array
+    """Of shape (n,), in the objective's dtype."""
+
+    @property
+    def message(self) -> curvature_pb2.Move:
+        """As it goes over the wire."""
+        digest = _codec.digest(_codec.payload(self.direction))
+        return curvature_pb2.Move(base_id=self.base_id, alpha=self.alpha, direction_digest=digest)
+
+
 class Transport:
     """A connection to one server.
 
@@ -86,6 +107,7 @@ class Transport:
         connect_timeout: Seconds to wait for a server at first.
         retry_timeout: Seconds for which a call is repeated while the server is away.
         timeout: Seconds that one call may take, its retries included; None: as long as it takes.
+        priority: Of all products.
 
     Raises:
         UnavailableError: Nothing answers at the address.
@@ -93,7 +115,14 @@ class Transport:
     """
 
     def __init__(
-        self, address: str, *, token: str | None, connect_timeout: float, retry_timeout: float, timeout: float | None
+        self,
+        address: str,
+        *,
+        token: str | None,
+        connect_timeout: float,
+        retry_timeout: float,
+        timeout: float | None,
+        priority: int = 0,
     ) -> None:
         host = _host(address)
         _check_token(token)
@@ -101,9 +130,11 @@ class Transport:
         _check_seconds("retry_timeout", retry_timeout)
         if timeout is not None:
             _check_seconds("timeout", timeout)
+        _check_priority(priority)
         self.address = address
         self._retry_timeout = retry_timeout
         self._timeout = timeout
+        self._priority = priority
         credentials = () if token is None else (("authorization", f"Bearer {token}"),)
         identity = ((_protocol.VERSION_KEY, __version__), *credentials)
         self._metadata: tuple[tuple[str, str | bytes], ...] = (
@@ -112,7 +143,7 @@ class Transport:
         )
         self._local = _is_local(host)
         self._owner = os.getpid()
-        self._streams: list[Stream[curvature_pb2.StreamProductsRequest, curvature_pb2.StreamProductsResponse]] = []
+        self._streams: list[ProductStream] = []
         self._lock = threading.Lock()
         self._counts: dict[str, Any] = dataclasses.asdict(Statistics())
         self._closed = False
@@ -138,9 +169,12 @@ class Transport:
             *([("grpc.enable_http_proxy", 0)] if self._local else []),
         ]
         self._channel = grpc.insecure_channel(self.address, options)
-        self.blobs = blob_pb2_grpc.BlobServiceStub(self._channel)
+        self._find_missing = _call(self._channel, blob_pb2, "FindMissingBlobs")
+        self._upload = _call(self._channel, blob_pb2, "UploadBlob")
+        self._create_point = _call(self._channel, curvature_pb2, "CreatePoint")
+        self._stream_products = _call(self._channel, curvature_pb2, "StreamProducts")
+        self._compute_factors = _call(self._channel, curvature_pb2, "ComputeFactors")
         self.objectives = objective_pb2_grpc.ObjectiveServiceStub(self._channel)
-        self._curvature = curvature_pb2_grpc.CurvatureServiceStub(self._channel)
 
     def _abandon(self) -> None:
         """Leaves the channel as it is and opens another.
@@ -263,50 +297,54 @@ class Transport:
     def missing(self, digests: Sequence[str]) -> list[str]:
         """Those digests that the server does not hold."""
         request = blob_pb2.FindMissingBlobsRequest(digests=digests)
-        return list(self.unary(self.blobs.FindMissingBlobs, request).missing_digests)
+        return list(self.unary(self._find_missing, request).missing_digests)
 
     def upload(self, digest: str, content: _codec.Buffer) -> None:
         """Stores a blob."""
         size = memoryview(content).nbytes
 
-        def messages() -> Iterator[blob_pb2.UploadBlobRequest]:
+        def messages() -> Iterator[Frame[blob_pb2.UploadBlobRequest]]:
             offset = 0
             for chunk in _codec.chunks(content):
-                first = offset == 0
-                yield blob_pb2.UploadBlobRequest(
-                    digest=digest if first else "",
-                    size_bytes=size if first else 0,
-                    offset_bytes=offset,
-                    chunk=bytes(chunk),
-                )
+                message = blob_pb2.UploadBlobRequest(offset_bytes=offset)
+                if offset == 0:
+                    message.digest, message.size_bytes = digest, size
+                yield Frame(message, chunk)
                 offset += len(chunk)
 
-        self.call(lambda left: self.blobs.UploadBlob(messages(), metadata=self._metadata, timeout=left))
+        self.call(lambda left: self._upload(messages(), metadata=self._metadata, timeout=left))
 
     # Points and products
 
-    def create_point(self, spec: curvature_pb2.PointSpec, x: _codec.Array) -> tuple[curvature_pb2.Point, _codec.Array]:
-        """Makes a point resident; returns it and its gradient[n]. Sends x only where the server does not hold it."""
+    def create_point(
+        self,
+        spec: curvature_pb2.PointSpec,
+        x: _codec.Array,
+        *,
+        step: "Step | None" = None,
+        pin_seconds: int | None = None,
+    ) -> tuple[curvature_pb2.Point, _codec.Array]:
+        """Makes a point resident; returns it and its gradient[n]. Sends x only where the server cannot have it otherwise."""
         payload = _codec.payload(x)
         inline = bytes(payload) if len(payload) <= _INLINE_BYTES else b""
+        move = step.message if step is not None else None
+        opening = curvature_pb2.CreatePointRequest(spec=spec, inline_x=inline, move=move, pin_seconds=pin_seconds)
 
         def attempt(left: float | None) -> tuple[curvature_pb2.Point, _codec.Array]:
-            stream: Stream[curvature_pb2.CreatePointRequest, curvature_pb2.CreatePointResponse]
-            stream = Stream(self._curvature.CreatePoint, self._metadata, left)
+            stream: Stream[Frame[curvature_pb2.CreatePointRequest], Frame[curvature_pb2.CreatePointResponse]]
+            stream = Stream(self._create_point, self._metadata, left)
             point, gradient = None, Filling(x.shape, x.dtype)
             try:
-                stream.send([curvature_pb2.CreatePointRequest(spec=spec, inline_x=inline)])
+                stream.send([Frame(opening)])
                 while point is None or not gradient.complete:
-                    response = stream.receive()
-                    match response.WhichOneof("content"):
-                        case "x_wanted":
-                            stream.send(
-                                curvature_pb2.CreatePointRequest(chunk=bytes(chunk)) for chunk in _codec.chunks(payload)
-                            )
-                        case "point":
-                            point = response.point
-                        case "chunk":
-                            gradient.append(response.chunk)
+                    response, chunk = stream.receive()
+                    if response.x_wanted:
+                        stream.send(_pieces(payload))
+                    if response.direction_wanted and step is not None:
+                        stream.send(_pieces(_codec.payload(step.direction)))
+                    if response.HasField("point"):
+                        point = response.point
+                    gradient.append(chunk)
             except BaseException as error:
                 stream.drop(error)
                 raise
@@ -329,6 +367,27 @@ class Transport:
         self._count(vectors=len(block), seconds=time.perf_counter() - started)
         return result
 
+    def factors(
+        self,
+        request: curvature_pb2.ComputeFactorsRequest,
+        sizes: Sequence[int],
+        dtype: "np.dtype[Any]",
+        *,
+        restore: Callable[[], None],
+    ) -> list[_codec.Array]:
+        """The Kronecker factors at a point: square matrices of these sizes."""
+
+        def attempt(left: float | None) -> list[_codec.Array]:
+            found = Filling((sum(size**2 for size in sizes),), dtype)
+            for _, chunk in self._compute_factors(request, metadata=self._metadata, timeout=left):
+                found.append(chunk)
+            if not found.complete:
+                raise HvpdError(f"the server at {self.address} sent fewer Kronecker factors than the objective has")
+            parts = np.split(found.array, np.cumsum([size**2 for size in sizes])[:-1])
+            return [part.reshape(size, size) for part, size in zip(parts, sizes, strict=True)]
+
+        return self.call(attempt, restore=restore)
+
     def _exchange(
         self, spec: curvature_pb2.ProductSpec, parts: Sequence[_codec.Array], left: float | None
     ) -> _codec.Array:
@@ -341,9 +400,9 @@ class Transport:
         open_answers, failure = len(parts), None
         with self._stream(left) as stream:
             first = stream.reserve_tags(len(parts))
-            stream.send(_requests(spec, parts, first))
+            stream.send(_requests(spec, parts, first, self._priority))
             while open_answers:
-                response = stream.receive()
+                response, chunk = stream.receive()
                 index = response.tag - first
                 if not 0 <= index < len(parts):  # An answer to an exchange that was given up.
                     continue
@@ -359,23 +418,21 @@ class Transport:
                         compute_seconds=info.compute_duration_ns / 1e9,
                         launched_vectors=info.batch_width,
                     )
-                answers[index].append(response.chunk)
+                answers[index].append(chunk)
                 open_answers -= answers[index].complete
         if failure is not None:
             raise RpcFailure(failure)
         return result
 
     @contextlib.contextmanager
-    def _stream(
-        self, left: float | None
-    ) -> "Iterator[Stream[curvature_pb2.StreamProductsRequest, curvature_pb2.StreamProductsResponse]]":
+    def _stream(self, left: float | None) -> "Iterator[ProductStream]":
         """A stream for one exchange. With a timeout it is a new one, whose deadline the server sees; else one of the pool."""
         stream = None
         if left is None:
             with self._lock:
                 stream = self._streams.pop() if self._streams else None
         if stream is None:
-            stream = Stream(self._curvature.StreamProducts, self._metadata, left)
+            stream = Stream(self._stream_products, self._metadata, left)
         try:
             yield stream
         except BaseException as error:  # Nobody knows what is still on its way.
@@ -390,14 +447,26 @@ class Transport:
 
 
 def _requests(
-    spec: curvature_pb2.ProductSpec, parts: Sequence[_codec.Array], first: int
-) -> Iterator[curvature_pb2.StreamProductsRequest]:
+    spec: curvature_pb2.ProductSpec, parts: Sequence[_codec.Array], first: int, priority: int
+) -> Iterator[Frame[curvature_pb2.StreamProductsRequest]]:
     for tag, part in enumerate(parts, first):
-        opening = curvature_pb2.ProductSpec()
-        opening.CopyFrom(spec)
-        opening.k = len(part)
-        for index, chunk in enumerate(_codec.chunks(_codec.payload(part))):
-            yield curvature_pb2.StreamProductsRequest(tag=tag, spec=None if index else opening, chunk=bytes(chunk))
+        message = curvature_pb2.StreamProductsRequest(tag=tag, spec=spec)
+        message.spec.k = len(part)
+        message.spec.priority = priority
+        for chunk in _codec.chunks(_codec.payload(part)):
+            yield Frame(message, chunk)
+            message = curvature_pb2.StreamProductsRequest(tag=tag)
+
+
+def _pieces(payload: memoryview) -> Iterator[Frame[curvature_pb2.CreatePointRequest]]:
+    empty = curvature_pb2.CreatePointRequest()
+    return (Frame(empty, piece) for piece in _codec.chunks(payload))
+
+
+def _call(channel: grpc.Channel, file: Any, name: str) -> Callable[..., Any]:
+    """What a stub has for a method, messages with chunks as frames."""
+    services = file.DESCRIPTOR.services_by_name.values()
+    return _frames.call(channel, next(service.methods_by_name[name] for service in services))
 
 
 def _host(address: object) -> str:
@@ -415,6 +484,12 @@ def _check_token(token: object) -> None:
 def _check_seconds(name: str, seconds: object) -> None:
     if not isinstance(seconds, int | float) or not seconds >= 0:
         raise InvalidArgumentError(f"{name} is a number of seconds, got {seconds!r}")
+
+
+def _check_priority(priority: object) -> None:
+    most = _protocol.MAX_PRIORITY
+    if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > most:
+        raise InvalidArgumentError(f"priority is a whole number from -{most} to {most}, got {priority!r}")
 
 
 def _is_transient(failure: Failure) -> bool:

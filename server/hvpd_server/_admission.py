@@ -11,14 +11,18 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from hvpd import _codec, _pytree
+from hvpd._composite import REDUCTIONS
 from hvpd.v1 import objective_pb2, tensor_pb2
 from hvpd_server._errors import Code, ServiceError
 
 CURVATURES: Final = ("hvp", "ggn", "fisher", "empirical_fisher")
 """Programs that multiply from x and the data: (x, V[k,n], *args) -> [k,n]."""
 
-PROGRAMS: Final = frozenset(["value_and_grad", "prepare", "apply", "sampled_fisher", *CURVATURES])
-"""The programs that this server knows, by name."""
+MULTIPLYING: Final = ("sampled_fisher", *CURVATURES)
+"""Programs that there may be for principal blocks, too, by the name followed by the block's position in brackets."""
+
+PROGRAMS: Final = frozenset(["value_and_grad", "prepare", "apply", "kfac", "sampled_kfac", *MULTIPLYING])
+"""The programs that this server knows, by name; those of blocks aside."""
 
 MODES: Final = {
     "forward_over_reverse": False,
@@ -38,6 +42,9 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*"
 
 PRECISIONS: Final = ("highest", "high", "default")
 """Matrix-multiplication precisions."""
+
+MAX_FIXED_BUCKET: Final = 1024
+"""Most vectors of a launch whose width an objective fixes."""
 
 WIDTH: Final = "k"
 """The symbolic width of a block."""
@@ -80,6 +87,8 @@ def parse(serialized: bytes) -> objective_pb2.Bundle:
         )
     _check_arrays(bundle)
     _check_programs(bundle)
+    _check_parts(bundle)
+    _check_rows(bundle)
     return bundle
 
 
@@ -91,7 +100,8 @@ def _check_programs(bundle: objective_pb2.Bundle) -> None:
         )
     if bundle.dtype == "float64" and not bundle.x64:
         raise _invalid("BUNDLE_INVALID", "x is float64, and the bundle says that it was traced without 64-bit types")
-    unknown = sorted(bundle.programs.keys() - PROGRAMS)
+    of_blocks = {f"{name}[{index}]" for index in range(len(bundle.blocks)) for name in MULTIPLYING}
+    unknown = sorted(bundle.programs.keys() - PROGRAMS - of_blocks)
     if unknown:
         raise ServiceError(
             Code.FAILED_PRECONDITION,
@@ -123,12 +133,6 @@ def _check_arrays(bundle: objective_pb2.Bundle) -> None:
             raise _invalid("BUNDLE_INVALID", str(error)) from None
     if _pytree.count(bundle.x_tree) != len(bundle.x_leaves) or _pytree.count(bundle.data_tree) != len(bundle.data):
         raise _invalid("BUNDLE_INVALID", "the structures of x and data do not have as many leaves as are listed")
-    if not all(0 <= index < len(bundle.data) and bundle.data[index].shape for index in bundle.row_leaves):
-        raise _invalid("BUNDLE_INVALID", f"row_leaves {list(bundle.row_leaves)} are not all leaves of data with rows")
-    if bundle.row_leaves and bundle.residuals:
-        raise _invalid(
-            "BUNDLE_INVALID", "data of any number of rows does not go with residuals, whose size must be known"
-        )
     if sum(_size(leaf.shape) for leaf in bundle.x_leaves) != bundle.n:
         raise _invalid("BUNDLE_INVALID", f"the leaves of x do not have n = {bundle.n} elements together")
     for dtype in {
@@ -140,6 +144,60 @@ def _check_arrays(bundle: objective_pb2.Bundle) -> None:
             _codec.dtype(dtype)
         except TypeError as error:
             raise _invalid("BUNDLE_INVALID", str(error)) from None
+
+
+def _check_rows(bundle: objective_pb2.Bundle) -> None:
+    """Rows and launches are of sizes that there are."""
+    if not all(0 <= index < len(bundle.data) and bundle.data[index].shape for index in bundle.row_leaves):
+        raise _invalid("BUNDLE_INVALID", f"row_leaves {list(bundle.row_leaves)} are not all leaves of data with rows")
+    if bundle.row_reduction and (bundle.row_reduction not in REDUCTIONS or not bundle.row_leaves):
+        raise _invalid("BUNDLE_INVALID", f"row_reduction {bundle.row_reduction[:40]!r} of {len(bundle.row_leaves)} leaves")
+    if bundle.sharded and bundle.residuals:
+        raise _invalid("BUNDLE_INVALID", "data that is split over devices does not go with residuals")
+    if bundle.row_leaves and bundle.residuals:
+        raise _invalid(
+            "BUNDLE_INVALID", "data of any number of rows does not go with residuals, whose size must be known"
+        )
+    if not 0 <= bundle.fixed_bucket <= MAX_FIXED_BUCKET or bundle.fixed_bucket & (bundle.fixed_bucket - 1):
+        raise _invalid("BUNDLE_INVALID", f"fixed_bucket must be a power of two, got {bundle.fixed_bucket}")
+
+
+def _check_parts(bundle: objective_pb2.Bundle) -> None:
+    """Blocks and dense layers are made of leaves of x, and have their programs."""
+    leaves = range(len(bundle.x_leaves))
+    for index, block in enumerate(bundle.blocks):
+        if sorted(set(block.leaves)) != list(block.leaves) or not set(block.leaves) <= set(leaves) or not block.leaves:
+            raise _invalid("BUNDLE_INVALID", f"blocks[{index}] must be of ascending leaves of x, it is {block.leaves}")
+        if f"hvp[{index}]" not in bundle.programs or not block_size(bundle, block):
+            raise _invalid("BUNDLE_INVALID", f"blocks[{index}] has no program hvp[{index}], or no elements")
+    factored = "kfac" in bundle.programs
+    if bool(bundle.dense_layers) != factored or (not factored and "sampled_kfac" in bundle.programs):
+        raise _invalid("BUNDLE_INVALID", "dense layers and kfac go together")
+    taken: list[int] = []
+    for layer in bundle.dense_layers:
+        parts = [layer.kernel, *([layer.bias] if layer.HasField("bias") else [])]
+        shapes = [tuple(bundle.x_leaves[leaf].shape) for leaf in parts if leaf in leaves]
+        kernel = shapes[0] if len(shapes) == len(parts) else ()
+        if len(kernel) != 2 or shapes[1:] not in ([], [(kernel[0 if layer.transposed else 1],)]):
+            raise _invalid("BUNDLE_INVALID", f"a dense layer is of the leaves {parts} of x, whose shapes are {shapes}")
+        taken += parts
+    if len(set(taken)) != len(taken):
+        raise _invalid("BUNDLE_INVALID", f"a leaf of x is in one dense layer only, they are of the leaves {taken}")
+
+
+def block_size(bundle: objective_pb2.Bundle, block: objective_pb2.Block) -> int:
+    """Number of elements of a principal block."""
+    return sum(_size(bundle.x_leaves[leaf].shape) for leaf in block.leaves)
+
+
+def factor_shapes(bundle: objective_pb2.Bundle) -> list[tuple[int, int]]:
+    """The shapes of A_0, G_0, A_1, ... of the dense layers."""
+    shapes = []
+    for layer in bundle.dense_layers:
+        kernel = tuple(bundle.x_leaves[layer.kernel].shape)
+        inputs, outputs = reversed(kernel) if layer.transposed else kernel
+        shapes += [(inputs + layer.HasField("bias"),) * 2, (outputs,) * 2]
+    return shapes
 
 
 def references(bundle: objective_pb2.Bundle) -> Iterator[str]:
@@ -163,13 +221,22 @@ def check_signatures(bundle: objective_pb2.Bundle, signatures: Mapping[str, Sign
     if len(value) != 1 or value[0][0] != ():
         raise _invalid("BUNDLE_INVALID", f"value_and_grad must return a scalar first, it returns {value}")
     kept = tuple(_spec(residual.spec) for residual in bundle.residuals if residual.WhichOneof("source") == "result")
+    key: _Spec = ((2,), "uint32")
+    factors = tuple((shape, bundle.dtype) for shape in factor_shapes(bundle))
     expected = {
         "value_and_grad": Signature((x, *args), (*value, x)),
         **dict.fromkeys(CURVATURES, Signature((x, block, *args), (block,))),
-        "sampled_fisher": Signature((x, block, ((2,), "uint32"), *args), (block,)),
+        "sampled_fisher": Signature((x, block, key, *args), (block,)),
+        "kfac": Signature((x, *args), factors),
+        "sampled_kfac": Signature((x, key, *args), factors),
         "prepare": Signature((x, *args), (*value, x, *kept)),
         "apply": Signature((block, *(_spec(residual.spec) for residual in bundle.residuals)), (block,)),
     }
+    for index, part in enumerate(bundle.blocks):
+        small = ((WIDTH, block_size(bundle, part)), bundle.dtype)
+        for name in CURVATURES:
+            expected[f"{name}[{index}]"] = Signature((x, small, *args), (small,))
+        expected[f"sampled_fisher[{index}]"] = Signature((x, small, key, *args), (small,))
     for name, signature in signatures.items():
         if signature != expected[name]:
             raise _invalid("BUNDLE_INVALID", f"{name} is {signature}, the bundle says {expected[name]}")

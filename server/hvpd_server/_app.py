@@ -24,22 +24,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import hvpd
-from hvpd.v1 import (
-    blob_pb2,
-    blob_pb2_grpc,
-    curvature_pb2,
-    curvature_pb2_grpc,
-    objective_pb2,
-    objective_pb2_grpc,
-    server_pb2,
-    server_pb2_grpc,
-)
+from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2
 from hvpd_server import _service
 from hvpd_server._config import Config
-from hvpd_server._engine import Engine, Limits
+from hvpd_server._engine import Engine
 from hvpd_server._errors import ServiceError
 from hvpd_server._gate import Gate
-from hvpd_server._kernels import Device
+from hvpd_server._kernels import Device, devices
+from hvpd_server._lane import Limits
 from hvpd_server._metrics import Metrics
 from hvpd_server._store import Store
 
@@ -70,11 +62,17 @@ class App:
     def __init__(self, config: Config) -> None:
         self.config = config
         store = Store(config.store)
-        device = Device(store.cache)
+        found = devices(store.cache)
+        device = found[0]
         self.metrics = Metrics()
         self.metrics.build.info({"version": hvpd.__version__, "jax": device.jax_version, "platform": device.platform})
-        limits = Limits(config.memory_budget or default_budget(device), config.max_block_width, config.max_pending)
-        self.engine = Engine(store, device, limits, self.metrics)
+        limits = Limits(
+            config.memory_budget or default_budget(device),
+            config.max_block_width,
+            config.max_pending,
+            config.max_queue_delay,
+        )
+        self.engine = Engine(store, found, limits, self.metrics)
         self._gate = Gate()
         self._server = grpc.server(
             ThreadPoolExecutor(config.max_calls, thread_name_prefix="hvpd-call"),
@@ -83,10 +81,10 @@ class App:
             maximum_concurrent_rpcs=config.max_calls,
         )
         self._curvature = _service.CurvatureService(self.engine, max_streams=max(config.max_calls * 3 // 4, 1))
-        blob_pb2_grpc.add_BlobServiceServicer_to_server(_service.BlobService(self.engine), self._server)
-        objective_pb2_grpc.add_ObjectiveServiceServicer_to_server(_service.ObjectiveService(self.engine), self._server)
-        curvature_pb2_grpc.add_CurvatureServiceServicer_to_server(self._curvature, self._server)
-        server_pb2_grpc.add_ServerServiceServicer_to_server(_service.ServerService(self.engine), self._server)
+        _service.add_to_server(self._server, blob_pb2, _service.BlobService(self.engine))
+        _service.add_to_server(self._server, objective_pb2, _service.ObjectiveService(self.engine))
+        _service.add_to_server(self._server, curvature_pb2, self._curvature)
+        _service.add_to_server(self._server, server_pb2, _service.ServerService(self.engine))
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         files = (blob_pb2, objective_pb2, curvature_pb2, server_pb2, health_pb2)

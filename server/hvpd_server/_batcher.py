@@ -1,23 +1,24 @@
-"""Coalescing without waiting: while the device works, arrivals queue; when it is free, all that share a key go as one block.
+"""Coalescing: while the device works, arrivals queue; when it is free, all that share a key go as one block, without waiting.
 
 There is no thread of the batcher's own. A caller that finds the device free leads: it launches what is queued, its own
-product among it, and then hands the lead to the first caller that still waits. So a lone caller never changes threads, and
-many callers are batched as fast as the device takes them. Knows neither gRPC nor jax.
+product among it, and then hands the lead to a caller that still waits. So a lone caller never changes threads, and many
+callers are batched as fast as the device takes them. What goes next is up to _queue, and whether a block waits to become
+wider, which is not so unless configured, to _gathering. Knows neither gRPC nor jax.
 """
 
-import collections
-import dataclasses
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from hvpd_server._errors import Code, ServiceError
+from hvpd_server._gathering import Gathering
+from hvpd_server._queue import Block, FairQueue, Job, Weights
 
-Block = npt.NDArray[Any]
+__all__ = ["Batcher", "Job", "pad", "split"]
 
 Execute = Callable[[Hashable, Sequence[Block]], Sequence[Any]]
 """Multiplies the blocks V[k,n] of one key, in one launch; returns what each caller gets. Runs outside of any lock."""
@@ -25,40 +26,10 @@ Execute = Callable[[Hashable, Sequence[Block]], Sequence[Any]]
 Limit = Callable[[Hashable], int]
 """The most vectors that the next launch of a key can take; at least as many as any one of its products has."""
 
+_EQUAL: Mapping[str, float] = MappingProxyType({})
 
-@dataclasses.dataclass(eq=False, slots=True)
-class Job:
-    """One product, from arrival to result."""
-
-    key: Hashable
-    """What must be equal to share a launch: program, data, point, operator."""
-    block: Block
-    """V[k,n]."""
-    tenant: str = ""
-    """Tenants take turns."""
-    deadline: float = float("inf")
-    """When it is of no use any more, on the batcher's clock, in seconds."""
-    result: Any = None
-    """What `execute` returned for it, when done."""
-    error: BaseException | None = None
-    """Why there is no result, when done."""
-    queued: float = 0.0
-    """When it arrived, on the batcher's clock, in seconds."""
-    started: float = 0.0
-    """When its launch began."""
-    finished: float = 0.0
-    """When its launch ended."""
-    width: int = 0
-    """Vectors in its launch, of all callers."""
-    done: bool = False
-    cancelled: bool = False
-    leads: bool = False
-    gate: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-
-    def finish(self, error: BaseException | None = None) -> None:
-        self.error = error
-        self.done = True
-        self.gate.release()
+_MEMORY = 0.9
+"""How much of the rate of launches is remembered from one launch to the next."""
 
 
 class Batcher:
@@ -68,20 +39,36 @@ class Batcher:
         execute: Multiplies.
         limit: How wide a launch may be.
         max_pending: Most vectors that wait; more are refused with RESOURCE_EXHAUSTED.
+        max_delay: Seconds for which a block that could be wider waits for more, counted from the arrival of its oldest product.
+        weights: Of tenants; all have 1 without.
         clock: Seconds, monotonic.
+        condition: Where a leader waits that has nothing to launch yet.
     """
 
     def __init__(
-        self, execute: Execute, limit: Limit, *, max_pending: int, clock: Callable[[], float] = time.monotonic
+        self,
+        execute: Execute,
+        limit: Limit,
+        *,
+        max_pending: int,
+        max_delay: float = 0.0,
+        weights: Weights = _EQUAL,
+        clock: Callable[[], float] = time.monotonic,
+        condition: Callable[[threading.Lock], threading.Condition] = threading.Condition,
     ) -> None:
         self._execute = execute
         self._limit = limit
         self._max_pending = max_pending
         self._clock = clock
         self._lock = threading.Lock()
-        self._queues: collections.OrderedDict[str, collections.deque[Job]] = collections.OrderedDict()
+        self._changed = condition(self._lock)
+        self._queue = FairQueue(weights)
+        self._gathering = Gathering(max_delay) if max_delay > 0 else None
         self._pending = 0
         self._busy = False
+        self._alone: Job | None = None
+        self._launched_seconds = 0.0
+        self._launched_columns = 0.0
 
     @property
     def pending(self) -> int:
@@ -97,8 +84,20 @@ class Batcher:
         """
         job.gate.acquire()
         with self._lock:
-            self._enqueue(job)
-            leads, self._busy = not self._busy, True
+            alone = not self._busy and self._gathering is None
+            if alone:  # Nothing waits: the queue has no part in it.
+                self._admit(job)
+                self._alone = job
+            else:
+                self._enqueue(job)
+                job.leads = not self._busy
+            self._busy = True
+        if alone:
+            try:
+                self._launch([job])
+            finally:
+                self._hand_on()
+        leads = job.leads
         while not job.done:
             if leads:
                 self._lead(job)
@@ -112,38 +111,53 @@ class Batcher:
         """Drops a product that nobody waits for any more, unless its launch has begun."""
         with self._lock:
             job.cancelled = True
-            if not job.done and not job.leads and self._remove(job):
-                job.finish(_stale(job))
+            if job.leads:  # Whoever leads drops its own, and hands the lead on.
+                self._changed.notify()
+            elif job.waits:
+                self._drop(job)
 
-    def _enqueue(self, job: Job) -> None:
+    def _admit(self, job: Job) -> None:
         job.queued = self._clock()
         if self._pending + len(job.block) > self._max_pending:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
                 "QUEUE_FULL",
                 f"{self._pending} vectors wait for the device, {self._max_pending} may: try again in a moment",
-                retry_after=0.05,
+                retry_after=self._retry_after(),
             )
-        self._queues.setdefault(job.tenant, collections.deque()).append(job)
+        if job.cancelled or job.deadline <= job.queued:
+            raise _stale(job)
+
+    def _enqueue(self, job: Job) -> None:
+        self._admit(job)
+        if self._alone is not None:
+            self._queue.charge(self._alone.tenant, len(self._alone.block))
+            self._alone = None
+        if self._gathering is None or self._queue.columns(job.key):
+            self._queue.add(job)
+        else:
+            ripe = self._gathering.add(job, self._limit(job.key), job.queued)
+            for each in ripe:
+                self._queue.add(each)
+            if ripe:
+                self._changed.notify()
+        job.waits = True
         self._pending += len(job.block)
 
-    def _remove(self, job: Job) -> bool:
-        queue = self._queues.get(job.tenant, ())
-        if job not in queue:
-            return False
-        assert isinstance(queue, collections.deque)
-        queue.remove(job)
+    def _drop(self, job: Job, error: BaseException | None = None) -> None:
+        """Takes a product that waits out of the queue, and says why to its caller."""
+        if self._gathering is None or not self._gathering.remove(job):
+            self._queue.remove(job)
+        job.waits = False
         self._pending -= len(job.block)
-        if not queue:
-            del self._queues[job.tenant]
-        return True
+        job.finish(error or _stale(job))
 
     def _follow(self, job: Job) -> bool:
         """Waits for the result or for the lead; returns whether it leads now."""
         if not job.gate.acquire(timeout=_timeout(job.deadline - self._clock())):
             with self._lock:
-                if not job.done and not job.leads and self._remove(job):
-                    job.finish(_stale(job))
+                if job.waits and not job.leads:
+                    self._drop(job)
             # Open by now, or as soon as the launch that it is in ends: the device cannot be called back.
             job.gate.acquire()
         return job.leads and not job.done
@@ -152,53 +166,85 @@ class Batcher:
         """Launches until the own product is done, then hands the lead on."""
         try:
             while not job.done:
-                batch = self._take()
+                batch = self._take(job)
                 if batch:
                     self._launch(batch)
         finally:
-            with self._lock:
-                following = next((queue[0] for queue in self._queues.values()), None)
-                self._busy = following is not None
-                if following is not None:
-                    following.leads = True
-                    following.gate.release()
+            self._hand_on()
 
-    def _take(self) -> list[Job]:
-        """The next tenant's first product, and all that share its key and fit; what is stale is dropped."""
+    def _hand_on(self) -> None:
         with self._lock:
-            now = self._clock()
-            for job in [
-                job for queue in self._queues.values() for job in queue if job.deadline <= now or job.cancelled
-            ]:
-                self._remove(job)
-                job.finish(_stale(job))
-            if not self._queues:
-                return []
-            tenant, queue = next(iter(self._queues.items()))
-            self._queues.move_to_end(tenant)
-            key = queue[0].key
+            if self._alone is not None:  # Nobody came meanwhile.
+                self._alone, self._busy = None, False
+                return
+            following = self._queue.head()
+            if following is None and self._gathering is not None:
+                following = self._gathering.first()
+            if following is None:
+                self._busy = False
+                self._queue.reset()
+            else:
+                following.leads = True
+                following.gate.release()
+
+    def _take(self, own: Job) -> list[Job]:
+        """What to launch next; nothing where the leader's own product is done. Waits only where blocks are to gather."""
+        with self._lock:
+            while True:
+                now = self._clock()
+                if own.waits and own.stale(now):
+                    self._drop(own)
+                if own.done:
+                    return []
+                if self._gathering is None:
+                    return self._block(now)
+                for job in self._gathering.ripe(now):
+                    self._queue.add(job)
+                batch = self._block(now)
+                if batch or own.done:
+                    return batch
+                self._changed.wait(_timeout(self._gathering.due() - now))
+
+    def _block(self, now: float) -> list[Job]:
+        """Takes the next launch out of the queue; what is found stale is dropped."""
+        while (head := self._queue.head()) is not None:
+            if head.stale(now):
+                self._drop(head)
+                continue
             try:
-                room = self._limit(key)
-            except BaseException as error:  # noqa: BLE001 - likewise
-                failed = queue[0]
-                self._remove(failed)
-                failed.finish(error)
-                return []
-            batch: list[Job] = []
-            for candidates in [queue, *(other for other in self._queues.values() if other is not queue)]:
-                for job in candidates:
-                    if job.key == key and (not batch or len(job.block) <= room):
-                        batch.append(job)
-                        room -= len(job.block)
+                room = self._limit(head.key)
+            except BaseException as error:  # noqa: BLE001 - raised again, in its caller's own thread
+                self._drop(head, error)
+                continue
+            batch, stale = self._queue.take(head, room, now)
             for job in batch:
-                self._remove(job)
+                job.waits = False
+                self._pending -= len(job.block)
+            for job in stale:
+                job.waits = False
+                self._pending -= len(job.block)
+                job.finish(_stale(job))
+            if self._gathering is not None:
+                self._gather_rest(self._gathering, head.key, room, now)
             return batch
+        return []
+
+    def _gather_rest(self, gathering: Gathering, key: Hashable, room: int, now: float) -> None:
+        """Lets those that a launch had no room for gather again, where they are neither a full block nor old."""
+        if not 0 < self._queue.columns(key) < room:
+            return
+        rest = sorted(self._queue.jobs(key), key=lambda job: job.queued)
+        if all(gathering.due_of(job) > now for job in rest):
+            for job in rest:
+                self._queue.remove(job)
+                for ripe in gathering.add(job, room, now):
+                    self._queue.add(ripe)
 
     def _launch(self, batch: Sequence[Job]) -> None:
         started = self._clock()
-        width = sum(len(job.block) for job in batch)
+        width = sum([len(job.block) for job in batch])
         error: BaseException | None = None
-        results: Sequence[Any] = [None] * len(batch)
+        results: Sequence[Any] = ()
         try:
             results = self._execute(batch[0].key, [job.block for job in batch])
             if len(results) != len(batch):
@@ -206,9 +252,17 @@ class Batcher:
         except BaseException as raised:  # noqa: BLE001 - it is raised again, in each caller's own thread
             error, results = raised, [None] * len(batch)
         finished = self._clock()
+        self._launched_seconds = _MEMORY * self._launched_seconds + finished - started
+        self._launched_columns = _MEMORY * self._launched_columns + width
         for job, result in zip(batch, results, strict=True):
             job.result, job.width, job.started, job.finished = result, width, started, finished
             job.finish(error)
+
+    def _retry_after(self) -> float:
+        """Seconds until what waits is launched, at the rate of the last launches."""
+        if not self._launched_columns:
+            return 0.05
+        return min(max(self._pending * self._launched_seconds / self._launched_columns, 0.01), 2.0)
 
 
 def pad(blocks: Sequence[Block], width: int) -> Block:

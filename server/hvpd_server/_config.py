@@ -108,6 +108,12 @@ class Config:
     max_pending: int = _setting(
         _positive, 4096, "most vectors that wait for the device before products are refused", "N"
     )
+    max_queue_delay: float = _setting(
+        _seconds,
+        0.0,
+        "seconds for which a block that could be wider waits for more products while the device is free",
+        "SECONDS",
+    )
     max_calls: int = _setting(_positive, 1024, "most calls and streams at once", "N")
     drain: float = _setting(_seconds, 30.0, "seconds that running products have to finish after SIGTERM", "SECONDS")
     insecure: bool = _setting(

@@ -1,107 +1,28 @@
 """The server without its transport: objectives, points and products, from the store to the device and back.
 
-A product's way: `multiply` -> `_batcher` (queue, coalesce) -> `_launch` -> `_kernels` (compiled programs).
-A point's way: `create_point` -> `_store` (data by digest) -> `_residency` (what is on the device) -> `_kernels`.
+A product's way: `multiply` -> `_lane` (one for each device) -> `_batcher` (queue, coalesce) -> `_kernels` (compiled programs).
+A point's way: `create_point` -> `_lane` -> `_store` (data by digest) -> `_residency` (what is on the device) -> `_kernels`.
 """
 
+import collections
 import concurrent.futures
-import dataclasses
 import functools
 import logging
-import math
 import threading
-import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
-from hvpd import _codec
+from hvpd import _codec, _protocol
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
-from hvpd_server import _admission, _batcher, _kernels
+from hvpd_server import _admission, _batcher, _kernels, _lane
+from hvpd_server._checks import Checks
 from hvpd_server._errors import Code, ServiceError
+from hvpd_server._lane import Lane, Limits
 from hvpd_server._metrics import Metrics
-from hvpd_server._plan import Plan
-from hvpd_server._residency import Residency
+from hvpd_server._objective import OPERATORS, Objective, program_of
+from hvpd_server._point import Point, point_id
 from hvpd_server._store import Store
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What the engine may use."""
-
-    memory_budget_bytes: int
-    """For data, points and residuals on the device."""
-    max_block_width: int
-    """Most vectors in a launch; a power of two."""
-    max_pending: int
-    """Most vectors that wait for the device."""
-
-
-OPERATORS: Mapping[int, str] = {
-    curvature_pb2.OPERATOR_HESSIAN: "hvp",
-    curvature_pb2.OPERATOR_GGN: "ggn",
-    curvature_pb2.OPERATOR_FISHER: "fisher",
-    curvature_pb2.OPERATOR_EMPIRICAL_FISHER: "empirical_fisher",
-    curvature_pb2.OPERATOR_SAMPLED_FISHER: "sampled_fisher",
-}
-"""The program that multiplies by an operator."""
-
-
-class Objective:
-    """A registered objective with its programs."""
-
-    def __init__(
-        self, digest: str, bundle: objective_pb2.Bundle, kernels: _kernels.Kernels, residual_budget_bytes: int
-    ) -> None:
-        self.digest = digest
-        self.bundle = bundle
-        self.kernels = kernels
-        self.dtype = _codec.dtype(bundle.dtype)
-        self.n = bundle.n
-        self.residual_bytes = sum(
-            _array_bytes(residual.spec) for residual in bundle.residuals if residual.WhichOneof("source") == "result"
-        )
-        self.plan = Plan(
-            bundle.mode, has_apply="apply" in bundle.programs, fits=self.residual_bytes <= residual_budget_bytes
-        )
-
-
-@dataclasses.dataclass(eq=False)
-class Point:
-    """(objective, data, x) on the device. Compared by identity: products of the same resident point are coalesced."""
-
-    id: str
-    objective: Objective
-    kernels: _kernels.Kernels
-    """The objective's, for as many rows as the data has."""
-    x: Any
-    """x[n] on the device."""
-    args: Sequence[Any]
-    """The captured arrays and the data, on the device."""
-    value: float
-    gradient: _codec.Array
-    """In the host's memory."""
-    nonfinite_x: int
-    launches: int = 0
-    """So far: residuals pay from the second on."""
-
-    def message(self) -> curvature_pb2.Point:
-        return curvature_pb2.Point(
-            id=self.id,
-            value=self.value,
-            nonfinite_x=self.nonfinite_x,
-            nonfinite_value=not np.isfinite(self.value),
-            nonfinite_gradient=_nonfinite(self.gradient),
-        )
-
-
-def point_id(objective_digest: str, data: Sequence[tensor_pb2.Tensor], x_digest: str) -> str:
-    """Names a point by what it is made of."""
-    leaves = (f"{tensor.dtype}{list(tensor.shape)}{tensor.digest}" for tensor in data)
-    return _codec.digest("\n".join((objective_digest, *leaves, x_digest)).encode())
 
 
 class Engine:
@@ -109,31 +30,35 @@ class Engine:
 
     Args:
         store: What is on disk.
-        device: Where programs run.
+        devices: Where programs run.
         limits: What may be used.
         metrics: Counts.
     """
 
-    def __init__(self, store: Store, device: _kernels.Device, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, store: Store, devices: Sequence[_kernels.Device], limits: Limits, metrics: Metrics) -> None:
         self.store = store
-        self.device = device
+        self.devices = devices
         self.limits = limits
         self.metrics = metrics
-        self.residency = Residency(limits.memory_budget_bytes, on_evict=metrics.evicted)
+        self.lanes = _lane.lanes(devices, store, limits, metrics)
         self._compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="hvpd-compile")
         self._objectives: dict[str, Objective] = {}
+        self._lane_of: dict[str, Lane] = {}
         self._objectives_lock = threading.Lock()
-        self._batcher = _batcher.Batcher(self._launch, self._room, max_pending=limits.max_pending)
-        metrics.observe(self.residency.used_bytes, lambda: self._batcher.pending)
+        self.checks = Checks(store, self._pending, metrics.checked)
+        metrics.observe(self._used_bytes, self._pending)
 
     def close(self) -> None:
-        """Stops compiling."""
+        """Stops compiling, checking and reading."""
+        self.checks.close()
+        for lane in self.lanes:
+            lane.close()
         self._compiler.shutdown(wait=False, cancel_futures=True)
 
     # Objectives
 
-    def register(self, digest: str, name: str) -> Objective:
-        """Makes an objective of an uploaded bundle and starts to compile it.
+    def register(self, digest: str, name: str, x_digest: str = "") -> Objective:
+        """Makes an objective of an uploaded bundle and starts to compile it, and to check it at x where one came.
 
         Raises:
             ServiceError: The bundle is not stored, incomplete, or not what it must be; nothing was registered.
@@ -151,7 +76,10 @@ class Engine:
             )
         objective = self.objective(digest)
         self.store.add_objective(digest, name)
-        self.warm(objective)
+        self.lane(objective).warm(objective)
+        if x_digest:
+            points = functools.partial(self.lane(objective).loose_points, objective)
+            self.checks.start(digest, objective.bundle, x_digest, points, name)
         return objective
 
     def objective(self, digest: str) -> Objective:
@@ -161,14 +89,32 @@ class Engine:
         if found is not None:
             return found
         bundle = self.bundle(digest)
-        kernels = _kernels.Kernels(
-            bundle, self.device, functools.partial(self._part, digest), self._compiler, self.metrics.compiled
-        )
-        _admission.check_signatures(bundle, kernels.signatures())
         with self._objectives_lock:
-            return self._objectives.setdefault(
-                digest, Objective(digest, bundle, kernels, self.limits.memory_budget_bytes // 4)
-            )
+            lane = self._lane_of.get(digest) or self._choose_lane(bundle)
+            lane.expect(bundle)
+            self._lane_of[digest] = lane
+        read = functools.partial(self._part, digest)
+        programs = _kernels.Programs(bundle, lane.device, read, self._compiler, self.metrics.compiled)
+        _admission.check_signatures(bundle, programs.signatures())
+        with self._objectives_lock:
+            return self._objectives.setdefault(digest, Objective(digest, bundle, programs, lane.budget_bytes))
+
+    def lane(self, objective: Objective) -> Lane:
+        """Where an objective is served."""
+        return self._lane_of[objective.digest]
+
+    def _choose_lane(self, bundle: objective_pb2.Bundle) -> Lane:
+        """All devices together for data that is to be split over them; else the one with least data, counting its own once."""
+        if bundle.sharded:
+            return self.lanes[-1]
+        singles = self.lanes[: len(self.devices)]
+        return min(singles, key=lambda lane: lane.expected_bytes(bundle))
+
+    def _used_bytes(self) -> Mapping[str, int]:
+        return sum((collections.Counter(lane.residency.used_bytes()) for lane in self.lanes), collections.Counter())
+
+    def _pending(self) -> int:
+        return sum(lane.pending for lane in self.lanes)
 
     def bundle(self, digest: str) -> objective_pb2.Bundle:
         """The bundle of an objective."""
@@ -188,20 +134,13 @@ class Engine:
                 error.metadata,
             ) from error
 
-    def warm(self, objective: Objective) -> "list[concurrent.futures.Future[Any]]":
-        """Compiles what a first point and a first product need, in the background."""
-        first = [("value_and_grad", 0), (self._base(objective, curvature_pb2.OPERATOR_HESSIAN), 1)] + [
-            ("prepare", 0)
-        ] * objective.plan.needs_apply
-        kernels = objective.kernels.for_rows(_admission.rows_of(objective.bundle, objective.bundle.data))
-        return [kernels.request(name, width) for name, width in first]
-
     def warm_all(self) -> None:
         """Compiles all registered objectives, from the cache where they are in it; logs those that cannot be."""
         futures = []
         for digest in dict.fromkeys(digest for _, digest, _ in self.store.objectives()):
             try:
-                futures += self.warm(self.objective(digest))
+                objective = self.objective(digest)
+                futures += self.lane(objective).warm(objective)
             except Exception as error:  # noqa: BLE001 - one broken objective keeps nobody else's from being served
                 _log.error("objective %s cannot be served: %s", digest, error)
         for future in futures:
@@ -228,8 +167,40 @@ class Engine:
 
     def find_point(self, spec: curvature_pb2.PointSpec) -> Point | None:
         """The point, where it is resident."""
-        found: Point | None = self.residency.get(self.locate(spec)[2])
+        objective, _, identity = self.locate(spec)
+        found: Point | None = self.lane(objective).residency.get(identity)
         return found
+
+    def moved(self, spec: curvature_pb2.PointSpec, move: curvature_pb2.Move) -> _codec.Array | None:
+        """The x of a point that is a step from another, in the host's memory; None where that is not resident.
+
+        Raises:
+            ServiceError: NOT_FOUND with reason DIRECTION_NOT_RESIDENT: the direction is wanted.
+        """
+        objective, _, _ = self.locate(spec)
+        residency = self.lane(objective).residency
+        base: Point | None = residency.get(move.base_id)
+        if base is None or base.objective is not objective:
+            return None
+        direction: _codec.Array | None = residency.get(("direction", move.direction_digest))
+        if direction is None or direction.dtype != objective.dtype or direction.size != objective.n:
+            raise ServiceError(Code.NOT_FOUND, "DIRECTION_NOT_RESIDENT", "the direction is not here: send it")
+        x: _codec.Array = direction * objective.dtype.type(move.alpha)
+        x += _kernels.host(base.x)
+        return x
+
+    def keep_direction(self, spec: curvature_pb2.PointSpec, digest: str, direction: _codec.Array) -> None:
+        """Keeps the direction of a move, for the steps along it that follow."""
+        if _codec.digest(_codec.payload(direction)) != digest:
+            raise ServiceError(
+                Code.INVALID_ARGUMENT, "DIGEST_MISMATCH", "the direction does not have its digest: send it again"
+            )
+        residency = self.lane(self.locate(spec)[0]).residency
+        residency.put(("direction", digest), "direction", direction, direction.nbytes)
+
+    def pin(self, point: Point, seconds: int) -> None:
+        """Keeps a point on the device until it has not been used for so long."""
+        self.lane(point.objective).residency.pin(point.id, seconds)
 
     def create_point(self, spec: curvature_pb2.PointSpec, x: _codec.Array) -> Point:
         """Makes a point resident: x and its data on the device, value and gradient computed."""
@@ -241,32 +212,7 @@ class Engine:
                 "x does not have the digest that the spec gives: send it again",
             )
 
-        tensors = [*objective.bundle.captured, *data]
-        kernels = objective.kernels.for_rows(_admission.rows_of(objective.bundle, data))
-        together = {_tensor_key(tensor): _array_bytes(tensor) for tensor in tensors}
-        self.residency.check(2 * x.nbytes + sum(together.values()), "a point")
-
-        def make() -> tuple[Point, int]:
-            args = [self._tensor(tensor) for tensor in tensors]
-            on_device = self.device.put(x)
-            value, gradient = kernels.call("value_and_grad", 0, on_device, *args)
-            self.metrics.points.inc()
-            return (
-                Point(
-                    identity, objective, kernels, on_device, args, float(value), _kernels.host(gradient), _nonfinite(x)
-                ),
-                2 * x.nbytes,
-            )
-
-        point: Point = self.residency.load(identity, "point", make, needs=list(together))
-        return point
-
-    def _tensor(self, tensor: tensor_pb2.Tensor) -> Any:
-        def make() -> tuple[Any, int]:
-            array = self.store.read_tensor(tensor)
-            return self.device.put(array), array.nbytes
-
-        return self.residency.load(_tensor_key(tensor), "data", make)
+        return self.lane(objective).create_point(objective, data, identity, x)
 
     # Products
 
@@ -276,17 +222,17 @@ class Engine:
         Raises:
             ServiceError: NOT_FOUND with reason POINT_NOT_RESIDENT, or the request is malformed.
         """
-        program = OPERATORS.get(spec.operator)
-        if program is None:
+        if spec.operator not in OPERATORS:
             raise ServiceError(
                 Code.INVALID_ARGUMENT, "UNKNOWN_OPERATOR", f"this server has no operator {spec.operator}: upgrade it"
             )
-        point: Point | None = self.residency.get(spec.point_id)
-        if point is None:
+        point = self._point(spec.point_id)
+        program = program_of(spec)
+        if not 0 <= spec.block < len(point.objective.sizes):
             raise ServiceError(
-                Code.NOT_FOUND,
-                "POINT_NOT_RESIDENT",
-                f"point {spec.point_id[:12]} is not on the device (evicted, or the server restarted): create it again and repeat",
+                Code.INVALID_ARGUMENT,
+                "UNKNOWN_BLOCK",
+                f"objective {point.objective.digest[:12]} has {len(point.objective.sizes) - 1} blocks, got {spec.block}",
             )
         if program not in point.objective.bundle.programs:
             raise ServiceError(
@@ -301,155 +247,80 @@ class Engine:
                 "BLOCK_WIDTH",
                 f"a product has 1 to {self.limits.max_block_width} vectors, got {spec.k}: send wider blocks as several",
             )
+        if abs(spec.priority) > _protocol.MAX_PRIORITY:
+            raise ServiceError(
+                Code.INVALID_ARGUMENT,
+                "PRIORITY",
+                f"a priority is from -{_protocol.MAX_PRIORITY} to {_protocol.MAX_PRIORITY}, got {spec.priority}",
+            )
         return point
+
+    def _point(self, identity: str) -> Point:
+        found: Point | None = next(
+            (point for lane in self.lanes if (point := lane.residency.get(identity)) is not None), None
+        )
+        if found is None:
+            raise ServiceError(
+                Code.NOT_FOUND,
+                "POINT_NOT_RESIDENT",
+                f"point {identity[:12]} is not on the device (evicted, or the server restarted): create it again and repeat",
+            )
+        return found
+
+    def factors(self, identity: str, seed: int | None) -> list[_codec.Array]:
+        """The Kronecker factors A_0, G_0, A_1, ... of the dense layers at a point, in the host's memory.
+
+        Args:
+            identity: The point's.
+            seed: Of targets that are drawn; None: from the loss's Hessian.
+
+        Raises:
+            ServiceError: As for `resident`.
+        """
+        point = self._point(identity)
+        program = "kfac" if seed is None else "sampled_kfac"
+        if program not in point.objective.bundle.programs:
+            raise ServiceError(
+                Code.FAILED_PRECONDITION,
+                "NO_SUCH_OPERATOR",
+                f"objective {point.objective.digest[:12]} was registered without {program}: register "
+                "hvpd.composite(model, loss) with a model of dense layers, with a distribution where targets are to be drawn",
+            )
+        return [_kernels.host(factor) for factor in point.source.call(program, 0, point.x, seed=seed)]
 
     def multiply(
         self,
         point: Point,
-        operator: int,
+        program: str,
         vectors: _codec.Array,
         *,
         seed: int = 0,
         tenant: str = "",
+        priority: int = 0,
         deadline: float = float("inf"),
         on_queue: Callable[[Callable[[], None]], object] = lambda cancel: None,
     ) -> tuple[_codec.Array, curvature_pb2.ProductInfo]:
         """V[k,n] -> HV[k,n], coalesced with whatever else waits for the same point.
 
         Args:
+            program: Of `program_of`.
             seed: Of operators that are drawn.
+            tenant: Who asks: the device is shared fairly between tenants.
+            priority: Among what this tenant has waiting, the higher goes first.
             deadline: On time.monotonic's clock.
             on_queue: Given a function that cancels the product while it waits.
         """
-        self._ready(point, operator, len(vectors))
-        job = _batcher.Job((point, operator, seed), vectors, tenant, deadline)
-        on_queue(lambda: self._batcher.cancel(job))
-        result, program = self._batcher.run(job)
-        self.metrics.product(job)
-        info = curvature_pb2.ProductInfo(
-            queue_duration_ns=int((job.started - job.queued) * 1e9),
-            compute_duration_ns=int((job.finished - job.started) * 1e9),
-            batch_width=job.width,
-            program=program,
-        )
-        return result, info
+        job = _batcher.Job((point, program, seed), vectors, tenant, deadline, priority)
+        return self.lane(point.objective).multiply(job, on_queue)
 
     def choices(self, digest: str) -> objective_pb2.GetPlanResponse:
         """What multiplies blocks of which width."""
         _, digest, _ = self.store.objective(digest)
         objective = self.objective(digest)
-        kernels = objective.kernels.for_rows(_admission.rows_of(objective.bundle, objective.bundle.data))
+        kernels = objective.kernels
         widths = sorted({width for name in ("hvp", "apply") for width in kernels.widths(name)})
         return objective_pb2.GetPlanResponse(
-            choices=[objective.plan.choose(width) for width in widths], residual_bytes=objective.residual_bytes
+            choices=[objective.plan.choose(width) for width in widths],
+            residual_bytes=objective.residual_bytes,
+            compiles=kernels.compiles(),
         )
-
-    def _base(self, objective: Objective, operator: int) -> str:
-        """The program whose compiled widths decide how wide a launch can be."""
-        program = OPERATORS[operator]
-        return "apply" if program == "hvp" and objective.plan.needs_apply else program
-
-    def _ready(self, point: Point, operator: int, width: int) -> None:
-        """Waits until a product can be launched at all, and has the bucket for its width compiled in the background."""
-        base = self._base(point.objective, operator)
-        if not point.kernels.widths(base):
-            point.kernels.request(base, 1).result()
-        if base == "apply":
-            point.kernels.request("prepare").result()
-        self._have(point, base, width)
-
-    def _have(self, point: Point, base: str, width: int) -> None:
-        """Has the bucket for a block of this width compiled, in the background."""
-        bucket = min(1 << (width - 1).bit_length(), self.limits.max_block_width)
-        if not point.kernels.ready(base, bucket):
-            point.kernels.request(base, bucket)
-
-    def _room(self, key: Hashable) -> int:
-        point, operator, _ = _key(key)
-        return max(point.kernels.widths(self._base(point.objective, operator)), default=1)
-
-    def _launch(self, key: Hashable, blocks: Sequence[_codec.Array]) -> Sequence[tuple[_codec.Array, str]]:
-        """Multiplies the blocks of one point by as few launches as the compiled buckets allow: mostly one.
-
-        Returns:
-            For each block its product, and the program that made it.
-        """
-        point, operator, seed = _key(key)
-        base = self._base(point.objective, operator)
-        widths = [len(block) for block in blocks]
-        total = sum(widths)
-        if self._batcher.pending:
-            self._have(point, base, min(total + self._batcher.pending, self.limits.max_block_width))
-        compiled = point.kernels.widths(base)
-        bucket = next((width for width in compiled if width >= total), compiled[-1])
-        padded = _batcher.pad(blocks, -(-total // bucket) * bucket)
-        parts = [self._product(point, operator, seed, padded[row : row + bucket]) for row in range(0, total, bucket)]
-        products = [product for product, _ in parts]
-        whole = products[0] if len(products) == 1 else np.concatenate(products)
-        return [(block, parts[0][1]) for block in _batcher.split(whole, widths)]
-
-    def _product(self, point: Point, operator: int, seed: int, block: _codec.Array) -> tuple[_codec.Array, str]:
-        """One launch: V[width,n] -> [width,n], and the program that made it; for Hessians, the one that the plan chose."""
-        kernels, width, program = point.kernels, len(block), OPERATORS[operator]
-        point.launches += 1
-        residuals = self._residuals(point, width) if program == "hvp" else None
-        started = time.perf_counter()
-        if residuals is None:
-            drawn = [_random_key(seed)] if program == "sampled_fisher" else []
-            result = kernels.call(program, width, point.x, block, *drawn, *point.args)
-        else:
-            program, result = "apply", kernels.call("apply", width, block, *residuals)
-        on_host = _kernels.host(result)
-        point.objective.plan.add(program, width, time.perf_counter() - started)
-        self.metrics.launches.labels(program=program).inc()
-        return on_host, program
-
-    def _residuals(self, point: Point, width: int) -> Sequence[Any] | None:
-        """The residuals of a point, where its plan wants `apply` for this width and they can be had now; else None."""
-        objective, kernels = point.objective, point.kernels
-        if objective.plan.choose(width).program != "apply":
-            return None
-        if not objective.plan.needs_apply:
-            if not (kernels.ready("prepare") and kernels.ready("apply", width)):
-                kernels.request("prepare")
-                kernels.request("apply", width)
-                return None
-            if point.launches < 2:  # Whoever asks for one product alone pays for no residuals.
-                return None
-        found: Sequence[Any] | None = self.residency.get(("residuals", point.id))
-        if found is not None:
-            return found
-        try:
-            self.residency.check(objective.residual_bytes, "residuals", [point.id])
-        except ServiceError:  # They pay only where there is room.
-            return None
-        results = kernels.call("prepare", 0, point.x, *point.args)[2:]
-        arguments = [point.x, *point.args]
-        found = [
-            results[residual.result] if residual.WhichOneof("source") == "result" else arguments[residual.argument]
-            for residual in objective.bundle.residuals
-        ]
-        self.residency.put(("residuals", point.id), "residuals", found, objective.residual_bytes, needs=[point.id])
-        return found
-
-
-def _key(key: Hashable) -> tuple[Point, int, int]:
-    assert isinstance(key, tuple)
-    return key
-
-
-def _random_key(seed: int) -> _codec.Array:
-    """The data of jax.random.key(seed), for its default generator."""
-    return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-
-
-def _array_bytes(array: tensor_pb2.Tensor | tensor_pb2.ArraySpec) -> int:
-    return math.prod(array.shape) * _codec.dtype(array.dtype).itemsize
-
-
-def _tensor_key(tensor: tensor_pb2.Tensor) -> Hashable:
-    return tensor.digest, tensor.dtype, tuple(tensor.shape)
-
-
-def _nonfinite(array: _codec.Array) -> int:
-    return int(array.size - np.count_nonzero(np.isfinite(array)))

@@ -6,10 +6,11 @@ never stalls somebody else's product. What was compiled stays in jax's persisten
 
 import concurrent.futures
 import contextlib
-import copy
+import itertools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,43 +31,80 @@ DeviceArray = jax.Array
 Compiled = Callable[..., Any]
 
 
-class Device:
-    """One accelerator, or the CPU: placing arrays, and facts.
+def devices(cache: Path) -> "list[Device]":
+    """The accelerators of this host, each by itself; or the CPU.
 
     Args:
         cache: Directory of jax's persistent compilation cache.
     """
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # A product is computed in the thread that asks for it: on the CPU one hand-off less.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    return [Device([device]) for device in jax.local_devices()]
 
-    def __init__(self, cache: Path) -> None:
-        jax.config.update("jax_enable_x64", True)
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        # A product is computed in the thread that asks for it: on the CPU one hand-off less.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
-        self._device = jax.devices()[0]
-        self.platform = {"gpu": "cuda"}.get(self._device.platform, self._device.platform)
-        self.kind = self._device.device_kind
+
+class Device:
+    """One accelerator, or the CPU, or several that work as one: placing arrays, and facts."""
+
+    def __init__(self, parts: Sequence[jax.Device]) -> None:
+        self.parts = parts
+        first = parts[0]
+        self.platform = {"gpu": "cuda"}.get(first.platform, first.platform)
+        self.kind = first.device_kind
         self.jax_version = jax.__version__
         self.stablehlo_version: str = stablehlo.get_current_version()
         self.calling_conventions = (
             jax.export.minimum_supported_calling_convention_version,
             jax.export.maximum_supported_calling_convention_version,
         )
+        mesh = jax.sharding.Mesh(np.array(parts), ("rows",))
+        alone = jax.sharding.SingleDeviceSharding(first)
+        self._whole = alone if len(parts) == 1 else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+        # Programs that talk between devices must not overtake each other on some of them.
+        self.turn: contextlib.AbstractContextManager[Any] = (
+            threading.Lock() if len(parts) > 1 else contextlib.nullcontext()
+        )
+
+    @classmethod
+    def together(cls, devices: "Sequence[Device]") -> "Device":
+        """All as one: data is split over them by rows, all else is on each."""
+        return cls([part for device in devices for part in device.parts])
 
     def memory_bytes(self) -> int | None:
-        """The device's memory as its driver tells; None for the CPU."""
-        return (self._device.memory_stats() or {}).get("bytes_limit")
+        """The memory of each part as its driver tells; None for the CPU."""
+        return (self.parts[0].memory_stats() or {}).get("bytes_limit")
 
-    def put(self, array: _codec.Array) -> DeviceArray:
-        """Copies an array to the device."""
+    def splits(self, shape: Sequence[Any]) -> bool:
+        """Whether data of this shape is split by rows."""
+        rows = shape[0] if shape else 0
+        return len(self.parts) > 1 and rows >= len(self.parts) and rows % len(self.parts) == 0
+
+    def put(self, array: _codec.Array, *, data: bool = False) -> DeviceArray:
+        """Copies an array to the device; data by rows, where it is several."""
+        sharding = self._split if data and self.splits(array.shape) else self._whole
         with _device_errors():
-            placed: DeviceArray = jax.block_until_ready(jax.device_put(np.array(array, copy=True), self._device))
+            placed: DeviceArray = jax.block_until_ready(jax.device_put(np.array(array, copy=True), sharding))
             return placed
 
+    def spec(self, shape: Sequence[int], dtype: Any, *, data: bool) -> jax.ShapeDtypeStruct:
+        """An argument of a program that is compiled for this device."""
+        sharding = self._split if data and self.splits(shape) else self._whole
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-class Kernels:
-    """The programs of one objective.
+    def compile(self, function: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct]) -> Compiled:
+        """The program for arguments of such specs, its results whole on each part."""
+        jitted = jax.jit(function, keep_unused=True, out_shardings=self._whole)
+        with _device_errors():
+            compiled: Compiled = jitted.lower(*specs).compile()
+        return compiled
+
+
+class Programs:
+    """The programs of one objective, read.
 
     Args:
         bundle: What was registered.
@@ -86,12 +124,13 @@ class Kernels:
         compiler: concurrent.futures.Executor,
         on_compile: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        self._rows = 0
-        self._others: dict[int, Kernels] = {}
+        self._device = device
         self._compiler = compiler
         self._on_compile = on_compile
         self._lock = threading.Lock()
-        self._compiled: dict[tuple[str, int], concurrent.futures.Future[Compiled]] = {}
+        self._data = len(bundle.captured) + len(bundle.data)
+        # Each number of rows is compiled for itself, and forgotten with the last point that has it.
+        self._kernels: weakref.WeakValueDictionary[int, Kernels] = weakref.WeakValueDictionary()
         self._exported = {
             name: _deserialize(name, read(program.digest), device, bundle) for name, program in bundle.programs.items()
         }
@@ -101,53 +140,92 @@ class Kernels:
         return {name: Signature(_specs(e.in_avals), _specs(e.out_avals)) for name, e in self._exported.items()}
 
     def for_rows(self, rows: int) -> "Kernels":
-        """The same programs, compiled for data of this many rows, where that is symbolic; 0 where nothing is."""
-        if rows == self._rows:
-            return self
+        """The programs to be compiled for data of this many rows, where that is symbolic; 0 where nothing is."""
         with self._lock:
-            found = self._others.get(rows)
+            found = self._kernels.get(rows)
             if found is None:
-                found = self._others[rows] = copy.copy(self)
-                found._rows, found._lock, found._compiled, found._others = rows, threading.Lock(), {}, self._others  # noqa: SLF001
+                found = self._kernels[rows] = Kernels(
+                    self._exported, self._device, rows, self._data, self._compiler, self._on_compile
+                )
             return found
+
+
+class Kernels:
+    """The programs of one objective, compiled for data of one size, each for the block widths that were asked for."""
+
+    def __init__(
+        self,
+        exported: Mapping[str, jax.export.Exported],
+        device: Device,
+        rows: int,
+        data: int,
+        compiler: concurrent.futures.Executor,
+        on_compile: Callable[[float], None],
+    ) -> None:
+        self.rows = rows
+        self._exported = exported
+        self._device = device
+        self._data = data
+        self._compiler = compiler
+        self._on_compile = on_compile
+        self._lock = threading.Lock()
+        self._compiles: dict[tuple[str, int], _Compile] = {}
 
     def request(self, name: str, width: int = 0) -> "concurrent.futures.Future[Compiled]":
         """Has a program compiled for a block width, unless it is already, or under way."""
         with self._lock:
-            future = self._compiled.get((name, width))
-            if future is None or (future.done() and future.exception() is not None):
-                future = self._compiled[name, width] = self._compiler.submit(self._compile, name, width)
-            return future
+            found = self._compiles.get((name, width))
+            if found is None or (found.future.done() and found.future.exception() is not None):
+                found = self._compiles[name, width] = _Compile()
+                found.future = self._compiler.submit(self._run, found, name, width)
+            return found.future
 
     def ready(self, name: str, width: int = 0) -> bool:
         """Whether a program is compiled for a block width."""
-        future = self._compiled.get((name, width))
-        return future is not None and future.done() and future.exception() is None
+        found = self._compiles.get((name, width))
+        return found is not None and found.future.done() and found.future.exception() is None
 
     def widths(self, name: str) -> list[int]:
         """The block widths that a program is compiled for, ascending."""
         with self._lock:
-            return sorted(width for program, width in self._compiled if program == name and self.ready(name, width))
+            return sorted(width for program, width in self._compiles if program == name and self.ready(name, width))
+
+    def compiles(self) -> list[objective_pb2.Compile]:
+        """What became of everything that was asked for, in that order."""
+        with self._lock:
+            return [compile_.message(name, width) for (name, width), compile_ in self._compiles.items()]
 
     def call(self, name: str, width: int, *args: Any) -> Any:
         """Runs a program, waiting for its compile where it is not ready; results are on the device, computed."""
         compiled = self.request(name, width).result()
-        with _device_errors():
+        with self._device.turn, _device_errors():
             return jax.block_until_ready(compiled(*args))
 
+    def _run(self, compile_: "_Compile", name: str, width: int) -> Compiled:
+        started = compile_.started = time.perf_counter()
+        try:
+            compiled = self._compile(name, width)
+        finally:
+            compile_.seconds = time.perf_counter() - started
+        self._on_compile(compile_.seconds)
+        _log.info("compiled %s, width %d, in %.2f s", name, width, compile_.seconds)
+        return compiled
+
     def _compile(self, name: str, width: int) -> Compiled:
-        started = time.perf_counter()
         exported = self._exported[name]
-        sizes = {WIDTH: width, ROWS: self._rows}
+        sizes = {WIDTH: width, ROWS: self.rows}
+        # Captured arrays and data are last, in all programs but `apply`, whose residuals are whole.
+        first = len(exported.in_avals) - (self._data if name != "apply" else 0)
         specs = [
-            jax.ShapeDtypeStruct(
-                [size if isinstance(size, int) else sizes[str(size)] for size in aval.shape], aval.dtype
+            self._device.spec(
+                [size if isinstance(size, int) else sizes[str(size)] for size in aval.shape],
+                aval.dtype,
+                data=position >= first,
             )
-            for aval in exported.in_avals
+            for position, aval in enumerate(exported.in_avals)
         ]
         try:
-            with _device_errors():
-                compiled = jax.jit(exported.call, keep_unused=True).lower(*specs).compile()
+            return self._device.compile(exported.call, specs)
         except ServiceError:
             raise
         except Exception as error:
@@ -155,10 +233,41 @@ class Kernels:
             raise ServiceError(
                 Code.INVALID_ARGUMENT, "COMPILE_FAILED", f"the server cannot compile {name} (width {width}): {error}"
             ) from error
-        seconds = time.perf_counter() - started
-        self._on_compile(seconds)
-        _log.info("compiled %s, width %d, in %.2f s", name, width, seconds)
-        return compiled
+
+
+class _Compile:
+    """One compile, from the moment that somebody asked for it."""
+
+    future: "concurrent.futures.Future[Compiled]"
+    started: float | None = None
+    seconds: float | None = None
+
+    def message(self, name: str, width: int) -> objective_pb2.Compile:
+        """For who asks how far it is."""
+        found = objective_pb2.Compile(program=name, width=width, state=objective_pb2.Compile.STATE_QUEUED)
+        if self.started is not None:
+            found.state = objective_pb2.Compile.STATE_COMPILING
+            found.seconds = time.perf_counter() - self.started if self.seconds is None else self.seconds
+        if self.future.done():
+            error = None if self.future.cancelled() else self.future.exception()
+            failed = self.future.cancelled() or error is not None
+            found.state = objective_pb2.Compile.STATE_FAILED if failed else objective_pb2.Compile.STATE_READY
+            found.error = str(error or "")
+        return found
+
+
+def add(total: Any, weights: Sequence[float], part: Any) -> Any:
+    """The total plus the weighted part, in float64, for each of the arrays of a result; weights are repeated over them."""
+    parts = jax.tree.leaves(part)
+    weighted = [weight * leaf.astype(np.float64) for weight, leaf in zip(itertools.cycle(weights), parts, strict=False)]
+    return weighted if total is None else [before + more for before, more in zip(total, weighted, strict=True)]
+
+
+def rounded(total: Any, like: Any) -> Any:
+    """Such a total as a result like another, in its dtypes."""
+    leaves, treedef = jax.tree.flatten(like)
+    cast = [array.astype(leaf.dtype) for array, leaf in zip(total, leaves, strict=True)]
+    return jax.block_until_ready(jax.tree.unflatten(treedef, cast))
 
 
 def host(result: Any) -> _codec.Array:

@@ -27,6 +27,9 @@ class Metrics:
             "hvpd_evictions", "Entries dropped from the device for want of room.", ["kind"], registry=registry
         )
         self.uploads = prometheus_client.Counter("hvpd_blobs_stored", "Blobs uploaded and stored.", registry=registry)
+        self.checks = prometheus_client.Counter(
+            "hvpd_registration_checks", "Objectives checked after registration.", ["verdict"], registry=registry
+        )
         self._products = prometheus_client.Counter("hvpd_products", "Products answered.", registry=registry)
         self._columns = prometheus_client.Counter("hvpd_columns", "Vectors multiplied.", registry=registry)
         self._queue = prometheus_client.Histogram(
@@ -53,6 +56,10 @@ class Metrics:
     def compiled(self, seconds: float) -> None:
         """Counts a compile."""
         self._compile.observe(seconds)
+
+    def checked(self, verdict: str) -> None:
+        """Counts an objective that was checked after its registration."""
+        self.checks.labels(verdict=verdict).inc()
 
     def evicted(self, kind: str) -> None:
         """Counts an entry that was dropped."""

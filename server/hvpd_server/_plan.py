@@ -16,15 +16,17 @@ class Plan:
         mode: Bundle.mode.
         has_apply: Whether the bundle has prepare and apply.
         fits: Whether the residuals of a point fit in the part of the memory budget that they may have.
+        fixed: Whether the choice must not depend on what is measured.
     """
 
     SAMPLES = 3
     """Launches of each before one is preferred."""
 
-    def __init__(self, mode: str, *, has_apply: bool, fits: bool) -> None:
+    def __init__(self, mode: str, *, has_apply: bool, fits: bool, fixed: bool = False) -> None:
         self._mode = mode
         self._has_apply = has_apply
         self._fits = fits
+        self._fixed = fixed
         self._lock = threading.Lock()
         self._seen: dict[tuple[str, int], tuple[int, float]] = {}
 
@@ -52,6 +54,7 @@ class Plan:
             not self._has_apply: ("hvp", f"mode {self._mode}"),
             self._has_apply and not self._fits: ("hvp", "the residuals do not fit in a quarter of the memory budget"),
             self.needs_apply: ("apply", "mode linearized"),
+            self._fixed and not self.needs_apply: ("hvp", "a fixed bucket: the choice depends on nothing that is measured"),
             self._mode == "forward_over_reverse" and width > 1: ("hvp", "a block shares what depends on x"),
         }
         if True in fixed:

@@ -6,7 +6,8 @@ Dropping an entry only forgets it: a launch that uses it keeps it alive until it
 import collections
 import dataclasses
 import threading
-from collections.abc import Callable, Hashable, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 from hvpd_server._errors import Code, ServiceError
@@ -19,6 +20,9 @@ class _Entry:
     size_bytes: int
     needs: tuple[Hashable, ...]
     needed_by: set[Hashable] = dataclasses.field(default_factory=set)
+    lease: float = 0.0
+    """Seconds for which it is pinned after each use."""
+    pinned_until: float = 0.0
 
 
 class Residency:
@@ -27,13 +31,21 @@ class Residency:
     Args:
         budget_bytes: Most bytes that all entries may hold together.
         on_evict: Told the kind of each entry that is dropped for want of room.
+        clock: Seconds, monotonic.
     """
 
-    def __init__(self, budget_bytes: int, on_evict: Callable[[str], None] = lambda kind: None) -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        on_evict: Callable[[str], None] = lambda kind: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.budget_bytes = budget_bytes
         self._on_evict = on_evict
+        self._clock = clock
         self._lock = threading.Lock()
         self._entries: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
+        self._leased: set[Hashable] = set()
         self._loading: dict[Hashable, threading.Lock] = {}
         self._used: collections.Counter[str] = collections.Counter()
 
@@ -51,15 +63,31 @@ class Residency:
             self._touch(key)
             return entry.value
 
-    def put(self, key: Hashable, kind: str, value: Any, size_bytes: int, *, needs: Sequence[Hashable] = ()) -> None:
+    def free_bytes(self) -> int:
+        """What the budget leaves beside all that is resident."""
+        with self._lock:
+            return self.budget_bytes - sum(self._used.values())
+
+    def put(
+        self,
+        key: Hashable,
+        kind: str,
+        value: Any,
+        size_bytes: int,
+        *,
+        needs: Sequence[Hashable] = (),
+        evict: bool = True,
+    ) -> None:
         """Makes an entry resident and drops others until it fits.
 
         Args:
+            evict: Whether others may be dropped for it.
             needs: Entries that this one holds on to: used whenever it is, and when one of them goes, it goes too. One that
                 has been dropped meanwhile is ignored.
 
         Raises:
-            ServiceError: It does not fit, even with nothing else resident but what it needs.
+            ServiceError: It does not fit, even with nothing else resident but what it needs; or beside what is resident, where
+                nothing may be dropped.
         """
         evicted: list[str] = []
         with self._lock:
@@ -68,8 +96,12 @@ class Residency:
             self._check(size_bytes, kind, present)
             for need in present:
                 self._touch(need)
+            held = self._closure([*present, *self._pinned()])
             while sum(self._used.values()) + size_bytes > self.budget_bytes:
-                self._forget(next(iter(self._entries)), evicted)
+                oldest = next((entry for entry in self._entries if entry not in held), None)
+                if not evict or oldest is None:
+                    raise no_room(size_bytes)
+                self._forget(oldest, evicted)
             self._entries[key] = _Entry(kind, value, size_bytes, present)
             for need in present:
                 self._entries[need].needed_by.add(key)
@@ -83,12 +115,7 @@ class Residency:
             self._check(size_bytes, kind, [need for need in needs if need in self._entries])
 
     def _check(self, size_bytes: int, kind: str, present: Sequence[Hashable]) -> None:
-        held, rest = set(present), list(present)
-        while rest:
-            new = set(self._entries[rest.pop()].needs) - held
-            held |= new
-            rest.extend(new)
-        size_bytes += sum(self._entries[key].size_bytes for key in held)
+        size_bytes += sum(self._entries[key].size_bytes for key in self._closure(present))
         if size_bytes > self.budget_bytes:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
@@ -98,7 +125,13 @@ class Residency:
             )
 
     def load(
-        self, key: Hashable, kind: str, loader: Callable[[], tuple[Any, int]], *, needs: Sequence[Hashable] = ()
+        self,
+        key: Hashable,
+        kind: str,
+        loader: Callable[[], tuple[Any, int]],
+        *,
+        needs: Sequence[Hashable] = (),
+        evict: bool = True,
     ) -> Any:
         """The entry; where it is not resident, `loader` makes it and says its bytes. Called once for many who ask at once."""
         value = self.get(key)
@@ -111,18 +144,69 @@ class Residency:
             if value is None:
                 try:
                     value, size_bytes = loader()
-                    self.put(key, kind, value, size_bytes, needs=needs)
+                    self.put(key, kind, value, size_bytes, needs=needs, evict=evict)
                 finally:
                     with self._lock:
                         self._loading.pop(key, None)
         return value
+
+    def pin(self, key: Hashable, seconds: float) -> None:
+        """Keeps an entry, and what it needs, until it has not been used for so long; 0 gives it up. Not resident: nothing.
+
+        Raises:
+            ServiceError: More than half of the budget would be pinned.
+        """
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                return
+            held = self._closure([*self._pinned(), key] if seconds else ())
+            size_bytes = sum(self._entries[each].size_bytes for each in held)
+            if size_bytes > self.budget_bytes // 2:
+                raise ServiceError(
+                    Code.RESOURCE_EXHAUSTED,
+                    "PINNED",
+                    f"{size_bytes} bytes would be pinned, half of the server's memory budget of {self.budget_bytes} may be: do "
+                    "without, or unpin others",
+                )
+            entry.lease, entry.pinned_until = seconds, self._clock() + seconds
+            self._leased.add(key)
+
+    def _pinned(self) -> list[Hashable]:
+        now = self._clock()
+        return [key for key in self._leased if self._entries[key].pinned_until > now]
+
+    def give_way(self, keep: Sequence[Hashable]) -> bool:
+        """Drops residuals, or, where there are none, all but what is kept and what that needs; returns whether anything went."""
+        evicted: list[str] = []
+        with self._lock:
+            residuals = [key for key, entry in self._entries.items() if entry.kind == "residuals"]
+            kept = self._closure([*(key for key in keep if key in self._entries), *self._pinned()])
+            for key in residuals or [key for key in self._entries if key not in kept]:
+                self._forget(key, evicted)
+        for kind in evicted:
+            self._on_evict(kind)
+        return bool(evicted)
 
     def drop(self, key: Hashable) -> None:
         """Forgets an entry."""
         with self._lock:
             self._forget(key, [])
 
+    def _closure(self, keys: Iterable[Hashable]) -> set[Hashable]:
+        """These entries, and all that they need."""
+        rest = list(keys)
+        held = set(rest)
+        while rest:
+            new = set(self._entries[rest.pop()].needs) - held
+            held |= new
+            rest.extend(new)
+        return held
+
     def _touch(self, key: Hashable) -> None:
+        entry = self._entries[key]
+        if entry.lease:
+            entry.pinned_until = self._clock() + entry.lease
         for need in self._entries[key].needs:
             self._touch(need)
         self._entries.move_to_end(key)
@@ -131,6 +215,7 @@ class Residency:
         entry = self._entries.pop(key, None)
         if entry is None:
             return
+        self._leased.discard(key)
         dropped.append(entry.kind)
         self._used[entry.kind] -= entry.size_bytes
         for need in entry.needs:
@@ -138,3 +223,12 @@ class Residency:
                 self._entries[need].needed_by.discard(key)
         for dependent in tuple(entry.needed_by):
             self._forget(dependent, dropped)
+
+
+def no_room(size_bytes: int) -> ServiceError:
+    """For what would fit if others were dropped, and is not worth it."""
+    return ServiceError(
+        Code.RESOURCE_EXHAUSTED,
+        "MEMORY_BUDGET",
+        f"{size_bytes} bytes more do not fit in the server's memory budget beside what is resident",
+    )

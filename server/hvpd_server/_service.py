@@ -3,7 +3,7 @@
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 import grpc
@@ -12,20 +12,14 @@ from google.protobuf import timestamp_pb2
 from google.rpc import status_pb2
 
 import hvpd
-from hvpd import _codec, _protocol
-from hvpd.v1 import (
-    blob_pb2,
-    blob_pb2_grpc,
-    curvature_pb2,
-    curvature_pb2_grpc,
-    objective_pb2,
-    objective_pb2_grpc,
-    server_pb2,
-    server_pb2_grpc,
-)
-from hvpd_server._engine import Engine, Point
+from hvpd import _codec, _frames, _protocol
+from hvpd._frames import Frame
+from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2
+from hvpd_server._engine import Engine
 from hvpd_server._errors import Code, ServiceError, to_status
 from hvpd_server._gate import abort
+from hvpd_server._objective import program_of
+from hvpd_server._point import Point
 from hvpd_server._streams import Streams
 
 _log = logging.getLogger(__name__)
@@ -61,7 +55,7 @@ def _streaming(
     return call
 
 
-class BlobService(blob_pb2_grpc.BlobServiceServicer):
+class BlobService:
     """Blobs in and out of the store."""
 
     def __init__(self, engine: Engine) -> None:
@@ -80,21 +74,21 @@ class BlobService(blob_pb2_grpc.BlobServiceServicer):
 
     @_unary
     def UploadBlob(  # noqa: N802
-        self, request_iterator: Iterator[blob_pb2.UploadBlobRequest], context: grpc.ServicerContext
+        self, request_iterator: Iterator[Frame[blob_pb2.UploadBlobRequest]], context: grpc.ServicerContext
     ) -> blob_pb2.UploadBlobResponse:
         first = next(request_iterator, None)
         if first is None:
             raise ServiceError(Code.INVALID_ARGUMENT, "UPLOAD_SIZE", "an upload without a message")
-        with self._engine.store.upload(first.digest, first.size_bytes) as upload:
-            upload.append(first.offset_bytes, first.chunk)
-            for message in request_iterator:
-                upload.append(message.offset_bytes, message.chunk)
+        with self._engine.store.upload(first.message.digest, first.message.size_bytes) as upload:
+            upload.append(first.message.offset_bytes, first.chunk)
+            for message, chunk in request_iterator:
+                upload.append(message.offset_bytes, chunk)
             size_bytes = upload.commit()
         self._engine.metrics.uploads.inc()
         return blob_pb2.UploadBlobResponse(size_bytes=size_bytes)
 
 
-class ObjectiveService(objective_pb2_grpc.ObjectiveServiceServicer):
+class ObjectiveService:
     """Objectives by name and digest."""
 
     def __init__(self, engine: Engine) -> None:
@@ -104,7 +98,7 @@ class ObjectiveService(objective_pb2_grpc.ObjectiveServiceServicer):
     def CreateObjective(  # noqa: N802
         self, request: objective_pb2.CreateObjectiveRequest, context: grpc.ServicerContext
     ) -> objective_pb2.CreateObjectiveResponse:
-        self._engine.register(request.digest, request.name)
+        self._engine.register(request.digest, request.name, request.x_digest)
         return objective_pb2.CreateObjectiveResponse(objective=self._objective(request.name or request.digest))
 
     @_unary
@@ -151,10 +145,11 @@ class ObjectiveService(objective_pb2_grpc.ObjectiveServiceServicer):
         created_at = timestamp_pb2.Timestamp()
         created_at.FromNanoseconds(created)
         bundle = self._engine.bundle(digest)
-        return objective_pb2.Objective(name=name, digest=digest, bundle=bundle, create_time=created_at)
+        check = self._engine.checks.found(digest, bundle)
+        return objective_pb2.Objective(name=name, digest=digest, bundle=bundle, create_time=created_at, check=check)
 
 
-class CurvatureService(curvature_pb2_grpc.CurvatureServiceServicer):
+class CurvatureService:
     """Points and products."""
 
     def __init__(self, engine: Engine, max_streams: int) -> None:
@@ -163,44 +158,60 @@ class CurvatureService(curvature_pb2_grpc.CurvatureServiceServicer):
 
     @_streaming
     def CreatePoint(  # noqa: N802
-        self, request_iterator: Iterator[curvature_pb2.CreatePointRequest], context: grpc.ServicerContext
-    ) -> Iterator[curvature_pb2.CreatePointResponse]:
-        first = next(request_iterator, None)
-        if first is None or first.WhichOneof("content") != "spec":
+        self, request_iterator: Iterator[Frame[curvature_pb2.CreatePointRequest]], context: grpc.ServicerContext
+    ) -> Iterator[Frame[curvature_pb2.CreatePointResponse]]:
+        first, chunk = next(request_iterator, Frame(curvature_pb2.CreatePointRequest()))
+        if not first.HasField("spec") or chunk:
             raise ServiceError(Code.INVALID_ARGUMENT, "SPEC_MISSING", "the first message must have the point's spec")
         point = self._engine.find_point(first.spec)
         if point is None:
-            bundle = self._engine.objective(first.spec.objective_digest).bundle
-            vector = _Vectors(1, bundle.n, bundle.dtype)
-            if first.inline_x:
-                vector.append(first.inline_x)
-            else:
-                yield curvature_pb2.CreatePointResponse(x_wanted=True)
-                for message in request_iterator:
-                    if vector.append(message.chunk):
-                        break
-            if not vector.complete:
-                raise ServiceError(Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"x ended early: {vector.progress}")
-            point = self._engine.create_point(first.spec, vector.block[0])
-        yield curvature_pb2.CreatePointResponse(point=point.message())
+            x = yield from self._x(first, request_iterator)
+            point = self._engine.create_point(first.spec, x)
+        if first.HasField("pin_seconds"):
+            self._engine.pin(point, max(first.pin_seconds, 0))
+        yield Frame(curvature_pb2.CreatePointResponse(point=point.message()))
         for chunk in _codec.chunks(_codec.payload(point.gradient)):
-            yield curvature_pb2.CreatePointResponse(chunk=bytes(chunk))
+            yield Frame(curvature_pb2.CreatePointResponse(), chunk)
+
+    def _x(
+        self, first: curvature_pb2.CreatePointRequest, messages: Iterator[Frame[curvature_pb2.CreatePointRequest]]
+    ) -> Generator[Frame[curvature_pb2.CreatePointResponse], None, _codec.Array]:
+        """The x of a new point: as it came, as a step from another point, or asked for."""
+        bundle = self._engine.objective(first.spec.objective_digest).bundle
+        if first.inline_x:
+            return _whole(_Vectors(1, bundle.n, bundle.dtype), [first.inline_x])
+        if first.HasField("move"):
+            try:
+                x = self._engine.moved(first.spec, first.move)
+            except ServiceError as error:
+                if error.reason != "DIRECTION_NOT_RESIDENT":
+                    raise
+                yield Frame(curvature_pb2.CreatePointResponse(direction_wanted=True))
+                direction = _whole(_Vectors(1, bundle.n, bundle.dtype), (chunk for _, chunk in messages))
+                self._engine.keep_direction(first.spec, first.move.direction_digest, direction)
+                x = self._engine.moved(first.spec, first.move)
+            if x is not None and _codec.digest(_codec.payload(x)) == first.spec.x_digest:
+                return x
+        yield Frame(curvature_pb2.CreatePointResponse(x_wanted=True))
+        return _whole(_Vectors(1, bundle.n, bundle.dtype), (chunk for _, chunk in messages))
 
     @_unary
     def ComputeProduct(  # noqa: N802
         self, request: curvature_pb2.ComputeProductRequest, context: grpc.ServicerContext
     ) -> curvature_pb2.ComputeProductResponse:
         point = self._engine.resident(request.spec)
-        vectors = _Vectors(request.spec.k, point.objective.n, point.objective.bundle.dtype)
+        vectors = _vectors(request.spec, point)
         vectors.append(request.vectors)
         if not vectors.complete:
             raise ServiceError(Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"V has the wrong size: {vectors.progress}")
         cancel = _Cancel(context)
         result, info = self._engine.multiply(
             point,
-            request.spec.operator,
+            program_of(request.spec),
             vectors.block,
             seed=request.spec.seed,
+            tenant=context.peer(),
+            priority=request.spec.priority,
             deadline=_deadline(context),
             on_queue=cancel.instead,
         )
@@ -209,25 +220,34 @@ class CurvatureService(curvature_pb2_grpc.CurvatureServiceServicer):
         return curvature_pb2.ComputeProductResponse(vectors=bytes(_codec.payload(result)), info=info)
 
     @_streaming
+    def ComputeFactors(  # noqa: N802
+        self, request: curvature_pb2.ComputeFactorsRequest, context: grpc.ServicerContext
+    ) -> Iterator[Frame[curvature_pb2.ComputeFactorsResponse]]:
+        for factor in self._engine.factors(request.point_id, request.seed if request.HasField("seed") else None):
+            for chunk in _codec.chunks(_codec.payload(factor)):
+                yield Frame(curvature_pb2.ComputeFactorsResponse(), chunk)
+
+    @_streaming
     def StreamProducts(  # noqa: N802
-        self, request_iterator: Iterator[curvature_pb2.StreamProductsRequest], context: grpc.ServicerContext
-    ) -> Iterator[curvature_pb2.StreamProductsResponse]:
+        self, request_iterator: Iterator[Frame[curvature_pb2.StreamProductsRequest]], context: grpc.ServicerContext
+    ) -> Iterator[Frame[curvature_pb2.StreamProductsResponse]]:
         arriving: dict[int, tuple[curvature_pb2.ProductSpec, Point, _Vectors]] = {}
         cancel = _Cancel(context)
+        tenant = context.peer()
         with self.streams.opened(context) as stream:
-            for message in request_iterator:
+            for message, chunk in request_iterator:
                 stream.begin()
                 # A product is refused with its first chunk; the chunks that are on their way are of no use to anybody.
                 if message.HasField("spec") or message.tag in arriving:
                     try:
-                        complete = _arrive(self._engine, arriving, message)
+                        complete = _arrive(self._engine, arriving, message, chunk)
                     except Exception as error:  # noqa: BLE001 - one product's error, the stream goes on
                         arriving.pop(message.tag, None)
                         yield _refusal(message.tag, error)
                     else:
                         if complete is not None:
                             spec, point, block = complete
-                            yield from self._answer(message.tag, spec, point, block, context, cancel)
+                            yield from self._answer(message.tag, spec, point, block, tenant, context, cancel)
                 if not arriving and stream.end():
                     return
 
@@ -237,12 +257,20 @@ class CurvatureService(curvature_pb2_grpc.CurvatureServiceServicer):
         spec: curvature_pb2.ProductSpec,
         point: Point,
         block: _codec.Array,
+        tenant: str,
         context: grpc.ServicerContext,
         cancel: "_Cancel",
-    ) -> Iterator[curvature_pb2.StreamProductsResponse]:
+    ) -> Iterator[Frame[curvature_pb2.StreamProductsResponse]]:
         try:
             result, info = self._engine.multiply(
-                point, spec.operator, block, seed=spec.seed, deadline=_deadline(context), on_queue=cancel.instead
+                point,
+                program_of(spec),
+                block,
+                seed=spec.seed,
+                tenant=tenant,
+                priority=spec.priority,
+                deadline=_deadline(context),
+                on_queue=cancel.instead,
             )
         except Exception as error:  # noqa: BLE001 - one product's error, the stream goes on
             yield _refusal(tag, error)
@@ -250,14 +278,14 @@ class CurvatureService(curvature_pb2_grpc.CurvatureServiceServicer):
         if spec.quadratic_form:
             result = _quadratic_form(block, result)
         for index, chunk in enumerate(_codec.chunks(_codec.payload(result))):
-            yield curvature_pb2.StreamProductsResponse(tag=tag, info=None if index else info, chunk=bytes(chunk))
+            yield Frame(curvature_pb2.StreamProductsResponse(tag=tag, info=None if index else info), chunk)
 
 
-class ServerService(server_pb2_grpc.ServerServiceServicer):
+class ServerService:
     """Facts about the server."""
 
     def __init__(self, engine: Engine) -> None:
-        device = engine.device
+        device = engine.devices[0]
         oldest, newest = device.calling_conventions
         self._response = server_pb2.GetServerResponse(
             version=hvpd.__version__,
@@ -270,12 +298,20 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             device_kind=device.kind,
             max_block_width=engine.limits.max_block_width,
             stablehlo_version=device.stablehlo_version,
+            device_count=len(engine.devices),
         )
 
     def GetServer(  # noqa: N802
         self, request: server_pb2.GetServerRequest, context: grpc.ServicerContext
     ) -> server_pb2.GetServerResponse:
         return self._response
+
+
+def add_to_server(server: grpc.Server, file: Any, servicer: object) -> None:
+    """Registers the one service of a proto file; its methods take and give messages with chunks as frames."""
+    (service,) = file.DESCRIPTOR.services_by_name.values()
+    handlers = {method.name: _frames.handler(servicer, method) for method in service.methods}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
 
 class _Vectors:
@@ -287,7 +323,7 @@ class _Vectors:
         self._received = 0
         self._buffer: Any = None
 
-    def append(self, chunk: bytes) -> bool:
+    def append(self, chunk: _codec.Buffer) -> bool:
         """Takes the next bytes; returns whether all are there."""
         end = self._received + len(chunk)
         if end > self._size:
@@ -318,6 +354,20 @@ class _Vectors:
         return _codec.array(self._buffer, self._dtype.name, self._shape)
 
 
+def _whole(vector: _Vectors, chunks: Iterable[_codec.Buffer]) -> _codec.Array:
+    """One vector from its chunks; takes no more of them than it needs."""
+    for chunk in chunks:
+        if vector.append(chunk):
+            found: _codec.Array = vector.block[0]
+            return found
+    raise ServiceError(Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"x ended early: {vector.progress}")
+
+
+def _vectors(spec: curvature_pb2.ProductSpec, point: Point) -> _Vectors:
+    """For the vectors of a product."""
+    return _Vectors(spec.k, point.objective.sizes[spec.block], point.objective.bundle.dtype)
+
+
 class _Cancel:
     """Cancels the product that waits when its call ends before its time."""
 
@@ -334,6 +384,7 @@ def _arrive(
     engine: Engine,
     arriving: dict[int, tuple[curvature_pb2.ProductSpec, Point, _Vectors]],
     message: curvature_pb2.StreamProductsRequest,
+    chunk: _codec.Buffer,
 ) -> tuple[curvature_pb2.ProductSpec, Point, _codec.Array] | None:
     """Takes one message of a product; returns the product when it is complete."""
     if message.HasField("spec"):
@@ -344,13 +395,9 @@ def _arrive(
                 f"tag {message.tag} is in use, or more than {_ARRIVING} products of one stream arrive at once",
             )
         point = engine.resident(message.spec)
-        arriving[message.tag] = (
-            message.spec,
-            point,
-            _Vectors(message.spec.k, point.objective.n, point.objective.bundle.dtype),
-        )
+        arriving[message.tag] = message.spec, point, _vectors(message.spec, point)
     spec, point, vectors = arriving[message.tag]
-    if not vectors.append(message.chunk):
+    if not vectors.append(chunk):
         return None
     del arriving[message.tag]
     return spec, point, vectors.block
@@ -362,9 +409,9 @@ def _quadratic_form(vectors: _codec.Array, products: _codec.Array) -> _codec.Arr
     return form
 
 
-def _refusal(tag: int, error: Exception) -> curvature_pb2.StreamProductsResponse:
+def _refusal(tag: int, error: Exception) -> Frame[curvature_pb2.StreamProductsResponse]:
     status: status_pb2.Status = to_status(error)
-    return curvature_pb2.StreamProductsResponse(tag=tag, error=status)
+    return Frame(curvature_pb2.StreamProductsResponse(tag=tag, error=status))
 
 
 def _deadline(context: grpc.ServicerContext) -> float:

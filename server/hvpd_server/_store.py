@@ -2,6 +2,7 @@
 
     STORE/blobs/ab/abcd...     bytes whose SHA-256 is the file's name
     STORE/objectives/DIGEST    JSON: when it was registered
+    STORE/checks/DIGEST        JSON: what was found when the objective was checked after its registration
     STORE/names/SHA256         JSON: a name, and the digest that it points at; the file is named by the name's own digest
     STORE/corrupt/             blobs whose bytes did not match their name, set aside
     STORE/incoming/            uploads under way; emptied at start
@@ -25,12 +26,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+from google.protobuf import json_format
+
 from hvpd import _codec
 from hvpd.v1 import objective_pb2, tensor_pb2
 from hvpd_server._errors import Code, ServiceError
 
 _log = logging.getLogger(__name__)
 
+
+_PIECE = 1 << 20
+"""Bytes that are read at a time where all would be too many."""
 
 _PREFIX = 8
 """Least digits of a digest that name an objective, where only one begins with them."""
@@ -48,7 +55,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for part in ("blobs", "objectives", "names", "corrupt", "incoming", "cache"):
+        for part in ("blobs", "objectives", "checks", "names", "corrupt", "incoming", "cache"):
             (root / part).mkdir(parents=True, exist_ok=True)
         self._lock_file = (root / "lock").open("a")
         try:
@@ -66,6 +73,7 @@ class Store:
             else:
                 leftover.unlink()
         self._names_lock = threading.Lock()
+        self._mapped: set[str] = set()
 
     def close(self) -> None:
         """Lets other processes open the store."""
@@ -102,8 +110,12 @@ class Store:
             )
         return Upload(self, digest, size_bytes)
 
-    def read(self, digest: str) -> bytes:
+    def read(self, digest: str, *, set_aside: bool = True) -> bytes:
         """The bytes of a blob, verified against its digest.
+
+        Args:
+            digest: Of the blob.
+            set_aside: Whether a corrupt one is; if not, whoever reads it next is told of it again.
 
         Raises:
             ServiceError: Not stored; or corrupt on the disk, then it is set aside and can be uploaded again.
@@ -126,6 +138,8 @@ class Store:
                 {"digests": digest},
             ) from error
         if _codec.digest(content) != digest:
+            if not set_aside:
+                raise ServiceError(Code.DATA_LOSS, "BLOB_CORRUPT", f"blob {digest} is corrupt on the server's disk")
             with contextlib.suppress(FileNotFoundError):
                 path.rename(self.root / "corrupt" / f"{digest}.{time.time_ns()}")
             _log.error("blob %s is corrupt on disk and was set aside", digest)
@@ -137,14 +151,34 @@ class Store:
             )
         return content
 
-    def read_tensor(self, tensor: tensor_pb2.Tensor) -> _codec.Array:
-        """The array of a tensor, verified against its digest."""
+    def read_tensor(self, tensor: tensor_pb2.Tensor, *, set_aside: bool = True) -> _codec.Array:
+        """The array of a tensor, verified against its digest; see `read`."""
         try:
-            return _codec.array(self.read(tensor.digest), tensor.dtype, tensor.shape)
+            return _codec.array(self.read(tensor.digest, set_aside=set_aside), tensor.dtype, tensor.shape)
         except (ValueError, TypeError) as error:
             raise ServiceError(
                 Code.INVALID_ARGUMENT, "INVALID_TENSOR", f"tensor {tensor.digest[:12]}: {error}"
             ) from None
+
+    def map_tensor(self, tensor: tensor_pb2.Tensor) -> _codec.Array:
+        """The array of a tensor that is too large to be read at once: a view of the file, verified before its first use.
+
+        Raises:
+            ServiceError: As for `read`.
+        """
+        path, digest = self._blob(tensor.digest), hashlib.sha256()
+        if tensor.digest not in self._mapped:
+            try:
+                with path.open("rb") as file:
+                    while piece := file.read(_PIECE):
+                        digest.update(piece)
+            except OSError:
+                digest.update(b"unreadable")
+            if digest.hexdigest() != tensor.digest:
+                return self.read_tensor(tensor)  # Says what is wrong, and sets it aside.
+            self._mapped.add(tensor.digest)
+        array: _codec.Array = np.memmap(path, _codec.dtype(tensor.dtype), "r", shape=tuple(tensor.shape))
+        return array
 
     def _blob(self, digest: str) -> Path:
         return self.root / "blobs" / digest[:2] / digest
@@ -206,6 +240,22 @@ class Store:
         """The parsed bundle of an objective."""
         return objective_pb2.Bundle.FromString(self.read(digest))
 
+    def add_check(self, digest: str, found: objective_pb2.RegistrationCheck) -> None:
+        """Keeps what was found when an objective was checked, in place of what there was."""
+        self._write(self.root / "checks" / digest, json_format.MessageToDict(found, preserving_proto_field_name=True))
+
+    def check(self, digest: str) -> objective_pb2.RegistrationCheck | None:
+        """What was found when an objective was checked; None where nothing was kept, or it is damaged."""
+        path = self.root / "checks" / digest
+        record = _read_record(path)
+        if not record:
+            return None
+        try:
+            return json_format.ParseDict(dict(record), objective_pb2.RegistrationCheck(), ignore_unknown_fields=True)
+        except json_format.ParseError as error:
+            _log.error("%s is damaged, and left aside: %s", path, error)
+            return None
+
     def _names(self) -> Mapping[str, str]:
         found: dict[str, str] = {}
         for path in (self.root / "names").iterdir():
@@ -262,7 +312,7 @@ class Upload:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def append(self, offset_bytes: int, chunk: bytes) -> None:
+    def append(self, offset_bytes: int, chunk: _codec.Buffer) -> None:
         """Adds the next bytes."""
         if offset_bytes != self._received:
             raise self._refusal(

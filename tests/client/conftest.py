@@ -16,10 +16,13 @@ class DensePoint:
         self.n, self.dtype = len(self.matrix), self.matrix.dtype
         self.products = []
         self.kind = kind
-        self.objective = SimpleNamespace(label="dense", slices=lambda: slices or {"": slice(0, self.n)})
+        self.objective = SimpleNamespace(
+            label="dense", slices=lambda: slices or {"": slice(0, self.n)}, block_of=lambda leaves: 0
+        )
 
-    def multiply(self, block, operator=curvature_pb2.OPERATOR_HESSIAN, seed=0):
+    def multiply(self, block, operator=curvature_pb2.OPERATOR_HESSIAN, seed=0, principal_block=0):
         assert operator == self.kind
+        assert principal_block == 0
         assert block.dtype == self.dtype
         assert block.flags.c_contiguous
         assert block.shape[1:] == (self.n,)

@@ -22,6 +22,7 @@ NystromPreconditioner
 Objective
 OverloadedError
 Point
+RegistrationCheck
 Statistics
 UnavailableError
 __version__

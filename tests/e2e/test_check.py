@@ -12,7 +12,8 @@ import pytest
 
 import hvpd
 
-NAMES = ["finite", "symmetry", "linearity", "matmat", "repeats", "widths", "difference", "taylor"]
+ALGEBRA = ["finite", "symmetry", "linearity", "matmat", "repeats", "widths", "precision"]
+NAMES = [*ALGEBRA, "difference", "taylor"]
 BOTH = pytest.mark.parametrize("dtype", [np.float64, np.float32])
 
 
@@ -86,7 +87,10 @@ def test_what_jax_differentiates_passes(client, name, dtype):
     assert certificate.digest == objective.digest
     assert (certificate.n, certificate.dtype, certificate.precision) == (objective.n, np.dtype(dtype).name, "highest")
     if dtype is np.float64:
-        assert certificate.items[6].passed is True
+        assert certificate.items[7].passed is True
+    precision = certificate.items[6]
+    assert 0 < precision.measured < {np.float64: 1e-10, np.float32: 1e-3}[dtype]
+    assert precision.meaning.startswith("precision highest: ")
 
 
 @pytest.mark.parametrize(
@@ -122,8 +126,65 @@ def test_other_data_and_probes_of_ones_own(client):
 
 def test_a_point_that_is_not_finite_fails(client):
     certificate = client.register(rosenbrock, np.zeros(3)).check(np.array([0.0, np.nan, 1.0]))
-    assert [item.passed for item in certificate.items] == [False] + 7 * [None]
+    assert [item.passed for item in certificate.items] == [False] + 8 * [None]
     assert "x, value, gradient, products" in certificate.items[0].meaning
+
+
+def test_a_lower_precision_is_in_the_certificate_and_in_every_listing(client):
+    fun, x, *data = problems(np.float32)["logistic"]
+    objective = client.register(fun, x, *data, precision="default", name="check/default")
+    certificate = objective.check(x)
+    assert certificate.passed
+    assert certificate.precision == certificate.to_json()["precision"] == "default"
+    assert certificate.items[6].meaning.startswith("precision default: ")
+    assert certificate.items[6].threshold > 1e-3
+    (listing,) = [listing for listing in client.objectives() if listing.name == "check/default"]
+    assert listing.precision == objective.precision == "default"
+
+
+def composite(loss, targets):
+    model = lambda W, X: jnp.tanh(X @ W["in"]) @ W["out"]  # noqa: E731
+    rng = np.random.default_rng(2)
+    W = {"in": rng.normal(size=(4, 6)), "out": rng.normal(size=(6, 3))}
+    return W, hvpd.composite(model, loss, distribution="categorical"), rng.normal(size=(20, 4)), targets(rng)
+
+
+def cross_entropy(z, labels):
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(z), labels[:, None], axis=1))
+
+
+@pytest.mark.parametrize("operator", ["ggn", "fisher", "empirical_fisher"])
+def test_the_curvature_of_a_composite_passes(client, operator):
+    W, fun, X, labels = composite(cross_entropy, lambda rng: rng.integers(0, 3, 20))
+    objective = client.register(fun, W, X, labels, name="check/composite")
+    certificate = objective.check(W, operator=operator)
+    assert [(item.name, item.passed) for item in certificate.items] == [(name, True) for name in [*ALGEBRA, "definite"]]
+    assert certificate.operator == operator
+    assert certificate.items[-1].measured > 0
+    assert objective.check(W, 2 * X, labels, operator=operator, seed=1).passed
+
+
+def test_the_gauss_newton_matrix_of_a_loss_that_is_not_convex(client):
+    """A loss of -z^2 / 2: the matrix is -J'J."""
+    W, fun, X, targets = composite(lambda z, y: -jnp.mean((z - y) ** 2), lambda rng: rng.normal(size=(20, 3)))
+    objective = client.register(fun, W, X, targets)
+    definite = objective.check(W, operator="ggn").items[-1]
+    assert (definite.name, definite.passed) == ("definite", None)
+    assert definite.measured < -1e-3
+    assert "not convex" in definite.meaning
+    assert objective.check(W, operator="empirical_fisher").items[-1].passed is True
+
+
+def test_an_operator_that_is_none_or_that_the_objective_lacks(client):
+    objective = client.register(rosenbrock, np.zeros(3))
+    for operator in ("ggn", "fisher", "empirical_fisher"):
+        with pytest.raises(hvpd.InvalidArgumentError) as refused:
+            objective.check(np.zeros(3), operator=operator)
+        with pytest.raises(hvpd.InvalidArgumentError) as expected:
+            getattr(objective.at(np.zeros(3)), operator)()
+        assert str(refused.value) == str(expected.value)
+    with pytest.raises(hvpd.InvalidArgumentError, match=r"operator must be one of hessian, ggn.*got 'kfac'"):
+        objective.check(np.zeros(3), operator="kfac")
 
 
 def test_it_leaves_the_objectives_own_points_alone(client):
@@ -159,6 +220,14 @@ def test_the_command(client, tmp_path):
     assert done.returncode == 3
     found = json.loads(done.stdout)
     assert (found["passed"], found["seed"], found["objective"]) == (False, 3, "check/off")
+    assert found["operator"] == "hessian"
+
+    W, fun, X, labels = composite(cross_entropy, lambda rng: rng.integers(0, 3, 20))
+    client.register(fun, W, X, labels, name="check/composite")
+    done = command("check/composite", "--operator", "ggn", "--address", client.address)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ": ggn, n = 42" in done.stdout.splitlines()[0]
+    assert done.stdout.splitlines()[-2].split()[0] == "definite"
 
     (tmp_path / "text.npy").write_text("no array")
     for arguments, says in [
@@ -167,6 +236,8 @@ def test_the_command(client, tmp_path):
         (["check/cli", "--x", str(tmp_path / "text.npy")], "no array of numpy.save"),
         (["check/cli", "--probes", "0"], "probes must be"),
         (["check/cli", "--seed", "-1"], "--seed must be from 0"),
+        (["check/cli", "--operator", "ggn"], "registered without ggn"),
+        (["check/cli", "--operator", "hesse"], "operator must be one of"),
     ]:
         failed = command(*arguments, "--address", client.address)
         assert failed.returncode == 1

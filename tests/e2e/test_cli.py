@@ -62,9 +62,10 @@ def test_register_and_list(serve, tmp_path):
     )
     done = command("register", f"{source}:objective", "--name", "from/cli", "--address", server.address)
     assert done.returncode == 0, done.stderr
-    digest = re.fullmatch(r"from/cli ([0-9a-f]{64}) n=3 float64 forward_over_reverse\n", done.stdout)[1]
+    digest = re.fullmatch(r"from/cli ([0-9a-f]{64}) n=3 float64 forward_over_reverse check=\w+\n", done.stdout)[1]
     listed = command("objectives", HVPD_ADDRESS=server.address).stdout.splitlines()
-    assert listed[0].split() == ["NAME", "N", "DTYPE", "PRECISION", "MODE", "PLATFORMS", "DATA", "CREATED", "DIGEST"]
+    titles = "NAME N DTYPE PRECISION MODE PLATFORMS DATA CHECK CREATED DIGEST"
+    assert listed[0].split() == titles.split()
     assert listed[1].split()[:6] == ["from/cli", "3", "float64", "highest", "forward_over_reverse", "cpu,cuda"]
     as_json = json.loads(command("objectives", "--json", "--address", server.address).stdout)
     assert as_json["digest"] == digest

@@ -203,7 +203,8 @@ def test_the_monte_carlo_fisher_matrix_is_drawn_by_its_seed_and_right_on_average
     point = client.register(composite, params, X, targets).at(params)
     exact = dense(point.fisher())
     draws = [point.fisher(seed=seed) @ np.eye(len(exact)) for seed in range(60)]
-    assert np.array_equal(draws[3], point.fisher(seed=3) @ np.eye(len(exact)))
+    # Not by its bits: a wider block may have been compiled since, and rounds differently.
+    np.testing.assert_allclose(draws[3], point.fisher(seed=3) @ np.eye(len(exact)), rtol=0, atol=1e-14)
     assert not np.array_equal(draws[3], draws[4])
     for draw in draws[:3]:
         assert np.allclose(draw, draw.T, rtol=1e-10, atol=1e-12)

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from hvpd import _codec, _export
-from hvpd_server._engine import Engine, Limits
-from hvpd_server._kernels import Device
+from hvpd_server._engine import Engine
+from hvpd_server._kernels import devices
+from hvpd_server._lane import Limits
 from hvpd_server._metrics import Metrics
 from hvpd_server._store import Store
 
@@ -80,7 +81,7 @@ def device(tmp_path_factory):
         "jax_cpu_enable_async_dispatch",
     )
     before = {option: jax.config.values[option] for option in options}
-    yield Device(tmp_path_factory.mktemp("cache"))
+    yield devices(tmp_path_factory.mktemp("cache"))[0]
     for option, value in before.items():
         jax.config.update(option, value)
 
@@ -195,7 +196,7 @@ def serve(tmp_path, device, upload, monkeypatch):
     def serve(*examples, memory_budget_bytes=1 << 30, max_block_width=16):
         close()
         limits = Limits(memory_budget_bytes, max_block_width, max_pending=4096)
-        engines.append(Engine(Store(tmp_path / "store"), device, limits, Metrics()))
+        engines.append(Engine(Store(tmp_path / "store"), [device], limits, Metrics()))
         for each in examples:
             for content in each.export.blobs.values():
                 upload(engines[-1].store, content)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hvpd.v1 import objective_pb2, tensor_pb2
 from hvpd_server._admission import check_data, check_name, check_signatures, parse, references
 from hvpd_server._errors import Code, ServiceError
-from hvpd_server._kernels import Kernels, Signature
+from hvpd_server._kernels import Programs, Signature
 
 Spec = tensor_pb2.TreeSpec
 
@@ -42,7 +42,7 @@ def valid(export):
 
 @pytest.fixture(scope="module")
 def signatures(valid, device):
-    return Kernels(valid.bundle, device, lambda digest: bytes(valid.blobs[digest]), compiler=None).signatures()
+    return Programs(valid.bundle, device, lambda digest: bytes(valid.blobs[digest]), compiler=None).signatures()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ Truth is `jax.hessian` of the user's own function, in float64, and SciPy's close
 """
 
 import concurrent.futures
+import gc
 import threading
 
 import jax
@@ -14,7 +15,7 @@ import scipy.optimize
 
 from hvpd.v1 import objective_pb2
 from hvpd_server._errors import Code, ServiceError
-from hvpd_server._kernels import Kernels, host
+from hvpd_server._kernels import Programs, host
 
 WAIT = 60
 
@@ -28,14 +29,19 @@ def compiler():
 
 
 @pytest.fixture
-def kernels_of(device, compiler):
-    def kernels_of(export, *, bundle=None, blobs=None, on_compile=lambda seconds: None):
+def programs_of(device, compiler):
+    def programs_of(export, *, bundle=None, blobs=None, on_compile=lambda seconds: None):
         """Of a bundle, or of a changed one; `blobs` replaces programs by their names."""
         replaced = {export.bundle.programs[name].digest: content for name, content in (blobs or {}).items()}
         contents = {**export.blobs, **replaced}
-        return Kernels(bundle or export.bundle, device, lambda digest: bytes(contents[digest]), compiler, on_compile)
+        return Programs(bundle or export.bundle, device, lambda digest: bytes(contents[digest]), compiler, on_compile)
 
-    return kernels_of
+    return programs_of
+
+
+@pytest.fixture
+def kernels_of(programs_of):
+    return lambda *args, **options: programs_of(*args, **options).for_rows(0)
 
 
 def block(example, width):
@@ -149,6 +155,9 @@ def test_a_program_that_the_compiler_refuses_is_an_answer_and_asked_again_later(
         with pytest.raises(ServiceError, match=r"cannot compile hvp \(width 2\)") as refused:
             kernels.request("hvp", 2).result(WAIT)
         assert (refused.value.code, refused.value.reason) == (Code.INVALID_ARGUMENT, "COMPILE_FAILED")
+    (told,) = kernels.compiles()
+    assert (told.state, told.width) == (objective_pb2.Compile.STATE_FAILED, 2)
+    assert "cannot compile hvp" in told.error
     assert not kernels.ready("hvp", 2)
     assert kernels.widths("hvp") == []
     kernels.call("value_and_grad", 0, rosen.x)
@@ -164,8 +173,8 @@ def test_a_device_out_of_memory_is_an_answer_and_the_next_call_works(export, ros
     kernels_of(rosen.export).call("value_and_grad", 0, rosen.x)
 
 
-def test_signatures_have_a_hole_for_the_width_only(logistic, kernels_of):
-    signatures = kernels_of(logistic.export).signatures()
+def test_signatures_have_a_hole_for_the_width_only(logistic, programs_of):
+    signatures = programs_of(logistic.export).signatures()
     x, V, data = ((6,), "float64"), (("k", 6), "float64"), (((30, 6), "float64"), ((30,), "float64"))
     assert signatures["value_and_grad"].arguments == (x, *data)
     assert signatures["value_and_grad"].results == (((), "float64"), x)
@@ -207,6 +216,51 @@ def test_programs_for_other_platforms_only_are_refused(export, kernels_of):
     with pytest.raises(ServiceError, match=r"lowered for cuda, tpu .* device is cpu: register with") as refused:
         kernels_of(cuda)
     assert (refused.value.code, refused.value.reason) == (Code.FAILED_PRECONDITION, "BUNDLE_INCOMPATIBLE")
+
+
+def test_kernels_for_a_number_of_rows_live_as_long_as_somebody_holds_them(rosen, programs_of):
+    programs = programs_of(rosen.export)
+    held = programs.for_rows(0)
+    assert programs.for_rows(0) is held
+    held.request("value_and_grad").result(WAIT)
+    del held
+    gc.collect()
+    assert not programs.for_rows(0).ready("value_and_grad")
+
+
+def test_compiles_are_told_in_the_order_in_which_they_were_asked_for(rosen, kernels_of):
+    kernels = kernels_of(rosen.export)
+    for name, width in [("value_and_grad", 0), ("hvp", 4), ("hvp", 1)]:
+        kernels.request(name, width)
+    concurrent.futures.wait([kernels.request("hvp", 1), kernels.request("hvp", 4), kernels.request("value_and_grad")])
+    compiles = kernels.compiles()
+    assert [(compile_.program, compile_.width) for compile_ in compiles] == [
+        ("value_and_grad", 0),
+        ("hvp", 4),
+        ("hvp", 1),
+    ]
+    assert {compile_.state for compile_ in compiles} == {objective_pb2.Compile.STATE_READY}
+    assert all(compile_.seconds > 0 for compile_ in compiles)
+
+
+def test_a_compile_says_while_it_waits_and_while_it_runs(rosen, device, monkeypatch):
+    running, finish = threading.Event(), threading.Event()
+
+    def compile_(kernels, name, width):
+        running.set()
+        assert finish.wait(WAIT)
+
+    monkeypatch.setattr("hvpd_server._kernels.Kernels._compile", compile_)
+    with concurrent.futures.ThreadPoolExecutor(1) as alone:
+        kernels = Programs(
+            rosen.export.bundle, device, lambda digest: bytes(rosen.export.blobs[digest]), alone
+        ).for_rows(0)
+        kernels.request("hvp", 1)
+        kernels.request("hvp", 2)
+        assert running.wait(WAIT)
+        states = [compile_.state for compile_ in kernels.compiles()]
+        finish.set()
+    assert states == [objective_pb2.Compile.STATE_COMPILING, objective_pb2.Compile.STATE_QUEUED]
 
 
 def test_programs_for_more_platforms_than_this_are_served(export, kernels_of):

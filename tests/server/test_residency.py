@@ -72,6 +72,19 @@ def test_an_entry_larger_than_the_budget_is_refused_and_drops_nothing(residency,
     assert evicted == []
 
 
+def test_what_may_drop_nothing_is_refused_where_it_does_not_fit_beside_the_rest(residency, evicted):
+    residency.put("a", "data", "A", 6)
+    assert residency.free_bytes() == 4
+    with pytest.raises(ServiceError, match=r"5 bytes more do not fit .* beside what is resident") as refused:
+        residency.load("b", "data", lambda: ("B", 5), evict=False)
+    assert refused.value.code is Code.RESOURCE_EXHAUSTED
+    assert keys(residency) == "a"
+    assert residency.load("c", "data", lambda: ("C", 4), evict=False) == "C"
+    assert residency.load("a", "data", lambda: ("new", 99), evict=False) == "A"
+    assert residency.free_bytes() == 0
+    assert evicted == []
+
+
 def test_dropping_is_no_eviction(residency, evicted):
     residency.put("a", "data", "A", 4)
     residency.drop("a")

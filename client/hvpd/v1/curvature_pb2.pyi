@@ -98,13 +98,23 @@ class CreatePointRequest(google.protobuf.message.Message):
     SPEC_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
     INLINE_X_FIELD_NUMBER: builtins.int
+    MOVE_FIELD_NUMBER: builtins.int
+    PIN_SECONDS_FIELD_NUMBER: builtins.int
     chunk: builtins.bytes
     """At most 1 MiB of the flat x, little-endian, consecutive."""
     inline_x: builtins.bytes
     """With the spec: the whole x, if it is at most 1 MiB and the client wants to save a round trip."""
+    pin_seconds: builtins.int
+    """With the spec: how long the point stays after it was last used, in seconds, whatever else wants room; 0: as long as there is room.
+    Unset: as it was.
+    """
     @property
     def spec(self) -> Global___PointSpec:
         """The first message."""
+
+    @property
+    def move(self) -> Global___Move:
+        """With the spec: how x comes about from what the server may hold. x need not be sent then."""
 
     def __init__(
         self,
@@ -112,12 +122,43 @@ class CreatePointRequest(google.protobuf.message.Message):
         spec: Global___PointSpec | None = ...,
         chunk: builtins.bytes = ...,
         inline_x: builtins.bytes = ...,
+        move: Global___Move | None = ...,
+        pin_seconds: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "content", b"content", "spec", b"spec"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "content", b"content", "inline_x", b"inline_x", "spec", b"spec"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_pin_seconds", b"_pin_seconds", "chunk", b"chunk", "content", b"content", "move", b"move", "pin_seconds", b"pin_seconds", "spec", b"spec"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_pin_seconds", b"_pin_seconds", "chunk", b"chunk", "content", b"content", "inline_x", b"inline_x", "move", b"move", "pin_seconds", b"pin_seconds", "spec", b"spec"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_pin_seconds", b"_pin_seconds"]) -> typing.Literal["pin_seconds"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["content", b"content"]) -> typing.Literal["spec", "chunk"] | None: ...
 
 Global___CreatePointRequest: typing_extensions.TypeAlias = CreatePointRequest
+
+@typing.final
+class Move(google.protobuf.message.Message):
+    """x = base.x + alpha * direction, in the objective's dtype: the product rounded, then the sum."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BASE_ID_FIELD_NUMBER: builtins.int
+    ALPHA_FIELD_NUMBER: builtins.int
+    DIRECTION_DIGEST_FIELD_NUMBER: builtins.int
+    base_id: builtins.str
+    """Point.id of the base: of the same objective."""
+    alpha: builtins.float
+    """In the objective's dtype."""
+    direction_digest: builtins.str
+    """SHA-256 of the bytes of the direction, dtype[n], little-endian."""
+    def __init__(
+        self,
+        *,
+        base_id: builtins.str = ...,
+        alpha: builtins.float = ...,
+        direction_digest: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["alpha", b"alpha", "base_id", b"base_id", "direction_digest", b"direction_digest"]) -> None: ...
+
+Global___Move: typing_extensions.TypeAlias = Move
 
 @typing.final
 class Point(google.protobuf.message.Message):
@@ -162,10 +203,13 @@ class CreatePointResponse(google.protobuf.message.Message):
     X_WANTED_FIELD_NUMBER: builtins.int
     POINT_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
+    DIRECTION_WANTED_FIELD_NUMBER: builtins.int
     x_wanted: builtins.bool
     """The server needs x: send it."""
     chunk: builtins.bytes
     """At most 1 MiB of the gradient, dtype[n], little-endian, consecutive."""
+    direction_wanted: builtins.bool
+    """The server has the base of the move, and needs the direction: send it, in place of x."""
     @property
     def point(self) -> Global___Point:
         """The point."""
@@ -176,10 +220,11 @@ class CreatePointResponse(google.protobuf.message.Message):
         x_wanted: builtins.bool = ...,
         point: Global___Point | None = ...,
         chunk: builtins.bytes = ...,
+        direction_wanted: builtins.bool = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "content", b"content", "point", b"point", "x_wanted", b"x_wanted"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "content", b"content", "point", b"point", "x_wanted", b"x_wanted"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["content", b"content"]) -> typing.Literal["x_wanted", "point", "chunk"] | None: ...
+    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "content", b"content", "direction_wanted", b"direction_wanted", "point", b"point", "x_wanted", b"x_wanted"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "content", b"content", "direction_wanted", b"direction_wanted", "point", b"point", "x_wanted", b"x_wanted"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["content", b"content"]) -> typing.Literal["x_wanted", "point", "chunk", "direction_wanted"] | None: ...
 
 Global___CreatePointResponse: typing_extensions.TypeAlias = CreatePointResponse
 
@@ -195,6 +240,7 @@ class ProductSpec(google.protobuf.message.Message):
     QUADRATIC_FORM_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     BLOCK_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     point_id: builtins.str
     """Point.id."""
     operator: Global___Operator.ValueType
@@ -207,6 +253,8 @@ class ProductSpec(google.protobuf.message.Message):
     """Seed of operators that are drawn; ignored by the others. The same seed is the same matrix."""
     block: builtins.int
     """0 for the whole operator; i for the principal block Bundle.blocks[i - 1], whose vectors have the block's elements only."""
+    priority: builtins.int
+    """Among the products of one tenant that wait, those of higher priority go first. From -100 to 100."""
     def __init__(
         self,
         *,
@@ -216,8 +264,9 @@ class ProductSpec(google.protobuf.message.Message):
         quadratic_form: builtins.bool = ...,
         seed: builtins.int = ...,
         block: builtins.int = ...,
+        priority: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block", b"block", "k", b"k", "operator", b"operator", "point_id", b"point_id", "quadratic_form", b"quadratic_form", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block", b"block", "k", b"k", "operator", b"operator", "point_id", b"point_id", "priority", b"priority", "quadratic_form", b"quadratic_form", "seed", b"seed"]) -> None: ...
 
 Global___ProductSpec: typing_extensions.TypeAlias = ProductSpec
 

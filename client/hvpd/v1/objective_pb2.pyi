@@ -217,6 +217,9 @@ class Bundle(google.protobuf.message.Message):
     CALLING_CONVENTION_VERSION_FIELD_NUMBER: builtins.int
     BLOCKS_FIELD_NUMBER: builtins.int
     DENSE_LAYERS_FIELD_NUMBER: builtins.int
+    FIXED_BUCKET_FIELD_NUMBER: builtins.int
+    ROW_REDUCTION_FIELD_NUMBER: builtins.int
+    SHARDED_FIELD_NUMBER: builtins.int
     format: builtins.int
     """Revision of this message's meaning; 1 today. A server refuses those that it does not know."""
     n: builtins.int
@@ -236,6 +239,16 @@ class Bundle(google.protobuf.message.Message):
     """Version of jax that exported the programs, for messages."""
     calling_convention_version: builtins.int
     """jax.export calling convention of the programs."""
+    fixed_bucket: builtins.int
+    """The only block width that launches have, a power of two, so that the bits of a product do not depend on who else was asking.
+    0: any.
+    """
+    row_reduction: builtins.str
+    """How the value goes over the rows of row_leaves: "mean" (of terms of a row each, perhaps plus what no row has part in) or "sum"
+    (of terms of a row each, and nothing else). Then data that does not fit is gone through in chunks. Empty: unknown.
+    """
+    sharded: builtins.bool
+    """Whether data is split by rows over all devices of the server, where there are several."""
     @property
     def x_tree(self) -> hvpd.v1.tensor_pb2.TreeSpec:
         """Structure of x."""
@@ -304,9 +317,12 @@ class Bundle(google.protobuf.message.Message):
         calling_convention_version: builtins.int = ...,
         blocks: collections.abc.Iterable[Global___Block] | None = ...,
         dense_layers: collections.abc.Iterable[Global___DenseLayer] | None = ...,
+        fixed_bucket: builtins.int = ...,
+        row_reduction: builtins.str = ...,
+        sharded: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["data_tree", b"data_tree", "x_tree", b"x_tree"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "calling_convention_version", b"calling_convention_version", "captured", b"captured", "data", b"data", "data_tree", b"data_tree", "dense_layers", b"dense_layers", "dtype", b"dtype", "format", b"format", "jax_version", b"jax_version", "mode", b"mode", "n", b"n", "platforms", b"platforms", "precision", b"precision", "programs", b"programs", "residuals", b"residuals", "row_leaves", b"row_leaves", "x64", b"x64", "x_leaves", b"x_leaves", "x_tree", b"x_tree"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "calling_convention_version", b"calling_convention_version", "captured", b"captured", "data", b"data", "data_tree", b"data_tree", "dense_layers", b"dense_layers", "dtype", b"dtype", "fixed_bucket", b"fixed_bucket", "format", b"format", "jax_version", b"jax_version", "mode", b"mode", "n", b"n", "platforms", b"platforms", "precision", b"precision", "programs", b"programs", "residuals", b"residuals", "row_leaves", b"row_leaves", "row_reduction", b"row_reduction", "sharded", b"sharded", "x64", b"x64", "x_leaves", b"x_leaves", "x_tree", b"x_tree"]) -> None: ...
 
 Global___Bundle: typing_extensions.TypeAlias = Bundle
 
@@ -598,6 +614,71 @@ class Choice(google.protobuf.message.Message):
 Global___Choice: typing_extensions.TypeAlias = Choice
 
 @typing.final
+class Compile(google.protobuf.message.Message):
+    """What became of one program at one block width."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    class _State:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _StateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[Compile._State.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: Compile._State.ValueType  # 0
+        """Not set."""
+        STATE_QUEUED: Compile._State.ValueType  # 1
+        """Others compile first."""
+        STATE_COMPILING: Compile._State.ValueType  # 2
+        """Under way."""
+        STATE_READY: Compile._State.ValueType  # 3
+        """Can be launched."""
+        STATE_FAILED: Compile._State.ValueType  # 4
+        """Cannot be compiled; tried again when it is asked for."""
+
+    class State(_State, metaclass=_StateEnumTypeWrapper):
+        """State of a compile."""
+
+    STATE_UNSPECIFIED: Compile.State.ValueType  # 0
+    """Not set."""
+    STATE_QUEUED: Compile.State.ValueType  # 1
+    """Others compile first."""
+    STATE_COMPILING: Compile.State.ValueType  # 2
+    """Under way."""
+    STATE_READY: Compile.State.ValueType  # 3
+    """Can be launched."""
+    STATE_FAILED: Compile.State.ValueType  # 4
+    """Cannot be compiled; tried again when it is asked for."""
+
+    PROGRAM_FIELD_NUMBER: builtins.int
+    WIDTH_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    program: builtins.str
+    """Name of the program."""
+    width: builtins.int
+    """Block width; 0 for programs that multiply nothing."""
+    state: Global___Compile.State.ValueType
+    """Where it is."""
+    seconds: builtins.float
+    """How long it took, or has taken so far, in seconds."""
+    error: builtins.str
+    """Why it failed."""
+    def __init__(
+        self,
+        *,
+        program: builtins.str = ...,
+        width: builtins.int = ...,
+        state: Global___Compile.State.ValueType = ...,
+        seconds: builtins.float = ...,
+        error: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "program", b"program", "seconds", b"seconds", "state", b"state", "width", b"width"]) -> None: ...
+
+Global___Compile: typing_extensions.TypeAlias = Compile
+
+@typing.final
 class GetPlanResponse(google.protobuf.message.Message):
     """Reply of GetPlan."""
 
@@ -605,18 +686,24 @@ class GetPlanResponse(google.protobuf.message.Message):
 
     CHOICES_FIELD_NUMBER: builtins.int
     RESIDUAL_BYTES_FIELD_NUMBER: builtins.int
+    COMPILES_FIELD_NUMBER: builtins.int
     residual_bytes: builtins.int
     """Size of a point's residuals, in bytes; 0 where the objective has no `apply`."""
     @property
     def choices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Choice]:
         """One for each width that has been compiled, ascending."""
 
+    @property
+    def compiles(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Compile]:
+        """Every program that was compiled or is to be, in the order in which they were asked for."""
+
     def __init__(
         self,
         *,
         choices: collections.abc.Iterable[Global___Choice] | None = ...,
         residual_bytes: builtins.int = ...,
+        compiles: collections.abc.Iterable[Global___Compile] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["choices", b"choices", "residual_bytes", b"residual_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["choices", b"choices", "compiles", b"compiles", "residual_bytes", b"residual_bytes"]) -> None: ...
 
 Global___GetPlanResponse: typing_extensions.TypeAlias = GetPlanResponse

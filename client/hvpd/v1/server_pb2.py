@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hvpd/v1/server.proto\x12\x07hvpd.v1\"\x12\n\x10GetServerRequest\"\x90\x02\n\x11GetServerResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cmin_protocol\x18\x02 \x01(\x05\x12\x14\n\x0cmax_protocol\x18\x03 \x01(\x05\x12\x13\n\x0bjax_version\x18\x04 \x01(\t\x12&\n\x1emin_calling_convention_version\x18\x05 \x01(\x05\x12&\n\x1emax_calling_convention_version\x18\x06 \x01(\x05\x12\x10\n\x08platform\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65vice_kind\x18\x08 \x01(\t\x12\x17\n\x0fmax_block_width\x18\t \x01(\x05\x12\x19\n\x11stablehlo_version\x18\n \x01(\t2S\n\rServerService\x12\x42\n\tGetServer\x12\x19.hvpd.v1.GetServerRequest\x1a\x1a.hvpd.v1.GetServerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hvpd/v1/server.proto\x12\x07hvpd.v1\"\x12\n\x10GetServerRequest\"\xa6\x02\n\x11GetServerResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cmin_protocol\x18\x02 \x01(\x05\x12\x14\n\x0cmax_protocol\x18\x03 \x01(\x05\x12\x13\n\x0bjax_version\x18\x04 \x01(\t\x12&\n\x1emin_calling_convention_version\x18\x05 \x01(\x05\x12&\n\x1emax_calling_convention_version\x18\x06 \x01(\x05\x12\x10\n\x08platform\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65vice_kind\x18\x08 \x01(\t\x12\x17\n\x0fmax_block_width\x18\t \x01(\x05\x12\x19\n\x11stablehlo_version\x18\n \x01(\t\x12\x14\n\x0c\x64\x65vice_count\x18\x0b \x01(\x05\x32S\n\rServerService\x12\x42\n\tGetServer\x12\x19.hvpd.v1.GetServerRequest\x1a\x1a.hvpd.v1.GetServerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,7 +34,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERREQUEST']._serialized_start=33
   _globals['_GETSERVERREQUEST']._serialized_end=51
   _globals['_GETSERVERRESPONSE']._serialized_start=54
-  _globals['_GETSERVERRESPONSE']._serialized_end=326
-  _globals['_SERVERSERVICE']._serialized_start=328
-  _globals['_SERVERSERVICE']._serialized_end=411
+  _globals['_GETSERVERRESPONSE']._serialized_end=348
+  _globals['_SERVERSERVICE']._serialized_start=350
+  _globals['_SERVERSERVICE']._serialized_end=433
 # @@protoc_insertion_point(module_scope)

@@ -44,6 +44,7 @@ class GetServerResponse(google.protobuf.message.Message):
     DEVICE_KIND_FIELD_NUMBER: builtins.int
     MAX_BLOCK_WIDTH_FIELD_NUMBER: builtins.int
     STABLEHLO_VERSION_FIELD_NUMBER: builtins.int
+    DEVICE_COUNT_FIELD_NUMBER: builtins.int
     version: builtins.str
     """Version of hvpd that serves."""
     min_protocol: builtins.int
@@ -64,6 +65,8 @@ class GetServerResponse(google.protobuf.message.Message):
     """Most vectors in one product; send wider blocks as several."""
     stablehlo_version: builtins.str
     """Newest version of StableHLO that can be read, such as "1.17.0". Clients with a newer jax write that one."""
+    device_count: builtins.int
+    """How many devices it computes on; 0 from servers that do not say."""
     def __init__(
         self,
         *,
@@ -77,7 +80,8 @@ class GetServerResponse(google.protobuf.message.Message):
         device_kind: builtins.str = ...,
         max_block_width: builtins.int = ...,
         stablehlo_version: builtins.str = ...,
+        device_count: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device_kind", b"device_kind", "jax_version", b"jax_version", "max_block_width", b"max_block_width", "max_calling_convention_version", b"max_calling_convention_version", "max_protocol", b"max_protocol", "min_calling_convention_version", b"min_calling_convention_version", "min_protocol", b"min_protocol", "platform", b"platform", "stablehlo_version", b"stablehlo_version", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_count", b"device_count", "device_kind", b"device_kind", "jax_version", b"jax_version", "max_block_width", b"max_block_width", "max_calling_convention_version", b"max_calling_convention_version", "max_protocol", b"max_protocol", "min_calling_convention_version", b"min_calling_convention_version", "min_protocol", b"min_protocol", "platform", b"platform", "stablehlo_version", b"stablehlo_version", "version", b"version"]) -> None: ...
 
 Global___GetServerResponse: typing_extensions.TypeAlias = GetServerResponse

@@ -1,0 +1,192 @@
+"""Kronecker-factored curvature (K-FAC) as an operator: factors from the server, products and inverse here. Needs no jax.
+
+Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, ICML (2015).
+"""
+
+import copy
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from hvpd import _codec
+from hvpd._errors import InvalidArgumentError
+from hvpd._symmetric import SymmetricOperator
+from hvpd.v1 import objective_pb2
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseLayer:
+    """A layer y = a W + b of a composite's model, found when it was registered."""
+
+    kernel: str
+    """The leaf W, of shape [in, out] or [out, in]."""
+    bias: str | None
+    """The leaf b, of shape [out]; None where the layer has none."""
+    elements: _codec.Array
+    """Where the element of each pair (input, output) lies in the flat x: integers of shape (p, q). q is out; p is in, and one more
+    for the bias, which is the last."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KroneckerBlock(DenseLayer):
+    """The block A (x) G of a dense layer."""
+
+    A: _codec.Array
+    """Mean of a'a over the rows, of shape (p, p); with a bias, a has a last element of 1."""
+    G: _codec.Array
+    """Curvature in y, summed over the rows, of shape (q, q)."""
+
+
+def dense_layers(bundle: objective_pb2.Bundle, slices: Mapping[str, slice]) -> list[DenseLayer]:
+    """The dense layers of a bundle, given where the leaves of x lie."""
+    names, spans = list(slices), list(slices.values())
+    found = []
+    for layer in bundle.dense_layers:
+        span = spans[layer.kernel]
+        kernel = np.arange(span.start, span.stop).reshape(tuple(bundle.x_leaves[layer.kernel].shape))
+        elements, bias = kernel.T if layer.transposed else kernel, None
+        if layer.HasField("bias"):
+            bias, span = names[layer.bias], spans[layer.bias]
+            elements = np.vstack([elements, np.arange(span.start, span.stop)])
+        found.append(DenseLayer(names[layer.kernel], bias, elements))
+    return found
+
+
+class KroneckerOperator(SymmetricOperator):
+    """A (x) G for each dense layer, zero between layers and for all other leaves of x, plus shift times the identity.
+
+    Made by `Point.kfac`. Products take no round trip.
+
+    Attributes:
+        layers: The blocks, a `KroneckerBlock` each.
+        shift: Added to the diagonal.
+    """
+
+    def __init__(self, layers: tuple[KroneckerBlock, ...], dtype: "np.dtype[Any]", n: int, shift: float) -> None:
+        super().__init__(dtype, n)
+        self.layers = layers
+        self.shift = _finite(shift)
+
+    def _matmat(self, X: Any) -> _codec.Array:
+        X = _real(X, self.dtype)
+        product: _codec.Array = self.dtype.type(self.shift) * X
+        for layer in self.layers:
+            product[layer.elements] += _between(layer.A, X[layer.elements], layer.G)
+        return product
+
+    def shifted(self, shift: float) -> Self:
+        """This plus `shift` times the identity, from the same factors."""
+        changed = copy.copy(self)
+        changed.shift = self.shift + _finite(shift)
+        return changed
+
+    def inverse(self) -> "KroneckerInverse":
+        """The inverse, exactly, from the eigenvalues of the factors: `M=` of SciPy's solvers.
+
+        Raises:
+            InvalidArgumentError: This is not positive definite; the message says which shift would make it so. Or the factors hold
+                NaN or infinity, as they do at points that are not finite.
+        """
+        return KroneckerInverse(self)
+
+    def __repr__(self) -> str:
+        shift = f", shift={self.shift:g}" if self.shift else ""
+        return (
+            f"<KroneckerOperator {self.shape[0]}x{self.shape[1]} {self.dtype}, {len(self.layers)} dense layers{shift}>"
+        )
+
+
+class KroneckerInverse(SymmetricOperator):
+    """The inverse of a `KroneckerOperator`, positive definite. Made by its `inverse()`.
+
+    Attributes:
+        shift: Of what it is the inverse of.
+    """
+
+    def __init__(self, operator: KroneckerOperator) -> None:
+        n = operator.shape[0]
+        super().__init__(operator.dtype, n)
+        self.shift = operator.shift
+        found = [_Eigen(layer) for layer in operator.layers]
+        outside = n - sum(layer.elements.size for layer in operator.layers)
+        needed, why = max((layer.needed, layer.why) for layer in found)
+        if outside and needed <= 0.0:
+            needed, why = 0.0, f"{outside} elements of x are in no dense layer, and have zeros here"
+        if not self.shift > needed:
+            more = f"of {1.1 * needed:.2g}" if needed else "that is positive"
+            raise InvalidArgumentError(
+                f"with a shift of {self.shift:g} this is not positive definite: {why}; use a shift {more}"
+            )
+        self._layers = [(layer, layer.weights(self.shift)) for layer in found]
+
+    def _matmat(self, X: Any) -> _codec.Array:
+        X = _real(X, self.dtype)
+        product: _codec.Array = X / self.dtype.type(self.shift) if self.shift else np.zeros_like(X)
+        for layer, weights in self._layers:
+            product[layer.elements] = layer.scaled(weights, X[layer.elements])
+        return product
+
+    def __repr__(self) -> str:
+        n = self.shape[0]
+        return f"<KroneckerInverse {n}x{n} {self.dtype}, {len(self._layers)} dense layers, shift={self.shift:g}>"
+
+
+class _Eigen:
+    """A block by its eigenvectors, in the operator's dtype; decomposed in float64.
+
+    Attributes:
+        elements: The layer's.
+        needed: A shift must be more than this, or rounding could have made it definite.
+        why: What needs it, in words.
+    """
+
+    def __init__(self, layer: KroneckerBlock) -> None:
+        if not (np.isfinite(layer.A).all() and np.isfinite(layer.G).all()):
+            raise InvalidArgumentError(
+                f"the Kronecker factors of {layer.kernel!r} hold NaN or infinity, and have no inverse: the model, its derivative or "
+                "the loss's is not finite at this point"
+            )
+        self._dtype = layer.A.dtype
+        values_a, vectors_a = np.linalg.eigh(layer.A.astype(np.float64))
+        values_g, vectors_g = np.linalg.eigh(layer.G.astype(np.float64))
+        self._values = np.multiply.outer(values_a, values_g)
+        self._a, self._g = vectors_a.astype(self._dtype), vectors_g.astype(self._dtype)
+        self.elements = layer.elements
+        least = float(self._values.min())
+        noise = float(np.finfo(self._dtype).eps) * max(layer.elements.shape) * float(np.abs(self._values).max())
+        self.needed = noise - least
+        self.why = f"the block of {layer.kernel!r} has an eigenvalue of {least:.3g}, rounding being up to {noise:.1g}"
+
+    def weights(self, shift: float) -> _codec.Array:
+        """The eigenvalues of (A (x) G + shift I)^-1, of shape (p, q, 1)."""
+        found: _codec.Array = 1.0 / (self._values + shift)
+        return found.astype(self._dtype)[:, :, None]
+
+    def scaled(self, weights: _codec.Array, X: _codec.Array) -> _codec.Array:
+        """The matrix of these eigenvalues times X[p,q,k]."""
+        return _between(self._a, weights * _between(self._a.T, X, self._g), self._g.T)
+
+
+def _between(A: _codec.Array, X: _codec.Array, G: _codec.Array) -> _codec.Array:
+    """A X G for each of the k columns of X[p,q,k]."""
+    product: _codec.Array = np.tensordot(A, np.matmul(G.T, X), (1, 0))
+    return product
+
+
+def _finite(shift: Any) -> float:
+    if not isinstance(shift, numbers.Real) or not math.isfinite(shift):
+        raise InvalidArgumentError(f"shift must be a finite real number, got {shift!r}")
+    return float(shift)
+
+
+def _real(X: Any, dtype: "np.dtype[Any]") -> _codec.Array:
+    found = np.asarray(X)
+    if found.dtype.kind == "c":
+        raise InvalidArgumentError(
+            f"a Kronecker operator multiplies real vectors, got dtype {found.dtype}: multiply the real and the imaginary part"
+        )
+    return found.astype(dtype, copy=False)
