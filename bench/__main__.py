@@ -1,0 +1,80 @@
+"""`python -m bench NAME [--json FILE] [--quick]`, from the repository's root."""
+
+import argparse
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from bench import _report
+
+BENCHMARKS = ("latency", "coalescing", "transfer", "modes", "restart", "growth")
+_FOLDER = Path(__file__).parent
+
+
+def main() -> int:
+    """Runs what the command line names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Measures what hvpd promises; see bench/README.md."
+    )
+    parser.add_argument(
+        "name", choices=[*BENCHMARKS, "all", "report"], help="which; report renders bench/results instead"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="also one JSON object a figure, one a line, into this file"
+    )
+    parser.add_argument("--quick", action="store_true", help="whether it runs, not how fast: few sizes, few rounds")
+    parser.add_argument(
+        "--write", action="store_true", help="with report: into bench/README.md, in place of what is there"
+    )
+    arguments = parser.parse_args()
+    if arguments.name == "report":
+        return _results(write=arguments.write)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    # Two processes share an accelerator here: neither may take all of its memory beforehand.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    for name in BENCHMARKS if arguments.name == "all" else (arguments.name,):
+        _run(name, arguments.json, quick=arguments.quick)
+    return 0
+
+
+def _run(name: str, path: Path | None, *, quick: bool) -> None:
+    benchmark = importlib.import_module(f"bench.{name}")
+    environment = _report.environment()
+    found = []
+    with contextlib.closing(benchmark.run(quick=quick)) as figures:
+        for figure in figures:
+            found.append(figure.to_json(environment))
+            print(f"{name}: {figure.figure}: {_report.number(figure.value)} {figure.unit}", file=sys.stderr, flush=True)
+    print(f"\n{name}, on {', '.join(f'{key} {value}' for key, value in environment.items())}\n")
+    print(_report.table(found), flush=True)
+    if path is not None:
+        _report.write(path, name, found)
+
+
+def _results(*, write: bool) -> int:
+    rendered = _report.render(_FOLDER / "results")
+    if not write:
+        print(rendered, end="")
+        return 0
+    readme = _FOLDER / "README.md"
+    text = readme.read_text()
+    head = text[: text.index(_report.MARK) + len(_report.MARK)]
+    readme.write_text(f"{head}\n\n{rendered}".rstrip() + "\n")
+    return 0
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """So that what was started is ended, as after Ctrl-C."""
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,59 @@
+"""Registers, and waits until the server has checked, compiled and chosen what multiplies: the figures are of a server that does
+nothing else meanwhile.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+
+import hvpd
+from bench._objectives import Problem
+
+_PATIENCE_SECONDS = 60.0
+
+
+def registered(client: hvpd.Client, problem: Problem, **options: Any) -> hvpd.Objective:
+    """The problem as an objective, when the server has checked it."""
+    objective = client.register(problem.fun, problem.x, *problem.data, **options)
+    checked(objective)
+    return objective
+
+
+def checked(objective: hvpd.Objective) -> None:
+    """Waits until the server has checked an objective, and all that were registered before."""
+    ends = time.monotonic() + 10 * _PATIENCE_SECONDS
+    while objective.registration_check().verdict == "pending" and time.monotonic() < ends:
+        time.sleep(0.02)
+
+
+def vectors(objective: hvpd.Objective, H: Any) -> str:
+    """Multiplies single vectors until the server has settled for a program; returns its name."""
+    v = np.ones(objective.n, objective.dtype)
+    ends = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        for _ in range(4):
+            H @ v
+        choice = next((choice for choice in objective.plan() if choice.width == 1), None)
+        if choice is not None and ("not yet" not in choice.reason or time.monotonic() > ends):
+            return choice.program
+
+
+def compiled(objective: hvpd.Objective, width: int) -> bool:
+    """Waits, without a product, until the server has compiled a width; returns whether it has."""
+    ends = time.monotonic() + _PATIENCE_SECONDS
+    while not (found := any(choice.width == width for choice in objective.plan())) and time.monotonic() < ends:
+        time.sleep(0.01)
+    return found
+
+
+def blocks(objective: hvpd.Objective, H: Any, most: int) -> None:
+    """Has the server compile every width up to `most`."""
+    for width in widths(most):
+        H @ np.ones((objective.n, width), objective.dtype)  # Asks for it.
+        compiled(objective, width)
+
+
+def widths(most: int) -> list[int]:
+    """1, 2, 4, ... up to `most`."""
+    return [1 << power for power in range(most.bit_length())]
