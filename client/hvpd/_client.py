@@ -137,12 +137,13 @@ class Client:
             row_reduction: "mean" or "sum", which implies any_rows: `fun` is a mean over rows of terms of one row each, plus perhaps what
                 no row has part in (a penalty); or a sum over rows, and nothing else. Then data that is larger than the server's
                 memory budget stays on its disk, and each product goes through it in chunks. The result is that of all rows at once.
+                The server tries it on some rows first, and refuses what is no such mean or sum.
             blocks: Principal blocks that get programs of their own, so that products of `H.block(...)` cost what the block costs: each
                 the name of a leaf of x or of what stands above several, or several names. See `CurvatureOperator.block`.
             fixed_bucket: The only width of blocks that are launched, a power of two: then the bits of a product do not depend on who
                 else was asking, nor on what was measured. Wider ones share more work, and waste more where nobody shares.
-            sharded: Whether data is split by rows over all devices of the server, for what is too large or too slow on one. It takes
-                numbers of rows that the devices divide; other leaves are on every device.
+            sharded: Whether data is split by rows over all devices of the server, for what is too large or too slow on one. Leaves
+                whose number of rows the devices do not divide are on every device as a whole.
 
         Raises:
             InvalidArgumentError: `fun`, `x`, `data` or `name` cannot be registered.
@@ -312,9 +313,9 @@ def connect(
         connect_timeout: Seconds to wait for a server at the address.
         retry_timeout: Seconds for which calls are repeated while the server is away or overloaded.
         timeout: Seconds that one call may take at most; None: as long as it takes.
-        priority: Of this client's products, from -100 to 100: where several of one tenant wait for the device, the higher go
-            first, and the lower for as long as there are such not at all. It changes nothing between tenants, which share the
-            device fairly; who connects is one.
+        priority: Of this client's products, from -100 to 100. Of what one tenant has waiting for the device the higher goes first,
+            and the lower not at all for as long as higher keeps coming. Between tenants, which share the device fairly, it does
+            nothing; for now each connection is a tenant.
 
     Raises:
         InvalidArgumentError: An argument is not what it must be.

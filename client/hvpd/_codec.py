@@ -3,6 +3,7 @@
 Both ends use it. It knows no gRPC and no jax; what is sent where is decided elsewhere.
 """
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ _NUMPY = frozenset(
 _ML_DTYPES = ("bfloat16", "float8_", "int2", "int4", "uint2", "uint4")
 
 
+@functools.cache
 def dtype(name: str) -> np.dtype[Any]:
     """The dtype of a name on the wire, little-endian. bfloat16 and the like need ml_dtypes, which comes with jax.
 

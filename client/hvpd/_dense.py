@@ -2,8 +2,8 @@
 
 A layer is y = a W + b: a `dot_general` of a leaf W of x with something else, whose result a leaf b may be added to. Each of both
 must be used there only, and a must have as many rows as the model's output, or a multiple, and not be made of leaves of x alone:
-what all examples share has no factors by rows. What lies inside a loop, a branch, a checkpoint or a function with its own
-derivative is not looked into.
+what all examples share has no factors by rows. What lies inside a loop, a branch or a function with its own derivative is not
+looked into.
 """
 
 import dataclasses
@@ -120,8 +120,8 @@ def _reshaped(before: Sequence[Any], after: Sequence[Any], axis: int) -> list[in
 
 def layers_of(closed: Any, count: int) -> list[Dense]:
     """The dense layers of a traced model without nested jits, whose first `count` arguments are x's leaves; by their kernels."""
-    leaves, rows = closed.jaxpr.invars[:count], closed.out_avals[0].shape[0]
-    if rows == 0:
+    leaves, z = closed.jaxpr.invars[:count], closed.out_avals[0]
+    if 0 in z.shape:
         return []
     uses, given = _Uses(closed.jaxpr), _given(closed.jaxpr, count)
     biases = {}
@@ -132,7 +132,7 @@ def layers_of(closed: Any, count: int) -> list[Dense]:
                 biases[end, axes] = position
     found = []
     for position, leaf in enumerate(leaves):
-        layer = _layer(uses, given, leaf, rows)
+        layer = _layer(uses, given, leaf, z.shape[0])
         if layer is None:
             continue
         layer.message.kernel = position
@@ -175,7 +175,7 @@ def _bias(uses: _Uses, layer: Dense, biases: dict[tuple[Any, tuple[int, ...]], i
     """The position of the leaf that is added to y along its channels."""
     y = layer.equation.outvars[0]
     result, equation, axes = uses.end(y, (layer.channels % y.aval.ndim,))
-    if equation is None or equation.primitive.name != "add" or result.aval.shape != equation.outvars[0].aval.shape:
+    if equation is None or equation.primitive.name != "add":
         return None
     other = equation.invars[1 - equation.invars.index(result)]
     bias = None if isinstance(other, jex.Literal) else biases.get((other, axes))

@@ -33,15 +33,19 @@ def lift(closed: Any, lift_bytes: int) -> tuple[list[_codec.Array], Lifted]:
 
 
 def inlined(closed: Any) -> Any:
-    """The same traced function without nested jits."""
+    """The same traced function without nested jits and checkpoints."""
     return jax.make_jaxpr(lambda *args: evaluate(closed, args, flat=True))(*closed.in_avals)
 
 
-def _calls(closed: Any) -> Iterator[tuple[Any, Any]]:
-    """The equations that are calls of a nested jit, with its jaxpr. Loops and branches take what they close over as operands."""
+def _calls(closed: Any, *, checkpoints: bool = False) -> Iterator[tuple[Any, Any]]:
+    """The equations that are calls of a nested jit, or of a `jax.checkpoint`, with its jaxpr. Loops and branches take what they
+    close over as operands.
+    """
     for equation in closed.jaxpr.eqns:
         if equation.primitive.name in ("jit", "pjit"):
             yield equation, equation.params["jaxpr"]
+        elif checkpoints and equation.primitive.name in ("checkpoint", "remat2"):
+            yield equation, jex.ClosedJaxpr(equation.params["jaxpr"], ())
 
 
 def _constants(closed: Any) -> Iterator[Any]:
@@ -64,13 +68,13 @@ def evaluate(
         closed: What `jax.make_jaxpr` gave.
         args: Its arguments.
         replaced: Values in place of constants, by the constants' id. Nested jits that hold one of them are inlined.
-        flat: Whether all other nested jits are inlined, too.
+        flat: Whether all other nested jits are inlined, too, and checkpoints.
         tap: Given each equation with its operands and results; returns what to go on with as the results.
     """
     replaced = replaced or {}
     opened = {
         id(equation): inner
-        for equation, inner in _calls(closed)
+        for equation, inner in _calls(closed, checkpoints=flat)
         if flat or any(id(constant) in replaced for constant in _constants(inner))
     }
     constants = [replaced.get(id(constant), constant) for constant in closed.consts]

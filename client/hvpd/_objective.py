@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hvpd import _blocks, _codec, _pytree
-from hvpd._errors import InvalidArgumentError
+from hvpd import _blocks, _codec, _protocol, _pytree
+from hvpd._errors import InvalidArgumentError, OverloadedError
 from hvpd._transport import Step, Transport
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
 
@@ -410,7 +410,7 @@ class Point:
         self.default_data = spec.default_data
         self.x = x.copy()
         self.x.flags.writeable = False
-        self._pin = None if pin is None else _blocks.integer(pin, "pin", 0, 7 * 24 * 3600)
+        self._pin = None if pin is None else _blocks.integer(pin, "pin", 0, _protocol.MAX_PIN_SECONDS)
         message, gradient = transport.create_point(spec, self.x, step=step, pin_seconds=self._pin)
         gradient.flags.writeable = False
         self._id = message.id
@@ -423,10 +423,10 @@ class Point:
         """The point x + alpha * direction, with the same data: a step of a line search.
 
         The server makes x from this point, if it still has it, and the direction, which is sent for the first step along it only. x
-        itself is not sent; the result is the same as that of `objective.at(point.x + alpha * direction)`.
+        itself is not sent, unless it is 64 KiB at most; the result is the same as that of `objective.at(point.x + alpha * direction)`.
 
         Args:
-            alpha: The length of the step.
+            alpha: The length of the step, rounded to the objective's dtype.
             direction: A flat vector of shape (n,), or a pytree of the registered structure.
 
         Raises:
@@ -434,9 +434,10 @@ class Point:
         """
         alpha = _blocks.finite(alpha, "alpha")
         p = self.objective.vector(direction, "the direction")
-        # Rounded as the server rounds it, or the digests would differ.
-        x = p * self.dtype.type(alpha)
-        x += self.x
+        # Rounded as the server rounds it, or the digests would differ. What is too large becomes infinite, and `nonfinite` tells.
+        with np.errstate(over="ignore", invalid="ignore"):
+            x = p * self.dtype.type(alpha)
+            x += self.x
         spec = curvature_pb2.PointSpec()
         spec.CopyFrom(self._spec)
         spec.x_digest = _codec.digest(_codec.payload(x))
@@ -452,8 +453,9 @@ class Point:
         Raises:
             OverloadedError: Too much is pinned already.
         """
-        self._pin = _blocks.integer(seconds, "seconds", 0, 7 * 24 * 3600)
-        self._restore()
+        pin = _blocks.integer(seconds, "seconds", 0, _protocol.MAX_PIN_SECONDS)
+        self._transport.create_point(self._spec, self.x, pin_seconds=pin)
+        self._pin = pin
 
     def hessian(self, shift: float = 0.0) -> "HessianOperator":
         """The Hessian plus `shift` times the identity, as a symmetric scipy.sparse.linalg.LinearOperator of shape (n, n)."""
@@ -587,7 +589,12 @@ class Point:
         return self._transport.multiply(spec, np.ascontiguousarray(V), restore=self._restore)
 
     def _restore(self) -> None:
-        self._transport.create_point(self._spec, self.x, pin_seconds=self._pin)
+        try:
+            self._transport.create_point(self._spec, self.x, pin_seconds=self._pin)
+        except OverloadedError as error:
+            if error.reason != "PINNED" or not self._pin:
+                raise
+            self._transport.create_point(self._spec, self.x)  # Others have been pinned meanwhile: a product needs no pin.
 
     def __repr__(self) -> str:
         warning = f", not finite: {', '.join(self.nonfinite)}" if self.nonfinite else ""

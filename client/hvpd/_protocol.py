@@ -12,5 +12,8 @@ REVISION_KEY = "hvpd-protocol"
 MAX_PRIORITY = 100
 """Priorities of products go from minus this to this."""
 
+MAX_PIN_SECONDS = 7 * 24 * 3600
+"""Longest time for which a point stays after it was last used."""
+
 VERSION_KEY = "hvpd-version"
 """Metadata key of the client's version of hvpd, for messages."""

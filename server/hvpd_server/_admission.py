@@ -151,7 +151,9 @@ def _check_rows(bundle: objective_pb2.Bundle) -> None:
     if not all(0 <= index < len(bundle.data) and bundle.data[index].shape for index in bundle.row_leaves):
         raise _invalid("BUNDLE_INVALID", f"row_leaves {list(bundle.row_leaves)} are not all leaves of data with rows")
     if bundle.row_reduction and (bundle.row_reduction not in REDUCTIONS or not bundle.row_leaves):
-        raise _invalid("BUNDLE_INVALID", f"row_reduction {bundle.row_reduction[:40]!r} of {len(bundle.row_leaves)} leaves")
+        raise _invalid(
+            "BUNDLE_INVALID", f"row_reduction {bundle.row_reduction[:40]!r} of {len(bundle.row_leaves)} leaves"
+        )
     if bundle.sharded and bundle.residuals:
         raise _invalid("BUNDLE_INVALID", "data that is split over devices does not go with residuals")
     if bundle.row_leaves and bundle.residuals:

@@ -7,6 +7,7 @@
 `run` starts it, says when it is ready, and stops it on SIGTERM or SIGINT without losing what has begun.
 """
 
+import ctypes
 import logging
 import os
 import select
@@ -139,6 +140,7 @@ def run(config: Config, *, owner: int | None = None, ephemeral: bool = False) ->
     )
     for chatty in ("jax", "jaxlib"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
+    _keep_freed_memory()
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -168,6 +170,21 @@ def run(config: Config, *, owner: int | None = None, ephemeral: bool = False) ->
     # A product that never ends holds a thread that nothing can end, and an ordinary exit would wait for it.
     logging.shutdown()
     os._exit(0)
+
+
+def _keep_freed_memory() -> None:
+    """Has the allocator keep what is freed, up to 512 MiB, where it is glibc's.
+
+    As it comes, it returns buffers of a vector's size to the kernel, which clears every page again for the next vector: a third of
+    the time of a product at n = 270,000. mallopt(3).
+    """
+    trim_threshold, mmap_threshold, most = -1, -3, 32 << 20  # 32 MiB is the most that glibc takes.
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # Another libc.
+        return
+    mallopt(mmap_threshold, most)
+    mallopt(trim_threshold, 512 << 20)
 
 
 def _die_with(owner: int, store: Path | None) -> None:

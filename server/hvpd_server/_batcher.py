@@ -182,7 +182,6 @@ class Batcher:
                 following = self._gathering.first()
             if following is None:
                 self._busy = False
-                self._queue.reset()
             else:
                 following.leads = True
                 following.gate.release()

@@ -62,7 +62,7 @@ class LoosePoint:
         value, gradient = source.call("value_and_grad", 0, on_device)
         self.x = x
         self.n, self.dtype = self.x.size, self.x.dtype
-        self.value = float(value)
+        self.value = float(_kernels.host(value))
         self.gradient: _codec.Array = _kernels.host(gradient)
         found: dict[str, Any] = {"x": x, "value": self.value, "gradient": self.gradient}
         self.nonfinite: tuple[str, ...] = tuple(name for name, array in found.items() if not np.isfinite(array).all())

@@ -6,10 +6,13 @@ A point's way: `create_point` -> `_lane` -> `_store` (data by digest) -> `_resid
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from hvpd import _codec, _protocol
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
@@ -90,25 +93,26 @@ class Engine:
             return found
         bundle = self.bundle(digest)
         with self._objectives_lock:
-            lane = self._lane_of.get(digest) or self._choose_lane(bundle)
-            lane.expect(bundle)
-            self._lane_of[digest] = lane
+            lane = self._lane_of.get(digest)
+            if lane is None:
+                lane = self._lane_of[digest] = self._choose_lane(bundle)
+                lane.expect(bundle)
         read = functools.partial(self._part, digest)
         programs = _kernels.Programs(bundle, lane.device, read, self._compiler, self.metrics.compiled)
         _admission.check_signatures(bundle, programs.signatures())
         with self._objectives_lock:
-            return self._objectives.setdefault(digest, Objective(digest, bundle, programs, lane.budget_bytes))
+            return self._objectives.setdefault(digest, lane.objective(digest, bundle, programs))
 
     def lane(self, objective: Objective) -> Lane:
         """Where an objective is served."""
         return self._lane_of[objective.digest]
 
     def _choose_lane(self, bundle: objective_pb2.Bundle) -> Lane:
-        """All devices together for data that is to be split over them; else the one with least data, counting its own once."""
+        """All devices together for data that is to be split over them; else the one with least data, or where its own is already."""
         if bundle.sharded:
             return self.lanes[-1]
         singles = self.lanes[: len(self.devices)]
-        return min(singles, key=lambda lane: lane.expected_bytes(bundle))
+        return min(singles, key=lambda lane: lane.load_with(bundle))
 
     def _used_bytes(self) -> Mapping[str, int]:
         return sum((collections.Counter(lane.residency.used_bytes()) for lane in self.lanes), collections.Counter())
@@ -171,8 +175,15 @@ class Engine:
         found: Point | None = self.lane(objective).residency.get(identity)
         return found
 
-    def moved(self, spec: curvature_pb2.PointSpec, move: curvature_pb2.Move) -> _codec.Array | None:
+    def moved(
+        self, spec: curvature_pb2.PointSpec, move: curvature_pb2.Move, direction: _codec.Array | None = None
+    ) -> _codec.Array | None:
         """The x of a point that is a step from another, in the host's memory; None where that is not resident.
+
+        Args:
+            spec: Of the new point.
+            move: How it comes about.
+            direction: Where it just came; else it must be here.
 
         Raises:
             ServiceError: NOT_FOUND with reason DIRECTION_NOT_RESIDENT: the direction is wanted.
@@ -182,11 +193,13 @@ class Engine:
         base: Point | None = residency.get(move.base_id)
         if base is None or base.objective is not objective:
             return None
-        direction: _codec.Array | None = residency.get(("direction", move.direction_digest))
+        if direction is None:
+            direction = residency.get(("direction", move.direction_digest))
         if direction is None or direction.dtype != objective.dtype or direction.size != objective.n:
             raise ServiceError(Code.NOT_FOUND, "DIRECTION_NOT_RESIDENT", "the direction is not here: send it")
-        x: _codec.Array = direction * objective.dtype.type(move.alpha)
-        x += _kernels.host(base.x)
+        with np.errstate(all="ignore"):  # What is not finite is counted, and told.
+            x: _codec.Array = direction * objective.dtype.type(move.alpha)
+            x += _kernels.host(base.x)
         return x
 
     def keep_direction(self, spec: curvature_pb2.PointSpec, digest: str, direction: _codec.Array) -> None:
@@ -196,11 +209,12 @@ class Engine:
                 Code.INVALID_ARGUMENT, "DIGEST_MISMATCH", "the direction does not have its digest: send it again"
             )
         residency = self.lane(self.locate(spec)[0]).residency
-        residency.put(("direction", digest), "direction", direction, direction.nbytes)
+        with contextlib.suppress(ServiceError):  # Where there is no room, it serves this one step.
+            residency.put(("direction", digest), "direction", direction, direction.nbytes)
 
     def pin(self, point: Point, seconds: int) -> None:
-        """Keeps a point on the device until it has not been used for so long."""
-        self.lane(point.objective).residency.pin(point.id, seconds)
+        """Keeps a point on the device until it has not been used for so long; for a week at most."""
+        self.lane(point.objective).residency.pin(point.id, min(seconds, _protocol.MAX_PIN_SECONDS))
 
     def create_point(self, spec: curvature_pb2.PointSpec, x: _codec.Array) -> Point:
         """Makes a point resident: x and its data on the device, value and gradient computed."""
@@ -256,16 +270,15 @@ class Engine:
         return point
 
     def _point(self, identity: str) -> Point:
-        found: Point | None = next(
-            (point for lane in self.lanes if (point := lane.residency.get(identity)) is not None), None
+        for lane in self.lanes:
+            found: Point | None = lane.residency.get(identity)
+            if found is not None:
+                return found
+        raise ServiceError(
+            Code.NOT_FOUND,
+            "POINT_NOT_RESIDENT",
+            f"point {identity[:12]} is not on the device (evicted, or the server restarted): create it again and repeat",
         )
-        if found is None:
-            raise ServiceError(
-                Code.NOT_FOUND,
-                "POINT_NOT_RESIDENT",
-                f"point {identity[:12]} is not on the device (evicted, or the server restarted): create it again and repeat",
-            )
-        return found
 
     def factors(self, identity: str, seed: int | None) -> list[_codec.Array]:
         """The Kronecker factors A_0, G_0, A_1, ... of the dense layers at a point, in the host's memory.
@@ -286,7 +299,7 @@ class Engine:
                 f"objective {point.objective.digest[:12]} was registered without {program}: register "
                 "hvpd.composite(model, loss) with a model of dense layers, with a distribution where targets are to be drawn",
             )
-        return [_kernels.host(factor) for factor in point.source.call(program, 0, point.x, seed=seed)]
+        return self.lane(point.objective).factors(point, program, seed)
 
     def multiply(
         self,

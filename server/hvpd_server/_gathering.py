@@ -53,7 +53,7 @@ class Gathering:
         del block.jobs[job]
         block.columns -= len(job.block)
         if not block.jobs:
-            del self._blocks[job.key]
+            self._release(block)
         return True
 
     def due_of(self, job: Job) -> float:
@@ -89,6 +89,7 @@ class Gathering:
         del self._blocks[block.key]
         jobs = list(block.jobs)
         block.jobs.clear()
+        block.key = None  # It stays among the times for a while, and a key may hold much.
         return jobs
 
 

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.export
@@ -65,9 +65,7 @@ class Device:
         self._whole = alone if len(parts) == 1 else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
         # Programs that talk between devices must not overtake each other on some of them.
-        self.turn: contextlib.AbstractContextManager[Any] = (
-            threading.Lock() if len(parts) > 1 else contextlib.nullcontext()
-        )
+        self._turn = threading.Lock() if len(parts) > 1 else None
 
     @classmethod
     def together(cls, devices: "Sequence[Device]") -> "Device":
@@ -83,17 +81,29 @@ class Device:
         rows = shape[0] if shape else 0
         return len(self.parts) > 1 and rows >= len(self.parts) and rows % len(self.parts) == 0
 
-    def put(self, array: _codec.Array, *, data: bool = False) -> DeviceArray:
-        """Copies an array to the device; data by rows, where it is several."""
+    def copies(self, shape: Sequence[Any], *, data: bool = False) -> int:
+        """How many times an array of this shape is on the parts together."""
+        return 1 if data and self.splits(shape) else len(self.parts)
+
+    def put(self, array: _codec.Array, *, data: bool = False, owned: bool = False) -> DeviceArray:
+        """Copies an array to the device; data by rows, where it is several. One that is owned is nobody else's, and may stay in use."""
         sharding = self._split if data and self.splits(array.shape) else self._whole
         with _device_errors():
-            placed: DeviceArray = jax.block_until_ready(jax.device_put(np.array(array, copy=True), sharding))
+            array = array if owned else np.array(array, copy=True)
+            placed: DeviceArray = jax.block_until_ready(jax.device_put(array, sharding))
             return placed
 
     def spec(self, shape: Sequence[int], dtype: Any, *, data: bool) -> jax.ShapeDtypeStruct:
         """An argument of a program that is compiled for this device."""
         sharding = self._split if data and self.splits(shape) else self._whole
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def run(self, compiled: Compiled, args: Sequence[Any]) -> Any:
+        """Runs a program. On several devices one at a time, to its end."""
+        if self._turn is None:
+            return compiled(*args)
+        with self._turn:
+            return jax.block_until_ready(compiled(*args))
 
     def compile(self, function: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct]) -> Compiled:
         """The program for arguments of such specs, its results whole on each part."""
@@ -170,6 +180,8 @@ class Kernels:
         self._on_compile = on_compile
         self._lock = threading.Lock()
         self._compiles: dict[tuple[str, int], _Compile] = {}
+        self._ready: dict[tuple[str, int], Compiled] = {}
+        self._widths: dict[str, list[int]] = {}
 
     def request(self, name: str, width: int = 0) -> "concurrent.futures.Future[Compiled]":
         """Has a program compiled for a block width, unless it is already, or under way."""
@@ -182,13 +194,11 @@ class Kernels:
 
     def ready(self, name: str, width: int = 0) -> bool:
         """Whether a program is compiled for a block width."""
-        found = self._compiles.get((name, width))
-        return found is not None and found.future.done() and found.future.exception() is None
+        return (name, width) in self._ready
 
     def widths(self, name: str) -> list[int]:
         """The block widths that a program is compiled for, ascending."""
-        with self._lock:
-            return sorted(width for program, width in self._compiles if program == name and self.ready(name, width))
+        return self._widths.get(name, [])
 
     def compiles(self) -> list[objective_pb2.Compile]:
         """What became of everything that was asked for, in that order."""
@@ -196,10 +206,12 @@ class Kernels:
             return [compile_.message(name, width) for (name, width), compile_ in self._compiles.items()]
 
     def call(self, name: str, width: int, *args: Any) -> Any:
-        """Runs a program, waiting for its compile where it is not ready; results are on the device, computed."""
-        compiled = self.request(name, width).result()
-        with self._device.turn, _device_errors():
-            return jax.block_until_ready(compiled(*args))
+        """Runs a program, waiting for its compile where it is not ready; results are on the device, perhaps not computed yet."""
+        compiled = self._ready.get((name, width)) or self.request(name, width).result()
+        try:
+            return self._device.run(compiled, args)
+        except jax.errors.JaxRuntimeError as error:
+            _tell(error)
 
     def _run(self, compile_: "_Compile", name: str, width: int) -> Compiled:
         started = compile_.started = time.perf_counter()
@@ -207,6 +219,9 @@ class Kernels:
             compiled = self._compile(name, width)
         finally:
             compile_.seconds = time.perf_counter() - started
+        with self._lock:
+            self._ready[name, width] = compiled
+            self._widths[name] = sorted(width for program, width in self._ready if program == name)
         self._on_compile(compile_.seconds)
         _log.info("compiled %s, width %d, in %.2f s", name, width, compile_.seconds)
         return compiled
@@ -259,20 +274,30 @@ class _Compile:
 def add(total: Any, weights: Sequence[float], part: Any) -> Any:
     """The total plus the weighted part, in float64, for each of the arrays of a result; weights are repeated over them."""
     parts = jax.tree.leaves(part)
-    weighted = [weight * leaf.astype(np.float64) for weight, leaf in zip(itertools.cycle(weights), parts, strict=False)]
-    return weighted if total is None else [before + more for before, more in zip(total, weighted, strict=True)]
+    with _device_errors():
+        weighted = [weight * leaf.astype(np.float64) for weight, leaf in zip(itertools.cycle(weights), parts, strict=False)]
+        return weighted if total is None else [before + more for before, more in zip(total, weighted, strict=True)]
 
 
 def rounded(total: Any, like: Any) -> Any:
     """Such a total as a result like another, in its dtypes."""
     leaves, treedef = jax.tree.flatten(like)
     cast = [array.astype(leaf.dtype) for array, leaf in zip(total, leaves, strict=True)]
-    return jax.block_until_ready(jax.tree.unflatten(treedef, cast))
+    return computed(jax.tree.unflatten(treedef, cast))
+
+
+def computed(result: Any) -> Any:
+    """The same, as soon as it is computed."""
+    with _device_errors():
+        return jax.block_until_ready(result)
 
 
 def host(result: Any) -> _codec.Array:
-    """The array in the host's memory; on the CPU without a copy."""
-    return np.asarray(result)
+    """The array in the host's memory, as soon as it is computed; on the CPU without a copy."""
+    try:
+        return np.asarray(result)
+    except jax.errors.JaxRuntimeError as error:
+        _tell(error)
 
 
 def _deserialize(name: str, blob: bytes, device: Device, bundle: objective_pb2.Bundle) -> jax.export.Exported:
@@ -331,8 +356,12 @@ def _device_errors() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise ServiceError(
-                Code.RESOURCE_EXHAUSTED, "DEVICE_MEMORY", f"the device is out of memory: {error}"
-            ) from error
-        raise
+        _tell(error)
+
+
+def _tell(error: Exception) -> NoReturn:
+    if "RESOURCE_EXHAUSTED" in str(error):
+        raise ServiceError(
+            Code.RESOURCE_EXHAUSTED, "DEVICE_MEMORY", f"the device is out of memory: {error}"
+        ) from error
+    raise error

@@ -1,21 +1,25 @@
 """A device with what is resident on it and the queue in front of it. A product's way from the queue to its result is here."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
+import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
-from hvpd import _codec
+from hvpd import _check, _codec
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
-from hvpd_server import _batcher, _kernels, _sources
+from hvpd_server import _batcher, _kernels, _probes, _relief, _sources
 from hvpd_server._checks import LoosePoint
-from hvpd_server._errors import ServiceError
+from hvpd_server._errors import Code, ServiceError
 from hvpd_server._metrics import Metrics
 from hvpd_server._objective import Objective, Placement, array_bytes, tensor_key
 from hvpd_server._point import Point, nonfinite
+from hvpd_server._relief import relieving
 from hvpd_server._residency import Residency, no_room
 from hvpd_server._store import Store
 
@@ -66,6 +70,7 @@ class Lane:
         self._metrics = metrics
         self._max_block_width = limits.max_block_width
         self._expected: dict[Hashable, int] = {}
+        self._objectives = 0
         self._ahead = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="hvpd-read")
         self._batcher = _batcher.Batcher(
             self._launch, self._room, max_pending=limits.max_pending, max_delay=limits.max_queue_delay
@@ -89,13 +94,25 @@ class Lane:
             first.append(("prepare", 0))
         return [objective.kernels.request(name, width) for name, width in first]
 
-    def expected_bytes(self, bundle: objective_pb2.Bundle) -> int:
-        """The data of all objectives that were put here, this one's too; what several have counts once."""
-        return sum((self._expected | _bytes_of(bundle)).values())
+    def objective(self, digest: str, bundle: objective_pb2.Bundle, programs: _kernels.Programs) -> Objective:
+        """An objective to be served here."""
+        copies = functools.partial(self.device.copies, data=True)
+        return Objective(digest, bundle, programs, self.budget_bytes, parts=len(self.device.parts), copies=copies)
+
+    def load_with(self, bundle: objective_pb2.Bundle) -> tuple[int, int, int]:
+        """How much there would be to do here with one more objective: the less, the better it is put here.
+
+        First the bytes of data of all, where what several have counts once; among equals, the bytes that would be new, since
+        copies are a waste; then how many objectives there are.
+        """
+        own = _bytes_of(bundle)
+        new = sum(size for key, size in own.items() if key not in self._expected)
+        return sum(self._expected.values()) + new, new, self._objectives
 
     def expect(self, bundle: objective_pb2.Bundle) -> None:
         """Notes that an objective was put here."""
         self._expected |= _bytes_of(bundle)
+        self._objectives += 1
 
     # Points
 
@@ -104,19 +121,71 @@ class Lane:
     ) -> Point:
         """Makes a point resident: x and its data on the device, value and gradient computed."""
         placement = objective.placement(data)
-        needs, size_bytes = placement.needs, 2 * (x.nbytes + placement.chunk_bytes)
-        self.residency.check(size_bytes + sum(needs.values()), "a point")
+        self._check_room(objective, data, placement)
 
         def make() -> tuple[Point, int]:
             source = self.source(objective, data, placement)
+            self._check_rows(objective, source, x)
             on_device = self.device.put(x)
             value, gradient = source.call("value_and_grad", 0, on_device)
             self._metrics.points.inc()
-            point = Point(identity, objective, source, on_device, float(value), _kernels.host(gradient), nonfinite(x))
-            return point, size_bytes
+            point = Point(
+                identity,
+                objective,
+                source,
+                on_device,
+                float(_kernels.host(value)),
+                _kernels.host(gradient),
+                nonfinite(x),
+            )
+            return point, 2 * objective.vector_bytes
 
-        point: Point = self.residency.load(identity, "point", make, needs=list(needs))
-        return point
+        def load() -> Point:
+            point: Point = self.residency.load(identity, "point", make, needs=list(placement.needs))
+            return point
+
+        asked = f"a point of {2 * objective.vector_bytes} bytes, with data of {sum(placement.needs.values())}"
+        return relieving(self.residency, load, list(placement.needs), asked)
+
+    def _check_room(self, objective: Objective, data: Sequence[tensor_pb2.Tensor], placement: Placement) -> None:
+        """Raises ServiceError where a point has no room, whatever is dropped for it; says what would help."""
+        try:
+            self.residency.check(2 * objective.vector_bytes, "a point", placement.needs)
+        except ServiceError as error:
+            if error.reason != "MEMORY_BUDGET":
+                raise
+            if placement.spans:
+                rows, row = placement.spans[0].stop, placement.row_bytes
+                hint = f" (its data goes through the device in chunks, two at a time, the smallest of {rows} rows of {row} bytes)"
+            elif data and not objective.bundle.row_reduction:
+                hint = ", or, if it is a mean or a sum over the rows of its data, register it with row_reduction"
+            else:
+                raise
+            raise ServiceError(error.code, error.reason, f"{error}{hint}", error.metadata) from None
+
+    def _check_rows(self, objective: Objective, source: _sources.Source, x: _codec.Array) -> None:
+        """Raises ServiceError where data is to be gone through in chunks, and the objective is no mean, or sum, over its rows."""
+        if objective.goes_by_rows.is_set() or not isinstance(source, _sources.Streamed):
+            return
+        with objective.probing:
+            if objective.goes_by_rows.is_set():
+                return
+            near = self.device.put(_probes.nearby(x))
+            eps = _check.resolution([leaf.dtype for leaf in objective.bundle.x_leaves], objective.bundle.precision)
+            found = _probes.goes_by_rows(
+                source, objective.programs.for_rows, near, math.sqrt(eps), len(self.device.parts)
+            )
+            if found is False:
+                raise ServiceError(
+                    Code.INVALID_ARGUMENT,
+                    "ROW_REDUCTION",
+                    f"objective {objective.digest[:12]} was registered with row_reduction {source.reduction!r}, and its gradient over some "
+                    f"rows is not the {source.reduction} of its gradients over two parts of them: so its data cannot be gone through in "
+                    "chunks. A mean may have a penalty beside it, a sum may not; register it as what it is, or raise "
+                    "`hvpd serve --memory-budget` until the data fits",
+                )
+            if found:
+                objective.goes_by_rows.set()
 
     def loose_points(self, objective: Objective, turn: Callable[[], None]) -> Callable[[_codec.Array], LoosePoint]:
         """Makes points with the registered data for a check. The data stays, for who comes next; nothing is dropped for it.
@@ -126,13 +195,15 @@ class Lane:
         """
         placement = objective.placement(objective.bundle.data)
         absent = [size for key, size in placement.needs.items() if self.residency.get(key) is None]
-        vectors = _LOOSE_VECTORS * objective.n * objective.dtype.itemsize + 2 * placement.chunk_bytes
+        vectors = _LOOSE_VECTORS * objective.vector_bytes
         size_bytes = sum(absent) + vectors + objective.residual_bytes * objective.plan.needs_apply
         if size_bytes > self.residency.free_bytes():
             raise no_room(size_bytes)
         source = self.source(objective, objective.bundle.data, placement, unnoticed=True)
 
         def at(x: _codec.Array) -> LoosePoint:
+            turn()
+            self._check_rows(objective, source, x)
             on_device = self.device.put(x)
 
             def product(row: _codec.Array) -> Any:
@@ -157,18 +228,23 @@ class Lane:
         unnoticed: bool = False,
     ) -> _sources.Source:
         """The data of a point, put where it goes."""
-        placed = {tensor_key(tensor): self.tensor(tensor, unnoticed=unnoticed) for tensor in placement.resident}
         tensors, kernels = [*objective.bundle.captured, *data], objective.kernels_for(data)
         if isinstance(kernels, _kernels.Kernels):
-            return _sources.Resident(kernels, [placed[tensor_key(tensor)] for tensor in tensors])
-        on_disk = {
-            tensor_key(tensor): self._store.map_tensor(tensor) for tensor in tensors if tensor_key(tensor) not in placed
-        }
+            return _sources.Resident(kernels, [self.tensor(tensor, unnoticed=unnoticed) for tensor in tensors])
+        room_bytes = placement.needs[placement.room_key]
+        self.residency.load(placement.room_key, "data", lambda: (True, room_bytes), evict=not unnoticed)
+        moving = {len(objective.bundle.captured) + leaf for leaf in objective.bundle.row_leaves}
+        parts = [
+            self._store.open_tensor(tensor, set_aside=not unnoticed)
+            if position in moving
+            else self.tensor(tensor, unnoticed=unnoticed)
+            for position, tensor in enumerate(tensors)
+        ]
 
         def load(rows: slice) -> list[Any]:
             return [
-                placed[key] if key in placed else self.device.put(on_disk[key][rows], data=True)
-                for key in map(tensor_key, tensors)
+                self.device.put(part[rows], data=True, owned=True) if position in moving else part
+                for position, part in enumerate(parts)
             ]
 
         return _sources.Streamed(kernels, placement.spans, objective.bundle.row_reduction, load, self._ahead)
@@ -178,11 +254,19 @@ class Lane:
 
         def make() -> tuple[Any, int]:
             array = self._store.read_tensor(tensor, set_aside=not unnoticed)
-            return self.device.put(array, data=True), array.nbytes
+            return self.device.put(array, data=True), array.nbytes * self.device.copies(array.shape, data=True)
 
         return self.residency.load(tensor_key(tensor), "data", make, evict=not unnoticed)
 
     # Products
+
+    def factors(self, point: Point, program: str, seed: int | None) -> list[_codec.Array]:
+        """The Kronecker factors at a point, in the host's memory."""
+
+        def compute() -> list[_codec.Array]:
+            return [_kernels.host(factor) for factor in point.source.call(program, 0, point.x, seed=seed)]
+
+        return relieving(self.residency, compute, [point.id], program)
 
     def multiply(
         self, job: _batcher.Job, on_queue: Callable[[Callable[[], None]], object]
@@ -216,15 +300,24 @@ class Lane:
             kernels.request(base, fixed or 1).result()
         if base == "apply":
             kernels.request("prepare").result()
-        if fixed and (program, kernels.rows) not in point.objective.steady:
-            point.objective.steady[program, kernels.rows] = self._steady(point, program, fixed)
-        self._have(point, base, width)
+        if fixed:
+            self._probe(point, program, fixed)
+            return
+        pending = self._have(point, base, width)
+        if pending is not None and isinstance(point.source, _sources.Streamed):
+            pending.result()  # Going through the data once more for each narrower launch takes longer.
 
-    def _have(self, point: Point, base: str, width: int) -> None:
-        """Has the bucket for a block of this width compiled, in the background."""
-        bucket = min(1 << (width - 1).bit_length(), self._max_block_width)
-        if not self._bucket(point.objective) and not point.source.kernels.ready(base, bucket):
-            point.source.kernels.request(base, bucket)
+    def _have(self, point: Point, base: str, width: int) -> _sources.Pending | None:
+        """Has the bucket for a block of this width compiled, in the background, unless it is."""
+        kernels = point.source.kernels
+        bucket = min(1 << (width - 1).bit_length(), self._widest(point, base))
+        if self._bucket(point.objective) or kernels.ready(base, bucket):
+            return None
+        return kernels.request(base, bucket)
+
+    def _widest(self, point: Point, base: str) -> int:
+        """The most vectors that a launch may have."""
+        return point.objective.widest.get((base, point.source.kernels.rows), self._max_block_width)
 
     def _room(self, key: Hashable) -> int:
         point, program, _ = _key(key)
@@ -232,10 +325,10 @@ class Lane:
 
     def _compiled(self, point: Point, base: str) -> list[int]:
         """The widths that a launch can have, ascending."""
-        fixed, widest = self._bucket(point.objective), point.objective.widest
+        fixed, widest = self._bucket(point.objective), self._widest(point, base)
         if fixed:
             return [fixed]
-        return [width for width in point.source.kernels.widths(base) if width <= widest.get(base, width)]
+        return [width for width in point.source.kernels.widths(base) if width <= widest] or [1]
 
     def _launch(self, key: Hashable, blocks: Sequence[_codec.Array]) -> Sequence[tuple[_codec.Array, str]]:
         """Multiplies the blocks of one point by as few launches as the compiled buckets allow: mostly one.
@@ -249,14 +342,20 @@ class Lane:
         total = sum(widths)
         if self._batcher.pending:
             self._have(point, base, min(total + self._batcher.pending, self._max_block_width))
-        compiled = self._compiled(point, base)
-        bucket = next((width for width in compiled if width >= total), compiled[-1])
-        try:
-            products = self._products(point, program, seed, blocks, bucket)
-        except ServiceError as error:
-            if error.reason != "DEVICE_MEMORY" or not self._relieved(point, base, bucket):
-                raise
-            return self._launch(key, blocks)
+        products: list[tuple[_codec.Array, str]] = []
+        while not products:  # Once, unless the device's memory does not suffice.
+            compiled = self._compiled(point, base)
+            bucket = next((width for width in compiled if width >= total), compiled[-1])
+            try:
+                products = self._products(point, program, seed, blocks, bucket)
+            except ServiceError as error:
+                if error.reason != _relief.REASON:
+                    raise
+                # As in `relieving`, the next try is after this block.
+                if not self._relieved(point, base, bucket):
+                    raise _relief.with_sizes(error, self.residency, _asked(program, bucket)) from error
+        if len(blocks) == len(products) == 1 and len(blocks[0]) == bucket:
+            return products
         whole = products[0][0] if len(products) == 1 else np.concatenate([product for product, _ in products])
         return [(block, products[0][1]) for block in _batcher.split(whole, widths)]
 
@@ -265,7 +364,7 @@ class Lane:
     ) -> list[tuple[_codec.Array, str]]:
         """Launches of one width, one after the other."""
         total = sum(map(len, blocks))
-        if point.objective.steady.get((program, point.source.kernels.rows), True):
+        if not self._bucket(point.objective) or point.objective.steady.get((program, point.source.kernels.rows)):
             padded = _batcher.pad(blocks, -(-total // bucket) * bucket)
             return [self._product(point, program, seed, padded[row : row + bucket]) for row in range(0, total, bucket)]
         vectors = [block[row : row + 1] for block in blocks for row in range(len(block))]
@@ -276,27 +375,32 @@ class Lane:
         """Whether there is reason to try again, now that the device was out of memory: caches gave way, or launches get narrower."""
         if self.residency.give_way([point.id]):
             return True
-        point.objective.widest[base] = bucket // 2
-        return bucket > 1 and not self._bucket(point.objective)
+        if bucket == 1 or self._bucket(point.objective):
+            return False
+        point.objective.widest[base, point.source.kernels.rows] = bucket // 2
+        return True
 
-    def _steady(self, point: Point, program: str, bucket: int) -> bool:
-        """Whether a vector's product has the same bits wherever in a block the vector stands; then vectors can share launches.
+    def _probe(self, point: Point, program: str, bucket: int) -> None:
+        """Finds out whether vectors can share launches of a fixed width, unless it is known, or cannot be told here."""
+        objective, key = point.objective, (program, point.source.kernels.rows)
+        if key in objective.steady:
+            return
+        with objective.probing:
+            if key in objective.steady:
+                return
+            sample = dataclasses.replace(point, source=point.source.sample)
+            shape = (bucket, objective.columns(program))
+            vectors = np.random.default_rng(0).standard_normal(shape).astype(objective.dtype)
 
-        It depends on how the compiler cuts the block. Where it is not so, each goes alone, in the first row.
-        """
-        objective = point.objective
-        vectors = np.random.default_rng(0).standard_normal((bucket, objective.columns(program))).astype(objective.dtype)
+            def multiply(block: _codec.Array) -> _codec.Array:
+                return self._multiplied(sample, program, 0, block)[0]
 
-        def product(block: _codec.Array) -> bytes:
-            return self._multiplied(point, program, 0, block)[0].tobytes()
+            def probe() -> bool | None:
+                return _probes.steady(multiply, vectors)
 
-        row = len(vectors[:1].tobytes())
-        expected = product(vectors)
-        for shift in range(1, bucket):
-            found = product(np.roll(vectors, shift, axis=0))
-            if found[shift * row :] + found[: shift * row] != expected:
-                return False
-        return product(_batcher.pad([vectors[:1]], bucket))[:row] == expected[:row]
+            found = relieving(self.residency, probe, [point.id], _asked(program, bucket))
+            if found is not None:
+                objective.steady[key] = found
 
     def _product(self, point: Point, program: str, seed: int, block: _codec.Array) -> tuple[_codec.Array, str]:
         """One launch: V[width,n] -> [width,n], and the program that made it; timed and counted."""
@@ -304,7 +408,7 @@ class Lane:
         started = time.perf_counter()
         product, made_by = self._multiplied(point, program, seed, block)
         point.objective.plan.add(made_by, len(block), time.perf_counter() - started)
-        self._metrics.launches.labels(program=made_by).inc()
+        self._metrics.launched(made_by)
         return product, made_by
 
     def _multiplied(self, point: Point, program: str, seed: int, block: _codec.Array) -> tuple[_codec.Array, str]:
@@ -320,7 +424,7 @@ class Lane:
     def _residuals(self, point: Point, source: _sources.Resident, width: int) -> Sequence[Any] | None:
         """The residuals of a point, where its plan wants `apply` for this width and they can be had now; else None."""
         objective, kernels = point.objective, source.kernels
-        if objective.plan.choose(width).program != "apply":
+        if objective.plan.program(width) != "apply":
             return None
         if not objective.plan.needs_apply:
             if not (kernels.ready("prepare") and kernels.ready("apply", width)):
@@ -330,19 +434,45 @@ class Lane:
             if point.launches < 2:  # Whoever asks for one product alone pays for no residuals.
                 return None
         found: Sequence[Any] | None = self.residency.get(("residuals", point.id))
-        if found is not None:
-            return found
+        return found if found is not None else self._make_residuals(point, source)
+
+    def _make_residuals(self, point: Point, source: _sources.Resident) -> Sequence[Any] | None:
+        """New residuals, resident where there is room. None: they pay only with room, and there is none.
+
+        Of a fixed bucket the program is fixed, too: residuals that cannot stay are made for one product alone.
+        """
+        objective, size_bytes = point.objective, point.objective.residual_bytes
+        fixed, stay = self._bucket(objective) > 0, True
+
+        def make() -> Sequence[Any]:
+            made: Sequence[Any] = _kernels.computed(source.residuals(objective.bundle.residuals, point.x))
+            return made
+
         try:
-            self.residency.check(objective.residual_bytes, "residuals", [point.id])
-        except ServiceError:  # They pay only where there is room.
+            self.residency.check(size_bytes, "residuals", {point.id: 0})
+        except ServiceError:
+            if not fixed:
+                return None
+            stay = False
+        try:
+            found = relieving(self.residency, make, [point.id], f"residuals of {size_bytes} bytes")
+        except ServiceError as error:
+            if fixed or error.reason != _relief.REASON:
+                raise
+            objective.plan.forgo_residuals()
             return None
-        found = source.residuals(objective.bundle.residuals, point.x)
-        self.residency.put(("residuals", point.id), "residuals", found, objective.residual_bytes, needs=[point.id])
+        if stay:
+            with contextlib.suppress(ServiceError):  # Something else was pinned meanwhile.
+                self.residency.put(("residuals", point.id), "residuals", found, size_bytes, needs=[point.id])
         return found
 
 
 def _bytes_of(bundle: objective_pb2.Bundle) -> dict[Hashable, int]:
     return {tensor_key(tensor): array_bytes(tensor) for tensor in [*bundle.captured, *bundle.data]}
+
+
+def _asked(program: str, bucket: int) -> str:
+    return f"{program} of {bucket} vectors at once"
 
 
 def _key(key: Hashable) -> tuple[Point, str, int]:

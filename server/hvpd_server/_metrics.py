@@ -20,9 +20,10 @@ class Metrics:
         registry = self.registry
         self.build = prometheus_client.Info("hvpd_build", "Version of the server.", registry=registry)
         self.points = prometheus_client.Counter("hvpd_points", "Points made resident.", registry=registry)
-        self.launches = prometheus_client.Counter(
+        self._launches = prometheus_client.Counter(
             "hvpd_launches", "Launches on the device.", ["program"], registry=registry
         )
+        self._by_program: dict[str, prometheus_client.Counter] = {}
         self.evictions = prometheus_client.Counter(
             "hvpd_evictions", "Entries dropped from the device for want of room.", ["kind"], registry=registry
         )
@@ -52,6 +53,13 @@ class Metrics:
         self._queue.observe(job.started - job.queued)
         self._compute.observe(job.finished - job.started)
         self._width.observe(job.width)
+
+    def launched(self, program: str) -> None:
+        """Counts a launch."""
+        counter = self._by_program.get(program)
+        if counter is None:
+            counter = self._by_program[program] = self._launches.labels(program=program)
+        counter.inc()
 
     def compiled(self, seconds: float) -> None:
         """Counts a compile."""

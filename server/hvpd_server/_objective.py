@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Hashable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from hvpd import _codec
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
@@ -26,17 +27,37 @@ def program_of(spec: curvature_pb2.ProductSpec) -> str:
 
 
 class Objective:
-    """A registered objective with its programs."""
+    """A registered objective with its programs.
+
+    Args:
+        digest: Of its bundle.
+        bundle: What was registered.
+        programs: Its programs.
+        memory_budget_bytes: Of the device that it is served on.
+        parts: How many devices that is made of.
+        copies: How many times data of a shape is on them together.
+    """
 
     def __init__(
-        self, digest: str, bundle: objective_pb2.Bundle, programs: _kernels.Programs, memory_budget_bytes: int
+        self,
+        digest: str,
+        bundle: objective_pb2.Bundle,
+        programs: _kernels.Programs,
+        memory_budget_bytes: int,
+        *,
+        parts: int = 1,
+        copies: Callable[[Sequence[int]], int] = lambda shape: 1,
     ) -> None:
         self.digest = digest
         self.bundle = bundle
         self.programs = programs
         self._memory_budget_bytes = memory_budget_bytes
+        self._parts = parts
+        self._copies = copies
         self.dtype = _codec.dtype(bundle.dtype)
         self.n = bundle.n
+        self.vector_bytes = bundle.n * self.dtype.itemsize * parts
+        """Of a vector of n elements on the device."""
         self.kernels = self.kernels_for(bundle.data)
         """For the data that it was registered with."""
         self.sizes = (bundle.n, *(_admission.block_size(bundle, block) for block in bundle.blocks))
@@ -49,10 +70,14 @@ class Objective:
             fits=self.residual_bytes <= memory_budget_bytes // 4,
             fixed=bundle.fixed_bucket > 0,
         )
+        self.goes_by_rows = threading.Event()
+        """Whether it was seen to be a mean, or a sum, over rows, as its bundle says."""
         self.steady: dict[Hashable, bool] = {}
         """Whether vectors can share launches of a fixed width and keep their bits, by program and rows of data."""
-        self.widest: dict[str, int] = {}
-        """The width of launches for which the device's memory sufficed, by program; where it once did not."""
+        self.probing = threading.Lock()
+        """Held by who finds out one of these."""
+        self.widest: dict[Hashable, int] = {}
+        """The width of launches for which the device's memory sufficed, by program and rows of data; where it once did not."""
 
     def columns(self, program: str) -> int:
         """How many elements the vectors have that a program multiplies."""
@@ -63,15 +88,24 @@ class Objective:
         """Where data goes: on the device, or, where it does not fit and can be gone through in chunks, in the store."""
         bundle = self.bundle
         resident = [*bundle.captured, *data]
+        needs = {tensor_key(tensor): self._bytes_of(tensor) for tensor in resident}
         moving = [data[leaf] for leaf in bundle.row_leaves] if bundle.row_reduction else []
-        room = self._memory_budget_bytes - 2 * self.n * self.dtype.itemsize - sum(map(array_bytes, resident))
-        if room >= 0 or not moving:
-            return Placement(resident)
-        size_bytes = sum(map(array_bytes, moving))
-        rows = _admission.rows_of(bundle, data)
-        spans = _sources.spans(rows, -(-size_bytes // rows), room + size_bytes)
+        if not moving or sum(needs.values()) + 2 * self.vector_bytes <= self._memory_budget_bytes:
+            return Placement(needs)
         kept = [tensor for index, tensor in enumerate(data) if index not in bundle.row_leaves]
-        return Placement([*bundle.captured, *kept], spans, -(-size_bytes // rows) * spans[0].stop)
+        needs = {tensor_key(tensor): self._bytes_of(tensor) for tensor in [*bundle.captured, *kept]}
+        room = self._memory_budget_bytes - sum(needs.values()) - 2 * self.vector_bytes
+        rows = _admission.rows_of(bundle, data)
+        row_bytes = sum(math.prod(tensor.shape[1:]) * _codec.dtype(tensor.dtype).itemsize for tensor in moving)
+        spans = _sources.spans(rows, row_bytes, room, self._parts)
+        sizes = {span.stop - span.start for span in spans}
+        chunk_bytes = max(size * row_bytes * self._copies((size,)) for size in sizes)
+        room_key = ("chunks", chunk_bytes, *map(tensor_key, moving))
+        return Placement({**needs, room_key: 2 * chunk_bytes}, spans, room_key, row_bytes)
+
+    def _bytes_of(self, tensor: tensor_pb2.Tensor) -> int:
+        """On the device."""
+        return array_bytes(tensor) * self._copies(tensor.shape)
 
     def kernels_for(self, data: Sequence[tensor_pb2.Tensor]) -> _kernels.Kernels | _sources.Several:
         """The programs, to be compiled for data of this size, or for the chunks that it is gone through in."""
@@ -86,17 +120,14 @@ class Objective:
 class Placement:
     """Where the data of a point goes."""
 
-    resident: Sequence[tensor_pb2.Tensor]
-    """On the device as a whole."""
+    needs: Mapping[Hashable, int]
+    """Bytes on the device that many points share: of tensors, by key, and of the room for chunks."""
     spans: Sequence[slice] = ()
     """Chunks of rows, of the data that stays in the store; empty where none does."""
-    chunk_bytes: int = 0
-    """Size of a chunk; two are on the device at a time."""
-
-    @property
-    def needs(self) -> dict[Hashable, int]:
-        """Bytes that are resident for many points, by tensor."""
-        return {tensor_key(tensor): array_bytes(tensor) for tensor in self.resident}
+    room_key: Hashable = None
+    """Among the needs, the room for chunks: two are on the device at a time, whichever of the points with this data asks."""
+    row_bytes: int = 0
+    """Size of a row."""
 
 
 def array_bytes(array: tensor_pb2.Tensor | tensor_pb2.ArraySpec) -> int:

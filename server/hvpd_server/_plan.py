@@ -28,6 +28,7 @@ class Plan:
         self._fits = fits
         self._fixed = fixed
         self._lock = threading.Lock()
+        self._chosen: dict[int, str] = {}
         self._seen: dict[tuple[str, int], tuple[int, float]] = {}
 
     @property
@@ -40,25 +41,45 @@ class Plan:
         with self._lock:
             count, least = self._seen.get((program, width), (0, float("inf")))
             self._seen[program, width] = (count + 1, min(least, seconds))
+            if seconds < least or count <= self.SAMPLES:
+                self._chosen.pop(width, None)
+
+    def forgo_residuals(self) -> None:
+        """From now on: the device's memory does not suffice for them."""
+        with self._lock:
+            self._fits = False
+            self._chosen.clear()
+
+    def program(self, width: int) -> str:
+        """What multiplies a block of this width now."""
+        chosen = self._chosen.get(width)
+        if chosen is None:
+            with self._lock:
+                chosen = self._chosen[width] = self._choice(width).program
+        return chosen
 
     def choose(self, width: int) -> objective_pb2.Choice:
-        """What multiplies a block of this width now, and why."""
+        """The same, and why."""
         with self._lock:
-            hvps, hvp = self._seen.get(("hvp", width), (0, 0.0))
-            applies, apply = self._seen.get(("apply", width), (0, 0.0))
+            return self._choice(width)
+
+    def _choice(self, width: int) -> objective_pb2.Choice:
+        hvps, hvp = self._seen.get(("hvp", width), (0, 0.0))
+        applies, apply = self._seen.get(("apply", width), (0, 0.0))
         program, reason = self._decide(width, hvps, hvp, applies, apply)
         return objective_pb2.Choice(width=width, program=program, hvp_seconds=hvp, apply_seconds=apply, reason=reason)
 
     def _decide(self, width: int, hvps: int, hvp: float, applies: int, apply: float) -> tuple[str, str]:
-        fixed = {
-            not self._has_apply: ("hvp", f"mode {self._mode}"),
-            self._has_apply and not self._fits: ("hvp", "the residuals do not fit in a quarter of the memory budget"),
-            self.needs_apply: ("apply", "mode linearized"),
-            self._fixed and not self.needs_apply: ("hvp", "a fixed bucket: the choice depends on nothing that is measured"),
-            self._mode == "forward_over_reverse" and width > 1: ("hvp", "a block shares what depends on x"),
-        }
-        if True in fixed:
-            return fixed[True]
+        rules = [
+            (not self._has_apply, "hvp", f"mode {self._mode}"),
+            (not self._fits, "hvp", "the residuals do not fit in a quarter of the memory budget, or not on the device"),
+            (self.needs_apply, "apply", "mode linearized"),
+            (self._fixed, "hvp", "a fixed bucket: the choice depends on nothing that is measured"),
+            (self._mode == "forward_over_reverse" and width > 1, "hvp", "a block shares what depends on x"),
+        ]
+        for holds, program, reason in rules:
+            if holds:
+                return program, reason
         if min(hvps, applies) < self.SAMPLES:
             return "hvp" if hvps < self.SAMPLES else "apply", "not yet measured"
         return "apply" if apply < hvp else "hvp", "measured to be faster"

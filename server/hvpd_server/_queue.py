@@ -2,7 +2,8 @@
 
 Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), where a launch may have several tenants' products. Each tenant has
 a virtual time, which grows by its vectors in a launch over its weight, and the launch begins with the tenant whose time is least.
-Who was idle begins at the time of the launch in progress: nobody saves up. No operation's cost grows with the number of jobs.
+Who was idle begins at the time of the launch in progress: nobody saves up. What an operation costs does not grow with the
+number of jobs that wait.
 """
 
 import collections
@@ -11,7 +12,7 @@ import heapq
 import itertools
 import operator
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -102,7 +103,7 @@ class FairQueue:
             del self._keys[job.key]
 
     def head(self) -> Job | None:
-        """The job with which the next launch begins."""
+        """The job with which the next launch begins. Where there is none, what tenants owe is forgotten: the device is idle."""
         turns = self._turns
         while turns:
             time, _, tenant = turns[0]
@@ -126,19 +127,20 @@ class FairQueue:
         Returns:
             The launch, and what is stale of what was looked at.
         """
-        leader, lines = self._tenants[head.tenant], self._keys[head.key].lines
+        leader, found = self._tenants[head.tenant], self._keys[head.key]
         self._time = leader.time
         launch: list[Job] = []
         stale: list[Job] = []
         left, misfits = room, 0
-        for tenant in _in_turn(leader, lines, room):
+        for tenant in _in_turn(leader, found.lines, room):
+            taken: list[Job] = []
             columns = 0
-            for job in lines[tenant]:
+            for job in found.lines[tenant]:
                 width = len(job.block)
                 if job.cancelled or job.deadline <= now:
                     stale.append(job)
-                elif not launch or width <= left:
-                    launch.append(job)
+                elif not (launch or taken) or width <= left:
+                    taken.append(job)
                     left -= width
                     columns += width
                     if left <= 0:
@@ -147,12 +149,16 @@ class FairQueue:
                     misfits += 1
                     if misfits == _MISFITS:
                         break
+            found.take(tenant, taken, columns)
+            launch += taken
             # Who rides along while others' turns come and go owes one full launch of its own at most.
             most = self._time + max(room, columns) / tenant.weight
             tenant.time = max(tenant.time, min(tenant.time + columns / tenant.weight, most))
             if left <= 0 or misfits == _MISFITS:
                 break
-        for job in (*launch, *stale):
+        if not found.lines:
+            del self._keys[head.key]
+        for job in stale:
             self.remove(job)
         return launch, stale
 
@@ -171,13 +177,6 @@ class FairQueue:
         charged = self._tenant(tenant)
         charged.time += columns / charged.weight
 
-    def reset(self) -> None:
-        """Forgets what tenants owe: the device is idle, and nothing is queued."""
-        if self._tenants:
-            self._tenants.clear()
-            self._turns.clear()
-        self._time = 0.0
-
     def _tenant(self, name: str) -> "_Tenant":
         tenant = self._tenants.get(name)
         if tenant is None or not tenant.jobs.size:
@@ -187,8 +186,7 @@ class FairQueue:
             if tenant is None:
                 tenant = self._tenants[name] = _Tenant(name, self._time)
                 heapq.heappush(self._turns, (tenant.time, next(self._order), tenant))
-            tenant.weight = weight
-            tenant.time = max(tenant.time, self._time)
+            tenant.weight = weight  # One that is known and idle owes something: its time is ahead.
         return tenant
 
 
@@ -202,8 +200,10 @@ class _Line:
         self.size = 0
 
     def __iter__(self) -> Iterator[Job]:
-        for priority in sorted(self._levels, reverse=True):
-            yield from self._levels[priority]
+        levels = self._levels
+        if len(levels) == 1:
+            return iter(*levels.values())
+        return itertools.chain.from_iterable(levels[priority] for priority in sorted(levels, reverse=True))
 
     def add(self, job: Job) -> None:
         level = self._levels.get(job.priority)
@@ -252,10 +252,22 @@ class _Key:
             del self.lines[tenant]
         self.columns -= len(job.block)
 
+    def take(self, tenant: _Tenant, jobs: Sequence[Job], columns: int) -> None:
+        """Removes several jobs of one tenant, from its own line too."""
+        line = self.lines[tenant]
+        if len(jobs) == line.size:
+            del self.lines[tenant]
+        else:
+            for job in jobs:
+                line.remove(job)
+        for job in jobs:
+            tenant.jobs.remove(job)
+        self.columns -= columns
 
-def _in_turn(leader: _Tenant, lines: Mapping[_Tenant, _Line], room: int) -> Iterator[_Tenant]:
+
+def _in_turn(leader: _Tenant, lines: Mapping[_Tenant, _Line], room: int) -> list[_Tenant]:
     """The leader, then as many others as there may be room for, those that have had least first."""
-    yield leader
-    if len(lines) > 1:
-        others = (tenant for tenant in lines if tenant is not leader)
-        yield from heapq.nsmallest(room, others, key=operator.attrgetter("time"))
+    if len(lines) == 1:
+        return [leader]
+    others = [tenant for tenant in lines if tenant is not leader]
+    return [leader, *heapq.nsmallest(room, others, key=operator.attrgetter("time"))]

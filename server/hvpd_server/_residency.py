@@ -7,10 +7,13 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from hvpd_server._errors import Code, ServiceError
+
+_NOTHING: Mapping[Hashable, int] = MappingProxyType({})
 
 
 @dataclasses.dataclass(slots=True)
@@ -21,7 +24,7 @@ class _Entry:
     needs: tuple[Hashable, ...]
     needed_by: set[Hashable] = dataclasses.field(default_factory=set)
     lease: float = 0.0
-    """Seconds for which it is pinned after each use."""
+    """Seconds for which it is pinned after each use; 0 where it is not, or was not used for so long."""
     pinned_until: float = 0.0
 
 
@@ -86,22 +89,21 @@ class Residency:
                 has been dropped meanwhile is ignored.
 
         Raises:
-            ServiceError: It does not fit, even with nothing else resident but what it needs; or beside what is resident, where
-                nothing may be dropped.
+            ServiceError: It does not fit, even with nothing else resident but what it needs and what is pinned; or beside what is
+                resident, where nothing may be dropped. Then nothing was dropped.
         """
         evicted: list[str] = []
         with self._lock:
             self._forget(key, [])
             present = tuple(need for need in dict.fromkeys(needs) if need in self._entries)
             self._check(size_bytes, kind, present)
+            if not evict and sum(self._used.values()) + size_bytes > self.budget_bytes:
+                raise no_room(size_bytes)
             for need in present:
                 self._touch(need)
             held = self._closure([*present, *self._pinned()])
             while sum(self._used.values()) + size_bytes > self.budget_bytes:
-                oldest = next((entry for entry in self._entries if entry not in held), None)
-                if not evict or oldest is None:
-                    raise no_room(size_bytes)
-                self._forget(oldest, evicted)
+                self._forget(next(entry for entry in self._entries if entry not in held), evicted)
             self._entries[key] = _Entry(kind, value, size_bytes, present)
             for need in present:
                 self._entries[need].needed_by.add(key)
@@ -109,19 +111,35 @@ class Residency:
         for dropped in evicted:
             self._on_evict(dropped)
 
-    def check(self, size_bytes: int, kind: str, needs: Sequence[Hashable] = ()) -> None:
-        """Raises ServiceError where something of this size can never be resident beside what it needs."""
+    def check(self, size_bytes: int, kind: str, needs: Mapping[Hashable, int] = _NOTHING) -> None:
+        """Raises ServiceError where something of this size cannot be resident beside what it needs, and what is pinned.
+
+        Args:
+            size_bytes: Its own size.
+            kind: What it is, for the message.
+            needs: Entries that it needs, and the bytes that each will have where it is not resident yet.
+        """
         with self._lock:
-            self._check(size_bytes, kind, [need for need in needs if need in self._entries])
+            absent = sum(size for key, size in needs.items() if key not in self._entries)
+            self._check(size_bytes + absent, kind, [key for key in needs if key in self._entries])
 
     def _check(self, size_bytes: int, kind: str, present: Sequence[Hashable]) -> None:
-        size_bytes += sum(self._entries[key].size_bytes for key in self._closure(present))
+        needed = self._closure(present)
+        size_bytes += self._bytes(needed)
         if size_bytes > self.budget_bytes:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
                 "MEMORY_BUDGET",
                 f"{kind} of {size_bytes} bytes, with what it needs, is larger than the server's memory budget of {self.budget_bytes} bytes: "
                 "raise `hvpd serve --memory-budget`",
+            )
+        pinned = self._bytes(self._closure(self._pinned()) - needed)
+        if size_bytes + pinned > self.budget_bytes:
+            raise ServiceError(
+                Code.RESOURCE_EXHAUSTED,
+                "PINNED",
+                f"{kind} of {size_bytes} bytes, with what it needs, does not fit beside {pinned} bytes that are pinned, in the server's "
+                f"memory budget of {self.budget_bytes} bytes: unpin points, or raise `hvpd serve --memory-budget`",
             )
 
     def load(
@@ -160,8 +178,11 @@ class Residency:
             entry = self._entries.get(key)
             if entry is None:
                 return
-            held = self._closure([*self._pinned(), key] if seconds else ())
-            size_bytes = sum(self._entries[each].size_bytes for each in held)
+            if not seconds:
+                entry.lease = 0.0
+                self._leased.discard(key)
+                return
+            size_bytes = self._bytes(self._closure([*self._pinned(), key]))
             if size_bytes > self.budget_bytes // 2:
                 raise ServiceError(
                     Code.RESOURCE_EXHAUSTED,
@@ -203,11 +224,19 @@ class Residency:
             rest.extend(new)
         return held
 
+    def _bytes(self, keys: Iterable[Hashable]) -> int:
+        return sum(self._entries[key].size_bytes for key in keys)
+
     def _touch(self, key: Hashable) -> None:
         entry = self._entries[key]
         if entry.lease:
-            entry.pinned_until = self._clock() + entry.lease
-        for need in self._entries[key].needs:
+            now = self._clock()
+            if entry.pinned_until > now:
+                entry.pinned_until = now + entry.lease
+            else:  # It has ended: others may have been pinned in its place.
+                entry.lease = 0.0
+                self._leased.discard(key)
+        for need in entry.needs:
             self._touch(need)
         self._entries.move_to_end(key)
 

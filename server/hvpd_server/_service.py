@@ -177,9 +177,9 @@ class CurvatureService:
         self, first: curvature_pb2.CreatePointRequest, messages: Iterator[Frame[curvature_pb2.CreatePointRequest]]
     ) -> Generator[Frame[curvature_pb2.CreatePointResponse], None, _codec.Array]:
         """The x of a new point: as it came, as a step from another point, or asked for."""
-        bundle = self._engine.objective(first.spec.objective_digest).bundle
+        objective = self._engine.objective(first.spec.objective_digest)
         if first.inline_x:
-            return _whole(_Vectors(1, bundle.n, bundle.dtype), [first.inline_x])
+            return _whole(_Vectors(1, objective.n, objective.dtype), [first.inline_x])
         if first.HasField("move"):
             try:
                 x = self._engine.moved(first.spec, first.move)
@@ -187,13 +187,13 @@ class CurvatureService:
                 if error.reason != "DIRECTION_NOT_RESIDENT":
                     raise
                 yield Frame(curvature_pb2.CreatePointResponse(direction_wanted=True))
-                direction = _whole(_Vectors(1, bundle.n, bundle.dtype), (chunk for _, chunk in messages))
+                direction = _whole(_Vectors(1, objective.n, objective.dtype), (chunk for _, chunk in messages))
                 self._engine.keep_direction(first.spec, first.move.direction_digest, direction)
-                x = self._engine.moved(first.spec, first.move)
+                x = self._engine.moved(first.spec, first.move, direction)
             if x is not None and _codec.digest(_codec.payload(x)) == first.spec.x_digest:
                 return x
         yield Frame(curvature_pb2.CreatePointResponse(x_wanted=True))
-        return _whole(_Vectors(1, bundle.n, bundle.dtype), (chunk for _, chunk in messages))
+        return _whole(_Vectors(1, objective.n, objective.dtype), (chunk for _, chunk in messages))
 
     @_unary
     def ComputeProduct(  # noqa: N802
@@ -317,8 +317,8 @@ def add_to_server(server: grpc.Server, file: Any, servicer: object) -> None:
 class _Vectors:
     """A block V[k,n] that arrives in chunks. One that comes whole is used where it lies."""
 
-    def __init__(self, k: int, n: int, dtype: str) -> None:
-        self._shape, self._dtype = (k, n), _codec.dtype(dtype)
+    def __init__(self, k: int, n: int, dtype: "np.dtype[Any]") -> None:
+        self._shape, self._dtype = (k, n), dtype
         self._size = k * n * self._dtype.itemsize
         self._received = 0
         self._buffer: Any = None
@@ -351,7 +351,8 @@ class _Vectors:
 
     @property
     def block(self) -> _codec.Array:
-        return _codec.array(self._buffer, self._dtype.name, self._shape)
+        found: _codec.Array = np.frombuffer(self._buffer, self._dtype).reshape(self._shape)
+        return found
 
 
 def _whole(vector: _Vectors, chunks: Iterable[_codec.Buffer]) -> _codec.Array:
@@ -365,7 +366,7 @@ def _whole(vector: _Vectors, chunks: Iterable[_codec.Buffer]) -> _codec.Array:
 
 def _vectors(spec: curvature_pb2.ProductSpec, point: Point) -> _Vectors:
     """For the vectors of a product."""
-    return _Vectors(spec.k, point.objective.sizes[spec.block], point.objective.bundle.dtype)
+    return _Vectors(spec.k, point.objective.sizes[spec.block], point.objective.dtype)
 
 
 class _Cancel:

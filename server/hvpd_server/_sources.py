@@ -18,6 +18,10 @@ CHUNK_BYTES = 256 << 20
 """Most bytes of a chunk of rows: large enough that reading it, not starting it, takes the time."""
 
 
+MAX_CHUNKS = 1 << 16
+"""Most chunks; where that makes them larger than there is room for, there is too little."""
+
+
 class Compiles(Protocol):
     """Programs that are compiled, or can be: `_kernels.Kernels`, or several of them."""
 
@@ -43,6 +47,10 @@ class Source(Protocol):
     def kernels(self) -> Compiles:
         """What must be compiled before it can be called without waiting."""
 
+    @property
+    def sample(self) -> "Source":
+        """What runs the same compiled programs on the same data, or on less of it."""
+
     def call(self, name: str, width: int, *front: Any, seed: int | None = None) -> Any:
         """Runs a program over all rows: its first arguments are `front` and, of programs that draw, the key of `seed`."""
 
@@ -54,6 +62,11 @@ class Resident:
     kernels: _kernels.Kernels
     args: Sequence[Any]
     """The captured arrays and the data."""
+
+    @property
+    def sample(self) -> "Resident":
+        """See `Source`."""
+        return self
 
     def call(self, name: str, width: int, *front: Any, seed: int | None = None) -> Any:
         """See `Source`."""
@@ -88,27 +101,36 @@ class Streamed:
     ahead: concurrent.futures.Executor
     """Where the next chunk is read."""
 
+    @property
+    def sample(self) -> "Streamed":
+        """The first and the last chunk."""
+        return dataclasses.replace(self, spans=[self.spans[0], *self.spans[1:][-1:]])
+
     def call(self, name: str, width: int, *front: Any, seed: int | None = None) -> Any:
         """See `Source`."""
-        rows = self.spans[-1].stop
+        rows = sum(map(_size, self.spans))
         total: Any = None
-        for index, (span, args) in enumerate(self._chunks()):
+        part: Any = None
+        for index, span, args in self._chunks():
             drawn = [] if seed is None else [random_key(seed, index)]
-            size = span.stop - span.start
-            part = self.kernels.for_rows(size).call(name, width, *front, *drawn, *args)
-            mean, share = size / rows, size / rows if self.reduction == "mean" else 1.0
+            # Computed before the chunk after the next is read: else there would be three on the device.
+            part = _kernels.computed(self.kernels.for_rows(_size(span)).call(name, width, *front, *drawn, *args))
+            mean = _size(span) / rows
+            share = mean if self.reduction == "mean" else 1.0
             # Kronecker factors come in pairs, of which the first is a mean whatever the second is.
             weights = [mean, share] if name.endswith("kfac") else [share]
             total = _kernels.add(total, weights, part)
+            del args
         return _kernels.rounded(total, part)
 
-    def _chunks(self) -> Iterator[tuple[slice, Sequence[Any]]]:
+    def _chunks(self) -> Iterator[tuple[int, slice, Sequence[Any]]]:
         following = self.ahead.submit(self.load, self.spans[0])
-        for span, next_ in zip(self.spans, [*self.spans[1:], None], strict=True):
+        for index, span in enumerate(self.spans):
             args = following.result()
-            if next_ is not None:
-                following = self.ahead.submit(self.load, next_)
-            yield span, args
+            if index + 1 < len(self.spans):
+                following = self.ahead.submit(self.load, self.spans[index + 1])
+            yield index, span, args
+            del args
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +174,29 @@ class _All:
             each.result()
 
 
-def spans(rows: int, row_bytes: int, room_bytes: int) -> list[slice]:
-    """Cuts rows into as few chunks as fit twice into half of the room, about as long as each other."""
-    most = max(min(room_bytes // 4, CHUNK_BYTES) // max(row_bytes, 1), 1)
-    size = -(-rows // -(-rows // most))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def spans(rows: int, row_bytes: int, room_bytes: int, multiple: int = 1) -> list[slice]:
+    """Cuts rows into as few chunks as fit twice into a quarter of the room, about as long as each other, each of a row at least.
+
+    Args:
+        rows: How many there are.
+        row_bytes: Size of each.
+        room_bytes: What there is for chunks, and for the points that go through them.
+        multiple: Of which chunks have whole numbers of rows, where so many fit; what is left over is the last chunk.
+    """
+    most = min(room_bytes // 8, CHUNK_BYTES) // max(row_bytes, 1)
+    multiple = multiple if multiple <= min(most, rows) else 1
+    least = -(-rows // (MAX_CHUNKS * multiple)) * multiple
+    most = max(most - most % multiple, least)
+    whole = rows - rows % multiple
+    size = -(-whole // -(-whole // most))
+    size += -size % multiple
+    starts = [*range(0, whole, size), *([whole] if whole < rows else [])]
+    return list(map(slice, starts, [*starts[1:], rows]))
+
+
+def _size(span: slice) -> int:
+    size: int = span.stop - span.start
+    return size
 
 
 def random_key(seed: int, chunk: int = 0) -> _codec.Array:

@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -73,7 +74,7 @@ class Store:
             else:
                 leftover.unlink()
         self._names_lock = threading.Lock()
-        self._mapped: set[str] = set()
+        self._verified: dict[str, tuple[int, int, int]] = {}
 
     def close(self) -> None:
         """Lets other processes open the store."""
@@ -120,6 +121,30 @@ class Store:
         Raises:
             ServiceError: Not stored; or corrupt on the disk, then it is set aside and can be uploaded again.
         """
+        path = self._existing(digest)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise _unreadable(digest, error.strerror) from error
+        if _codec.digest(content) != digest:
+            raise self._corrupt(digest, set_aside=set_aside)
+        return content
+
+    def verify(self, digest: str, *, set_aside: bool = True) -> None:
+        """Does as `read`, and holds no more than a piece of the blob in memory."""
+        state = hashlib.sha256()
+        try:
+            with self._existing(digest).open("rb") as file:
+                while piece := file.read(_PIECE):
+                    state.update(piece)
+                version = _version(os.fstat(file.fileno()))
+        except OSError as error:
+            raise _unreadable(digest, error.strerror) from error
+        if state.hexdigest() != digest:
+            raise self._corrupt(digest, set_aside=set_aside)
+        self._verified[digest] = version
+
+    def _existing(self, digest: str) -> Path:
         if not self.has(digest):
             raise ServiceError(
                 Code.FAILED_PRECONDITION,
@@ -127,58 +152,38 @@ class Store:
                 f"blob {digest!r} is not stored: upload it",
                 {"digests": digest},
             )
-        path = self._blob(digest)
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise ServiceError(
-                Code.DATA_LOSS,
-                "BLOB_CORRUPT",
-                f"blob {digest} cannot be read from the server's disk: {error.strerror}",
-                {"digests": digest},
-            ) from error
-        if _codec.digest(content) != digest:
-            if not set_aside:
-                raise ServiceError(Code.DATA_LOSS, "BLOB_CORRUPT", f"blob {digest} is corrupt on the server's disk")
-            with contextlib.suppress(FileNotFoundError):
-                path.rename(self.root / "corrupt" / f"{digest}.{time.time_ns()}")
-            _log.error("blob %s is corrupt on disk and was set aside", digest)
-            raise ServiceError(
-                Code.DATA_LOSS,
-                "BLOB_CORRUPT",
-                f"blob {digest} is corrupt on the server's disk; it was set aside: register the objective again to restore it",
-                {"digests": digest},
-            )
-        return content
+        return self._blob(digest)
+
+    def _corrupt(self, digest: str, *, set_aside: bool) -> ServiceError:
+        if not set_aside:
+            return ServiceError(Code.DATA_LOSS, "BLOB_CORRUPT", f"blob {digest} is corrupt on the server's disk")
+        with contextlib.suppress(FileNotFoundError):
+            self._blob(digest).rename(self.root / "corrupt" / f"{digest}.{time.time_ns()}")
+        _log.error("blob %s is corrupt on disk and was set aside", digest)
+        return ServiceError(
+            Code.DATA_LOSS,
+            "BLOB_CORRUPT",
+            f"blob {digest} is corrupt on the server's disk; it was set aside: register the objective again to restore it",
+            {"digests": digest},
+        )
 
     def read_tensor(self, tensor: tensor_pb2.Tensor, *, set_aside: bool = True) -> _codec.Array:
         """The array of a tensor, verified against its digest; see `read`."""
         try:
             return _codec.array(self.read(tensor.digest, set_aside=set_aside), tensor.dtype, tensor.shape)
         except (ValueError, TypeError) as error:
-            raise ServiceError(
-                Code.INVALID_ARGUMENT, "INVALID_TENSOR", f"tensor {tensor.digest[:12]}: {error}"
-            ) from None
+            raise _no_tensor(tensor, str(error)) from None
 
-    def map_tensor(self, tensor: tensor_pb2.Tensor) -> _codec.Array:
-        """The array of a tensor that is too large to be read at once: a view of the file, verified before its first use.
-
-        Raises:
-            ServiceError: As for `read`.
-        """
-        path, digest = self._blob(tensor.digest), hashlib.sha256()
-        if tensor.digest not in self._mapped:
-            try:
-                with path.open("rb") as file:
-                    while piece := file.read(_PIECE):
-                        digest.update(piece)
-            except OSError:
-                digest.update(b"unreadable")
-            if digest.hexdigest() != tensor.digest:
-                return self.read_tensor(tensor)  # Says what is wrong, and sets it aside.
-            self._mapped.add(tensor.digest)
-        array: _codec.Array = np.memmap(path, _codec.dtype(tensor.dtype), "r", shape=tuple(tensor.shape))
-        return array
+    def open_tensor(self, tensor: tensor_pb2.Tensor, *, set_aside: bool = True) -> "Rows":
+        """A tensor that is too large to be read at once, to be read by rows; its digest is verified first, once for each file."""
+        known = self._verified.get(tensor.digest)
+        try:
+            unchanged = known is not None and known == _version(self._existing(tensor.digest).stat())
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            self.verify(tensor.digest, set_aside=set_aside)
+        return Rows(self, self._blob(tensor.digest), tensor)
 
     def _blob(self, digest: str) -> Path:
         return self.root / "blobs" / digest[:2] / digest
@@ -288,6 +293,71 @@ class Store:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 Path(name).unlink()
+
+
+class Rows:
+    """A tensor on the disk, of which `rows[start:stop]` is read.
+
+    Not a mapping into memory, where a disk that fails, or a file that somebody cuts short, ends the whole process.
+
+    Args:
+        store: Whose it is.
+        path: Its file.
+        tensor: What it is.
+
+    Raises:
+        ServiceError: The file is not of the tensor's size, or the dtype is none.
+    """
+
+    def __init__(self, store: Store, path: Path, tensor: tensor_pb2.Tensor) -> None:
+        try:
+            self._dtype = _codec.dtype(tensor.dtype)
+        except TypeError as error:
+            raise _no_tensor(tensor, str(error)) from None
+        self._store = store
+        self._path = path
+        self._digest = tensor.digest
+        self._row = tuple(tensor.shape[1:])
+        self._row_bytes = math.prod(self._row) * self._dtype.itemsize
+        expected, size = self._row_bytes * tensor.shape[0], path.stat().st_size
+        if size != expected:
+            raise _no_tensor(tensor, f"{tensor.dtype}{list(tensor.shape)} takes {expected} bytes, got {size}")
+
+    def __getitem__(self, rows: slice) -> _codec.Array:
+        """Reads some rows.
+
+        Raises:
+            ServiceError: They cannot be read any more; a file that is corrupt is set aside.
+        """
+        count = rows.stop - rows.start
+        try:
+            read = np.fromfile(self._path, np.uint8, count * self._row_bytes, offset=rows.start * self._row_bytes)
+        except OSError as error:
+            self._store.verify(self._digest)
+            raise _unreadable(self._digest, error.strerror) from error
+        if len(read) < count * self._row_bytes:
+            self._store.verify(self._digest)
+            raise _unreadable(self._digest, "it is shorter than it was")
+        found: _codec.Array = read.view(self._dtype).reshape(count, *self._row)
+        return found
+
+
+def _version(status: os.stat_result) -> tuple[int, int, int]:
+    """What changes when a file does."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _unreadable(digest: str, why: str | None) -> ServiceError:
+    return ServiceError(
+        Code.DATA_LOSS,
+        "BLOB_CORRUPT",
+        f"blob {digest} cannot be read from the server's disk: {why}",
+        {"digests": digest},
+    )
+
+
+def _no_tensor(tensor: tensor_pb2.Tensor, why: str) -> ServiceError:
+    return ServiceError(Code.INVALID_ARGUMENT, "INVALID_TENSOR", f"tensor {tensor.digest[:12]}: {why}")
 
 
 class Upload:

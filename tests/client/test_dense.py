@@ -115,10 +115,15 @@ LAYERS = {
     "vmap over columns": (lambda W, b, X: jax.vmap(lambda x: x @ W + b, in_axes=1, out_axes=1)(X.T).T, False),
     "jit": (lambda W, b, X: jax.jit(lambda W, b, X: X @ W + b)(W, b, X), False),
     "jit in jit": (lambda W, b, X: jax.jit(lambda W, b, X: jax.jit(jnp.matmul)(X, W) + b)(W, b, X), False),
+    "checkpoint": (lambda W, b, X: jax.checkpoint(lambda W, b, X: X @ W + b)(W, b, X), False),
     "jit, bias outside": (lambda W, b, X: jax.jit(lambda W, X: X @ W.T)(W, X) + b, True),
     "b[None, :]": (lambda W, b, X: X @ W + b[None, :], False),
     "b.reshape(1, -1)": (lambda W, b, X: X @ W + b.reshape(1, -1), False),
     "b broadcast by hand": (lambda W, b, X: X @ W + jnp.broadcast_to(b, (len(X), SIZE)), False),
+    "broadcast by the addition": (
+        lambda W, b, X: jnp.mean(X[:, None] @ W + jnp.broadcast_to(b, (len(X), 3, SIZE)), axis=1),
+        False,
+    ),
     "copies": (lambda W, b, X: X @ jnp.array(W) + jnp.array(b), False),
     "an axis in front, taken away": (lambda W, b, X: X @ jnp.squeeze(W[None], 0) + jnp.squeeze(b[None], 0), False),
     "an axis at the end, taken away": (lambda W, b, X: X @ W[..., None].reshape(SIZE, SIZE) + b, False),
@@ -293,7 +298,6 @@ NO_LAYER = {
         {"W": SQUARE},
         lambda p, X: jax.lax.cond(X[0, 0] > 0, lambda W: X @ W, lambda W: -X @ W, p["W"]),
     ),
-    "in a checkpoint": ({"W": SQUARE}, lambda p, X: jax.checkpoint(jnp.matmul)(X, p["W"])),
     "in a function with its own derivative": ({"W": SQUARE}, lambda p, X: own_derivative(p["W"], X)),
     "stopped": ({"W": SQUARE}, lambda p, X: X @ jax.lax.stop_gradient(p["W"])),
     "rounded to integers": ({"W": SQUARE}, lambda p, X: X @ p["W"].astype(int)),
@@ -309,6 +313,10 @@ NO_LAYER = {
     "a batch of one kernel": (
         {"W": SQUARE},
         lambda p, X: jnp.einsum("nbi,bio->no", X[:, None], jnp.broadcast_to(p["W"], (1, *SQUARE))),
+    ),
+    "a kernel that is copied for several": (
+        {"W": SQUARE},
+        lambda p, X: jnp.tensordot(X, jnp.broadcast_to(p["W"], (2, *SQUARE)), ([1], [1])).sum(axis=1),
     ),
     "a kernel for each of several": ({"W": (1, *SQUARE)}, lambda p, X: jnp.einsum("nbi,bio->no", X[:, None], p["W"])),
     "a vector": ({"W": (SIZE,)}, lambda p, X: jnp.tanh(X @ p["W"])[:, None] * np.ones(SIZE)),
@@ -358,10 +366,11 @@ def test_a_model_of_one_example_that_returns_its_vector_has_no_rows_to_go_by():
     )
 
 
-def test_no_rows_have_no_layers():
-    params = {"W": np.ones((2, 3))}
-    loss = lambda z, y: jnp.sum((z - y) ** 2)  # noqa: E731
-    assert found(lambda p, X: X @ p["W"], params, np.ones((0, 2)), np.zeros((0, 3)), loss=loss) == []
+@pytest.mark.parametrize(("rows", "outputs"), [(0, 3), (4, 0)])
+def test_models_that_return_nothing_have_no_layers(rows, outputs):
+    params, Y = {"W": np.ones((2, 3))}, np.zeros((rows, outputs))
+    model = lambda p, X: (X @ p["W"])[:, :outputs]  # noqa: E731
+    assert found(model, params, np.ones((rows, 2)), Y, loss=lambda z, y: jnp.sum((z - y) ** 2)) == []
 
 
 # Whole networks

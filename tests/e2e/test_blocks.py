@@ -367,9 +367,9 @@ def test_names_within_a_block_are_of_its_leaves(point):
 
 def test_vectors_of_another_size_are_refused_before_they_are_sent(point):
     for size, block in [(42, 1), (12, 2), (12, 0), (0, 1)]:
-        with pytest.raises(hvpd.InvalidArgumentError, match=r"V must be float64\[k, \d+\], got float64\[2, "):
+        with pytest.raises(hvpd.InvalidArgumentError, match=r"must be float64\[k, \d+\], got float64\[2, "):
             point.multiply(np.ones((2, size)), block=block)
-        with pytest.raises(hvpd.InvalidArgumentError, match=r"V must be float64\[k, "):
+        with pytest.raises(hvpd.InvalidArgumentError, match=r"must be float64\[k, "):
             point.quadratic_form(np.ones((2, size)), block=block)
 
 

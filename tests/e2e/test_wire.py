@@ -186,6 +186,8 @@ def test_products_are_pipelined_and_their_chunks_interleave(point, stream):
         ({"k": 0}, 8, "BLOCK_WIDTH"),
         ({"k": 65}, 8, "BLOCK_WIDTH"),
         ({"k": -1}, 8, "BLOCK_WIDTH"),
+        ({"priority": 101}, 8, "PRIORITY"),
+        ({"priority": -101}, 8, "PRIORITY"),
         ({}, N * 8 + 8, "SIZE_MISMATCH"),
     ],
 )
@@ -306,6 +308,32 @@ def test_a_server_of_another_protocol_is_refused_by_the_client(oldest):
     with serving((server_pb2_grpc.add_ServerServiceServicer_to_server, Other())) as address:
         with pytest.raises(hvpd.IncompatibleError, match=rf"{address}.*hvpd 0\.0\.7.*install the same version"):
             hvpd.connect(address)
+
+
+def test_all_products_of_a_client_have_its_priority():
+    asked = []
+
+    class Echo(curvature_pb2_grpc.CurvatureServiceServicer):
+        def StreamProducts(self, requests, context):
+            for message in requests:
+                asked.append((message.spec.k, message.spec.priority))
+                yield curvature_pb2.StreamProductsResponse(
+                    tag=message.tag, info=curvature_pb2.ProductInfo(), chunk=message.chunk
+                )
+
+    class Facts(server_pb2_grpc.ServerServiceServicer):
+        def GetServer(self, request, context):
+            return server_pb2.GetServerResponse(min_protocol=1, max_protocol=1, max_block_width=2)
+
+    services = [
+        (curvature_pb2_grpc.add_CurvatureServiceServicer_to_server, Echo()),
+        (server_pb2_grpc.add_ServerServiceServicer_to_server, Facts()),
+    ]
+    V = np.arange(6.0).reshape(3, 2)
+    with serving(*services) as address, hvpd.connect(address, priority=-7) as client:
+        products = client._transport.multiply(curvature_pb2.ProductSpec(), V, restore=lambda: None)
+    np.testing.assert_array_equal(products, V)
+    assert asked == [(2, -7), (1, -7)]
 
 
 def test_a_grpc_server_that_is_not_hvpd():

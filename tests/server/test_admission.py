@@ -4,14 +4,25 @@ import dataclasses
 import string
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hvpd
+from hvpd import _export
 from hvpd.v1 import objective_pb2, tensor_pb2
-from hvpd_server._admission import check_data, check_name, check_signatures, parse, references
+from hvpd_server._admission import (
+    block_size,
+    check_data,
+    check_name,
+    check_signatures,
+    factor_shapes,
+    parse,
+    references,
+)
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._kernels import Programs, Signature
 
@@ -258,6 +269,167 @@ def test_a_value_that_is_no_scalar_is_refused(bundle, signatures):
 
 def test_references_are_all_blobs_but_the_bundle_itself(valid):
     assert set(references(valid.bundle)) == set(valid.blobs) - {valid.digest}
+
+
+# Principal blocks and dense layers
+
+
+def _model(x, features):
+    hidden = jnp.tanh(features @ x["w"] + x["b"]) * x["s"]
+    return hidden @ x["v"].T + x["c"] + jnp.sum(x["z"])
+
+
+def _cross_entropy(z, labels):
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(z), labels[:, None], axis=1))
+
+
+B, C, S, V, W, Z = range(6)
+"""Positions of the leaves of x, of shapes (4,), (2,), (4,), (2, 4), (3, 4) and (0,)."""
+
+
+@pytest.fixture(scope="module")
+def valid_parts():
+    """The layers w, b and v (transposed), c; the blocks of b, and of v and w."""
+    shapes = {"b": 4, "c": 2, "s": 4, "v": (2, 4), "w": (3, 4), "z": 0}
+    x = {name: np.ones(shape) for name, shape in shapes.items()}
+    composite = hvpd.composite(_model, _cross_entropy, distribution="categorical")
+    data = (np.ones((5, 3)), np.zeros(5, int))
+    return _export.export(composite, x, data, platforms=("cpu",), precision="highest", blocks=["b", ("w", "v")])
+
+
+@pytest.fixture(scope="module")
+def part_signatures(valid_parts, device):
+    read = lambda digest: bytes(valid_parts.blobs[digest])  # noqa: E731
+    return Programs(valid_parts.bundle, device, read, compiler=None).signatures()
+
+
+@pytest.fixture
+def parts(valid_parts):
+    """A copy to change."""
+    return objective_pb2.Bundle.FromString(valid_parts.bundle.SerializeToString())
+
+
+def test_the_valid_parts_are_admitted_and_are_what_is_changed_below(parts, part_signatures):
+    admit(parts, part_signatures)
+    assert [list(block.leaves) for block in parts.blocks] == [[B], [V, W]]
+    assert [(layer.kernel, layer.bias, layer.transposed) for layer in parts.dense_layers] == [
+        (V, C, True),
+        (W, B, False),
+    ]
+    assert factor_shapes(parts) == [(5, 5), (2, 2), (4, 4), (4, 4)]
+    assert [block_size(parts, block) for block in parts.blocks] == [4, 20]
+    kinds = ("hvp", "ggn", "fisher", "empirical_fisher", "sampled_fisher")
+    of_parts = {f"{name}[{index}]" for name in kinds for index in (0, 1)} | {"kfac", "sampled_kfac"}
+    assert set(part_signatures) == {"value_and_grad", "prepare", "apply", *kinds, *of_parts}
+
+
+@pytest.mark.parametrize("name", ["sampled_kfac", "ggn[0]", "fisher[1]", "sampled_fisher[0]", "ggn"])
+def test_parts_can_do_without_some_programs(parts, part_signatures, name):
+    del parts.programs[name]
+    admit(parts, {other: signature for other, signature in part_signatures.items() if other != name})
+
+
+def _without(bundle, *names):
+    for name in names:
+        del bundle.programs[name]
+
+
+PARTS = {
+    "a leaf beyond the last": (lambda bundle: bundle.blocks[1].leaves.__setitem__(1, 6), r"blocks\[1\] .* ascending"),
+    "a negative leaf": (lambda bundle: bundle.blocks[1].leaves.__setitem__(0, -1), r"blocks\[1\] .* ascending"),
+    "leaves that descend": (lambda bundle: bundle.blocks[1].leaves.reverse(), r"blocks\[1\] .* ascending"),
+    "a leaf twice": (lambda bundle: bundle.blocks[0].leaves.append(B), r"blocks\[0\] .* ascending"),
+    "no leaves": (lambda bundle: bundle.blocks[0].ClearField("leaves"), r"blocks\[0\] .* ascending"),
+    "no elements": (lambda bundle: bundle.blocks[0].leaves.__setitem__(0, Z), r"blocks\[0\] has .* no elements"),
+    "no program for it": (lambda bundle: _without(bundle, "hvp[0]"), r"blocks\[0\] has no program hvp\[0\]"),
+    "a block too many": (lambda bundle: bundle.blocks.add(leaves=[S]), r"blocks\[2\] has no program hvp\[2\]"),
+    "kfac without layers": (lambda bundle: bundle.ClearField("dense_layers"), "dense layers and kfac go together"),
+    "layers without kfac": (lambda bundle: _without(bundle, "kfac"), "dense layers and kfac go together"),
+    "layers without either": (lambda bundle: _without(bundle, "kfac", "sampled_kfac"), "and kfac go together"),
+    "sampled_kfac alone": (
+        lambda bundle: (_without(bundle, "kfac"), bundle.ClearField("dense_layers")),
+        "and kfac go together",
+    ),
+    "a kernel of one axis": (lambda bundle: setattr(bundle.dense_layers[0], "kernel", S), r"\[2, 1\].*\(4,\), \(2,\)"),
+    "a kernel beyond the last leaf": (lambda bundle: setattr(bundle.dense_layers[0], "kernel", 6), r"leaves \[6, 1\]"),
+    "a negative kernel": (lambda bundle: setattr(bundle.dense_layers[0], "kernel", -2), r"leaves \[-2, 1\]"),
+    "a bias of another size": (lambda bundle: setattr(bundle.dense_layers[0], "bias", S), r"\(2, 4\), \(4,\)"),
+    "a bias of two axes": (lambda bundle: setattr(bundle.dense_layers[0], "bias", W), r"\(2, 4\), \(3, 4\)"),
+    "a bias beyond the last leaf": (lambda bundle: setattr(bundle.dense_layers[1], "bias", 6), r"leaves \[4, 6\]"),
+    "a negative bias": (lambda bundle: setattr(bundle.dense_layers[1], "bias", -6), r"leaves \[4, -6\]"),
+    "turned around": (lambda bundle: setattr(bundle.dense_layers[1], "transposed", True), r"\(3, 4\), \(4,\)"),
+    "a layer twice": (lambda bundle: bundle.dense_layers.append(bundle.dense_layers[0]), "in one dense layer only"),
+    "a kernel twice": (lambda bundle: bundle.dense_layers.add(kernel=W), r"one dense layer only.*\[3, 1, 4, 0, 4\]"),
+}
+
+
+@pytest.mark.parametrize("change", PARTS)
+def test_parts_that_are_not_of_the_leaves_or_lack_their_programs_are_refused(parts, part_signatures, change):
+    alter, says = PARTS[change]
+    alter(parts)
+    with pytest.raises(ServiceError, match=says) as refused:
+        parse(parts.SerializeToString())
+    assert (refused.value.code, refused.value.reason) == (Code.INVALID_ARGUMENT, "BUNDLE_INVALID")
+
+
+@pytest.mark.parametrize(
+    "name", ["hvp[2]", "hvp[7]", "hvp[-1]", "hvp[01]", "hvp[]", "kfac[0]", "apply[0]", "hvp[0][0]"]
+)
+def test_programs_of_blocks_that_there_are_not_are_unknown(parts, part_signatures, name):
+    parts.programs[name].CopyFrom(parts.programs["hvp[0]"])
+    assert name in str(refuse(parts, part_signatures, code=Code.FAILED_PRECONDITION, reason="BUNDLE_INCOMPATIBLE"))
+
+
+def test_blocks_that_are_missing_leave_their_programs_unknown(parts, part_signatures):
+    parts.ClearField("blocks")
+    assert "hvp[0]" in str(refuse(parts, part_signatures, code=Code.FAILED_PRECONDITION, reason="BUNDLE_INCOMPATIBLE"))
+
+
+def _shape(specs, index, shape):
+    return tuple((shape, dtype) if position == index else (old, dtype) for position, (old, dtype) in enumerate(specs))
+
+
+PART_PROGRAMS = {
+    "a block of another size": ("hvp[0]", lambda s: dataclasses.replace(s, arguments=_shape(s.arguments, 1, ("k", 5)))),
+    "the whole for a block": (
+        "ggn[1]",
+        lambda s: Signature(_shape(s.arguments, 1, ("k", 30)), ((("k", 30), "float64"),)),
+    ),
+    "the whole in return": ("fisher[0]", lambda s: dataclasses.replace(s, results=((("k", 30), "float64"),))),
+    "one width only": ("hvp[1]", lambda s: Signature(_fixed(s.arguments), _fixed(s.results))),
+    "no key": ("sampled_fisher[1]", lambda s: dataclasses.replace(s, arguments=s.arguments[:2] + s.arguments[3:])),
+    "a key where none is": ("hvp[1]", lambda s: dataclasses.replace(s, arguments=(*s.arguments, ((2,), "uint32")))),
+    "a factor of another shape": ("kfac", lambda s: dataclasses.replace(s, results=_shape(s.results, 2, (3, 3)))),
+    "a factor that is not square": ("kfac", lambda s: dataclasses.replace(s, results=_shape(s.results, 0, (5, 4)))),
+    "a factor less": ("kfac", lambda s: dataclasses.replace(s, results=s.results[:-1])),
+    "factors in another order": ("kfac", lambda s: dataclasses.replace(s, results=s.results[::-1])),
+    "narrower factors": ("sampled_kfac", lambda s: dataclasses.replace(s, results=_narrow(s.results))),
+    "factors without a key": (
+        "sampled_kfac",
+        lambda s: dataclasses.replace(s, arguments=s.arguments[:1] + s.arguments[2:]),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", PART_PROGRAMS)
+def test_a_parts_program_of_another_signature_is_refused(parts, part_signatures, change):
+    name, alter = PART_PROGRAMS[change]
+    assert str(refuse(parts, {**part_signatures, name: alter(part_signatures[name])})).startswith(f"{name} is ")
+
+
+def test_layers_of_which_the_factors_are_not_are_refused(parts, part_signatures):
+    """Each alone could be: in another order, without its bias, of another kernel's shape."""
+    first, second = parts.dense_layers
+    for layers in ([second, first], [first, objective_pb2.DenseLayer(kernel=W)], [first]):
+        changed = objective_pb2.Bundle.FromString(parts.SerializeToString())
+        changed.ClearField("dense_layers")
+        changed.dense_layers.extend(layers)
+        assert "kfac is " in str(refuse(changed, part_signatures))
+
+
+def test_a_block_of_other_leaves_than_its_programs_is_refused(parts, part_signatures):
+    parts.blocks[1].leaves[:] = [V]
+    assert "[1] is " in str(refuse(parts, part_signatures))
 
 
 # Other data

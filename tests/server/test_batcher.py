@@ -1,10 +1,11 @@
-"""The batcher coalesces without waiting: who is alone goes at once, who arrives meanwhile goes together, and nobody's
-product is another's business.
+"""The batcher coalesces without waiting, unless it is told to: who is alone goes at once, who arrives meanwhile goes together,
+and nobody's product is another's business.
 
-The device is a fake that the test holds busy, and the clock a fake where time decides.
+The device is a fake that the test holds busy, and the clock a fake where time decides. Who is next is test_queue.py's subject.
 """
 
 import itertools
+import queue
 import random
 import threading
 import time
@@ -66,6 +67,36 @@ class FakeDevice:
         self._may_end.release(launches)
 
 
+class Never(threading.Condition):
+    """Where no leader may wait."""
+
+    def wait(self, timeout=None):
+        raise AssertionError(f"a leader waits for {timeout} s")
+
+
+class Alarm(threading.Condition):
+    """Where a leader waits until the test says that its time has come; tells for how long it wanted to."""
+
+    def __init__(self, lock):
+        super().__init__(lock)
+        self._timeouts = queue.SimpleQueue()
+
+    def wait(self, timeout=None):
+        self._timeouts.put(timeout)
+        assert super().wait(WAIT), "nothing woke the leader"
+        return True
+
+    def await_wait(self):
+        return self._timeouts.get(timeout=WAIT)
+
+    def never_waited(self):
+        return self._timeouts.empty()
+
+    def ring(self):
+        with self:
+            self.notify_all()
+
+
 class Clock:
     """Time stands still until the test moves it."""
 
@@ -78,19 +109,32 @@ class Clock:
 class Bench:
     """A batcher on a fake device, whose first launch (job 0, key "first") holds the device while a test queues others."""
 
-    def __init__(self, start, *, limit=64, max_pending=1000):
+    def __init__(self, start, *, limit=64, max_pending=1000, max_delay=0.0, condition=Never, **settings):
         self._start = start
         self.device = FakeDevice()
         self.clock = Clock()
-        self.batcher = Batcher(self.device.execute, lambda key: limit, max_pending=max_pending, clock=self.clock)
+
+        def make_condition(lock):
+            self.alarm = condition(lock)
+            return self.alarm
+
+        self.batcher = Batcher(
+            self.device.execute,
+            lambda key: limit,
+            max_pending=max_pending,
+            max_delay=max_delay,
+            clock=self.clock,
+            condition=make_condition,
+            **settings,
+        )
 
     def occupy(self):
         self.first = self._run(self.job(0, key="first"))
         self.device.await_launch()
         return self
 
-    def job(self, number, *, key="k", width=1, tenant="", deadline=float("inf")):
-        return Job(key, np.full((width, 2), float(number)), tenant, deadline, gate=Gate())
+    def job(self, number, *, key="k", width=1, tenant="", deadline=float("inf"), priority=0):
+        return Job(key, np.full((width, 2), float(number)), tenant, deadline, priority, gate=Gate())
 
     def queue(self, number, **settings):
         """Starts a caller; returns when its product is queued."""
@@ -98,6 +142,11 @@ class Bench:
         future = self._run(job)
         job.gate.await_waiter()
         return future, job
+
+    def lead(self, number, **settings):
+        """Starts a caller that finds the device free, and waits for more to come; also returns for how long it means to."""
+        job = self.job(number, **settings)
+        return self._run(job), job, self.alarm.await_wait()
 
     def run(self, job):
         """The product. The caller is a thread of its own: one that is stuck fails its test, and no other."""
@@ -201,6 +250,40 @@ def test_the_tenant_in_turn_comes_before_others_where_the_limit_leaves_no_room_f
     assert bench.launched() == [("k", [1, 4]), ("k", [2, 3])]
 
 
+def test_tenants_share_the_device_by_weight(start):
+    bench = Bench(start, limit=1, weights={"heavy": 2.0}).occupy()
+    jobs = [(1, "heavy"), (2, "light"), (3, "heavy"), (4, "light"), (5, "heavy"), (6, "heavy")]
+    callers = [bench.queue(number, tenant=tenant) for number, tenant in jobs]
+    bench.finish()
+    for future, _ in callers:
+        future.result(WAIT)
+    served = ["heavy" if number in (1, 3, 5, 6) else "light" for _, (number,) in bench.launched()]
+    assert served[:3].count("heavy") == served[3:].count("heavy") == 2
+
+
+def test_a_lone_product_is_charged_too_once_somebody_else_comes(start):
+    """Else it would pay to be alone: its launch is what the others wait for."""
+    bench = Bench(start)
+    first = start(bench.batcher.run, bench.job(1, width=3, tenant="a"))
+    bench.device.await_launch()
+    jobs = [(2, "a"), (3, "b"), (4, "b"), (5, "b")]
+    callers = [bench.queue(number, key=number, tenant=tenant) for number, tenant in jobs]
+    bench.device.let_go()
+    for future in [first, *(future for future, _ in callers)]:
+        future.result(WAIT)
+    assert [number for _, (number,) in bench.launched()][:2] == [3, 4]
+
+
+def test_of_one_tenants_products_those_of_higher_priority_go_first(start):
+    bench = Bench(start).occupy()
+    priorities = {1: 0, 2: -7, 3: 0, 4: 100, 5: 0}
+    callers = [bench.queue(number, key=number, priority=priority) for number, priority in priorities.items()]
+    bench.finish()
+    for future, _ in callers:
+        future.result(WAIT)
+    assert [number for _, (number,) in bench.launched()] == [4, 1, 3, 5, 2]
+
+
 def test_a_full_queue_refuses_and_says_when_to_retry(start):
     bench = Bench(start, max_pending=4).occupy()
     queued, _ = bench.queue(1, width=3)
@@ -215,6 +298,25 @@ def test_a_full_queue_refuses_and_says_when_to_retry(start):
     queued.result(WAIT)
     fits.result(WAIT)
     assert bench.launched() == [("k", [1, 3])]
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(0.0, 0.01), (0.3, 0.3), (1e3, 2.0)])
+def test_when_to_retry_is_what_the_queue_takes_at_the_rate_of_the_last_launches(start, seconds, expected):
+    """10 vectors wait, and the launches before took a tenth of `seconds` a vector."""
+    bench = Bench(start, max_pending=10)
+    for number in (1, 2):
+        earlier = start(bench.batcher.run, bench.job(number, width=4))
+        bench.device.await_launch()
+        bench.clock.now += 0.4 * seconds
+        bench.device.let_go(1)
+        earlier.result(WAIT)
+    bench.occupy()
+    queued, _ = bench.queue(3, width=10)
+    with pytest.raises(ServiceError) as refused:
+        bench.run(bench.job(4))
+    bench.finish()
+    queued.result(WAIT)
+    assert refused.value.retry_after == pytest.approx(expected)
 
 
 def test_a_refused_product_leaves_the_batcher_free(start):
@@ -317,8 +419,214 @@ def test_the_lead_is_handed_to_a_caller_that_still_waits(bench):
     assert bench.device.threads[0] is not bench.device.threads[1]
 
 
-def test_no_wake_up_is_lost_and_every_result_is_its_own(start):
-    """32 threads, 50 products each, with random keys, tenants, widths, deadlines and cancellations, and a device that fails at times."""
+# Waiting for more to come, where it is configured
+
+
+@pytest.fixture
+def patient(start):
+    """Blocks of fewer than 4 vectors wait for 5 seconds."""
+    return Bench(start, limit=4, max_delay=5.0, condition=Alarm)
+
+
+def test_a_block_that_could_be_wider_waits_until_its_oldest_product_is_so_old(patient):
+    first, _, seconds = patient.lead(1)
+    assert seconds == 5.0
+    patient.clock.now += 2
+    second, job = patient.queue(2)
+    patient.clock.now += 2.5
+    patient.alarm.ring()
+    assert patient.alarm.await_wait() == 0.5
+    assert patient.device.launches == []
+    patient.clock.now += 0.5
+    patient.alarm.ring()
+    patient.device.let_go()
+    first.result(WAIT)
+    second.result(WAIT)
+    assert patient.device.launches == [("k", [1, 2])]
+    assert (job.queued, job.started, job.width) == (102.0, 105.0, 2)
+    assert patient.batcher.pending == 0
+
+
+@pytest.mark.parametrize("width", [4, 9])
+def test_a_block_that_is_full_waits_for_nothing(start, width):
+    bench = Bench(start, limit=4, max_delay=5.0)
+    bench.device.let_go()
+    bench.run(bench.job(1, width=width))
+    assert bench.device.launches == [("k", [1])]
+
+
+def test_a_block_that_gets_full_goes_at_once(patient):
+    patient.device.let_go()
+    first, *_ = patient.lead(1)
+    second, _ = patient.queue(2, width=2)
+    third = start_and_pass(patient, 3)
+    for future in (first, second, third):
+        future.result(WAIT)
+    assert patient.device.launches == [("k", [1, 2, 3])]
+
+
+def start_and_pass(bench, number, **settings):
+    """Starts a caller whose product does not stay in the queue for so long that it could be awaited there."""
+    return bench._run(bench.job(number, **settings))
+
+
+def test_the_time_counts_while_the_device_works(patient):
+    first, *_ = patient.lead(0, key="first")
+    patient.clock.now += 5
+    patient.alarm.ring()
+    patient.device.await_launch()
+    callers = [patient.queue(number, key=key) for number, key in [(1, "a"), (2, "b"), (3, "a")]]
+    patient.clock.now += 5
+    patient.device.let_go()
+    for future in [first, *(future for future, _ in callers)]:
+        future.result(WAIT)
+    assert patient.device.launches[1:] == [("a", [1, 3]), ("b", [2])]
+    assert patient.alarm.never_waited()
+
+
+def test_a_full_block_of_another_key_does_not_wait_for_one_that_gathers(patient):
+    gathers, _, _ = patient.lead(1, key="a")
+    patient.clock.now += 1
+    patient.device.let_go()
+    start_and_pass(patient, 2, key="b", width=4).result(WAIT)
+    assert patient.alarm.await_wait() == 4.0  # What is left of 5.
+    assert patient.device.launches == [("b", [2])]
+    patient.clock.now += 4
+    patient.alarm.ring()
+    gathers.result(WAIT)
+    assert patient.device.launches == [("b", [2]), ("a", [1])]
+
+
+def test_each_key_has_its_own_time(patient):
+    first, _, _ = patient.lead(1, key="a")
+    patient.clock.now += 3
+    second, _ = patient.queue(2, key="b")
+    patient.device.let_go()
+    patient.clock.now += 2
+    patient.alarm.ring()
+    first.result(WAIT)
+    assert patient.alarm.await_wait() == 3.0  # By the one that leads now.
+    patient.clock.now += 3
+    patient.alarm.ring()
+    second.result(WAIT)
+    assert patient.device.launches == [("a", [1]), ("b", [2])]
+
+
+def test_what_is_cancelled_while_it_gathers_leaves_at_once_and_the_others_go_on(patient):
+    leader, job, _ = patient.lead(1)
+    patient.clock.now += 1
+    second, second_job = patient.queue(2)
+    third, _ = patient.queue(3)
+    patient.batcher.cancel(second_job)
+    assert refusal(second) is Code.CANCELLED
+    patient.batcher.cancel(job)
+    assert refusal(leader) is Code.CANCELLED
+    assert patient.alarm.await_wait() == 5.0  # Counted from the third, which leads.
+    assert patient.batcher.pending == 1
+    patient.device.let_go()
+    patient.clock.now += 5
+    patient.alarm.ring()
+    third.result(WAIT)
+    assert patient.device.launches == [("k", [3])]
+    assert patient.batcher.pending == 0
+
+
+def test_the_last_that_is_cancelled_leaves_the_device_free(patient):
+    leader, job, _ = patient.lead(1)
+    patient.batcher.cancel(job)
+    assert refusal(leader) is Code.CANCELLED
+    assert patient.batcher.pending == 0
+    patient.device.let_go()
+    patient.run(patient.job(2, width=4))
+    assert patient.device.launches == [("k", [2])]
+
+
+def test_a_product_whose_deadline_comes_first_waits_for_nothing_nor_do_those_that_go_with_it(patient):
+    patient.device.let_go()
+    leader, *_ = patient.lead(1)
+    start_and_pass(patient, 2, deadline=patient.clock.now + 4).result(WAIT)
+    leader.result(WAIT)
+    assert patient.device.launches == [("k", [1, 2])]
+
+
+def test_what_expired_while_it_gathered_is_not_executed(patient):
+    leader, *_ = patient.lead(1, deadline=patient.clock.now + 6)
+    other, _ = patient.queue(2)
+    patient.device.let_go()
+    patient.clock.now += 7
+    patient.alarm.ring()
+    assert refusal(leader) is Code.DEADLINE_EXCEEDED
+    other.result(WAIT)
+    assert patient.device.launches == [("k", [2])]
+
+
+def test_what_expired_takes_nothing_with_it(patient):
+    """Not even what shares its key: that goes when it is its own turn."""
+    leader, *_ = patient.lead(1, key="a")
+    expired, _ = patient.queue(2, key="b", priority=2, deadline=patient.clock.now + 6)
+    callers = [patient.queue(3, key="b"), patient.queue(4, key="c", priority=1)]
+    patient.device.let_go()
+    patient.clock.now += 7
+    patient.alarm.ring()
+    assert refusal(expired) is Code.DEADLINE_EXCEEDED
+    for future in [leader, *(future for future, _ in callers)]:
+        future.result(WAIT)
+    assert patient.device.launches == [("c", [4]), ("a", [1]), ("b", [3])]
+
+
+def test_what_comes_for_a_block_that_waits_for_the_device_only_rides_along(patient):
+    first, *_ = patient.lead(0, key="first")
+    patient.clock.now += 5
+    patient.alarm.ring()
+    patient.device.await_launch()
+    callers = [patient.queue(number, width=width) for number, width in [(1, 3), (2, 4), (3, 1)]]
+    patient.device.let_go()
+    for future in [first, *(future for future, _ in callers)]:
+        future.result(WAIT)
+    assert patient.device.launches[1:] == [("k", [1, 3]), ("k", [2])]
+
+
+def test_what_a_launch_has_no_room_for_gathers_again(patient):
+    first, *_ = patient.lead(0, key="first")
+    patient.clock.now += 5
+    patient.alarm.ring()
+    patient.device.await_launch()
+    callers = []
+    for number, width, tenant in [(1, 4, "a"), (2, 1, "b"), (3, 1, "a")]:
+        callers.append(patient.queue(number, width=width, tenant=tenant))
+        patient.clock.now += 1
+    patient.device.let_go()
+    assert patient.alarm.await_wait() == 3.0  # Since the second came, 2 seconds ago.
+    assert patient.device.launches[1:] == [("k", [1])]
+    assert patient.batcher.pending == 2
+    patient.clock.now += 3
+    patient.alarm.ring()
+    for future in [first, *(future for future, _ in callers)]:
+        future.result(WAIT)
+    assert sorted(patient.device.launches[2][1]) == [2, 3]
+    assert len(patient.device.launches) == 3
+
+
+def test_what_is_old_enough_does_not_gather_again_nor_do_those_that_can_go_with_it(patient):
+    first, *_ = patient.lead(0, key="first")
+    patient.clock.now += 5
+    patient.alarm.ring()
+    patient.device.await_launch()
+    callers = []
+    for number, width in [(1, 4), (2, 1), (3, 1)]:
+        callers.append(patient.queue(number, width=width))
+        patient.clock.now += 2
+    patient.clock.now += 1
+    patient.device.let_go()
+    for future in [first, *(future for future, _ in callers)]:
+        future.result(WAIT)
+    assert patient.device.launches[1:] == [("k", [1]), ("k", [2, 3])]
+
+
+@pytest.mark.parametrize("max_delay", [0.0, 0.002])
+def test_no_wake_up_is_lost_and_every_result_is_its_own(start, max_delay):
+    """32 threads, 50 products each, with random keys, tenants, priorities, widths, deadlines and cancellations, and a device that
+    fails at times."""
     threads, products, limit = 32, 50, 6
     together = threading.Barrier(threads)
     launches = itertools.count()
@@ -329,7 +637,8 @@ def test_no_wake_up_is_lost_and_every_result_is_its_own(start):
             raise ZeroDivisionError
         return [block * (key + 2) for block in blocks]
 
-    batcher = Batcher(execute, lambda key: limit, max_pending=3 * threads)
+    weights = {"0": 3.0, "1": 0.1}
+    batcher = Batcher(execute, lambda key: limit, max_pending=3 * threads, max_delay=max_delay, weights=weights)
 
     def caller(seed):
         rng = random.Random(seed)
@@ -338,7 +647,7 @@ def test_no_wake_up_is_lost_and_every_result_is_its_own(start):
         for number in range(products):
             soon = time.monotonic() + rng.choice([-1.0, 1e-4, 1e-3, 60.0, 60.0, 60.0])
             block = np.full((rng.randint(1, 3), 2), seed * products + number + 1.0)
-            job = Job(rng.randrange(3), block, str(rng.randrange(4)), soon)
+            job = Job(rng.randrange(3), block, str(rng.randrange(4)), soon, rng.randint(-2, 2))
             canceller = start(batcher.cancel, job) if rng.random() < 0.1 else None
             try:
                 np.testing.assert_array_equal(batcher.run(job), block * (job.key + 2))
@@ -382,18 +691,21 @@ def test_one_block_of_the_right_width_is_not_copied():
     assert pad([block], 4) is block
 
 
-def test_a_limit_that_fails_and_results_that_are_missing_reach_their_callers():
+def test_a_limit_that_fails_and_results_that_are_missing_reach_their_callers_and_nobody_else(start):
+    bench = Bench(start)
+
     def limit(key):
         if key == "no limit":
             raise RuntimeError("no limit")
         return 4
 
-    def execute(key, blocks):
-        return [] if key == "no results" else blocks
-
-    batcher = Batcher(execute, limit, max_pending=10)
-    for key in ("no limit", "no results"):
-        with pytest.raises(RuntimeError, match=r"no limit|0 results for 1 blocks"):
-            batcher.run(Job(key, np.ones((1, 2))))
-    assert np.array_equal(batcher.run(Job("good", np.ones((1, 2)))), np.ones((1, 2)))
-    assert batcher.pending == 0
+    bench.batcher._limit = limit
+    bench.occupy()
+    bench.batcher._execute = lambda key, blocks: [] if key == "no results" else blocks
+    failing = [bench.queue(number, key=key) for number, key in enumerate(["no limit", "no results"], start=1)]
+    sound, _ = bench.queue(3)
+    bench.finish()
+    for (future, _), message in zip(failing, ["no limit", "0 results for 1 blocks"], strict=True):
+        assert message in str(future.exception(WAIT))
+    np.testing.assert_array_equal(sound.result(WAIT), [[3.0, 3.0]])
+    assert bench.batcher.pending == 0

@@ -286,6 +286,37 @@ def test_what_arrives_while_the_device_works_goes_as_one_block(serve, logistic, 
     assert launches(engine, "hvp") == 2
 
 
+def test_tenants_share_the_device_and_priorities_order_one_tenants_products(serve, rosen, start, monkeypatch):
+    engine = serve(rosen)
+    points = [create_point(engine, rosen, rosen.x + shift) for shift in range(6)]
+    compile_programs(points[0], ("hvp", 1))
+    begun, may_go, queued, order = threading.Event(), threading.Event(), threading.Semaphore(0), []
+    product, enqueue = engine.lanes[0]._product, engine.lanes[0]._batcher._enqueue
+
+    def held_product(point, *args):
+        order.append(points.index(point))
+        begun.set()
+        assert may_go.wait(WAIT)
+        return product(point, *args)
+
+    def noted_enqueue(job):
+        enqueue(job)
+        queued.release()
+
+    monkeypatch.setattr(engine.lanes[0], "_product", held_product)
+    monkeypatch.setattr(engine.lanes[0]._batcher, "_enqueue", noted_enqueue)
+    futures = [start(engine.multiply, points[0], "hvp", block(rosen, 1), tenant="first")]
+    assert begun.wait(WAIT)
+    asked = [("a", -1), ("a", 0), ("a", 1), ("b", -100), ("a", 100)]
+    for point, (tenant, priority) in zip(points[1:], asked, strict=True):
+        futures.append(start(engine.multiply, point, "hvp", block(rosen, 1), tenant=tenant, priority=priority))
+        assert queued.acquire(timeout=WAIT)
+    may_go.set()
+    for future in futures:
+        future.result(WAIT)
+    assert order == [0, 5, 4, 3, 2, 1]
+
+
 def test_a_product_of_no_use_any_more_is_not_made(serve, rosen):
     engine = serve(rosen)
     point = create_point(engine, rosen)

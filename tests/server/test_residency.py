@@ -272,3 +272,240 @@ def test_the_callback_may_use_the_residency(start):
     residency.put("a", "data", "A", 3)
     start(residency.put, "b", "point", "B", 2).result(WAIT)
     assert seen == [("data", {"data": 0, "point": 2})]
+
+
+# Pins
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def leased(evicted, clock):
+    """Room for twenty bytes, on a clock that the test turns. A point of two bytes, "p", with data of six, "d"; and another, "q"."""
+    residency = Residency(20, on_evict=evicted.append, clock=clock)
+    residency.put("d", "data", "D", 6)
+    residency.put("p", "point", "P", 2, needs=["d"])
+    residency.put("q", "point", "Q", 2)
+    return residency
+
+
+def test_what_is_pinned_stays_and_so_does_what_it_needs(leased, evicted):
+    leased.pin("p", 10)
+    assert leased.get("q") == "Q"  # The most recently used, by now.
+    leased.put("new", "data", "N", 12)
+    assert evicted == ["point"]
+    assert keys(leased, ["d", "p", "q", "new"]) == "dpnew"
+
+
+def test_without_a_pin_the_same_goes(leased, evicted):
+    assert leased.get("q") == "Q"
+    leased.put("new", "data", "N", 12)
+    assert evicted == ["data", "point"]
+    assert keys(leased, ["d", "p", "q", "new"]) == "qnew"
+
+
+@pytest.mark.parametrize(("after", "stays"), [(9.9, True), (10.0, False), (1000.0, False)])
+def test_a_pin_ends_when_it_was_not_used_for_so_long(leased, clock, after, stays):
+    leased.pin("p", 10)
+    clock.now += after
+    leased.put("new", "data", "N", 12)
+    assert keys(leased, ["p", "new"]) == ("pnew" if stays else "new")
+
+
+def test_using_it_renews_its_lease(leased, clock):
+    leased.pin("p", 10)
+    for _ in range(5):
+        clock.now += 9
+        assert leased.get("p") == "P"
+    clock.now += 9
+    leased.put("new", "data", "N", 12)
+    assert keys(leased, ["p", "new"]) == "pnew"
+
+
+def test_using_what_needs_it_renews_its_lease(leased, clock):
+    leased.put("r", "residuals", "R", 1, needs=["p"])
+    leased.pin("p", 10)
+    clock.now += 9
+    assert leased.get("r") == "R"
+    clock.now += 9
+    leased.put("new", "data", "N", 12)
+    assert keys(leased, ["p", "r", "new"]) == "pnew"
+
+
+def test_a_lease_that_has_ended_is_not_renewed_by_use_since_others_may_have_been_pinned_meanwhile(leased, clock):
+    leased.pin("p", 10)
+    clock.now += 10
+    leased.put("e", "data", "E", 6)
+    leased.pin("e", 100)
+    assert leased.get("p") == "P"
+    leased.put("new", "data", "N", 12)  # Half of the room, and more, is nobody's to hold.
+    assert keys(leased, ["p", "e", "new"]) == "enew"
+
+
+def test_a_pin_can_be_changed_and_given_up(leased, clock, evicted):
+    leased.pin("p", 10)
+    leased.pin("p", 100)
+    clock.now += 50
+    leased.put("new", "data", "N", 12)
+    assert keys(leased, ["p", "new"]) == "pnew"
+    leased.pin("p", 0)
+    leased.put("newer", "data", "N", 20)
+    assert keys(leased, ["p", "new", "newer"]) == "newer"
+
+
+def test_giving_up_what_is_not_pinned_and_pinning_what_is_not_there_is_nothing(leased):
+    leased.pin("q", 0)
+    leased.pin("gone", 10)
+    leased.put("gone", "data", "G", 20)
+    leased.put("new", "data", "N", 20)
+    assert keys(leased, ["gone", "new"]) == "new"
+
+
+def test_half_of_the_budget_may_be_pinned_what_it_needs_counted_once(leased, evicted):
+    leased.put("p2", "point", "P2", 2, needs=["d"])
+    leased.pin("p", 10)
+    leased.pin("p2", 10)  # 2 + 2 + 6
+    leased.pin("p2", 20)
+    with pytest.raises(ServiceError, match=r"12 bytes would be pinned, half of .* 20 bytes may be: .*unpin") as refused:
+        leased.pin("q", 10)
+    assert (refused.value.code, refused.value.reason) == (Code.RESOURCE_EXHAUSTED, "PINNED")
+    leased.pin("p2", 0)
+    leased.pin("q", 10)
+    leased.put("new", "data", "N", 10)
+    assert keys(leased, ["d", "p", "p2", "q", "new"]) == "dpqnew"
+
+
+def test_a_pin_that_is_refused_changes_nothing(leased, clock):
+    leased.put("large", "data", "L", 9)
+    leased.pin("p", 10)
+    with pytest.raises(ServiceError):
+        leased.pin("large", 10)
+    leased.put("new", "data", "N", 12)
+    assert keys(leased, ["p", "large", "new"]) == "pnew"
+
+
+def test_pins_that_have_ended_do_not_count(leased, clock):
+    leased.put("large", "data", "L", 10)
+    leased.pin("p", 10)
+    clock.now += 10
+    leased.pin("large", 10)
+    leased.put("new", "data", "N", 10)
+    assert keys(leased, ["p", "large", "new"]) == "largenew"
+
+
+@pytest.mark.parametrize("ask", ["put", "check", "load"])
+def test_what_does_not_fit_beside_what_is_pinned_is_refused_with_the_sizes_and_drops_nothing(leased, evicted, ask):
+    leased.pin("p", 10)
+    asks = {
+        "put": lambda: leased.put("new", "data", "N", 13),
+        "check": lambda: leased.check(13, "data"),
+        "load": lambda: leased.load("new", "data", lambda: ("N", 13)),
+    }
+    says = r"data of 13 bytes.* beside 8 bytes that are pinned, .* of 20 bytes: unpin points, or .*--memory-budget"
+    with pytest.raises(ServiceError, match=says) as refused:
+        asks[ask]()
+    assert (refused.value.code, refused.value.reason) == (Code.RESOURCE_EXHAUSTED, "PINNED")
+    assert evicted == []
+    assert keys(leased, ["d", "p", "q"]) == "dpq"
+
+
+def test_what_needs_what_is_pinned_does_not_have_it_counted_twice(leased):
+    leased.pin("p", 10)
+    leased.check(12, "a point", {"d": 6})
+    leased.check(6, "a point", {"d": 6, "absent": 6})
+    with pytest.raises(ServiceError, match=r"19 bytes.* beside 2 bytes that are pinned"):
+        leased.check(7, "a point", {"d": 6, "absent": 6})
+    leased.put("new", "point", "N", 12, needs=["d"])
+    assert keys(leased, ["d", "p", "q", "new"]) == "dpnew"
+
+
+def test_what_is_absent_counts_with_the_size_that_it_will_have(residency):
+    residency.put("d", "data", "D", 4)
+    residency.check(2, "a point", {"d": 999, "e": 4})
+    with pytest.raises(ServiceError, match=r"11 bytes.* larger than .* 10 bytes"):
+        residency.check(2, "a point", {"d": 999, "e": 5})
+
+
+# Giving way
+
+
+def test_residuals_give_way_first_all_of_them_and_then_everything_that_is_not_kept(residency, evicted):
+    residency.put("d", "data", "D", 2)
+    residency.put("e", "data", "E", 2)
+    residency.put("p", "point", "P", 1, needs=["d"])
+    residency.put("q", "point", "Q", 1, needs=["e"])
+    residency.put("rp", "residuals", "RP", 1, needs=["p"])
+    residency.put("rq", "residuals", "RQ", 1, needs=["q"])
+    assert residency.give_way(["p"])
+    assert evicted == ["residuals"] * 2
+    assert residency.give_way(["p"])
+    assert sorted(evicted[2:]) == ["data", "point"]
+    assert not residency.give_way(["p"])
+    assert residency.used_bytes() == {"data": 2, "point": 1, "residuals": 0}
+    assert keys(residency, ["d", "p"]) == "dp"
+
+
+def test_what_is_pinned_does_not_give_way_and_what_is_kept_need_not_be_there(leased, evicted):
+    leased.pin("p", 10)
+    assert leased.give_way(["gone"])
+    assert evicted == ["point"]
+    assert keys(leased, ["d", "p", "q"]) == "dp"
+    assert not leased.give_way([])
+
+
+_pins = st.tuples(st.just("pin"), _keys, st.integers(0, 3), st.none())
+_waits = st.tuples(st.just("wait"), st.none(), st.integers(0, 3), st.none())
+
+
+@settings(max_examples=500, deadline=None)
+@given(steps=st.lists(_puts | _others | _pins | _waits, max_size=40))
+def test_whatever_is_done_what_is_pinned_is_there_and_half_of_the_budget_at_most(steps):
+    """Against a model that knows nothing but when each pin ends, and until when nobody dropped what is pinned on purpose."""
+    clock = Clock()
+    residency = Residency(20, clock=clock)
+    ends, leases = {}, {}
+
+    def used(key):
+        for each in (key, *(need for need in residency._entries[key].needs)):
+            if each in leases and ends[each] > clock.now:
+                ends[each] = clock.now + leases[each]
+            for need in residency._entries[each].needs:
+                if need in leases and ends[need] > clock.now:
+                    ends[need] = clock.now + leases[need]
+
+    for action, key, size, needs in steps:
+        if action == "wait":
+            clock.now += size
+        elif action == "drop":
+            residency.drop(key)
+        elif action == "get":
+            residency.get(key)
+        elif action == "pin":
+            try:
+                residency.pin(key, size)
+            except ServiceError:
+                continue
+        else:
+            before = set(residency._pinned())
+            held = residency._closure(before)
+            try:
+                residency.put(key, "data", key, size, needs=[need for need in needs if need != key])
+            except ServiceError as refused:
+                assert refused.reason in ("MEMORY_BUDGET", "PINNED")
+            # Putting a key again replaces it, and what needed it goes with it; nothing else that was pinned may be gone.
+            gone = {each for each in held if each not in residency._entries}
+            assert key in held or not gone
+        pinned = residency._closure(residency._pinned())
+        assert sum(residency._entries[each].size_bytes for each in pinned) <= 10 or action == "put"
+        assert sum(residency.used_bytes().values()) <= 20
