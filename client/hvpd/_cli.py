@@ -1,4 +1,4 @@
-"""The `hvpd` command: serve, register, objectives, check, info. Each does what a call of the library does."""
+"""The `hvpd` command: serve, register, objectives, check, bench, info. Each does what a call of the library does."""
 
 import argparse
 import dataclasses
@@ -94,6 +94,21 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="as JSON")
     _connection(check)
     check.set_defaults(run=_check)
+
+    bench = commands.add_parser(
+        "bench",
+        help="how fast a server answers products of an objective",
+        description="Ask for products at one point as fast as they are answered, with each block width and each number of callers, and "
+        "say how long they take and where the time goes.",
+    )
+    bench.add_argument("name", metavar="NAME", help="name or digest of the objective")
+    bench.add_argument("--k", default="1,4,16", help="block widths (default: 1,4,16)")
+    bench.add_argument("--callers", default="1", help="callers at once, threads of this process (default: 1)")
+    bench.add_argument("--seconds", type=float, default=2.0, help="for each line (default: 2)")
+    bench.add_argument("--seed", type=int, default=0, help="of x, standard normal (default: 0)")
+    bench.add_argument("--json", action="store_true", help="one JSON object a line")
+    _connection(bench)
+    bench.set_defaults(run=_bench)
 
     info = commands.add_parser("info", help="what a server is: versions, device, limits")
     info.add_argument("--json", action="store_true", help="as JSON")
@@ -224,6 +239,46 @@ def _check(arguments: argparse.Namespace) -> int:
         certificate = objective.check(x, seed=arguments.seed, probes=arguments.probes, operator=arguments.operator)
     print(json.dumps(certificate.to_json()) if arguments.json else certificate)
     return 0 if certificate.passed else 3
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from hvpd import _bench
+
+    widths, callers = _numbers(arguments.k, "--k"), _numbers(arguments.callers, "--callers")
+    if not 0 <= arguments.seconds < float("inf") or arguments.seed < 0:
+        raise InvalidArgumentError("--seconds and --seed must be from 0")
+    with _connect(arguments) as client:
+        objective = client.objective(arguments.name)
+        H = objective.at(np.random.default_rng(arguments.seed).standard_normal(objective.n)).hessian()
+        if not arguments.json:
+            print(f"{objective.label}: n = {objective.n}, {objective.dtype}, at {client.address}")
+            print(
+                _BENCH_ROW.format(
+                    "K", "CALLERS", "PRODUCTS", "MEDIAN ms", "P90 ms", "VECTORS/s", "QUEUE ms", "COMPUTE ms", "WIDTH"
+                )
+            )
+        for k in widths:
+            for count in callers:
+                reading = _bench.measure(client, H, k, count, arguments.seconds)
+                row = dataclasses.astuple(reading)
+                print(
+                    json.dumps({"name": objective.label, "n": objective.n} | dataclasses.asdict(reading))
+                    if arguments.json
+                    else _BENCH_ROW.format(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+                )
+    return 0
+
+
+_BENCH_ROW = "{:>5} {:>8} {:>9} {:>10} {:>10} {:>10} {:>9} {:>11} {:>6}"
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+    numbers = text.split(",")
+    if not all(number.isdecimal() and 0 < int(number) <= 4096 for number in numbers):
+        raise InvalidArgumentError(f"{flag} is numbers from 1 to 4096 joined by commas, got {text!r}")
+    return [int(number) for number in numbers]
 
 
 def _info(arguments: argparse.Namespace) -> int:

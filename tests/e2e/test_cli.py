@@ -7,6 +7,8 @@ import subprocess
 import sys
 import textwrap
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import hvpd
@@ -128,3 +130,31 @@ def test_register_what_somebody_else_exported(server, client, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "reverse_over_reverse" in done.stdout
     assert np.allclose(client.objective("cli/foreign").hessp(np.ones(3), np.ones(3)), 24)
+
+
+def test_bench_says_how_long_products_take_and_where_the_time_goes(client):
+    client.register(lambda x: jnp.sum(x**4), np.ones(40), name="cli/bench")
+    done = command(
+        "bench", "cli/bench", "--k", "1,3", "--callers", "2", "--seconds", "0", "--json", HVPD_ADDRESS=client.address
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["k"], line["callers"], line["products"]) for line in lines] == [(1, 2, 2), (3, 2, 2)]
+    for line in lines:
+        assert 0 < line["compute_ms"] <= line["p90_ms"]
+        assert line["median_ms"] <= line["p90_ms"]
+        assert line["vectors_per_second"] > 0
+        assert line["k"] <= line["batch_width"] <= 2 * line["k"]
+    table = command("bench", "cli/bench", "--seconds", "0", HVPD_ADDRESS=client.address).stdout.splitlines()
+    assert table[0].startswith("cli/bench: n = 40, float64")
+    assert [row.split()[0] for row in table[2:]] == ["1", "4", "16"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [("--k", "0"), ("--k", "a"), ("--callers", "-1"), ("--callers", "5000"), ("--seconds", "-1"), ("--seed", "-1")],
+)
+def test_bench_refuses_numbers_that_it_cannot_use(client, wrong):
+    done = command("bench", "cli/bench", f"{wrong[0]}={wrong[1]}", HVPD_ADDRESS=client.address)
+    assert done.returncode == 1
+    assert wrong[0] in done.stderr

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from hvpd import _codec
 from hvpd.v1 import objective_pb2, tensor_pb2
 from hvpd_server._admission import check_name
 from hvpd_server._errors import Code, ServiceError
@@ -359,3 +361,136 @@ def test_every_name_that_is_allowed_can_be_stored(tmp_path_factory, name):
         assert [(name, digest) for name, digest, _ in store.objectives()] == [(name, DIGEST)]
     finally:
         store.close()
+
+
+# Tensors that are read by rows
+
+
+ROWS = np.random.default_rng(0).normal(size=(100, 3))
+
+
+def rows_tensor(store, upload, array=ROWS):
+    return tensor_pb2.Tensor(dtype=array.dtype.name, shape=array.shape, digest=upload(store, array.tobytes()))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "int8", "bool", "bfloat16"])
+@pytest.mark.parametrize("shape", [(100,), (100, 3), (100, 2, 5), (100, 0)])
+def test_a_tensor_is_read_by_rows_in_its_dtype(store, upload, dtype, shape):
+    array = np.random.default_rng(0).normal(size=shape).astype(_codec.dtype(dtype))
+    rows = store.open_tensor(rows_tensor(store, upload, array))
+    for start, stop in [(0, 100), (0, 1), (99, 100), (30, 70)]:
+        found = rows[slice(start, stop)]
+        assert (found.dtype, found.shape) == (array.dtype, (stop - start, *shape[1:]))
+        np.testing.assert_array_equal(found, array[start:stop])
+
+
+def test_what_is_read_by_rows_is_verified_once(store, upload, monkeypatch):
+    tensor, verified, verify = rows_tensor(store, upload), [], Store.verify
+    monkeypatch.setattr(
+        Store, "verify", lambda self, digest, **rest: verified.append(digest) or verify(self, digest, **rest)
+    )
+    for _ in range(3):
+        store.open_tensor(tensor)
+    store.open_tensor(tensor_pb2.Tensor(dtype="float64", shape=(300,), digest=tensor.digest))
+    assert verified == [tensor.digest]
+
+
+def test_nothing_larger_than_a_piece_is_in_memory_while_it_is_verified(store, upload):
+    content = np.zeros(1 << 24, np.uint8)
+    tensor = rows_tensor(store, upload, content)
+    tracemalloc.start()
+    try:
+        store.open_tensor(tensor)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+        blob_file(store, tensor.digest).write_bytes(b"x" + content.tobytes()[1:])
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        with pytest.raises(ServiceError):
+            store.open_tensor(tensor)
+        assert tracemalloc.get_traced_memory()[1] - before < 1 << 22
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("when", ["before it is opened", "between two times"])
+def test_a_tensor_that_is_corrupt_is_set_aside_and_told_and_can_be_uploaded_again(store, upload, when):
+    tensor = rows_tensor(store, upload)
+    if when == "between two times":
+        store.open_tensor(tensor)
+    damaged = b"!" + ROWS.tobytes()[1:]
+    blob_file(store, tensor.digest).write_bytes(damaged)
+    os.utime(blob_file(store, tensor.digest), ns=(1, 1))  # Two writes within a tick of the kernel's clock have one time.
+    with pytest.raises(ServiceError, match="set aside: register the objective again") as lost:
+        store.open_tensor(tensor)
+    assert (lost.value.code, lost.value.reason) == (Code.DATA_LOSS, "BLOB_CORRUPT")
+    assert lost.value.metadata == {"digests": tensor.digest}
+    assert [path.read_bytes() for path in (store.root / "corrupt").iterdir()] == [damaged]
+    with pytest.raises(ServiceError) as missing:
+        store.open_tensor(tensor)
+    assert missing.value.reason == "BLOBS_MISSING"
+    rows_tensor(store, upload)
+    np.testing.assert_array_equal(store.open_tensor(tensor)[slice(0, 100)], ROWS)
+
+
+def test_who_only_looks_leaves_a_corrupt_tensor_where_it_is(store, upload):
+    tensor = rows_tensor(store, upload)
+    blob_file(store, tensor.digest).write_bytes(b"!" + ROWS.tobytes()[1:])
+    for _ in range(2):
+        with pytest.raises(ServiceError, match="corrupt on the server's disk"):
+            store.open_tensor(tensor, set_aside=False)
+    assert store.has(tensor.digest)
+
+
+def test_a_file_that_is_cut_short_while_it_is_in_use_is_an_error_and_set_aside(store, upload):
+    """A mapping into memory would end the process (SIGBUS)."""
+    tensor = rows_tensor(store, upload)
+    rows = store.open_tensor(tensor)
+    os.truncate(blob_file(store, tensor.digest), 1000)
+    np.testing.assert_array_equal(rows[slice(0, 10)], ROWS[:10])
+    with pytest.raises(ServiceError, match="set aside: register the objective again") as lost:
+        rows[slice(90, 100)]
+    assert lost.value.reason == "BLOB_CORRUPT"
+    assert not store.has(tensor.digest)
+    with pytest.raises(ServiceError) as missing:
+        rows[slice(0, 10)]
+    assert missing.value.reason == "BLOBS_MISSING"
+    rows_tensor(store, upload)
+    np.testing.assert_array_equal(rows[slice(90, 100)], ROWS[90:])
+
+
+def test_a_disk_that_cannot_be_read_is_told_with_its_own_words(store, upload, monkeypatch):
+    tensor = rows_tensor(store, upload)
+    rows = store.open_tensor(tensor)
+
+    def fail(*args, **rest):
+        raise OSError(5, os.strerror(5))
+
+    monkeypatch.setattr(np, "fromfile", fail)
+    with pytest.raises(ServiceError, match=f"cannot be read from the server's disk: {os.strerror(5)}") as lost:
+        rows[slice(0, 1)]
+    assert (lost.value.code, lost.value.reason) == (Code.DATA_LOSS, "BLOB_CORRUPT")
+    assert store.has(tensor.digest)  # Its bytes are right, as far as anybody can read them.
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("float64", (99, 3)), ("float64", (101, 3)), ("float32", (100, 3)), ("nonsense", (100, 3))]
+)
+def test_a_tensor_of_another_size_than_its_file_is_refused(store, upload, dtype, shape):
+    digest = rows_tensor(store, upload).digest
+    with pytest.raises(ServiceError) as refused:
+        store.open_tensor(tensor_pb2.Tensor(dtype=dtype, shape=shape, digest=digest))
+    assert (refused.value.code, refused.value.reason) == (Code.INVALID_ARGUMENT, "INVALID_TENSOR")
+    assert store.has(digest)
+
+
+@pytest.mark.parametrize("digest", ["/dev/zero", "{outside}", "../{name}", "..", "", DIGEST])
+def test_what_is_no_digest_of_a_blob_is_not_opened(tmp_path, store, digest):
+    """Not even to be hashed: there are files without end."""
+    outside = tmp_path / "outside"
+    outside.write_text("not the store's")
+    before = files(tmp_path)
+    digest = digest.format(outside=outside, name=outside.name)
+    with pytest.raises(ServiceError) as refused:
+        store.open_tensor(tensor_pb2.Tensor(dtype="uint8", shape=(15,), digest=digest))
+    assert refused.value.reason == "BLOBS_MISSING"
+    assert files(tmp_path) == before

@@ -1,0 +1,173 @@
+"""Where the data of a point goes, by its size and the budget: no device, no programs."""
+
+import math
+
+import pytest
+
+from hvpd.v1 import objective_pb2, tensor_pb2
+from hvpd_server import _kernels, _sources
+from hvpd_server._objective import Objective, tensor_key
+
+N = 10
+X_BYTES = 8 * N
+
+
+class Programs:
+    """Hands out what tells the number of rows."""
+
+    def for_rows(self, rows):
+        found = object.__new__(_kernels.Kernels)
+        found.rows = rows
+        return found
+
+
+def tensor(*shape, digest="a", dtype="float64"):
+    return tensor_pb2.Tensor(dtype=dtype, shape=shape, digest=digest)
+
+
+FEATURES, LABELS, TABLE = tensor(1000, 4, digest="features"), tensor(1000, digest="labels"), tensor(5, digest="table")
+CAPTURED = tensor(7, digest="captured")
+ROW = 5 * 8
+
+
+def objective(budget, *, reduction="mean", data=(FEATURES, LABELS, TABLE), row_leaves=(0, 1), captured=(), **rest):
+    bundle = objective_pb2.Bundle(
+        n=N,
+        dtype="float64",
+        mode="forward_over_reverse",
+        data=data,
+        captured=captured,
+        row_leaves=row_leaves,
+        row_reduction=reduction,
+    )
+    return Objective("0" * 64, bundle, Programs(), budget, **rest)
+
+
+def lengths(placement):
+    return [span.stop - span.start for span in placement.spans]
+
+
+ALL = 1000 * ROW + 5 * 8 + 2 * X_BYTES
+
+
+def test_data_that_fits_is_on_the_device_as_a_whole():
+    found = objective(ALL).placement([FEATURES, LABELS, TABLE])
+    assert not found.spans
+    assert found.needs == {tensor_key(FEATURES): 32_000, tensor_key(LABELS): 8000, tensor_key(TABLE): 40}
+    kernels = objective(ALL).kernels
+    assert isinstance(kernels, _kernels.Kernels)
+    assert kernels.rows == 1000
+
+
+def test_data_that_is_a_byte_too_large_goes_in_chunks_and_what_has_no_rows_stays():
+    budget = ALL - 1
+    found = objective(budget).placement([FEATURES, LABELS, TABLE])
+    assert found.row_bytes == ROW
+    room = budget - 2 * X_BYTES - 40
+    assert room // 8 // ROW == 124
+    assert lengths(found) == [112] * 8 + [104]  # As few as there can be of 124 rows at most.
+    assert found.needs == {tensor_key(TABLE): 40, found.room_key: 2 * 112 * ROW}
+
+
+def test_captured_arrays_stay():
+    found = objective(ALL, captured=[CAPTURED]).placement([FEATURES, LABELS, TABLE])
+    assert found.spans
+    assert found.needs[tensor_key(CAPTURED)] == 56
+
+
+def test_a_tensor_that_is_given_twice_counts_once():
+    both = [FEATURES, FEATURES]
+    budget = 32_000 + 2 * X_BYTES
+    assert not objective(budget, data=both).placement(both).spans
+    assert objective(budget - 1, data=both).placement(both).spans
+
+
+@pytest.mark.parametrize(("reduction", "row_leaves"), [("", (0, 1)), ("", ())])
+def test_what_cannot_go_in_chunks_is_to_be_on_the_device_however_large(reduction, row_leaves):
+    found = objective(1, reduction=reduction, row_leaves=row_leaves).placement([FEATURES, LABELS, TABLE])
+    assert not found.spans
+    assert sum(found.needs.values()) == ALL - 2 * X_BYTES
+
+
+def test_programs_are_compiled_for_a_chunk_and_for_the_last_one():
+    served = objective(ALL // 3)
+    assert isinstance(served.kernels, _sources.Several)
+    expected = tuple(dict.fromkeys(lengths(served.placement([FEATURES, LABELS, TABLE]))))
+    assert served.kernels.rows == expected
+    assert len(expected) <= 2
+
+
+@pytest.mark.parametrize("budget", [1, 2 * X_BYTES, 2 * X_BYTES + 40, 2 * X_BYTES + 40 + 2 * ROW - 1])
+def test_a_budget_too_small_for_two_rows_needs_more_than_it_is(budget):
+    """It is refused where a point is to be made, not here."""
+    found = objective(budget).placement([FEATURES, LABELS, TABLE])
+    assert sum(found.needs.values()) + 2 * X_BYTES > budget
+    assert sum(lengths(found)) == 1000
+
+
+def test_a_budget_for_two_rows_is_enough():
+    budget = 2 * X_BYTES + 40 + 2 * ROW
+    found = objective(budget).placement([FEATURES, LABELS, TABLE])
+    assert sum(found.needs.values()) + 2 * X_BYTES == budget
+    assert lengths(found) == [1] * 1000
+
+
+def test_rows_without_number_and_no_room_make_no_spans_without_number():
+    many = tensor(10**9, digest="many")
+    found = objective(1000, data=[many], row_leaves=[0]).placement([many])
+    assert len(found.spans) <= _sources.MAX_CHUNKS
+    assert sum(found.needs.values()) > 1000
+
+
+def test_other_data_goes_by_its_own_size():
+    served = objective(ALL)
+    small = [tensor(10, 4, digest="s"), tensor(10, digest="t"), TABLE]
+    large = [tensor(5000, 4, digest="l"), tensor(5000, digest="m"), TABLE]
+    assert not served.placement(small).spans
+    assert served.kernels_for(small).rows == 10
+    assert sum(lengths(served.placement(large))) == 5000
+
+
+def test_points_with_the_same_data_share_the_room_for_chunks_and_others_do_not():
+    served = objective(ALL // 3)
+    placements = [
+        served.placement(data)
+        for data in (
+            [FEATURES, LABELS, TABLE],
+            [FEATURES, LABELS, tensor(5, digest="other")],
+            [FEATURES, tensor(1000, digest="other"), TABLE],
+        )
+    ]
+    assert placements[0].room_key == placements[1].room_key != placements[2].room_key
+    assert objective(ALL // 4).placement([FEATURES, LABELS, TABLE]).room_key != placements[0].room_key
+
+
+# On several devices
+
+
+def split(parts):
+    """How often data is on so many devices: once where they divide its rows."""
+    return {"parts": parts, "copies": lambda shape: 1 if shape and shape[0] % parts == 0 else parts}
+
+
+def test_what_is_on_every_device_counts_for_every_one():
+    found = objective(10**6, **split(4)).placement([FEATURES, LABELS, TABLE])
+    assert found.needs == {tensor_key(FEATURES): 32_000, tensor_key(LABELS): 8000, tensor_key(TABLE): 4 * 40}
+    assert objective(10**6, **split(4)).vector_bytes == 4 * X_BYTES
+    assert objective(10**6).vector_bytes == X_BYTES
+
+
+def test_rows_that_the_devices_do_not_divide_count_four_times_and_may_have_to_go_in_chunks():
+    odd = [tensor(1001, 4, digest="odd"), tensor(1001, digest="labels"), TABLE]
+    budget = 1001 * ROW * 4
+    assert objective(budget, data=odd, **split(4)).placement(odd).spans
+    assert not objective(budget + 4 * (40 + 2 * X_BYTES), data=odd, **split(4)).placement(odd).spans
+
+
+def test_chunks_are_such_as_the_devices_divide_and_what_is_left_is_on_each():
+    odd = [tensor(1003, 4, digest="odd"), tensor(1003, digest="labels"), TABLE]
+    found = objective(20_000, data=odd, **split(4)).placement(odd)
+    assert lengths(found)[-1] == 3
+    assert not any(length % 4 for length in lengths(found)[:-1])
+    assert found.needs[found.room_key] == 2 * max(lengths(found)[0], 3 * 4) * ROW
+    assert math.gcd(*lengths(found)[:-1]) >= 4
