@@ -25,6 +25,32 @@ def array_spec(array: Any) -> tensor_pb2.ArraySpec:
 
 def hvp_of(fun: Function, mode: str) -> Callable[[Function], Function]:
     """hvp(x, V[k,n], *args) -> HV[k,n] in a mode, given how to batch one vector's product."""
+    one = _product_of(fun, mode)
+
+    def batched(batch: Function) -> Function:
+        def hvp(x: jax.Array, V: jax.Array, *args: jax.Array) -> Any:
+            return batch(lambda v: one(x, v, *args))(V)
+
+        return hvp
+
+    return batched
+
+
+def pairs_of(fun: Function, mode: str) -> Callable[[Function], Function]:
+    """hvp_pairs(X[k,n], V[k,n], *args) -> H(x_i) v_i for each row, likewise: products of many points in one launch."""
+    one = _product_of(fun, mode)
+
+    def batched(batch: Function) -> Function:
+        def hvp_pairs(X: jax.Array, V: jax.Array, *args: jax.Array) -> Any:
+            return batch(lambda pair: one(*pair, *args))((X, V))
+
+        return hvp_pairs
+
+    return batched
+
+
+def _product_of(fun: Function, mode: str) -> Function:
+    """(x, v, *args) -> Hv in a mode."""
 
     def forward_over_reverse(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
         # Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6 (1994).
@@ -45,19 +71,11 @@ def hvp_of(fun: Function, mode: str) -> Callable[[Function], Function]:
         step = float(np.finfo(x.dtype).eps) ** (1 / 3) * (1 + jnp.linalg.norm(x)) / scale
         return (gradient(x + step * v) - gradient(x - step * v)) / (2 * step)
 
-    one = {
+    return {
         "reverse_over_forward": reverse_over_forward,
         "reverse_over_reverse": reverse_over_reverse,
         "finite_difference": finite_difference,
     }.get(mode, forward_over_reverse)
-
-    def batched(batch: Function) -> Function:
-        def hvp(x: jax.Array, V: jax.Array, *args: jax.Array) -> Any:
-            return batch(lambda v: one(x, v, *args))(V)
-
-        return hvp
-
-    return batched
 
 
 def linearized(

@@ -24,7 +24,7 @@ from jaxlib.mlir.dialects import stablehlo
 from hvpd import _codec, _pytree
 from hvpd._composite import REDUCTIONS, Composite
 from hvpd._dense import Factors
-from hvpd._derivatives import Stages, array_spec, curvatures_of, hvp_of, linearized
+from hvpd._derivatives import Stages, array_spec, curvatures_of, hvp_of, linearized, pairs_of
 from hvpd._errors import InvalidArgumentError
 from hvpd._layout import Layout, View
 from hvpd._lift import lift
@@ -36,6 +36,9 @@ FORMAT = 1
 
 LIFT_BYTES = 16 << 10
 """Closed-over arrays larger than this become tensors; smaller ones stay constants of the program."""
+
+PAIRS_BYTES = 64 << 10
+"""Largest x of which products at many points go in one launch: of larger ones a launch has enough to do."""
 
 PRECISIONS = ("highest", "high", "default")
 
@@ -546,6 +549,8 @@ def _hessians(subject: _Subject, mode: str, target: Target) -> _Programs:
     programs = {"value_and_grad": _export(value_and_grad, target, x, *args)}
     try:
         programs["hvp"] = _export_batched(subject.hvp(subject.layout.whole, mode), target, x, block, *args)
+        if mode != "linearized" and x.size * x.dtype.itemsize <= PAIRS_BYTES:
+            programs["hvp_pairs"] = _export_batched(pairs_of(fun, mode), target, block, block, *args)
         symbolic = any(not isinstance(size, int) for spec in args for size in spec.shape)
         if symbolic or mode not in ("forward_over_reverse", "linearized", "auto"):
             return _Programs(programs, mode)

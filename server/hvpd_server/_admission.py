@@ -21,7 +21,9 @@ CURVATURES: Final = ("hvp", "ggn", "fisher", "empirical_fisher")
 MULTIPLYING: Final = ("sampled_fisher", *CURVATURES)
 """Programs that there may be for principal blocks, too, by the name followed by the block's position in brackets."""
 
-PROGRAMS: Final = frozenset(["value_and_grad", "prepare", "apply", "kfac", "sampled_kfac", *MULTIPLYING])
+PROGRAMS: Final = frozenset(
+    ["value_and_grad", "hvp_pairs", "prepare", "apply", "kfac", "sampled_kfac", *MULTIPLYING]
+)
 """The programs that this server knows, by name; those of blocks aside."""
 
 MODES: Final = {
@@ -229,6 +231,7 @@ def check_signatures(bundle: objective_pb2.Bundle, signatures: Mapping[str, Sign
         "value_and_grad": Signature((x, *args), (*value, x)),
         **dict.fromkeys(CURVATURES, Signature((x, block, *args), (block,))),
         "sampled_fisher": Signature((x, block, key, *args), (block,)),
+        "hvp_pairs": Signature((block, block, *args), (block,)),
         "kfac": Signature((x, *args), factors),
         "sampled_kfac": Signature((x, key, *args), factors),
         "prepare": Signature((x, *args), (*value, x, *kept)),

@@ -20,7 +20,7 @@ from hvpd_server._queue import Block, FairQueue, Job, Weights
 
 __all__ = ["Batcher", "Job", "pad", "split"]
 
-Execute = Callable[[Hashable, Sequence[Block]], Sequence[Any]]
+Execute = Callable[[Hashable, Sequence[Job]], Sequence[Any]]
 """Multiplies the blocks V[k,n] of one key, in one launch; returns what each caller gets. Runs outside of any lock."""
 
 Limit = Callable[[Hashable], int]
@@ -245,7 +245,7 @@ class Batcher:
         error: BaseException | None = None
         results: Sequence[Any] = ()
         try:
-            results = self._execute(batch[0].key, [job.block for job in batch])
+            results = self._execute(batch[0].key, batch)
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results for {len(batch)} blocks")  # noqa: TRY301 - everybody must hear
         except BaseException as raised:  # noqa: BLE001 - it is raised again, in each caller's own thread

@@ -18,7 +18,7 @@ from hvpd_server._checks import LoosePoint
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._metrics import Metrics
 from hvpd_server._objective import Objective, Placement, array_bytes, tensor_key
-from hvpd_server._point import Point, nonfinite
+from hvpd_server._point import Point, Shares, nonfinite
 from hvpd_server._relief import relieving
 from hvpd_server._residency import Residency, no_room
 from hvpd_server._store import Store
@@ -274,6 +274,9 @@ class Lane:
         """V[k,n] -> HV[k,n], coalesced with whatever else waits for the same point."""
         point, program, _ = _key(job.key)
         self._ready(point, program, len(job.block))
+        job.point = point
+        if program == "hvp" and point.shares is not None and point.objective.plan.pairs_may_pay:
+            job.key = point.shares
         on_queue(lambda: self._batcher.cancel(job))
         result, made_by = self._batcher.run(job)
         self._metrics.product(job)
@@ -320,6 +323,8 @@ class Lane:
         return point.objective.widest.get((base, point.source.kernels.rows), self._max_block_width)
 
     def _room(self, key: Hashable) -> int:
+        if isinstance(key, Shares):
+            return max(*key.kernels.widths("hvp_pairs"), *key.kernels.widths("hvp"), 1)
         point, program, _ = _key(key)
         return max(self._compiled(point, self._base(point.objective, program)), default=1)
 
@@ -330,13 +335,56 @@ class Lane:
             return [fixed]
         return [width for width in point.source.kernels.widths(base) if width <= widest] or [1]
 
-    def _launch(self, key: Hashable, blocks: Sequence[_codec.Array]) -> Sequence[tuple[_codec.Array, str]]:
-        """Multiplies the blocks of one point by as few launches as the compiled buckets allow: mostly one.
+    def _launch(self, key: Hashable, jobs: Sequence[_batcher.Job]) -> Sequence[tuple[_codec.Array, str]]:
+        """Multiplies what shares a key.
 
         Returns:
-            For each block its product, and the program that made it.
+            For each job its product, and the program that made it.
         """
-        point, program, seed = _key(key)
+        if not isinstance(key, Shares):
+            return self._launch_blocks(*_key(key), [job.block for job in jobs])
+        by_point: dict[Point, list[int]] = {}
+        for index, job in enumerate(jobs):
+            by_point.setdefault(job.point, []).append(index)
+        products = self._launch_pairs(key, jobs, len(by_point)) if len(by_point) > 1 else None
+        if products is not None:
+            return products
+        answers: dict[int, tuple[_codec.Array, str]] = {}
+        for point, indices in by_point.items():
+            found = self._launch_blocks(point, "hvp", 0, [jobs[index].block for index in indices])
+            answers.update(zip(indices, found, strict=True))
+        return [answers[index] for index in range(len(jobs))]
+
+    def _launch_pairs(
+        self, shares: Shares, jobs: Sequence[_batcher.Job], points: int
+    ) -> Sequence[tuple[_codec.Array, str]] | None:
+        """Products at several points as one launch of pairs (x, v); None where that does not pay, or is not compiled yet."""
+        plan, widths = jobs[0].point.objective.plan, [len(job.block) for job in jobs]
+        total = sum(widths)
+        bucket = min(1 << (total - 1).bit_length(), self._max_block_width)
+        if total > bucket or not plan.pairs(bucket, points):
+            return None
+        if not shares.kernels.ready("hvp_pairs", bucket):
+            shares.kernels.request("hvp_pairs", bucket)
+            return None
+        X = np.repeat([_kernels.host(job.point.x) for job in jobs], widths, axis=0)
+        X = np.concatenate([X, X[-1:].repeat(bucket - total, axis=0)])
+        started = time.perf_counter()
+        try:
+            found = shares.call("hvp_pairs", bucket, X, _batcher.pad([job.block for job in jobs], bucket))
+            whole = _kernels.host(found)
+        except ServiceError as error:
+            if error.reason != _relief.REASON:
+                raise
+            return None  # One after the other takes less memory.
+        plan.add("hvp_pairs", bucket, time.perf_counter() - started)
+        self._metrics.launched("hvp_pairs")
+        return [(block, "hvp_pairs") for block in _batcher.split(whole, widths)]
+
+    def _launch_blocks(
+        self, point: Point, program: str, seed: int, blocks: Sequence[_codec.Array]
+    ) -> Sequence[tuple[_codec.Array, str]]:
+        """Multiplies the blocks of one point by as few launches as the compiled buckets allow: mostly one."""
         base = self._base(point.objective, program)
         widths = [len(block) for block in blocks]
         total = sum(widths)

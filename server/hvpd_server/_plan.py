@@ -29,6 +29,7 @@ class Plan:
         self._fixed = fixed
         self._lock = threading.Lock()
         self._chosen: dict[int, str] = {}
+        self._pairs_pay = True
         self._seen: dict[tuple[str, int], tuple[int, float]] = {}
 
     @property
@@ -43,6 +44,7 @@ class Plan:
             self._seen[program, width] = (count + 1, min(least, seconds))
             if seconds < least or count <= self.SAMPLES:
                 self._chosen.pop(width, None)
+                self._judge_pairs()
 
     def forgo_residuals(self) -> None:
         """From now on: the device's memory does not suffice for them."""
@@ -57,6 +59,31 @@ class Plan:
             with self._lock:
                 chosen = self._chosen[width] = self._choice(width).program
         return chosen
+
+    @property
+    def pairs_may_pay(self) -> bool:
+        """Whether products at several points are worth queueing together: until it is known that no width of them pays."""
+        return self._pairs_pay
+
+    def pairs(self, width: int, points: int) -> bool:
+        """Whether a launch of pairs takes less than one launch for each of so many points, or that is not known yet."""
+        with self._lock:
+            count, pairs = self._seen.get(("hvp_pairs", width), (0, 0.0))
+            single = self._single()
+            return count < self.SAMPLES or single is None or pairs < points * single
+
+    def _single(self) -> float | None:
+        """Least time of a launch for one vector."""
+        seen = [self._seen[program, 1][1] for program in ("hvp", "apply") if (program, 1) in self._seen]
+        return min(seen, default=None)
+
+    def _judge_pairs(self) -> None:
+        found = {width: seen for (program, width), seen in self._seen.items() if program == "hvp_pairs"}
+        single = self._single()
+        if single is not None and found:
+            self._pairs_pay = any(
+                count < self.SAMPLES or seconds < width * single for width, (count, seconds) in found.items()
+            )
 
     def choose(self, width: int) -> objective_pb2.Choice:
         """The same, and why."""

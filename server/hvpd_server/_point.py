@@ -1,6 +1,7 @@
 """A point in memory: (objective, data, x), on the device."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,22 @@ from hvpd import _codec
 from hvpd.v1 import curvature_pb2, tensor_pb2
 from hvpd_server import _sources
 from hvpd_server._objective import Objective
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shares(_sources.Resident):
+    """What small points with the same data have in common: products at several of them can share a launch. Compared by
+    identity of the arrays on the device.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Shares) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[int, ...]:
+        return id(self.kernels), *map(id, self.args)
 
 
 @dataclasses.dataclass(eq=False)
@@ -28,6 +45,14 @@ class Point:
     nonfinite_x: int
     launches: int = 0
     """So far: residuals pay from the second on."""
+
+    @functools.cached_property
+    def shares(self) -> Shares | None:
+        """What others must share to be multiplied in one launch with this point; None where the objective has no pairs."""
+        bundle, source = self.objective.bundle, self.source
+        if "hvp_pairs" not in bundle.programs or bundle.fixed_bucket or not isinstance(source, _sources.Resident):
+            return None
+        return Shares(source.kernels, source.args)
 
     def message(self) -> curvature_pb2.Point:
         return curvature_pb2.Point(

@@ -40,6 +40,8 @@ class Job:
     """When it is of no use any more, on the batcher's clock, in seconds."""
     priority: int = 0
     """Of one tenant's jobs the higher goes first, and among equals the earlier."""
+    point: Any = None
+    """Where it multiplies, where the key says less: products at several points may share a launch."""
     result: Any = None
     """What `execute` returned for it, when done."""
     error: BaseException | None = None

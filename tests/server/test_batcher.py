@@ -51,7 +51,8 @@ class FakeDevice:
         self._begun = threading.Semaphore(0)
         self._may_end = threading.Semaphore(0)
 
-    def execute(self, key, blocks):
+    def execute(self, key, jobs):
+        blocks = [job.block for job in jobs]
         self.launches.append((key, [int(block[0, 0]) for block in blocks]))
         self.threads.append(threading.current_thread())
         self._begun.release()
@@ -631,7 +632,8 @@ def test_no_wake_up_is_lost_and_every_result_is_its_own(start, max_delay):
     together = threading.Barrier(threads)
     launches = itertools.count()
 
-    def execute(key, blocks):
+    def execute(key, jobs):
+        blocks = [job.block for job in jobs]
         assert sum(map(len, blocks)) <= limit
         if next(launches) % 50 == 49:
             raise ZeroDivisionError
@@ -701,7 +703,7 @@ def test_a_limit_that_fails_and_results_that_are_missing_reach_their_callers_and
 
     bench.batcher._limit = limit
     bench.occupy()
-    bench.batcher._execute = lambda key, blocks: [] if key == "no results" else blocks
+    bench.batcher._execute = lambda key, jobs: [] if key == "no results" else [job.block for job in jobs]
     failing = [bench.queue(number, key=key) for number, key in enumerate(["no limit", "no results"], start=1)]
     sound, _ = bench.queue(3)
     bench.finish()

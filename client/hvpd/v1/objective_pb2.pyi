@@ -60,6 +60,7 @@ class Program(google.protobuf.message.Message):
     By name, with k symbolic:
       value_and_grad         (x, *captured, *data) -> (value, gradient[n]); required
       hvp                    (x, V[k,n], *captured, *data) -> HV[k,n]; required
+      hvp_pairs              (X[k,n], V[k,n], *captured, *data) -> [k,n]: each vector's product at a point of its own
       prepare                (x, *captured, *data) -> (value, gradient[n], *residuals); together with apply
       apply                  (V[k,n], *residuals) -> HV[k,n]
       ggn                    (x, V[k,n], *captured, *data) -> GV[k,n]; of composite objectives, like the next two
