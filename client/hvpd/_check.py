@@ -379,6 +379,10 @@ def _tangents(probes: Any, point: Curved, rng: np.random.Generator) -> Array:
     with np.errstate(over="ignore"):
         tangents = array.astype(point.dtype)
     for row, tangent in enumerate(tangents):
+        with np.errstate(over="ignore", under="ignore"):
+            unusable = tangent.any() and not 2.0**-500 < _norm(tangent) < 2.0**500
+        if np.isfinite(tangent).all() and unusable:
+            raise InvalidArgumentError(f"probes[{row}] is too long or too short for {point.dtype}: scale it to about 1")
         if not np.isfinite(tangent).all():
             raise InvalidArgumentError(
                 f"probes[{row}] holds NaN or infinity in {point.dtype}: products of it prove nothing"
@@ -600,7 +604,8 @@ def _walk(counter: _Counter, V: Array, HV: Array, rounding: _Rounding, *, values
     lines = [_Line(counter, scale * v, scale * hv, rounding) for scale, v, hv in zip(scales, V, HV, strict=True)]
     share = rounding.gradient / _norm(np.array([line.size for line in lines])) * math.sqrt(len(lines))
     share = min(share, 1.0)
-    t = max(16.0 * share**0.2, 16.0 * share / _sharp(rounding.eps))
+    # No further than that: where it takes more, as at a kink, rounding hides the answer.
+    t = min(max(16.0 * share**0.2, 16.0 * share / _sharp(rounding.eps)), 16.0)
     ratio = 4.0 if rounding.eps < 1e-10 else 2.0  # float32 has room for few scales
     t = 2.0 ** round(math.log2(t)) if share else 2.0**-4
     taylor = _Taylor(rounding)

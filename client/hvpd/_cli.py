@@ -67,6 +67,18 @@ def _parser() -> argparse.ArgumentParser:
     register.add_argument(
         "--mode", default="forward_over_reverse", help="how products are made (default: forward_over_reverse)"
     )
+    register.add_argument("--any-rows", action="store_true", help="allow data of any number of rows")
+    register.add_argument(
+        "--row-reduction", help="mean or sum: how it goes over rows; then data may be larger than the device"
+    )
+    register.add_argument(
+        "--block",
+        action="append",
+        default=[],
+        metavar="LEAF[,LEAF]",
+        help="a principal block with programs of its own; repeatable",
+    )
+    register.add_argument("--fixed-bucket", type=int, help="the only width of launches, for bits that never change")
     register.add_argument("--name", help="name for the objective, such as digits/mlp")
     register.add_argument("--platforms", default="cpu,cuda", help="platforms to lower for (default: cpu,cuda)")
     register.add_argument("--precision", default="highest", help="highest, high or default (default: highest)")
@@ -166,6 +178,10 @@ def _register(arguments: argparse.Namespace) -> int:
                 platforms=tuple(filter(None, arguments.platforms.split(","))),
                 precision=arguments.precision,
                 mode=arguments.mode,
+                any_rows=arguments.any_rows,
+                row_reduction=arguments.row_reduction,
+                blocks=[block.split(",") for block in arguments.block],
+                fixed_bucket=arguments.fixed_bucket,
             )
         check = objective.registration_check().verdict
         facts = f"n={objective.n} {objective.dtype} {objective.mode} check={check or '-'}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from hvpd import _codec
 from hvpd._check import REGISTRATION_BYTES, verdict_of
-from hvpd._errors import HvpdError, IncompatibleError, MissingExtraError, OverloadedError
+from hvpd._errors import HvpdError, IncompatibleError, InvalidArgumentError, MissingExtraError, OverloadedError
 from hvpd._objective import Objective
 from hvpd._transport import Statistics, Transport
 from hvpd.v1 import objective_pb2, server_pb2
@@ -35,7 +35,7 @@ class Listing:
     dtype: str
     """float32 or float64."""
     precision: str
-    """Matrix-multiplication precision."""
+    """Matrix-multiplication precision; "exported" where somebody else's export has its own."""
     mode: str
     """How products are made."""
     platforms: tuple[str, ...]
@@ -151,6 +151,8 @@ class Client:
             IncompatibleError: The server cannot run what this version of jax exports, or is of another platform.
         """
         _export = self._exporting()
+        if name is not None and not isinstance(name, str):
+            raise InvalidArgumentError(f"a name is a string, got {name!r}")
         export = _export.export(
             fun,
             x,
@@ -173,7 +175,8 @@ class Client:
             jax.export.export(jax.jit(f), platforms=("cpu", "cuda"))(x, *data).serialize(vjp_order=2)
 
         Such a function can be differentiated by reverse mode only, so its mode is "reverse_over_reverse": the vjp of its
-        gradient, which is the product, since a Hessian is symmetric. Its precision is what it was exported with.
+        gradient, which is the product, since a Hessian is symmetric. Its precision is what it was exported with, which
+        nobody here knows: listings say "exported", and certificates measure it.
 
         Args:
             exported: What `serialize` returned.
@@ -192,7 +195,7 @@ class Client:
             foreign.x,
             data,
             platforms=foreign.platforms,
-            precision="highest",
+            precision=_export.EXPORTED,
             mode="reverse_over_reverse",
             stablehlo_version=self.server.stablehlo_version,
         )

@@ -29,7 +29,8 @@ _NUMPY = frozenset(
     ["bool", "float16", "float32", "float64", "complex64", "complex128"]
     + [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
 )
-_ML_DTYPES = ("bfloat16", "float8_", "int2", "int4", "uint2", "uint4")
+_ML_DTYPES = ("bfloat16", "float8_")
+"""Not those of less than a byte: XLA packs them, and arrays here do not."""
 
 
 @functools.cache

@@ -173,15 +173,19 @@ def _given(jaxpr: Any, count: int) -> set[Any]:
 
 def _bias(uses: _Uses, layer: Dense, biases: dict[tuple[Any, tuple[int, ...]], int]) -> int | None:
     """The position of the leaf that is added to y along its channels."""
-    y = layer.equation.outvars[0]
-    result, equation, axes = uses.end(y, (layer.channels % y.aval.ndim,))
-    if equation is None or equation.primitive.name != "add":
-        return None
-    other = equation.invars[1 - equation.invars.index(result)]
-    bias = None if isinstance(other, jex.Literal) else biases.get((other, axes))
-    if bias is None or other.aval.shape[axes[0]] != result.aval.shape[axes[0]]:
-        return None
-    return bias
+    axes: tuple[int, ...]
+    result, axes = layer.equation.outvars[0], (layer.channels % layer.equation.outvars[0].aval.ndim,)
+    while True:  # What else is added on the way, as in residual layers, changes nothing.
+        result, equation, axes = uses.end(result, axes)
+        if equation is None or equation.primitive.name != "add":
+            return None
+        other, total = equation.invars[1 - equation.invars.index(result)], equation.outvars[0]
+        bias = None if isinstance(other, jex.Literal) else biases.get((other, axes))
+        if bias is not None:
+            return bias if other.aval.shape[axes[0]] == result.aval.shape[axes[0]] else None
+        if total.aval.shape != result.aval.shape:
+            return None
+        result = total
 
 
 @dataclasses.dataclass(frozen=True)

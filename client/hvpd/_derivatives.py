@@ -64,12 +64,15 @@ def _product_of(fun: Function, mode: str) -> Function:
 
     def finite_difference(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
         # Central, its step balancing rounding and truncation: Nocedal and Wright, Numerical Optimization (2006), section 8.1.
-        # Rounding of x + step v decides how far the points really are apart; v = 0 needs some step, and gets H 0 = 0.
+        # Rounding of x + step u decides how far the points really are apart; v = 0 needs some direction, and gets H 0 = 0. By way of
+        # the largest element, for squares of small and of large ones leave the dtype's range.
         gradient = jax.grad(lambda x: fun(x, *args))
-        size = jnp.linalg.norm(v)
-        scale = jnp.where(size > 0, size, 1.0)
-        step = float(np.finfo(x.dtype).eps) ** (1 / 3) * (1 + jnp.linalg.norm(x)) / scale
-        return (gradient(x + step * v) - gradient(x - step * v)) / (2 * step)
+        largest = jnp.max(jnp.abs(v))
+        scaled = v / jnp.where(largest > 0, largest, 1.0)
+        size = jnp.linalg.norm(scaled)
+        u = scaled / jnp.where(size > 0, size, 1.0)
+        step = float(np.finfo(x.dtype).eps) ** (1 / 3) * (1 + jnp.linalg.norm(x))
+        return (gradient(x + step * u) - gradient(x - step * u)) / (2 * step) * size * largest
 
     return {
         "reverse_over_forward": reverse_over_forward,
@@ -137,6 +140,8 @@ class Stages:
     """How many args there are."""
     rows: int | None
     """Rows of z, where that is one array with a row for each example; else None."""
+    reverse: bool = False
+    """Whether only reverse mode is used, for functions in which jax forbids forward mode."""
 
     def whole(self, x: Any, *args: jax.Array) -> Any:
         """The objective."""
@@ -149,6 +154,7 @@ class Stages:
             lambda z, *args: self.loss(z, *args[extra:]),
             self.arguments + extra,
             self.rows,
+            self.reverse,
         )
 
 
@@ -180,8 +186,16 @@ def _around(stages: Stages, middle: Middle) -> Callable[[Function], Function]:
     def batched(batch: Function) -> Function:
         def multiply(x: jax.Array, V: jax.Array, *args: jax.Array) -> Any:
             own = args[len(args) - stages.arguments :]
-            z, forward = jax.linearize(lambda x: stages.model(x, *own), x)
-            backward = jax.linear_transpose(forward, x)
+            model: Function = lambda x: stages.model(x, *own)  # noqa: E731
+            forward: Function
+            backward: Function
+            if stages.reverse:  # J v is the transpose of u -> J'u.
+                z, backward = jax.vjp(model, x)
+                transposed: Function = jax.linear_transpose(lambda u: backward(u)[0], z)
+                forward = lambda v: transposed(v)[0]  # noqa: E731
+            else:
+                z, forward = jax.linearize(model, x)
+                backward = jax.linear_transpose(forward, x)
             return batch(lambda v: backward(middle(z, forward(v), args))[0])(V)
 
         return multiply
@@ -191,6 +205,8 @@ def _around(stages: Stages, middle: Middle) -> Callable[[Function], Function]:
 
 def loss_hessian(stages: Stages) -> Middle:
     """The loss's Hessian in the model's output."""
+    if stages.reverse:  # It is symmetric.
+        return lambda z, Jv, args: jax.vjp(jax.grad(lambda z: stages.loss(z, *args)), z)[1](Jv)[0]
     return lambda z, Jv, args: jax.jvp(jax.grad(lambda z: stages.loss(z, *args)), (z,), (Jv,))[1]
 
 

@@ -8,6 +8,7 @@ Differentiation happens here because jax can do it only before export: an `Expor
 import contextlib
 import dataclasses
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -41,6 +42,9 @@ PAIRS_BYTES = 64 << 10
 """Largest x of which products at many points go in one launch: of larger ones a launch has enough to do."""
 
 PRECISIONS = ("highest", "high", "default")
+
+EXPORTED = "exported"
+"""Precision of a function that somebody else exported: whatever they had."""
 
 MODES = (
     "forward_over_reverse",
@@ -109,7 +113,7 @@ def export(
         data: One pytree of arrays for each trailing argument.
         platforms: Of "cpu", "cuda", "rocm", "tpu".
         mode: Of `MODES`: how products are made.
-        precision: Of `PRECISIONS`, for matrix products in `fun` that do not say their own.
+        precision: Of `PRECISIONS`, or `EXPORTED`, for matrix products in `fun` that do not say their own.
         any_rows: Whether the first axis of data is symbolic, in all leaves that have as many rows as the first leaf.
         row_reduction: Of `REDUCTIONS`: how `fun` goes over those rows, so that they can be gone through in chunks.
         blocks: Names of leaves, or groups of names: principal blocks that get programs of their own.
@@ -150,7 +154,7 @@ def export(
 
     x_structure = tree_spec(x)
     x_spec = jax.ShapeDtypeStruct((n,), flat_dtype)
-    with jax.enable_x64(x64), jax.default_matmul_precision(precision):
+    with jax.enable_x64(x64), jax.default_matmul_precision("highest" if precision == EXPORTED else precision):
         layout = Layout([jax.ShapeDtypeStruct(array.shape, array.dtype) for array in x_arrays])
         groups = _groups(x_structure, blocks)
         target = Target(tuple(platforms), _artifact_version(stablehlo_version), jax.export.SymbolicScope())
@@ -221,7 +225,7 @@ def export(
 
 
 def _check_options(platforms: Sequence[str], precision: str, mode: str) -> None:
-    if precision not in PRECISIONS:
+    if precision not in (*PRECISIONS, EXPORTED):
         raise InvalidArgumentError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if mode not in MODES:
         raise InvalidArgumentError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -268,11 +272,15 @@ def foreign(blob: bytes | bytearray) -> Foreign:
     newest = jax.export.maximum_supported_calling_convention_version
     try:
         exported = jax.export.deserialize(bytearray(blob))
+        version = exported.calling_convention_version
+        if not oldest <= version <= newest:
+            raise ValueError(f"it has calling convention {version}")  # noqa: TRY301 - told below
         exported.mlir_module()
     except Exception as error:
         raise InvalidArgumentError(
             f"these are not the bytes of a jax.export.Exported that jax {jax.__version__} here can read (calling conventions "
-            f"{oldest} to {newest}): {type(error).__name__}: {error}"
+            f"{oldest} to {newest}, StableHLO up to {stablehlo.get_current_version()}{_producer(blob)}): {type(error).__name__}: {error}; "
+            "export it with a version of jax that is nearer to this one"
         ) from error
     order, derivative = 0, exported
     while order < 2 and derivative.has_vjp():
@@ -291,6 +299,12 @@ def foreign(blob: bytes | bytearray) -> Foreign:
         )
     zeros = jax.tree.map(lambda aval: np.zeros(aval.shape, aval.dtype), args[0])
     return Foreign(exported.call, zeros, tuple(exported.platforms))
+
+
+def _producer(blob: bytes | bytearray) -> str:
+    """Which StableHLO wrote it, as its bytes say."""
+    found = re.search(rb"StableHLO_v([0-9.]+)", blob)
+    return f"; this was written by {found[1].decode()}" if found else ""
 
 
 def data_array(leaf: Any, where: str, *, x_dtype: np.dtype[Any], x64: bool) -> _codec.Array:
@@ -493,23 +507,43 @@ class _Programs:
 
 def _programs(subject: _Subject, groups: Sequence[Sequence[int]], mode: str, target: Target) -> _Programs:
     """Exports all programs of a bundle; `groups` are the positions of each block's leaves."""
-    layout, x, args = subject.layout, subject.specs[0], subject.specs[1:]
     hessians = _hessians(subject, mode, target)
-    programs = hessians.programs
+    try:
+        curvatures = _curvatures(subject, groups, hessians.mode, target)
+    except (TypeError, NotImplementedError) as error:
+        if subject.stages is None or not _forbidden(error):
+            raise
+        # What jax does not do in a model, or a loss, with a custom_vjp inside, it does by reverse mode.
+        reverse = dataclasses.replace(subject, stages=dataclasses.replace(subject.stages, reverse=True))
+        curvatures = _curvatures(reverse, groups, hessians.mode, target)
+    return dataclasses.replace(
+        hessians, programs=hessians.programs | curvatures.programs, dense_layers=curvatures.dense_layers
+    )
+
+
+def _curvatures(subject: _Subject, groups: Sequence[Sequence[int]], mode: str, target: Target) -> _Programs:
+    """Exports the products of a composite's operators, of principal blocks, and Kronecker factors."""
+    layout, x, args = subject.layout, subject.specs[0], subject.specs[1:]
+    programs: dict[str, jax.export.Exported] = {}
     for name, product in subject.curvatures(layout.whole).items():
         programs[name] = _export_batched(product, target, x, _block(layout.size(), x, target), *_drawn(name), *args)
     for index, group in enumerate(groups):
         block, view = _block(layout.size(group), x, target), layout.block(group)
-        for name, product in [("hvp", subject.hvp(view, hessians.mode)), *subject.curvatures(view, extra=1).items()]:
+        for name, product in [("hvp", subject.hvp(view, mode)), *subject.curvatures(view, extra=1).items()]:
             drawn = _drawn(name)
             restricted = _restricted(product, functools.partial(layout.take, positions=group), len(drawn))
             programs[f"{name}[{index}]"] = _export_batched(restricted, target, x, block, *drawn, *args)
     if not isinstance(subject.fun, Composite) or subject.stages is None or subject.stages.rows is None:
-        return hessians
+        return _Programs(programs, mode)
     factors = Factors.of(subject.stages, layout, args, subject.fun)
     for name, function in factors.programs().items():
         programs[name] = _export(function, target, x, *_drawn(name), *args)
-    return dataclasses.replace(hessians, dense_layers=[layer.message for layer in factors.layers])
+    return _Programs(programs, mode, dense_layers=[layer.message for layer in factors.layers])
+
+
+def _forbidden(error: Exception) -> bool:
+    """Whether jax says that there is no forward mode, because of a custom_vjp."""
+    return "custom_vjp" in str(error) or "custom_lin" in str(error)
 
 
 def _block(size: int, x: jax.ShapeDtypeStruct, target: Target) -> jax.ShapeDtypeStruct:
@@ -555,8 +589,8 @@ def _hessians(subject: _Subject, mode: str, target: Target) -> _Programs:
         if symbolic or mode not in ("forward_over_reverse", "linearized", "auto"):
             return _Programs(programs, mode)
         prepare, apply_of, residuals = linearized(fun, [x, *args])
-    except TypeError as error:
-        if "custom_vjp" not in str(error) or mode == "reverse_over_reverse":
+    except (TypeError, NotImplementedError) as error:
+        if not _forbidden(error) or mode == "reverse_over_reverse":
             raise
         warnings.warn(
             f"jax forbids mode {mode!r} for this function, which has a custom_vjp inside: it is registered with mode "

@@ -388,6 +388,7 @@ class Point:
         x: The flat vector, of shape (n,); read-only.
         value: f(x, *data).
         gradient: Of shape (n,); read-only.
+        mode: How its products are made; the objective's.
         default_data: Whether it is bound to the data that was registered.
         nonfinite: Which of "x", "value" and "gradient" hold NaN or infinity; empty where all is well.
     """
@@ -403,6 +404,7 @@ class Point:
         pin: int | None = None,
     ) -> None:
         self.objective = objective
+        self.mode = objective.mode
         self.n = objective.n
         self.dtype = objective.dtype
         self._transport = transport
@@ -499,8 +501,8 @@ class Point:
 
         For each dense layer y = a W + b of a composite's model, of kernel and bias together, A (x) G: A the mean of a'a, G the
         curvature in y. The server computes the factors; they come here once, and products and `inverse()` take no round trip:
-        `cg(point.ggn(mu), b, M=point.kfac(mu).inverse())`. Exact where the model has one row of data or is linear, and for each
-        layer alone. Leaves of x that are in no dense layer have zeros. Sources: Martens and Grosse, ICML (2015).
+        `cg(point.ggn(mu), b, M=point.kfac(mu).inverse())`. Exact where the model has one row of
+        activations in each layer, or is linear. Leaves of x that are in no dense layer have zeros. Sources: Martens and Grosse, ICML (2015).
 
         Args:
             shift: Added to the diagonal; a positive one is needed to invert.

@@ -247,7 +247,7 @@ class Transport:
         """
         started = time.monotonic()
         ends = started + self._timeout if self._timeout is not None else float("inf")
-        gives_up = min(started + self._retry_timeout, ends)
+        gives_up: float | None = None
         pause = 0.02
         while True:
             left = None if self._timeout is None else max(ends - time.monotonic(), 0.001)
@@ -264,6 +264,8 @@ class Transport:
                 self._abandon()
                 raise
             now = time.monotonic()
+            if gives_up is None:  # Counted from the first failure: a product may have been under way for longer than that.
+                gives_up = min(now + self._retry_timeout, ends)
             if failure.reason == "POINT_NOT_RESIDENT" and restore is not None and now < gives_up:
                 self._count(retries=1)
                 restore()

@@ -42,7 +42,7 @@ FORMATS = (1,)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
 
-PRECISIONS: Final = ("highest", "high", "default")
+PRECISIONS: Final = ("highest", "high", "default", "exported")
 """Matrix-multiplication precisions."""
 
 MAX_FIXED_BUCKET: Final = 1024

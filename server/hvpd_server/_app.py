@@ -42,7 +42,7 @@ _OPTIONS = [
     ("grpc.so_reuseport", 0),  # A second server on the port is an error, not a coin toss.
     ("grpc.max_send_message_length", 4 << 20),
     ("grpc.max_receive_message_length", 4 << 20),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),

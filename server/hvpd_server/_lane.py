@@ -299,16 +299,20 @@ class Lane:
     def _ready(self, point: Point, program: str, width: int) -> None:
         """Waits until a product can be launched at all, and has the bucket for its width compiled in the background."""
         base, fixed, kernels = self._base(point.objective, program), self._bucket(point.objective), point.source.kernels
+        if not fixed and isinstance(point.source, _sources.Streamed):
+            # Waits for its own: narrower launches would each go through all the data, which takes longer.
+            pending = self._have(point, base, width)
+            if pending is not None:
+                pending.result()
+            return
         if fixed or not kernels.widths(base):
             kernels.request(base, fixed or 1).result()
         if base == "apply":
             kernels.request("prepare").result()
         if fixed:
             self._probe(point, program, fixed)
-            return
-        pending = self._have(point, base, width)
-        if pending is not None and isinstance(point.source, _sources.Streamed):
-            pending.result()  # Going through the data once more for each narrower launch takes longer.
+        else:
+            self._have(point, base, width)
 
     def _have(self, point: Point, base: str, width: int) -> _sources.Pending | None:
         """Has the bucket for a block of this width compiled, in the background, unless it is."""

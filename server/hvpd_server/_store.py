@@ -14,6 +14,7 @@ Every file is written aside, flushed and renamed, so a crash leaves the old stat
 import contextlib
 import difflib
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -23,7 +24,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -183,7 +184,7 @@ class Store:
             unchanged = False
         if not unchanged:
             self.verify(tensor.digest, set_aside=set_aside)
-        return Rows(self, self._blob(tensor.digest), tensor)
+        return Rows(self._blob(tensor.digest), tensor, functools.partial(self.verify, set_aside=set_aside))
 
     def _blob(self, digest: str) -> Path:
         return self.root / "blobs" / digest[:2] / digest
@@ -301,20 +302,20 @@ class Rows:
     Not a mapping into memory, where a disk that fails, or a file that somebody cuts short, ends the whole process.
 
     Args:
-        store: Whose it is.
         path: Its file.
         tensor: What it is.
+        verify: Raises an error that says what is wrong with a blob, given its digest, where anything is.
 
     Raises:
         ServiceError: The file is not of the tensor's size, or the dtype is none.
     """
 
-    def __init__(self, store: Store, path: Path, tensor: tensor_pb2.Tensor) -> None:
+    def __init__(self, path: Path, tensor: tensor_pb2.Tensor, verify: Callable[[str], None]) -> None:
         try:
             self._dtype = _codec.dtype(tensor.dtype)
         except TypeError as error:
             raise _no_tensor(tensor, str(error)) from None
-        self._store = store
+        self._verify = verify
         self._path = path
         self._digest = tensor.digest
         self._row = tuple(tensor.shape[1:])
@@ -327,16 +328,20 @@ class Rows:
         """Reads some rows.
 
         Raises:
-            ServiceError: They cannot be read any more; a file that is corrupt is set aside.
+            ServiceError: They cannot be read any more; a file that is found corrupt is set aside.
         """
         count = rows.stop - rows.start
         try:
             read = np.fromfile(self._path, np.uint8, count * self._row_bytes, offset=rows.start * self._row_bytes)
+        except FileNotFoundError as error:  # Somebody has found it corrupt meanwhile.
+            raise _unreadable(
+                self._digest, "it is not there any more; register the objective again to restore it"
+            ) from error
         except OSError as error:
-            self._store.verify(self._digest)
+            self._verify(self._digest)
             raise _unreadable(self._digest, error.strerror) from error
         if len(read) < count * self._row_bytes:
-            self._store.verify(self._digest)
+            self._verify(self._digest)
             raise _unreadable(self._digest, "it is shorter than it was")
         found: _codec.Array = read.view(self._dtype).reshape(count, *self._row)
         return found

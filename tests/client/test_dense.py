@@ -176,6 +176,23 @@ def test_kernels_that_are_not_square_without_a_bias(way):
     assert_exact_for_one_row(model, params, X[:1])
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda W, b, X: X + jnp.tanh(X) @ W + b,
+        lambda W, b, X: X + (jnp.tanh(X) @ W + b),
+        lambda W, b, X: b + (2 * X + X @ W.T + 1.0),
+    ],
+)
+def test_a_bias_is_found_behind_what_else_is_added(layer):
+    rng = np.random.default_rng(0)
+    params, X = {"W": rng.normal(size=(SIZE, SIZE)), "b": rng.normal(size=SIZE)}, rng.normal(size=(5, SIZE))
+    model = lambda p, X: jnp.tanh(layer(p["W"], p["b"], X)) @ OUT  # noqa: E731
+    (only,) = trace(model, params, X).layers
+    assert (only.kernel, only.bias) == ("W", "b")
+    assert_exact_for_one_row(model, params, X[:1])
+
+
 # Leaves that look like a bias, and are none: the kernel is found without.
 
 

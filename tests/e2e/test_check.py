@@ -244,3 +244,29 @@ def test_the_command(client, tmp_path):
         assert failed.stderr.startswith("hvpd: ")
         assert says in failed.stderr
         assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "fun",
+    [
+        lambda x: jnp.sum(jnp.abs(x)) + jnp.sum(jnp.logaddexp(0.0, x)),
+        lambda x: jnp.sum(jnp.abs(x)),
+        lambda x: jnp.sum(jnp.abs(x) + x**2),
+    ],
+)
+def test_at_a_kink_nothing_is_decided(client, fun, dtype):
+    """Where penalties of the absolute value are registered: at zeros. Away from there, all is well."""
+    objective = client.register(fun, np.zeros(4, dtype))
+    certificate = objective.check(np.zeros(4, dtype))
+    assert certificate.passed
+    verdicts = {item.name: item.verdict for item in certificate.items}
+    assert verdicts["difference"] == "undecided"
+    assert objective.check(np.arange(1, 5).astype(dtype)).passed
+
+
+def test_probes_whose_squares_the_dtype_cannot_hold(client):
+    objective = client.register(lambda x: jnp.sum(x**4), np.ones(5))
+    for size in (1e308, 1e-320):
+        with pytest.raises(hvpd.InvalidArgumentError, match=r"probes\[0\] is too"):
+            objective.check(np.ones(5), probes=np.full((1, 5), size))

@@ -5,7 +5,9 @@ Truth is dense, in numpy, or the same objective on a server with room for all.
 
 import concurrent.futures
 import os
+import re
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +53,7 @@ VALUE, GRADIENT, HESSIAN = truth(W, X, Y, 0.1)
 @pytest.fixture(scope="module")
 def small(serve):
     """A server with room for a tenth of the data."""
-    assert 10 * BUDGET <= X.nbytes + Y.nbytes
+    assert X.nbytes + Y.nbytes >= 10 * BUDGET
     return serve("--memory-budget", str(BUDGET))
 
 
@@ -194,7 +196,7 @@ def both(request, cramped, client):
     return [
         each.register(composite, params, X, targets, row_reduction=request.param).at(params)
         for each in (cramped, client)
-    ]
+    ]  # Each of them compiles for itself, and the first for two lengths of chunks.
 
 
 @pytest.mark.parametrize("operator", ["hessian", "ggn", "fisher", "empirical_fisher"])
@@ -214,14 +216,14 @@ def test_kronecker_factors_are_those_in_memory(both):
 def test_what_is_drawn_is_the_same_for_the_same_seed_and_right_on_average(both):
     point = both[0]
     probe = np.random.default_rng(6).normal(size=point.n)
-    draws = [point.fisher(seed=seed) @ probe for seed in range(30)]
+    draws = [point.fisher(seed=seed) @ probe for seed in range(16)]
     for seed in (0, 7):  # Rounded differently, perhaps, where a wider launch was compiled meanwhile.
         np.testing.assert_allclose(point.fisher(seed=seed) @ probe, draws[seed], rtol=1e-9)
     exact = point.fisher() @ probe
     errors = [np.linalg.norm(draw - exact) for draw in draws]
     assert min(errors) > 0
-    # Of 30 independent draws the mean is off by 1 / sqrt(30) of what one is; twice that leaves room for chance.
-    assert np.linalg.norm(np.mean(draws, axis=0) - exact) < 2 * np.sqrt(np.mean(np.square(errors)) / 30)
+    # Of 16 independent draws the mean is off by a quarter of what one is; twice that leaves room for chance.
+    assert np.linalg.norm(np.mean(draws, axis=0) - exact) < 2 * np.sqrt(np.mean(np.square(errors)) / 16)
     first, second = (point.kfac(seed=seed).layers[0].G for seed in (4, 5))
     assert np.array_equal(first, point.kfac(seed=4).layers[0].G)
     assert not np.array_equal(first, second)
@@ -252,23 +254,25 @@ def test_a_reduction_that_is_not_the_composites_is_refused(cramped):
         cramped.register(composite, params, X, targets, row_reduction="max")
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_what_is_no_such_mean_or_sum_is_refused_and_not_answered_wrongly(cramped, reduction):
+def test_what_is_no_such_mean_or_sum_is_refused_and_not_answered_wrongly(serve):
     """A sum with a penalty would have it once for each chunk."""
 
     def penalized(w, X, y):
         return jnp.sum((X @ w - y) ** 2) + w @ w
 
-    objective = cramped.register(penalized, W, X, Y, row_reduction=reduction)
-    with pytest.raises(hvpd.InvalidArgumentError, match=f"row_reduction '{reduction}'.*A mean may have a penalty") as no:
-        objective.at(W)
-    assert no.value.reason == "ROW_REDUCTION"
-    few = rows(300)
-    assert objective.at(W, *few).value == pytest.approx(np.sum((few[0] @ W - few[1]) ** 2) + W @ W)
-    while (found := objective.registration_check()).verdict == "pending":
-        pass
-    assert found.verdict == "undecided"
-    assert "row_reduction" in found.reason
+    few = rows(50)
+    with hvpd.connect(serve("--memory-budget", str(BUDGET)).address) as client:
+        for reduction in ("mean", "sum"):
+            objective = client.register(penalized, W, X, Y, row_reduction=reduction)
+            says = f"row_reduction '{reduction}'.*A mean may have a penalty"
+            with pytest.raises(hvpd.InvalidArgumentError, match=says) as no:
+                objective.at(W)
+            assert no.value.reason == "ROW_REDUCTION"
+            while (found := objective.registration_check()).verdict == "pending":
+                pass
+            assert found.verdict == "undecided"
+            assert "row_reduction" in found.reason
+            assert objective.at(W, *few).value == pytest.approx(np.sum((few[0] @ W - few[1]) ** 2) + W @ W)
 
 
 def test_without_the_word_for_it_data_must_fit_and_the_error_has_the_word(cramped):
@@ -358,7 +362,7 @@ def test_a_file_that_is_cut_short_while_it_is_in_use_ends_the_product_and_not_th
         H = objective.at(W).hessian()
         assert_close(H @ W, HESSIAN @ W)
         os.truncate(blob(server, objective), 100_000)
-        with pytest.raises(hvpd.HvpdError, match="set aside: register the objective again"):
+        with pytest.raises(hvpd.HvpdError, match="register the objective again to restore it"):
             H @ W
         assert server.process.poll() is None
         register_here(client)
@@ -394,8 +398,8 @@ def test_the_process_does_not_hold_the_data(serve):
     server = serve("--memory-budget", "2M")
 
     def anonymous_bytes():
-        with open(f"/proc/{server.process.pid}/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        return int(re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)[1]) * 1024
 
     ones = np.random.default_rng(0).normal(size=10_000_000)
     with hvpd.connect(server.address) as client:

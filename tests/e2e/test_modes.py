@@ -1,5 +1,6 @@
 """Every way of making a product gives the same product, says which way it was, and refuses what it cannot do."""
 
+import dataclasses
 import time
 import warnings
 
@@ -128,6 +129,56 @@ def test_a_custom_vjp_that_forbids_forward_mode_falls_back_and_says_so(client):
     assert np.allclose(objective.at(x).hessian() @ np.eye(3), np.diag(6 * x), rtol=1e-12)
 
 
+@jax.custom_vjp
+def tanh(x):
+    return jnp.tanh(x)
+
+
+tanh.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g * (1 - jnp.tanh(x) ** 2),))
+
+
+@pytest.mark.parametrize("inside", [jnp.tanh, tanh])
+def test_a_custom_vjp_inside_of_grad_of_jvp_falls_back(client, inside):
+    x, told = np.linspace(-1.0, 1.0, 4), inside is tanh
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        objective = client.register(lambda x: jnp.sum(inside(x) ** 3), x, mode="reverse_over_forward")
+    assert [warning.category for warning in caught] == [UserWarning] * told
+    assert objective.mode == ("reverse_over_reverse" if told else "reverse_over_forward")
+    t = np.tanh(x)
+    expected = 6 * t * (1 - t**2) ** 2 - 6 * t**3 * (1 - t**2)
+    assert np.allclose(objective.hessp(x, np.ones(4)), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["forward_over_reverse", "reverse_over_forward", "reverse_over_reverse", "linearized"])
+def test_a_composite_with_a_custom_vjp_has_all_its_operators(client, mode):
+    rng = np.random.default_rng(0)
+    W, X, Y = rng.normal(size=(4, 3)), rng.normal(size=(6, 4)), rng.normal(size=(6, 3))
+
+    def point(act):
+        def half_a_square(z, Y):
+            return jnp.mean(jnp.sum((z - Y) ** 2, axis=1)) / 2
+
+        composite = hvpd.composite(lambda W, X: act(X @ W), half_a_square, distribution="normal")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return client.register(composite, W, X, Y, mode=mode, blocks=[""]).at(W)
+
+    found, expected = point(tanh), point(jnp.tanh)
+    for name in ("hessian", "ggn", "fisher", "empirical_fisher", "kfac"):
+        dense = [getattr(each, name)() @ np.eye(12) for each in (found, expected)]
+        assert relative(*dense) < 1e-12, name
+
+
+@pytest.mark.parametrize(("dtype", "sizes"), [("float32", [1e-30, 1e-20, 1e20]), ("float64", [1e-200, 1e-160, 1e200])])
+def test_differences_with_vectors_whose_squares_the_dtype_cannot_hold(client, dtype, sizes):
+    x = np.linspace(-1, 1, 5, dtype=dtype)
+    objective = client.register(lambda x: jnp.sum(jnp.cos(x)), x, mode="finite_difference")
+    for size in sizes:
+        product = objective.hessp(x, np.full(5, size, dtype)) / np.dtype(dtype).type(size)
+        assert np.allclose(product, -np.cos(x), rtol=0, atol=1e-3 if dtype == "float32" else 1e-8)
+
+
 def test_a_custom_vjp_that_forward_mode_can_take_stays_as_it_is(client):
     @jax.custom_vjp
     def fourth(x):
@@ -214,6 +265,22 @@ def test_a_foreign_blob_without_both_derivatives(client, order):
 def test_bytes_that_are_no_exported_function(client, blob):
     with pytest.raises(hvpd.InvalidArgumentError, match=r"not the bytes of a jax\.export\.Exported"):
         client.register_exported(blob)
+
+
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_foreign_blob_of_another_calling_convention_is_refused_with_both_versions(client, version):
+    made = jax.export.deserialize(bytearray(exported()))
+    blob = dataclasses.replace(made, calling_convention_version=version).serialize(vjp_order=2)
+    with pytest.raises(
+        hvpd.InvalidArgumentError, match=rf"jax {jax.__version__} .*it has calling convention {version}; export it"
+    ):
+        client.register_exported(blob, np.ones((5, 5)))
+
+
+def test_the_precision_of_a_foreign_blob_is_its_own(client):
+    objective = client.register_exported(exported(), np.eye(5), name="foreign/precision")
+    assert objective.precision == "exported"
+    assert next(each for each in client.objectives() if each.name == "foreign/precision").precision == "exported"
 
 
 def test_a_foreign_blob_for_another_platform_and_with_other_data(client):

@@ -82,7 +82,7 @@ def residual(bundle, kind, index=0):
 def test_the_valid_bundle_is_admitted_and_has_everything_that_is_changed_below(bundle, signatures):
     assert parse(bundle.SerializeToString()) == bundle
     admit(bundle, signatures)
-    assert set(signatures) == {"value_and_grad", "hvp", "prepare", "apply"}
+    assert set(signatures) == {"value_and_grad", "hvp", "hvp_pairs", "prepare", "apply"}
     assert len(bundle.captured) == 1
     assert len(bundle.data) == 4
     assert residual(bundle, "result", 1)
@@ -320,7 +320,7 @@ def test_the_valid_parts_are_admitted_and_are_what_is_changed_below(parts, part_
     assert [block_size(parts, block) for block in parts.blocks] == [4, 20]
     kinds = ("hvp", "ggn", "fisher", "empirical_fisher", "sampled_fisher")
     of_parts = {f"{name}[{index}]" for name in kinds for index in (0, 1)} | {"kfac", "sampled_kfac"}
-    assert set(part_signatures) == {"value_and_grad", "prepare", "apply", *kinds, *of_parts}
+    assert set(part_signatures) == {"value_and_grad", "hvp_pairs", "prepare", "apply", *kinds, *of_parts}
 
 
 @pytest.mark.parametrize("name", ["sampled_kfac", "ggn[0]", "fisher[1]", "sampled_fisher[0]", "ggn"])

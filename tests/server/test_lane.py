@@ -304,6 +304,7 @@ def test_a_block_waits_for_its_width_since_each_launch_goes_through_all_data(ser
     calls.clear()
     multiply(engine, point, vectors(16))
     assert calls.run() == [("hvp", 16)] * len(point.source.spans)
+    assert 16 in point.source.kernels.widths("hvp")
 
 
 def test_a_fixed_bucket_of_chunks_is_probed_on_two_of_them(serve, registered, calls):
@@ -390,7 +391,7 @@ def test_a_file_that_is_lost_in_the_middle_of_a_product_is_told(serve, registere
 
     calls.instead = instead
     error = refused(multiply, engine, point, vectors(1))
-    assert error.reason == "BLOBS_MISSING"
+    assert (error.code, error.reason) == (Code.DATA_LOSS, "BLOB_CORRUPT")
     assert error.metadata == {"digests": digest}
 
 

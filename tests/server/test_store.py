@@ -451,9 +451,9 @@ def test_a_file_that_is_cut_short_while_it_is_in_use_is_an_error_and_set_aside(s
         rows[slice(90, 100)]
     assert lost.value.reason == "BLOB_CORRUPT"
     assert not store.has(tensor.digest)
-    with pytest.raises(ServiceError) as missing:
+    with pytest.raises(ServiceError, match="not there any more; register the objective again") as missing:
         rows[slice(0, 10)]
-    assert missing.value.reason == "BLOBS_MISSING"
+    assert (missing.value.reason, missing.value.metadata) == ("BLOB_CORRUPT", {"digests": tensor.digest})
     rows_tensor(store, upload)
     np.testing.assert_array_equal(rows[slice(90, 100)], ROWS[90:])
 

@@ -233,7 +233,9 @@ class Bundle(google.protobuf.message.Message):
     "auto" (for each block width, whichever the server has measured to be faster).
     """
     precision: builtins.str
-    """Matrix-multiplication precision that the programs were traced with: "highest", "high" or "default"."""
+    """Matrix-multiplication precision that the programs were traced with: "highest", "high" or "default";
+    "exported" for a function that came exported, with whatever it had.
+    """
     x64: builtins.bool
     """Whether the programs were traced with 64-bit types enabled. Without, 64-bit data is narrowed as jax itself does it."""
     jax_version: builtins.str
