@@ -596,7 +596,9 @@ class Point:
         except OverloadedError as error:
             if error.reason != "PINNED" or not self._pin:
                 raise
-            self._transport.create_point(self._spec, self.x)  # Others have been pinned meanwhile: a product needs no pin.
+            self._transport.create_point(
+                self._spec, self.x
+            )  # Others have been pinned meanwhile: a product needs no pin.
 
     def __repr__(self) -> str:
         warning = f", not finite: {', '.join(self.nonfinite)}" if self.nonfinite else ""

@@ -21,9 +21,7 @@ CURVATURES: Final = ("hvp", "ggn", "fisher", "empirical_fisher")
 MULTIPLYING: Final = ("sampled_fisher", *CURVATURES)
 """Programs that there may be for principal blocks, too, by the name followed by the block's position in brackets."""
 
-PROGRAMS: Final = frozenset(
-    ["value_and_grad", "hvp_pairs", "prepare", "apply", "kfac", "sampled_kfac", *MULTIPLYING]
-)
+PROGRAMS: Final = frozenset(["value_and_grad", "hvp_pairs", "prepare", "apply", "kfac", "sampled_kfac", *MULTIPLYING])
 """The programs that this server knows, by name; those of blocks aside."""
 
 MODES: Final = {

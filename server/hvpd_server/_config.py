@@ -100,8 +100,8 @@ class Config:
     memory_budget: int | None = _setting(
         parse_bytes,
         None,
-        "device memory for data, points and residuals, such as 16G; three quarters of the device's memory, or a quarter of "
-        "the machine's on a CPU, without",
+        "memory for data, points and residuals, such as 16G, on each device; three quarters of the device's memory, or a "
+        "quarter of the machine's on a CPU, without. Of several devices half of it is for what is split over all",
         "BYTES",
     )
     max_block_width: int = _setting(_width, 64, "most vectors in one launch, a power of two", "WIDTH")

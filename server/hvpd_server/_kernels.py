@@ -275,7 +275,9 @@ def add(total: Any, weights: Sequence[float], part: Any) -> Any:
     """The total plus the weighted part, in float64, for each of the arrays of a result; weights are repeated over them."""
     parts = jax.tree.leaves(part)
     with _device_errors():
-        weighted = [weight * leaf.astype(np.float64) for weight, leaf in zip(itertools.cycle(weights), parts, strict=False)]
+        weighted = [
+            weight * leaf.astype(np.float64) for weight, leaf in zip(itertools.cycle(weights), parts, strict=False)
+        ]
         return weighted if total is None else [before + more for before, more in zip(total, weighted, strict=True)]
 
 
@@ -361,7 +363,5 @@ def _device_errors() -> Iterator[None]:
 
 def _tell(error: Exception) -> NoReturn:
     if "RESOURCE_EXHAUSTED" in str(error):
-        raise ServiceError(
-            Code.RESOURCE_EXHAUSTED, "DEVICE_MEMORY", f"the device is out of memory: {error}"
-        ) from error
+        raise ServiceError(Code.RESOURCE_EXHAUSTED, "DEVICE_MEMORY", f"the device is out of memory: {error}") from error
     raise error

@@ -100,4 +100,3 @@ def test_a_client_that_asks_whether_the_server_is_there_is_not_sent_away(server)
             next(stub.StreamProducts(iter(requests.get, None), timeout=28))
         requests.put(None)
     assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-

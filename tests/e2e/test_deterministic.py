@@ -76,7 +76,7 @@ def test_bits_are_the_same_alone_and_under_load(server, client, fun, dtype, buck
     assert len(set(alone)) == 12
     assert bits(H @ V) == alone
     launched, asked = under_load([server.address] * 4, name, x, V, alone)
-    assert launched > asked  # Launches were shared between callers.
+    assert launched > asked or bucket == 1  # Launches were shared between callers.
     for found in objective.compiles():
         assert found.width in (0, bucket)
 

@@ -123,9 +123,7 @@ def test_float32(cramped):
 
 
 def test_a_sum(cramped):
-    objective = cramped.register(
-        lambda w, X, y: jnp.sum((X @ w - y) ** 2) / 2, np.zeros(N), X, Y, row_reduction="sum"
-    )
+    objective = cramped.register(lambda w, X, y: jnp.sum((X @ w - y) ** 2) / 2, np.zeros(N), X, Y, row_reduction="sum")
     point = objective.at(W)
     assert point.value == pytest.approx(np.sum((X @ W - Y) ** 2) / 2, rel=1e-12)
     assert_close(point.gradient, X.T @ (X @ W - Y))

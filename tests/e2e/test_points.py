@@ -407,7 +407,9 @@ def test_data_stays_with_the_point_that_is_pinned(tight, resident):
 def test_half_of_the_memory_can_be_pinned_and_the_other_half_goes_on(tight, resident):
     client, objective = resident
     points = [objective.at(random(seed), pin=600) for seed in range(5)]
-    with pytest.raises(hvpd.OverloadedError, match=r"would be pinned, half of the server's memory budget of 3200000") as no:
+    with pytest.raises(
+        hvpd.OverloadedError, match=r"would be pinned, half of the server's memory budget of 3200000"
+    ) as no:
         objective.at(random(5), pin=600)
     assert no.value.reason == "PINNED"
     sixth = objective.at(random(5))
@@ -509,7 +511,10 @@ def test_a_compile_that_failed_says_why(serve):
     X = np.ones((5000, 6))
     with hvpd.connect(serve("--memory-budget", "100K").address) as client:
         objective = client.register(
-            lambda x, X: jnp.mean(X.reshape(1000, 30) @ jnp.ones(30)) * jnp.sum(x**2), np.ones(3), X, row_reduction="mean"
+            lambda x, X: jnp.mean(X.reshape(1000, 30) @ jnp.ones(30)) * jnp.sum(x**2),
+            np.ones(3),
+            X,
+            row_reduction="mean",
         )
         with pytest.raises(hvpd.InvalidArgumentError, match="the server cannot compile value_and_grad"):
             objective.at(np.ones(3))

@@ -7,6 +7,10 @@ a vector that nobody stands beside.
 import collections
 import dataclasses
 import gc
+import json
+import os
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -723,3 +727,52 @@ def test_what_one_device_lacks_another_does_not(several, calls):
     assert refused(multiply, engine, point, np.ones((1, 2))).reason == "DEVICE_MEMORY"
     for lane, each in zip(engine.lanes, sorted(points, key=lambda point: point.objective.n), strict=False):
         assert lane.residency.get(each.id) is each
+
+
+SPLIT = """
+import json, pathlib, sys
+import numpy as np
+from hvpd_server import _kernels
+
+devices = _kernels.devices(pathlib.Path(sys.argv[1]))
+together = _kernels.Device.together(devices)
+found = {}
+for rows in (8, 9, 3):
+    placed = together.put(np.arange(3.0 * rows).reshape(rows, 3), data=True)
+    shards = sorted(placed.addressable_shards, key=lambda shard: shard.device.id)
+    assert np.array_equal(placed, np.arange(3.0 * rows).reshape(rows, 3))
+    found[rows] = [shard.data.shape for shard in shards], together.copies((rows, 3), data=True)
+x = together.put(np.arange(8.0))
+compiled = together.compile(
+    lambda x, data: (x @ data, data.sum()),
+    [together.spec((8,), x.dtype, data=False), together.spec((8, 3), x.dtype, data=True)],
+)
+product, total = together.run(compiled, [x, together.put(np.ones((8, 3)), data=True)])
+text = compiled.as_text()
+print(json.dumps([len(devices), found, np.asarray(product).tolist(), float(total), "all-reduce" in text, "f64[2,3]" in text]))
+"""
+
+
+def test_data_that_is_split_really_is_and_so_is_the_work(tmp_path):
+    """In a process of its own: how many devices the CPU is must be said before jax begins."""
+    done = subprocess.run(
+        [sys.executable, "-c", SPLIT, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"},
+    )
+    count, found, product, total, reduced, quarters = json.loads(done.stdout)
+    assert count == 4
+    assert found == {"8": [[[2, 3]] * 4, 1], "9": [[[9, 3]] * 4, 4], "3": [[[3, 3]] * 4, 4]}
+    assert (product, total) == ([28.0] * 3, 24.0)
+    assert reduced
+    assert quarters
+
+
+def test_nobody_pins_for_ever(crowded):
+    """Whatever the client says that asks for it."""
+    engine, point, _, _ = crowded
+    engine.pin(point, 2**31 - 1)
+    assert engine.lanes[0].residency._entries[point.id].lease == 7 * 24 * 3600

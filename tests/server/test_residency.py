@@ -378,7 +378,9 @@ def test_half_of_the_budget_may_be_pinned_what_it_needs_counted_once(leased, evi
     leased.pin("p", 10)
     leased.pin("p2", 10)  # 2 + 2 + 6
     leased.pin("p2", 20)
-    with pytest.raises(ServiceError, match=r"12 bytes would be pinned, half of .* budget of 20 may be: .*unpin") as refused:
+    with pytest.raises(
+        ServiceError, match=r"12 bytes would be pinned, half of .* budget of 20 may be: .*unpin"
+    ) as refused:
         leased.pin("q", 10)
     assert (refused.value.code, refused.value.reason) == (Code.RESOURCE_EXHAUSTED, "PINNED")
     leased.pin("p2", 0)

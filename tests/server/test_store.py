@@ -419,7 +419,9 @@ def test_a_tensor_that_is_corrupt_is_set_aside_and_told_and_can_be_uploaded_agai
         store.open_tensor(tensor)
     damaged = b"!" + ROWS.tobytes()[1:]
     blob_file(store, tensor.digest).write_bytes(damaged)
-    os.utime(blob_file(store, tensor.digest), ns=(1, 1))  # Two writes within a tick of the kernel's clock have one time.
+    os.utime(
+        blob_file(store, tensor.digest), ns=(1, 1)
+    )  # Two writes within a tick of the kernel's clock have one time.
     with pytest.raises(ServiceError, match="set aside: register the objective again") as lost:
         store.open_tensor(tensor)
     assert (lost.value.code, lost.value.reason) == (Code.DATA_LOSS, "BLOB_CORRUPT")

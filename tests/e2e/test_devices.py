@@ -1,0 +1,239 @@
+"""Several devices of one host: objectives spread over them, and data of one objective split over all. The CPU, as if it were four."""
+
+import concurrent.futures
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+
+import hvpd
+
+FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+N = 16
+
+
+def logistic(w, X, y):
+    return jnp.mean(jnp.logaddexp(0.0, -y * (X @ w))) + 0.05 * jnp.sum(w**2)
+
+
+def rows(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(count, N)), np.sign(rng.normal(size=count))
+
+
+def truth(w, X, y):
+    """Value, gradient and Hessian."""
+    margin = y * (X @ w)
+    s = 1.0 / (1.0 + np.exp(margin))
+    value = np.mean(np.logaddexp(0.0, -margin)) + 0.05 * w @ w
+    gradient = -(X.T @ (y * s)) / len(y) + 0.1 * w
+    return value, gradient, (X.T * (s * (1 - s))) @ X / len(y) + 0.1 * np.eye(N)
+
+
+W = np.random.default_rng(1).normal(size=N)
+
+
+def assert_right(point, X, y):
+    value, gradient, hessian = truth(point.x, X, y)
+    assert point.value == pytest.approx(value, rel=1e-12)
+    assert np.linalg.norm(point.gradient - gradient) <= 1e-10 * np.linalg.norm(gradient)
+    for width in (1, 3, N):
+        V = np.random.default_rng(width).normal(size=(N, width))
+        found = point.hessian() @ V
+        assert np.linalg.norm(found - hessian @ V) <= 1e-10 * np.linalg.norm(hessian @ V)
+
+
+@pytest.fixture(scope="module")
+def devices(serve):
+    return serve(environment=FOUR)
+
+
+@pytest.fixture(scope="module")
+def host(devices):
+    with hvpd.connect(devices.address) as client:
+        yield client
+
+
+def test_the_server_says_how_many_there_are(host, client):
+    assert host.server.device_count == 4
+    assert client.server.device_count == 1
+
+
+def test_objectives_are_spread_so_that_each_device_has_one_of_four(serve):
+    """A device has half of 400 kB for itself: two of these data sets are too much for one."""
+    server = serve("--memory-budget", "400K", environment=FOUR)
+    with hvpd.connect(server.address) as client:
+        data = [rows(1100, seed) for seed in range(4)]
+        points = [client.register(logistic, np.zeros(N), *each).at(W) for each in data]
+        for _ in range(2):
+            for point, each in zip(points, data, strict=True):
+                assert_right(point, *each)
+        assert server.metric("hvpd_evictions_total") == 0
+        assert server.metric("hvpd_resident_bytes") > sum(X.nbytes for X, _ in data)
+        fifth = rows(1100, 5)
+        assert_right(client.register(logistic, np.zeros(N), *fifth).at(W), *fifth)
+        assert server.metric("hvpd_evictions_total") > 0
+
+
+def test_objectives_with_the_same_data_have_one_copy(serve):
+    server = serve(environment=FOUR)
+    with hvpd.connect(server.address) as client:
+        X, y = rows(1000)
+        for scale in (1.0, 2.0, 3.0):
+            point = client.register(lambda w, X, y, s=scale: s * logistic(w, X, y), np.zeros(N), X, y).at(W)
+            assert point.value == pytest.approx(scale * truth(W, X, y)[0], rel=1e-12)
+        assert X.nbytes + y.nbytes <= server.metric("hvpd_resident_bytes") < 2 * X.nbytes
+
+
+@pytest.mark.parametrize("options", [{}, {"any_rows": True}, {"row_reduction": "mean"}, {"fixed_bucket": 4}], ids=str)
+@pytest.mark.parametrize("count", [4, 1000, 1001, 3])
+def test_data_that_is_split_gives_what_it_gives_whole(host, options, count):
+    """Rows that four do not divide are on each device as a whole."""
+    data = rows(count)
+    assert_right(host.register(logistic, np.zeros(N), *data, sharded=True, **options).at(W), *data)
+
+
+def test_other_data_and_other_numbers_of_rows(host):
+    objective = host.register(logistic, np.zeros(N), *rows(100), sharded=True, any_rows=True)
+    for count in (8, 10, 400):
+        assert_right(objective.at(W, *rows(count, seed=count)), *rows(count, seed=count))
+
+
+def test_one_device_does_not_need_to_hold_what_is_split_over_all(serve):
+    """Half of 400 kB on each: 530 kB fit in four of these, and in none."""
+    server = serve("--memory-budget", "400K", environment=FOUR)
+    with hvpd.connect(server.address) as client:
+        data = rows(4000)
+        whole = client.register(logistic, np.zeros(N), *data)
+        with pytest.raises(hvpd.OverloadedError, match="memory budget of 204800 bytes"):
+            whole.at(W)
+        assert_right(client.register(logistic, np.zeros(N), *data, sharded=True).at(W), *data)
+        # On each device as a whole it is too large again.
+        uneven = rows(4001)
+        with pytest.raises(hvpd.OverloadedError, match="memory budget of 819200 bytes"):
+            client.register(logistic, np.zeros(N), *uneven, sharded=True).at(W)
+
+
+@pytest.mark.parametrize("count", [20_000, 20_003])
+def test_what_is_too_large_for_all_of_them_goes_through_in_chunks_that_are_split(serve, count):
+    server = serve("--memory-budget", "200K", environment=FOUR)
+    with hvpd.connect(server.address) as client:
+        data = rows(count)
+        assert data[0].nbytes > 6 * 4 * 102_400
+        assert_right(client.register(logistic, np.zeros(N), *data, sharded=True, row_reduction="mean").at(W), *data)
+        assert server.metric("hvpd_resident_bytes") <= 4 * 102_400
+
+
+def test_composites_with_all_their_operators(host, client):
+    def model(params, X):
+        return jnp.tanh(X @ params["w"] + params["b"])
+
+    def cross_entropy(z, labels):
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(z), labels[:, None], axis=1))
+
+    X, y = rows(200)
+    composite = hvpd.composite(model, cross_entropy, distribution="categorical")
+    params = {"w": np.random.default_rng(2).normal(size=(N, 2)), "b": np.zeros(2)}
+    split = host.register(composite, params, X, (y > 0).astype(int), sharded=True).at(params)
+    whole = client.register(composite, params, X, (y > 0).astype(int)).at(params)
+    for operator in ("ggn", "fisher", "empirical_fisher"):
+        found, expected = (getattr(point, operator)() @ np.eye(point.n) for point in (split, whole))
+        assert np.linalg.norm(found - expected) <= 1e-10 * np.linalg.norm(expected)
+    (found,), (expected,) = (point.kfac().layers for point in (split, whole))
+    assert np.allclose(found.A, expected.A, rtol=1e-12)
+    assert np.allclose(found.G, expected.G, rtol=1e-10, atol=1e-14)
+    draw = split.fisher(seed=3) @ np.ones(split.n)
+    assert np.allclose(draw, whole.fisher(seed=3) @ np.ones(split.n), rtol=1e-9, atol=1e-12)
+
+
+def test_all_at_once(devices, host):
+    """Objectives of one device each and of all together, with points that come and go, from many threads: each gets its own."""
+    data = [rows(200, seed) for seed in range(6)]
+    objectives = [
+        host.register(logistic, np.zeros(N), *each, sharded=index % 2 == 0) for index, each in enumerate(data)
+    ]
+    together = threading.Barrier(12)
+
+    def ask(seed):
+        rng = np.random.default_rng(seed)
+        together.wait(60)
+        for _ in range(6):
+            index = rng.integers(6)
+            w, V = rng.normal(size=N), rng.normal(size=(N, rng.integers(1, 9)))
+            value, _, hessian = truth(w, *data[index])
+            point = objectives[index].at(w)
+            assert point.value == pytest.approx(value, rel=1e-12)
+            assert np.linalg.norm(point.hessian() @ V - hessian @ V) <= 1e-10 * np.linalg.norm(hessian @ V)
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        list(pool.map(ask, range(12)))
+
+
+def test_pins_and_steps_on_whichever_device(host):
+    objectives = [host.register(lambda x, k=k: k * jnp.sum(x**4) / 12, np.ones(5)) for k in (1, 2, 3, 4)]
+    for k, objective in enumerate(objectives, start=1):
+        point = objective.at(np.ones(5), pin=60).moved(2.0, np.ones(5))
+        assert np.allclose(point.hessian() @ np.ones(5), k * 9.0)
+    split = host.register(logistic, np.zeros(N), *rows(40), sharded=True)
+    assert_right(split.at(np.zeros(N), pin=60).moved(1.0, W), *rows(40))
+
+
+def test_killed_in_the_middle_of_a_solve(serve):
+    server = serve(environment=FOUR)
+    with hvpd.connect(server.address) as client:
+        data = rows(400)
+        H = client.register(logistic, np.zeros(N), *data, sharded=True).at(W).hessian()
+        products = 0
+
+        def kill():
+            server.kill()
+            server.start()
+
+        def matvec(v):
+            nonlocal products
+            products += 1
+            if products == 4:
+                killer.start()
+            return H @ v
+
+        killer = threading.Thread(target=kill)
+        operator = scipy.sparse.linalg.LinearOperator((N, N), matvec, dtype=float)
+        solution, code = scipy.sparse.linalg.cg(operator, W, rtol=1e-12)
+        killer.join(120)
+        assert code == 0
+        assert np.allclose(solution, np.linalg.solve(truth(W, *data)[2], W), rtol=1e-8)
+
+
+def test_a_product_that_never_ends_on_one_device_leaves_the_others_alone(serve):
+    """At points whose first element is positive the loop does not end."""
+    server = serve("--drain", "0.5", environment=FOUR)
+
+    def trap(x):
+        held = jax.lax.stop_gradient(x[0])
+        return jnp.sum(x**4) / 12 * jax.lax.while_loop(lambda count: held > 0, lambda count: count + 1, 1.0)
+
+    with hvpd.connect(server.address) as client:
+        trapped = client.register(trap, np.zeros(3), name="trap")
+        assert np.allclose(trapped.hessp(-np.ones(3), np.ones(3)), 1)
+        data = [rows(100, seed) for seed in range(3)]
+        others = [client.register(logistic, np.zeros(N), *each) for each in data]
+        with hvpd.connect(server.address, timeout=0.5) as impatient, pytest.raises(hvpd.DeadlineError):
+            impatient.objective("trap").at(np.ones(3))
+        for objective, each in zip(others, data, strict=True):
+            assert_right(objective.at(W), *each)
+        assert server.metric("hvpd_pending_vectors") == 0
+    assert server.terminate() == 0
+
+
+def test_residuals_do_not_go_with_it(host):
+    for mode in ("linearized", "auto"):
+        with pytest.raises(hvpd.InvalidArgumentError, match="nor with sharded"):
+            host.register(logistic, np.zeros(N), *rows(8), sharded=True, mode=mode)
+
+
+def test_on_one_device_it_is_as_if_it_had_not_been_said(client):
+    data = rows(101)
+    assert_right(client.register(logistic, np.zeros(N), *data, sharded=True).at(W), *data)
