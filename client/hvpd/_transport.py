@@ -264,10 +264,8 @@ class Transport:
                 self._abandon()
                 raise
             now = time.monotonic()
-            if (
-                gives_up is None
-            ):  # Counted from the first failure: a product may have been under way for longer than that.
-                gives_up = min(now + self._retry_timeout, ends)
+            # Counted from the first failure: a product may have been under way for longer than that.
+            gives_up = gives_up or min(now + self._retry_timeout, ends)
             if failure.reason == "POINT_NOT_RESIDENT" and restore is not None and now < gives_up:
                 self._count(retries=1)
                 restore()

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -22,6 +23,8 @@ from hvpd_server._point import Point, Shares, nonfinite
 from hvpd_server._relief import relieving
 from hvpd_server._residency import Residency, no_room
 from hvpd_server._store import Store
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,7 +407,7 @@ class Lane:
                 if error.reason != _relief.REASON:
                     raise
                 # As in `relieving`, the next try is after this block.
-                if not self._relieved(point, base, bucket):
+                if not self._relieved(point, base, bucket, _asked(program, bucket)):
                     raise _relief.with_sizes(error, self.residency, _asked(program, bucket)) from error
         if len(blocks) == len(products) == 1 and len(blocks[0]) == bucket:
             return products
@@ -423,12 +426,13 @@ class Lane:
         alone = [self._product(point, program, seed, _batcher.pad([vector], bucket)) for vector in vectors]
         return [(product[:1], made_by) for product, made_by in alone]
 
-    def _relieved(self, point: Point, base: str, bucket: int) -> bool:
+    def _relieved(self, point: Point, base: str, bucket: int, asked: str) -> bool:
         """Whether there is reason to try again, now that the device was out of memory: caches gave way, or launches get narrower."""
-        if self.residency.give_way([point.id]):
+        if _relief.given_way(self.residency, [point.id], asked):
             return True
         if bucket == 1 or self._bucket(point.objective):
             return False
+        _log.warning("the device is out of memory for %s: no more than half as many from now on", asked)
         point.objective.widest[base, point.source.kernels.rows] = bucket // 2
         return True
 

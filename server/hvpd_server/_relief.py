@@ -1,10 +1,13 @@
 """What happens when the device itself is out of memory: caches give way, and if that does not help, the sizes are told."""
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 from hvpd_server._errors import ServiceError
 from hvpd_server._residency import Residency
+
+_log = logging.getLogger(__name__)
 
 REASON = "DEVICE_MEMORY"
 """Of errors that say so."""
@@ -36,8 +39,16 @@ def relieving(residency: Residency, call: Callable[[], _T], keep: Sequence[Hasha
                 raise
             tries += 1
             # What failed holds on to its arrays for as long as there is the error: the next try is after this block.
-            if tries > _RETRIES or not residency.give_way(keep):
+            if tries > _RETRIES or not given_way(residency, keep, asked):
                 raise with_sizes(error, residency, asked) from error
+
+
+def given_way(residency: Residency, keep: Sequence[Hashable], asked: str) -> bool:
+    """Has caches give way; returns whether anything went."""
+    gone = residency.give_way(keep)
+    if gone:
+        _log.warning("the device is out of memory for %s: caches give way", asked)
+    return gone
 
 
 def with_sizes(error: ServiceError, residency: Residency, asked: str) -> ServiceError:
@@ -47,7 +58,7 @@ def with_sizes(error: ServiceError, residency: Residency, asked: str) -> Service
     return ServiceError(
         error.code,
         error.reason,
-        f"{error}. Asked for: {asked}. Resident: {resident}, of a memory budget of {residency.budget_bytes} bytes. Where other "
+        f"{str(error).rstrip('.')}. Asked for: {asked}. Resident: {resident}, of a memory budget of {residency.budget_bytes} bytes. Where other "
         "programs use the device, lower `hvpd serve --memory-budget`",
         error.metadata | {f"{kind}_bytes": str(size) for kind, size in used.items()},
     )

@@ -475,6 +475,7 @@ def test_where_nothing_helps_the_sizes_are_told_and_others_go_on(crowded, calls,
     calls.instead = lambda *_: None
     V = vectors(3)
     assert_product(multiply(engine, point, V), problem.hessian, V)
+    assert all(compile_.width > 0 for compile_ in point.source.kernels.compiles() if compile_.program == "hvp")
 
 
 def test_a_narrow_launch_of_much_data_does_not_make_those_of_little_narrow(serve, registered, calls, upload):
