@@ -33,7 +33,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.name == "report":
         return _results(write=arguments.write)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     # Two processes share an accelerator here: neither may take all of its memory beforehand.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -48,6 +48,8 @@ def _run(name: str, path: Path | None, *, quick: bool) -> None:
     found = []
     with contextlib.closing(benchmark.run(quick=quick)) as figures:
         for figure in figures:
+            if _told:
+                sys.exit(128 + _told[0])
             found.append(figure.to_json(environment))
             print(f"{name}: {figure.figure}: {_report.number(figure.value)} {figure.unit}", file=sys.stderr, flush=True)
     print(f"\n{name}, on {', '.join(f'{key} {value}' for key, value in environment.items())}\n")
@@ -68,13 +70,15 @@ def _results(*, write: bool) -> int:
     return 0
 
 
+_told: list[int] = []
+"""Signals that came. An exception that strikes in a callback is lost there: then the next figure is the last."""
+
+
 def _leave(number: int, frame: FrameType | None) -> None:
-    """So that what was started is ended, as after Ctrl-C."""
+    """So that what was started is ended."""
+    _told.append(number)
     sys.exit(128 + number)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main())

@@ -467,11 +467,12 @@ def test_times_that_are_none(resident, seconds):
 # Compiles
 
 
-def slow_to_compile(x, depth=8):
+def slow_to_compile(x, depth=30):
     """Many operations that the compiler cannot merge."""
+    y = x
     for step in range(depth):
-        x = jnp.sin(x[::-1] * (step + 1.5)) + jnp.cos(jnp.roll(x, step % 7)) * jnp.tanh(x)
-    return jnp.sum(x**2)
+        y = jnp.sort(jnp.concatenate([y * 1.1, x * step]))[: x.size]
+    return jnp.sum(y**2)
 
 
 def test_the_state_of_compiles_is_seen_while_they_run_and_nobody_else_waits(serve):
@@ -498,7 +499,7 @@ def test_a_compile_that_waits_for_others_is_queued(serve):
     """Two compile at a time."""
     with hvpd.connect(serve().address) as client:
         objectives = [
-            client.register(lambda x, k=k: slow_to_compile(x * k, 4), np.linspace(0, 1, 30)) for k in (1, 2, 3)
+            client.register(lambda x, k=k: slow_to_compile(x * k, 10), np.linspace(0, 1, 30)) for k in (1, 2, 3)
         ]
         seen = {compile_.state: compile_.seconds for compile_ in objectives[-1].compiles()}
         while "queued" not in seen and set(seen) != {"ready"}:
