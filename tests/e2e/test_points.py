@@ -495,18 +495,6 @@ def test_the_state_of_compiles_is_seen_while_they_run_and_nobody_else_waits(serv
         assert ("hvp", 4) in {(compile_.program, compile_.width) for compile_ in objective.compiles()}
 
 
-def test_a_compile_that_waits_for_others_is_queued(serve):
-    """Two compile at a time."""
-    with hvpd.connect(serve().address) as client:
-        objectives = [
-            client.register(lambda x, k=k: slow_to_compile(x * k, 10), np.linspace(0, 1, 30)) for k in (1, 2, 3)
-        ]
-        seen = {compile_.state: compile_.seconds for compile_ in objectives[-1].compiles()}
-        while "queued" not in seen and set(seen) != {"ready"}:
-            seen |= {compile_.state: compile_.seconds for compile_ in objectives[-1].compiles()}
-        assert seen["queued"] == 0
-
-
 def test_a_compile_that_failed_says_why(serve):
     """In chunks of another number of rows than it can be reshaped to."""
     X = np.ones((5000, 6))
