@@ -2,8 +2,8 @@
 
 There is no thread of the batcher's own. A caller that finds the device free leads: it launches what is queued, its own
 product among it, and then hands the lead to a caller that still waits. So a lone caller never changes threads, and many
-callers are batched as fast as the device takes them. What goes next is up to _queue, and whether a block waits to become
-wider, which is not so unless configured, to _gathering. Knows neither gRPC nor jax.
+callers are batched as fast as the device takes them. What goes next is up to _queue. A block waits to become wider only where
+that is configured (_gathering), or where it was measured to serve everybody sooner (_crowd). Knows neither gRPC nor jax.
 """
 
 import threading
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hvpd_server._crowd import Crowd
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._gathering import Gathering
 from hvpd_server._queue import Block, FairQueue, Job, Weights
@@ -67,6 +68,7 @@ class Batcher:
         self._pending = 0
         self._busy = False
         self._alone: Job | None = None
+        self._held: tuple[Crowd, int] | None = None
         self._launched_seconds = 0.0
         self._launched_columns = 0.0
 
@@ -84,9 +86,10 @@ class Batcher:
         """
         job.gate.acquire()
         with self._lock:
-            alone = not self._busy and self._gathering is None
+            self._admit(job)
+            free = not self._busy and self._gathering is None
+            alone = free and self._due(job, len(job.block), job.queued)[0] <= job.queued
             if alone:  # Nothing waits: the queue has no part in it.
-                self._admit(job)
                 self._alone = job
             else:
                 self._enqueue(job)
@@ -127,9 +130,10 @@ class Batcher:
             )
         if job.cancelled or job.deadline <= job.queued:
             raise _stale(job)
+        if job.crowd is not None:
+            job.crowd.arrived(len(job.block), job.queued)
 
     def _enqueue(self, job: Job) -> None:
-        self._admit(job)
         if self._alone is not None:
             self._queue.charge(self._alone.tenant, len(self._alone.block))
             self._alone = None
@@ -143,6 +147,8 @@ class Batcher:
                 self._changed.notify()
         job.waits = True
         self._pending += len(job.block)
+        if self._held is not None and (job.crowd is not self._held[0] or self._pending >= self._held[1]):
+            self._changed.notify()
 
     def _drop(self, job: Job, error: BaseException | None = None) -> None:
         """Takes a product that waits out of the queue, and says why to its caller."""
@@ -196,13 +202,40 @@ class Batcher:
                 if own.done:
                     return []
                 if self._gathering is None:
-                    return self._block(now)
+                    if (due := self._hold(now)) <= now:
+                        return self._block(now)
+                    self._changed.wait(due - now)
+                    self._held = None
+                    continue
                 for job in self._gathering.ripe(now):
                     self._queue.add(job)
                 batch = self._block(now)
                 if batch or own.done:
                     return batch
                 self._changed.wait(_timeout(self._gathering.due() - now))
+
+    def _hold(self, now: float) -> float:
+        """Until when what waits is held back for its crowd; `now` where it is not, or where anything else waits."""
+        head = self._queue.head()
+        if head is None or head.crowd is None or self._queue.columns(head.key) < self._pending:
+            return now
+        due, goal = self._due(head, self._pending, now)
+        if due > now:
+            if any(job.deadline <= due for job in self._queue.jobs(head.key)):
+                return now
+            self._held = head.crowd, goal
+        return due
+
+    def _due(self, job: Job, columns: int, now: float) -> tuple[float, int]:
+        """Until when so many vectors should wait for the rest of their crowd, and how many there are to be then."""
+        crowd = job.crowd
+        if crowd is None or not crowd.expected:
+            return now, columns
+        try:
+            room = self._limit(job.key)
+        except Exception:  # noqa: BLE001 - raised again when it is launched
+            return now, columns
+        return crowd.due(columns, room, now), min(columns + crowd.expected, room)
 
     def _block(self, now: float) -> list[Job]:
         """Takes the next launch out of the queue; what is found stale is dropped."""
@@ -215,6 +248,8 @@ class Batcher:
             except BaseException as error:  # noqa: BLE001 - raised again, in its caller's own thread
                 self._drop(head, error)
                 continue
+            if head.crowd is not None:
+                room = head.crowd.width(self._queue.columns(head.key), room)
             batch, stale = self._queue.take(head, room, now)
             for job in batch:
                 job.waits = False
@@ -251,6 +286,9 @@ class Batcher:
         except BaseException as raised:  # noqa: BLE001 - it is raised again, in each caller's own thread
             error, results = raised, [None] * len(batch)
         finished = self._clock()
+        if error is None and (crowd := batch[0].crowd) is not None:
+            with self._lock:
+                crowd.answered(width, started, finished)
         self._launched_seconds = _MEMORY * self._launched_seconds + finished - started
         self._launched_columns = _MEMORY * self._launched_columns + width
         for job, result in zip(batch, results, strict=True):

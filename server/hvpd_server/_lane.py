@@ -275,11 +275,13 @@ class Lane:
         self, job: _batcher.Job, on_queue: Callable[[Callable[[], None]], object]
     ) -> tuple[_codec.Array, curvature_pb2.ProductInfo]:
         """V[k,n] -> HV[k,n], coalesced with whatever else waits for the same point."""
-        point, program, _ = _key(job.key)
+        point, program, seed = _key(job.key)
         self._ready(point, program, len(job.block))
         job.point = point
         if program == "hvp" and point.shares is not None and point.objective.plan.pairs_may_pay:
-            job.key = point.shares
+            job.key, job.crowd = point.shares, point.objective.crowd
+        elif not seed:
+            job.crowd = point.crowd(program)
         on_queue(lambda: self._batcher.cancel(job))
         result, made_by = self._batcher.run(job)
         self._metrics.product(job)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from hvpd import _codec
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
 from hvpd_server import _admission, _kernels, _sources
+from hvpd_server._crowd import Crowd, Habits
 from hvpd_server._plan import Plan
 
 OPERATORS: Mapping[int, str] = {
@@ -78,6 +79,14 @@ class Objective:
         """Held by who finds out one of these."""
         self.widest: dict[Hashable, int] = {}
         """The width of launches for which the device's memory sufficed, by program and rows of data; where it once did not."""
+
+        self.crowd = Crowd(Habits())
+        """Who asks for products that can go as pairs, at any of its points."""
+        self._habits: dict[str, Habits] = {}
+
+    def habits(self, program: str) -> Habits:
+        """What was seen of those who ask for a program's products at one point."""
+        return self._habits.setdefault(program, Habits())
 
     def columns(self, program: str) -> int:
         """How many elements the vectors have that a program multiplies."""

@@ -10,6 +10,7 @@ import numpy as np
 from hvpd import _codec
 from hvpd.v1 import curvature_pb2, tensor_pb2
 from hvpd_server import _sources
+from hvpd_server._crowd import Crowd
 from hvpd_server._objective import Objective
 
 
@@ -45,6 +46,8 @@ class Point:
     nonfinite_x: int
     launches: int = 0
     """So far: residuals pay from the second on."""
+    crowds: dict[str, Crowd] = dataclasses.field(default_factory=dict)
+    """Who asks for products here, by program."""
 
     @functools.cached_property
     def shares(self) -> Shares | None:
@@ -53,6 +56,13 @@ class Point:
         if "hvp_pairs" not in bundle.programs or bundle.fixed_bucket or not isinstance(source, _sources.Resident):
             return None
         return Shares(source.kernels, source.args)
+
+    def crowd(self, program: str) -> Crowd:
+        """Who asks for a program's products here."""
+        found = self.crowds.get(program)
+        if found is None:
+            found = self.crowds.setdefault(program, Crowd(self.objective.habits(program)))
+        return found
 
     def message(self) -> curvature_pb2.Point:
         return curvature_pb2.Point(

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy.typing as npt
 
+from hvpd_server._crowd import Crowd
+
 Block = npt.NDArray[Any]
 
 Weights = Mapping[str, float] | Callable[[str], float]
@@ -42,6 +44,8 @@ class Job:
     """Of one tenant's jobs the higher goes first, and among equals the earlier."""
     point: Any = None
     """Where it multiplies, where the key says less: products at several points may share a launch."""
+    crowd: Crowd | None = None
+    """Those with whom it can share a launch, where they are worth waiting for."""
     result: Any = None
     """What `execute` returned for it, when done."""
     error: BaseException | None = None

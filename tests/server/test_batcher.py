@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvpd_server._batcher import Batcher, Job, pad, split
+from hvpd_server._crowd import Crowd, Habits
 from hvpd_server._errors import Code, ServiceError
 
 WAIT = 10
@@ -134,8 +135,8 @@ class Bench:
         self.device.await_launch()
         return self
 
-    def job(self, number, *, key="k", width=1, tenant="", deadline=float("inf"), priority=0):
-        return Job(key, np.full((width, 2), float(number)), tenant, deadline, priority, gate=Gate())
+    def job(self, number, *, key="k", width=1, tenant="", deadline=float("inf"), priority=0, crowd=None):
+        return Job(key, np.full((width, 2), float(number)), tenant, deadline, priority, crowd=crowd, gate=Gate())
 
     def queue(self, number, **settings):
         """Starts a caller; returns when its product is queued."""
@@ -624,6 +625,125 @@ def test_what_is_old_enough_does_not_gather_again_nor_do_those_that_can_go_with_
     assert patient.device.launches[1:] == [("k", [1]), ("k", [2, 3])]
 
 
+class Expecting:
+    """A crowd of so many vectors, who are all to be waited for until then. test_crowd.py is about those that learn."""
+
+    def __init__(self, expected, *, until=105.0, width=64):
+        self.expected = expected
+        self.until = until
+        self.most = width
+        self.launched = []
+
+    def arrived(self, columns, now):
+        self.expected -= columns
+
+    def answered(self, columns, started, finished):
+        self.launched.append((columns, started, finished))
+
+    def due(self, columns, room, now):
+        return self.until if min(self.expected, room - columns) > 0 else now
+
+    def width(self, columns, room):
+        return min(columns, room, self.most)
+
+
+@pytest.fixture
+def calm(start):
+    """A free device, whose leaders wait where a crowd says so."""
+    return Bench(start, condition=Alarm)
+
+
+def test_a_launch_waits_for_those_who_are_expected_and_for_nobody_else(calm):
+    crowd = Expecting(3)
+    leader, job, timeout = calm.lead(1, crowd=crowd)
+    assert timeout == 5.0
+    second, _ = calm.queue(2, crowd=crowd)
+    assert calm.alarm.never_waited()
+    calm.clock.now += 1
+    third, _ = calm.queue(3, crowd=crowd)
+    calm.device.let_go()
+    for future in (leader, second, third):
+        future.result(WAIT)
+    assert calm.device.launches == [("k", [1, 2, 3])]
+    assert (job.queued, job.started) == (100.0, 101.0)
+    assert crowd.launched == [(3, 101.0, 101.0)]
+
+
+def test_a_launch_goes_without_those_who_do_not_come(calm):
+    crowd = Expecting(3)
+    leader, *_ = calm.lead(1, crowd=crowd)
+    second, _ = calm.queue(2, crowd=crowd)
+    crowd.until, calm.clock.now = 0.0, 106.0
+    calm.device.let_go()
+    calm.alarm.ring()
+    for future in (leader, second):
+        future.result(WAIT)
+    assert calm.device.launches == [("k", [1, 2])]
+
+
+def test_a_full_launch_waits_for_nobody(start):
+    bench = Bench(start, condition=Alarm, limit=2)
+    crowd = Expecting(100)
+    leader, *_ = bench.lead(1, crowd=crowd)
+    second, _ = bench.queue(2, crowd=crowd)
+    bench.device.let_go()
+    for future in (leader, second):
+        future.result(WAIT)
+    assert bench.device.launches == [("k", [1, 2])]
+
+
+def test_nothing_else_is_held_up_by_a_crowd(calm):
+    crowd = Expecting(3)
+    leader, *_ = calm.lead(1, crowd=crowd)
+    other, _ = calm.queue(2, key="other")
+    calm.device.await_launch()
+    calm.device.let_go()
+    for future in (leader, other):
+        future.result(WAIT)
+    assert calm.device.launches == [("k", [1]), ("other", [2])]
+
+
+def test_who_has_no_time_to_wait_for_a_crowd_does_not(start):
+    bench = Bench(start)
+    bench.device.let_go()
+    bench.run(bench.job(1, deadline=104.0, crowd=Expecting(3)))
+    assert bench.device.launches == [("k", [1])]
+
+
+def test_who_is_cancelled_while_held_leaves_and_the_others_go_on(calm):
+    crowd = Expecting(4)
+    leader, job, _ = calm.lead(1, crowd=crowd)
+    second, _ = calm.queue(2, crowd=crowd)
+    calm.batcher.cancel(job)
+    assert refusal(leader) is Code.CANCELLED
+    assert calm.alarm.await_wait() == 5.0  # The second leads now.
+    calm.device.let_go()
+    calm.queue(3, crowd=crowd)
+    last, _ = calm.queue(4, crowd=crowd)
+    for future in (second, last):
+        future.result(WAIT)
+    assert calm.device.launches == [("k", [2, 3, 4])]
+
+
+def test_a_crowd_says_how_wide_a_launch_is(start):
+    bench = Bench(start).occupy()
+    crowd = Expecting(0, width=2)
+    callers = [bench.queue(number, crowd=crowd) for number in (1, 2, 3)]
+    bench.finish()
+    for future, _ in callers:
+        future.result(WAIT)
+    assert bench.launched() == [("k", [1, 2]), ("k", [3])]
+
+
+def test_a_launch_that_fails_tells_a_crowd_nothing(start):
+    bench = Bench(start)
+    crowd = Expecting(0)
+    bench.device.let_go()
+    with pytest.raises(ZeroDivisionError):
+        bench.run(bench.job(1, key="broken", crowd=crowd))
+    assert crowd.launched == []
+
+
 @pytest.mark.parametrize("max_delay", [0.0, 0.002])
 def test_no_wake_up_is_lost_and_every_result_is_its_own(start, max_delay):
     """32 threads, 50 products each, with random keys, tenants, priorities, widths, deadlines and cancellations, and a device that
@@ -641,6 +761,7 @@ def test_no_wake_up_is_lost_and_every_result_is_its_own(start, max_delay):
 
     weights = {"0": 3.0, "1": 0.1}
     batcher = Batcher(execute, lambda key: limit, max_pending=3 * threads, max_delay=max_delay, weights=weights)
+    crowds = [Crowd(Habits()), Crowd(Habits()), None]
 
     def caller(seed):
         rng = random.Random(seed)
@@ -649,7 +770,8 @@ def test_no_wake_up_is_lost_and_every_result_is_its_own(start, max_delay):
         for number in range(products):
             soon = time.monotonic() + rng.choice([-1.0, 1e-4, 1e-3, 60.0, 60.0, 60.0])
             block = np.full((rng.randint(1, 3), 2), seed * products + number + 1.0)
-            job = Job(rng.randrange(3), block, str(rng.randrange(4)), soon, rng.randint(-2, 2))
+            key = rng.randrange(3)
+            job = Job(key, block, str(rng.randrange(4)), soon, rng.randint(-2, 2), crowd=crowds[key])
             canceller = start(batcher.cancel, job) if rng.random() < 0.1 else None
             try:
                 np.testing.assert_array_equal(batcher.run(job), block * (job.key + 2))

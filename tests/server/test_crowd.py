@@ -1,0 +1,193 @@
+"""Who is worth waiting for: callers in a simulation, whose time is the test's own."""
+
+import heapq
+import itertools
+import math
+
+import pytest
+
+from hvpd_server._crowd import Crowd, Habits
+
+ROOM = 64
+
+
+class Simulation:
+    """Callers that each ask again some time after they were answered, one device, and a crowd that says when it launches.
+
+    Args:
+        pauses: Of each caller, seconds from an answer to the next question; a function of the number of the answer.
+        cost: Seconds of a launch of a width, which is padded to a power of 2.
+        crowd: Who decides; without one, what waits is launched at once and whole.
+    """
+
+    def __init__(self, pauses, cost, crowd=None):
+        self.pauses = pauses
+        self.cost = lambda width: cost(1 << (width - 1).bit_length())
+        self.crowd = crowd
+        self.now = 0.0
+        self.widths = []
+        self.held = []
+        self.answers = 0
+        self._order = itertools.count()
+        self._events = [(0.0, next(self._order), caller, 0) for caller in range(len(pauses))]
+        self._waiting = []
+
+    def run(self, seconds):
+        """Vectors a second."""
+        ends, before, began = self.now + seconds, self.answers, self.now
+        while self.now < ends:
+            if not self._waiting:
+                self._next()
+                continue
+            due = self._due()
+            if due > self.now:
+                since = self.now
+                if self._events and self._events[0][0] <= due:
+                    self._next()
+                else:
+                    self.now = due
+                self.held.append(self.now - since)
+            else:
+                self._launch()
+        return (self.answers - before) / (self.now - began)
+
+    def _due(self):
+        return self.crowd.due(len(self._waiting), ROOM, self.now) if self.crowd else self.now
+
+    def _next(self):
+        """The next caller asks."""
+        time, _, caller, count = heapq.heappop(self._events)
+        self.now = max(self.now, time)
+        if self.crowd:
+            self.crowd.arrived(1, time)
+        self._waiting.append((caller, count))
+
+    def _launch(self):
+        width = self.crowd.width(len(self._waiting), ROOM) if self.crowd else len(self._waiting)
+        batch, self._waiting = self._waiting[:width], self._waiting[width:]
+        started, self.now = self.now, self.now + self.cost(width)
+        while self._events and self._events[0][0] <= self.now:
+            time, _, caller, count = heapq.heappop(self._events)
+            if self.crowd:
+                self.crowd.arrived(1, time)
+            self._waiting.append((caller, count))
+        if self.crowd:
+            self.crowd.answered(width, started, self.now)
+        self.widths.append(width)
+        for place, (caller, count) in enumerate(batch):
+            self.answers += 1
+            # Answers leave one after the other.
+            pause = self.pauses[caller](count) * (1 + place / len(batch)) / 2
+            if math.isfinite(pause):
+                heapq.heappush(self._events, (self.now + pause, next(self._order), caller, count + 1))
+
+
+def rates(pauses, cost, seconds=5.0):
+    """With a crowd, after it has learned, over without; and the simulation with it."""
+    with_crowd = Simulation(pauses, cost, Crowd(Habits()))
+    with_crowd.run(seconds / 2)
+    with_crowd.widths.clear()
+    with_crowd.held.clear()
+    found = with_crowd.run(seconds)
+    return found / Simulation(pauses, cost).run(seconds), with_crowd
+
+
+def always(seconds, callers):
+    return [lambda count: seconds] * callers
+
+
+def memory_bound(width):
+    return 5e-3 + 5e-5 * width
+
+
+def compute_bound(width):
+    return 4e-3 * width
+
+
+@pytest.mark.parametrize("callers", [2, 4, 8, 16])
+def test_where_wide_launches_cost_as_much_as_narrow_ones_groups_become_one(callers):
+    ratio, simulation = rates(always(3e-3, callers), memory_bound)
+    assert min(simulation.widths[-20:]) == callers
+    assert ratio > 1.15
+
+
+@pytest.mark.parametrize("callers", [1, 2, 3, 5, 8, 16, 23])
+@pytest.mark.parametrize("pause", [1e-4, 3e-3, 3e-2])
+@pytest.mark.parametrize("cost", [memory_bound, compute_bound, lambda width: 1e-4], ids=["memory", "compute", "tiny"])
+def test_nobody_is_served_worse_for_it(callers, pause, cost):
+    ratio, _ = rates(always(pause, callers), cost)
+    assert ratio > 0.95
+
+
+@pytest.mark.parametrize("callers", [9, 11, 13, 23])
+def test_launches_are_not_padded_where_that_costs(callers):
+    """They would be half empty. Now and then it is tried whether that still is so."""
+    ratio, simulation = rates(always(1e-3, callers), compute_bound, seconds=20.0)
+    padded = [width for width in simulation.widths if width & (width - 1)]
+    assert len(padded) < 0.15 * len(simulation.widths)
+    assert ratio > 0.98
+
+
+def test_who_is_slow_to_ask_is_not_waited_for():
+    _, simulation = rates(always(50e-3, 8), memory_bound)
+    assert simulation.held == []
+
+
+def test_who_does_not_come_back_costs_the_others_a_few_short_waits():
+    """Eight of sixteen end at some time."""
+    pauses = [*always(3e-3, 8), *[lambda count: 3e-3 if count < 200 else math.inf] * 8]
+    simulation = Simulation(pauses, memory_bound, Crowd(Habits()))
+    simulation.run(1.0)
+    assert set(simulation.widths[-20:]) == {16}
+    simulation.run(1.0)
+    simulation.widths.clear()
+    rate = simulation.run(1.0)
+    assert simulation.widths.count(8) > 0.9 * len(simulation.widths)
+    assert rate > 0.95 * 8 / (3e-3 + memory_bound(8))
+    assert max(simulation.held) <= memory_bound(16)
+
+
+def test_nobody_is_held_longer_than_a_launch_takes():
+    """Callers that come back regularly, until they all take for ever."""
+    pauses = [lambda count, first=index == 0: 3e-3 if first or count < 200 else math.inf for index in range(16)]
+    simulation = Simulation(pauses, memory_bound, Crowd(Habits()))
+    simulation.run(10.0)
+    assert simulation.widths[-1] == 1
+    assert 0 < max(simulation.held) <= memory_bound(16)
+    assert simulation.held[-50:] == [] or simulation.run(1.0) > 0.9 / (3e-3 + memory_bound(1))
+
+
+def test_a_slow_launch_is_forgotten():
+    """The first wide launches take long: they were compiled, or something else had the machine."""
+    slow = iter([1.0] * 3)
+    simulation = Simulation(
+        always(3e-3, 16), lambda width: next(slow, memory_bound(width)) if width == 16 else 5e-3, Crowd(Habits())
+    )
+    simulation.run(20.0)
+    assert simulation.widths[-10:] == [16] * 10
+
+
+def test_nothing_is_known_at_first():
+    crowd = Crowd(Habits())
+    assert crowd.expected == 0
+    assert crowd.due(1, ROOM, 5.0) == 5.0
+    assert [crowd.width(columns, ROOM) for columns in (1, 3, 9, 100)] == [1, 3, 9, 64]
+    crowd.answered(4, 5.0, 6.0)
+    assert crowd.expected == 4
+    assert crowd.due(1, ROOM, 6.0) == 6.0
+
+
+def test_more_may_come_than_were_answered():
+    crowd = Crowd(Habits())
+    crowd.answered(2, 0.0, 1.0)
+    crowd.arrived(5, 1.5)
+    assert crowd.expected == 0
+    crowd.arrived(1, 1.6)
+    assert crowd.expected == 0
+
+
+def test_only_so_many_launches_are_followed():
+    crowd = Crowd(Habits())
+    for launch in range(1000):
+        crowd.answered(3, launch, launch + 0.5)
+    assert crowd.expected == 3 * 8
