@@ -83,13 +83,13 @@ def child(argv: Sequence[str], ready: str, *, talks: bool = False) -> Iterator[C
 
 @contextlib.contextmanager
 def serving(store: Path | None = None, *flags: str) -> Iterator[Child]:
-    """A real `hvpd serve` on a free port; its store is a temporary one where none is given."""
+    """A real server on a free port, without the supervisor of `hvpd serve`; its store is a temporary one where none is given."""
     with contextlib.ExitStack() as stack:
         if store is None:
             store = Path(
                 stack.enter_context(tempfile.TemporaryDirectory(prefix="hvpd-bench-", ignore_cleanup_errors=True))
             )
-        argv = [sys.executable, "-m", "hvpd._cli", "serve", "--port", "0", "--store", str(store), *flags]
+        argv = [sys.executable, "-m", "hvpd_server", "--port", "0", "--store", str(store), *flags]
         yield stack.enter_context(child(argv, r"^hvpd: serving on (\S+)$"))
 
 

@@ -10,6 +10,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,11 +20,17 @@ _WAIT = 120.0
 
 
 class Serving:
-    """An `hvpd serve` process that can be killed and started again on the same port and store."""
+    """A server process that can be killed and started again on the same port and store: what `hvpd serve` supervises, or that."""
 
     def __init__(
-        self, store: Path, *flags: str, host: str = "127.0.0.1", environment: dict[str, str] | None = None
+        self,
+        store: Path,
+        *flags: str,
+        host: str = "127.0.0.1",
+        environment: dict[str, str] | None = None,
+        supervised: bool = False,
     ) -> None:
+        self._command = ["hvpd._cli", "serve"] if supervised else ["hvpd_server"]
         self.store = store
         self._flags = flags
         self._environment = os.environ | (environment or {})
@@ -40,7 +47,7 @@ class Serving:
         """Starts it and waits until it says that it serves."""
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "hvpd._cli", "serve", "--host", self._host, "--port", str(self.port)),
+                *(sys.executable, "-m", *self._command, "--host", self._host, "--port", str(self.port)),
                 *("--store", str(self.store), "--metrics-port", "0", *self._flags),
             ],
             stderr=subprocess.PIPE,
@@ -90,11 +97,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Serving]]:
-    """Starts servers: serve(*flags, store=..., environment=...)."""
+    """Starts servers: serve(*flags, store=..., environment=..., supervised=...)."""
     started: list[Serving] = []
 
-    def start(*flags: str, store: Path | None = None, environment: dict[str, str] | None = None) -> Serving:
-        started.append(Serving(store or tmp_path_factory.mktemp("store"), *flags, environment=environment))
+    def start(*flags: str, store: Path | None = None, **settings: Any) -> Serving:
+        started.append(Serving(store or tmp_path_factory.mktemp("store"), *flags, **settings))
         return started[-1]
 
     yield start

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hvpd._composite import Composite, composite
     from hvpd._diagonal import Diagonal
     from hvpd._errors import (
+        AccessError,
         DeadlineError,
         HvpdError,
         IncompatibleError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from hvpd._transport import Statistics
 
 __all__ = [
+    "AccessError",
     "Certificate",
     "Choice",
     "Client",

@@ -1,11 +1,13 @@
-"""The `hvpd` command: serve, register, objectives, check, bench, info. Each does what a call of the library does."""
+"""The `hvpd` command: serve, register, objectives, check, bench, info, token. Each does what a call of the library does."""
 
 import argparse
+import contextlib
 import dataclasses
+import datetime
 import json
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     register.add_argument("--fixed-bucket", type=int, help="the only width of launches, for bits that never change")
     register.add_argument("--name", help="name for the objective, such as digits/mlp")
+    register.add_argument("--shared", action="store_true", help="let other tenants use it")
     register.add_argument("--platforms", default="cpu,cuda", help="platforms to lower for (default: cpu,cuda)")
     register.add_argument("--precision", default="highest", help="highest, high or default (default: highest)")
     _connection(register)
@@ -126,7 +129,40 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="as JSON")
     _connection(info)
     info.set_defaults(run=_info)
+
+    _token_commands(commands.add_parser("token", help="make, list and revoke the tokens of a server"))
     return parser
+
+
+def _token_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    new = commands.add_parser(
+        "new",
+        help="make a token",
+        description="Make a token, add it to the file of `hvpd serve --tokens FILE`, and print it. This is the only time that it can "
+        "be seen: the file has its SHA-256. A running server knows it at once.",
+    )
+    new.add_argument("--tenant", required=True, help="who holds it: tenants share the device fairly")
+    new.add_argument(
+        "--rights", default="use", help="some of use, publish, administer, joined by commas (default: use)"
+    )
+    new.add_argument(
+        "--expires", metavar="TIME", help="such as 90d (m, h, d, w), or 2027-02-19T17:00:00Z (default: never)"
+    )
+    new.add_argument(
+        "--weight", type=float, default=1.0, help="the tenant's share of the device, against others' (default: 1)"
+    )
+    new.add_argument("--label", default="", help="what it is for, for people")
+    new.set_defaults(run=_token_new)
+    listing = commands.add_parser("list", help="list tokens, as far as the file knows them")
+    listing.set_defaults(run=_token_list)
+    revoke = commands.add_parser(
+        "revoke", help="take a token out; a running server ends what it does for it within seconds"
+    )
+    revoke.add_argument("token", metavar="ID", help="its ID in `hvpd token list`, or its label")
+    revoke.set_defaults(run=_token_revoke)
+    for command in (new, listing, revoke):
+        command.add_argument("--file", required=True, metavar="FILE", type=Path, help="the file of tokens")
 
 
 def _connection(parser: argparse.ArgumentParser) -> None:
@@ -134,13 +170,32 @@ def _connection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--connect-timeout", type=float, default=10.0, metavar="SECONDS", help="how long to wait for it (default: 10)"
     )
-    parser.add_argument("--token", help="who calls, for servers that ask [$HVPD_TOKEN]")
+    parser.add_argument(
+        "--token",
+        help="who calls, for servers that ask; others on this machine see flags, and no variables [$HVPD_TOKEN]",
+    )
+    parser.add_argument("--tls", action="store_const", const=True, help="encrypt (default: where there is a CA)")
+    parser.add_argument("--ca", metavar="FILE", help="PEM file of the CAs to trust [$HVPD_CA]")
+    parser.add_argument(
+        "--cert", metavar="FILE", help="PEM file of a certificate to show, for servers that ask [$HVPD_CERT]"
+    )
+    parser.add_argument("--key", metavar="FILE", help="PEM file of its key [$HVPD_KEY]")
+    parser.add_argument("--insecure", action="store_true", help="send the token as plain text, to another machine too")
 
 
 def _connect(arguments: argparse.Namespace) -> "Client":
     from hvpd._client import connect
 
-    return connect(arguments.address, token=arguments.token, connect_timeout=arguments.connect_timeout)
+    return connect(
+        arguments.address,
+        token=arguments.token,
+        connect_timeout=arguments.connect_timeout,
+        tls=arguments.tls,
+        ca=arguments.ca,
+        cert=arguments.cert,
+        key=arguments.key,
+        insecure=arguments.insecure,
+    )
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -151,11 +206,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"hvpd: {error}", file=sys.stderr)
         return 2
-    try:
-        from hvpd_server import _app
-    except ImportError as error:
-        raise MissingExtraError(f"serving needs the server's packages: pip install 'hvpd[server]' ({error})") from error
-    return _app.run(config)
+    from hvpd._local import missing_packages
+    from hvpd_server import _supervisor
+
+    if missing := missing_packages():
+        raise MissingExtraError(f"serving needs {', '.join(missing)}: pip install 'hvpd[server]'")
+    return _supervisor.run(config)
 
 
 def _register(arguments: argparse.Namespace) -> int:
@@ -168,7 +224,7 @@ def _register(arguments: argparse.Namespace) -> int:
                 exported = Path(arguments.exported).read_bytes()
             except OSError as error:
                 raise InvalidArgumentError(f"cannot read {arguments.exported}: {error.strerror}") from None
-            objective = client.register_exported(exported, *made, name=arguments.name)
+            objective = client.register_exported(exported, *made, name=arguments.name, shared=arguments.shared)
         else:
             if len(made) < 2 or not callable(made[0]):
                 raise InvalidArgumentError(f"{arguments.source} must return (fun, x, *data)")
@@ -182,6 +238,7 @@ def _register(arguments: argparse.Namespace) -> int:
                 row_reduction=arguments.row_reduction,
                 blocks=[block.split(",") for block in arguments.block],
                 fixed_bucket=arguments.fixed_bucket,
+                shared=arguments.shared,
             )
         check = objective.registration_check().verdict
         facts = f"n={objective.n} {objective.dtype} {objective.mode} check={check or '-'}"
@@ -229,9 +286,7 @@ def _objectives(arguments: argparse.Namespace) -> int:
         )
         for listing in found
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    _print_table(rows)
     return 0
 
 
@@ -308,6 +363,57 @@ def _info(arguments: argparse.Namespace) -> int:
         for name, value in facts.items():
             print(f"{name.replace('_', ' ')}: {value}")
     return 0
+
+
+def _token_new(arguments: argparse.Namespace) -> int:
+    from hvpd_server import _auth
+
+    with _token_file(arguments):
+        now = datetime.datetime.now(datetime.UTC)
+        token, grant = _auth.create(
+            arguments.file,
+            arguments.tenant,
+            arguments.rights.split(","),
+            expires=None if arguments.expires is None else _auth.parse_expiry(arguments.expires, now),
+            weight=arguments.weight,
+            label=arguments.label,
+        )
+    print(token)
+    print(f"hvpd: token {grant.id} of tenant {grant.tenant}; it cannot be shown again", file=sys.stderr)
+    return 0
+
+
+def _token_list(arguments: argparse.Namespace) -> int:
+    from hvpd_server import _auth
+
+    with _token_file(arguments):
+        _print_table(_auth.describe(_auth.read(arguments.file), datetime.datetime.now(datetime.UTC)))
+    return 0
+
+
+def _token_revoke(arguments: argparse.Namespace) -> int:
+    from hvpd_server import _auth
+
+    with _token_file(arguments):
+        grant = _auth.revoke(arguments.file, arguments.token)
+    print(f"hvpd: token {grant.id} of tenant {grant.tenant} is revoked", file=sys.stderr)
+    return 0
+
+
+@contextlib.contextmanager
+def _token_file(arguments: argparse.Namespace) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidArgumentError(str(error)) from None
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot change {arguments.file}: {error.strerror}") from None
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _size(size_bytes: float) -> str:

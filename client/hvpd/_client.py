@@ -13,6 +13,7 @@ from hvpd import _codec
 from hvpd._check import REGISTRATION_BYTES, verdict_of
 from hvpd._errors import HvpdError, IncompatibleError, InvalidArgumentError, MissingExtraError, OverloadedError
 from hvpd._objective import Objective
+from hvpd._tls import PathLike, encryption
 from hvpd._transport import Statistics, Transport
 from hvpd.v1 import objective_pb2, server_pb2
 
@@ -102,6 +103,7 @@ class Client:
         blocks: Sequence[str | Sequence[str]] = (),
         fixed_bucket: int | None = None,
         sharded: bool = False,
+        shared: bool = False,
     ) -> Objective:
         """Registers f(x, *data) -> scalar with the server, with its derivative programs and its data.
 
@@ -117,7 +119,8 @@ class Client:
             x: Any pytree of floating arrays: gives structure, shapes and dtypes. The server checks the products at its values,
                 where they are 64 MiB at most.
             data: One pytree of arrays for each further argument of `fun`; integers and booleans are allowed.
-            name: Points at the objective from now on, for teammates; letters, digits, `._-`, parts joined by `/`.
+            name: Points at the objective from now on, for teammates; letters, digits, `._-`, parts joined by `/`. Where the server
+                tells tenants apart it is the tenant's own, called `tenant/name` by others.
             platforms: Of "cpu", "cuda", "rocm", "tpu".
             precision: "highest", "high" or "default", for matrix products that do not say their own. On GPUs anything but
                 "highest" means TF32, and errors of 1e-3.
@@ -144,6 +147,8 @@ class Client:
                 else was asking, nor on what was measured. Wider ones share more work, and waste more where nobody shares.
             sharded: Whether data is split by rows over all devices of the server, for what is too large or too slow on one. Leaves
                 whose number of rows the devices do not divide are on every device as a whole.
+            shared: Whether tenants other than one's own may use it, where the server tells them apart by tokens. Registering it again
+                says it anew.
 
         Raises:
             InvalidArgumentError: `fun`, `x`, `data` or `name` cannot be registered.
@@ -167,9 +172,11 @@ class Client:
             sharded=sharded,
             stablehlo_version=self.server.stablehlo_version,
         )
-        return self._store(export, name, _export.flatten(x)[1])
+        return self._store(export, name, _export.flatten(x)[1], shared=shared)
 
-    def register_exported(self, exported: bytes | bytearray, *data: Any, name: str | None = None) -> Objective:
+    def register_exported(
+        self, exported: bytes | bytearray, *data: Any, name: str | None = None, shared: bool = False
+    ) -> Objective:
         """Registers an objective that was exported elsewhere: the bytes of
 
             jax.export.export(jax.jit(f), platforms=("cpu", "cuda"))(x, *data).serialize(vjp_order=2)
@@ -182,6 +189,7 @@ class Client:
             exported: What `serialize` returned.
             data: Values for each argument after the first, as for `register`.
             name: As for `register`.
+            shared: As for `register`.
 
         Raises:
             InvalidArgumentError: It is no exported function, or has not both derivatives, or data does not fit it.
@@ -199,7 +207,7 @@ class Client:
             mode="reverse_over_reverse",
             stablehlo_version=self.server.stablehlo_version,
         )
-        return self._store(export, name)
+        return self._store(export, name, shared=shared)
 
     def _exporting(self) -> Any:
         """The module that needs jax."""
@@ -213,10 +221,12 @@ class Client:
             ) from error
         return _export
 
-    def _store(self, export: "Export", name: str | None, x_leaves: Sequence[Any] = ()) -> Objective:
+    def _store(
+        self, export: "Export", name: str | None, x_leaves: Sequence[Any] = (), *, shared: bool = False
+    ) -> Objective:
         """Uploads what the server does not have, and has it registered, and checked where there is an x."""
         self._check_server_reads(export.bundle)
-        request = objective_pb2.CreateObjectiveRequest(digest=export.digest, name=name or "")
+        request = objective_pb2.CreateObjectiveRequest(digest=export.digest, name=name or "", shared=shared)
         blobs = dict(export.blobs)
         if x_leaves and export.bundle.n * np.dtype(export.bundle.dtype).itemsize <= REGISTRATION_BYTES:
             parts = [np.asarray(leaf).reshape(-1).astype(export.bundle.dtype) for leaf in x_leaves]
@@ -259,6 +269,8 @@ class Client:
 
     def objective(self, name: str) -> Objective:
         """The objective of a name, or of a digest. Needs no jax.
+
+        Where the server tells tenants apart: the tenant's own of this name, else one by its full name, `tenant/name`, that is shared.
 
         Raises:
             NotFoundError: There is none; the message suggests near names.
@@ -307,22 +319,34 @@ def connect(
     retry_timeout: float = 60.0,
     timeout: float | None = None,
     priority: int = 0,
+    tls: bool | None = None,
+    ca: PathLike | None = None,
+    cert: PathLike | None = None,
+    key: PathLike | None = None,
+    insecure: bool = False,
 ) -> Client:
     """Connects to a server.
 
     Args:
         address: "host:port"; $HVPD_ADDRESS without, then localhost:7070.
-        token: Who calls, for servers that ask; $HVPD_TOKEN without.
+        token: Who calls, for servers that ask; $HVPD_TOKEN without. Where it is missing, or not good for a call, the call raises
+            `AccessError`.
         connect_timeout: Seconds to wait for a server at the address.
         retry_timeout: Seconds for which calls are repeated while the server is away or overloaded.
         timeout: Seconds that one call may take at most; None: as long as it takes.
         priority: Of this client's products, from -100 to 100. Of what one tenant has waiting for the device the higher goes first,
             and the lower not at all for as long as higher keeps coming. Between tenants, which share the device fairly, it does
-            nothing; for now each connection is a tenant.
+            nothing. A tenant is who the token belongs to; without tokens each connection is one.
+        tls: Whether to encrypt, and to check whom one talks to; None: where ca or cert is given, here or in the environment.
+        ca: PEM file of the CAs that the server's certificate may be of; $HVPD_CA without, then those that gRPC comes with.
+        cert: PEM file of this client's certificate, for servers that ask for one; $HVPD_CERT without.
+        key: PEM file of its key, unencrypted; $HVPD_KEY without.
+        insecure: Whether the token may go to another machine as plain text, since something else encrypts it.
 
     Raises:
-        InvalidArgumentError: An argument is not what it must be.
-        UnavailableError: Nothing answers there within the connect timeout.
+        InvalidArgumentError: An argument is not what it must be, or the token would be sent for everybody to read.
+        UnavailableError: Nothing answers there within the connect timeout; with reason `TLS`: somebody does, and client and server
+            do not agree on TLS.
         IncompatibleError: What answers is no hvpd server, or one of another version.
     """
     transport = Transport(
@@ -332,5 +356,7 @@ def connect(
         retry_timeout=retry_timeout,
         timeout=timeout,
         priority=priority,
+        tls=encryption(tls, ca, cert, key),
+        insecure=insecure,
     )
     return Client(transport)

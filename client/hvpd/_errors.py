@@ -3,7 +3,8 @@
     HvpdError
     ├── InvalidArgumentError   also ValueError: the call's arguments; repeating it cannot help
     ├── NotFoundError          also LookupError: no objective of that name or digest
-    ├── UnavailableError       also ConnectionError: no server answers there, or it went away for too long
+    ├── UnavailableError       also ConnectionError: no server answers there, or not over TLS as it was asked to, or it went away
+    ├── AccessError            also PermissionError: no token or one that is not good, or a right is missing
     ├── DeadlineError          also TimeoutError: the time that the caller gave is over
     ├── OverloadedError        the server is out of a resource: its queue, its memory, its disk
     ├── IncompatibleError      client and server, or bundle and server, are of versions that do not fit
@@ -43,7 +44,15 @@ class NotFoundError(HvpdError, LookupError):
 
 
 class UnavailableError(HvpdError, ConnectionError):
-    """No server answers at the address, or it has been away for longer than the client retries."""
+    """No server answers at the address, or it has been away for longer than the client retries.
+
+    Its reason is `TLS` where somebody answers, and client and server do not agree on TLS: one of them speaks it and the other does
+    not, or a certificate is not accepted.
+    """
+
+
+class AccessError(HvpdError, PermissionError):
+    """The server asks who calls, and the token is missing, unknown, expired, or has not the right; the message says which."""
 
 
 class DeadlineError(HvpdError, TimeoutError):
@@ -85,6 +94,8 @@ _CLASSES: Mapping[grpc.StatusCode, type[HvpdError]] = {
     grpc.StatusCode.OUT_OF_RANGE: InvalidArgumentError,
     grpc.StatusCode.NOT_FOUND: NotFoundError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.UNAUTHENTICATED: AccessError,
+    grpc.StatusCode.PERMISSION_DENIED: AccessError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
     grpc.StatusCode.UNIMPLEMENTED: IncompatibleError,

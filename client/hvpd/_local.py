@@ -22,6 +22,15 @@ from hvpd_server import _config
 
 _READY = "hvpd: serving on "
 
+_NOT_OURS = ("tls_cert", "tls_key", "tls_client_ca", "tokens")
+"""Settings of servers that others call: an embedded one is on loopback, for its owner, who has no token for it."""
+
+
+def missing_packages() -> list[str]:
+    """What is not installed here of what a server needs."""
+    needed = ("jax", "flatbuffers", "grpc_health", "prometheus_client")
+    return [name for name in needed if not importlib.util.find_spec(name)]
+
 
 class LocalServer:
     """The child process.
@@ -36,14 +45,9 @@ class LocalServer:
     """
 
     def __init__(self, **settings: Any) -> None:
-        missing = [
-            name
-            for name in ("jax", "flatbuffers", "grpc_health", "prometheus_client")
-            if not importlib.util.find_spec(name)
-        ]
-        if missing:
+        if missing := missing_packages():
             raise MissingExtraError(f"an embedded server needs {', '.join(missing)}: pip install 'hvpd[server]'")
-        known = {field.name for field in dataclasses.fields(_config.Config)}
+        known = {field.name for field in dataclasses.fields(_config.Config)} - set(_NOT_OURS)
         unknown = sorted(settings.keys() - known)
         if unknown:
             raise InvalidArgumentError(
@@ -64,7 +68,9 @@ class LocalServer:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            env=os.environ | {"HVPD_OWNED": "ephemeral" if ephemeral else "1"},
+            env=os.environ
+            | {f"HVPD_{name.upper()}": "" for name in _NOT_OURS}
+            | {"HVPD_OWNED": "ephemeral" if ephemeral else "1"},
             start_new_session=True,  # Ctrl-C is for the solver, not for the server under it.
         )
         self._lines: collections.deque[str] = collections.deque(maxlen=50)

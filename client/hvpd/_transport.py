@@ -30,6 +30,7 @@ from hvpd._errors import (
 )
 from hvpd._frames import Frame
 from hvpd._stream import Filling, RpcFailure, Stream, never_free
+from hvpd._tls import Tls, diagnose
 from hvpd._version import __version__
 from hvpd.v1 import (
     blob_pb2,
@@ -43,6 +44,12 @@ _T = TypeVar("_T")
 
 _INLINE_BYTES = 64 << 10
 """Points up to this size send x with the question whether it is resident."""
+
+_PATIENCE = 0.5
+"""Seconds without an answer after which a client looks whether it is understood at all."""
+
+_TOKEN_LENGTH = 4096
+"""Most characters of a token: gRPC has room for 8 KiB of metadata."""
 
 _CODE = grpc.StatusCode
 
@@ -108,9 +115,12 @@ class Transport:
         retry_timeout: Seconds for which a call is repeated while the server is away.
         timeout: Seconds that one call may take, its retries included; None: as long as it takes.
         priority: Of all products.
+        tls: What to encrypt with; None: speak plain text.
+        insecure: Whether a token may be sent as plain text to another machine.
 
     Raises:
-        UnavailableError: Nothing answers at the address.
+        InvalidArgumentError: An argument is not what it must be, or the token would be sent for everybody to read.
+        UnavailableError: Nothing answers at the address, or not as asked, over TLS or without.
         IncompatibleError: What answers is no hvpd server, or one of another protocol.
     """
 
@@ -123,9 +133,16 @@ class Transport:
         retry_timeout: float,
         timeout: float | None,
         priority: int = 0,
+        tls: Tls | None = None,
+        insecure: bool = False,
     ) -> None:
         host = _host(address)
         _check_token(token)
+        if token is not None and tls is None and not insecure and not _is_local(host):
+            raise InvalidArgumentError(
+                f"a token would go to {address} as plain text, for everybody on the way to read: say tls=True, or ca=FILE with the "
+                "server's CA; or insecure=True, where something else encrypts what is sent"
+            )
         _check_seconds("connect_timeout", connect_timeout)
         _check_seconds("retry_timeout", retry_timeout)
         if timeout is not None:
@@ -142,6 +159,7 @@ class Transport:
             *identity,
         )
         self._local = _is_local(host)
+        self._tls = tls
         self._owner = os.getpid()
         self._streams: list[ProductStream] = []
         self._lock = threading.Lock()
@@ -168,7 +186,10 @@ class Transport:
             ("grpc.use_local_subchannel_pool", 1),
             *([("grpc.enable_http_proxy", 0)] if self._local else []),
         ]
-        self._channel = grpc.insecure_channel(self.address, options)
+        if self._tls is None:
+            self._channel = grpc.insecure_channel(self.address, options)
+        else:
+            self._channel = grpc.secure_channel(self.address, self._tls.credentials, options)
         self._find_missing = _call(self._channel, blob_pb2, "FindMissingBlobs")
         self._upload = _call(self._channel, blob_pb2, "UploadBlob")
         self._create_point = _call(self._channel, curvature_pb2, "CreatePoint")
@@ -189,9 +210,7 @@ class Transport:
 
     def _handshake(self, connect_timeout: float) -> server_pb2.GetServerResponse:
         try:
-            server = server_pb2_grpc.ServerServiceStub(self._channel).GetServer(
-                server_pb2.GetServerRequest(), metadata=self._metadata, timeout=connect_timeout, wait_for_ready=True
-            )
+            server = self._get_server(connect_timeout)
         except grpc.RpcError as error:
             failure = failure_of_rpc(error)
             if failure.code in (_CODE.DEADLINE_EXCEEDED, _CODE.UNAVAILABLE):
@@ -211,6 +230,30 @@ class Transport:
         revision = str(min(_protocol.NEWEST, server.max_protocol))
         self._metadata = ((_protocol.REVISION_KEY, revision), *self._metadata[1:])
         return server
+
+    def _get_server(self, connect_timeout: float) -> server_pb2.GetServerResponse:
+        """Asks what the server is, and while it does not answer finds out whether it is there and speaks otherwise.
+
+        Raises:
+            UnavailableError: It does.
+            grpc.RpcError: No answer, for another reason.
+        """
+        ends, patience = time.monotonic() + connect_timeout, min(_PATIENCE, connect_timeout / 2)
+        asked = server_pb2_grpc.ServerServiceStub(self._channel).GetServer.future(
+            server_pb2.GetServerRequest(), metadata=self._metadata, timeout=connect_timeout, wait_for_ready=True
+        )
+        while True:
+            # gRPC would try again and again, and say at the end that time is over.
+            left = ends - time.monotonic()
+            try:
+                answer: server_pb2.GetServerResponse = asked.result(timeout=patience if left > patience else None)
+            except grpc.FutureTimeoutError:
+                why = diagnose(self.address, self._tls, min(1.0, max(left, 0.1)))
+                if why is not None and not asked.done():
+                    asked.cancel()
+                    raise UnavailableError(f"no connection to {self.address}: {why}", reason="TLS") from None
+            else:
+                return answer
 
     def close(self) -> None:
         """Ends all streams and the connection."""
@@ -455,6 +498,7 @@ def _requests(
         message = curvature_pb2.StreamProductsRequest(tag=tag, spec=spec)
         message.spec.k = len(part)
         message.spec.priority = priority
+        message.spec.pipelined = len(parts) > 1
         for chunk in _codec.chunks(_codec.payload(part)):
             yield Frame(message, chunk)
             message = curvature_pb2.StreamProductsRequest(tag=tag)
@@ -481,6 +525,8 @@ def _host(address: object) -> str:
 def _check_token(token: object) -> None:
     if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
         raise InvalidArgumentError("a token is made of printable ASCII characters")
+    if token is not None and not 0 < len(token.strip()) <= _TOKEN_LENGTH:
+        raise InvalidArgumentError(f"a token has from 1 to {_TOKEN_LENGTH} characters, got {len(token)}")
 
 
 def _check_seconds(name: str, seconds: object) -> None:

@@ -1,9 +1,9 @@
-"""`python -m hvpd_server`: what `hvpd.local()` starts. People use `hvpd serve`."""
+"""`python -m hvpd_server`: what `hvpd.local()` starts, and the supervisor. People use `hvpd serve`."""
 
 import os
 import sys
 
-from hvpd_server import _app, _config
+from hvpd_server import _app, _config, _supervisor
 
 
 def main() -> int:
@@ -13,8 +13,9 @@ def main() -> int:
     except ValueError as error:
         print(f"hvpd: {error}", file=sys.stderr)  # noqa: T201
         return 2
+    board = _supervisor.board_of()
     owned = os.environ.get("HVPD_OWNED")
-    return _app.run(config, owner=sys.stdin.fileno() if owned else None, ephemeral=owned == "ephemeral")
+    return _app.run(config, owner=sys.stdin.fileno() if owned else None, ephemeral=owned == "ephemeral", board=board)
 
 
 if __name__ == "__main__":

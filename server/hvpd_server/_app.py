@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -26,14 +27,17 @@ from grpc_reflection.v1alpha import reflection
 
 import hvpd
 from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2
-from hvpd_server import _service
+from hvpd_server import _service, _tls
+from hvpd_server._auth import Tokens
+from hvpd_server._board import Board
 from hvpd_server._config import Config
 from hvpd_server._engine import Engine
 from hvpd_server._errors import ServiceError
 from hvpd_server._gate import Gate
 from hvpd_server._kernels import Device, devices
-from hvpd_server._lane import Limits
+from hvpd_server._lane import Limits, equal_weights
 from hvpd_server._metrics import Metrics
+from hvpd_server._observer import Observer
 from hvpd_server._store import Store
 
 _log = logging.getLogger(__name__)
@@ -54,34 +58,41 @@ class App:
 
     Args:
         config: Its settings.
+        board: Where others see what runs.
 
     Raises:
         ServiceError: The store is in use.
+        ValueError: The tokens or the certificates cannot be used.
         OSError: The address cannot be listened on.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, board: Board | None = None) -> None:
         self.config = config
+        tokens = None if config.tokens is None else Tokens(config.tokens)
+        credentials = _credentials(config)
         store = Store(config.store)
         found = devices(store.cache)
         device = found[0]
         self.metrics = Metrics()
-        self.metrics.build.info({"version": hvpd.__version__, "jax": device.jax_version, "platform": device.platform})
+        self.metrics.build({"version": hvpd.__version__, "jax": device.jax_version, "platform": device.platform})
         limits = Limits(
             config.memory_budget or default_budget(device),
             config.max_block_width,
             config.max_pending,
             config.max_queue_delay,
+            tokens.weight if tokens is not None else equal_weights,
         )
-        self.engine = Engine(store, found, limits, self.metrics)
-        self._gate = Gate()
+        self.engine = Engine(store, found, limits, self.metrics, board=board, quarantine_after=config.quarantine_after)
+        self._gate = Gate(tokens)
+        self._stopping = threading.Event()
         self._server = grpc.server(
             ThreadPoolExecutor(config.max_calls, thread_name_prefix="hvpd-call"),
-            interceptors=[self._gate],
+            interceptors=[Observer(self.metrics), self._gate],
             options=_OPTIONS,
             maximum_concurrent_rpcs=config.max_calls,
         )
-        self._curvature = _service.CurvatureService(self.engine, max_streams=max(config.max_calls * 3 // 4, 1))
+        self._curvature = _service.CurvatureService(self.engine, max(config.max_calls * 3 // 4, 1), self.metrics)
+        self.metrics.observe_streams(lambda: self._curvature.streams.count)
         _service.add_to_server(self._server, blob_pb2, _service.BlobService(self.engine))
         _service.add_to_server(self._server, objective_pb2, _service.ObjectiveService(self.engine))
         _service.add_to_server(self._server, curvature_pb2, self._curvature)
@@ -93,7 +104,12 @@ class App:
         reflection.enable_server_reflection([*self._names, reflection.SERVICE_NAME], self._server)
         host = f"[{config.host}]" if ":" in config.host.strip("[]") and not config.host.startswith("[") else config.host
         try:
-            self.address = f"{host}:{self._server.add_insecure_port(f'{host}:{config.port}')}"
+            listen = f"{host}:{config.port}"
+            if credentials is None:
+                self.port = self._server.add_insecure_port(listen)
+            else:
+                self.port = self._server.add_secure_port(listen, credentials)
+            self.address = f"{host}:{self.port}"
         except RuntimeError as error:
             raise OSError(f"cannot listen on {host}:{config.port}: is another server there? ({error})") from None
 
@@ -101,22 +117,42 @@ class App:
         """Listens, warms the stored objectives, then answers."""
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._server.start()
+        threading.Thread(target=self._sweep, name="hvpd-gate", daemon=True).start()
         self.engine.warm_all()
         self._gate.open = True
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        try:
+            self.engine.vetter.start()  # While nobody waits for it.
+        except (OSError, ServiceError) as error:
+            _log.warning("the process that reads programs cannot be started yet: %s", error)
 
     def stop(self) -> None:
         """Refuses new calls, lets running products finish within the drain time, then closes."""
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._stopping.set()
         stopped = self._server.stop(self.config.drain)
         self._curvature.streams.drain()
         stopped.wait(self.config.drain + 5)
         self.engine.close()
         self.engine.store.close()
 
+    def _sweep(self) -> None:
+        """Once a second, ends what was begun with tokens that are not good any more."""
+        while not self._stopping.wait(1.0):
+            try:
+                self._gate.sweep()
+            except Exception as error:  # noqa: BLE001 - who is revoked next must be shut out all the same
+                _log.error("tokens cannot be looked at", exc_info=error)
+
     def _set_health(self, status: int) -> None:
         for name in ("", *self._names):
             self._health.set(name, status)
+
+
+def _credentials(config: Config) -> grpc.ServerCredentials | None:
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return _tls.Certificates(_tls.Files(config.tls_cert, config.tls_key, config.tls_client_ca)).credentials()
 
 
 def default_budget(device: Device) -> int:
@@ -127,13 +163,14 @@ def default_budget(device: Device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
-def run(config: Config, *, owner: int | None = None, ephemeral: bool = False) -> int:
+def run(config: Config, *, owner: int | None = None, ephemeral: bool = False, board: Board | None = None) -> int:
     """Serves until SIGTERM or SIGINT, then ends the process with 0; returns the exit code where it cannot start.
 
     Args:
         config: The settings.
         owner: A file descriptor whose end of file, too, stops the server at once: the pipe of a process that embeds it.
         ephemeral: Whether the store is of no use to anybody without that owner.
+        board: Where a supervisor sees that this process lives, and what it does.
     """
     logging.basicConfig(
         level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
@@ -153,14 +190,17 @@ def run(config: Config, *, owner: int | None = None, ephemeral: bool = False) ->
             target=_die_with, args=(owner, config.store if ephemeral else None), name="hvpd-owner", daemon=True
         ).start()
     try:
-        app = App(config)
-    except (ServiceError, OSError) as error:
+        app = App(config, board)
+    except (ServiceError, ValueError, OSError) as error:
         _say(f"cannot start: {error}")
         return 1
     if config.metrics_port is not None:
         host = config.host.strip("[]")
         metrics, _ = prometheus_client.start_http_server(config.metrics_port, host, app.metrics.registry)
         _say(f"metrics on http://{host}:{metrics.server_port}/metrics")
+    metrics_port = metrics.server_port if config.metrics_port is not None else 0
+    if board is not None:
+        threading.Thread(target=_beat, args=(board, app.port, metrics_port), name="hvpd-beat", daemon=True).start()
     app.start()
     _say(f"serving on {app.address}")
     stop.wait()
@@ -196,6 +236,12 @@ def _die_with(owner: int, store: Path | None) -> None:
             if store is not None:
                 shutil.rmtree(store, ignore_errors=True)
             os._exit(0)
+
+
+def _beat(board: Board, port: int, metrics_port: int) -> None:
+    while True:
+        board.beat(port, metrics_port)
+        time.sleep(1.0)
 
 
 def _say(line: str) -> None:

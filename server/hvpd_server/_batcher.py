@@ -12,8 +12,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
+from hvpd_server import _buffers
 from hvpd_server._crowd import Crowd
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._gathering import Gathering
@@ -66,6 +65,7 @@ class Batcher:
         self._queue = FairQueue(weights)
         self._gathering = Gathering(max_delay) if max_delay > 0 else None
         self._pending = 0
+        self._in_flight = 0
         self._busy = False
         self._alone: Job | None = None
         self._held: tuple[Crowd, int] | None = None
@@ -76,6 +76,11 @@ class Batcher:
     def pending(self) -> int:
         """Vectors that wait."""
         return self._pending
+
+    @property
+    def in_flight(self) -> int:
+        """Vectors in the launch in progress."""
+        return self._in_flight
 
     def run(self, job: Job) -> Any:
         """Queues a product, waits for it, and perhaps leads. Returns what `execute` returned for it.
@@ -277,6 +282,7 @@ class Batcher:
     def _launch(self, batch: Sequence[Job]) -> None:
         started = self._clock()
         width = sum([len(job.block) for job in batch])
+        self._in_flight = width
         error: BaseException | None = None
         results: Sequence[Any] = ()
         try:
@@ -286,6 +292,7 @@ class Batcher:
         except BaseException as raised:  # noqa: BLE001 - it is raised again, in each caller's own thread
             error, results = raised, [None] * len(batch)
         finished = self._clock()
+        self._in_flight = 0
         if error is None and (crowd := batch[0].crowd) is not None:
             with self._lock:
                 crowd.answered(width, started, finished)
@@ -306,7 +313,7 @@ def pad(blocks: Sequence[Block], width: int) -> Block:
     """The blocks under each other, filled up with zeros to `width` rows. One block of that width is returned as it is."""
     if len(blocks) == 1 and len(blocks[0]) == width:
         return blocks[0]
-    padded = np.empty((width, *blocks[0].shape[1:]), blocks[0].dtype)
+    padded = _buffers.empty((width, *blocks[0].shape[1:]), blocks[0].dtype)
     row = 0
     for block in blocks:
         padded[row : row + len(block)] = block

@@ -116,8 +116,33 @@ class Config:
     )
     max_calls: int = _setting(_positive, 1024, "most calls and streams at once", "N")
     drain: float = _setting(_seconds, 30.0, "seconds that running products have to finish after SIGTERM", "SECONDS")
+    launch_timeout: float = _setting(
+        _seconds,
+        600.0,
+        "seconds without an answer of the device after which the server is replaced; 0 for ever",
+        "SECONDS",
+    )
+    quarantine_after: int = _setting(
+        _positive, 3, "how many times an objective may end the server before it is not served any more", "N"
+    )
+    tls_cert: Path | None = _setting(
+        Path,
+        None,
+        "PEM file of the server's certificate and those between it and its CA; read again when it changes",
+        "FILE",
+    )
+    tls_key: Path | None = _setting(Path, None, "PEM file of its private key, unencrypted", "FILE")
+    tls_client_ca: Path | None = _setting(
+        Path, None, "PEM file of CAs; whoever connects must have a certificate of one of them", "FILE"
+    )
+    tokens: Path | None = _setting(
+        Path,
+        None,
+        "file of `hvpd token`: whoever calls must have one of its tokens; read again when it changes",
+        "FILE",
+    )
     insecure: bool = _setting(
-        _flag, False, "allow a host other than loopback although nothing is encrypted or checked", ""
+        _flag, False, "allow a host other than loopback although not both is done: encrypting, and asking who calls", ""
     )
     log_level: str = _setting(_level, "INFO", "DEBUG, INFO, WARNING or ERROR", "LEVEL")
 
@@ -137,11 +162,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )
 
 
+def arguments(config: Config) -> list[str]:
+    """The flags that give these settings."""
+    found = []
+    for field in dataclasses.fields(Config):
+        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if field.metadata["parse"] is _flag:
+            found += [flag] if value else []
+        elif value is not None:
+            found += [flag, str(value)]
+    return found
+
+
 def load(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Config:
     """The settings: flags first, then the environment, then defaults.
 
     Raises:
-        ValueError: A variable has a value that its setting cannot have, or the host needs --insecure.
+        ValueError: A variable has a value that its setting cannot have, or settings do not go together: a host that others can
+            reach needs TLS, and tokens or certificates of clients.
     """
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Config):
@@ -158,12 +196,30 @@ def load(arguments: argparse.Namespace, environment: Mapping[str, str] = os.envi
         raise ValueError(
             f"--max-pending {config.max_pending} has no room for one block of --max-block-width {config.max_block_width}"
         )
-    if not config.insecure and not _is_loopback(config.host):
-        raise ValueError(
-            f"--host {config.host} can be reached from other machines, and nothing checks who calls: listen on 127.0.0.1 "
-            "behind a tunnel or a proxy that does, or say --insecure"
-        )
+    _check_security(config)
     return config
+
+
+def _check_security(config: Config) -> None:
+    """Raises ValueError where what is asked for would be less secure than it seems."""
+    if (config.tls_cert is None) != (config.tls_key is None):
+        raise ValueError(
+            "--tls-cert and --tls-key are of no use without each other: give both, the certificate and its key"
+        )
+    if config.tls_client_ca is not None and config.tls_cert is None:
+        raise ValueError(
+            "--tls-client-ca is of no use without --tls-cert and --tls-key: only over TLS are there certificates"
+        )
+    if config.insecure or _is_loopback(config.host):
+        return
+    missing = [] if config.tls_cert is not None else ["--tls-cert and --tls-key, so that what is sent is encrypted"]
+    if config.tokens is None and config.tls_client_ca is None:
+        missing.append("--tokens (or --tls-client-ca), so that not everybody may call")
+    if missing:
+        raise ValueError(
+            f"--host {config.host} can be reached from other machines: give {', and '.join(missing)}; or listen on 127.0.0.1 behind "
+            "a tunnel or a proxy that does it; or say --insecure, where everybody may do everything"
+        )
 
 
 def _is_loopback(host: str) -> bool:

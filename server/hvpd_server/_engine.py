@@ -17,13 +17,17 @@ import numpy as np
 from hvpd import _codec, _protocol
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
 from hvpd_server import _admission, _batcher, _kernels, _lane
+from hvpd_server._board import Board
 from hvpd_server._checks import Checks
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._lane import Lane, Limits
-from hvpd_server._metrics import Metrics
+from hvpd_server._metrics import Live, Memory, Metrics
 from hvpd_server._objective import OPERATORS, Objective, program_of
+from hvpd_server._owners import Owners
 from hvpd_server._point import Point, point_id
+from hvpd_server._quarantine import Quarantine
 from hvpd_server._store import Store
+from hvpd_server._vetting import Vetter, Vetting
 
 _log = logging.getLogger(__name__)
 
@@ -36,49 +40,80 @@ class Engine:
         devices: Where programs run.
         limits: What may be used.
         metrics: Counts.
+        board: Where others see what runs.
+        quarantine_after: How many times an objective may end the server before it is not served any more.
+        vetter: Reads programs before they are used; one of its own where none is given.
     """
 
-    def __init__(self, store: Store, devices: Sequence[_kernels.Device], limits: Limits, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        store: Store,
+        devices: Sequence[_kernels.Device],
+        limits: Limits,
+        metrics: Metrics,
+        *,
+        board: Board | None = None,
+        quarantine_after: int = 3,
+        vetter: Vetter | None = None,
+    ) -> None:
         self.store = store
+        self.owners = Owners(store)
+        self._quarantine = Quarantine(store.root, quarantine_after)
+        self._stack = contextlib.ExitStack()
+        if vetter is None:
+            vetter = self._stack.enter_context(contextlib.closing(Vetter()))
+        self.vetter = vetter
+        self._vetting = Vetting(store, vetter)
         self.devices = devices
         self.limits = limits
         self.metrics = metrics
-        self.lanes = _lane.lanes(devices, store, limits, metrics)
+        self.lanes = _lane.lanes(devices, store, limits, metrics, board or Board())
         self._compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="hvpd-compile")
         self._objectives: dict[str, Objective] = {}
         self._lane_of: dict[str, Lane] = {}
         self._objectives_lock = threading.Lock()
         self.checks = Checks(store, self._pending, metrics.checked)
-        metrics.observe(self._used_bytes, self._pending)
+        metrics.observe(self._live)
 
     def close(self) -> None:
         """Stops compiling, checking and reading."""
         self.checks.close()
+        self._stack.close()
         for lane in self.lanes:
             lane.close()
         self._compiler.shutdown(wait=False, cancel_futures=True)
 
     # Objectives
 
-    def register(self, digest: str, name: str, x_digest: str = "") -> Objective:
+    def register(
+        self, digest: str, name: str, x_digest: str = "", *, tenant: str = "", shared: bool = False
+    ) -> Objective:
         """Makes an objective of an uploaded bundle and starts to compile it, and to check it at x where one came.
+
+        Args:
+            digest: Of the bundle.
+            name: Without the tenant; or empty.
+            x_digest: Of x; or empty.
+            tenant: Who registers it, and has uploaded all of it; empty where nobody is told apart.
+            shared: Whether other tenants may use it.
 
         Raises:
             ServiceError: The bundle is not stored, incomplete, or not what it must be; nothing was registered.
         """
         if name:
             _admission.check_name(name)
+        if tenant and not self.owners.has_blob(tenant, digest):
+            raise _not_stored([digest])
         bundle = _admission.parse(self.store.read(digest))
-        missing = sorted({reference for reference in _admission.references(bundle) if not self.store.has(reference)})
+        references = {*_admission.references(bundle), *([x_digest] if tenant and x_digest else [])}
+        missing = sorted(each for each in references if not self.owners.has_blob(tenant, each))
         if missing:
-            raise ServiceError(
-                Code.FAILED_PRECONDITION,
-                "BLOBS_MISSING",
-                f"{len(missing)} blobs of the bundle are not stored: upload them first",
-                {"digests": ",".join(missing)},
-            )
+            raise _not_stored(missing)
         objective = self.objective(digest)
+        name = self.owners.full_name(tenant, name)
+        self.owners.add_objective(tenant, digest, shared=shared)  # First: without an owner it would be everybody's.
         self.store.add_objective(digest, name)
+        self.metrics.named(digest, name)
         self.lane(objective).warm(objective)
         if x_digest:
             points = functools.partial(self.lane(objective).loose_points, objective)
@@ -87,17 +122,20 @@ class Engine:
 
     def objective(self, digest: str) -> Objective:
         """The objective of a stored bundle, its programs read."""
+        self._quarantine.check(digest)
         with self._objectives_lock:
             found = self._objectives.get(digest)
         if found is not None:
             return found
         bundle = self.bundle(digest)
+        read = functools.partial(self._part, digest)
+        _kernels.check_version(bundle, self.devices[0])
+        self._vetting.admit(digest, bundle, read)
         with self._objectives_lock:
             lane = self._lane_of.get(digest)
             if lane is None:
                 lane = self._lane_of[digest] = self._choose_lane(bundle)
                 lane.expect(bundle)
-        read = functools.partial(self._part, digest)
         programs = _kernels.Programs(bundle, lane.device, read, self._compiler, self.metrics.compiled)
         _admission.check_signatures(bundle, programs.signatures())
         with self._objectives_lock:
@@ -120,6 +158,21 @@ class Engine:
     def _pending(self) -> int:
         return sum(lane.pending for lane in self.lanes)
 
+    def _live(self) -> Live:
+        """What the metrics tell of this moment."""
+        asked = [lane.residency.asked() for lane in self.lanes]
+        told = {f"{device.platform}:{index}": device.memory_use() for index, device in enumerate(self.devices)}
+        return Live(
+            resident_bytes=self._used_bytes(),
+            budget_bytes=sum(lane.residency.budget_bytes for lane in self.lanes),
+            hits=sum((collections.Counter(hits) for hits, _ in asked), collections.Counter()),
+            misses=sum((collections.Counter(misses) for _, misses in asked), collections.Counter()),
+            pending=self._pending(),
+            pending_limit=self.limits.max_pending * len(self.lanes),
+            in_flight=sum(lane.in_flight for lane in self.lanes),
+            memory=[Memory(name, *use) for name, use in told.items() if use is not None],
+        )
+
     def bundle(self, digest: str) -> objective_pb2.Bundle:
         """The bundle of an objective."""
         return _admission.parse(self._part(digest, digest))
@@ -141,7 +194,10 @@ class Engine:
     def warm_all(self) -> None:
         """Compiles all registered objectives, from the cache where they are in it; logs those that cannot be."""
         futures = []
-        for digest in dict.fromkeys(digest for _, digest, _ in self.store.objectives()):
+        known = self.store.objectives()
+        for name, digest, _ in known:
+            self.metrics.named(digest, name)
+        for digest in dict.fromkeys(digest for _, digest, _ in known):
             try:
                 objective = self.objective(digest)
                 futures += self.lane(objective).warm(objective)
@@ -155,28 +211,43 @@ class Engine:
 
     # Points
 
-    def locate(self, spec: curvature_pb2.PointSpec) -> tuple[Objective, Sequence[tensor_pb2.Tensor], str]:
+    def locate(
+        self, spec: curvature_pb2.PointSpec, tenant: str = ""
+    ) -> tuple[Objective, Sequence[tensor_pb2.Tensor], str]:
         """Objective, data and id of the point that a spec names.
 
         Raises:
-            ServiceError: The objective is not registered, or the data does not fit it.
+            ServiceError: The objective is not registered, or not for this tenant; or the data does not fit it, or is not the tenant's.
         """
         digest = spec.objective_digest
-        if not self.store.registered(digest):
-            _, digest, _ = self.store.objective(digest)  # Says why not.
+        if not (self.store.registered(digest) and self.owners.may_use(tenant, digest)):
+            _, digest, _ = self.owners.find(tenant, digest)  # Says why not.
         objective = self.objective(digest)
         data = objective.bundle.data if spec.default_data else spec.data
         _admission.check_data(objective.bundle, data)
+        if tenant and not spec.default_data:
+            registered = {tensor.digest for tensor in objective.bundle.data}
+            given = {tensor.digest for tensor in data} - registered
+            if missing := sorted(each for each in given if not self.owners.has_blob(tenant, each)):
+                raise _not_stored(missing)
         return objective, data, point_id(objective.digest, data, spec.x_digest)
 
-    def find_point(self, spec: curvature_pb2.PointSpec) -> Point | None:
-        """The point, where it is resident."""
-        objective, _, identity = self.locate(spec)
+    def find_point(self, spec: curvature_pb2.PointSpec, tenant: str = "") -> Point | None:
+        """The point, where it is resident, and the tenant has shown that it has its x."""
+        objective, _, identity = self.locate(spec, tenant)
         found: Point | None = self.lane(objective).residency.get(identity)
+        if found is not None and tenant not in found.tenants:
+            return None
+        if found is not None:
+            self.metrics.found()
         return found
 
     def moved(
-        self, spec: curvature_pb2.PointSpec, move: curvature_pb2.Move, direction: _codec.Array | None = None
+        self,
+        spec: curvature_pb2.PointSpec,
+        move: curvature_pb2.Move,
+        direction: _codec.Array | None = None,
+        tenant: str = "",
     ) -> _codec.Array | None:
         """The x of a point that is a step from another, in the host's memory; None where that is not resident.
 
@@ -184,17 +255,18 @@ class Engine:
             spec: Of the new point.
             move: How it comes about.
             direction: Where it just came; else it must be here.
+            tenant: Whose the other point and the direction are.
 
         Raises:
             ServiceError: NOT_FOUND with reason DIRECTION_NOT_RESIDENT: the direction is wanted.
         """
-        objective, _, _ = self.locate(spec)
+        objective, _, _ = self.locate(spec, tenant)
         residency = self.lane(objective).residency
         base: Point | None = residency.get(move.base_id)
-        if base is None or base.objective is not objective:
+        if base is None or base.objective is not objective or tenant not in base.tenants:
             return None
         if direction is None:
-            direction = residency.get(("direction", move.direction_digest))
+            direction = residency.get(("direction", tenant, move.direction_digest))
         if direction is None or direction.dtype != objective.dtype or direction.size != objective.n:
             raise ServiceError(Code.NOT_FOUND, "DIRECTION_NOT_RESIDENT", "the direction is not here: send it")
         with np.errstate(all="ignore"):  # What is not finite is counted, and told.
@@ -202,23 +274,25 @@ class Engine:
             x += _kernels.host(base.x)
         return x
 
-    def keep_direction(self, spec: curvature_pb2.PointSpec, digest: str, direction: _codec.Array) -> None:
+    def keep_direction(
+        self, spec: curvature_pb2.PointSpec, digest: str, direction: _codec.Array, tenant: str = ""
+    ) -> None:
         """Keeps the direction of a move, for the steps along it that follow."""
         if _codec.digest(_codec.payload(direction)) != digest:
             raise ServiceError(
                 Code.INVALID_ARGUMENT, "DIGEST_MISMATCH", "the direction does not have its digest: send it again"
             )
-        residency = self.lane(self.locate(spec)[0]).residency
+        residency = self.lane(self.locate(spec, tenant)[0]).residency
         with contextlib.suppress(ServiceError):  # Where there is no room, it serves this one step.
-            residency.put(("direction", digest), "direction", direction, direction.nbytes)
+            residency.put(("direction", tenant, digest), "direction", direction, direction.nbytes)
 
     def pin(self, point: Point, seconds: int) -> None:
         """Keeps a point on the device until it has not been used for so long; for a week at most."""
         self.lane(point.objective).residency.pin(point.id, min(seconds, _protocol.MAX_PIN_SECONDS))
 
-    def create_point(self, spec: curvature_pb2.PointSpec, x: _codec.Array) -> Point:
+    def create_point(self, spec: curvature_pb2.PointSpec, x: _codec.Array, tenant: str = "") -> Point:
         """Makes a point resident: x and its data on the device, value and gradient computed."""
-        objective, data, identity = self.locate(spec)
+        objective, data, identity = self.locate(spec, tenant)
         if _codec.digest(_codec.payload(x)) != spec.x_digest:
             raise ServiceError(
                 Code.INVALID_ARGUMENT,
@@ -226,11 +300,13 @@ class Engine:
                 "x does not have the digest that the spec gives: send it again",
             )
 
-        return self.lane(objective).create_point(objective, data, identity, x)
+        point = self.lane(objective).create_point(objective, data, identity, x)
+        point.tenants.add(tenant)
+        return point
 
     # Products
 
-    def resident(self, spec: curvature_pb2.ProductSpec) -> Point:
+    def resident(self, spec: curvature_pb2.ProductSpec, tenant: str = "") -> Point:
         """The point of a product, whose request is checked as far as it can be without its vectors.
 
         Raises:
@@ -240,7 +316,7 @@ class Engine:
             raise ServiceError(
                 Code.INVALID_ARGUMENT, "UNKNOWN_OPERATOR", f"this server has no operator {spec.operator}: upgrade it"
             )
-        point = self._point(spec.point_id)
+        point = self._point(spec.point_id, tenant)
         program = program_of(spec)
         if not 0 <= spec.block < len(point.objective.sizes):
             raise ServiceError(
@@ -269,10 +345,10 @@ class Engine:
             )
         return point
 
-    def _point(self, identity: str) -> Point:
+    def _point(self, identity: str, tenant: str) -> Point:
         for lane in self.lanes:
             found: Point | None = lane.residency.get(identity)
-            if found is not None:
+            if found is not None and self._belongs(found, tenant):
                 return found
         raise ServiceError(
             Code.NOT_FOUND,
@@ -280,7 +356,11 @@ class Engine:
             f"point {identity[:12]} is not on the device (evicted, or the server restarted): create it again and repeat",
         )
 
-    def factors(self, identity: str, seed: int | None) -> list[_codec.Array]:
+    def _belongs(self, point: Point, tenant: str) -> bool:
+        """Whether a tenant has made this point too, and may still use its objective."""
+        return tenant in point.tenants and self.owners.may_use(tenant, point.objective.digest)
+
+    def factors(self, identity: str, seed: int | None, tenant: str = "") -> list[_codec.Array]:
         """The Kronecker factors A_0, G_0, A_1, ... of the dense layers at a point, in the host's memory.
 
         Args:
@@ -290,7 +370,7 @@ class Engine:
         Raises:
             ServiceError: As for `resident`.
         """
-        point = self._point(identity)
+        point = self._point(identity, tenant)
         program = "kfac" if seed is None else "sampled_kfac"
         if program not in point.objective.bundle.programs:
             raise ServiceError(
@@ -326,9 +406,9 @@ class Engine:
         job = _batcher.Job((point, program, seed), vectors, tenant, deadline, priority)
         return self.lane(point.objective).multiply(job, on_queue)
 
-    def choices(self, digest: str) -> objective_pb2.GetPlanResponse:
+    def choices(self, digest: str, tenant: str = "") -> objective_pb2.GetPlanResponse:
         """What multiplies blocks of which width."""
-        _, digest, _ = self.store.objective(digest)
+        _, digest, _ = self.owners.find(tenant, digest)
         objective = self.objective(digest)
         kernels = objective.kernels
         widths = sorted({width for name in ("hvp", "apply") for width in kernels.widths(name)})
@@ -337,3 +417,13 @@ class Engine:
             residual_bytes=objective.residual_bytes,
             compiles=kernels.compiles(),
         )
+
+
+def _not_stored(digests: Sequence[str]) -> ServiceError:
+    """Also of what is stored, and not by whom it is asked for: they are told the same."""
+    return ServiceError(
+        Code.FAILED_PRECONDITION,
+        "BLOBS_MISSING",
+        f"{len(digests)} blobs of the bundle are not stored: upload them first",
+        {"digests": ",".join(digests)},
+    )

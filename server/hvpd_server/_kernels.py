@@ -17,11 +17,13 @@ from typing import Any, NoReturn
 
 import jax
 import jax.export
+import jax.monitoring
 import numpy as np
 from jaxlib.mlir.dialects import stablehlo
 
 from hvpd import _codec
 from hvpd.v1 import objective_pb2
+from hvpd_server import _reading
 from hvpd_server._admission import ROWS, WIDTH, Signature
 from hvpd_server._errors import Code, ServiceError
 
@@ -29,6 +31,17 @@ _log = logging.getLogger(__name__)
 
 DeviceArray = jax.Array
 Compiled = Callable[..., Any]
+
+_seen = threading.local()
+"""Whether the compile that this thread is at was found in jax's persistent cache."""
+
+
+def _on_event(event: str, **facts: str | int) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _seen.cached = True
+
+
+jax.monitoring.register_event_listener(_on_event)
 
 
 def devices(cache: Path) -> "list[Device]":
@@ -76,6 +89,15 @@ class Device:
         """The memory of each part as its driver tells; None for the CPU."""
         return (self.parts[0].memory_stats() or {}).get("bytes_limit")
 
+    def memory_use(self) -> tuple[int, int] | None:
+        """Bytes in use and bytes that there are, of the first part, as its driver tells; None where it tells nothing."""
+        try:
+            found = self.parts[0].memory_stats() or {}
+        except jax.errors.JaxRuntimeError:  # A device that has failed is told of by who uses it.
+            return None
+        in_use, limit = found.get("bytes_in_use"), found.get("bytes_limit")
+        return None if in_use is None or limit is None else (in_use, limit)
+
     def splits(self, shape: Sequence[Any]) -> bool:
         """Whether data of this shape is split by rows."""
         rows = shape[0] if shape else 0
@@ -109,7 +131,12 @@ class Device:
         """The program for arguments of such specs, its results whole on each part."""
         jitted = jax.jit(function, keep_unused=True, out_shardings=self._whole)
         with _device_errors():
-            compiled: Compiled = jitted.lower(*specs).compile()
+            lowered = jitted.lower(*specs)
+            try:
+                _reading.check_routines(lowered.compiler_ir("stablehlo"))  # type: ignore[arg-type] # It has one.
+            except _reading.Refused as error:
+                raise ServiceError(Code.INVALID_ARGUMENT, error.reason, f"a program {error}") from None
+            compiled: Compiled = lowered.compile()
         return compiled
 
 
@@ -120,7 +147,7 @@ class Programs:
         bundle: What was registered.
         read: The bytes of a blob by digest.
         compiler: Where compiles run.
-        on_compile: Told the seconds that each compile took.
+        on_compile: Told the seconds that each compile took, and whether it was "compiled", "cached" or "failed".
 
     Raises:
         ServiceError: A program is not what the bundle says, or not for this server's platform or version of jax.
@@ -132,7 +159,7 @@ class Programs:
         device: Device,
         read: Callable[[str], bytes],
         compiler: concurrent.futures.Executor,
-        on_compile: Callable[[float], None] = lambda seconds: None,
+        on_compile: Callable[[float, str], None] = lambda seconds, outcome: None,
     ) -> None:
         self._device = device
         self._compiler = compiler
@@ -170,7 +197,7 @@ class Kernels:
         rows: int,
         data: int,
         compiler: concurrent.futures.Executor,
-        on_compile: Callable[[float], None],
+        on_compile: Callable[[float, str], None],
     ) -> None:
         self.rows = rows
         self._exported = exported
@@ -215,14 +242,17 @@ class Kernels:
 
     def _run(self, compile_: "_Compile", name: str, width: int) -> Compiled:
         started = compile_.started = time.perf_counter()
+        _seen.cached = False
+        outcome = "failed"
         try:
             compiled = self._compile(name, width)
+            outcome = "cached" if _seen.cached else "compiled"
         finally:
             compile_.seconds = time.perf_counter() - started
+            self._on_compile(compile_.seconds, outcome)
         with self._lock:
             self._ready[name, width] = compiled
             self._widths[name] = sorted(width for program, width in self._ready if program == name)
-        self._on_compile(compile_.seconds)
         _log.info("compiled %s, width %d, in %.2f s", name, width, compile_.seconds)
         return compiled
 
@@ -302,7 +332,8 @@ def host(result: Any) -> _codec.Array:
         _tell(error)
 
 
-def _deserialize(name: str, blob: bytes, device: Device, bundle: objective_pb2.Bundle) -> jax.export.Exported:
+def check_version(bundle: objective_pb2.Bundle, device: Device) -> None:
+    """Raises ServiceError where jax cannot read the programs of a bundle, as it says itself."""
     oldest, newest = device.calling_conventions
     if not oldest <= bundle.calling_convention_version <= newest:
         raise ServiceError(
@@ -312,10 +343,14 @@ def _deserialize(name: str, blob: bytes, device: Device, bundle: objective_pb2.B
             f"this server runs jax {device.jax_version}, which reads {oldest} to {newest}: "
             "use a version of jax on the client that is nearer to the server's",
         )
+
+
+def _deserialize(name: str, blob: bytes, device: Device, bundle: objective_pb2.Bundle) -> jax.export.Exported:
+    check_version(bundle, device)
+    oldest, newest = device.calling_conventions
     try:
         exported = jax.export.deserialize(bytearray(blob))
         version = exported.calling_convention_version
-        exported.mlir_module()  # StableHLO of a version that this one does not know is found here, not at the first product.
     except Exception as error:
         raise ServiceError(
             Code.INVALID_ARGUMENT,

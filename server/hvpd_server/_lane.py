@@ -15,6 +15,7 @@ import numpy as np
 from hvpd import _check, _codec
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
 from hvpd_server import _batcher, _kernels, _probes, _relief, _sources
+from hvpd_server._board import Board
 from hvpd_server._checks import LoosePoint
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._metrics import Metrics
@@ -25,6 +26,11 @@ from hvpd_server._residency import Residency, no_room
 from hvpd_server._store import Store
 
 _log = logging.getLogger(__name__)
+
+
+def equal_weights(tenant: str) -> float:
+    """Of tenants of whom nothing is said."""
+    return 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,20 +45,24 @@ class Limits:
     """Most vectors that wait for the device."""
     max_queue_delay: float = 0.0
     """Seconds for which a block that could be wider waits for more while the device is free."""
+    weights: Callable[[str], float] = equal_weights
+    """Of tenants, more than 0: they share the device in this proportion. Must be quick, and not raise."""
 
 
 _LOOSE_VECTORS = 6
 """Of n elements, that a check has on the device at a time: two points, a vector and its product."""
 
 
-def lanes(devices: Sequence[_kernels.Device], store: Store, limits: Limits, metrics: Metrics) -> "list[Lane]":
+def lanes(
+    devices: Sequence[_kernels.Device], store: Store, limits: Limits, metrics: Metrics, board: Board
+) -> "list[Lane]":
     """One for each device; where there are several, a last one for all together, and then each has half of the memory for each."""
     if len(devices) == 1:
-        return [Lane(devices[0], store, limits, metrics)]
+        return [Lane(devices[0], store, limits, metrics, board)]
     half = dataclasses.replace(limits, memory_budget_bytes=limits.memory_budget_bytes // 2)
     together = dataclasses.replace(limits, memory_budget_bytes=half.memory_budget_bytes * len(devices))
-    single = [Lane(device, store, half, metrics) for device in devices]
-    return [*single, Lane(_kernels.Device.together(devices), store, together, metrics)]
+    single = [Lane(device, store, half, metrics, board) for device in devices]
+    return [*single, Lane(_kernels.Device.together(devices), store, together, metrics, board)]
 
 
 class Lane:
@@ -63,9 +73,11 @@ class Lane:
         store: What is on disk.
         limits: What may be used.
         metrics: Counts.
+        board: Where others see what runs.
     """
 
-    def __init__(self, device: _kernels.Device, store: Store, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, device: _kernels.Device, store: Store, limits: Limits, metrics: Metrics, board: Board) -> None:
+        self._board = board
         self.device = device
         self.budget_bytes = limits.memory_budget_bytes
         self.residency = Residency(limits.memory_budget_bytes, on_evict=metrics.evicted)
@@ -76,7 +88,11 @@ class Lane:
         self._objectives = 0
         self._ahead = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="hvpd-read")
         self._batcher = _batcher.Batcher(
-            self._launch, self._room, max_pending=limits.max_pending, max_delay=limits.max_queue_delay
+            self._launch,
+            self._room,
+            max_pending=limits.max_pending,
+            max_delay=limits.max_queue_delay,
+            weights=limits.weights,
         )
 
     def close(self) -> None:
@@ -87,6 +103,11 @@ class Lane:
     def pending(self) -> int:
         """Vectors that wait for the device."""
         return self._batcher.pending
+
+    @property
+    def in_flight(self) -> int:
+        """Vectors in the launch in progress."""
+        return self._batcher.in_flight
 
     # Objectives
 
@@ -129,18 +150,12 @@ class Lane:
         def make() -> tuple[Point, int]:
             source = self.source(objective, data, placement)
             self._check_rows(objective, source, x)
-            on_device = self.device.put(x)
-            value, gradient = source.call("value_and_grad", 0, on_device)
-            self._metrics.points.inc()
-            point = Point(
-                identity,
-                objective,
-                source,
-                on_device,
-                float(_kernels.host(value)),
-                _kernels.host(gradient),
-                nonfinite(x),
-            )
+            on_device = self._put(x)
+            source.kernels.request("value_and_grad").result()
+            with self._board.working(objective.digest):
+                value, gradient = map(_kernels.host, source.call("value_and_grad", 0, on_device))
+            self._metrics.made(identity)
+            point = Point(identity, objective, source, on_device, float(value), gradient, nonfinite(x))
             return point, 2 * objective.vector_bytes
 
         def load() -> Point:
@@ -209,14 +224,20 @@ class Lane:
             self._check_rows(objective, source, x)
             on_device = self.device.put(x)
 
+            resident = source if objective.plan.needs_apply and isinstance(source, _sources.Resident) else None
+
             def product(row: _codec.Array) -> Any:
                 block = _batcher.pad([row], self._bucket(objective) or 1)
-                if objective.plan.needs_apply and isinstance(source, _sources.Resident):
-                    residuals = source.residuals(objective.bundle.residuals, on_device)
-                    return source.kernels.call("apply", len(block), block, *residuals)[:1]
-                return source.call("hvp", len(block), on_device, block)[:1]
+                source.kernels.request("apply" if resident else "hvp", len(block)).result()
+                with self._board.working(objective.digest):
+                    if resident:
+                        residuals = resident.residuals(objective.bundle.residuals, on_device)
+                        return _kernels.host(resident.kernels.call("apply", len(block), block, *residuals))[:1]
+                    return _kernels.host(source.call("hvp", len(block), on_device, block))[:1]
 
-            return LoosePoint(source, x, on_device, product, turn)
+            source.kernels.request("value_and_grad").result()
+            with self._board.working(objective.digest):
+                return LoosePoint(source, x, on_device, product, turn)
 
         return at
 
@@ -246,20 +267,29 @@ class Lane:
 
         def load(rows: slice) -> list[Any]:
             return [
-                self.device.put(part[rows], data=True, owned=True) if position in moving else part
+                self._put(part[rows], data=True, owned=True) if position in moving else part
                 for position, part in enumerate(parts)
             ]
 
-        return _sources.Streamed(kernels, placement.spans, objective.bundle.row_reduction, load, self._ahead)
+        return _sources.Streamed(
+            kernels, placement.spans, objective.bundle.row_reduction, load, self._ahead, self._board.renew
+        )
 
     def tensor(self, tensor: tensor_pb2.Tensor, *, unnoticed: bool = False) -> Any:
         """A tensor on the device; unnoticed, nothing is dropped for it, and a corrupt one stays in the store for others to find."""
 
         def make() -> tuple[Any, int]:
             array = self._store.read_tensor(tensor, set_aside=not unnoticed)
-            return self.device.put(array, data=True), array.nbytes * self.device.copies(array.shape, data=True)
+            return self._put(array, data=True), array.nbytes * self.device.copies(array.shape, data=True)
 
         return self.residency.load(tensor_key(tensor), "data", make, evict=not unnoticed)
+
+    def _put(self, array: _codec.Array, *, data: bool = False, owned: bool = False) -> Any:
+        """Copies an array to the device, and counts how long that took."""
+        started = time.perf_counter()
+        placed = self.device.put(array, data=data, owned=owned)
+        self._metrics.put(time.perf_counter() - started)
+        return placed
 
     # Products
 
@@ -267,7 +297,9 @@ class Lane:
         """The Kronecker factors at a point, in the host's memory."""
 
         def compute() -> list[_codec.Array]:
-            return [_kernels.host(factor) for factor in point.source.call(program, 0, point.x, seed=seed)]
+            point.source.kernels.request(program).result()
+            with self._board.working(point.objective.digest):
+                return [_kernels.host(factor) for factor in point.source.call(program, 0, point.x, seed=seed)]
 
         return relieving(self.residency, compute, [point.id], program)
 
@@ -283,7 +315,12 @@ class Lane:
         elif not seed:
             job.crowd = point.crowd(program)
         on_queue(lambda: self._batcher.cancel(job))
-        result, made_by = self._batcher.run(job)
+        try:
+            result, made_by = self._batcher.run(job)
+        except ServiceError as error:
+            if error.reason == "QUEUE_FULL":
+                self._metrics.refused()
+            raise
         self._metrics.product(job)
         info = curvature_pb2.ProductInfo(
             queue_duration_ns=int((job.started - job.queued) * 1e9),
@@ -350,8 +387,16 @@ class Lane:
         Returns:
             For each job its product, and the program that made it.
         """
-        if not isinstance(key, Shares):
-            return self._launch_blocks(*_key(key), [job.block for job in jobs])
+        slot = self._board.begin(jobs[0].point.objective.digest)
+        try:
+            if not isinstance(key, Shares):
+                return self._launch_blocks(*_key(key), [job.block for job in jobs])
+            return self._launch_shared(key, jobs)
+        finally:
+            self._board.end(slot)
+
+    def _launch_shared(self, key: Shares, jobs: Sequence[_batcher.Job]) -> Sequence[tuple[_codec.Array, str]]:
+        """Multiplies at several points of a small objective: as pairs, or one point after the other."""
         by_point: dict[Point, list[int]] = {}
         for index, job in enumerate(jobs):
             by_point.setdefault(job.point, []).append(index)
@@ -387,7 +432,7 @@ class Lane:
                 raise
             return None  # One after the other takes less memory.
         plan.add("hvp_pairs", bucket, time.perf_counter() - started)
-        self._metrics.launched("hvp_pairs")
+        self._metrics.launched("hvp_pairs", bucket, bucket - total)
         return [(block, "hvp_pairs") for block in _batcher.split(whole, widths)]
 
     def _launch_blocks(
@@ -423,9 +468,12 @@ class Lane:
         total = sum(map(len, blocks))
         if not self._bucket(point.objective) or point.objective.steady.get((program, point.source.kernels.rows)):
             padded = _batcher.pad(blocks, -(-total // bucket) * bucket)
-            return [self._product(point, program, seed, padded[row : row + bucket]) for row in range(0, total, bucket)]
+            return [
+                self._product(point, program, seed, padded[row : row + bucket], max(row + bucket - total, 0))
+                for row in range(0, total, bucket)
+            ]
         vectors = [block[row : row + 1] for block in blocks for row in range(len(block))]
-        alone = [self._product(point, program, seed, _batcher.pad([vector], bucket)) for vector in vectors]
+        alone = [self._product(point, program, seed, _batcher.pad([vector], bucket), bucket - 1) for vector in vectors]
         return [(product[:1], made_by) for product, made_by in alone]
 
     def _relieved(self, point: Point, base: str, bucket: int, asked: str) -> bool:
@@ -460,13 +508,15 @@ class Lane:
             if found is not None:
                 objective.steady[key] = found
 
-    def _product(self, point: Point, program: str, seed: int, block: _codec.Array) -> tuple[_codec.Array, str]:
-        """One launch: V[width,n] -> [width,n], and the program that made it; timed and counted."""
+    def _product(
+        self, point: Point, program: str, seed: int, block: _codec.Array, padding: int
+    ) -> tuple[_codec.Array, str]:
+        """One launch: V[width,n] -> [width,n], its last rows padding, and the program that made it; timed and counted."""
         point.launches += 1
         started = time.perf_counter()
         product, made_by = self._multiplied(point, program, seed, block)
         point.objective.plan.add(made_by, len(block), time.perf_counter() - started)
-        self._metrics.launched(made_by)
+        self._metrics.launched(made_by, len(block), padding)
         return product, made_by
 
     def _multiplied(self, point: Point, program: str, seed: int, block: _codec.Array) -> tuple[_codec.Array, str]:

@@ -51,11 +51,18 @@ class Residency:
         self._leased: set[Hashable] = set()
         self._loading: dict[Hashable, threading.Lock] = {}
         self._used: collections.Counter[str] = collections.Counter()
+        self._hits: collections.Counter[str] = collections.Counter()
+        self._misses: collections.Counter[str] = collections.Counter()
 
     def used_bytes(self) -> dict[str, int]:
         """Bytes that are resident, by kind."""
         with self._lock:
             return dict(self._used)
+
+    def asked(self) -> tuple[dict[str, int], dict[str, int]]:
+        """How many times an entry was asked for and was there, and how many times one was made, by kind."""
+        with self._lock:
+            return dict(self._hits), dict(self._misses)
 
     def get(self, key: Hashable) -> Any | None:
         """The entry, most recently used from now on; None where it is not resident."""
@@ -64,6 +71,7 @@ class Residency:
             if entry is None:
                 return None
             self._touch(key)
+            self._hits[entry.kind] += 1
             return entry.value
 
     def free_bytes(self) -> int:
@@ -105,6 +113,7 @@ class Residency:
             while sum(self._used.values()) + size_bytes > self.budget_bytes:
                 self._forget(next(entry for entry in self._entries if entry not in held), evicted)
             self._entries[key] = _Entry(kind, value, size_bytes, present)
+            self._misses[kind] += 1
             for need in present:
                 self._entries[need].needed_by.add(key)
             self._used[kind] += size_bytes

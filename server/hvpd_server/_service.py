@@ -1,10 +1,13 @@
 """The wire: decodes and validates requests, calls the engine, answers. Knows gRPC and no jax."""
 
+import collections
+import concurrent.futures
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 import numpy as np
@@ -15,12 +18,15 @@ import hvpd
 from hvpd import _codec, _frames, _protocol
 from hvpd._frames import Frame
 from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2
+from hvpd_server import _buffers
 from hvpd_server._engine import Engine
 from hvpd_server._errors import Code, ServiceError, to_status
-from hvpd_server._gate import abort
+from hvpd_server._gate import abort, owner_of, tenant_of
+from hvpd_server._metrics import Metrics
 from hvpd_server._objective import program_of
+from hvpd_server._pipeline import Pipeline, Task
 from hvpd_server._point import Point
-from hvpd_server._streams import Streams
+from hvpd_server._streams import Stream, Streams
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +34,16 @@ _T = TypeVar("_T")
 
 _ARRIVING = 16
 """Most products whose chunks may interleave on one stream."""
+
+_REFUSED = 256
+"""Most products of a stream whose remaining chunks are known to be of no use."""
+
+_PIPELINED = 64
+_PIPELINED_BYTES = 64 << 20
+"""Most products of one stream that are computed beside each other, and most bytes of them; one may be larger."""
+
+_WORKERS = 256
+"""Threads for the products of streams that send ahead."""
 
 
 def _unary(method: Callable[[Any, Any, grpc.ServicerContext], _T]) -> Callable[[Any, Any, grpc.ServicerContext], _T]:
@@ -69,7 +85,8 @@ class BlobService:
             raise ServiceError(
                 Code.INVALID_ARGUMENT, "TOO_MANY", f"ask for 10,000 digests at most, got {len(request.digests)}"
             )
-        missing = [digest for digest in request.digests if not self._engine.store.has(digest)]
+        owners, owner = self._engine.owners, owner_of(context)
+        missing = [digest for digest in request.digests if not owners.has_blob(owner, digest)]
         return blob_pb2.FindMissingBlobsResponse(missing_digests=missing)
 
     @_unary
@@ -84,7 +101,8 @@ class BlobService:
             for message, chunk in request_iterator:
                 upload.append(message.offset_bytes, chunk)
             size_bytes = upload.commit()
-        self._engine.metrics.uploads.inc()
+        self._engine.owners.add_blob(owner_of(context), first.message.digest)
+        self._engine.metrics.uploaded()
         return blob_pb2.UploadBlobResponse(size_bytes=size_bytes)
 
 
@@ -98,14 +116,15 @@ class ObjectiveService:
     def CreateObjective(  # noqa: N802
         self, request: objective_pb2.CreateObjectiveRequest, context: grpc.ServicerContext
     ) -> objective_pb2.CreateObjectiveResponse:
-        self._engine.register(request.digest, request.name, request.x_digest)
-        return objective_pb2.CreateObjectiveResponse(objective=self._objective(request.name or request.digest))
+        owner = owner_of(context)
+        self._engine.register(request.digest, request.name, request.x_digest, tenant=owner, shared=request.shared)
+        return objective_pb2.CreateObjectiveResponse(objective=self._objective(request.name or request.digest, owner))
 
     @_unary
     def GetObjective(  # noqa: N802
         self, request: objective_pb2.GetObjectiveRequest, context: grpc.ServicerContext
     ) -> objective_pb2.GetObjectiveResponse:
-        return objective_pb2.GetObjectiveResponse(objective=self._objective(request.name))
+        return objective_pb2.GetObjectiveResponse(objective=self._objective(request.name, owner_of(context)))
 
     @_unary
     def ListObjectives(  # noqa: N802
@@ -117,7 +136,7 @@ class ObjectiveService:
                 Code.INVALID_ARGUMENT, "INVALID_PAGE", "page_size or page_token is not one of this server's"
             )
         start = int(request.page_token or 0)
-        known = self._engine.store.objectives()
+        known = self._engine.owners.listing(owner_of(context))
         response = objective_pb2.ListObjectivesResponse()
         for name, digest, created in known[start : start + size]:
             try:
@@ -136,10 +155,10 @@ class ObjectiveService:
     def GetPlan(  # noqa: N802
         self, request: objective_pb2.GetPlanRequest, context: grpc.ServicerContext
     ) -> objective_pb2.GetPlanResponse:
-        return self._engine.choices(request.digest)
+        return self._engine.choices(request.digest, owner_of(context))
 
-    def _objective(self, name: str) -> objective_pb2.Objective:
-        return self._message(*self._engine.store.objective(name))
+    def _objective(self, name: str, owner: str) -> objective_pb2.Objective:
+        return self._message(*self._engine.owners.find(owner, name))
 
     def _message(self, name: str, digest: str, created: int) -> objective_pb2.Objective:
         created_at = timestamp_pb2.Timestamp()
@@ -152,8 +171,10 @@ class ObjectiveService:
 class CurvatureService:
     """Points and products."""
 
-    def __init__(self, engine: Engine, max_streams: int) -> None:
+    def __init__(self, engine: Engine, max_streams: int, metrics: Metrics | None = None) -> None:
         self._engine = engine
+        self._metrics = metrics or Metrics()
+        self._workers = concurrent.futures.ThreadPoolExecutor(_WORKERS, thread_name_prefix="hvpd-product")
         self.streams = Streams(max_streams)
 
     @_streaming
@@ -163,10 +184,11 @@ class CurvatureService:
         first, chunk = next(request_iterator, Frame(curvature_pb2.CreatePointRequest()))
         if not first.HasField("spec") or chunk:
             raise ServiceError(Code.INVALID_ARGUMENT, "SPEC_MISSING", "the first message must have the point's spec")
-        point = self._engine.find_point(first.spec)
+        owner = owner_of(context)
+        point = self._engine.find_point(first.spec, owner)
         if point is None:
-            x = yield from self._x(first, request_iterator)
-            point = self._engine.create_point(first.spec, x)
+            x = yield from self._x(first, request_iterator, owner)
+            point = self._engine.create_point(first.spec, x, owner)
         if first.HasField("pin_seconds"):
             self._engine.pin(point, max(first.pin_seconds, 0))
         yield Frame(curvature_pb2.CreatePointResponse(point=point.message()))
@@ -174,7 +196,10 @@ class CurvatureService:
             yield Frame(curvature_pb2.CreatePointResponse(), chunk)
 
     def _x(
-        self, first: curvature_pb2.CreatePointRequest, messages: Iterator[Frame[curvature_pb2.CreatePointRequest]]
+        self,
+        first: curvature_pb2.CreatePointRequest,
+        messages: Iterator[Frame[curvature_pb2.CreatePointRequest]],
+        owner: str,
     ) -> Generator[Frame[curvature_pb2.CreatePointResponse], None, _codec.Array]:
         """The x of a new point: as it came, as a step from another point, or asked for."""
         objective = self._engine.objective(first.spec.objective_digest)
@@ -182,14 +207,14 @@ class CurvatureService:
             return _whole(_Vectors(1, objective.n, objective.dtype), [first.inline_x])
         if first.HasField("move"):
             try:
-                x = self._engine.moved(first.spec, first.move)
+                x = self._engine.moved(first.spec, first.move, tenant=owner)
             except ServiceError as error:
                 if error.reason != "DIRECTION_NOT_RESIDENT":
                     raise
                 yield Frame(curvature_pb2.CreatePointResponse(direction_wanted=True))
                 direction = _whole(_Vectors(1, objective.n, objective.dtype), (chunk for _, chunk in messages))
-                self._engine.keep_direction(first.spec, first.move.direction_digest, direction)
-                x = self._engine.moved(first.spec, first.move, direction)
+                self._engine.keep_direction(first.spec, first.move.direction_digest, direction, owner)
+                x = self._engine.moved(first.spec, first.move, direction, owner)
             if x is not None and _codec.digest(_codec.payload(x)) == first.spec.x_digest:
                 return x
         yield Frame(curvature_pb2.CreatePointResponse(x_wanted=True))
@@ -199,7 +224,7 @@ class CurvatureService:
     def ComputeProduct(  # noqa: N802
         self, request: curvature_pb2.ComputeProductRequest, context: grpc.ServicerContext
     ) -> curvature_pb2.ComputeProductResponse:
-        point = self._engine.resident(request.spec)
+        point = self._engine.resident(request.spec, owner_of(context))
         vectors = _vectors(request.spec, point)
         vectors.append(request.vectors)
         if not vectors.complete:
@@ -210,7 +235,7 @@ class CurvatureService:
             program_of(request.spec),
             vectors.block,
             seed=request.spec.seed,
-            tenant=context.peer(),
+            tenant=tenant_of(context),
             priority=request.spec.priority,
             deadline=_deadline(context),
             on_queue=cancel.instead,
@@ -223,7 +248,8 @@ class CurvatureService:
     def ComputeFactors(  # noqa: N802
         self, request: curvature_pb2.ComputeFactorsRequest, context: grpc.ServicerContext
     ) -> Iterator[Frame[curvature_pb2.ComputeFactorsResponse]]:
-        for factor in self._engine.factors(request.point_id, request.seed if request.HasField("seed") else None):
+        seed = request.seed if request.HasField("seed") else None
+        for factor in self._engine.factors(request.point_id, seed, owner_of(context)):
             for chunk in _codec.chunks(_codec.payload(factor)):
                 yield Frame(curvature_pb2.ComputeFactorsResponse(), chunk)
 
@@ -231,36 +257,97 @@ class CurvatureService:
     def StreamProducts(  # noqa: N802
         self, request_iterator: Iterator[Frame[curvature_pb2.StreamProductsRequest]], context: grpc.ServicerContext
     ) -> Iterator[Frame[curvature_pb2.StreamProductsResponse]]:
-        arriving: dict[int, tuple[curvature_pb2.ProductSpec, Point, _Vectors]] = {}
+        arriving = _Arriving(self._engine, owner_of(context))
         cancel = _Cancel(context)
-        tenant = context.peer()
+        tenant = tenant_of(context)
         with self.streams.opened(context) as stream:
-            for message, chunk in request_iterator:
-                stream.begin()
-                # A product is refused with its first chunk; the chunks that are on their way are of no use to anybody.
-                if message.HasField("spec") or message.tag in arriving:
-                    try:
-                        complete = _arrive(self._engine, arriving, message, chunk)
-                    except Exception as error:  # noqa: BLE001 - one product's error, the stream goes on
-                        arriving.pop(message.tag, None)
-                        yield _refusal(message.tag, error)
-                    else:
-                        if complete is not None:
-                            spec, point, block = complete
-                            yield from self._answer(message.tag, spec, point, block, tenant, context, cancel)
+            arrivals = self._arrivals(arriving, request_iterator, stream)
+            for tag, found in arrivals:
+                if isinstance(found, Frame):
+                    yield found
+                elif found is not None and found.spec.pipelined:
+                    together = itertools.chain([(tag, found)], arrivals)
+                    yield from self._pipelined(together, arriving, stream, tenant, context)
+                    return
+                elif found is not None:
+                    yield from self._answer(tag, found, tenant, context, cancel.instead)
                 if not arriving and stream.end():
                     return
+
+    def _arrivals(
+        self, arriving: "_Arriving", messages: Iterator[Frame[curvature_pb2.StreamProductsRequest]], stream: Stream
+    ) -> Iterator["_Arrival"]:
+        """What becomes of each message, with its tag: the product that it completes, why there is none, or nothing yet."""
+        for message, chunk in messages:
+            arrived = time.monotonic()
+            stream.begin()
+            found: _Product | Frame[curvature_pb2.StreamProductsResponse] | None
+            try:
+                found = arriving.take(message, chunk)
+            except Exception as error:  # noqa: BLE001 - one product's error, the stream goes on
+                found = self._refusal(message.tag, error, arrived)
+            yield message.tag, found
+        for tag, early in arriving.unfinished():
+            yield tag, self._refusal(tag, early, time.monotonic())
+
+    def _pipelined(
+        self,
+        arrivals: Iterable["_Arrival"],
+        arriving: "_Arriving",
+        stream: Stream,
+        tenant: str,
+        context: grpc.ServicerContext,
+    ) -> Iterator[Frame[curvature_pb2.StreamProductsResponse]]:
+        """Answers products of one stream that are computed beside each other."""
+        pipeline: Pipeline[Frame[curvature_pb2.StreamProductsResponse]]
+        pipeline = Pipeline(self._workers, _PIPELINED, _PIPELINED_BYTES)
+        cancels: dict[int, Callable[[], None]] = {}
+
+        def tasks() -> Iterator[Task[Frame[curvature_pb2.StreamProductsResponse]]]:
+            for tag, found in arrivals:
+                if isinstance(found, Frame):
+                    yield Task(0, functools.partial(list, [found]))
+                elif found is not None:
+                    yield Task(
+                        found.vectors.size, functools.partial(self._computed, tag, found, tenant, context, cancels)
+                    )
+
+        def stop() -> None:
+            pipeline.stop()
+            for cancel in list(cancels.values()):
+                cancel()
+
+        if not context.add_callback(stop):
+            return  # The call has ended already.
+        for frames in pipeline.answers(tasks()):
+            yield from frames
+            if pipeline.last and not arriving and stream.end():
+                return
+
+    def _computed(
+        self,
+        tag: int,
+        product: "_Product",
+        tenant: str,
+        context: grpc.ServicerContext,
+        cancels: dict[int, Callable[[], None]],
+    ) -> list[Frame[curvature_pb2.StreamProductsResponse]]:
+        """An answer, all of it at once: how long the transport takes is not measured then."""
+        try:
+            return list(self._answer(tag, product, tenant, context, functools.partial(cancels.__setitem__, tag)))
+        finally:
+            cancels.pop(tag, None)
 
     def _answer(
         self,
         tag: int,
-        spec: curvature_pb2.ProductSpec,
-        point: Point,
-        block: _codec.Array,
+        product: "_Product",
         tenant: str,
         context: grpc.ServicerContext,
-        cancel: "_Cancel",
+        on_queue: Callable[[Callable[[], None]], object],
     ) -> Iterator[Frame[curvature_pb2.StreamProductsResponse]]:
+        spec, point, vectors = product
+        block = vectors.block
         try:
             result, info = self._engine.multiply(
                 point,
@@ -270,15 +357,25 @@ class CurvatureService:
                 tenant=tenant,
                 priority=spec.priority,
                 deadline=_deadline(context),
-                on_queue=cancel.instead,
+                on_queue=on_queue,
             )
         except Exception as error:  # noqa: BLE001 - one product's error, the stream goes on
-            yield _refusal(tag, error)
+            yield self._refusal(tag, error, vectors.arrived)
             return
         if spec.quadratic_form:
             result = _quadratic_form(block, result)
+        computed = time.monotonic()
         for index, chunk in enumerate(_codec.chunks(_codec.payload(result))):
             yield Frame(curvature_pb2.StreamProductsResponse(tag=tag, info=None if index else info), chunk)
+        # Whoever takes the chunks comes back when the transport has the last.
+        sent = time.monotonic()
+        self._metrics.answered("StreamProducts", sent - vectors.arrived, vectors.receiving, sent - computed)
+
+    def _refusal(self, tag: int, error: Exception, arrived: float) -> Frame[curvature_pb2.StreamProductsResponse]:
+        status: status_pb2.Status = to_status(error)
+        self._metrics.failed(status)
+        self._metrics.answered("StreamProducts", time.monotonic() - arrived)
+        return Frame(curvature_pb2.StreamProductsResponse(tag=tag, error=status))
 
 
 class ServerService:
@@ -319,35 +416,40 @@ class _Vectors:
 
     def __init__(self, k: int, n: int, dtype: "np.dtype[Any]") -> None:
         self._shape, self._dtype = (k, n), dtype
-        self._size = k * n * self._dtype.itemsize
+        self.size = k * n * self._dtype.itemsize
         self._received = 0
         self._buffer: Any = None
+        self.arrived = time.monotonic()
+        self.receiving: float | None = None
+        """Seconds from the first chunk to the last, where there were several."""
 
     def append(self, chunk: _codec.Buffer) -> bool:
         """Takes the next bytes; returns whether all are there."""
         end = self._received + len(chunk)
-        if end > self._size:
+        if end > self.size:
             self._received = end
             raise ServiceError(
                 Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"the vectors have the wrong size: {self.progress}"
             )
-        if end - self._received == self._size:
+        if end - self._received == self.size:
             self._buffer = chunk
         else:
             if self._buffer is None:
-                self._buffer = np.empty(self._size, np.uint8).data  # Not zeroed: all of it is overwritten.
+                self._buffer = _buffers.empty((self.size,), np.dtype(np.uint8)).data
             self._buffer[self._received : end] = chunk
+            if end == self.size:
+                self.receiving = time.monotonic() - self.arrived
         self._received = end
         return self.complete
 
     @property
     def complete(self) -> bool:
-        return self._received == self._size
+        return self._received == self.size
 
     @property
     def progress(self) -> str:
         k, n = self._shape
-        return f"got {self._received} bytes, {k} x {n} of {self._dtype.name} are {self._size}"
+        return f"got {self._received} bytes, {k} x {n} of {self._dtype.name} are {self.size}"
 
     @property
     def block(self) -> _codec.Array:
@@ -381,38 +483,87 @@ class _Cancel:
         self._cancel = cancel
 
 
-def _arrive(
-    engine: Engine,
-    arriving: dict[int, tuple[curvature_pb2.ProductSpec, Point, _Vectors]],
-    message: curvature_pb2.StreamProductsRequest,
-    chunk: _codec.Buffer,
-) -> tuple[curvature_pb2.ProductSpec, Point, _codec.Array] | None:
-    """Takes one message of a product; returns the product when it is complete."""
-    if message.HasField("spec"):
-        if message.tag in arriving or len(arriving) >= _ARRIVING:
+class _Product(NamedTuple):
+    """A product that is asked for."""
+
+    spec: curvature_pb2.ProductSpec
+    point: Point
+    vectors: _Vectors
+
+
+_Arrival = tuple[int, _Product | Frame[curvature_pb2.StreamProductsResponse] | None]
+
+
+class _Arriving:
+    """The products of one stream of which some chunks have come, and others have not.
+
+    Args:
+        engine: Knows the points.
+        owner: Who asks.
+    """
+
+    def __init__(self, engine: Engine, owner: str) -> None:
+        self._engine = engine
+        self._owner = owner
+        self._products: dict[int, _Product] = {}
+        self._refused: collections.OrderedDict[int, None] = collections.OrderedDict()
+
+    def __bool__(self) -> bool:
+        return bool(self._products)
+
+    def take(self, message: curvature_pb2.StreamProductsRequest, chunk: _codec.Buffer) -> _Product | None:
+        """Takes one message; returns the product that it completes.
+
+        Raises:
+            ServiceError: The product is refused. Those of its chunks that are on their way are of no use to anybody.
+        """
+        tag = message.tag
+        try:
+            return self._take(message, chunk)
+        except Exception:
+            self._products.pop(tag, None)
+            self._refused[tag] = None
+            if len(self._refused) > _REFUSED:
+                self._refused.popitem(last=False)
+            raise
+
+    def _take(self, message: curvature_pb2.StreamProductsRequest, chunk: _codec.Buffer) -> _Product | None:
+        tag = message.tag
+        if message.HasField("spec"):
+            if tag in self._products:
+                raise ServiceError(Code.INVALID_ARGUMENT, "INVALID_TAG", f"tag {tag} is in use")
+            if len(self._products) >= _ARRIVING:
+                raise ServiceError(
+                    Code.INVALID_ARGUMENT,
+                    "INVALID_TAG",
+                    f"{_ARRIVING} products of this stream are arriving: send the rest of one before product {tag}",
+                )
+            point = self._engine.resident(message.spec, self._owner)
+            self._products[tag] = _Product(message.spec, point, _vectors(message.spec, point))
+            self._refused.pop(tag, None)
+        elif tag not in self._products:
+            if tag in self._refused:
+                return None
             raise ServiceError(
                 Code.INVALID_ARGUMENT,
                 "INVALID_TAG",
-                f"tag {message.tag} is in use, or more than {_ARRIVING} products of one stream arrive at once",
+                f"no product of tag {tag} is arriving: the first message has its spec",
             )
-        point = engine.resident(message.spec)
-        arriving[message.tag] = message.spec, point, _vectors(message.spec, point)
-    spec, point, vectors = arriving[message.tag]
-    if not vectors.append(chunk):
-        return None
-    del arriving[message.tag]
-    return spec, point, vectors.block
+        if not self._products[tag].vectors.append(chunk):
+            return None
+        return self._products.pop(tag)
+
+    def unfinished(self) -> Iterator[tuple[int, ServiceError]]:
+        """What ended in the middle, now that nothing more comes, and the error that answers it."""
+        for tag, product in self._products.items():
+            message = f"the vectors ended early: {product.vectors.progress}"
+            yield tag, ServiceError(Code.INVALID_ARGUMENT, "SIZE_MISMATCH", message)
 
 
 def _quadratic_form(vectors: _codec.Array, products: _codec.Array) -> _codec.Array:
     """V[k,n], HV[k,n] -> v'Hv for each row."""
     form: _codec.Array = np.einsum("kn,kn->k", vectors, products)
     return form
-
-
-def _refusal(tag: int, error: Exception) -> Frame[curvature_pb2.StreamProductsResponse]:
-    status: status_pb2.Status = to_status(error)
-    return Frame(curvature_pb2.StreamProductsResponse(tag=tag, error=status))
 
 
 def _deadline(context: grpc.ServicerContext) -> float:

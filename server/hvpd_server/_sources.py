@@ -100,6 +100,8 @@ class Streamed:
     """Puts a chunk on the device: the captured arrays and the data, of these rows."""
     ahead: concurrent.futures.Executor
     """Where the next chunk is read."""
+    on_chunk: Callable[[], object] = lambda: None
+    """Told, in the thread that calls, whenever a chunk is there."""
 
     @property
     def sample(self) -> "Streamed":
@@ -127,6 +129,7 @@ class Streamed:
         following = self.ahead.submit(self.load, self.spans[0])
         for index, span in enumerate(self.spans):
             args = following.result()
+            self.on_chunk()
             if index + 1 < len(self.spans):
                 following = self.ahead.submit(self.load, self.spans[index + 1])
             yield index, span, args

@@ -3,6 +3,8 @@
     STORE/blobs/ab/abcd...     bytes whose SHA-256 is the file's name
     STORE/objectives/DIGEST    JSON: when it was registered
     STORE/checks/DIGEST        JSON: what was found when the objective was checked after its registration
+    STORE/owners/              who has uploaded and registered what; see _owners
+    STORE/vetted/DIGEST        JSON: by which rules the bundle was admitted
     STORE/names/SHA256         JSON: a name, and the digest that it points at; the file is named by the name's own digest
     STORE/corrupt/             blobs whose bytes did not match their name, set aside
     STORE/incoming/            uploads under way; emptied at start
@@ -57,7 +59,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for part in ("blobs", "objectives", "checks", "names", "corrupt", "incoming", "cache"):
+        for part in ("blobs", "objectives", "checks", "vetted", "names", "corrupt", "incoming", "cache"):
             (root / part).mkdir(parents=True, exist_ok=True)
         self._lock_file = (root / "lock").open("a")
         try:
@@ -91,6 +93,13 @@ class Store:
     def has(self, digest: str) -> bool:
         """Whether a blob is stored."""
         return _codec.is_digest(digest) and self._blob(digest).exists()
+
+    def size(self, digest: str) -> int:
+        """The bytes of a blob; 0 where it cannot be read, which `read` says."""
+        try:
+            return self._blob(digest).stat().st_size if _codec.is_digest(digest) else 0
+        except OSError:
+            return 0
 
     def upload(self, digest: str, size_bytes: int) -> "Upload":
         """Starts to store a blob; see `Upload`.
@@ -201,14 +210,22 @@ class Store:
                     file = _codec.digest(name.encode())  # A name can be longer than a file's may be, and has slashes.
                     self._write(self.root / "names" / file, {"name": name, "digest": digest})
 
-    def objective(self, name: str) -> tuple[str, str, int]:
+    def objective(
+        self, name: str, *, own: str = "", visible: Callable[[str, str], bool] = lambda name, digest: True
+    ) -> tuple[str, str, int]:
         """Name, digest and time of registration (ns since 1970) of the objective with this name or digest.
+
+        Args:
+            name: Or digest, or the beginning of one.
+            own: A name that comes before this one.
+            visible: Whether who asks may know of a name and its digest, or of a digest alone, its name empty.
 
         Raises:
             ServiceError: There is none; the message suggests near names.
         """
-        names = self._names()
-        known = {path.name for path in (self.root / "objectives").iterdir()}
+        names = {other: to for other, to in self._names().items() if visible(other, to)}
+        known = {path.name for path in (self.root / "objectives").iterdir() if visible("", path.name)}
+        name = own if own in names else name
         digest = names.get(name, name)
         if digest not in known and len(name) >= _PREFIX:
             beginning = [other for other in known if other.startswith(name)]
@@ -253,7 +270,7 @@ class Store:
     def check(self, digest: str) -> objective_pb2.RegistrationCheck | None:
         """What was found when an objective was checked; None where nothing was kept, or it is damaged."""
         path = self.root / "checks" / digest
-        record = _read_record(path)
+        record = read_record(path)
         if not record:
             return None
         try:
@@ -262,14 +279,27 @@ class Store:
             _log.error("%s is damaged, and left aside: %s", path, error)
             return None
 
+    def add_vetted(self, digest: str, version: str) -> None:
+        """Records that a bundle was admitted, by which version of the rules."""
+        self._write(self.root / "vetted" / digest, {"version": version})
+
+    def vetted(self, digest: str) -> str:
+        """The version of the rules by which a bundle was admitted; empty where it was not, or that is damaged."""
+        version = read_record(self.root / "vetted" / digest).get("version")
+        return version if isinstance(version, str) else ""
+
     def _names(self) -> Mapping[str, str]:
         found: dict[str, str] = {}
         for path in (self.root / "names").iterdir():
-            record = _read_record(path)
+            record = read_record(path)
             name, digest = record.get("name"), record.get("digest")
             if isinstance(name, str) and isinstance(digest, str) and _codec.is_digest(digest):
                 found[name] = digest
         return found
+
+    def keep(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Keeps a record of somebody else's below the root, in place of what there was."""
+        self._write(path, content)
 
     def _write(self, path: Path, content: Mapping[str, Any]) -> None:
         with self._incoming() as (file, commit):
@@ -422,7 +452,7 @@ def _flush_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_record(path: Path) -> Mapping[str, Any]:
+def read_record(path: Path) -> Mapping[str, Any]:
     """The JSON object of a file; empty, with a line in the log, where there is none: one damaged file is nobody else's loss."""
     try:
         record = json.loads(path.read_bytes())
@@ -435,5 +465,5 @@ def _read_record(path: Path) -> Mapping[str, Any]:
 
 def _created(marker: Path) -> int | None:
     """When the objective of a marker was registered; None where it was not, or the marker is damaged."""
-    created = _read_record(marker).get("create_time_ns")
+    created = read_record(marker).get("create_time_ns")
     return created if isinstance(created, int) else None

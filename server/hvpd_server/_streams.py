@@ -22,6 +22,11 @@ class Streams:
         self._open: dict[Stream, None] = {}
         self._draining = False
 
+    @property
+    def count(self) -> int:
+        """How many are open."""
+        return len(self._open)
+
     @contextlib.contextmanager
     def opened(self, context: grpc.ServicerContext) -> "Iterator[Stream]":
         """Registers a stream while it is open."""

@@ -3,6 +3,7 @@
 import hvpd
 
 NAMES = """
+AccessError
 Certificate
 Choice
 Client

@@ -28,15 +28,6 @@ def test_its_table_has_every_setting(field):
     assert f"| `--{field.replace('_', '-')}` | `HVPD_{field.upper()}` |" in README
 
 
-def test_its_table_has_every_metric(serve):
-    from hvpd_server._metrics import Metrics
-
-    metrics = Metrics()
-    metrics.observe(lambda: {"data": 1}, lambda: 0)
-    for family in metrics.registry.collect():
-        assert f"`{family.name}" in README
-
-
 def test_its_table_has_every_error():
     for name in hvpd.__all__:
         if name.endswith("Error") and name != "HvpdError":

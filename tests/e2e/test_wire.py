@@ -3,8 +3,10 @@
 import contextlib
 import hashlib
 import queue
+import time
 
 import grpc
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -220,6 +222,122 @@ def test_a_stream_cut_in_the_middle_of_a_vector_harms_nobody(point, curvature):
     cut.incoming.cancel()
     cut.outgoing.put(None)
     assert np.allclose(point.hessian() @ np.ones(N), point.x**2)
+
+
+def why(answer):
+    """ErrorInfo.reason of an answer that is an error."""
+    info = error_details_pb2.ErrorInfo()
+    assert answer.details[0].Unpack(info)
+    return info.reason
+
+
+@pytest.mark.parametrize("first", [{}, {"chunk": b"12345678"}], ids=["empty", "a chunk"])
+def test_a_message_of_no_product_is_answered_and_the_stream_goes_on(point, stream, first):
+    stream.send(3, **{"chunk": b"", **first})
+    answers = {}
+    assert stream.answer(answers) == 3
+    assert why(answers[3]) == "INVALID_TAG"
+    stream.send(4, np.ones(N).tobytes(), spec=product_of(point))
+    while len(answers.get(4, b"")) < N * 8:
+        stream.answer(answers)
+
+
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_a_stream_that_ends_in_the_middle_of_a_vector_says_so(point, stream, pipelined):
+    if pipelined:
+        stream.send(1, np.ones(N).tobytes(), spec=product_of(point, pipelined=True))
+    stream.send(7, b"\0" * 80, spec=product_of(point))
+    stream.outgoing.put(None)
+    answers = {}
+    while 7 not in answers or (pipelined and len(answers.get(1, b"")) < N * 8):
+        stream.answer(answers)
+    assert why(answers[7]) == "SIZE_MISMATCH"
+    assert "ended early: got 80 bytes" in answers[7].message
+    with pytest.raises(StopIteration):
+        next(stream.incoming)
+
+
+@pytest.fixture(scope="module")
+def small(client):
+    x = np.arange(50.0)
+    return client.register(lambda x: jnp.sum(x**4) / 12, x, name="quartic/small").at(x)
+
+
+def test_products_that_are_sent_ahead_share_launches_and_go_by_priority(client, curvature, small, stream):
+    """Beside a product that holds the device; before, a stream had one product in the queue at most."""
+    slow = client.register(
+        lambda x: jnp.sum(x**2) * jax.lax.fori_loop(0, 3_000_000, lambda i, c: jnp.cos(c), 1.0),
+        np.ones(3),
+        mode="reverse_over_reverse",
+    ).at(np.ones(3))
+    small.hessian() @ np.ones((50, 16))
+    V = np.random.default_rng(0).normal(size=(40, 50))
+    holder = Stream(curvature)
+    holder.send(1, np.ones(3).tobytes(), spec=product_of(slow))
+    answers, infos = {}, []
+    for tag, v in enumerate(V):
+        stream.send(tag, v.tobytes(), spec=product_of(small, pipelined=True))
+    while len(answers) < len(V):
+        message = next(stream.incoming)
+        answers[message.tag] = message.chunk
+        infos.append(message.info)
+    for tag, v in enumerate(V):
+        np.testing.assert_allclose(np.frombuffer(answers[tag]), small.x**2 * v, rtol=1e-12)
+    assert max(info.batch_width for info in infos) > 1
+    holder.answer({})
+    holder.outgoing.put(None)
+
+
+def test_a_bad_product_among_those_that_are_sent_ahead_is_an_answer(small, stream):
+    good = np.ones(50).tobytes()
+    stream.send(1, good, spec=product_of(small, pipelined=True))
+    stream.send(2, good[:-8] + b"\0" * 16, spec=product_of(small, pipelined=True))
+    stream.send(2, b"late")
+    stream.send(3, good, spec=product_of(small, k=0, pipelined=True))
+    stream.send(4, good[:16], spec=product_of(small, pipelined=True))
+    stream.send(5, good, spec=product_of(small, pipelined=True))
+    stream.send(4, good[16:])
+    answers = {}
+    while len(answers) < 5:
+        stream.answer(answers)
+    assert (why(answers[2]), why(answers[3])) == ("SIZE_MISMATCH", "BLOCK_WIDTH")
+    for tag in (1, 4, 5):
+        np.testing.assert_allclose(np.frombuffer(answers[tag]), small.x**2, rtol=1e-12)
+
+
+def test_who_sends_ahead_and_does_not_read_is_held_up_and_nobody_else(server, client, point, curvature):
+    """400 MiB of products, of which none is read at first."""
+    greedy = Stream(curvature)
+    raw = np.ones(N).tobytes()
+    for tag in range(180):
+        for start in range(0, len(raw), 1 << 20):
+            spec = None if start else product_of(point, pipelined=True)
+            greedy.send(tag, raw[start : start + (1 << 20)], spec=spec)
+    greedy.outgoing.put(None)
+    assert np.allclose(point.hessian() @ np.ones(N), point.x**2)
+    answers = {}
+    while len(answers) < 180 or min(map(len, answers.values())) < len(raw):
+        greedy.answer(answers)
+    assert all(np.array_equal(np.frombuffer(answer), point.x**2) for answer in answers.values())
+
+
+def test_a_client_that_leaves_with_products_sent_ahead_leaves_nothing(server, client, small, curvature):
+    before = server.metric("hvpd_open_calls")
+    leaving = Stream(curvature)
+    for tag in range(200):
+        leaving.send(tag, np.ones(50).tobytes(), spec=product_of(small, pipelined=True))
+    next(leaving.incoming)
+    leaving.incoming.cancel()
+    leaving.outgoing.put(None)
+    ends = time.monotonic() + 60
+    while server.metric("hvpd_open_calls") > before or server.metric("hvpd_pending_vectors"):
+        assert time.monotonic() < ends
+    assert np.allclose(small.hessian() @ np.ones(50), small.x**2)
+
+
+def test_a_block_wider_than_the_servers_limit_is_products_that_are_sent_ahead(small):
+    V = np.random.default_rng(0).normal(size=(50, 150))
+    np.testing.assert_allclose(small.hessian() @ V, (small.x**2)[:, None] * V, rtol=1e-12)
 
 
 def test_the_unary_product(client, curvature):

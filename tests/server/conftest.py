@@ -1,6 +1,7 @@
 """What the server's tests share: threads that are always joined, the CPU as a device, and objectives with known Hessians."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import threading
@@ -19,6 +20,7 @@ from hvpd_server._kernels import devices
 from hvpd_server._lane import Limits
 from hvpd_server._metrics import Metrics
 from hvpd_server._store import Store
+from hvpd_server._vetting import Vetter
 
 
 @pytest.fixture
@@ -181,8 +183,15 @@ def assert_product():
     return check
 
 
+@pytest.fixture(scope="session")
+def vetter():
+    """Reads the programs of all tests: it takes a while to start."""
+    with contextlib.closing(Vetter()) as started:
+        yield started
+
+
 @pytest.fixture
-def serve(tmp_path, device, upload, monkeypatch):
+def serve(tmp_path, device, upload, vetter, monkeypatch):
     """Opens an engine on the test's store, with examples registered; an earlier one on that store is closed first."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # No power fails here, and it is most of the time.
     engines = []
@@ -196,7 +205,7 @@ def serve(tmp_path, device, upload, monkeypatch):
     def serve(*examples, memory_budget_bytes=1 << 30, max_block_width=16):
         close()
         limits = Limits(memory_budget_bytes, max_block_width, max_pending=4096)
-        engines.append(Engine(Store(tmp_path / "store"), [device], limits, Metrics()))
+        engines.append(Engine(Store(tmp_path / "store"), [device], limits, Metrics(), vetter=vetter))
         for each in examples:
             for content in each.export.blobs.values():
                 upload(engines[-1].store, content)

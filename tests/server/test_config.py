@@ -21,7 +21,20 @@ VALUES = {
     "max_queue_delay": ("0.005", 0.005, "1", 1.0),
     "max_calls": ("8", 8, "9", 9),
     "drain": ("0", 0.0, "2.5", 2.5),
+    "launch_timeout": ("0", 0.0, "2.5", 2.5),
+    "quarantine_after": ("1", 1, "9", 9),
+    "tls_cert": ("a.pem", Path("a.pem"), "/srv/b.pem", Path("/srv/b.pem")),
+    "tls_key": ("a.key", Path("a.key"), "/srv/b.key", Path("/srv/b.key")),
+    "tls_client_ca": ("a.pem", Path("a.pem"), "/srv/b.pem", Path("/srv/b.pem")),
+    "tokens": ("a.json", Path("a.json"), "/srv/b.json", Path("/srv/b.json")),
     "log_level": ("debug", "DEBUG", "ERROR", "ERROR"),
+}
+
+# What a setting is of no use without.
+WITH = {
+    "tls_cert": {"tls_key": "key"},
+    "tls_key": {"tls_cert": "cert"},
+    "tls_client_ca": {"tls_cert": "cert", "tls_key": "key"},
 }
 
 BAD = {
@@ -33,6 +46,8 @@ BAD = {
     "max_queue_delay": ["-0.1", "inf", "a moment"],
     "max_calls": ["0", "many"],
     "drain": ["-1", "inf", "nan", "soon"],
+    "launch_timeout": ["-1", "inf", "soon"],
+    "quarantine_after": ["0", "-1", "often"],
     "log_level": ["loud", "5"],
 }
 
@@ -70,10 +85,13 @@ def test_these_tests_know_every_setting():
 @pytest.mark.parametrize("name", VALUES)
 def test_flags_win_over_variables_and_variables_over_defaults(name):
     written, meant, other_written, other_meant = VALUES[name]
-    assert getattr(config(flag(name), written), name) == meant
-    assert getattr(config(**{variable(name): written}), name) == meant
-    both = config(flag(name), other_written, **{variable(name): written})
-    assert both == dataclasses.replace(Config(), **{name: other_meant})
+    needed = {variable(other): value for other, value in WITH.get(name, {}).items()}
+    assert getattr(config(flag(name), written, **needed), name) == meant
+    assert getattr(config(**{variable(name): written}, **needed), name) == meant
+    both = config(flag(name), other_written, **{variable(name): written}, **needed)
+    assert both == dataclasses.replace(
+        config(), **{other: Path(value) for other, value in WITH.get(name, {}).items()}, **{name: other_meant}
+    )
     assert getattr(config(**{variable(name): ""}), name) == getattr(Config(), name)
 
 
@@ -123,6 +141,44 @@ def test_any_other_host_needs_insecure(host):
         config("--host", host, HVPD_INSECURE="0")
     assert config("--host", host, "--insecure").host == host
     assert config("--host", host, HVPD_INSECURE="1").host == host
+
+
+@pytest.mark.parametrize(
+    "who", [("--tokens", "t"), ("--tls-client-ca", "c"), ("--tokens", "t", "--tls-client-ca", "c")]
+)
+def test_any_other_host_takes_tls_and_who_calls(who):
+    encrypted = ("--tls-cert", "cert", "--tls-key", "key")
+    assert not config("--host", "0.0.0.0", *encrypted, *who).insecure
+    with pytest.raises(ValueError, match=r"--host 0.0.0.0 .*: give --tokens \(or --tls-client-ca\).*--insecure"):
+        config("--host", "0.0.0.0", *encrypted)
+
+
+def test_what_is_missing_for_any_other_host_is_said():
+    with pytest.raises(
+        ValueError, match=r"give --tls-cert and --tls-key, .*and --tokens \(or --tls-client-ca\).*--insecure"
+    ):
+        config("--host", "0.0.0.0")
+    with pytest.raises(
+        ValueError, match=r"give --tls-cert and --tls-key, so that what is sent is encrypted; or"
+    ) as error:
+        config("--host", "0.0.0.0", "--tokens", "t")
+    assert "--tls-client-ca" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"tls_cert"}, "--tls-cert and --tls-key are of no use without each other"),
+        ({"tls_key"}, "--tls-cert and --tls-key are of no use without each other"),
+        ({"tls_client_ca"}, "--tls-client-ca is of no use without --tls-cert and --tls-key"),
+        ({"tls_client_ca", "tls_key"}, "--tls-cert and --tls-key are of no use without each other"),
+    ],
+)
+def test_half_of_tls_is_refused_also_where_everything_is_allowed(given, says):
+    flags = [part for name in given for part in (flag(name), "file")]
+    for permission in ([], ["--insecure"]):
+        with pytest.raises(ValueError, match=says):
+            config(*flags, *permission)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def compiler():
 
 @pytest.fixture
 def programs_of(device, compiler):
-    def programs_of(export, *, bundle=None, blobs=None, on_compile=lambda seconds: None):
+    def programs_of(export, *, bundle=None, blobs=None, on_compile=lambda seconds, outcome: None):
         """Of a bundle, or of a changed one; `blobs` replaces programs by their names."""
         replaced = {export.bundle.programs[name].digest: content for name, content in (blobs or {}).items()}
         contents = {**export.blobs, **replaced}
@@ -118,7 +118,7 @@ def test_a_quadratic_form_has_its_matrix_as_hessian(make_example, kernels_of):
 
 def test_a_program_is_compiled_once_for_a_width_however_many_ask(rosen, kernels_of, start):
     seconds = []
-    kernels = kernels_of(rosen.export, on_compile=seconds.append)
+    kernels = kernels_of(rosen.export, on_compile=lambda took, outcome: seconds.append(took))
     together = threading.Barrier(8)
 
     def ask():
@@ -168,7 +168,8 @@ def test_a_device_out_of_memory_is_an_answer_and_the_next_call_works(export, ros
     wide = export(lambda x: jnp.sum(jnp.sort(jnp.arange(2**45, dtype=jnp.float64) * x[0])), np.ones(3))
     kernels = kernels_of(wide)
     with pytest.raises(ServiceError, match="the device is out of memory") as refused:
-        kernels.call("value_and_grad", 0, np.ones(3))
+        # The call itself may return before it is known.
+        host(kernels.call("value_and_grad", 0, np.ones(3))[0])
     assert (refused.value.code, refused.value.reason) == (Code.RESOURCE_EXHAUSTED, "DEVICE_MEMORY")
     kernels_of(rosen.export).call("value_and_grad", 0, rosen.x)
 
@@ -278,17 +279,6 @@ def test_a_partitioned_program_is_refused(rosen, kernels_of):
     with pytest.raises(ServiceError, match="hvp has side effects or is partitioned") as refused:
         kernels_of(rosen.export, blobs={"hvp": bytes(partitioned.serialize())})
     assert (refused.value.code, refused.value.reason) == (Code.INVALID_ARGUMENT, "BUNDLE_INVALID")
-
-
-def test_a_program_with_a_module_that_is_none_is_refused_before_it_is_compiled(rosen, kernels_of):
-    """The header is one of jax's."""
-    blob = rosen.read(rosen.bundle.programs["hvp"].digest)
-    module = jax.export.deserialize(bytearray(blob)).mlir_module_serialized
-    assert module in blob
-    damaged = blob.replace(module, module[:40] + bytes(len(module) - 40))
-    with pytest.raises(ServiceError, match="hvp is no program that this server") as refused:
-        kernels_of(rosen.export, blobs={"hvp": damaged})
-    assert (refused.value.code, refused.value.reason) == (Code.INVALID_ARGUMENT, "BUNDLE_INCOMPATIBLE")
 
 
 def _flipped(blob):

@@ -21,6 +21,7 @@ import pytest
 from hvpd import _codec, _export
 from hvpd.v1 import curvature_pb2, tensor_pb2
 from hvpd_server import _engine, _kernels, _lane, _store
+from hvpd_server._board import Board
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._lane import Limits
 from hvpd_server._metrics import Metrics
@@ -621,12 +622,12 @@ def test_an_error_of_another_kind_is_no_reason_to_drop_anything(crowded, calls, 
 
 
 @pytest.fixture
-def several(tmp_path, device, upload, monkeypatch):
+def several(tmp_path, device, upload, vetter, monkeypatch):
     """An engine of three devices, which are all the one CPU; and how to register with it: the lane that it went to, by number."""
     monkeypatch.setattr(_kernels.Device, "together", lambda devices: devices[0])
     monkeypatch.setattr(_store.os, "fsync", lambda descriptor: None)
     engine = _engine.Engine(
-        _store.Store(tmp_path / "store"), [device] * 3, Limits(3000, 16, max_pending=4096), Metrics()
+        _store.Store(tmp_path / "store"), [device] * 3, Limits(3000, 16, max_pending=4096), Metrics(), vetter=vetter
     )
 
     def register(x, *data, **options):
@@ -655,7 +656,7 @@ def test_each_device_has_half_of_its_memory_and_the_other_halves_are_for_all_tog
 
 def test_one_device_has_all_of_its_memory(tmp_path, device):
     store = _store.Store(tmp_path / "store")
-    (lane,) = _lane.lanes([device], store, Limits(3000, 16, max_pending=1), Metrics())
+    (lane,) = _lane.lanes([device], store, Limits(3000, 16, max_pending=1), Metrics(), Board())
     assert lane.budget_bytes == 3000
     lane.close()
     store.close()

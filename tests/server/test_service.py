@@ -28,7 +28,7 @@ class FakeEngine:
     def __init__(self):
         self.asked = []
 
-    def resident(self, spec):
+    def resident(self, spec, tenant):
         return FakePoint()
 
     def multiply(self, point, program, vectors, **settings):

@@ -47,7 +47,7 @@ class FindMissingBlobsResponse(google.protobuf.message.Message):
     MISSING_DIGESTS_FIELD_NUMBER: builtins.int
     @property
     def missing_digests(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Those of the request that are not stored, in the order asked."""
+        """Those of the request that are not stored, or not from this tenant, in the order asked."""
 
     def __init__(
         self,

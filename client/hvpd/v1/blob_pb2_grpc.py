@@ -27,7 +27,8 @@ if _version_not_supported:
 
 class BlobServiceStub(object):
     """Content-addressed storage of bytes on the server's disk: programs, bundles and data. A client asks what is missing and
-    sends only that, as in the Bazel remote-execution protocol. Storing is idempotent and atomic.
+    sends only that, as in the Bazel remote-execution protocol. Storing is idempotent and atomic. Where the server tells tenants apart, by
+    the token in `authorization: Bearer TOKEN` of every call, a tenant has the blobs that it has uploaded itself, and no others.
     """
 
     def __init__(self, channel):
@@ -50,7 +51,8 @@ class BlobServiceStub(object):
 
 class BlobServiceServicer(object):
     """Content-addressed storage of bytes on the server's disk: programs, bundles and data. A client asks what is missing and
-    sends only that, as in the Bazel remote-execution protocol. Storing is idempotent and atomic.
+    sends only that, as in the Bazel remote-execution protocol. Storing is idempotent and atomic. Where the server tells tenants apart, by
+    the token in `authorization: Bearer TOKEN` of every call, a tenant has the blobs that it has uploaded itself, and no others.
     """
 
     def FindMissingBlobs(self, request, context):
@@ -91,7 +93,8 @@ def add_BlobServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class BlobService(object):
     """Content-addressed storage of bytes on the server's disk: programs, bundles and data. A client asks what is missing and
-    sends only that, as in the Bazel remote-execution protocol. Storing is idempotent and atomic.
+    sends only that, as in the Bazel remote-execution protocol. Storing is idempotent and atomic. Where the server tells tenants apart, by
+    the token in `authorization: Bearer TOKEN` of every call, a tenant has the blobs that it has uploaded itself, and no others.
     """
 
     @staticmethod

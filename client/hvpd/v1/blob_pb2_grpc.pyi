@@ -59,7 +59,8 @@ _BlobServiceUploadBlobType = typing_extensions.TypeVar(
 
 class BlobServiceStub(typing.Generic[_BlobServiceFindMissingBlobsType, _BlobServiceUploadBlobType]):
     """Content-addressed storage of bytes on the server's disk: programs, bundles and data. A client asks what is missing and
-    sends only that, as in the Bazel remote-execution protocol. Storing is idempotent and atomic.
+    sends only that, as in the Bazel remote-execution protocol. Storing is idempotent and atomic. Where the server tells tenants apart, by
+    the token in `authorization: Bearer TOKEN` of every call, a tenant has the blobs that it has uploaded itself, and no others.
     """
 
     @typing.overload
@@ -107,7 +108,8 @@ BlobServiceAsyncStub: typing_extensions.TypeAlias = BlobServiceStub[
 
 class BlobServiceServicer(metaclass=abc.ABCMeta):
     """Content-addressed storage of bytes on the server's disk: programs, bundles and data. A client asks what is missing and
-    sends only that, as in the Bazel remote-execution protocol. Storing is idempotent and atomic.
+    sends only that, as in the Bazel remote-execution protocol. Storing is idempotent and atomic. Where the server tells tenants apart, by
+    the token in `authorization: Bearer TOKEN` of every call, a tenant has the blobs that it has uploaded itself, and no others.
     """
 
     @abc.abstractmethod

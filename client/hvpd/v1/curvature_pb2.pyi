@@ -241,6 +241,7 @@ class ProductSpec(google.protobuf.message.Message):
     SEED_FIELD_NUMBER: builtins.int
     BLOCK_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
+    PIPELINED_FIELD_NUMBER: builtins.int
     point_id: builtins.str
     """Point.id."""
     operator: Global___Operator.ValueType
@@ -255,6 +256,10 @@ class ProductSpec(google.protobuf.message.Message):
     """0 for the whole operator; i for the principal block Bundle.blocks[i - 1], whose vectors have the block's elements only."""
     priority: builtins.int
     """Among the products of one tenant that wait, those of higher priority go first. From -100 to 100."""
+    pipelined: builtins.bool
+    """In StreamProducts: more products of this stream follow before this one is answered. From the first that says so, those of the
+    stream are computed beside each other, and answered in whichever order they are done.
+    """
     def __init__(
         self,
         *,
@@ -265,8 +270,9 @@ class ProductSpec(google.protobuf.message.Message):
         seed: builtins.int = ...,
         block: builtins.int = ...,
         priority: builtins.int = ...,
+        pipelined: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block", b"block", "k", b"k", "operator", b"operator", "point_id", b"point_id", "priority", b"priority", "quadratic_form", b"quadratic_form", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block", b"block", "k", b"k", "operator", b"operator", "pipelined", b"pipelined", "point_id", b"point_id", "priority", b"priority", "quadratic_form", b"quadratic_form", "seed", b"seed"]) -> None: ...
 
 Global___ProductSpec: typing_extensions.TypeAlias = ProductSpec
 

@@ -80,8 +80,9 @@ class CurvatureServiceServicer(object):
 
     def StreamProducts(self, request_iterator, context):
         """Products without limit of size, as chunks, many on one stream. Each has a tag of the client's choice; requests may be
-        sent before earlier replies have come, and the chunks of different products may interleave. A failed product is an
-        answer with an error, and the stream goes on.
+        sent before earlier replies have come, and the chunks of different products, 16 at once, may interleave. A failed product
+        is an answer with an error, and the stream goes on; chunks of it that are still on their way are ignored. Whoever sends
+        ahead says so (ProductSpec.pipelined): else a product is computed when the one before it has been answered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -145,8 +145,9 @@ class CurvatureServiceStub(typing.Generic[_CurvatureServiceCreatePointType, _Cur
 
     StreamProducts: _CurvatureServiceStreamProductsType
     """Products without limit of size, as chunks, many on one stream. Each has a tag of the client's choice; requests may be
-    sent before earlier replies have come, and the chunks of different products may interleave. A failed product is an
-    answer with an error, and the stream goes on.
+    sent before earlier replies have come, and the chunks of different products, 16 at once, may interleave. A failed product
+    is an answer with an error, and the stream goes on; chunks of it that are still on their way are ignored. Whoever sends
+    ahead says so (ProductSpec.pipelined): else a product is computed when the one before it has been answered.
     """
 
     ComputeFactors: _CurvatureServiceComputeFactorsType
@@ -202,8 +203,9 @@ class CurvatureServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[hvpd.v1.curvature_pb2.StreamProductsResponse], collections.abc.AsyncIterator[hvpd.v1.curvature_pb2.StreamProductsResponse]]:
         """Products without limit of size, as chunks, many on one stream. Each has a tag of the client's choice; requests may be
-        sent before earlier replies have come, and the chunks of different products may interleave. A failed product is an
-        answer with an error, and the stream goes on.
+        sent before earlier replies have come, and the chunks of different products, 16 at once, may interleave. A failed product
+        is an answer with an error, and the stream goes on; chunks of it that are still on their way are ignored. Whoever sends
+        ahead says so (ProductSpec.pipelined): else a product is computed when the one before it has been answered.
         """
 
     @abc.abstractmethod

@@ -441,20 +441,24 @@ class CreateObjectiveRequest(google.protobuf.message.Message):
     DIGEST_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
     X_DIGEST_FIELD_NUMBER: builtins.int
+    SHARED_FIELD_NUMBER: builtins.int
     digest: builtins.str
     """Digest of the bundle's blob."""
     name: builtins.str
     """Name to point at it: parts of letters, digits, '.', '_' and '-', joined by '/', 200 characters at most. Empty: no name."""
     x_digest: builtins.str
     """Digest of a blob with the flat x of the registration, at which the objective is checked; empty: it is not checked."""
+    shared: builtins.bool
+    """Where the server tells tenants apart: whether others may use the objective. Each registration of a tenant says it anew."""
     def __init__(
         self,
         *,
         digest: builtins.str = ...,
         name: builtins.str = ...,
         x_digest: builtins.str = ...,
+        shared: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["digest", b"digest", "name", b"name", "x_digest", b"x_digest"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "name", b"name", "shared", b"shared", "x_digest", b"x_digest"]) -> None: ...
 
 Global___CreateObjectiveRequest: typing_extensions.TypeAlias = CreateObjectiveRequest
 
@@ -487,7 +491,7 @@ class GetObjectiveRequest(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """A name, or a digest of 64 lower-case hexadecimal digits."""
+    """A name, or a digest of 64 lower-case hexadecimal digits. Of names the tenant's own come first, then full ones, `tenant/name`."""
     def __init__(
         self,
         *,

@@ -70,7 +70,8 @@ class ObjectiveServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetObjective(self, request, context):
-        """Finds an objective by name or digest. NOT_FOUND suggests names that are near.
+        """Finds an objective by name or digest. NOT_FOUND suggests names that are near. Where the server tells tenants apart, the objectives of
+        others are not there for any method, unless they are shared.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -138,7 +138,9 @@ class ObjectiveServiceStub(typing.Generic[_ObjectiveServiceCreateObjectiveType, 
     """
 
     GetObjective: _ObjectiveServiceGetObjectiveType
-    """Finds an objective by name or digest. NOT_FOUND suggests names that are near."""
+    """Finds an objective by name or digest. NOT_FOUND suggests names that are near. Where the server tells tenants apart, the objectives of
+    others are not there for any method, unless they are shared.
+    """
 
     ListObjectives: _ObjectiveServiceListObjectivesType
     """Lists the registered objectives, sorted by name, the nameless ones last, by digest."""
@@ -184,7 +186,9 @@ class ObjectiveServiceServicer(metaclass=abc.ABCMeta):
         request: hvpd.v1.objective_pb2.GetObjectiveRequest,
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.objective_pb2.GetObjectiveResponse, collections.abc.Awaitable[hvpd.v1.objective_pb2.GetObjectiveResponse]]:
-        """Finds an objective by name or digest. NOT_FOUND suggests names that are near."""
+        """Finds an objective by name or digest. NOT_FOUND suggests names that are near. Where the server tells tenants apart, the objectives of
+        others are not there for any method, unless they are shared.
+        """
 
     @abc.abstractmethod
     def ListObjectives(

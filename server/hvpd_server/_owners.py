@@ -1,0 +1,117 @@
+"""Whose objectives, names and blobs are whose, where tokens tell tenants apart.
+
+    STORE/owners/SHA256/blobs/DIGEST        JSON, empty: the tenant has uploaded this blob
+    STORE/owners/SHA256/objectives/DIGEST   JSON: the tenant has registered this objective, and whether others may use it
+
+SHA256 is that of the tenant's name. To know a digest gives no right to anything: a tenant has the blobs that it uploaded itself, and may use
+the objectives that it registered, those that are shared, and those that nobody owns, since they were registered when there were
+no tokens. Where there are none, the tenant is empty, and may use everything. Whatever cannot be read here is nobody's, and shared
+with nobody.
+"""
+
+import functools
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from hvpd import _codec
+from hvpd_server._store import Store, read_record
+
+
+class Owners:
+    """Who has what, of one store. Safe for many threads.
+
+    Args:
+        store: Whose.
+
+    Raises:
+        OSError: The records cannot be read.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._root = store.root / "owners"
+        self._root.mkdir(exist_ok=True)
+        self._lock = threading.Lock()
+        self._tenants: set[str] = set()
+        self._objectives: dict[str, Mapping[str, bool]] = {}
+        for path in self._records():
+            record = read_record(path)
+            tenant, shared = record.get("tenant"), record.get("shared")
+            owners = dict(self._objectives.get(path.name, {}))
+            if isinstance(tenant, str) and _codec.digest(tenant.encode()) == path.parent.parent.name:
+                owners[tenant] = shared is True
+            self._objectives[path.name] = owners
+
+    def _records(self) -> Iterator[Path]:
+        """All there are of objectives. A directory that cannot be looked into is an error: what is in it would be taken for nobody's."""
+        for tenant in sorted(self._root.iterdir()):
+            try:
+                yield from sorted((tenant / "objectives").iterdir())
+            except FileNotFoundError:  # It was about to be made.
+                continue
+
+    # Blobs
+
+    def has_blob(self, tenant: str, digest: str) -> bool:
+        """Whether a blob is stored, and the tenant has uploaded it."""
+        return self._store.has(digest) and (not tenant or (self._of(tenant) / "blobs" / digest).exists())
+
+    def add_blob(self, tenant: str, digest: str) -> None:
+        """Records that the tenant has uploaded a blob."""
+        if tenant and not self.has_blob(tenant, digest):
+            self._store.keep(self._of(tenant) / "blobs" / digest, {})
+
+    # Objectives
+
+    def may_use(self, tenant: str, digest: str) -> bool:
+        """Whether an objective is the tenant's, or shared, or nobody's."""
+        owners = self._objectives.get(digest)
+        return not tenant or owners is None or tenant in owners or any(owners.values())
+
+    def add_objective(self, tenant: str, digest: str, *, shared: bool) -> None:
+        """Records that the tenant registers an objective. What was nobody's so far stays everybody's."""
+        if not tenant:
+            return
+        with self._lock:
+            owners = self._objectives.get(digest)
+            shared = shared or (owners is None and self._store.registered(digest))
+            if owners is None or owners.get(tenant) is not shared:
+                self._store.keep(self._of(tenant) / "objectives" / digest, {"tenant": tenant, "shared": shared})
+                self._objectives[digest] = {**(owners or {}), tenant: shared}
+
+    # Names
+
+    def full_name(self, tenant: str, name: str) -> str:
+        """What the tenant's objective of a name is called among all tenants'."""
+        return f"{tenant}/{name}" if tenant and name else name
+
+    def find(self, tenant: str, name: str) -> tuple[str, str, int]:
+        """As `Store.objective`, of what the tenant may use: its own names first, then full ones, then digests."""
+        return self._store.objective(
+            name, own=self.full_name(tenant, name), visible=functools.partial(self._visible, tenant)
+        )
+
+    def listing(self, tenant: str) -> list[tuple[str, str, int]]:
+        """As `Store.objectives`, of what the tenant may use, and as far as it may know the names."""
+        every = self._store.objectives()
+        named = [entry for entry in every if entry[0] and self._visible(tenant, *entry[:2])]
+        seen = {digest for _, digest, _ in named}
+        rest = {digest: when for _, digest, when in every if digest not in seen and self.may_use(tenant, digest)}
+        return named + [("", digest, when) for digest, when in sorted(rest.items())]
+
+    def _visible(self, tenant: str, name: str, digest: str) -> bool:
+        """Whether the tenant may know that an objective is called so: by its owner of this name; without a name, that it is there."""
+        owners = self._objectives.get(digest)
+        owner = name.partition("/")[0]
+        if not tenant or not owners or owner not in owners:
+            return self.may_use(tenant, digest)
+        return owner == tenant or owners[owner]
+
+    def _of(self, tenant: str) -> Path:
+        found = self._root / _codec.digest(tenant.encode())
+        if tenant not in self._tenants:
+            for part in ("blobs", "objectives"):
+                (found / part).mkdir(parents=True, exist_ok=True)
+            self._tenants.add(tenant)
+        return found

@@ -1,0 +1,152 @@
+"""`hvpd serve`: what dies or hangs under it is replaced, and solves do not notice."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+
+import hvpd
+
+WAIT = 120.0
+
+
+def child(server):
+    """The process that serves."""
+    pid = server.process.pid
+    (found,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(found)
+
+
+def until(condition):
+    """Asks until it is so."""
+    ends = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < ends, "it never was so"
+
+
+def gone(pid):
+    """Whether a process has ended; as a zombie, too, for its new parent may be in no hurry."""
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def quadratic(x, A):
+    return x @ A @ x / 2
+
+
+@pytest.fixture(scope="module")
+def spd():
+    n = 300
+    Q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(n, n)))
+    return (Q * np.geomspace(1, 1e4, n)) @ Q.T
+
+
+def test_a_solve_rides_through_the_death_of_the_server_under_it(serve, spd):
+    server = serve(supervised=True)
+    n, died = len(spd), []
+    with hvpd.connect(server.address) as client:
+        H = client.register(quadratic, np.zeros(n), spd).at(np.zeros(n)).hessian()
+        products = 0
+
+        def matvec(v):
+            nonlocal products
+            products += 1
+            if products in (5, 60):
+                died.append(child(server))
+                os.kill(died[-1], signal.SIGKILL)
+            return H @ v
+
+        operator = scipy.sparse.linalg.LinearOperator((n, n), matvec, dtype=float)
+        b = np.ones(n)
+        solution, code = scipy.sparse.linalg.cg(operator, b, rtol=1e-10, maxiter=2000)
+        assert code == 0
+        assert np.linalg.norm(spd @ solution - b) <= 1e-9 * np.linalg.norm(b)
+        assert client.statistics().retries > 0
+    assert len({*died, child(server)}) == 3
+    assert server.process.poll() is None
+    assert sum("was ended by SIGKILL" in line for line in server.lines) == 2
+    assert not (server.store / "quarantine").exists()  # It was nobody's fault.
+    assert server.terminate() == 0
+
+
+def test_nothing_is_left_when_the_supervisor_is_killed(serve):
+    server = serve(supervised=True)
+    under = child(server)
+    server.kill()
+    until(lambda: gone(under))
+    server.start()  # On the same store and port.
+    with hvpd.connect(server.address) as client:
+        assert client.objectives() == []
+    assert server.terminate() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_stops_when_it_is_told_to_and_lets_products_finish(serve, number):
+    server = serve(supervised=True)
+    under = child(server)
+    server.process.send_signal(number)
+    assert server.process.wait(WAIT) == 0
+    assert gone(under)
+    server._reader.join(WAIT)
+    assert "hvpd: stopped" in server.lines
+
+
+def test_a_server_that_is_told_to_stop_is_not_replaced(serve):
+    server = serve(supervised=True)
+    os.kill(child(server), signal.SIGTERM)
+    assert server.process.wait(WAIT) == 0
+
+
+def test_what_cannot_start_is_not_tried_again(serve, tmp_path):
+    server = serve()
+    command = [sys.executable, "-m", "hvpd._cli", "serve", "--port", str(server.port), "--store", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("cannot listen") == 1
+
+
+def endless(x, held):
+    """Its Hessian is diag(x^2) where held is 0; else it is never known."""
+    return jnp.sum(x**4) / 12 * jax.lax.while_loop(lambda count: held > 0, lambda count: count + 1, 1.0)
+
+
+def test_a_product_that_never_ends_costs_the_server_a_few_lives_and_its_objective_its_place(serve, spd):
+    server = serve("--launch-timeout", "2", "--quarantine-after", "2", supervised=True)
+    n, solved = len(spd), []
+    with hvpd.connect(server.address) as client, hvpd.connect(server.address) as other:
+        H = other.register(quadratic, np.zeros(n), spd).at(np.zeros(n)).hessian()
+        objective = client.register(endless, np.ones(5), np.float64(0), mode="reverse_over_reverse")
+        assert np.allclose(objective.at(np.ones(5)).gradient, 1 / 3)
+        stop = threading.Event()
+
+        def solve():
+            while not stop.is_set():
+                solution, code = scipy.sparse.linalg.cg(H, np.ones(n), rtol=1e-10, maxiter=2000)
+                solved.append((code, np.linalg.norm(spd @ solution - 1)))
+
+        solver = threading.Thread(target=solve)
+        solver.start()
+        try:
+            with pytest.raises(hvpd.HvpdError, match=r"did not end within 2 s.*2 times") as error:
+                objective.at(np.ones(5), np.float64(1))
+            assert error.value.reason == "QUARANTINED"
+        finally:
+            stop.set()
+            solver.join(WAIT)
+        assert all(code == 0 and residual < 1e-7 for code, residual in solved)
+        with pytest.raises(hvpd.HvpdError, match="not served any more"):
+            objective.at(np.full(5, 2.0))
+        (server.store / "quarantine" / objective.digest).unlink()
+        assert np.allclose(objective.at(np.full(5, 2.0)).gradient, 8 / 3)
+    assert sum("had no answer of its device for 2 s" in line for line in server.lines) == 2

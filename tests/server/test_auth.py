@@ -1,0 +1,581 @@
+"""Tokens, their file, the command that changes it, and the gate that asks for them: no server, no network."""
+
+import collections
+import datetime
+import importlib
+import json
+import logging
+import pkgutil
+import re
+import stat
+
+import grpc
+import pytest
+
+import hvpd.v1
+from hvpd import _cli, _protocol
+from hvpd_server import _auth, _gate, _lane
+from hvpd_server._auth import Tokens
+from hvpd_server._board import Board
+from hvpd_server._errors import Code, ServiceError
+from hvpd_server._gate import OPEN, RIGHT_OF, Gate
+from hvpd_server._metrics import Metrics
+
+NOW = datetime.datetime(2026, 11, 21, 18, 0, tzinfo=datetime.UTC)
+SHA = "ab" * 32
+
+
+def methods():
+    """Every method of every service of the protocol, from its descriptors."""
+    for module in pkgutil.iter_modules(hvpd.v1.__path__, "hvpd.v1."):
+        if module.name.endswith("_pb2"):
+            file = importlib.import_module(module.name).DESCRIPTOR
+            for service in file.services_by_name.values():
+                for method in service.methods:
+                    yield f"/{service.full_name}/{method.name}"
+
+
+METHODS = sorted(methods())
+
+
+class Clock:
+    def __init__(self):
+        self.now = NOW.timestamp()
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tokens.json"
+
+
+def bearer(token):
+    return [f"Bearer {token}"]
+
+
+def refused(tokens, authorization):
+    with pytest.raises(ServiceError) as error:
+        tokens.find(authorization)
+    assert error.value.code is Code.UNAUTHENTICATED
+    return error.value.reason
+
+
+# Tokens
+
+
+def test_a_token_is_found_again_with_its_tenant_and_rights(path, clock):
+    token, grant = _auth.create(path, "vision", ["publish", "use"], expires=NOW, weight=2.5, label="nightly")
+    other, _ = _auth.create(path, "speech", ["use"])
+    clock.now -= 1
+    tokens = Tokens(path, clock=clock)
+    assert tokens.find(bearer(token)) == grant
+    assert (grant.tenant, grant.rights, grant.label) == ("vision", {"use", "publish"}, "nightly")
+    assert tokens.find([f"bearer  {other} "]).tenant == "speech"
+    assert (tokens.weight("vision"), tokens.weight("speech"), tokens.weight("nobody")) == (2.5, 1.0, 1.0)
+
+
+def test_a_token_is_256_random_bits_and_the_file_does_not_have_it(path):
+    made = {_auth.create(path, "vision", ["use"])[0] for _ in range(5)}
+    assert len(made) == 5
+    for token in made:
+        assert re.fullmatch(r"hvpd_[A-Za-z0-9_-]{43}", token)
+        assert token.removeprefix("hvpd_") not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("authorization", "reason"),
+    [
+        ([], "TOKEN_MISSING"),
+        (["Bearer "], "TOKEN_MALFORMED"),
+        (["Bearer"], "TOKEN_MALFORMED"),
+        ([""], "TOKEN_MALFORMED"),
+        (["Basic dXNlcjpwYXNz"], "TOKEN_MALFORMED"),
+        (["{token}"], "TOKEN_MALFORMED"),
+        (["Bearer {token}", "Bearer {token}"], "TOKEN_MALFORMED"),
+        (["Bearer {token}x"], "TOKEN_UNKNOWN"),
+        (["Bearer {cut}"], "TOKEN_UNKNOWN"),
+        (["Bearer {sha256}"], "TOKEN_UNKNOWN"),
+        (["Bearer {token} {token}"], "TOKEN_UNKNOWN"),
+        (["Bearer \u00e9\u4e16\U0001f511"], "TOKEN_UNKNOWN"),
+        (["Bearer \ud800"], "TOKEN_UNKNOWN"),
+        ([b"Bearer \xff\xfe"], "TOKEN_UNKNOWN"),
+        (["Bearer " + "A" * (1 << 20)], "TOKEN_UNKNOWN"),
+    ],
+)
+def test_everything_else_is_nobody(path, authorization, reason):
+    token, grant = _auth.create(path, "vision", ["use"])
+    tokens = Tokens(path)
+    said = [
+        each.format(token=token, cut=token[:-1], sha256=grant.sha256) if isinstance(each, str) else each
+        for each in authorization
+    ]
+    assert refused(tokens, said) == reason
+
+
+def test_a_token_ends_when_it_expires(path, clock):
+    token, _ = _auth.create(path, "vision", ["use"], expires=NOW)
+    clock.now -= 0.001
+    tokens = Tokens(path, clock=clock)
+    assert tokens.find(bearer(token))
+    clock.now += 0.001
+    with pytest.raises(ServiceError, match=r"tenant vision was good until 2026-11-21T18:00:00Z") as error:
+        tokens.find(bearer(token))
+    assert error.value.reason == "TOKEN_EXPIRED"
+    assert token not in str(error.value)
+
+
+def test_a_new_token_is_good_at_once_and_a_revoked_one_after_the_next_look(path):
+    first, grant = _auth.create(path, "vision", ["use"])
+    tokens = Tokens(path)
+    second, _ = _auth.create(path, "speech", ["use"])
+    assert tokens.find(bearer(second)).tenant == "speech"
+    assert _auth.revoke(path, grant.id) == grant
+    tokens.refresh()
+    assert refused(tokens, bearer(first)) == "TOKEN_UNKNOWN"
+    assert tokens.find(bearer(second))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b'{"tokens": {}}', b'{"tokens": [{}]}', b"[" * 100_000, None])
+def test_a_broken_file_leaves_the_old_tokens_in_force_and_is_logged_once(path, content, caplog):
+    token, _ = _auth.create(path, "vision", ["use"])
+    tokens = Tokens(path)
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    with caplog.at_level(logging.ERROR):
+        tokens.refresh()
+        tokens.refresh()
+    assert tokens.find(bearer(token)).tenant == "vision"
+    (record,) = caplog.records
+    assert str(path) in record.getMessage()
+    assert "stay in force" in record.getMessage()
+    path.write_text('{"tokens": []}')
+    tokens.refresh()
+    assert refused(tokens, bearer(token)) == "TOKEN_UNKNOWN"
+
+
+def entry(**changes):
+    return {"sha256": SHA, "tenant": "a", "rights": ["use"]} | changes
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ([entry(expire="2027-01-01T00:00:00Z")], r"token 1: no field is called 'expire'"),
+        (
+            [entry(), entry(sha256="cd" * 32, rights=["all"])],
+            r"token 2: rights are some of use, publish, administer, got 'all'",
+        ),
+        ([entry(rights=[])], "got none"),
+        ([entry(rights="use")], "rights is a list"),
+        ([entry(rights=[["use"]])], "rights are some of"),
+        ([entry(sha256="AB" * 32)], "64 lower-case hexadecimal"),
+        ([entry(sha256=5)], "64 lower-case hexadecimal"),
+        ([entry(tenant="a/b")], "a tenant is called by"),
+        ([entry(tenant="")], "a tenant is called by"),
+        ([entry(tenant=None)], "a tenant is called by"),
+        ([entry(tenant="a" * 65)], "a tenant is called by"),
+        ([entry(expires="2027-01-01T00:00:00")], "with its offset"),
+        ([entry(expires="soon")], "with its offset"),
+        ([entry(expires=5)], "expires is a date"),
+        ([entry(weight=0)], "a weight is a number"),
+        ([entry(weight=float("nan"))], "a weight is a number"),
+        ([entry(weight=True)], "a weight is a number"),
+        ([entry(weight="2")], "a weight is a number"),
+        ([entry(label="a\nb")], "printable"),
+        ([entry(), entry()], "twice"),
+        (["token"], "expected an object"),
+    ],
+)
+def test_an_entry_that_is_not_as_it_must_be_is_named(path, entries, says):
+    path.write_text(json.dumps({"tokens": entries}))
+    with pytest.raises(ValueError, match=says) as error:
+        Tokens(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_file_that_is_not_there_is_an_error_at_the_start(path):
+    with pytest.raises(ValueError, match=r"cannot read the tokens of .*tokens.json: No such file"):
+        Tokens(path)
+
+
+def test_the_weight_of_a_tenant_is_the_largest_of_its_tokens(path):
+    for weight in (1.0, 3.0, 2.0):
+        _auth.create(path, "vision", ["use"], weight=weight)
+    assert Tokens(path).weight("vision") == 3
+
+
+def test_the_file_is_its_owners_alone_also_where_it_was_everybodys(path):
+    _auth.create(path, "vision", ["use"])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.chmod(0o644)
+    _auth.create(path, "vision", ["use"])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert [child.name for child in path.parent.iterdir()] == ["tokens.json"]
+
+
+def test_a_file_behind_a_link_is_changed_where_it_is(path, tmp_path):
+    link = tmp_path / "link.json"
+    link.symlink_to(path)
+    token, _ = _auth.create(link, "vision", ["use"])
+    assert link.is_symlink()
+    assert Tokens(path).find(bearer(token))
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(path, monkeypatch):
+    _auth.create(path, "vision", ["use"])
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_auth.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        _auth.create(path, "vision", ["use"])
+    assert path.read_bytes() == before
+    assert [child.name for child in path.parent.iterdir()] == ["tokens.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90d", NOW + datetime.timedelta(days=90)),
+        ("30m", NOW + datetime.timedelta(minutes=30)),
+        ("12h", NOW + datetime.timedelta(hours=12)),
+        ("2w", NOW + datetime.timedelta(weeks=2)),
+        ("2027-02-19T18:00:00+01:00", datetime.datetime(2027, 2, 19, 17, tzinfo=datetime.UTC)),
+    ],
+)
+def test_how_long_a_token_lives(text, expected):
+    assert _auth.parse_expiry(text, NOW) == expected
+
+
+@pytest.mark.parametrize("text", ["", "90", "d", "-1d", "1.5d", "90 days", "never", "999999w", "2027-02-19"])
+def test_what_is_no_lifetime(text):
+    with pytest.raises(ValueError, match=r"such as 90d"):
+        _auth.parse_expiry(text, NOW)
+
+
+def test_weights_reach_the_queue_of_each_device(path, device, store):
+    _auth.create(path, "vision", ["use"], weight=3.0)
+    tokens = Tokens(path)
+    limits = _lane.Limits(1 << 20, 4, max_pending=8, weights=tokens.weight)
+    lanes = _lane.lanes([device] * 2, store, limits, Metrics(), Board())
+    try:
+        assert [lane._batcher._queue._weigh("vision") for lane in lanes] == [3.0] * 3
+        _auth.create(path, "vision", ["use"], weight=5.0)
+        tokens.refresh()
+        assert [lane._batcher._queue._weigh("vision") for lane in lanes] == [5.0] * 3
+    finally:
+        for lane in lanes:
+            lane.close()
+
+
+# hvpd token
+
+
+def command(capsys, *arguments):
+    code = _cli.main(["token", *map(str, arguments)])
+    return (code, *capsys.readouterr())
+
+
+def test_the_command_makes_lists_and_revokes(path, capsys):
+    code, out, err = command(
+        capsys,
+        "new",
+        "--file",
+        path,
+        "--tenant",
+        "vision",
+        "--rights",
+        "use,publish",
+        "--expires",
+        "90d",
+        "--label",
+        "CI",
+    )
+    token = out.strip()
+    assert code == 0
+    assert token not in err
+    grant = Tokens(path).find(bearer(token))
+    assert (grant.tenant, grant.rights) == ("vision", {"use", "publish"})
+    lives = grant.expires - datetime.datetime.now(datetime.UTC)
+    assert datetime.timedelta(days=89, hours=23) < lives <= datetime.timedelta(days=90)
+    _auth.create(path, "speech", ["use"], expires=NOW - datetime.timedelta(days=300))
+    code, out, _ = command(capsys, "list", "--file", path)
+    assert code == 0
+    assert out.splitlines()[0].split() == ["ID", "TENANT", "RIGHTS", "EXPIRES", "WEIGHT", "LABEL"]
+    assert out.splitlines()[1].split() == [grant.id, "vision", "use,publish", _auth._text(grant.expires), "1", "CI"]
+    assert "(over)" in out.splitlines()[2]
+    assert token not in out
+    code, _, err = command(capsys, "revoke", "--file", path, "CI")
+    assert (code, grant.id in err) == (0, True)
+    assert [each.tenant for each in _auth.read(path)] == ["speech"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["new", "--tenant", "a/b"], "a tenant is called by"),
+        (["new", "--tenant", "a", "--rights", "use,all"], "rights are some of use, publish, administer, got 'all'"),
+        (["new", "--tenant", "a", "--expires", "soon"], "such as 90d"),
+        (["new", "--tenant", "a", "--weight", "0"], "a weight is"),
+        (["new", "--tenant", "a", "--label", "a\tb"], "printable"),
+        (["revoke", "nothing"], "no token is called 'nothing'"),
+        (["revoke", ""], "no token is called ''"),
+        (["revoke", "twice"], "2 tokens are called 'twice'"),
+    ],
+)
+def test_the_command_says_what_is_wrong_and_changes_nothing(path, capsys, arguments, says):
+    for _ in range(2):
+        _auth.create(path, "a", ["use"], label="twice")
+    before = path.read_bytes()
+    code, out, err = command(capsys, *arguments, "--file", path)
+    assert (code, out) == (1, "")
+    assert says in err
+    assert path.read_bytes() == before
+
+
+def test_the_command_says_what_it_cannot_read_or_write(tmp_path, capsys):
+    assert "No such file" in command(capsys, "list", "--file", tmp_path / "none.json")[2]
+    code, _, err = command(capsys, "new", "--tenant", "a", "--file", tmp_path / "no" / "dir.json")
+    assert (code, "No such file" in err) == (1, True)
+
+
+# The gate
+
+Details = collections.namedtuple("Details", ["method", "invocation_metadata"])
+
+
+class AbortedError(Exception):
+    pass
+
+
+class FakeContext:
+    def __init__(self):
+        self.cancelled = False
+        self.callbacks = []
+        self.status = None
+
+    def peer(self):
+        return "ipv4:10.0.0.1:5000"
+
+    def abort_with_status(self, status):
+        self.status = status
+        raise AbortedError
+
+    def add_callback(self, callback):
+        self.callbacks.append(callback)
+        return True
+
+    def cancel(self):
+        self.cancelled = True
+
+
+def passed(messages, context):
+    return [_gate.tenant_of(context), list(messages)]
+
+
+STREAM = grpc.stream_stream_rpc_method_handler(passed)
+UNARY = grpc.unary_unary_rpc_method_handler(lambda request, context: [_gate.tenant_of(context), request])
+
+
+@pytest.fixture
+def tokens(path, clock):
+    """One for each right, and the object that knows them."""
+    made = {right: _auth.create(path, f"has-{right}", [right], label=right)[0] for right in _auth.RIGHTS}
+    return made, Tokens(path, clock=clock)
+
+
+@pytest.fixture
+def gate(tokens):
+    opened = Gate(tokens[1])
+    opened.open = True
+    return opened
+
+
+def ask(gate, method, token=None, *, handler=STREAM, request=(), context=None, **metadata):
+    """What a call gets: its answer, or the status code that it ends with."""
+    pairs = list(metadata.items()) + ([("authorization", f"Bearer {token}")] if token is not None else [])
+    found = gate.intercept_service(lambda details: handler, Details(method, pairs))
+    context = context or FakeContext()
+    behaviour = found.stream_stream or found.stream_unary or found.unary_stream or found.unary_unary
+    try:
+        return behaviour(request, context)
+    except AbortedError:
+        return context.status.code
+
+
+def test_every_method_of_the_protocol_has_its_right():
+    """Whoever adds a method says here who may call it; until then only `administer` may."""
+    assert len(METHODS) > 10
+    assert set(METHODS) == set(RIGHT_OF) | {method for method in OPEN if method.startswith("/hvpd.")}
+    assert not set(RIGHT_OF) & OPEN
+    assert set(RIGHT_OF.values()) <= set(_auth.RIGHTS)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "/hvpd.v1.NewService/NewMethod", "/hvpd.v2.BlobService/UploadBlob"])
+def test_each_method_is_for_those_with_its_right_and_nobody_else(gate, tokens, method):
+    if method in OPEN:
+        assert ask(gate, method, None)[1] == []
+        return
+    needed = RIGHT_OF.get(method, "administer")
+    assert ask(gate, method) is Code.UNAUTHENTICATED
+    assert ask(gate, method, "wrong") is Code.UNAUTHENTICATED
+    for right, token in tokens[0].items():
+        expected = [f"has-{right}", []] if right == needed else Code.PERMISSION_DENIED
+        assert ask(gate, method, token) == expected
+
+
+def test_reflection_and_watching_health_take_any_token(gate, tokens):
+    for method in ("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "/grpc.health.v1.Health/Watch"):
+        assert ask(gate, method) is Code.UNAUTHENTICATED
+        for right, token in tokens[0].items():
+            assert ask(gate, method, token) == [f"has-{right}", []]
+    assert ask(gate, "/grpc.health.v1.Health/Check", handler=UNARY, request=1)[1] == 1
+
+
+def test_a_refusal_names_the_right_and_the_tenant_and_no_token(gate, tokens):
+    context = FakeContext()
+    token = tokens[0]["use"]
+    assert ask(gate, "/hvpd.v1.BlobService/UploadBlob", token, context=context) is Code.PERMISSION_DENIED
+    assert re.search(r"UploadBlob takes the right 'publish'.*tenant has-use has use", context.status.details)
+    assert token not in str(context.status)
+
+
+def test_a_method_that_is_not_there_is_not_there_for_anybody(gate):
+    """Whoever makes up names of methods gets nowhere, the metrics of each method neither."""
+    assert gate.intercept_service(lambda details: None, Details("/hvpd.v1.BlobService/Nothing", ())) is None
+
+
+def test_who_calls_comes_before_whether_it_is_warm_and_what_is_spoken_before_that(gate, tokens):
+    gate.open = False
+    method, use = "/hvpd.v1.ObjectiveService/GetObjective", tokens[0]["use"]
+    assert ask(gate, method, "wrong") is Code.UNAUTHENTICATED
+    assert ask(gate, method, use) is Code.UNAVAILABLE
+    assert ask(gate, method, "wrong", **{_protocol.REVISION_KEY: "999"}) is Code.FAILED_PRECONDITION
+
+
+def test_without_tokens_everybody_may_do_everything_and_a_tenant_is_a_connection():
+    gate = Gate()
+    gate.open = True
+    for method in [*METHODS, "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"]:
+        assert ask(gate, method, "whatever") == ["ipv4:10.0.0.1:5000", []]
+        assert gate.intercept_service(lambda details: STREAM, Details(method, ())) is STREAM
+    gate.sweep()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        grpc.unary_unary_rpc_method_handler,
+        grpc.unary_stream_rpc_method_handler,
+        grpc.stream_unary_rpc_method_handler,
+        grpc.stream_stream_rpc_method_handler,
+    ],
+)
+def test_a_call_of_each_kind_stays_what_it_is(gate, tokens, make):
+    handler = make(lambda request, context: (list(request), _gate.tenant_of(context)), len, repr)
+    details = Details("/hvpd.v1.ObjectiveService/GetPlan", [("authorization", f"Bearer {tokens[0]['use']}")])
+    found = gate.intercept_service(lambda details: handler, details)
+    assert (found.request_streaming, found.response_streaming) == (
+        handler.request_streaming,
+        handler.response_streaming,
+    )
+    assert (found.request_deserializer, found.response_serializer) == (len, repr)
+    behaviour = found.stream_stream or found.stream_unary or found.unary_stream or found.unary_unary
+    assert behaviour([1, 2], FakeContext()) == ([1, 2], "has-use")
+
+
+STREAM_PRODUCTS = "/hvpd.v1.CurvatureService/StreamProducts"
+
+
+def stream(gate, token, context):
+    """An open stream: a function that gives it a message."""
+    arriving = collections.deque()
+    handler = grpc.stream_stream_rpc_method_handler(lambda messages, context: messages)
+    messages = ask(gate, STREAM_PRODUCTS, token, handler=handler, request=iter(arriving.popleft, None), context=context)
+
+    def give(message):
+        arriving.append(message)
+        return next(messages)
+
+    return give
+
+
+def test_a_stream_takes_no_more_messages_of_a_token_that_expired(path, clock):
+    token, _ = _auth.create(path, "vision", ["use"], expires=NOW + datetime.timedelta(seconds=10))
+    gate, context = Gate(Tokens(path, clock=clock)), FakeContext()
+    gate.open = True
+    give = stream(gate, token, context)
+    assert give(1) == 1
+    gate.sweep()
+    assert not context.cancelled
+    clock.now += 10
+    with pytest.raises(ServiceError, match="was good until") as error:
+        give(2)
+    assert error.value.reason == "TOKEN_EXPIRED"
+    gate.sweep()
+    assert context.cancelled
+
+
+def change(path, change):
+    document = json.loads(path.read_text())
+    for each in document["tokens"]:
+        change(each)
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (lambda path: _auth.revoke(path, "use"), "TOKEN_UNKNOWN"),
+        (lambda path: change(path, lambda each: each.update(rights=["publish"])), "RIGHT_MISSING"),
+        (lambda path: change(path, lambda each: each.update(tenant="other")), "TOKEN_UNKNOWN"),
+    ],
+)
+def test_an_idle_stream_ends_with_what_its_token_gave(gate, tokens, path, changed, reason):
+    contexts = [FakeContext() for _ in range(3)]
+    gives = [stream(gate, tokens[0]["use"], context) for context in contexts]
+    contexts[2].callbacks[0]()  # It ended by itself.
+    gate.sweep()
+    changed(path)
+    gate.sweep()
+    assert [context.cancelled for context in contexts] == [True, True, False]
+    with pytest.raises(ServiceError) as error:
+        gives[0]("more")
+    assert error.value.reason == reason
+
+
+def test_a_change_that_leaves_a_token_what_it_was_leaves_its_streams(gate, tokens, path):
+    context = FakeContext()
+    give = stream(gate, tokens[0]["use"], context)
+    _auth.create(path, "new", ["use"])
+    _auth.revoke(path, "publish")
+    gate.sweep()
+    assert give(1) == 1
+    assert not context.cancelled
+
+
+def test_many_wrong_tokens_do_not_fill_the_log(tokens, caplog):
+    now = [0.0]
+    gate = Gate(tokens[1], clock=lambda: now[0])
+    with caplog.at_level(logging.WARNING):
+        for number in range(1000):
+            assert ask(gate, METHODS[0], f"guess-{number}") is Code.UNAUTHENTICATED
+        now[0] += 10
+        ask(gate, METHODS[0], "guess-again")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert said[0].startswith("1 calls refused")
+    assert said[1].startswith("1000 calls refused")
+    assert "ipv4:10.0.0.1:5000" in said[1]
+    assert "guess" not in "".join(said)

@@ -1,0 +1,89 @@
+"""What a supervisor sees of a server, also after its end."""
+
+import os
+import threading
+import time
+
+import pytest
+
+from hvpd_server._board import Board
+
+DIGESTS = [digit * 64 for digit in "abc"]
+
+
+@pytest.fixture
+def both():
+    """The same memory, for who writes and for who reads."""
+    descriptor = Board.share()
+    yield Board(descriptor), Board(descriptor)
+    os.close(descriptor)
+
+
+def test_a_beat(both):
+    server, supervisor = both
+    assert supervisor.beaten() == (0.0, 0, 0)
+    before = time.monotonic()
+    server.beat(7070, 9090)
+    beat, port, metrics_port = supervisor.beaten()
+    assert before <= beat <= time.monotonic()
+    assert (port, metrics_port) == (7070, 9090)
+
+
+def test_what_runs_is_seen_the_oldest_first_and_what_ended_is_not(both):
+    server, supervisor = both
+    assert supervisor.work() == []
+    first, second = server.begin(DIGESTS[0]), server.begin(DIGESTS[1])
+    with server.working(DIGESTS[2]):
+        assert [work.digest for work in supervisor.work()] == DIGESTS
+        assert all(0 < work.since <= time.monotonic() for work in supervisor.work())
+        server.end(first)
+        assert [work.digest for work in supervisor.work()] == DIGESTS[1:]
+    server.end(second)
+    assert supervisor.work() == []
+
+
+def test_what_gets_on_begins_anew(both):
+    server, supervisor = both
+    with server.working(DIGESTS[0]):
+        (before,) = supervisor.work()
+        server.renew()
+        (after,) = supervisor.work()
+        other = threading.Thread(target=server.renew)  # It has nothing that runs.
+        other.start()
+        other.join()
+        assert supervisor.work() == [after]
+    assert after.since > before.since
+    server.renew()
+    assert supervisor.work() == []
+
+
+def test_an_error_ends_it_too(both):
+    server, supervisor = both
+    with pytest.raises(ZeroDivisionError), server.working(DIGESTS[0]):
+        raise ZeroDivisionError
+    assert supervisor.work() == []
+
+
+def test_more_at_once_than_there_is_room_for_is_not_seen_and_costs_nothing(both):
+    server, supervisor = both
+    slots = [server.begin(DIGESTS[number % 3]) for number in range(300)]
+    assert len(supervisor.work()) == 255
+    for slot in slots:
+        server.end(slot)
+    assert supervisor.work() == []
+    with server.working(DIGESTS[0]):
+        assert len(supervisor.work()) == 1
+
+
+def test_another_server_begins_with_nothing(both):
+    server, supervisor = both
+    server.beat(1, 2)
+    server.begin(DIGESTS[0])
+    supervisor.clear()
+    assert (supervisor.work(), supervisor.beaten()) == ([], (0.0, 0, 0))
+
+
+def test_a_process_has_a_board_of_its_own_without_a_supervisor():
+    board, other = Board(), Board()
+    board.begin(DIGESTS[0])
+    assert (len(board.work()), other.work()) == (1, [])

@@ -1,0 +1,172 @@
+"""Whose objectives, names and blobs are whose: records on the disk, and what follows from them."""
+
+import json
+
+import pytest
+
+from hvpd import _codec
+from hvpd_server._errors import ServiceError
+from hvpd_server._owners import Owners
+
+D, E = "ab" * 32, "cd" * 32
+
+
+@pytest.fixture
+def owners(store):
+    return Owners(store)
+
+
+def register(owners, store, tenant, digest, name="", *, shared=False):
+    owners.add_objective(tenant, digest, shared=shared)
+    store.add_objective(digest, owners.full_name(tenant, name))
+
+
+def names(owners, tenant):
+    return [(name, digest) for name, digest, _ in owners.listing(tenant)]
+
+
+def test_a_tenant_has_the_blobs_that_it_uploaded(owners, store, upload):
+    digest = upload(store, b"content")
+    assert not owners.has_blob("a", digest)
+    assert owners.has_blob("", digest)
+    owners.add_blob("a", digest)
+    assert owners.has_blob("a", digest)
+    assert not owners.has_blob("b", digest)
+    assert Owners(store).has_blob("a", digest)
+    (store.root / "blobs" / digest[:2] / digest).unlink()
+    assert not owners.has_blob("a", digest)
+
+
+@pytest.mark.parametrize("digest", ["", "../../names", "AB" * 32, D])
+def test_what_is_not_stored_is_nobodys(owners, store, digest):
+    before = sorted(store.root.rglob("*"))
+    for tenant in ("", "a"):
+        assert not owners.has_blob(tenant, digest)
+    assert sorted(store.root.rglob("*")) == before
+
+
+def test_an_objective_is_for_who_registered_it(owners, store):
+    register(owners, store, "a", D, "mlp")
+    for known in (owners, Owners(store)):
+        assert [known.may_use(tenant, D) for tenant in ("a", "b", "a/", "")] == [True, False, False, True]
+        assert names(known, "a") == names(known, "") == [("a/mlp", D)]
+        assert names(known, "b") == []
+        for name in ("mlp", "a/mlp"):
+            assert known.find("a", name)[:2] == ("a/mlp", D)
+        for name in (D, D[:8]):
+            assert known.find("a", name)[:2] == ("a/mlp", D)
+        for name in ("mlp", "a/mlp", D, D[:8], "a/ml"):
+            with pytest.raises(ServiceError, match="no objective of") as error:
+                known.find("b", name)
+            assert error.value.metadata == {"near": ""}
+
+
+def test_what_is_shared_is_for_all_until_it_is_not(owners, store):
+    register(owners, store, "a", D, "mlp", shared=True)
+    for known in (owners, Owners(store)):
+        assert known.find("b", "a/mlp")[:2] == known.find("b", D)[:2] == ("a/mlp", D)
+        assert names(known, "b") == [("a/mlp", D)]
+        with pytest.raises(ServiceError, match=r"did you mean 'a/mlp'"):
+            known.find("b", "mlp")
+    register(owners, store, "a", D, "mlp")
+    for known in (owners, Owners(store)):
+        assert not known.may_use("b", D)
+        assert names(known, "b") == []
+
+
+def test_ones_own_name_comes_before_a_full_one(owners, store):
+    register(owners, store, "a", D, "mlp", shared=True)
+    register(owners, store, "b", E, "a/mlp")
+    assert owners.find("b", "a/mlp")[1] == E
+    assert owners.find("a", "mlp")[1] == owners.find("c", "a/mlp")[1] == D
+    assert names(owners, "a") == [("a/mlp", D)]
+
+
+def test_who_registered_the_same_is_not_told_of_the_other(owners, store):
+    register(owners, store, "a", D, "secret-project")
+    register(owners, store, "b", D)
+    assert names(owners, "b") == [("", D)]
+    assert owners.find("b", D)[:2] == ("", D)
+    with pytest.raises(ServiceError):
+        owners.find("b", "a/secret-project")
+    register(owners, store, "b", D, "mine", shared=True)
+    assert names(owners, "b") == names(owners, "c") == [("b/mine", D)]
+    assert names(owners, "a") == [("a/secret-project", D), ("b/mine", D)]
+
+
+def test_what_was_registered_without_tokens_stays_everybodys(owners, store):
+    store.add_objective(D, "old")
+    register(owners, store, "", E, "x/older")
+    for known in (owners, Owners(store)):
+        assert names(known, "b") == [("old", D), ("x/older", E)]
+        assert known.find("b", "old")[1] == D
+    register(owners, store, "a", D, "mine")
+    for known in (owners, Owners(store)):
+        assert known.may_use("b", D)
+        assert known.find("b", "old")[1] == D
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", json.dumps({"tenant": "b", "shared": True}).encode(), b'{"tenant": 5}']
+)
+def test_a_record_that_is_damaged_opens_nothing(owners, store, content):
+    register(owners, store, "a", D, "mlp", shared=True)
+    (path,) = (store.root / "owners").glob(f"*/objectives/{D}")
+    path.write_bytes(content)
+    damaged = Owners(store)
+    assert [damaged.may_use(tenant, D) for tenant in ("a", "b", "")] == [False, False, True]
+    assert names(damaged, "a") == names(damaged, "b") == []
+    register(damaged, store, "a", D, "mlp")
+    assert [damaged.may_use(tenant, D) for tenant in ("a", "b")] == [True, False]
+
+
+@pytest.mark.parametrize("lacking", [0, -1])
+def test_who_registers_has_uploaded_all_of_it(serve, logistic, lacking):
+    """The bundle, its programs and its data: also where somebody else has."""
+    engine = serve()
+    engine.owners.add_objective("a", logistic.export.digest, shared=True)
+    for content in logistic.export.blobs.values():
+        digest = _codec.digest(content)
+        with engine.store.upload(digest, len(content)) as upload:
+            upload.append(0, content)
+            upload.commit()
+    digests = sorted(logistic.export.blobs, key=lambda digest: digest != logistic.export.digest)
+    for digest in digests:
+        if digest != digests[lacking]:
+            engine.owners.add_blob("b", digest)
+    with pytest.raises(ServiceError) as error:
+        engine.register(logistic.export.digest, "mine", tenant="b")
+    assert (error.value.reason, error.value.metadata) == ("BLOBS_MISSING", {"digests": digests[lacking]})
+    assert engine.owners.listing("b") == []
+    engine.owners.add_blob("b", digests[lacking])
+    engine.register(logistic.export.digest, "mine", tenant="b")
+    assert [name for name, _, _ in engine.owners.listing("b")] == ["b/mine"]
+
+
+def test_records_that_cannot_be_looked_for_are_an_error(owners, store, monkeypatch):
+    """What is in them would be taken for nobody's, and so for everybody's."""
+    register(owners, store, "a", D, "mlp")
+    (directory,) = (store.root / "owners").glob("*/objectives")
+    iterdir = type(directory).iterdir
+
+    def denied(path):
+        if path == directory:
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(type(directory), "iterdir", denied)
+    with pytest.raises(PermissionError):
+        Owners(store)
+
+
+def test_a_crash_while_a_tenants_directory_was_made_hurts_nobody(owners, store):
+    register(owners, store, "a", D, "mlp")
+    (store.root / "owners" / ("ef" * 32)).mkdir()
+    assert Owners(store).may_use("a", D)
+
+
+def test_shared_is_said_by_true_alone(owners, store):
+    register(owners, store, "a", D)
+    (path,) = (store.root / "owners").glob(f"*/objectives/{D}")
+    path.write_text(json.dumps({"tenant": "a", "shared": "yes"}))
+    assert [Owners(store).may_use(tenant, D) for tenant in ("a", "b")] == [True, False]
