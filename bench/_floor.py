@@ -19,7 +19,7 @@ from bench import _processes
 CHUNK_BYTES = 1 << 20
 """As in hvpd: larger vectors travel as several messages."""
 
-_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 
 Channel = grpc.Channel
@@ -105,7 +105,7 @@ class Echo:
 def channel(address: str) -> grpc.Channel:
     """A connection of its own to an echo."""
     return grpc.insecure_channel(
-        address, [*_OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
+        address, [*OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
     )
 
 
@@ -125,13 +125,19 @@ def _stream(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterato
 
 
 def _whole(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    for whole in joined(messages, context):
+        yield from whole
+
+
+def joined(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[list[bytes]]:
+    """The messages of one round trip after the other, as their client says how many they are."""
     metadata = {str(key): str(value) for key, value in context.invocation_metadata()}
     together: list[bytes] = []
     for message in messages:
         together.append(message)
         if len(together) == int(metadata["chunks"]):
-            yield from together
-            together.clear()
+            yield together
+            together = []
 
 
 def _accept(listener: socket.socket) -> None:
@@ -153,7 +159,7 @@ def _no_delay(connected: socket.socket) -> socket.socket:
 
 
 def _serve(until: Iterable[str]) -> None:
-    server = grpc.server(concurrent.futures.ThreadPoolExecutor(512), options=_OPTIONS)
+    server = grpc.server(concurrent.futures.ThreadPoolExecutor(512), options=OPTIONS)
     handlers: dict[str, Any] = {
         "Unary": grpc.unary_unary_rpc_method_handler(lambda message, context: message),
         "Stream": grpc.stream_stream_rpc_method_handler(_stream),

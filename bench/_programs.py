@@ -45,6 +45,17 @@ class Programs:
         arguments = [self._x, V, *self._args] if name == "hvp" else [V, *self._residuals()]
         return lambda: np.asarray(compiled(*arguments))
 
+    def multiply(self, name: str) -> Callable[[Vector], Vector]:
+        """The product of a vector with the Hessian, both of shape (1, n), by hvp or apply."""
+        compiled, x, args = self.compiled(name, 1), self._x, self._args
+        residuals = self._residuals() if name == "apply" else []
+
+        def product(v: Vector) -> Vector:
+            found: Vector = np.asarray(compiled(v, *residuals) if residuals else compiled(x, v, *args))
+            return found
+
+        return product
+
     def flops(self, name: str, k: int = 0) -> float:
         """What XLA counts for one run of the compiled program."""
         return float(self.compiled(name, k).cost_analysis()["flops"])
