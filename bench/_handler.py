@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import grpc
 import numpy as np
@@ -42,8 +43,8 @@ def _handler(
 def _serve(program: str, rows: int, sizes: Sequence[int], until: Iterable[str]) -> None:
     multiply = Programs(mlp(sizes, rows)).multiply(program)
     server = grpc.server(concurrent.futures.ThreadPoolExecutor(8), options=_floor.OPTIONS)
-    handler = grpc.stream_stream_rpc_method_handler(_handler(multiply))
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Echo", {"Whole": handler}),))
+    handlers: dict[str, Any] = {"Whole": grpc.stream_stream_rpc_method_handler(_handler(multiply))}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Echo", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     print(f"handling on {port}", file=sys.stderr, flush=True)
