@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     _connection(info)
     info.set_defaults(run=_info)
 
+    _health_command(commands.add_parser("health", help="whether a server is serving: exit code 0 if so, 1 if not"))
     _token_commands(commands.add_parser("token", help="make, list and revoke the tokens of a server"))
     return parser
 
@@ -363,6 +364,18 @@ def _info(arguments: argparse.Namespace) -> int:
         for name, value in facts.items():
             print(f"{name.replace('_', ' ')}: {value}")
     return 0
+
+
+def _health_command(health: argparse.ArgumentParser) -> None:
+    _connection(health)
+    health.set_defaults(run=_health)
+
+
+def _health(arguments: argparse.Namespace) -> int:
+    with _connect(arguments) as client:
+        serving = client._transport.serving()  # noqa: SLF001 - our own
+    print("serving" if serving else "not serving: it starts, or is about to end")
+    return 0 if serving else 1
 
 
 def _token_new(arguments: argparse.Namespace) -> int:

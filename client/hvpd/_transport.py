@@ -42,6 +42,9 @@ from hvpd.v1 import (
 
 _T = TypeVar("_T")
 
+_SERVING = b"\x08\x01"
+"""A grpc.health.v1.HealthCheckResponse with status SERVING; its package is none of a client's."""
+
 _INLINE_BYTES = 64 << 10
 """Points up to this size send x with the question whether it is resident."""
 
@@ -254,6 +257,11 @@ class Transport:
                     raise UnavailableError(f"no connection to {self.address}: {why}", reason="TLS") from None
             else:
                 return answer
+
+    def serving(self) -> bool:
+        """Whether the server says, by grpc.health.v1, that it is SERVING."""
+        check: Callable[..., bytes] = self._channel.unary_unary("/grpc.health.v1.Health/Check")
+        return self.unary(check, b"") == _SERVING
 
     def close(self) -> None:
         """Ends all streams and the connection."""

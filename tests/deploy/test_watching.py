@@ -46,6 +46,12 @@ def test_a_panel_asks_for_what_there_is(panel, exported):
         assert set(found) <= exported
 
 
+def test_compose_builds_a_target_that_there_is():
+    stages = re.findall(r"^FROM \S+ AS (\S+)$", (DEPLOY.parent / "Dockerfile").read_text(), re.MULTILINE)
+    (target,) = re.findall(r"^ +target: (\S+)$", COMPOSE, re.MULTILINE)
+    assert {target, "cpu", "cuda"} <= set(stages)
+
+
 def test_rules_ask_for_what_there_is(exported):
     found = set(METRIC.findall(RULES))
     assert len(found) > 10

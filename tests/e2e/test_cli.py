@@ -89,6 +89,16 @@ def test_register_and_list(serve, tmp_path):
         assert "Traceback" not in failed.stderr
 
 
+def test_health(serve):
+    server = serve()
+    done = command("health", "--address", server.address)
+    assert (done.returncode, done.stdout) == (0, "serving\n")
+    server.terminate()
+    done = command("health", "--address", server.address, "--connect-timeout", "0.5")
+    assert done.returncode == 1
+    assert "no hvpd server answers" in done.stderr
+
+
 def test_settings_come_from_the_environment(serve):
     server = serve(environment={"HVPD_MAX_BLOCK_WIDTH": "8"})
     assert json.loads(command("info", "--json", "--address", server.address).stdout)["max_block_width"] == 8
