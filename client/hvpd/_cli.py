@@ -1,4 +1,4 @@
-"""The `hvpd` command: serve, register, objectives, check, bench, info, token. Each does what a call of the library does."""
+"""The `hvpd` command: serve, register, objectives, check, bench, info, health, token. Each does what a call of the library does."""
 
 import argparse
 import contextlib

@@ -194,11 +194,12 @@ def run(config: Config, *, owner: int | None = None, ephemeral: bool = False, bo
     except (ServiceError, ValueError, OSError) as error:
         _say(f"cannot start: {error}")
         return 1
+    metrics_port = 0
     if config.metrics_port is not None:
         host = config.host.strip("[]")
         metrics, _ = prometheus_client.start_http_server(config.metrics_port, host, app.metrics.registry)
-        _say(f"metrics on http://{host}:{metrics.server_port}/metrics")
-    metrics_port = metrics.server_port if config.metrics_port is not None else 0
+        metrics_port = metrics.server_port
+        _say(f"metrics on http://{host}:{metrics_port}/metrics")
     if board is not None:
         threading.Thread(target=_beat, args=(board, app.port, metrics_port), name="hvpd-beat", daemon=True).start()
     app.start()

@@ -16,6 +16,7 @@ import hvpd
 from hvpd import _protocol
 from hvpd_server._auth import ADMINISTER, PUBLISH, USE, Grant, Tokens
 from hvpd_server._errors import Code, ServiceError, to_status
+from hvpd_server._handlers import Behaviour, wrapped
 
 _log = logging.getLogger(__name__)
 
@@ -116,25 +117,21 @@ class Gate(grpc.ServerInterceptor):
 
     def _bound(self, handler: "grpc.RpcMethodHandler[Any, Any]", caller: "Caller") -> "grpc.RpcMethodHandler[Any, Any]":
         """The handler, its calls being a caller's; those that stream end when the caller's token does."""
-        kind, make = {
-            (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
-            (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
-            (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
-            (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
-        }[handler.request_streaming, handler.response_streaming]
-        behaviour: Callable[[Any, grpc.ServicerContext], Any] = getattr(handler, kind)
         streams = handler.request_streaming or handler.response_streaming
 
-        def call(request: Any, context: grpc.ServicerContext) -> Any:
-            # Where whoever serves the call looks for it: gRPC hands this object, and no other, from here to there.
-            context.hvpd_tenant = caller.grant.tenant  # type: ignore[attr-defined]
-            if streams:
-                self._watch(context, caller)
-            if caller.right and handler.request_streaming:
-                request = _Checked(request, caller.check)
-            return behaviour(request, context)
+        def wrap(behaviour: Behaviour) -> Behaviour:
+            def call(request: Any, context: grpc.ServicerContext) -> Any:
+                # Where whoever serves the call looks for it: gRPC hands this object, and no other, from here to there.
+                context.hvpd_tenant = caller.grant.tenant  # type: ignore[attr-defined]
+                if streams:
+                    self._watch(context, caller)
+                if caller.right and handler.request_streaming:
+                    request = _Checked(request, caller.check)
+                return behaviour(request, context)
 
-        return make(call, handler.request_deserializer, handler.response_serializer)
+            return call
+
+        return wrapped(handler, wrap)
 
     def _watch(self, context: grpc.ServicerContext, caller: "Caller") -> None:
         key = id(context)

@@ -2,6 +2,7 @@
 interceptor, so that refusals of the others are seen, too. Knows metrics and gRPC, and nothing of what the calls do.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
+from hvpd_server._handlers import Behaviour, wrapped
 from hvpd_server._metrics import Metrics
 
 _OURS = "/hvpd."
@@ -40,48 +42,37 @@ class Observer(grpc.ServerInterceptor):
         if handler is None or not path.startswith(_OURS):
             return handler  # type: ignore[no-any-return] # None, or a handler
         method = path.rpartition("/")[2]
-        streams = handler.request_streaming, handler.response_streaming
-        inner, make = {
-            (False, False): (handler.unary_unary, grpc.unary_unary_rpc_method_handler),
-            (False, True): (handler.unary_stream, grpc.unary_stream_rpc_method_handler),
-            (True, False): (handler.stream_unary, grpc.stream_unary_rpc_method_handler),
-            (True, True): (handler.stream_stream, grpc.stream_stream_rpc_method_handler),
-        }[streams]
-        observed = self._streaming(method, inner) if handler.response_streaming else self._unary(method, inner)
-        return make(observed, handler.request_deserializer, handler.response_serializer)
 
-    def _unary(self, method: str, inner: Callable[..., Any]) -> Callable[[Any, Any], Any]:
-        def call(request: Any, context: grpc.ServicerContext) -> Any:
-            self._metrics.opened()
-            started = time.monotonic()
-            try:
-                return inner(request, context)
-            except Exception:
-                self._failed(context)
-                raise
-            finally:
-                self._ended(method, started)
+        def unary(inner: Behaviour) -> Behaviour:
+            def call(request: Any, context: grpc.ServicerContext) -> Any:
+                with self._observed(method, context):
+                    return inner(request, context)
 
-        return call
+            return call
 
-    def _streaming(self, method: str, inner: Callable[..., Any]) -> Callable[[Any, Any], Iterator[Any]]:
-        def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
-            self._metrics.opened()
-            started = time.monotonic()
-            try:
-                yield from inner(request, context)
-            except Exception:
-                self._failed(context)
-                raise
-            finally:
-                self._ended(method, started)
+        def streaming(inner: Behaviour) -> Behaviour:
+            def call(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+                with self._observed(method, context):
+                    yield from inner(request, context)
 
-        return call
+            return call
 
-    def _ended(self, method: str, started: float) -> None:
-        self._metrics.closed()
-        if method != _PRODUCTS:
-            self._metrics.answered(method, time.monotonic() - started)
+        return wrapped(handler, streaming if handler.response_streaming else unary)
+
+    @contextlib.contextmanager
+    def _observed(self, method: str, context: grpc.ServicerContext) -> Iterator[None]:
+        """One call, from its beginning to its end."""
+        self._metrics.opened()
+        started = time.monotonic()
+        try:
+            yield
+        except Exception:
+            self._failed(context)
+            raise
+        finally:
+            self._metrics.closed()
+            if method != _PRODUCTS:
+                self._metrics.answered(method, time.monotonic() - started)
 
     def _failed(self, context: Any) -> None:
         """Counts what the call was aborted with. A caller who went away was told nothing."""

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 from hvpd_server import _config
 from hvpd_server._board import Board
@@ -54,7 +54,7 @@ def run(config: _config.Config) -> int:
         board.clear()
         began = time.monotonic()
         with _child(config, descriptor) as process:
-            stopped, reason = _watch(process, board, config)
+            stopped, ended = _watch(process, board, config)
         _, port, metrics_port = board.beaten()
         served |= port > 0
         code = process.returncode
@@ -62,9 +62,9 @@ def run(config: _config.Config) -> int:
             return 0
         if code > 0 and not served:  # It cannot start, and has said why.
             return code
-        _blame(config, board, code, reason)
+        _blame(config, board, code, ended)
         pause = _START if time.monotonic() - began > _LONG else pause
-        _say(f"the server {reason or _how(code)}; another one starts in {pause:g} s")
+        _say(f"the server {ended.reason if ended else _how(code)}; another one starts in {pause:g} s")
         if signal.sigtimedwait(_SIGNALS - {signal.SIGCHLD}, pause) is not None:
             return 0
         pause = min(2 * pause, _MOST)
@@ -91,7 +91,7 @@ def _child(config: _config.Config, descriptor: int) -> "Iterator[subprocess.Pope
         process.stdin.close()
 
 
-def _watch(process: "subprocess.Popen[bytes]", board: Board, config: _config.Config) -> tuple[bool, str]:
+def _watch(process: "subprocess.Popen[bytes]", board: Board, config: _config.Config) -> "tuple[bool, _Ended | None]":
     """Waits until the child ends, or must. Returns whether it was told to stop, and why it was ended where it was."""
     deadline = float("inf")
     while process.poll() is None:
@@ -104,30 +104,42 @@ def _watch(process: "subprocess.Popen[bytes]", board: Board, config: _config.Con
             _say("the server did not stop in time, and is ended")
             process.kill()
             break
-        if reason := _stuck(board, config, now):
+        if ended := _stuck(board, config, now):
             process.kill()
             process.wait()
-            return deadline < float("inf"), reason
+            return deadline < float("inf"), ended
     process.wait()
-    return deadline < float("inf"), ""
+    return deadline < float("inf"), None
 
 
-def _stuck(board: Board, config: _config.Config, now: float) -> str:
-    """Why the child must be ended; empty where it need not."""
+class _Ended(NamedTuple):
+    """Why a child was ended."""
+
+    reason: str
+    """What it did, for the log."""
+    blame: str
+    """What the objective did that ran for longest."""
+
+
+def _stuck(board: Board, config: _config.Config, now: float) -> _Ended | None:
+    """Why the child must be ended; None where it need not."""
     work = board.work()
     if config.launch_timeout and work and now - work[0].since > config.launch_timeout:
-        return f"had no answer of its device for {config.launch_timeout:g} s"
+        return _Ended(
+            f"had no answer of its device for {config.launch_timeout:g} s",
+            f"a launch of it did not end within {config.launch_timeout:g} s",
+        )
     beat, _, _ = board.beaten()
     if beat and now - beat > max(_SILENCE, config.launch_timeout):
-        return f"was silent for {now - beat:.0f} s"
-    return ""
+        return _Ended(f"was silent for {now - beat:.0f} s", "it was being computed when the server fell silent")
+    return None
 
 
-def _blame(config: _config.Config, board: Board, code: int, reason: str) -> None:
+def _blame(config: _config.Config, board: Board, code: int, ended: _Ended | None) -> None:
     """Counts it against the objectives that can have done it."""
     work = board.work()
-    if reason:
-        work, how = work[:1], f"a launch of it did not end within {config.launch_timeout:g} s"
+    if ended:
+        work, how = work[:1], ended.blame
     elif -code in _CRASHES:
         how = f"it was being computed when the server {_how(code)}"
     else:
