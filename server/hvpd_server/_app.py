@@ -80,6 +80,7 @@ class App:
             config.max_block_width,
             config.max_pending,
             config.max_queue_delay,
+            config.max_launches,
             tokens.weight if tokens is not None else equal_weights,
         )
         self.engine = Engine(store, found, limits, self.metrics, board=board, quarantine_after=config.quarantine_after)

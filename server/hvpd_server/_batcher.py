@@ -3,7 +3,11 @@
 There is no thread of the batcher's own. A caller that finds the device free leads: it launches what is queued, its own
 product among it, and then hands the lead to a caller that still waits. So a lone caller never changes threads, and many
 callers are batched as fast as the device takes them. What goes next is up to _queue. A block waits to become wider only where
-that is configured (_gathering), or where it was measured to serve everybody sooner (_crowd). Knows neither gRPC nor jax.
+that is configured (_gathering), or where it was measured to serve everybody sooner (_crowd).
+
+A device with memory of its own copies one launch's vectors in, or out, while it computes another's. There, several launches are
+in flight: who leads hands the lead on as soon as it has taken its launch, and whoever has it then launches before that has
+ended, where waiting would not make the block wider. Knows neither gRPC nor jax.
 """
 
 import threading
@@ -39,6 +43,7 @@ class Batcher:
         execute: Multiplies.
         limit: How wide a launch may be.
         max_pending: Most vectors that wait; more are refused with RESOURCE_EXHAUSTED.
+        max_launches: Most launches in flight.
         max_delay: Seconds for which a block that could be wider waits for more, counted from the arrival of its oldest product.
         weights: Of tenants; all have 1 without.
         clock: Seconds, monotonic.
@@ -51,6 +56,7 @@ class Batcher:
         limit: Limit,
         *,
         max_pending: int,
+        max_launches: int = 1,
         max_delay: float = 0.0,
         weights: Weights = _EQUAL,
         clock: Callable[[], float] = time.monotonic,
@@ -59,6 +65,8 @@ class Batcher:
         self._execute = execute
         self._limit = limit
         self._max_pending = max_pending
+        self._max_launches = max_launches
+        self._several = max_launches > 1
         self._clock = clock
         self._lock = threading.Lock()
         self._changed = condition(self._lock)
@@ -66,7 +74,10 @@ class Batcher:
         self._gathering = Gathering(max_delay) if max_delay > 0 else None
         self._pending = 0
         self._in_flight = 0
-        self._busy = False
+        self._flying: list[Hashable] = []  # The keys of the launches in flight.
+        self._landed = 0.0
+        self._led = False
+        self._parked = False
         self._alone: Job | None = None
         self._held: tuple[Crowd, int] | None = None
         self._launched_seconds = 0.0
@@ -79,7 +90,7 @@ class Batcher:
 
     @property
     def in_flight(self) -> int:
-        """Vectors in the launch in progress."""
+        """Vectors in launches."""
         return self._in_flight
 
     def run(self, job: Job) -> Any:
@@ -92,28 +103,38 @@ class Batcher:
         job.gate.acquire()
         with self._lock:
             self._admit(job)
-            free = not self._busy and self._gathering is None
+            free = not self._led and not self._flying and self._gathering is None
             alone = free and self._due(job, len(job.block), job.queued)[0] <= job.queued
             if alone:  # Nothing waits: the queue has no part in it.
                 self._alone = job
+                self._fly([job])
+                self._led = not self._several
             else:
                 self._enqueue(job)
-                job.leads = not self._busy
-            self._busy = True
+                job.leads = not self._led
+                self._led = True
         if alone:
             try:
                 self._launch([job])
             finally:
-                self._hand_on()
+                if not self._several:
+                    self._hand_on()
         leads = job.leads
         while not job.done:
             if leads:
                 self._lead(job)
+                leads = False
             else:
                 leads = self._follow(job)
         if job.error is not None:
             raise job.error
         return job.result
+
+    def launch_alone(self) -> bool:
+        """From now on, has one launch in flight. Returns whether there could be several."""
+        with self._lock:
+            several, self._max_launches = self._max_launches > 1, 1
+            return several
 
     def cancel(self, job: Job) -> None:
         """Drops a product that nobody waits for any more, unless its launch has begun."""
@@ -152,8 +173,15 @@ class Batcher:
                 self._changed.notify()
         job.waits = True
         self._pending += len(job.block)
-        if self._held is not None and (job.crowd is not self._held[0] or self._pending >= self._held[1]):
+        if self._is_awaited(job):
             self._changed.notify()
+
+    def _is_awaited(self, job: Job) -> bool:
+        """Whether a leader waits that has no reason to any more, now that this is queued."""
+        if self._held is not None:
+            crowd, goal = self._held
+            return job.crowd is not crowd or self._pending >= goal
+        return self._parked and self._not_before(job.queued) <= job.queued
 
     def _drop(self, job: Job, error: BaseException | None = None) -> None:
         """Takes a product that waits out of the queue, and says why to its caller."""
@@ -174,7 +202,12 @@ class Batcher:
         return job.leads and not job.done
 
     def _lead(self, job: Job) -> None:
-        """Launches until the own product is done, then hands the lead on."""
+        """Launches until the own product is done, and then hands the lead on; where several may be in flight, launches once."""
+        if self._several:
+            batch = self._take(job)
+            if batch:
+                self._launch(batch)
+            return
         try:
             while not job.done:
                 batch = self._take(job)
@@ -185,39 +218,74 @@ class Batcher:
 
     def _hand_on(self) -> None:
         with self._lock:
-            if self._alone is not None:  # Nobody came meanwhile.
-                self._alone, self._busy = None, False
-                return
-            following = self._queue.head()
-            if following is None and self._gathering is not None:
-                following = self._gathering.first()
-            if following is None:
-                self._busy = False
-            else:
-                following.leads = True
-                following.gate.release()
+            self._appoint()
+
+    def _appoint(self, instead_of: Job | None = None) -> None:
+        """Has somebody lead who waits; another one, where there is one: this one is about to be busy."""
+        # What tenants owe is forgotten only when nothing is in flight, either.
+        following = self._queue.head() if self._pending or not self._flying else None
+        if following is None and self._gathering is not None:
+            following = self._gathering.first()
+        if following is not None and following is instead_of:
+            following = next((job for job in self._queue.jobs(following.key) if job is not instead_of), following)
+        self._led = following is not None
+        if following is not None:
+            following.leads = True
+            following.gate.release()
 
     def _take(self, own: Job) -> list[Job]:
-        """What to launch next; nothing where the leader's own product is done. Waits only where blocks are to gather."""
+        """What to launch next; nothing where the leader's own product is done. Waits only where there is reason to.
+
+        Where several launches may be in flight, somebody else leads from then on.
+        """
         with self._lock:
-            while True:
-                now = self._clock()
-                if own.waits and own.stale(now):
-                    self._drop(own)
-                if own.done:
-                    return []
-                if self._gathering is None:
-                    if (due := self._hold(now)) <= now:
-                        return self._block(now)
-                    self._changed.wait(due - now)
-                    self._held = None
-                    continue
+            try:
+                return self._next(own)
+            finally:
+                if self._several:
+                    own.leads = False
+                    self._appoint(instead_of=own)
+
+    def _next(self, own: Job) -> list[Job]:
+        while True:
+            now = self._clock()
+            if own.waits and own.stale(now):
+                self._drop(own)
+            if own.done:
+                return []
+            if self._gathering is not None:
                 for job in self._gathering.ripe(now):
                     self._queue.add(job)
+            due = self._not_before(now)
+            if due <= now:
                 batch = self._block(now)
-                if batch or own.done:
+                if batch or self._gathering is None:
                     return batch
-                self._changed.wait(_timeout(self._gathering.due() - now))
+                continue  # All that was ripe has expired.
+            self._parked = bool(self._flying)
+            seconds = min(due, own.deadline) - now
+            self._changed.wait(None if seconds > threading.TIMEOUT_MAX else seconds)
+            self._held, self._parked = None, False
+
+    def _not_before(self, now: float) -> float:
+        """When what waits may be launched, as things stand: `now`, or later, or when another launch has ended (infinity)."""
+        if self._flying:
+            return now if self._goes_ahead() else float("inf")
+        if self._gathering is not None:
+            return now if self._queue.head() is not None else self._gathering.due()
+        return self._hold(now)
+
+    def _goes_ahead(self) -> bool:
+        """Whether the next launch may begin before that in flight has ended: where waiting would not make it wider."""
+        head = self._queue.head()
+        if head is None or len(self._flying) >= self._max_launches:
+            return False
+        if head.key not in self._flying and (head.crowd is None or not head.crowd.expected):
+            return True
+        try:
+            return self._queue.columns(head.key) >= self._limit(head.key)
+        except Exception:  # noqa: BLE001 - raised again when it is launched
+            return True
 
     def _hold(self, now: float) -> float:
         """Until when what waits is held back for its crowd; `now` where it is not, or where anything else waits."""
@@ -265,8 +333,15 @@ class Batcher:
                 job.finish(_stale(job))
             if self._gathering is not None:
                 self._gather_rest(self._gathering, head.key, room, now)
+            if batch:
+                self._fly(batch)
             return batch
         return []
+
+    def _fly(self, batch: Sequence[Job]) -> None:
+        """Notes that a launch begins."""
+        self._flying.append(batch[0].key)
+        self._in_flight += sum([len(job.block) for job in batch])
 
     def _gather_rest(self, gathering: Gathering, key: Hashable, room: int, now: float) -> None:
         """Lets those that a launch had no room for gather again, where they are neither a full block nor old."""
@@ -282,7 +357,6 @@ class Batcher:
     def _launch(self, batch: Sequence[Job]) -> None:
         started = self._clock()
         width = sum([len(job.block) for job in batch])
-        self._in_flight = width
         error: BaseException | None = None
         results: Sequence[Any] = ()
         try:
@@ -292,15 +366,28 @@ class Batcher:
         except BaseException as raised:  # noqa: BLE001 - it is raised again, in each caller's own thread
             error, results = raised, [None] * len(batch)
         finished = self._clock()
-        self._in_flight = 0
-        if error is None and (crowd := batch[0].crowd) is not None:
-            with self._lock:
-                crowd.answered(width, started, finished)
-        self._launched_seconds = _MEMORY * self._launched_seconds + finished - started
-        self._launched_columns = _MEMORY * self._launched_columns + width
+        with self._lock:
+            self._land(batch[0], width, started, finished, failed=error is not None)
         for job, result in zip(batch, results, strict=True):
             job.result, job.width, job.started, job.finished = result, width, started, finished
             job.finish(error)
+
+    def _land(self, first: Job, width: int, started: float, finished: float, *, failed: bool) -> None:
+        """Notes that a launch has ended."""
+        self._flying.remove(first.key)
+        self._in_flight -= width
+        if self._alone is first:  # Nobody came meanwhile.
+            self._alone = None
+        seconds = finished - max(started, self._landed)  # While another was computed, this one waited.
+        self._landed = finished
+        if not failed and first.crowd is not None:
+            first.crowd.answered(width, finished - seconds, finished)
+        self._launched_seconds = _MEMORY * self._launched_seconds + seconds
+        self._launched_columns = _MEMORY * self._launched_columns + width
+        if self._parked:
+            self._changed.notify()
+        elif self._several and not self._led:
+            self._appoint()
 
     def _retry_after(self) -> float:
         """Seconds until what waits is launched, at the rate of the last launches."""

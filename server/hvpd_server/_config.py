@@ -114,6 +114,12 @@ class Config:
         "seconds for which a block that could be wider waits for more products while the device is free",
         "SECONDS",
     )
+    max_launches: int | None = _setting(
+        _positive,
+        None,
+        "most launches in flight on each device; without, 2 on an accelerator, which copies vectors while it computes, and 1 on a CPU",
+        "N",
+    )
     max_calls: int = _setting(_positive, 1024, "most calls and streams at once", "N")
     drain: float = _setting(_seconds, 30.0, "seconds that running products have to finish after SIGTERM", "SECONDS")
     launch_timeout: float = _setting(

@@ -79,6 +79,8 @@ class Device:
         self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
         # Programs that talk between devices must not overtake each other on some of them.
         self._turn = threading.Lock() if len(parts) > 1 else None
+        self.overlaps = self._turn is None and self.platform != "cpu"
+        """Whether it copies one launch's vectors while it computes another's."""
 
     @classmethod
     def together(cls, devices: "Sequence[Device]") -> "Device":

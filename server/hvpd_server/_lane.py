@@ -45,6 +45,8 @@ class Limits:
     """Most vectors that wait for the device."""
     max_queue_delay: float = 0.0
     """Seconds for which a block that could be wider waits for more while the device is free."""
+    max_launches: int | None = None
+    """Most launches in flight on a device; without it 2 where it copies while it computes, else 1."""
     weights: Callable[[str], float] = equal_weights
     """Of tenants, more than 0: they share the device in this proportion. Must be quick, and not raise."""
 
@@ -91,6 +93,7 @@ class Lane:
             self._launch,
             self._room,
             max_pending=limits.max_pending,
+            max_launches=limits.max_launches or (2 if device.overlaps else 1),
             max_delay=limits.max_queue_delay,
             weights=limits.weights,
         )
@@ -106,7 +109,7 @@ class Lane:
 
     @property
     def in_flight(self) -> int:
-        """Vectors in the launch in progress."""
+        """Vectors in launches."""
         return self._batcher.in_flight
 
     # Objectives
@@ -454,7 +457,11 @@ class Lane:
                 if error.reason != _relief.REASON:
                     raise
                 # As in `relieving`, the next try is after this block.
-                if not self._relieved(point, base, bucket, _asked(program, bucket)):
+                if self._batcher.launch_alone():
+                    _log.warning(
+                        "the device is out of memory for %s: one launch at a time from now on", _asked(program, bucket)
+                    )
+                elif not self._relieved(point, base, bucket, _asked(program, bucket)):
                     raise _relief.with_sizes(error, self.residency, _asked(program, bucket)) from error
         if len(blocks) == len(products) == 1 and len(blocks[0]) == bucket:
             return products

@@ -202,9 +202,9 @@ def serve(tmp_path, device, upload, vetter, monkeypatch):
             engine.store.close()
         engines.clear()
 
-    def serve(*examples, memory_budget_bytes=1 << 30, max_block_width=16):
+    def serve(*examples, memory_budget_bytes=1 << 30, max_block_width=16, max_launches=None):
         close()
-        limits = Limits(memory_budget_bytes, max_block_width, max_pending=4096)
+        limits = Limits(memory_budget_bytes, max_block_width, max_pending=4096, max_launches=max_launches)
         engines.append(Engine(Store(tmp_path / "store"), [device], limits, Metrics(), vetter=vetter))
         for each in examples:
             for content in each.export.blobs.values():

@@ -4,6 +4,7 @@ and nobody's product is another's business.
 The device is a fake that the test holds busy, and the clock a fake where time decides. Who is next is test_queue.py's subject.
 """
 
+import collections
 import itertools
 import queue
 import random
@@ -744,15 +745,224 @@ def test_a_launch_that_fails_tells_a_crowd_nothing(start):
     assert crowd.launched == []
 
 
+class Runway:
+    """A device that holds each launch until the test lets it go by its key. Multiplies by ten."""
+
+    def __init__(self, start, *, limit=64, max_launches=2, **settings):
+        self._start = start
+        self.launches = []
+        self._begun = queue.SimpleQueue()
+        self.naps = []
+        self._may_end = collections.defaultdict(threading.Event)
+        self.batcher = Batcher(
+            self._execute,
+            lambda key: limit,
+            max_pending=1000,
+            max_launches=max_launches,
+            condition=self._condition,
+            **settings,
+        )
+
+    def _condition(self, lock):
+        """Notes for how long leaders mean to wait."""
+        naps = self.naps
+
+        class Condition(threading.Condition):
+            def wait(self, timeout=None):
+                naps.append(timeout)
+                return super().wait(timeout)
+
+        return Condition(lock)
+
+    def _execute(self, key, jobs):
+        may_end = self._may_end[key]
+        self._begun.put((key, [int(job.block[0, 0]) for job in jobs]))
+        assert may_end.wait(WAIT)
+        return [10 * job.block for job in jobs]
+
+    def ask(self, number, key, *, width=1, tenant="", deadline=float("inf"), crowd=None):
+        """Starts a caller."""
+        job = Job(key, np.full((width, 2), float(number)), tenant, deadline, crowd=crowd, gate=Gate())
+        return self._start(self.batcher.run, job), job
+
+    def waits(self, number, key, **settings):
+        """Starts a caller; returns when its product is queued, and somebody else leads."""
+        found = self.ask(number, key, **settings)
+        found[1].gate.await_waiter()
+        return found
+
+    def parks(self, number, key, **settings):
+        """Starts a caller that leads; returns when it waits for a launch to end."""
+        found = self.ask(number, key, **settings)
+        while not self.batcher._parked:
+            assert not found[0].done()
+        return found
+
+    def begun(self):
+        return self._begun.get(timeout=WAIT)
+
+    def none_begins(self):
+        return self._begun.empty()
+
+    def end(self, *keys):
+        """Lets the launches of keys go, those to come as well."""
+        for key in keys:
+            self._may_end[key].set()
+
+
+def test_a_launch_of_another_key_begins_before_the_one_in_flight_has_ended(start):
+    runway = Runway(start)
+    first, _ = runway.ask(1, "a")
+    assert runway.begun() == ("a", [1])
+    second, _ = runway.ask(2, "b")
+    assert runway.begun() == ("b", [2])
+    assert runway.batcher.in_flight == 2
+    runway.end("b")
+    np.testing.assert_array_equal(second.result(WAIT), [[20.0, 20.0]])
+    runway.end("a")
+    np.testing.assert_array_equal(first.result(WAIT), [[10.0, 10.0]])
+    assert runway.batcher.in_flight == 0
+
+
+def test_no_more_launches_are_in_flight_than_may_be(start):
+    runway = Runway(start)
+    futures = [runway.ask(1, "a")[0]]
+    assert runway.begun() == ("a", [1])
+    futures.append(runway.ask(2, "b")[0])
+    assert runway.begun() == ("b", [2])
+    futures.append(runway.parks(3, "c")[0])
+    futures.append(runway.waits(4, "d")[0])
+    assert runway.none_begins()
+    runway.end("b")
+    assert runway.begun() == ("c", [3])
+    assert runway.none_begins()
+    runway.end("a", "c", "d")
+    assert [future.result(WAIT)[0, 0] for future in futures] == [10.0, 20.0, 30.0, 40.0]
+
+
+def test_what_shares_the_key_in_flight_waits_and_goes_together(start):
+    runway = Runway(start)
+    futures = [runway.ask(1, "a")[0]]
+    assert runway.begun() == ("a", [1])
+    futures.append(runway.parks(2, "a")[0])
+    futures += [runway.waits(number, "a")[0] for number in (3, 4)]
+    assert runway.none_begins()
+    runway.end("a")
+    assert runway.begun() == ("a", [2, 3, 4])
+    assert runway.naps == [None]
+    assert [future.result(WAIT)[0, 0] for future in futures] == [10.0, 20.0, 30.0, 40.0]
+
+
+def test_a_full_block_goes_ahead_of_the_end_of_the_launch_before(start):
+    runway = Runway(start, limit=3)
+    futures = [runway.ask(1, "a")[0]]
+    assert runway.begun() == ("a", [1])
+    futures.append(runway.parks(2, "a")[0])
+    futures.append(runway.waits(3, "a")[0])
+    assert runway.none_begins()
+    futures.append(runway.ask(4, "a")[0])
+    assert runway.begun() == ("a", [2, 3, 4])
+    runway.end("a")
+    assert [future.result(WAIT)[0, 0] for future in futures] == [10.0, 20.0, 30.0, 40.0]
+
+
+def test_a_block_whose_crowd_is_expected_does_not_go_ahead(start):
+    runway = Runway(start)
+    crowd = Expecting(2)
+    first, _ = runway.ask(1, "a")
+    assert runway.begun() == ("a", [1])
+    second, _ = runway.parks(2, "b", crowd=crowd)
+    assert runway.none_begins()
+    third, _ = runway.ask(3, "b", crowd=crowd)
+    assert runway.begun() == ("b", [2, 3])
+    runway.end("a", "b")
+    assert [future.result(WAIT)[0, 0] for future in (first, second, third)] == [10.0, 20.0, 30.0]
+
+
+def test_who_leads_and_is_cancelled_while_it_waits_for_a_launch_to_end_leaves_and_the_next_leads(start):
+    runway = Runway(start)
+    first, _ = runway.ask(1, "a")
+    assert runway.begun() == ("a", [1])
+    second, job = runway.parks(2, "a")
+    third, _ = runway.waits(3, "a")
+    runway.batcher.cancel(job)
+    assert refusal(second) == Code.CANCELLED
+    runway.end("a")
+    assert runway.begun() == ("a", [3])
+    assert [future.result(WAIT)[0, 0] for future in (first, third)] == [10.0, 30.0]
+
+
+def test_who_leads_leaves_at_its_deadline_although_a_launch_is_in_flight(start):
+    runway = Runway(start)
+    first, _ = runway.ask(1, "a")
+    assert runway.begun() == ("a", [1])
+    second, _ = runway.ask(2, "a", deadline=time.monotonic() + 0.02)
+    assert refusal(second) == Code.DEADLINE_EXCEEDED
+    runway.end("a")
+    assert first.result(WAIT)[0, 0] == 10.0
+    assert runway.batcher.pending == 0
+
+
+def test_who_launches_for_others_gets_its_own_product_from_whoever_leads_then(start):
+    """The tenant in turn comes first, whoever leads: the leader's own product waits, and somebody else leads meanwhile."""
+    runway = Runway(start, weights={"slow": 0.01})
+    first, _ = runway.ask(1, "a", tenant="slow")
+    assert runway.begun() == ("a", [1])
+    own, _ = runway.parks(2, "a", tenant="slow")  # Which has had its share with the first.
+    others = [runway.waits(number, key, tenant="quick")[0] for number, key in ((3, "a"), (4, "c"))]
+    runway.end("a", "c")
+    results = [future.result(WAIT)[0, 0] for future in (first, own, *others)]
+    assert results == [10.0, 20.0, 30.0, 40.0]
+    assert runway.batcher.pending == runway.batcher.in_flight == 0
+
+
+def test_what_a_tenant_has_had_counts_while_its_launch_is_in_flight(start):
+    """A heavy launch is taken and nobody waits: what it cost is not forgotten before it has ended."""
+    runway = Runway(start, max_launches=2)
+    futures = [runway.ask(1, "a", tenant="light")[0]]
+    assert runway.begun() == ("a", [1])
+    futures.append(runway.ask(2, "b", tenant="heavy", width=64)[0])
+    assert runway.begun() == ("b", [2])
+    futures.append(runway.parks(3, "c", tenant="heavy")[0])
+    futures.append(runway.waits(4, "d", tenant="light")[0])
+    runway.end("b")
+    assert runway.begun() == ("d", [4])
+    runway.end("a", "c", "d")
+    assert [future.result(WAIT)[0, 0] for future in futures] == [10.0, 20.0, 30.0, 40.0]
+
+
+def test_it_can_be_told_to_launch_alone_from_now_on(start):
+    runway = Runway(start)
+    assert runway.batcher.launch_alone()
+    assert not runway.batcher.launch_alone()
+    first, _ = runway.ask(1, "a")
+    assert runway.begun() == ("a", [1])
+    second, _ = runway.parks(2, "b")
+    assert runway.none_begins()
+    runway.end("a")
+    assert runway.begun() == ("b", [2])
+    runway.end("b")
+    assert [future.result(WAIT)[0, 0] for future in (first, second)] == [10.0, 20.0]
+
+
+@pytest.mark.parametrize("max_launches", [1, 2, 5])
 @pytest.mark.parametrize("max_delay", [0.0, 0.002])
-def test_no_wake_up_is_lost_and_every_result_is_its_own(start, max_delay):
+def test_no_wake_up_is_lost_and_every_result_is_its_own(start, max_delay, max_launches):
     """32 threads, 50 products each, with random keys, tenants, priorities, widths, deadlines and cancellations, and a device that
     fails at times."""
     threads, products, limit = 32, 50, 6
     together = threading.Barrier(threads)
     launches, well = itertools.count(), threading.Event()
+    room = threading.Semaphore(max_launches)
 
     def execute(key, jobs):
+        assert room.acquire(blocking=False)
+        try:
+            return multiply(key, jobs)
+        finally:
+            room.release()
+
+    def multiply(key, jobs):
         blocks = [job.block for job in jobs]
         assert sum(map(len, blocks)) <= limit
         if next(launches) % 50 == 49 and not well.is_set():
@@ -760,7 +970,14 @@ def test_no_wake_up_is_lost_and_every_result_is_its_own(start, max_delay):
         return [block * (key + 2) for block in blocks]
 
     weights = {"0": 3.0, "1": 0.1}
-    batcher = Batcher(execute, lambda key: limit, max_pending=3 * threads, max_delay=max_delay, weights=weights)
+    batcher = Batcher(
+        execute,
+        lambda key: limit,
+        max_pending=3 * threads,
+        max_launches=max_launches,
+        max_delay=max_delay,
+        weights=weights,
+    )
     crowds = [Crowd(Habits()), Crowd(Habits()), None]
 
     def caller(seed):

@@ -400,6 +400,68 @@ def test_a_file_that_is_lost_in_the_middle_of_a_product_is_told(serve, registere
     assert error.metadata == {"digests": digest}
 
 
+# Several launches in flight
+
+
+@pytest.fixture
+def several_launches(serve, problem, rosen):
+    """Points of two objectives, warm, and an engine that has two launches in flight."""
+    engine = serve(problem, rosen, max_launches=2)
+    points = create_point(engine, problem), create_point(engine, rosen)
+    for point, n in zip(points, (N, 7), strict=True):
+        compile_now(point, ("hvp", 1), ("hvp", 2))
+        multiply(engine, point, vectors(2, n=n))
+    return engine, *points
+
+
+def test_a_launch_begins_before_another_has_ended(several_launches, calls, start, problem, rosen, assert_product):
+    engine, *points = several_launches
+    together = threading.Barrier(2)
+
+    def instead(name, width, args):
+        together.wait(WAIT)  # Each launch goes on when the other is there.
+
+    calls.instead = instead
+    blocks = [vectors(2, n=N), vectors(2, n=7)]
+    futures = [start(multiply, engine, point, block) for point, block in zip(points, blocks, strict=True)]
+    for future, example, block in zip(futures, (problem, rosen), blocks, strict=True):
+        assert_product(future.result(WAIT), example.hessian, block)
+
+
+def test_where_memory_does_not_suffice_for_two_launches_there_is_one_at_a_time(
+    several_launches, calls, start, problem, rosen, assert_product
+):
+    engine, *points = several_launches
+    blocks = [vectors(2, n=N), vectors(2, n=7)]
+    failures = iter([True])
+    calls.instead = lambda *_: out_of_memory() if next(failures, False) else None
+    assert_product(multiply(engine, points[0], blocks[0]), problem.hessian, blocks[0])
+    assert calls.run() == [("hvp", 2)] * 2
+    assert all(engine.lanes[0].residency.get(point.id) is point for point in points)  # Nothing gave way.
+
+    calls.clear()
+    begun, may_end = threading.Event(), threading.Event()
+
+    def instead(name, width, args):
+        begun.set()
+        assert may_end.wait(WAIT)
+
+    calls.instead = instead
+    futures = [start(multiply, engine, points[0], blocks[0])]
+    assert begun.wait(WAIT)
+    futures.append(start(multiply, engine, points[1], blocks[1]))
+    while engine.lanes[0].pending < 2:
+        assert not futures[1].done()
+    assert len(calls) == 1
+    may_end.set()
+    for future, example, block in zip(futures, (problem, rosen), blocks, strict=True):
+        assert_product(future.result(WAIT), example.hessian, block)
+
+
+def test_an_accelerator_by_itself_overlaps_and_a_cpu_does_not(device):
+    assert not device.overlaps
+
+
 # Memory that runs out
 
 
