@@ -65,7 +65,7 @@ class Serving:
         with process.stderr as stderr:
             for line in stderr:
                 self.lines.append(line.rstrip())
-                if found := re.match(r"hvpd: serving on .*:(\d+)$", line):
+                if found := re.search(r"hvpd: serving on [^\s\"]*:(\d+)", line):
                     self.port = int(found[1])
                     ready.set()
         ready.set()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hvpd._objective import Choice, Objective, Point
     from hvpd._operator import CurvatureOperator, HessianOperator
     from hvpd._transport import Statistics
+    from hvpd._usage import Usage
 
 __all__ = [
     "AccessError",
@@ -60,6 +61,7 @@ __all__ = [
     "RegistrationCheck",
     "Statistics",
     "UnavailableError",
+    "Usage",
     "__version__",
     "composite",
     "connect",
@@ -78,6 +80,7 @@ _HOMES = {
     "_objective": ("Choice", "Objective", "Point"),
     "_operator": ("CurvatureOperator", "HessianOperator"),
     "_transport": ("Statistics",),
+    "_usage": ("Usage",),
 }
 
 

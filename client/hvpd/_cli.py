@@ -1,21 +1,21 @@
-"""The `hvpd` command: serve, register, objectives, check, bench, info, health, token. Each does what a call of the library does."""
+"""The `hvpd` command: serve, register and use objectives; see _cli_operate for the rest. Each does what a call of the library does."""
 
 import argparse
-import contextlib
 import dataclasses
-import datetime
 import json
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hvpd import _cli_operate
+from hvpd._cli_common import connect, connection, print_table, show_bytes
 from hvpd._errors import HvpdError, InvalidArgumentError, MissingExtraError
 from hvpd._version import __version__
 
 if TYPE_CHECKING:
-    from hvpd._client import Client
+    pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,12 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     register.add_argument("--shared", action="store_true", help="let other tenants use it")
     register.add_argument("--platforms", default="cpu,cuda", help="platforms to lower for (default: cpu,cuda)")
     register.add_argument("--precision", default="highest", help="highest, high or default (default: highest)")
-    _connection(register)
+    connection(register)
     register.set_defaults(run=_register)
 
     objectives = commands.add_parser("objectives", help="list the registered objectives")
     objectives.add_argument("--json", action="store_true", help="one JSON object a line")
-    _connection(objectives)
+    connection(objectives)
     objectives.set_defaults(run=_objectives)
 
     check = commands.add_parser(
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--seed", type=int, default=0, help="of the probes, and of x (default: 0)")
     check.add_argument("--probes", type=int, default=4, help="how many tangents (default: 4)")
     check.add_argument("--json", action="store_true", help="as JSON")
-    _connection(check)
+    connection(check)
     check.set_defaults(run=_check)
 
     bench = commands.add_parser(
@@ -122,81 +122,18 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--seconds", type=float, default=2.0, help="for each line (default: 2)")
     bench.add_argument("--seed", type=int, default=0, help="of x, standard normal (default: 0)")
     bench.add_argument("--json", action="store_true", help="one JSON object a line")
-    _connection(bench)
+    connection(bench)
     bench.set_defaults(run=_bench)
 
     info = commands.add_parser("info", help="what a server is: versions, device, limits")
     info.add_argument("--json", action="store_true", help="as JSON")
-    _connection(info)
+    connection(info)
     info.set_defaults(run=_info)
 
+    _cli_operate.server_commands(commands)
     _health_command(commands.add_parser("health", help="whether a server is serving: exit code 0 if so, 1 if not"))
-    _token_commands(commands.add_parser("token", help="make, list and revoke the tokens of a server"))
+    _cli_operate.file_commands(commands)
     return parser
-
-
-def _token_commands(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    new = commands.add_parser(
-        "new",
-        help="make a token",
-        description="Make a token, add it to the file of `hvpd serve --tokens FILE`, and print it. This is the only time that it can "
-        "be seen: the file has its SHA-256. A running server knows it at once.",
-    )
-    new.add_argument("--tenant", required=True, help="who holds it: tenants share the device fairly")
-    new.add_argument(
-        "--rights", default="use", help="some of use, publish, administer, joined by commas (default: use)"
-    )
-    new.add_argument(
-        "--expires", metavar="TIME", help="such as 90d (m, h, d, w), or 2027-02-19T17:00:00Z (default: never)"
-    )
-    new.add_argument(
-        "--weight", type=float, default=1.0, help="the tenant's share of the device, against others' (default: 1)"
-    )
-    new.add_argument("--label", default="", help="what it is for, for people")
-    new.set_defaults(run=_token_new)
-    listing = commands.add_parser("list", help="list tokens, as far as the file knows them")
-    listing.set_defaults(run=_token_list)
-    revoke = commands.add_parser(
-        "revoke", help="take a token out; a running server ends what it does for it within seconds"
-    )
-    revoke.add_argument("token", metavar="ID", help="its ID in `hvpd token list`, or its label")
-    revoke.set_defaults(run=_token_revoke)
-    for command in (new, listing, revoke):
-        command.add_argument("--file", required=True, metavar="FILE", type=Path, help="the file of tokens")
-
-
-def _connection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--address", metavar="HOST:PORT", help="the server (default: localhost:7070) [$HVPD_ADDRESS]")
-    parser.add_argument(
-        "--connect-timeout", type=float, default=10.0, metavar="SECONDS", help="how long to wait for it (default: 10)"
-    )
-    parser.add_argument(
-        "--token",
-        help="who calls, for servers that ask; others on this machine see flags, and no variables [$HVPD_TOKEN]",
-    )
-    parser.add_argument("--tls", action="store_const", const=True, help="encrypt (default: where there is a CA)")
-    parser.add_argument("--ca", metavar="FILE", help="PEM file of the CAs to trust [$HVPD_CA]")
-    parser.add_argument(
-        "--cert", metavar="FILE", help="PEM file of a certificate to show, for servers that ask [$HVPD_CERT]"
-    )
-    parser.add_argument("--key", metavar="FILE", help="PEM file of its key [$HVPD_KEY]")
-    parser.add_argument("--insecure", action="store_true", help="send the token as plain text, to another machine too")
-
-
-def _connect(arguments: argparse.Namespace) -> "Client":
-    from hvpd._client import connect
-
-    return connect(
-        arguments.address,
-        token=arguments.token,
-        connect_timeout=arguments.connect_timeout,
-        tls=arguments.tls,
-        ca=arguments.ca,
-        cert=arguments.cert,
-        key=arguments.key,
-        insecure=arguments.insecure,
-    )
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -219,7 +156,7 @@ def _register(arguments: argparse.Namespace) -> int:
     if arguments.source is None and arguments.exported is None:
         raise InvalidArgumentError("say SOURCE (FILE.py:NAME), or --exported FILE")
     made = () if arguments.source is None else _made_by(arguments.source)
-    with _connect(arguments) as client:
+    with connect(arguments) as client:
         if arguments.exported is not None:
             try:
                 exported = Path(arguments.exported).read_bytes()
@@ -265,7 +202,7 @@ def _made_by(source: str) -> tuple[Any, ...]:
 
 
 def _objectives(arguments: argparse.Namespace) -> int:
-    with _connect(arguments) as client:
+    with connect(arguments) as client:
         found = client.objectives()
     if arguments.json:
         for listing in found:
@@ -280,14 +217,14 @@ def _objectives(arguments: argparse.Namespace) -> int:
             listing.precision,
             listing.mode,
             ",".join(listing.platforms),
-            _size(listing.data_bytes),
+            show_bytes(listing.data_bytes),
             listing.check or "-",
             listing.created.strftime("%Y-%m-%d %H:%M"),
             listing.digest[:12],
         )
         for listing in found
     ]
-    _print_table(rows)
+    print_table(rows)
     return 0
 
 
@@ -304,7 +241,7 @@ def _check(arguments: argparse.Namespace) -> int:
             raise InvalidArgumentError(f"{arguments.x} is no array of numpy.save: {error}") from None
     elif arguments.seed < 0:
         raise InvalidArgumentError(f"--seed must be from 0, got {arguments.seed}")
-    with _connect(arguments) as client:
+    with connect(arguments) as client:
         objective = client.objective(arguments.name)
         if x is None:
             x = np.random.default_rng(arguments.seed).standard_normal(objective.n)
@@ -321,7 +258,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     widths, callers = _numbers(arguments.k, "--k"), _numbers(arguments.callers, "--callers")
     if not 0 <= arguments.seconds < float("inf") or arguments.seed < 0:
         raise InvalidArgumentError("--seconds and --seed must be from 0")
-    with _connect(arguments) as client:
+    with connect(arguments) as client:
         objective = client.objective(arguments.name)
         H = objective.at(np.random.default_rng(arguments.seed).standard_normal(objective.n)).hessian()
         if not arguments.json:
@@ -354,7 +291,7 @@ def _numbers(text: str, flag: str) -> list[int]:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    with _connect(arguments) as client:
+    with connect(arguments) as client:
         facts = {"address": client.address} | {
             field.name: getattr(client.server, field.name) for field in client.server.DESCRIPTOR.fields
         }
@@ -367,74 +304,15 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _health_command(health: argparse.ArgumentParser) -> None:
-    _connection(health)
+    connection(health)
     health.set_defaults(run=_health)
 
 
 def _health(arguments: argparse.Namespace) -> int:
-    with _connect(arguments) as client:
+    with connect(arguments) as client:
         serving = client._transport.serving()  # noqa: SLF001 - our own
     print("serving" if serving else "not serving: it starts, or is about to end")
     return 0 if serving else 1
-
-
-def _token_new(arguments: argparse.Namespace) -> int:
-    from hvpd_server import _auth
-
-    with _token_file(arguments):
-        now = datetime.datetime.now(datetime.UTC)
-        token, grant = _auth.create(
-            arguments.file,
-            arguments.tenant,
-            arguments.rights.split(","),
-            expires=None if arguments.expires is None else _auth.parse_expiry(arguments.expires, now),
-            weight=arguments.weight,
-            label=arguments.label,
-        )
-    print(token)
-    print(f"hvpd: token {grant.id} of tenant {grant.tenant}; it cannot be shown again", file=sys.stderr)
-    return 0
-
-
-def _token_list(arguments: argparse.Namespace) -> int:
-    from hvpd_server import _auth
-
-    with _token_file(arguments):
-        _print_table(_auth.describe(_auth.read(arguments.file), datetime.datetime.now(datetime.UTC)))
-    return 0
-
-
-def _token_revoke(arguments: argparse.Namespace) -> int:
-    from hvpd_server import _auth
-
-    with _token_file(arguments):
-        grant = _auth.revoke(arguments.file, arguments.token)
-    print(f"hvpd: token {grant.id} of tenant {grant.tenant} is revoked", file=sys.stderr)
-    return 0
-
-
-@contextlib.contextmanager
-def _token_file(arguments: argparse.Namespace) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise InvalidArgumentError(str(error)) from None
-    except OSError as error:
-        raise InvalidArgumentError(f"cannot change {arguments.file}: {error.strerror}") from None
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.3g} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.3g} TiB"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from hvpd._errors import HvpdError, IncompatibleError, InvalidArgumentError, Mis
 from hvpd._objective import Objective
 from hvpd._tls import PathLike, encryption
 from hvpd._transport import Statistics, Transport
-from hvpd.v1 import objective_pb2, server_pb2
+from hvpd._usage import Usage, usage
+from hvpd.v1 import blob_pb2, objective_pb2, server_pb2
 
 if TYPE_CHECKING:
     from hvpd._export import Export
@@ -158,21 +159,22 @@ class Client:
         _export = self._exporting()
         if name is not None and not isinstance(name, str):
             raise InvalidArgumentError(f"a name is a string, got {name!r}")
-        export = _export.export(
-            fun,
-            x,
-            data,
-            platforms=tuple(platforms),
-            precision=precision,
-            mode=mode,
-            any_rows=any_rows,
-            row_reduction=row_reduction,
-            blocks=blocks,
-            fixed_bucket=fixed_bucket,
-            sharded=sharded,
-            stablehlo_version=self.server.stablehlo_version,
-        )
-        return self._store(export, name, _export.flatten(x)[1], shared=shared)
+        with self._transport.inside("hvpd.register", name=name):
+            export = _export.export(
+                fun,
+                x,
+                data,
+                platforms=tuple(platforms),
+                precision=precision,
+                mode=mode,
+                any_rows=any_rows,
+                row_reduction=row_reduction,
+                blocks=blocks,
+                fixed_bucket=fixed_bucket,
+                sharded=sharded,
+                stablehlo_version=self.server.stablehlo_version,
+            )
+            return self._store(export, name, _export.flatten(x)[1], shared=shared)
 
     def register_exported(
         self, exported: bytes | bytearray, *data: Any, name: str | None = None, shared: bool = False
@@ -197,17 +199,18 @@ class Client:
             IncompatibleError: It was lowered for other platforms than the server's.
         """
         _export = self._exporting()
-        foreign = _export.foreign(exported)
-        export = _export.export(
-            foreign.fun,
-            foreign.x,
-            data,
-            platforms=foreign.platforms,
-            precision=_export.EXPORTED,
-            mode="reverse_over_reverse",
-            stablehlo_version=self.server.stablehlo_version,
-        )
-        return self._store(export, name, shared=shared)
+        with self._transport.inside("hvpd.register", name=name):
+            foreign = _export.foreign(exported)
+            export = _export.export(
+                foreign.fun,
+                foreign.x,
+                data,
+                platforms=foreign.platforms,
+                precision=_export.EXPORTED,
+                mode="reverse_over_reverse",
+                stablehlo_version=self.server.stablehlo_version,
+            )
+            return self._store(export, name, shared=shared)
 
     def _exporting(self) -> Any:
         """The module that needs jax."""
@@ -291,6 +294,60 @@ class Client:
             token = response.next_page_token
             if not token:
                 return found
+
+    def delete(self, name: str) -> bool:
+        """Takes a name off an objective on the server, and with the last one the objective, its points, and blobs that nothing else needs.
+
+        Args:
+            name: A name; or a digest, for all its names. Where the server tells tenants apart, they must be the tenant's own.
+
+        Returns:
+            Whether the objective is gone; it is not where it has other names, or another tenant has registered it, too.
+
+        Raises:
+            NotFoundError: There is none.
+            AccessError: It is another tenant's (reason `NOT_YOURS`), or the token has not the right `publish`.
+        """
+        request = objective_pb2.DeleteObjectiveRequest(name=name)
+        return self._transport.unary(self._transport.objectives.DeleteObjective, request).deleted
+
+    def prune(self) -> int:
+        """Gives up what this tenant has stored to which none of its objectives refers: data and checks of solves that are over.
+
+        What is younger than an hour stays. Whoever needs something again sends it again, by itself.
+
+        Returns:
+            Bytes that are not the tenant's any more.
+        """
+        response: blob_pb2.PruneBlobsResponse
+        response = self._transport.unary(self._transport.prune_blobs, blob_pb2.PruneBlobsRequest())
+        return response.pruned_bytes
+
+    def usage(self) -> Usage:
+        """What this tenant may use of the server, and uses."""
+        (found,) = self._usages(all_tenants=False)
+        return found
+
+    def usages(self) -> list[Usage]:
+        """The same of all tenants, by name. Takes a token with the right `administer`."""
+        return self._usages(all_tenants=True)
+
+    def _usages(self, *, all_tenants: bool) -> list[Usage]:
+        request = server_pb2.GetUsageRequest(all_tenants=all_tenants)
+        response: server_pb2.GetUsageResponse = self._transport.unary(self._transport.get_usage, request)
+        return list(map(usage, response.usages))
+
+    def release(self, name: str) -> int:
+        """Has the server serve an objective again that ended it too often. Takes a token with the right `administer`.
+
+        Args:
+            name: Name or digest.
+
+        Returns:
+            How many times it had ended the server.
+        """
+        request = objective_pb2.ReleaseObjectiveRequest(name=name)
+        return self._transport.unary(self._transport.objectives.ReleaseObjective, request).strikes
 
 
 def _listing(message: objective_pb2.Objective) -> Listing:

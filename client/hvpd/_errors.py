@@ -14,7 +14,7 @@ Every RPC's failure becomes one of these in `from_rpc`, nowhere else.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import grpc
@@ -28,11 +28,15 @@ class HvpdError(Exception):
 
     Attributes:
         reason: A constant such as `POINT_NOT_RESIDENT`, for programs; empty where there is none.
+        request_id: Id of the call that failed, under which the server's log and traces have it; empty where no server was reached.
+            The message ends with it, for whoever operates the server. A call that was repeated has one id for all tries; a product
+            has that of its last try.
     """
 
-    def __init__(self, message: str, *, reason: str = "") -> None:
+    def __init__(self, message: str, *, reason: str = "", request_id: str = "") -> None:
         super().__init__(message)
         self.reason = reason
+        self.request_id = request_id
 
 
 class InvalidArgumentError(HvpdError, ValueError):
@@ -85,6 +89,14 @@ class Failure:
     """ErrorInfo.metadata."""
     retry_after: float | None = None
     """RetryInfo.retry_delay, in seconds; None where the server did not say."""
+    request_id: str = ""
+    """RequestInfo.request_id; else what the client sent, where somebody may have received it."""
+
+    def sent_as(self, request_id: str) -> "Failure":
+        """The same of a call that was sent with an id, for servers and proxies that do not say it themselves."""
+        if self.request_id or self.code is grpc.StatusCode.UNAVAILABLE:
+            return self
+        return replace(self, request_id=request_id)
 
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -112,15 +124,18 @@ def failure_of_status(status: object) -> Failure:
     from google.rpc import error_details_pb2, status_pb2
 
     assert isinstance(status, status_pb2.Status)
-    reason, metadata, retry_after = "", {}, None
+    reason, metadata, retry_after, request_id = "", {}, None, ""
     for detail in status.details:
         info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        request = error_details_pb2.RequestInfo()
         if detail.Unpack(info):
             reason, metadata = info.reason, dict(info.metadata)
         elif detail.Unpack(retry):
             retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+        elif detail.Unpack(request):
+            request_id = request.request_id
     code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
-    return Failure(code, status.message, reason, metadata, retry_after)
+    return Failure(code, status.message, reason, metadata, retry_after, request_id)
 
 
 def failure_of_rpc(error: grpc.RpcError) -> Failure:
@@ -140,14 +155,15 @@ def failure_of_rpc(error: grpc.RpcError) -> Failure:
 def to_error(failure: Failure, address: str) -> HvpdError:
     """The exception that the user sees for a failure of the server at `address`."""
     kind = _REASONS.get(failure.reason) or _CLASSES.get(failure.code, HvpdError)
+    message = failure.message
     if kind is UnavailableError:
-        return kind(f"no answer from the hvpd server at {address}: {failure.message}", reason=failure.reason)
-    if failure.code is grpc.StatusCode.UNIMPLEMENTED:
-        return kind(
+        message = f"no answer from the hvpd server at {address}: {failure.message}"
+    elif failure.code is grpc.StatusCode.UNIMPLEMENTED:
+        message = (
             f"the server at {address} does not know this call ({failure.message}): it is no hvpd server, or older than "
-            "this client; upgrade the server, or install the client of the server's version",
-            reason=failure.reason,
+            "this client; upgrade the server, or install the client of the server's version"
         )
-    known = kind is not HvpdError or failure.reason
-    message = failure.message if known else f"the server at {address} failed: {failure.message} ({failure.code.name})"
-    return kind(message, reason=failure.reason)
+    elif kind is HvpdError and not failure.reason:
+        message = f"the server at {address} failed: {failure.message} ({failure.code.name})"
+    suffix = f" [request {failure.request_id}]" if failure.request_id else ""
+    return kind(f"{message}{suffix}", reason=failure.reason, request_id=failure.request_id)

@@ -22,8 +22,8 @@ from hvpd_server import _config
 
 _READY = "hvpd: serving on "
 
-_NOT_OURS = ("tls_cert", "tls_key", "tls_client_ca", "tokens")
-"""Settings of servers that others call: an embedded one is on loopback, for its owner, who has no token for it."""
+_NOT_OURS = ("tls_cert", "tls_key", "tls_client_ca", "tokens", "log_format")
+"""Settings of servers that others call: an embedded one is on loopback, for its owner, who has no token for it, and reads its lines."""
 
 
 def missing_packages() -> list[str]:

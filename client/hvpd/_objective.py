@@ -5,13 +5,14 @@ import dataclasses
 import math
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hvpd import _blocks, _codec, _protocol, _pytree
-from hvpd._errors import InvalidArgumentError, OverloadedError
+from hvpd._errors import HvpdError, InvalidArgumentError, OverloadedError
 from hvpd._transport import Step, Transport
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
 
@@ -220,7 +221,8 @@ class Objective:
             x: A flat vector of shape (n,), or a pytree of the registered structure.
             pin: Seconds for which the point stays on the device after it was last used, whatever else wants room; see `Point.pin`.
             data: In place of the registered data: as many arguments, of the same structure, shapes and dtypes; of any number of
-                rows where it was registered with `any_rows`.
+                rows where it was registered with `any_rows`. The point holds on to it, to send it again to a server that has
+                lost it: leave the arrays as they are.
 
         Raises:
             InvalidArgumentError: x or data does not fit what was registered.
@@ -239,14 +241,15 @@ class Objective:
                 if pin is not None:
                     found.pin(pin)
                 return found
-        tensors = self._upload(data) if data else []
+        tensors, payloads = self._tensors(data) if data else ([], {})
+        self._transport.store(payloads)
         spec = curvature_pb2.PointSpec(
             objective_digest=self.digest,
             data=tensors,
             default_data=not data,
             x_digest=_codec.digest(_codec.payload(flat)),
         )
-        return self.remember(Point(self, self._transport, spec, flat, pin=pin))
+        return self.remember(Point(self, self._transport, spec, flat, pin=pin, data=payloads))
 
     def remember(self, point: "Point") -> "Point":
         """Has the point found again by who comes back to its x."""
@@ -254,7 +257,8 @@ class Objective:
             self._recent.append(point)
         return point
 
-    def _upload(self, data: Sequence[Any]) -> list[tensor_pb2.Tensor]:
+    def _tensors(self, data: Sequence[Any]) -> tuple[list[tensor_pb2.Tensor], dict[str, _codec.Buffer]]:
+        """The tensors of data in place of what was registered, and the bytes of each by its digest."""
         bundle = self._bundle
         takes = len(bundle.data_tree.children)
         if len(data) != takes:
@@ -275,14 +279,11 @@ class Objective:
             arrays.append(array.astype(expected, copy=False))
         payloads = [_codec.payload(array) for array in arrays]
         digests = [_codec.digest(payload) for payload in payloads]
-        missing = set(self._transport.missing(digests)) if digests else set()
-        for digest, payload in dict(zip(digests, payloads, strict=True)).items():
-            if digest in missing:
-                self._transport.upload(digest, payload)
-        return [
+        tensors = [
             tensor_pb2.Tensor(dtype=spec.dtype, shape=array.shape, digest=digest)
             for spec, array, digest in zip(bundle.data, arrays, digests, strict=True)
         ]
+        return tensors, dict(zip(digests, payloads, strict=True))
 
     # Between the pytree and the flat vector
 
@@ -402,6 +403,7 @@ class Point:
         *,
         step: Step | None = None,
         pin: int | None = None,
+        data: Mapping[str, _codec.Buffer] = MappingProxyType({}),
     ) -> None:
         self.objective = objective
         self.mode = objective.mode
@@ -413,7 +415,8 @@ class Point:
         self.x = x.copy()
         self.x.flags.writeable = False
         self._pin = None if pin is None else _blocks.integer(pin, "pin", 0, _protocol.MAX_PIN_SECONDS)
-        message, gradient = transport.create_point(spec, self.x, step=step, pin_seconds=self._pin)
+        self._data = data
+        message, gradient = self._create(self._pin, step)
         gradient.flags.writeable = False
         self._id = message.id
         self.value: float = message.value
@@ -444,7 +447,7 @@ class Point:
         spec.CopyFrom(self._spec)
         spec.x_digest = _codec.digest(_codec.payload(x))
         step = Step(self._id, alpha, p)
-        return self.objective.remember(Point(self.objective, self._transport, spec, x, step=step))
+        return self.objective.remember(Point(self.objective, self._transport, spec, x, step=step, data=self._data))
 
     def pin(self, seconds: int) -> None:
         """Keeps the point and its data on the device until it has not been used for so long, whatever else wants room.
@@ -588,17 +591,38 @@ class Point:
             seed=seed,
             block=block,
         )
-        return self._transport.multiply(spec, np.ascontiguousarray(V), restore=self._restore)
+        return self._transport.multiply(
+            spec, np.ascontiguousarray(V), restore=self._restore, objective=self.objective.digest
+        )
+
+    def _create(self, pin: int | None, step: Step | None = None) -> tuple[curvature_pb2.Point, _codec.Array]:
+        """Makes the point resident; where the server has lost its data, that is sent again."""
+        for _ in self._data:  # Each try may find one corrupt.
+            try:
+                return self._transport.create_point(self._spec, self.x, step=step, pin_seconds=pin)
+            except HvpdError as error:
+                if error.reason not in ("BLOBS_MISSING", "BLOB_CORRUPT"):
+                    raise
+            self._send_data()
+        return self._transport.create_point(self._spec, self.x, step=step, pin_seconds=pin)
+
+    def _send_data(self) -> None:
+        try:
+            self._transport.store(self._data)
+        except HvpdError as error:
+            if error.reason != "DIGEST_MISMATCH":
+                raise
+            raise InvalidArgumentError(
+                "the server needs the data of this point again, and its arrays were changed since it was made: make it anew"
+            ) from error
 
     def _restore(self) -> None:
         try:
-            self._transport.create_point(self._spec, self.x, pin_seconds=self._pin)
+            self._create(self._pin)
         except OverloadedError as error:
             if error.reason != "PINNED" or not self._pin:
                 raise
-            self._transport.create_point(
-                self._spec, self.x
-            )  # Others have been pinned meanwhile: a product needs no pin.
+            self._create(None)  # Others have been pinned meanwhile: a product needs no pin.
 
     def __repr__(self) -> str:
         warning = f", not finite: {', '.join(self.nonfinite)}" if self.nonfinite else ""

@@ -27,9 +27,14 @@ class RpcFailure(Exception):  # noqa: N818 - not an error of its own: `Transport
 
 
 class Stream(Generic[_Message, _T]):
-    """A bidirectional call: messages are taken from a queue of iterables, one at a time, as the transport has room for them."""
+    """A bidirectional call: messages are taken from a queue of iterables, one at a time, as the transport has room for them.
 
-    def __init__(self, method: Callable[..., Any], metadata: Any, timeout: float | None) -> None:
+    Attributes:
+        request_id: The call's.
+    """
+
+    def __init__(self, method: Callable[..., Any], metadata: Any, timeout: float | None, request_id: str = "") -> None:
+        self.request_id = request_id
         self._outgoing: queue.SimpleQueue[Iterable[_Message] | None] = queue.SimpleQueue()
         self._call = method(_drain(self._outgoing), metadata=metadata, timeout=timeout)
         self._next_tag = 1
@@ -58,7 +63,7 @@ class Stream(Generic[_Message, _T]):
             failure = failure_of_rpc(error)
             if failure.code is _CODE.CANCELLED:  # The server drains: go elsewhere, or come back.
                 failure = dataclasses.replace(failure, code=_CODE.UNAVAILABLE)
-            raise RpcFailure(failure) from None
+            raise RpcFailure(failure.sent_as(self.request_id)) from None
 
     def close(self) -> None:
         """Ends the call."""

@@ -11,13 +11,13 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import numpy as np
 
-from hvpd import _codec, _frames, _protocol
+from hvpd import _codec, _frames, _protocol, _request_id, _tracing
 from hvpd._errors import (
     Failure,
     HvpdError,
@@ -163,6 +163,7 @@ class Transport:
         )
         self._local = _is_local(host)
         self._tls = tls
+        self._tracing = _tracing.of(address)
         self._owner = os.getpid()
         self._streams: list[ProductStream] = []
         self._lock = threading.Lock()
@@ -198,6 +199,8 @@ class Transport:
         self._create_point = _call(self._channel, curvature_pb2, "CreatePoint")
         self._stream_products = _call(self._channel, curvature_pb2, "StreamProducts")
         self._compute_factors = _call(self._channel, curvature_pb2, "ComputeFactors")
+        self.prune_blobs = _call(self._channel, blob_pb2, "PruneBlobs")
+        self.get_usage = _call(self._channel, server_pb2, "GetUsage")
         self.objectives = objective_pb2_grpc.ObjectiveServiceStub(self._channel)
 
     def _abandon(self) -> None:
@@ -243,7 +246,10 @@ class Transport:
         """
         ends, patience = time.monotonic() + connect_timeout, min(_PATIENCE, connect_timeout / 2)
         asked = server_pb2_grpc.ServerServiceStub(self._channel).GetServer.future(
-            server_pb2.GetServerRequest(), metadata=self._metadata, timeout=connect_timeout, wait_for_ready=True
+            server_pb2.GetServerRequest(),
+            metadata=(*self._metadata, (_request_id.KEY, _request_id.new())),
+            timeout=connect_timeout,
+            wait_for_ready=True,
         )
         while True:
             # gRPC would try again and again, and say at the end that time is over.
@@ -286,12 +292,22 @@ class Transport:
 
     # One call
 
-    def call(self, attempt: Callable[[float | None], _T], *, restore: Callable[[], None] | None = None) -> _T:
+    def call(
+        self,
+        attempt: Callable[[float | None], _T],
+        *,
+        restore: Callable[[], None] | None = None,
+        request_id: str = "",
+    ) -> _T:
         """Runs `attempt(seconds left)` until it succeeds; repeats what can be repeated. Everything on this wire can.
+
+        All tries of a call have one id: it is what the user quotes, and the server's log has a line for each of them. A product
+        goes as one of many over a stream; its id is the stream's and its tag, and each try has another.
 
         Args:
             attempt: One try; raises grpc.RpcError or RpcFailure.
             restore: Makes the point resident again, when the server has forgotten it.
+            request_id: What it is sent with; empty where a stream knows.
 
         Raises:
             HvpdError: The attempt failed for good, or for longer than the retry timeout.
@@ -306,7 +322,7 @@ class Transport:
                 self._check_usable()
                 return attempt(left)
             except grpc.RpcError as error:
-                failure = failure_of_rpc(error)
+                failure = failure_of_rpc(error).sent_as(request_id)
             except RpcFailure as error:
                 failure = error.failure
             except Exception:
@@ -318,7 +334,7 @@ class Transport:
             # Counted from the first failure: a product may have been under way for longer than that.
             gives_up = gives_up or min(now + self._retry_timeout, ends)
             if failure.reason == "POINT_NOT_RESIDENT" and restore is not None and now < gives_up:
-                self._count(retries=1)
+                self._repeats(failure)
                 restore()
                 continue
             wait = failure.retry_after if failure.retry_after is not None else pause
@@ -327,10 +343,37 @@ class Transport:
                     failure, message=f"the server at {self.address} did not answer within timeout={self._timeout:g} s"
                 )
             if not _is_transient(failure) or now + wait > gives_up:
+                if self._tracing is not None:
+                    self._tracing.failed(failure)
                 raise to_error(failure, self.address)
-            self._count(retries=1)
+            self._repeats(failure)
             time.sleep(wait * random.uniform(0.8, 1.2))  # noqa: S311 - spreads the retries of many clients
             pause = min(2 * pause, 1.0)
+
+    def _repeats(self, failure: Failure) -> None:
+        self._count(retries=1)
+        if self._tracing is not None:
+            self._tracing.repeated(failure)
+
+    @contextlib.contextmanager
+    def _sending(self, method: Callable[[], str], **facts: Any) -> "Iterator[tuple[Any, str]]":
+        """Around a call of its own, all tries: gives its metadata and its id.
+
+        Args:
+            method: Which, "hvpd.v1.Service/Method"; asked where spans are made.
+            facts: For the span.
+        """
+        request_id = _request_id.new()
+        metadata = (*self._metadata, (_request_id.KEY, request_id))
+        if self._tracing is None:
+            yield metadata, request_id
+            return
+        with self._tracing.call(method(), request_id, **facts) as span:
+            yield (*metadata, *span.metadata), request_id
+
+    def inside(self, name: str, /, **facts: Any) -> "contextlib.AbstractContextManager[None]":
+        """Around several calls that are one thing to the user: they are in one span, where spans are made."""
+        return contextlib.nullcontext() if self._tracing is None else self._tracing.inside(name, **facts)
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -343,7 +386,8 @@ class Transport:
 
     def unary(self, method: Callable[..., _T], request: Any) -> _T:
         """Calls a unary method."""
-        return self.call(lambda left: method(request, metadata=self._metadata, timeout=left))
+        with self._sending(lambda: _tracing.method_of(request)) as (metadata, request_id):
+            return self.call(lambda left: method(request, metadata=metadata, timeout=left), request_id=request_id)
 
     # Blobs
 
@@ -351,6 +395,11 @@ class Transport:
         """Those digests that the server does not hold."""
         request = blob_pb2.FindMissingBlobsRequest(digests=digests)
         return list(self.unary(self._find_missing, request).missing_digests)
+
+    def store(self, contents: Mapping[str, _codec.Buffer]) -> None:
+        """Uploads what the server does not have, of bytes by their digests."""
+        for digest in self.missing(list(contents)) if contents else ():
+            self.upload(digest, contents[digest])
 
     def upload(self, digest: str, content: _codec.Buffer) -> None:
         """Stores a blob."""
@@ -365,7 +414,11 @@ class Transport:
                 yield Frame(message, chunk)
                 offset += len(chunk)
 
-        self.call(lambda left: self._upload(messages(), metadata=self._metadata, timeout=left))
+        with self._sending(lambda: "hvpd.v1.BlobService/UploadBlob", digest=digest, size_bytes=size) as (
+            metadata,
+            request_id,
+        ):
+            self.call(lambda left: self._upload(messages(), metadata=metadata, timeout=left), request_id=request_id)
 
     # Points and products
 
@@ -385,7 +438,7 @@ class Transport:
 
         def attempt(left: float | None) -> tuple[curvature_pb2.Point, _codec.Array]:
             stream: Stream[Frame[curvature_pb2.CreatePointRequest], Frame[curvature_pb2.CreatePointResponse]]
-            stream = Stream(self._create_point, self._metadata, left)
+            stream = Stream(self._create_point, metadata, left, request_id)
             point, gradient = None, Filling(x.shape, x.dtype)
             try:
                 stream.send([Frame(opening)])
@@ -404,19 +457,36 @@ class Transport:
             stream.close()
             return point, gradient.array
 
-        return self.call(attempt)
+        facts = {"objective": spec.objective_digest, "n": x.size}
+        with self._sending(lambda: "hvpd.v1.CurvatureService/CreatePoint", **facts) as (metadata, request_id):
+            return self.call(attempt)
 
     def multiply(
-        self, spec: curvature_pb2.ProductSpec, block: _codec.Array, *, restore: Callable[[], None]
+        self,
+        spec: curvature_pb2.ProductSpec,
+        block: _codec.Array,
+        *,
+        restore: Callable[[], None],
+        objective: str = "",
     ) -> _codec.Array:
         """V[k,n] -> HV[k,n], or k numbers v'Hv for a quadratic form, in one round trip.
 
-        Blocks wider than the server's limit are several products of one exchange.
+        Blocks wider than the server's limit are several products of one exchange. The digest of the objective is for the span.
         """
         limit = max(self.server.max_block_width, 1)
         parts = [block[row : row + limit] for row in range(0, len(block), limit)]
         started = time.perf_counter()
-        result = self.call(lambda left: self._exchange(spec, parts, left), restore=restore)
+        if self._tracing is None:
+            result = self.call(lambda left: self._exchange(spec, parts, left), restore=restore)
+        else:
+            facts = {
+                "objective": objective,
+                "operator": curvature_pb2.Operator.Name(spec.operator).removeprefix("OPERATOR_").lower(),
+                "n": block.shape[1],
+                "k": len(block),
+            }
+            with self._tracing.call(_tracing.PRODUCTS, name="hvpd.product", **facts) as span:
+                result = self.call(lambda left: self._exchange(spec, parts, left, span), restore=restore)
         self._count(vectors=len(block), seconds=time.perf_counter() - started)
         return result
 
@@ -432,17 +502,22 @@ class Transport:
 
         def attempt(left: float | None) -> list[_codec.Array]:
             found = Filling((sum(size**2 for size in sizes),), dtype)
-            for _, chunk in self._compute_factors(request, metadata=self._metadata, timeout=left):
+            for _, chunk in self._compute_factors(request, metadata=metadata, timeout=left):
                 found.append(chunk)
             if not found.complete:
                 raise HvpdError(f"the server at {self.address} sent fewer Kronecker factors than the objective has")
             parts = np.split(found.array, np.cumsum([size**2 for size in sizes])[:-1])
             return [part.reshape(size, size) for part, size in zip(parts, sizes, strict=True)]
 
-        return self.call(attempt, restore=restore)
+        with self._sending(lambda: _tracing.method_of(request)) as (metadata, request_id):
+            return self.call(attempt, restore=restore, request_id=request_id)
 
     def _exchange(
-        self, spec: curvature_pb2.ProductSpec, parts: Sequence[_codec.Array], left: float | None
+        self,
+        spec: curvature_pb2.ProductSpec,
+        parts: Sequence[_codec.Array],
+        left: float | None,
+        span: "_tracing.Span | None" = None,
     ) -> _codec.Array:
         columns = () if spec.quadratic_form else parts[0].shape[1:]
         result = np.empty((sum(map(len, parts)), *columns), parts[0].dtype)
@@ -453,6 +528,9 @@ class Transport:
         open_answers, failure = len(parts), None
         with self._stream(left) as stream:
             first = stream.reserve_tags(len(parts))
+            if span is not None:
+                spec.traceparent = span.traceparent
+                span.sent(f"{stream.request_id}/{first}")
             stream.send(_requests(spec, parts, first, self._priority))
             while open_answers:
                 response, chunk = stream.receive()
@@ -465,6 +543,8 @@ class Transport:
                     continue
                 if response.HasField("info"):
                     info = response.info
+                    if span is not None:
+                        span.made(info)
                     self._count(
                         products=1,
                         queue_seconds=info.queue_duration_ns / 1e9,
@@ -485,7 +565,9 @@ class Transport:
             with self._lock:
                 stream = self._streams.pop() if self._streams else None
         if stream is None:
-            stream = Stream(self._stream_products, self._metadata, left)
+            request_id = _request_id.new()
+            metadata = (*self._metadata, (_request_id.KEY, request_id))
+            stream = Stream(self._stream_products, metadata, left, request_id)
         try:
             yield stream
         except BaseException as error:  # Nobody knows what is still on its way.
@@ -554,6 +636,8 @@ def _is_transient(failure: Failure) -> bool:
     if failure.code is _CODE.RESOURCE_EXHAUSTED:
         # The second is gRPC's own refusal, of a call beyond the server's limit.
         return failure.retry_after is not None or "concurrent rpc limit" in failure.message.lower()
+    if failure.code is _CODE.CANCELLED and not failure.reason:
+        return True  # Nobody here cancels: it came while the server drained (grpc issue 41785).
     # How a server that was killed in the middle of a reply can look.
     return (
         failure.code in (_CODE.INTERNAL, _CODE.UNKNOWN) and not failure.reason and "stream" in failure.message.lower()

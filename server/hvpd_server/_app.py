@@ -7,13 +7,13 @@
 `run` starts it, says when it is ready, and stops it on SIGTERM or SIGINT without losing what has begun.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
 import select
 import shutil
 import signal
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,24 +21,29 @@ from pathlib import Path
 from types import FrameType
 
 import grpc
-import prometheus_client
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import hvpd
 from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2
-from hvpd_server import _service, _tls
+from hvpd_server import _logs, _service, _tls, _tracing
 from hvpd_server._auth import Tokens
 from hvpd_server._board import Board
+from hvpd_server._catalogue import Catalogue
 from hvpd_server._config import Config
 from hvpd_server._engine import Engine
 from hvpd_server._errors import ServiceError
 from hvpd_server._gate import Gate
+from hvpd_server._history import History
 from hvpd_server._kernels import Device, devices
-from hvpd_server._lane import Limits, equal_weights
+from hvpd_server._limits import Limits, equal_weights, no_limits
 from hvpd_server._metrics import Metrics
 from hvpd_server._observer import Observer
+from hvpd_server._quarantine import Quarantine
+from hvpd_server._status import Status
 from hvpd_server._store import Store
+from hvpd_server._tracing import Tracing
+from hvpd_server._web import Door, metrics_page
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +64,7 @@ class App:
     Args:
         config: Its settings.
         board: Where others see what runs.
+        tracing: Makes spans of what it does; None: there are none.
 
     Raises:
         ServiceError: The store is in use.
@@ -66,7 +72,7 @@ class App:
         OSError: The address cannot be listened on.
     """
 
-    def __init__(self, config: Config, board: Board | None = None) -> None:
+    def __init__(self, config: Config, board: Board | None = None, tracing: Tracing | None = None) -> None:
         self.config = config
         tokens = None if config.tokens is None else Tokens(config.tokens)
         credentials = _credentials(config)
@@ -81,23 +87,28 @@ class App:
             config.max_pending,
             config.max_queue_delay,
             config.max_launches,
+            tokens.limits if tokens is not None else no_limits,
             tokens.weight if tokens is not None else equal_weights,
         )
         self.engine = Engine(store, found, limits, self.metrics, board=board, quarantine_after=config.quarantine_after)
         self._gate = Gate(tokens)
+        tenants = (lambda: [""]) if tokens is None else tokens.tenants
         self._stopping = threading.Event()
+        self.state = "warming"
+        """"warming", "serving" or "draining"."""
         self._server = grpc.server(
             ThreadPoolExecutor(config.max_calls, thread_name_prefix="hvpd-call"),
-            interceptors=[Observer(self.metrics), self._gate],
+            interceptors=[Observer(self.metrics, tracing), self._gate],
             options=_OPTIONS,
             maximum_concurrent_rpcs=config.max_calls,
         )
-        self._curvature = _service.CurvatureService(self.engine, max(config.max_calls * 3 // 4, 1), self.metrics)
+        most_streams = max(config.max_calls * 3 // 4, 1)
+        self._curvature = _service.CurvatureService(self.engine, most_streams, self.metrics, tracing)
         self.metrics.observe_streams(lambda: self._curvature.streams.count)
         _service.add_to_server(self._server, blob_pb2, _service.BlobService(self.engine))
         _service.add_to_server(self._server, objective_pb2, _service.ObjectiveService(self.engine))
         _service.add_to_server(self._server, curvature_pb2, self._curvature)
-        _service.add_to_server(self._server, server_pb2, _service.ServerService(self.engine))
+        _service.add_to_server(self._server, server_pb2, _service.ServerService(self.engine, tenants))
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         files = (blob_pb2, objective_pb2, curvature_pb2, server_pb2, health_pb2)
@@ -121,6 +132,7 @@ class App:
         threading.Thread(target=self._sweep, name="hvpd-gate", daemon=True).start()
         self.engine.warm_all()
         self._gate.open = True
+        self.state = "serving"
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         try:
             self.engine.vetter.start()  # While nobody waits for it.
@@ -129,6 +141,7 @@ class App:
 
     def stop(self) -> None:
         """Refuses new calls, lets running products finish within the drain time, then closes."""
+        self.state = "draining"
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._stopping.set()
         stopped = self._server.stop(self.config.drain)
@@ -156,12 +169,46 @@ def _credentials(config: Config) -> grpc.ServerCredentials | None:
     return _tls.Certificates(_tls.Files(config.tls_cert, config.tls_key, config.tls_client_ca)).credentials()
 
 
-def default_budget(device: Device) -> int:
-    """Three quarters of the device's memory; on a CPU a quarter of the machine's."""
+def _door(config: Config, port: int, app: App) -> Door:
+    """Where people and Prometheus look at a server.
+
+    Raises:
+        OSError: Its address cannot be listened on.
+    """
+    engine, device = app.engine, app.engine.devices[0]
+    history = History(app.metrics)
+    facts = {
+        "version": hvpd.__version__,
+        "jax": device.jax_version,
+        "platform": device.platform,
+        "device": device.kind,
+        "devices": str(len(engine.devices)),
+        "address": app.address,
+    }
+    catalogue = Catalogue(engine.store, engine.checks, Quarantine(engine.store.root, config.quarantine_after))
+    status = Status(facts, lambda: app.state, app.metrics, history, catalogue)
+    try:
+        door = Door(config.metrics_host, port, {"/metrics": metrics_page(app.metrics.registry), **status.pages()})
+    except OSError as error:
+        raise OSError(f"cannot listen on {config.metrics_host}:{port} for metrics ({error})") from None
+    history.start()
+    return door
+
+
+_CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
+"""Where a container finds how much memory it may use, in the second and the first version of cgroups."""
+
+
+def default_budget(device: Device, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Three quarters of the device's memory; on a CPU a quarter of the machine's, or of the container's."""
     memory = device.memory_bytes()
     if memory is not None:
         return memory * 3 // 4
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in _CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # There is none, or it is "max".
+            limits.append(int((cgroup / name).read_text()))
+    return min(limits) // 4
 
 
 def run(config: Config, *, owner: int | None = None, ephemeral: bool = False, board: Board | None = None) -> int:
@@ -173,9 +220,7 @@ def run(config: Config, *, owner: int | None = None, ephemeral: bool = False, bo
         ephemeral: Whether the store is of no use to anybody without that owner.
         board: Where a supervisor sees that this process lives, and what it does.
     """
-    logging.basicConfig(
-        level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    _logs.configure(config.log_level, config.log_format)
     for chatty in ("jax", "jaxlib"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
     _keep_freed_memory()
@@ -191,26 +236,30 @@ def run(config: Config, *, owner: int | None = None, ephemeral: bool = False, bo
             target=_die_with, args=(owner, config.store if ephemeral else None), name="hvpd-owner", daemon=True
         ).start()
     try:
-        app = App(config, board)
+        tracing = _tracing.start()
+        app = App(config, board, tracing)
+        door = None if config.metrics_port is None else _door(config, config.metrics_port, app)
     except (ServiceError, ValueError, OSError) as error:
-        _say(f"cannot start: {error}")
+        _logs.say(f"cannot start: {error}", logging.ERROR)
         return 1
     metrics_port = 0
-    if config.metrics_port is not None:
-        host = config.host.strip("[]")
-        metrics, _ = prometheus_client.start_http_server(config.metrics_port, host, app.metrics.registry)
-        metrics_port = metrics.server_port
-        _say(f"metrics on http://{host}:{metrics_port}/metrics")
+    if door is not None:
+        door.start()
+        metrics_port = door.port
+        _logs.say(f"metrics on http://{door.address}/metrics", address=door.address)
+        _logs.say(f"status page on http://{door.address}/", address=door.address)
     if board is not None:
         threading.Thread(target=_beat, args=(board, app.port, metrics_port), name="hvpd-beat", daemon=True).start()
     app.start()
-    _say(f"serving on {app.address}")
+    _logs.say(f"serving on {app.address}", address=app.address)
     stop.wait()
-    _say("stopping")
+    _logs.say("stopping")
     app.stop()
-    _say("stopped")
+    if tracing is not None:
+        tracing.close()
+    _logs.say("stopped")
     # A product that never ends holds a thread that nothing can end, and an ordinary exit would wait for it.
-    logging.shutdown()
+    _logs.finish()
     os._exit(0)
 
 
@@ -244,8 +293,3 @@ def _beat(board: Board, port: int, metrics_port: int) -> None:
     while True:
         board.beat(port, metrics_port)
         time.sleep(1.0)
-
-
-def _say(line: str) -> None:
-    """One line for people and scripts, on stderr whatever the log level."""
-    print(f"hvpd: {line}", file=sys.stderr, flush=True)  # noqa: T201

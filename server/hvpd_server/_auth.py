@@ -3,10 +3,12 @@
 The file is JSON, for people to read and for `hvpd token` to write:
 
     {"tokens": [{"sha256": "9f86...", "tenant": "vision", "rights": ["use", "publish"],
-                 "expires": "2027-02-19T17:00:00Z", "weight": 2, "label": "nightly run"}]}
+                 "expires": "2027-02-19T17:00:00Z", "weight": 2, "label": "nightly run"}],
+     "limits": {"vision": {"vectors_per_second": 5000}, "*": {"resident_bytes": 4294967296}}}
 
 A token is 256 random bits, so that its plain SHA-256 gives nothing away, and a look-up by that hash takes as long for a wrong token
-as for a right one, as far as its text goes. `expires`, `weight` and `label` may be left out.
+as for a right one, as far as its text goes. `expires`, `weight` and `label` may be left out, and so may `limits`: of tenants, "*" being
+all that have none of their own. See _limits.
 """
 
 import contextlib
@@ -27,7 +29,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hvpd_server import _limits
 from hvpd_server._errors import Code, ServiceError
+from hvpd_server._limits import TenantLimits
 
 _log = logging.getLogger(__name__)
 
@@ -74,8 +78,17 @@ class Grant:
 # The file
 
 
-def read(path: Path) -> list[Grant]:
-    """The grants of a file.
+@dataclasses.dataclass(frozen=True)
+class File:
+    """What a file says."""
+
+    grants: Sequence[Grant] = ()
+    limits: Mapping[str, TenantLimits] = dataclasses.field(default_factory=dict)
+    """By tenant; `_limits.EVERYBODY` for all others."""
+
+
+def read(path: Path) -> File:
+    """What a file says.
 
     Raises:
         ValueError: It cannot be read, or is not as it must be; the message has the file, the entry and what is wrong with it.
@@ -88,15 +101,20 @@ def read(path: Path) -> list[Grant]:
         raise ValueError(f"the tokens of {path} cannot be used: {error}") from None
 
 
-def _parse(content: bytes) -> list[Grant]:
+def _parse(content: bytes) -> File:
     try:
         document = json.loads(content)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except ValueError as error:  # Also what is not UTF-8.
         raise ValueError(f"it is not JSON ({error})") from None
-    if not isinstance(document, dict) or set(document) != {"tokens"} or not isinstance(document["tokens"], list):
-        raise ValueError('expected {"tokens": [...]}')
+    if (
+        not isinstance(document, dict)
+        or not {"tokens"} <= set(document) <= {"tokens", "limits"}
+        or not isinstance(document["tokens"], list)
+        or not isinstance(document.get("limits", {}), dict)
+    ):
+        raise ValueError('expected {"tokens": [...]}, or {"tokens": [...], "limits": {...}}')
     grants = []
     for number, entry in enumerate(document["tokens"], 1):
         try:
@@ -105,7 +123,13 @@ def _parse(content: bytes) -> list[Grant]:
             raise ValueError(f"token {number}: {error}") from None
     if len({grant.sha256 for grant in grants}) != len(grants):
         raise ValueError("a sha256 is there twice")
-    return grants
+    limits = {}
+    for tenant, entry in document.get("limits", {}).items():
+        try:
+            limits[check_limited(tenant)] = _limits.parse(entry)
+        except ValueError as error:
+            raise ValueError(f"limits of {tenant!r}: {error}") from None
+    return File(grants, limits)
 
 
 def _grant(entry: object) -> Grant:
@@ -149,6 +173,11 @@ def check_tenant(tenant: object) -> str:
             f"a tenant is called by letters, digits, '.', '_' and '-', 64 at most, beginning with one of the first two, got {tenant!r}"
         )
     return tenant
+
+
+def check_limited(tenant: str) -> str:
+    """Whose limits there can be, or ValueError: a tenant's, or `_limits.EVERYBODY`."""
+    return tenant if tenant == _limits.EVERYBODY else check_tenant(tenant)
 
 
 def check_rights(rights: Sequence[object]) -> frozenset[str]:
@@ -210,9 +239,42 @@ def create(
         _hash(token), check_tenant(tenant), check_rights(rights), expires, check_weight(weight), check_label(label)
     )
     with _changing(path) as target:
-        known = read(target) if target.exists() else []
-        _write(target, [*known, grant])
+        known = read(target) if target.exists() else File()
+        _write(target, dataclasses.replace(known, grants=[*known.grants, grant]))
     return token, grant
+
+
+def limit(path: Path, tenant: str, changes: Mapping[str, float | None]) -> None:
+    """Sets limits of a tenant, or of all that have none of their own; those that are None are lifted, others stay as they are.
+
+    Raises:
+        ValueError: An argument is wrong, or the file is.
+        OSError: The file cannot be written.
+    """
+    check_limited(tenant)
+    for name, value in changes.items():
+        if value is not None:
+            _limits.check(name, value)
+    with _changing(path) as target:
+        known = read(target)
+        entry = {**_limits.entry(known.limits.get(tenant, TenantLimits())), **changes}
+        limits = _limits.parse({name: value for name, value in entry.items() if value is not None})
+        _write(target, dataclasses.replace(known, limits={**known.limits, tenant: limits}))
+
+
+def unlimit(path: Path, tenant: str) -> None:
+    """Takes a tenant's own limits out: those of all others are its from now on.
+
+    Raises:
+        ValueError: It has none, or the file is wrong.
+        OSError: The file cannot be written.
+    """
+    with _changing(path) as target:
+        known = read(target)
+        if tenant not in known.limits:
+            raise ValueError(f"{path} has no limits of {tenant!r}: see `hvpd limit list --file {path}`")
+        rest = {other: limits for other, limits in known.limits.items() if other != tenant}
+        _write(target, dataclasses.replace(known, limits=rest))
 
 
 def revoke(path: Path, which: str) -> Grant:
@@ -226,13 +288,13 @@ def revoke(path: Path, which: str) -> Grant:
         known = read(target)
         found = [
             grant
-            for grant in known
+            for grant in known.grants
             if grant.label == which or (len(which) >= ID_DIGITS and grant.sha256.startswith(which))
         ]
         if len(found) != 1:
             how_many = f"{len(found)} tokens are" if found else "no token is"
             raise ValueError(f"{how_many} called {which!r} in {path}: say an ID of `hvpd token list --file {path}`")
-        _write(target, [grant for grant in known if grant is not found[0]])
+        _write(target, dataclasses.replace(known, grants=[grant for grant in known.grants if grant is not found[0]]))
     return found[0]
 
 
@@ -248,10 +310,10 @@ def _changing(path: Path) -> Iterator[Path]:
         os.close(directory)
 
 
-def _write(path: Path, grants: Sequence[Grant]) -> None:
+def _write(path: Path, file: File) -> None:
     """Replaces the file at once. It is its owner's alone; what owner and group could do with an older one stays."""
     entries = []
-    for grant in grants:
+    for grant in file.grants:
         entry: dict[str, Any] = {"sha256": grant.sha256, "tenant": grant.tenant}
         entry["rights"] = [right for right in RIGHTS if right in grant.rights]
         if grant.expires is not None:
@@ -261,18 +323,21 @@ def _write(path: Path, grants: Sequence[Grant]) -> None:
         if grant.label:
             entry["label"] = grant.label
         entries.append(entry)
+    document: dict[str, Any] = {"tokens": entries}
+    if file.limits:
+        document["limits"] = {tenant: _limits.entry(found) for tenant, found in file.limits.items()}
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump({"tokens": entries}, file, indent=2)
-            file.write("\n")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
+            json.dump(document, out, indent=2)
+            out.write("\n")
             if path.exists():
                 before = path.stat()
                 with contextlib.suppress(PermissionError):  # Only root can, and only for root it is of use.
-                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
-                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode) & 0o660 | 0o600)
-            file.flush()
-            os.fsync(file.fileno())
+                    os.fchown(out.fileno(), before.st_uid, before.st_gid)
+                os.fchmod(out.fileno(), stat.S_IMODE(before.st_mode) & 0o660 | 0o600)
+            out.flush()
+            os.fsync(out.fileno())
         Path(name).rename(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -325,13 +390,15 @@ class Tokens:
         self._seen = version(path)
         self._take(read(path))
 
-    def _take(self, grants: Sequence[Grant]) -> None:
+    def _take(self, file: File) -> None:
         weights: dict[str, float] = {}
-        for grant in grants:
+        for grant in file.grants:
             weights[grant.tenant] = max(grant.weight, weights.get(grant.tenant, 0.0))
         self._weights: Mapping[str, float] = weights
-        self._grants: Mapping[str, Grant] = {grant.sha256: grant for grant in grants}
-        _log.info("%d tokens of %d tenants are in %s", len(grants), len(weights), self._path)
+        self._limits = file.limits
+        self._others = file.limits.get(_limits.EVERYBODY, TenantLimits())
+        self._grants: Mapping[str, Grant] = {grant.sha256: grant for grant in file.grants}
+        _log.info("%d tokens of %d tenants are in %s", len(file.grants), len(weights), self._path)
 
     def refresh(self) -> None:
         """Reads the file again if it changed."""
@@ -348,6 +415,14 @@ class Tokens:
     def weight(self, tenant: str) -> float:
         """Of a tenant, in the queue of the device: the largest that one of its tokens gives."""
         return self._weights.get(tenant, 1.0)
+
+    def tenants(self) -> list[str]:
+        """All that have a token."""
+        return sorted(self._weights)
+
+    def limits(self, tenant: str) -> TenantLimits:
+        """Of a tenant: its own, or those of all others."""
+        return self._limits.get(tenant, self._others)
 
     def find(self, authorization: Sequence[str | bytes]) -> Grant:
         """The grant of the token in a call's `authorization`, of which there must be one.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 _HEADER = struct.Struct("<dii")  # Time of the last beat; port; metrics port.
 _SINCE = struct.Struct("<d")
-_DIGEST_BYTES = 64
+_WHAT = struct.Struct("<64s?")  # Digest; whether it is compiled.
 _FIRST, _STRIDE, _SLOTS = 64, 128, 255
 SIZE = _FIRST + _STRIDE * _SLOTS
 """Bytes."""
@@ -22,10 +22,12 @@ _NONE = -1
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Something that runs on a device."""
+    """Something that runs on a device, or is compiled."""
 
     digest: str
     """The objective that it belongs to."""
+    compiling: bool
+    """Whether it is compiled."""
     since: float
     """When it began, on time.monotonic's clock, which all processes share."""
 
@@ -55,14 +57,14 @@ class Board:
         """Says that the server is alive, and where it listens; 0 is nowhere yet."""
         _HEADER.pack_into(self._memory, 0, time.monotonic(), port, metrics_port)
 
-    def begin(self, digest: str) -> int:
-        """Notes that something begins to run; returns what `end` takes."""
+    def begin(self, digest: str, *, compiling: bool = False) -> int:
+        """Notes that something begins to run, or to be compiled; returns what `end` takes."""
         try:
             slot = self._free.popleft()
         except IndexError:  # So much at once is more than anybody needs to see.
             return _NONE
         start = _FIRST + _STRIDE * slot
-        self._memory[start + _SINCE.size : start + _SINCE.size + _DIGEST_BYTES] = digest.encode().ljust(_DIGEST_BYTES)
+        _WHAT.pack_into(self._memory, start + _SINCE.size, digest.encode(), compiling)
         _SINCE.pack_into(self._memory, start, time.monotonic())
         self._thread.slot = slot
         return slot
@@ -81,9 +83,9 @@ class Board:
             self._free.append(slot)
 
     @contextlib.contextmanager
-    def working(self, digest: str) -> Iterator[None]:
-        """Notes what runs meanwhile."""
-        slot = self.begin(digest)
+    def working(self, digest: str, *, compiling: bool = False) -> Iterator[None]:
+        """Notes what runs, or is compiled, meanwhile."""
+        slot = self.begin(digest, compiling=compiling)
         try:
             yield
         finally:
@@ -102,9 +104,9 @@ class Board:
         for slot in range(_SLOTS):
             start = _FIRST + _STRIDE * slot
             (since,) = _SINCE.unpack_from(self._memory, start)
-            digest = bytes(self._memory[start + _SINCE.size : start + _SINCE.size + _DIGEST_BYTES])
+            digest, compiling = _WHAT.unpack_from(self._memory, start + _SINCE.size)
             if since and (since,) == _SINCE.unpack_from(self._memory, start):
-                found.append(Work(digest.decode("ascii", "replace").strip(), since))
+                found.append(Work(digest.rstrip(b"\0").decode("ascii", "replace"), compiling, since))
         return sorted(found, key=lambda work: work.since)
 
     def clear(self) -> None:

@@ -32,6 +32,12 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _host(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected a name or an address, got {text!r}: 0.0.0.0 is all of IPv4")
+    return text.strip()
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
@@ -59,6 +65,12 @@ def _level(text: str) -> str:
     if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise argparse.ArgumentTypeError(f"expected DEBUG, INFO, WARNING or ERROR, got {text!r}")
     return text.upper()
+
+
+def _format(text: str) -> str:
+    if text.lower() not in ("text", "json"):
+        raise argparse.ArgumentTypeError(f"expected text or json, got {text!r}")
+    return text.lower()
 
 
 def _flag(text: str) -> bool:
@@ -94,14 +106,17 @@ class Config:
     host: str = _setting(str, "127.0.0.1", "address to listen on", "HOST")
     port: int = _setting(_port, 7070, "port to listen on; 0 picks a free one", "PORT")
     store: Path = _setting(Path, _default_store, "directory for objectives, data and compiled programs", "DIR")
+    metrics_host: str = _setting(
+        _host, "127.0.0.1", "address for the metrics and the status page, plain HTTP without tokens", "HOST"
+    )
     metrics_port: int | None = _setting(
-        _port, None, "port for Prometheus metrics; 0 picks a free one; none without", "PORT"
+        _port, None, "port for Prometheus metrics and the status page; 0 picks a free one; none without", "PORT"
     )
     memory_budget: int | None = _setting(
         parse_bytes,
         None,
         "memory for data, points and residuals, such as 16G, on each device; three quarters of the device's memory, or a "
-        "quarter of the machine's on a CPU, without. Of several devices half of it is for what is split over all",
+        "quarter of the machine's, or the container's, on a CPU, without. Of several devices half of it is for what is split over all",
         "BYTES",
     )
     max_block_width: int = _setting(_width, 64, "most vectors in one launch, a power of two", "WIDTH")
@@ -128,6 +143,12 @@ class Config:
         "seconds without an answer of the device after which the server is replaced; 0 for ever",
         "SECONDS",
     )
+    compile_timeout: float = _setting(
+        _seconds,
+        3600.0,
+        "seconds that one compile may take before the server is replaced; 0 for ever",
+        "SECONDS",
+    )
     quarantine_after: int = _setting(
         _positive, 3, "how many times an objective may end the server before it is not served any more", "N"
     )
@@ -151,6 +172,7 @@ class Config:
         _flag, False, "allow a host other than loopback although not both is done: encrypting, and asking who calls", ""
     )
     log_level: str = _setting(_level, "INFO", "DEBUG, INFO, WARNING or ERROR", "LEVEL")
+    log_format: str = _setting(_format, "text", "text or json: an object a line on stderr", "FORMAT")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

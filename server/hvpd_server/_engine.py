@@ -1,6 +1,6 @@
 """The server without its transport: objectives, points and products, from the store to the device and back.
 
-A product's way: `multiply` -> `_lane` (one for each device) -> `_batcher` (queue, coalesce) -> `_kernels` (compiled programs).
+A product's way: `multiply` -> `_launches` (one for each device) -> `_batcher` (queue, coalesce) -> `_kernels` (compiled programs).
 A point's way: `create_point` -> `_lane` -> `_store` (data by digest) -> `_residency` (what is on the device) -> `_kernels`.
 """
 
@@ -10,22 +10,25 @@ import contextlib
 import functools
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from hvpd import _codec, _protocol
-from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
+from hvpd.v1 import curvature_pb2, objective_pb2, server_pb2, tensor_pb2
 from hvpd_server import _admission, _batcher, _kernels, _lane
 from hvpd_server._board import Board
 from hvpd_server._checks import Checks
 from hvpd_server._errors import Code, ServiceError
-from hvpd_server._lane import Lane, Limits
+from hvpd_server._lane import Lane
+from hvpd_server._limits import Limits, Meters
 from hvpd_server._metrics import Live, Memory, Metrics
 from hvpd_server._objective import OPERATORS, Objective, program_of
 from hvpd_server._owners import Owners
 from hvpd_server._point import Point, point_id
 from hvpd_server._quarantine import Quarantine
+from hvpd_server._removal import Deleted, Pruned, Removal
 from hvpd_server._store import Store
 from hvpd_server._vetting import Vetter, Vetting
 
@@ -57,7 +60,9 @@ class Engine:
         vetter: Vetter | None = None,
     ) -> None:
         self.store = store
-        self.owners = Owners(store)
+        self.owners = Owners(store, lambda tenant: limits.tenants(tenant).stored_bytes)
+        self._removal = Removal(store, self.owners, self.bundle)
+        self._registering = threading.Lock()
         self._quarantine = Quarantine(store.root, quarantine_after)
         self._stack = contextlib.ExitStack()
         if vetter is None:
@@ -67,7 +72,9 @@ class Engine:
         self.devices = devices
         self.limits = limits
         self.metrics = metrics
-        self.lanes = _lane.lanes(devices, store, limits, metrics, board or Board())
+        self._board = board or Board()
+        self.lanes = _lane.lanes(devices, store, limits, metrics, self._board)
+        self._meters = Meters(limits.tenants)
         self._compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="hvpd-compile")
         self._objectives: dict[str, Objective] = {}
         self._lane_of: dict[str, Lane] = {}
@@ -106,19 +113,70 @@ class Engine:
             raise _not_stored([digest])
         bundle = _admission.parse(self.store.read(digest))
         references = {*_admission.references(bundle), *([x_digest] if tenant and x_digest else [])}
-        missing = sorted(each for each in references if not self.owners.has_blob(tenant, each))
-        if missing:
-            raise _not_stored(missing)
+        self._check_stored(tenant, references)
         objective = self.objective(digest)
         name = self.owners.full_name(tenant, name)
-        self.owners.add_objective(tenant, digest, shared=shared)  # First: without an owner it would be everybody's.
-        self.store.add_objective(digest, name)
+        with self._registering:
+            self._check_stored(tenant, {digest, *references})  # Something may have been deleted meanwhile.
+            self.owners.add_objective(tenant, digest, shared=shared)  # First: without an owner it would be everybody's.
+            self.store.add_objective(digest, name)
         self.metrics.named(digest, name)
         self.lane(objective).warm(objective)
         if x_digest:
             points = functools.partial(self.lane(objective).loose_points, objective)
             self.checks.start(digest, objective.bundle, x_digest, points, name)
         return objective
+
+    def _check_stored(self, tenant: str, digests: Iterable[str]) -> None:
+        missing = sorted(each for each in digests if not self.owners.has_blob(tenant, each))
+        if missing:
+            raise _not_stored(missing)
+
+    def delete(self, name: str, tenant: str = "", *, anybodys: bool = False) -> Deleted:
+        """Takes a name off an objective, and with the last of them the objective out of the store, and its points off the device.
+
+        Args:
+            name: Or a digest, for all names.
+            tenant: Who asks.
+            anybodys: Whether what is others' may be deleted.
+
+        Raises:
+            ServiceError: There is none, or it is not the tenant's.
+        """
+        with self._registering:
+            found = self._removal.delete(name, tenant, anybodys=anybodys or not tenant)
+            with self._objectives_lock:
+                objective = self._objectives.pop(found.digest, None) if found.gone else None
+        if objective is not None:
+            self.lane(objective).forget(objective)
+        return found
+
+    def prune(self, tenant: str = "") -> Pruned:
+        """Takes from a tenant the blobs that none of its objectives refers to."""
+        with self._registering:
+            return self._removal.prune(tenant)
+
+    def release(self, name: str) -> int:
+        """Serves an objective again that is quarantined; returns how many times it had ended the server."""
+        _, digest, _ = self.owners.find("", name)
+        return self._quarantine.release(digest)
+
+    def usage(self, tenant: str = "") -> server_pb2.Usage:
+        """What a tenant may use, and uses; empty: of all together, where nobody is told apart."""
+        limits = self.limits.tenants(tenant)
+        meter = self._meters.of(tenant)
+        return server_pb2.Usage(
+            tenant=tenant,
+            weight=self.limits.weights(tenant),
+            vectors_per_second_limit=limits.vectors_per_second,
+            vectors_in_flight_limit=limits.vectors_in_flight,
+            vectors_in_flight=meter.in_flight if meter is not None else 0,
+            device_share_limit=limits.device_share,
+            resident_bytes_limit=limits.resident_bytes,
+            resident_bytes=max(lane.residency.had_bytes(tenant) for lane in self.lanes),
+            stored_bytes_limit=limits.stored_bytes,
+            stored_bytes=self.owners.stored_bytes(tenant),
+        )
 
     def objective(self, digest: str) -> Objective:
         """The objective of a stored bundle, its programs read."""
@@ -136,7 +194,9 @@ class Engine:
             if lane is None:
                 lane = self._lane_of[digest] = self._choose_lane(bundle)
                 lane.expect(bundle)
-        programs = _kernels.Programs(bundle, lane.device, read, self._compiler, self.metrics.compiled)
+        compiling = functools.partial(self._board.working, digest, compiling=True)
+        with compiling():
+            programs = _kernels.Programs(bundle, lane.device, read, self._compiler, self.metrics.compiled, compiling)
         _admission.check_signatures(bundle, programs.signatures())
         with self._objectives_lock:
             return self._objectives.setdefault(digest, lane.objective(digest, bundle, programs))
@@ -235,9 +295,7 @@ class Engine:
     def find_point(self, spec: curvature_pb2.PointSpec, tenant: str = "") -> Point | None:
         """The point, where it is resident, and the tenant has shown that it has its x."""
         objective, _, identity = self.locate(spec, tenant)
-        found: Point | None = self.lane(objective).residency.get(identity)
-        if found is not None and tenant not in found.tenants:
-            return None
+        found: Point | None = self.lane(objective).residency.get(identity, tenant)
         if found is not None:
             self.metrics.found()
         return found
@@ -262,8 +320,8 @@ class Engine:
         """
         objective, _, _ = self.locate(spec, tenant)
         residency = self.lane(objective).residency
-        base: Point | None = residency.get(move.base_id)
-        if base is None or base.objective is not objective or tenant not in base.tenants:
+        base: Point | None = residency.get(move.base_id, tenant)
+        if base is None or base.objective is not objective:
             return None
         if direction is None:
             direction = residency.get(("direction", tenant, move.direction_digest))
@@ -283,8 +341,11 @@ class Engine:
                 Code.INVALID_ARGUMENT, "DIGEST_MISMATCH", "the direction does not have its digest: send it again"
             )
         residency = self.lane(self.locate(spec, tenant)[0]).residency
+        key = "direction", tenant, digest
         with contextlib.suppress(ServiceError):  # Where there is no room, it serves this one step.
-            residency.put(("direction", tenant, digest), "direction", direction, direction.nbytes)
+            residency.check_user(tenant, direction.nbytes, "a direction")
+            residency.put(key, "direction", direction, direction.nbytes)
+            residency.join(key, tenant)
 
     def pin(self, point: Point, seconds: int) -> None:
         """Keeps a point on the device until it has not been used for so long; for a week at most."""
@@ -299,9 +360,9 @@ class Engine:
                 "DIGEST_MISMATCH",
                 "x does not have the digest that the spec gives: send it again",
             )
-
-        point = self.lane(objective).create_point(objective, data, identity, x)
-        point.tenants.add(tenant)
+        with self._metered(tenant, 1) as charge:
+            point = self.lane(objective).create_point(objective, data, identity, x, tenant)
+            charge(point.seconds)
         return point
 
     # Products
@@ -347,18 +408,14 @@ class Engine:
 
     def _point(self, identity: str, tenant: str) -> Point:
         for lane in self.lanes:
-            found: Point | None = lane.residency.get(identity)
-            if found is not None and self._belongs(found, tenant):
+            found: Point | None = lane.residency.get(identity, tenant)
+            if found is not None and self.owners.may_use(tenant, found.objective.digest):
                 return found
         raise ServiceError(
             Code.NOT_FOUND,
             "POINT_NOT_RESIDENT",
             f"point {identity[:12]} is not on the device (evicted, or the server restarted): create it again and repeat",
         )
-
-    def _belongs(self, point: Point, tenant: str) -> bool:
-        """Whether a tenant has made this point too, and may still use its objective."""
-        return tenant in point.tenants and self.owners.may_use(tenant, point.objective.digest)
 
     def factors(self, identity: str, seed: int | None, tenant: str = "") -> list[_codec.Array]:
         """The Kronecker factors A_0, G_0, A_1, ... of the dense layers at a point, in the host's memory.
@@ -379,7 +436,11 @@ class Engine:
                 f"objective {point.objective.digest[:12]} was registered without {program}: register "
                 "hvpd.composite(model, loss) with a model of dense layers, with a distribution where targets are to be drawn",
             )
-        return self.lane(point.objective).factors(point, program, seed)
+        with self._metered(tenant, 1) as charge:
+            started = time.monotonic()
+            found = self.lane(point.objective).factors(point, program, seed)
+            charge(time.monotonic() - started)
+        return found
 
     def multiply(
         self,
@@ -404,7 +465,31 @@ class Engine:
             on_queue: Given a function that cancels the product while it waits.
         """
         job = _batcher.Job((point, program, seed), vectors, tenant, deadline, priority)
-        return self.lane(point.objective).multiply(job, on_queue)
+        launches = self.lane(point.objective).launches
+        if not self.limits.tenants(tenant):
+            return launches.multiply(job, on_queue)
+        with self._metered(tenant, len(vectors)) as charge:
+            result, info = launches.multiply(job, on_queue)
+            charge(info.compute_duration_ns * 1e-9 * len(vectors) / info.batch_width)
+        return result, info
+
+    @contextlib.contextmanager
+    def _metered(self, tenant: str, columns: int) -> Iterator[Callable[[float], None]]:
+        """Counts vectors against the limits of a tenant, and the seconds of device time that the function is given.
+
+        Raises:
+            ServiceError: The tenant has used up what it may.
+        """
+        meter = self._meters.of(tenant)
+        if meter is None:
+            yield lambda seconds: None
+            return
+        meter.begin(columns)
+        used: list[float] = []
+        try:
+            yield used.append
+        finally:
+            meter.end(columns, sum(used))
 
     def choices(self, digest: str, tenant: str = "") -> objective_pb2.GetPlanResponse:
         """What multiplies blocks of which width."""

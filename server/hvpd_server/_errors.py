@@ -4,7 +4,6 @@
 """
 
 import errno
-import logging
 from collections.abc import Mapping
 
 import grpc
@@ -12,8 +11,6 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from hvpd._errors import DOMAIN, HvpdError
-
-_log = logging.getLogger(__name__)
 
 Code = grpc.StatusCode
 
@@ -48,19 +45,29 @@ class ServiceError(Exception):
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def to_status(error: BaseException) -> status_pb2.Status:
-    """The status to answer for an error; what nobody expected is INTERNAL, and logged with its traceback."""
+def to_service_error(error: BaseException) -> ServiceError:
+    """What a client is told of an error; what nobody expected is INTERNAL."""
     if isinstance(error, OSError) and error.errno in _FULL_DISK:
-        error = ServiceError(
+        return ServiceError(
             Code.RESOURCE_EXHAUSTED,
             "DISK_FULL",
             f"the server's store has no room ({error.strerror}): nothing was stored; free space on the server's disk and retry",
         )
-    elif isinstance(error, HvpdError):  # From the code that client and server share: the codec, the tree specs.
-        error = ServiceError(Code.INVALID_ARGUMENT, error.reason or "INVALID_ARGUMENT", str(error))
+    if isinstance(error, HvpdError):  # From the code that client and server share: the codec, the tree specs.
+        return ServiceError(Code.INVALID_ARGUMENT, error.reason or "INVALID_ARGUMENT", str(error))
     if not isinstance(error, ServiceError):
-        _log.error("internal error", exc_info=error)
-        error = ServiceError(Code.INTERNAL, "INTERNAL", f"{type(error).__name__}: {error}")
+        return ServiceError(Code.INTERNAL, "INTERNAL", f"{type(error).__name__}: {error}")
+    return error
+
+
+def to_status(error: BaseException, request_id: str = "") -> status_pb2.Status:
+    """The status to answer for an error.
+
+    Args:
+        error: Any.
+        request_id: Goes into its RequestInfo.
+    """
+    error = to_service_error(error)
     details: list[any_pb2.Any] = []
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     details.append(any_pb2.Any())
@@ -70,4 +77,7 @@ def to_status(error: BaseException) -> status_pb2.Status:
         delay.FromNanoseconds(int(error.retry_after * 1e9))
         details.append(any_pb2.Any())
         details[-1].Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    if request_id:
+        details.append(any_pb2.Any())
+        details[-1].Pack(error_details_pb2.RequestInfo(request_id=request_id))
     return status_pb2.Status(code=error.code.value[0], message=str(error), details=details)

@@ -4,7 +4,6 @@ the method's right. Errors leave through here, too.
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -14,9 +13,11 @@ from grpc_status import rpc_status
 
 import hvpd
 from hvpd import _protocol
+from hvpd_server import _requests
 from hvpd_server._auth import ADMINISTER, PUBLISH, USE, Grant, Tokens
-from hvpd_server._errors import Code, ServiceError, to_status
+from hvpd_server._errors import Code, ServiceError
 from hvpd_server._handlers import Behaviour, wrapped
+from hvpd_server._requests import owner_of
 
 _log = logging.getLogger(__name__)
 
@@ -24,14 +25,18 @@ RIGHT_OF: Mapping[str, str] = MappingProxyType(
     {
         "/hvpd.v1.BlobService/FindMissingBlobs": PUBLISH,
         "/hvpd.v1.BlobService/UploadBlob": PUBLISH,
+        "/hvpd.v1.BlobService/PruneBlobs": PUBLISH,
         "/hvpd.v1.ObjectiveService/CreateObjective": PUBLISH,
+        "/hvpd.v1.ObjectiveService/DeleteObjective": PUBLISH,
         "/hvpd.v1.ObjectiveService/GetObjective": USE,
         "/hvpd.v1.ObjectiveService/ListObjectives": USE,
         "/hvpd.v1.ObjectiveService/GetPlan": USE,
+        "/hvpd.v1.ObjectiveService/ReleaseObjective": ADMINISTER,
         "/hvpd.v1.CurvatureService/CreatePoint": USE,
         "/hvpd.v1.CurvatureService/ComputeProduct": USE,
         "/hvpd.v1.CurvatureService/StreamProducts": USE,
         "/hvpd.v1.CurvatureService/ComputeFactors": USE,
+        "/hvpd.v1.ServerService/GetUsage": USE,
     }
 )
 """Which right a method takes, where the server asks for tokens. Those of ours that are not here take `administer`."""
@@ -39,26 +44,19 @@ RIGHT_OF: Mapping[str, str] = MappingProxyType(
 OPEN = frozenset({"/hvpd.v1.ServerService/GetServer", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/List"})
 """Methods for everybody who can connect. Health's Watch is none of them: it holds a call for as long as the caller likes."""
 
-_QUIET_SECONDS = 10.0
-"""Least time between two lines of the log on refused callers."""
 
-
-def abort(context: grpc.ServicerContext, error: Exception) -> None:
+def abort(context: grpc.ServicerContext, error: Exception, method: str = "") -> None:
     """Ends the call with the error's status. A call that is already dead is left alone."""
     if isinstance(error, grpc.RpcError):
         raise error
-    context.abort_with_status(rpc_status.to_status(to_status(error)))
+    request = _requests.of(context, method)
+    request.error = _requests.failed(request, error)
+    context.abort_with_status(rpc_status.to_status(request.error.status))
 
 
 def tenant_of(context: grpc.ServicerContext) -> str:
     """Who calls: the token's tenant, and without tokens the connection."""
     return owner_of(context) or str(context.peer())
-
-
-def owner_of(context: grpc.ServicerContext) -> str:
-    """Whose is what the call leaves: the token's tenant's; without tokens, empty, everybody's."""
-    tenant = getattr(context, "hvpd_tenant", None)
-    return tenant if isinstance(tenant, str) else ""
 
 
 class Gate(grpc.ServerInterceptor):
@@ -67,17 +65,13 @@ class Gate(grpc.ServerInterceptor):
 
     Args:
         tokens: Who may do what; None: everybody everything.
-        clock: Seconds, monotonic.
     """
 
-    def __init__(self, tokens: Tokens | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, tokens: Tokens | None = None) -> None:
         self.open = False
         self._tokens = tokens
-        self._clock = clock
         self._lock = threading.Lock()
         self._streams: dict[int, tuple[grpc.ServicerContext, Caller]] = {}
-        self._refused = 0
-        self._said = float("-inf")
 
     def intercept_service(
         self,
@@ -101,7 +95,7 @@ class Gate(grpc.ServerInterceptor):
                 return handler
             caller.check_right()
         except ServiceError as error:
-            return self._refusing(error)
+            return _refusing(error, method)
         return self._bound(handler, caller)
 
     def _check_warm(self) -> None:
@@ -123,6 +117,7 @@ class Gate(grpc.ServerInterceptor):
             def call(request: Any, context: grpc.ServicerContext) -> Any:
                 # Where whoever serves the call looks for it: gRPC hands this object, and no other, from here to there.
                 context.hvpd_tenant = caller.grant.tenant  # type: ignore[attr-defined]
+                context.hvpd_rights = caller.grant.rights  # type: ignore[attr-defined]
                 if streams:
                     self._watch(context, caller)
                 if caller.right and handler.request_streaming:
@@ -159,24 +154,13 @@ class Gate(grpc.ServerInterceptor):
                 _log.info("a stream of tenant %s is ended: %s", caller.grant.tenant, error)
                 context.cancel()
 
-    def _refusing(self, error: ServiceError) -> "grpc.RpcMethodHandler[Any, Any]":
-        def refuse(request: Any, context: grpc.ServicerContext) -> Any:
-            if error.code in (Code.UNAUTHENTICATED, Code.PERMISSION_DENIED):
-                self._note(context.peer(), error)
-            abort(context, error)
 
-        # Of any kind of call: one that streams is refused without waiting for a message, which may never come.
-        return grpc.stream_stream_rpc_method_handler(refuse)
+def _refusing(error: ServiceError, method: str) -> "grpc.RpcMethodHandler[Any, Any]":
+    def refuse(request: Any, context: grpc.ServicerContext) -> Any:
+        abort(context, error, method.rpartition("/")[2])
 
-    def _note(self, peer: str, error: ServiceError) -> None:
-        """Says in the log that callers are refused, now and then: whoever tries many tokens does not fill it."""
-        with self._lock:
-            self._refused += 1
-            now = self._clock()
-            if now - self._said < _QUIET_SECONDS:
-                return
-            count, self._refused, self._said = self._refused, 0, now
-        _log.warning("%d calls refused since the last such line, the last from %s: %s", count, peer, error)
+    # Of any kind of call: one that streams is refused without waiting for a message, which may never come.
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 class Caller:

@@ -53,6 +53,8 @@ def devices(cache: Path) -> "list[Device]":
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    # With caches of XLA's own, its keys have the cache's path in them: a store that is moved, or restored, would begin anew.
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # A product is computed in the thread that asks for it: on the CPU one hand-off less.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -150,6 +152,7 @@ class Programs:
         read: The bytes of a blob by digest.
         compiler: Where compiles run.
         on_compile: Told the seconds that each compile took, and whether it was "compiled", "cached" or "failed".
+        compiling: What to be in while something is compiled.
 
     Raises:
         ServiceError: A program is not what the bundle says, or not for this server's platform or version of jax.
@@ -162,10 +165,12 @@ class Programs:
         read: Callable[[str], bytes],
         compiler: concurrent.futures.Executor,
         on_compile: Callable[[float, str], None] = lambda seconds, outcome: None,
+        compiling: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self._device = device
         self._compiler = compiler
         self._on_compile = on_compile
+        self._compiling = compiling
         self._lock = threading.Lock()
         self._data = len(bundle.captured) + len(bundle.data)
         # Each number of rows is compiled for itself, and forgotten with the last point that has it.
@@ -184,7 +189,7 @@ class Programs:
             found = self._kernels.get(rows)
             if found is None:
                 found = self._kernels[rows] = Kernels(
-                    self._exported, self._device, rows, self._data, self._compiler, self._on_compile
+                    self._exported, self._device, rows, self._data, self._compiler, self._on_compile, self._compiling
                 )
             return found
 
@@ -200,6 +205,7 @@ class Kernels:
         data: int,
         compiler: concurrent.futures.Executor,
         on_compile: Callable[[float, str], None],
+        compiling: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:
         self.rows = rows
         self._exported = exported
@@ -207,6 +213,7 @@ class Kernels:
         self._data = data
         self._compiler = compiler
         self._on_compile = on_compile
+        self._compiling = compiling
         self._lock = threading.Lock()
         self._compiles: dict[tuple[str, int], _Compile] = {}
         self._ready: dict[tuple[str, int], Compiled] = {}
@@ -247,7 +254,8 @@ class Kernels:
         _seen.cached = False
         outcome = "failed"
         try:
-            compiled = self._compile(name, width)
+            with self._compiling():
+                compiled = self._compile(name, width)
             outcome = "cached" if _seen.cached else "compiled"
         finally:
             compile_.seconds = time.perf_counter() - started

@@ -8,7 +8,7 @@ import bisect
 import dataclasses
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import prometheus_client
@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 
 from hvpd_server._batcher import Job
 from hvpd_server._errors import Code
+from hvpd_server._failures import Failures
 
 _SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _COARSE = (2.5e-4, 1e-3, 5e-3, 2.5e-2, 0.1, 0.5, 2.5, 10, 60)
@@ -55,6 +56,8 @@ _SERIOUS = (
 _KINDS = ("data", "point", "residuals", "direction")
 _ByKind = TypeVar("_ByKind", CounterMetricFamily, GaugeMetricFamily)
 _CODES = {code.value[0]: code.name for code in Code}
+_PRODUCTS = ("ComputeProduct", "StreamProducts")
+"""The methods that ask for products."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,80 @@ class Live:
     memory: Sequence[Memory] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Distribution:
+    """A histogram as it was at one time, or what came to it between two."""
+
+    bounds: Sequence[float]
+    """Of the buckets, each the most that is counted there."""
+    counts: Sequence[int]
+    """By bucket; the last is for what is above all bounds."""
+
+    def since(self, earlier: "Distribution") -> "Distribution":
+        """What came to it since then."""
+        pairs = zip(self.counts, earlier.counts, strict=True)
+        return Distribution(self.bounds, [max(now - before, 0) for now, before in pairs])
+
+    def quantile(self, share: float) -> float | None:
+        """About what that share is not above: interpolated within a bucket, as Prometheus does. None of nothing."""
+        rank = share * sum(self.counts)
+        if not rank:
+            return None
+        below, lower = 0, 0.0
+        for bound, count in zip(self.bounds, self.counts, strict=False):
+            if count and below + count >= rank:
+                return lower + (bound - lower) * (rank - below) / count
+            below, lower = below + count, bound
+        return self.bounds[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """What somebody had of the device."""
+
+    products: int = 0
+    columns: int = 0
+    device_seconds: float = 0.0
+
+    def since(self, earlier: "Use") -> "Use":
+        """What came to it since then; all of it where it began anew, for somebody else."""
+        if self.products < earlier.products:
+            return self
+        return Use(
+            self.products - earlier.products,
+            self.columns - earlier.columns,
+            self.device_seconds - earlier.device_seconds,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """What was counted by one time."""
+
+    products: int
+    columns: int
+    failures: int
+    launched_columns: int
+    padding_columns: int
+    queue: Distribution
+    """Seconds, of products."""
+    compute: Distribution
+    """Likewise."""
+    requests: Distribution
+    """Likewise, errors too."""
+    widths: Distribution
+    """Of the launches of products, in vectors."""
+    width_sum: float
+    usage: Mapping[tuple[str, str], Use]
+    """By objective and tenant, as they are told apart here; the rest as `OTHER`."""
+    evictions: Mapping[str, int]
+    """By kind."""
+    compiles: Mapping[str, int]
+    """By outcome."""
+    points: int
+    points_remade: int
+
+
 class Metrics(Collector):
     """The metrics of one server, in a registry of their own."""
 
@@ -107,6 +184,7 @@ class Metrics(Collector):
         self._evictions = _Counter(*((kind,) for kind in _KINDS))
         self._uploads = 0
         self._checks = _Counter(("passed",), ("failed",), ("undecided",))
+        self.failures = Failures()
         self.registry = prometheus_client.CollectorRegistry(auto_describe=True)
         self.registry.register(self)
         prometheus_client.ProcessCollector(registry=self.registry)
@@ -115,9 +193,7 @@ class Metrics(Collector):
 
     def product(self, job: Job) -> None:
         """Counts a product that was answered."""
-        tenant = job.tenant
-        if not tenant or ":" in tenant:  # An address: whoever connects has another one.
-            tenant = ANONYMOUS
+        tenant = _called(job.tenant)
         columns = len(job.block)
         compute = job.finished - job.started
         with self._lock:
@@ -171,14 +247,21 @@ class Metrics(Collector):
         with self._lock:
             self._refused += 1
 
-    def failed(self, status: status_pb2.Status) -> None:
-        """Counts a failure, as it is answered."""
-        info = error_details_pb2.ErrorInfo()
+    def failed(self, status: status_pb2.Status, method: str = "", tenant: str = "") -> None:
+        """Counts a failure, as it is answered.
+
+        Args:
+            status: The answer.
+            method: Of the service; empty where it is not known.
+            tenant: Who asked.
+        """
+        info, request = error_details_pb2.ErrorInfo(), error_details_pb2.RequestInfo()
         for detail in status.details:
-            if detail.Unpack(info):
-                break
+            detail.Unpack(info) or detail.Unpack(request)
+        code, reason = _CODES.get(status.code, "UNKNOWN"), info.reason or "UNKNOWN"
         with self._lock:
-            self._failures.add((_CODES.get(status.code, "UNKNOWN"), info.reason or "UNKNOWN"))
+            self._failures.add((code, reason))
+        self.failures.add(code, reason, method, _called(tenant), status.message, request.request_id)
 
     # Calls
 
@@ -250,6 +333,58 @@ class Metrics(Collector):
     def observe_streams(self, count: Callable[[], int]) -> None:
         """Likewise, how many product streams are open."""
         self._open_streams = count
+
+    # What is told
+
+    def live(self) -> tuple[Live, int, int]:
+        """What is so now; how many calls are open, and how many product streams among them."""
+        return self._live(), self._open_calls, self._open_streams()
+
+    def totals(self) -> Totals:
+        """What was counted so far. Products wait for the lock, so it is held for copies alone."""
+        with self._lock:
+            accounts = [
+                (
+                    labels,
+                    account.products,
+                    account.columns,
+                    account.device_seconds,
+                    account.queue.counts[:],
+                    account.compute.counts[:],
+                )
+                for labels, account in self._usage.accounts()
+            ]
+            requests = [self._requests[method].counts[:] for method in _PRODUCTS if method in self._requests]
+            widths, width_sum = self._width.counts[:], self._width.sum
+            failures, evictions = self._failures.counts(), self._evictions.counts()
+            compiles = self._compiles.counts()
+            launched, padding = self._launched_columns, self._padding_columns
+            points, remade = self._points, self._points_remade
+        nothing = [0] * (len(_SECONDS) + 1)
+        return Totals(
+            products=sum(account[1] for account in accounts),
+            columns=sum(account[2] for account in accounts),
+            failures=sum(failures.values()),
+            launched_columns=launched,
+            padding_columns=padding,
+            queue=Distribution(_SECONDS, _sums(nothing, *(account[4] for account in accounts))),
+            compute=Distribution(_SECONDS, _sums(nothing, *(account[5] for account in accounts))),
+            requests=Distribution(_SECONDS, _sums(nothing, *requests)),
+            widths=Distribution(_WIDTHS, widths),
+            width_sum=width_sum,
+            usage={
+                labels: Use(products, columns, seconds) for labels, products, columns, seconds, *_ in accounts if labels
+            },
+            evictions={kind: count for (kind,), count in evictions.items()},
+            compiles={outcome: count for (outcome,), count in compiles.items()},
+            points=points,
+            points_remade=remade,
+        )
+
+    def counted_as(self, digests: Iterable[str]) -> dict[str, str]:
+        """What each objective goes by here, by digest."""
+        with self._lock:
+            return {digest: self._usage.label(digest) for digest in digests}
 
     def collect(self) -> Iterator[Metric]:
         """All families. What may be many series is made of copies: products wait for the lock."""
@@ -354,6 +489,10 @@ class _Counter:
             values = (OTHER,) * len(values)
         self._counts[values] = self._counts.get(values, 0) + 1
 
+    def counts(self) -> dict[tuple[str, ...], int]:
+        """A copy."""
+        return dict(self._counts)
+
     def family(self, name: str, documentation: str, *labels: str) -> CounterMetricFamily:
         family = CounterMetricFamily(name, documentation, labels=labels)
         for values, count in self._counts.items():
@@ -408,6 +547,16 @@ class _Usage:
         self._names[digest] = name
         self._by_digest = {key: account for key, account in self._by_digest.items() if key[0] != digest}
 
+    def label(self, digest: str) -> str:
+        """What an objective is counted as."""
+        return self._names.get(digest, digest[:12])
+
+    def accounts(self) -> Iterator[tuple[tuple[str, str] | None, _Account]]:
+        """All that add up to the totals, with their labels; of those that are gone None."""
+        yield from self._accounts.items()
+        yield (OTHER, OTHER), self._rest
+        yield None, self._gone
+
     def account(self, digest: str, tenant: str, now: float) -> _Account:
         """Where to count a product that ends now."""
         found = self._by_digest.get((digest, tenant))
@@ -417,7 +566,7 @@ class _Usage:
         return found
 
     def _open(self, digest: str, tenant: str, now: float) -> _Account:
-        labels = self._names.get(digest, digest[:12]), tenant
+        labels = self.label(digest), tenant
         found = self._accounts.get(labels)
         if found is None:
             if labels == (OTHER, OTHER) or not self._has_room(now):
@@ -469,6 +618,15 @@ class _Usage:
             queue.add_metric(values, account.queue.buckets(_COARSE), account.queue.sum)
             compute.add_metric(values, account.compute.buckets(_COARSE), account.compute.sum)
         yield from (products, columns, device, queue, compute)
+
+
+def _called(tenant: str) -> str:
+    """The name by which a tenant is told."""
+    return ANONYMOUS if not tenant or ":" in tenant else tenant  # An address: whoever connects has another one.
+
+
+def _sums(*columns: Sequence[int]) -> list[int]:
+    return [sum(values) for values in zip(*columns, strict=True)]
 
 
 def _counter(name: str, documentation: str, value: float) -> CounterMetricFamily:

@@ -9,12 +9,15 @@ no tokens. Where there are none, the tenant is empty, and may use everything. Wh
 with nobody.
 """
 
+import contextlib
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from hvpd import _codec
+from hvpd_server._errors import Code, ServiceError
 from hvpd_server._store import Store, read_record
 
 
@@ -23,18 +26,21 @@ class Owners:
 
     Args:
         store: Whose.
+        limit_of: Most bytes of blobs that a tenant may have; None: as much as there is room for.
 
     Raises:
         OSError: The records cannot be read.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, limit_of: Callable[[str], int | None] = lambda tenant: None) -> None:
         self._store = store
+        self._limit_of = limit_of
         self._root = store.root / "owners"
         self._root.mkdir(exist_ok=True)
         self._lock = threading.Lock()
         self._tenants: set[str] = set()
         self._objectives: dict[str, Mapping[str, bool]] = {}
+        self._sizes: dict[str, dict[str, int]] = {}
         for path in self._records():
             record = read_record(path)
             tenant, shared = record.get("tenant"), record.get("shared")
@@ -62,6 +68,67 @@ class Owners:
         if tenant and not self.has_blob(tenant, digest):
             self._store.keep(self._of(tenant) / "blobs" / digest, {})
 
+    @contextlib.contextmanager
+    def adding_blob(self, tenant: str, digest: str, size_bytes: int) -> Iterator[None]:
+        """Counts a blob as the tenant's while it is uploaded, and, unless that fails, from then on.
+
+        Raises:
+            ServiceError: RESOURCE_EXHAUSTED: the tenant may not store so much.
+        """
+        if tenant and not self.has_blob(tenant, digest):
+            with self._lock:
+                stored = self._stored_bytes(tenant)
+                limit = self._limit_of(tenant)
+                if limit is not None and stored + size_bytes > limit:
+                    raise ServiceError(
+                        Code.RESOURCE_EXHAUSTED,
+                        "TENANT_STORAGE",
+                        f"tenant {tenant} has {stored} bytes stored, and may have {limit}: {size_bytes} more are too many; delete objectives, "
+                        "prune what belongs to none (`hvpd delete`, `hvpd prune`), or ask who operates the server for more",
+                        {"tenant": tenant},
+                    )
+                self._sizes[tenant][digest] = size_bytes
+        try:
+            yield
+            self.add_blob(tenant, digest)
+        except BaseException:
+            with self._lock:
+                self._sizes.pop(tenant, None)  # It is counted anew.
+            raise
+
+    def stored_bytes(self, tenant: str) -> int:
+        """Of the blobs that the tenant has; empty: of all."""
+        if not tenant:
+            return sum(map(self._store.size, self._store.blobs()))
+        with self._lock:
+            return self._stored_bytes(tenant)
+
+    def _stored_bytes(self, tenant: str) -> int:
+        if tenant not in self._sizes:
+            self._sizes[tenant] = {digest: self._store.size(digest) for digest in self.blobs(tenant)}
+        return sum(self._sizes[tenant].values())
+
+    def blobs(self, tenant: str, older_than_seconds: float = 0.0) -> Iterator[str]:
+        """The digests of what the tenant has uploaded, so long ago; empty: of all that is stored."""
+        if not tenant:
+            yield from self._store.blobs(older_than_seconds)
+            return
+        latest = time.time() - older_than_seconds
+        for path in (self._of(tenant) / "blobs").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime <= latest:
+                    yield path.name
+
+    def remove_blob(self, tenant: str, digest: str, *, stays: bool = False) -> int:
+        """Takes a blob from a tenant, and out of the store unless it stays, or others have it; returns the bytes that this frees."""
+        if tenant:
+            (self._of(tenant) / "blobs" / digest).unlink(missing_ok=True)
+            with self._lock:
+                self._sizes.get(tenant, {}).pop(digest, None)
+        if stays or any((other / "blobs" / digest).exists() for other in self._root.iterdir()):
+            return 0
+        return self._store.remove_blob(digest)
+
     # Objectives
 
     def may_use(self, tenant: str, digest: str) -> bool:
@@ -79,6 +146,26 @@ class Owners:
             if owners is None or owners.get(tenant) is not shared:
                 self._store.keep(self._of(tenant) / "objectives" / digest, {"tenant": tenant, "shared": shared})
                 self._objectives[digest] = {**(owners or {}), tenant: shared}
+
+    def owners_of(self, digest: str) -> Mapping[str, bool]:
+        """The tenants that have registered an objective, and whether others may use it for that."""
+        return self._objectives.get(digest, {})
+
+    def objectives_of(self, tenant: str) -> list[str]:
+        """The digests of what the tenant has registered; empty: of all that is."""
+        if not tenant:
+            return list(dict.fromkeys(digest for _, digest, _ in self._store.objectives()))
+        return [digest for digest, owners in list(self._objectives.items()) if tenant in owners]
+
+    def remove_objective(self, tenant: str, digest: str) -> None:
+        """Takes an objective from a tenant. What is nobody's then must be taken out of the store first: it would be everybody's."""
+        with self._lock:
+            (self._of(tenant) / "objectives" / digest).unlink(missing_ok=True)
+            rest = {other: shared for other, shared in self._objectives.get(digest, {}).items() if other != tenant}
+            if rest:
+                self._objectives[digest] = rest
+            else:
+                self._objectives.pop(digest, None)
 
     # Names
 

@@ -44,8 +44,8 @@ class Point:
     gradient: _codec.Array
     """In the host's memory."""
     nonfinite_x: int
-    tenants: set[str] = dataclasses.field(default_factory=set)
-    """Who has made it: whoever knows its id, and is none of them, does not find it."""
+    seconds: float = 0.0
+    """Of the device's time, that value and gradient took."""
     launches: int = 0
     """So far: residuals pay from the second on."""
     crowds: dict[str, Crowd] = dataclasses.field(default_factory=dict)

@@ -25,7 +25,7 @@ class Record:
 
 
 class Quarantine:
-    """The records of a store, a file for each objective; an operator releases it by removing that.
+    """The records of a store, a file for each objective, without which it is released.
 
     Args:
         root: Of the store.
@@ -45,14 +45,24 @@ class Quarantine:
         record = Record(self._record(digest).strikes + 1, reason, time)
         self._directory.mkdir(parents=True, exist_ok=True)
         incoming = self._directory / f".{digest}.{os.getpid()}"
-        with incoming.open("w") as file:
-            json.dump(dataclasses.asdict(record), file)
-            file.flush()
-            os.fsync(file.fileno())
-        incoming.replace(self._directory / digest)
+        try:
+            with incoming.open("w") as file:
+                json.dump(dataclasses.asdict(record), file)
+                file.flush()
+                os.fsync(file.fileno())
+            incoming.replace(self._directory / digest)
+        finally:
+            incoming.unlink(missing_ok=True)
         if record.strikes >= self._limit:
             self._quarantined.add(digest)
         return record
+
+    def release(self, digest: str) -> int:
+        """Forgets what an objective did; returns how many times."""
+        strikes = self._record(digest).strikes
+        (self._directory / digest).unlink(missing_ok=True)
+        self._quarantined.discard(digest)
+        return strikes
 
     def check(self, digest: str) -> None:
         """Raises ServiceError where an objective is not to be served."""
@@ -66,7 +76,7 @@ class Quarantine:
             Code.FAILED_PRECONDITION,
             "QUARANTINED",
             f"objective {digest[:12]} is not served any more: {record.reason} ({record.strikes} times, the last at {record.time}). "
-            f"Mend it and register it anew, or have the server's operator remove {_DIRECTORY}/{digest} from its store",
+            f"Mend it and register it anew, or have the server's operator release it (`hvpd release {digest[:12]}`)",
         )
 
     def _known(self) -> list[str]:

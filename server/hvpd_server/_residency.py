@@ -1,6 +1,9 @@
 """What is on the device, within a budget of bytes: least recently used out first. Knows no jax and no gRPC.
 
 Dropping an entry only forgets it: a launch that uses it keeps it alive until it ends. Whoever needs it again loads it again.
+
+Entries can have users, each of whom may have a limit. A user has the entries that it joined, what these need, and what needs them; what several
+have counts in full for each. Over its limit, a user leaves what it has used least recently, and what is nobody's then is dropped.
 """
 
 import collections
@@ -26,6 +29,7 @@ class _Entry:
     lease: float = 0.0
     """Seconds for which it is pinned after each use; 0 where it is not, or was not used for so long."""
     pinned_until: float = 0.0
+    users: set[str] = dataclasses.field(default_factory=set)
 
 
 class Residency:
@@ -34,6 +38,7 @@ class Residency:
     Args:
         budget_bytes: Most bytes that all entries may hold together.
         on_evict: Told the kind of each entry that is dropped for want of room.
+        limit_of: Most bytes that a user may have; None: the budget.
         clock: Seconds, monotonic.
     """
 
@@ -41,10 +46,12 @@ class Residency:
         self,
         budget_bytes: int,
         on_evict: Callable[[str], None] = lambda kind: None,
+        limit_of: Callable[[str], int | None] = lambda user: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.budget_bytes = budget_bytes
         self._on_evict = on_evict
+        self._limit_of = limit_of
         self._clock = clock
         self._lock = threading.Lock()
         self._entries: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
@@ -64,11 +71,11 @@ class Residency:
         with self._lock:
             return dict(self._hits), dict(self._misses)
 
-    def get(self, key: Hashable) -> Any | None:
-        """The entry, most recently used from now on; None where it is not resident."""
+    def get(self, key: Hashable, user: str | None = None) -> Any | None:
+        """The entry, most recently used from now on; None where it is not resident, or not this user's."""
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None:
+            if entry is None or (user is not None and user not in entry.users):
                 return None
             self._touch(key)
             self._hits[entry.kind] += 1
@@ -177,6 +184,88 @@ class Residency:
                         self._loading.pop(key, None)
         return value
 
+    # Users
+
+    def join(self, key: Hashable, user: str) -> None:
+        """Makes an entry a user's, too, who leaves others where that is more than it may have. Not resident: nothing."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                return
+            entry.users.add(user)
+            evicted = self._fit(user, key)
+        for dropped in evicted:
+            self._on_evict(dropped)
+
+    def had_bytes(self, user: str) -> int:
+        """What a user has."""
+        with self._lock:
+            return self._bytes(self._had(self._joined(user)))
+
+    def check_user(self, user: str, size_bytes: int, kind: str, needs: Mapping[Hashable, int] = _NOTHING) -> None:
+        """Raises ServiceError where a user may not have something of this size, whatever else it leaves; see `check`."""
+        limit = self._limit_of(user)
+        if limit is None:
+            return
+        with self._lock:
+            present = self._closure(key for key in needs if key in self._entries)
+            size_bytes += sum(size for key, size in needs.items() if key not in self._entries) + self._bytes(present)
+            pinned = [key for key in self._pinned() if user in self._entries[key].users]
+            beside = self._bytes(self._had(pinned) - present)
+        if size_bytes + beside > limit:
+            pins = f" beside {beside} bytes that are pinned" if beside else ""
+            raise ServiceError(
+                Code.RESOURCE_EXHAUSTED,
+                "TENANT_MEMORY",
+                f"{kind} of {size_bytes} bytes, with what it needs, is more than tenant {user} may have on the device{pins}, which "
+                f"is {limit} bytes: ask who operates the server for more",
+                {"tenant": user},
+            )
+
+    def users(self, key: Hashable) -> set[str]:
+        """Whose an entry is."""
+        with self._lock:
+            entry = self._entries.get(key)
+            return set() if entry is None else set(entry.users)
+
+    def fit(self, key: Hashable) -> None:
+        """Has all users of an entry leave others, where they have more than they may since something needs it."""
+        evicted: list[str] = []
+        with self._lock:
+            entry = self._entries.get(key)
+            for user in tuple(entry.users) if entry is not None else ():
+                evicted += self._fit(user, key)
+        for dropped in evicted:
+            self._on_evict(dropped)
+
+    def _fit(self, user: str, keep: Hashable) -> list[str]:
+        """Returns the kinds of what was dropped."""
+        limit, evicted = self._limit_of(user), list[str]()
+        if limit is None:
+            return evicted
+        joined = self._joined(user)
+        leaving = [key for key in joined if key not in {keep, *self._pinned()}]
+        while leaving and self._bytes(self._had(joined)) > limit:
+            key = leaving.pop(0)
+            joined.remove(key)
+            users = self._entries[key].users
+            users.discard(user)
+            if not users:
+                self._forget(key, evicted)
+                joined, leaving = ([each for each in keys if each in self._entries] for keys in (joined, leaving))
+        return evicted
+
+    def _joined(self, user: str) -> list[Hashable]:
+        """The least recently used first."""
+        return [key for key, entry in self._entries.items() if user in entry.users]
+
+    def _had(self, keys: Iterable[Hashable]) -> set[Hashable]:
+        """These entries, all that they need, and all that needs them."""
+        keys = set(keys)
+        return self._closure(keys | {other for key in keys for other in self._entries[key].needed_by})
+
+    # What stays
+
     def pin(self, key: Hashable, seconds: float) -> None:
         """Keeps an entry, and what it needs, until it has not been used for so long; 0 gives it up. Not resident: nothing.
 
@@ -222,6 +311,12 @@ class Residency:
         """Forgets an entry."""
         with self._lock:
             self._forget(key, [])
+
+    def drop_where(self, condition: Callable[[Any], bool]) -> None:
+        """Forgets all entries whose value fulfils a condition."""
+        with self._lock:
+            for key in [key for key, entry in self._entries.items() if condition(entry.value)]:
+                self._forget(key, [])
 
     def _closure(self, keys: Iterable[Hashable]) -> set[Hashable]:
         """These entries, and all that they need."""

@@ -6,27 +6,28 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
 import numpy as np
 from google.protobuf import timestamp_pb2
-from google.rpc import status_pb2
 
 import hvpd
 from hvpd import _codec, _frames, _protocol
 from hvpd._frames import Frame
 from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2
-from hvpd_server import _buffers
+from hvpd_server import _buffers, _requests
 from hvpd_server._engine import Engine
-from hvpd_server._errors import Code, ServiceError, to_status
-from hvpd_server._gate import abort, owner_of, tenant_of
+from hvpd_server._errors import Code, ServiceError
+from hvpd_server._gate import abort, tenant_of
 from hvpd_server._metrics import Metrics
 from hvpd_server._objective import program_of
 from hvpd_server._pipeline import Pipeline, Task
 from hvpd_server._point import Point
+from hvpd_server._requests import Request, owner_of
 from hvpd_server._streams import Stream, Streams
+from hvpd_server._tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
@@ -96,14 +97,24 @@ class BlobService:
         first = next(request_iterator, None)
         if first is None:
             raise ServiceError(Code.INVALID_ARGUMENT, "UPLOAD_SIZE", "an upload without a message")
-        with self._engine.store.upload(first.message.digest, first.message.size_bytes) as upload:
+        digest, announced = first.message.digest, first.message.size_bytes
+        upload = self._engine.store.upload(digest, announced)
+        with self._engine.owners.adding_blob(owner_of(context), digest, announced), upload:
             upload.append(first.message.offset_bytes, first.chunk)
             for message, chunk in request_iterator:
                 upload.append(message.offset_bytes, chunk)
             size_bytes = upload.commit()
-        self._engine.owners.add_blob(owner_of(context), first.message.digest)
         self._engine.metrics.uploaded()
         return blob_pb2.UploadBlobResponse(size_bytes=size_bytes)
+
+    @_unary
+    def PruneBlobs(  # noqa: N802
+        self, request: blob_pb2.PruneBlobsRequest, context: grpc.ServicerContext
+    ) -> blob_pb2.PruneBlobsResponse:
+        found = self._engine.prune(owner_of(context))
+        return blob_pb2.PruneBlobsResponse(
+            pruned_count=found.count, pruned_bytes=found.size_bytes, freed_bytes=found.freed_bytes
+        )
 
 
 class ObjectiveService:
@@ -117,6 +128,7 @@ class ObjectiveService:
         self, request: objective_pb2.CreateObjectiveRequest, context: grpc.ServicerContext
     ) -> objective_pb2.CreateObjectiveResponse:
         owner = owner_of(context)
+        _requests.of(context).objective = request.name or request.digest
         self._engine.register(request.digest, request.name, request.x_digest, tenant=owner, shared=request.shared)
         return objective_pb2.CreateObjectiveResponse(objective=self._objective(request.name or request.digest, owner))
 
@@ -124,6 +136,7 @@ class ObjectiveService:
     def GetObjective(  # noqa: N802
         self, request: objective_pb2.GetObjectiveRequest, context: grpc.ServicerContext
     ) -> objective_pb2.GetObjectiveResponse:
+        _requests.of(context).objective = request.name
         return objective_pb2.GetObjectiveResponse(objective=self._objective(request.name, owner_of(context)))
 
     @_unary
@@ -155,7 +168,25 @@ class ObjectiveService:
     def GetPlan(  # noqa: N802
         self, request: objective_pb2.GetPlanRequest, context: grpc.ServicerContext
     ) -> objective_pb2.GetPlanResponse:
+        _requests.of(context).objective = request.digest
         return self._engine.choices(request.digest, owner_of(context))
+
+    @_unary
+    def DeleteObjective(  # noqa: N802
+        self, request: objective_pb2.DeleteObjectiveRequest, context: grpc.ServicerContext
+    ) -> objective_pb2.DeleteObjectiveResponse:
+        _requests.of(context).objective = request.name
+        found = self._engine.delete(request.name, owner_of(context), anybodys=_requests.may_administer(context))
+        return objective_pb2.DeleteObjectiveResponse(
+            digest=found.digest, deleted=found.gone, freed_bytes=found.freed_bytes
+        )
+
+    @_unary
+    def ReleaseObjective(  # noqa: N802
+        self, request: objective_pb2.ReleaseObjectiveRequest, context: grpc.ServicerContext
+    ) -> objective_pb2.ReleaseObjectiveResponse:
+        _requests.of(context).objective = request.name
+        return objective_pb2.ReleaseObjectiveResponse(strikes=self._engine.release(request.name))
 
     def _objective(self, name: str, owner: str) -> objective_pb2.Objective:
         return self._message(*self._engine.owners.find(owner, name))
@@ -171,8 +202,11 @@ class ObjectiveService:
 class CurvatureService:
     """Points and products."""
 
-    def __init__(self, engine: Engine, max_streams: int, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self, engine: Engine, max_streams: int, metrics: Metrics | None = None, tracing: Tracing | None = None
+    ) -> None:
         self._engine = engine
+        self._tracing = tracing
         self._metrics = metrics or Metrics()
         self._workers = concurrent.futures.ThreadPoolExecutor(_WORKERS, thread_name_prefix="hvpd-product")
         self.streams = Streams(max_streams)
@@ -185,6 +219,7 @@ class CurvatureService:
         if not first.HasField("spec") or chunk:
             raise ServiceError(Code.INVALID_ARGUMENT, "SPEC_MISSING", "the first message must have the point's spec")
         owner = owner_of(context)
+        _requests.of(context).objective = first.spec.objective_digest
         point = self._engine.find_point(first.spec, owner)
         if point is None:
             x = yield from self._x(first, request_iterator, owner)
@@ -225,6 +260,8 @@ class CurvatureService:
         self, request: curvature_pb2.ComputeProductRequest, context: grpc.ServicerContext
     ) -> curvature_pb2.ComputeProductResponse:
         point = self._engine.resident(request.spec, owner_of(context))
+        call = _requests.of(context)
+        call.objective = point.objective.digest
         vectors = _vectors(request.spec, point)
         vectors.append(request.vectors)
         if not vectors.complete:
@@ -240,6 +277,8 @@ class CurvatureService:
             deadline=_deadline(context),
             on_queue=cancel.instead,
         )
+        if call.span is not None:
+            call.span.made(info, time.monotonic(), n=vectors.block.shape[1], k=request.spec.k)
         if request.spec.quadratic_form:
             result = _quadratic_form(vectors.block, result)
         return curvature_pb2.ComputeProductResponse(vectors=bytes(_codec.payload(result)), info=info)
@@ -260,22 +299,27 @@ class CurvatureService:
         arriving = _Arriving(self._engine, owner_of(context))
         cancel = _Cancel(context)
         tenant = tenant_of(context)
+        request = _requests.of(context)
         with self.streams.opened(context) as stream:
-            arrivals = self._arrivals(arriving, request_iterator, stream)
+            arrivals = self._arrivals(arriving, request_iterator, stream, request)
             for tag, found in arrivals:
                 if isinstance(found, Frame):
                     yield found
                 elif found is not None and found.spec.pipelined:
                     together = itertools.chain([(tag, found)], arrivals)
-                    yield from self._pipelined(together, arriving, stream, tenant, context)
+                    yield from self._pipelined(together, arriving, stream, tenant, context, request)
                     return
                 elif found is not None:
-                    yield from self._answer(tag, found, tenant, context, cancel.instead)
+                    yield from self._answer(tag, found, tenant, context, request, cancel.instead)
                 if not arriving and stream.end():
                     return
 
     def _arrivals(
-        self, arriving: "_Arriving", messages: Iterator[Frame[curvature_pb2.StreamProductsRequest]], stream: Stream
+        self,
+        arriving: "_Arriving",
+        messages: Iterator[Frame[curvature_pb2.StreamProductsRequest]],
+        stream: Stream,
+        request: Request,
     ) -> Iterator["_Arrival"]:
         """What becomes of each message, with its tag: the product that it completes, why there is none, or nothing yet."""
         for message, chunk in messages:
@@ -285,10 +329,12 @@ class CurvatureService:
             try:
                 found = arriving.take(message, chunk)
             except Exception as error:  # noqa: BLE001 - one product's error, the stream goes on
-                found = self._refusal(message.tag, error, arrived)
+                found = self._refusal(
+                    request, message.tag, error, arrived, message.spec if message.HasField("spec") else None
+                )
             yield message.tag, found
         for tag, early in arriving.unfinished():
-            yield tag, self._refusal(tag, early, time.monotonic())
+            yield tag, self._refusal(request, tag, early, time.monotonic())
 
     def _pipelined(
         self,
@@ -297,6 +343,7 @@ class CurvatureService:
         stream: Stream,
         tenant: str,
         context: grpc.ServicerContext,
+        request: Request,
     ) -> Iterator[Frame[curvature_pb2.StreamProductsResponse]]:
         """Answers products of one stream that are computed beside each other."""
         pipeline: Pipeline[Frame[curvature_pb2.StreamProductsResponse]]
@@ -309,7 +356,8 @@ class CurvatureService:
                     yield Task(0, functools.partial(list, [found]))
                 elif found is not None:
                     yield Task(
-                        found.vectors.size, functools.partial(self._computed, tag, found, tenant, context, cancels)
+                        found.vectors.size,
+                        functools.partial(self._computed, tag, found, tenant, context, request, cancels),
                     )
 
         def stop() -> None:
@@ -330,11 +378,13 @@ class CurvatureService:
         product: "_Product",
         tenant: str,
         context: grpc.ServicerContext,
+        request: Request,
         cancels: dict[int, Callable[[], None]],
     ) -> list[Frame[curvature_pb2.StreamProductsResponse]]:
         """An answer, all of it at once: how long the transport takes is not measured then."""
         try:
-            return list(self._answer(tag, product, tenant, context, functools.partial(cancels.__setitem__, tag)))
+            on_queue = functools.partial(cancels.__setitem__, tag)
+            return list(self._answer(tag, product, tenant, context, request, on_queue))
         finally:
             cancels.pop(tag, None)
 
@@ -344,6 +394,7 @@ class CurvatureService:
         product: "_Product",
         tenant: str,
         context: grpc.ServicerContext,
+        request: Request,
         on_queue: Callable[[Callable[[], None]], object],
     ) -> Iterator[Frame[curvature_pb2.StreamProductsResponse]]:
         spec, point, vectors = product
@@ -360,7 +411,7 @@ class CurvatureService:
                 on_queue=on_queue,
             )
         except Exception as error:  # noqa: BLE001 - one product's error, the stream goes on
-            yield self._refusal(tag, error, vectors.arrived)
+            yield self._refusal(request, tag, error, vectors.arrived, spec, point.objective.digest)
             return
         if spec.quadratic_form:
             result = _quadratic_form(block, result)
@@ -370,18 +421,39 @@ class CurvatureService:
         # Whoever takes the chunks comes back when the transport has the last.
         sent = time.monotonic()
         self._metrics.answered("StreamProducts", sent - vectors.arrived, vectors.receiving, sent - computed)
+        if self._tracing is not None:
+            digest, n = point.objective.digest, block.shape[1]
+            self._tracing.product(request, tag, spec, vectors.arrived, digest=digest, n=n, info=info, computed=computed)
 
-    def _refusal(self, tag: int, error: Exception, arrived: float) -> Frame[curvature_pb2.StreamProductsResponse]:
-        status: status_pb2.Status = to_status(error)
-        self._metrics.failed(status)
+    def _refusal(
+        self,
+        request: Request,
+        tag: int,
+        error: Exception,
+        arrived: float,
+        spec: curvature_pb2.ProductSpec | None = None,
+        digest: str = "",
+    ) -> Frame[curvature_pb2.StreamProductsResponse]:
+        """What is answered to a product of a stream that failed."""
+        failed = _requests.failed(request, error, tag=tag, started=arrived, objective=digest)
+        self._metrics.failed(failed.status, request.method, request.tenant)
         self._metrics.answered("StreamProducts", time.monotonic() - arrived)
-        return Frame(curvature_pb2.StreamProductsResponse(tag=tag, error=status))
+        if self._tracing is not None and spec is not None:
+            self._tracing.product(request, tag, spec, arrived, digest=digest, failed=failed)
+        return Frame(curvature_pb2.StreamProductsResponse(tag=tag, error=failed.status))
 
 
 class ServerService:
-    """Facts about the server."""
+    """Facts about the server.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: Whose.
+        tenants: All there are; one without a name where they are not told apart.
+    """
+
+    def __init__(self, engine: Engine, tenants: Callable[[], Sequence[str]] = lambda: [""]) -> None:
+        self._engine = engine
+        self._tenants = tenants
         device = engine.devices[0]
         oldest, newest = device.calling_conventions
         self._response = server_pb2.GetServerResponse(
@@ -402,6 +474,22 @@ class ServerService:
         self, request: server_pb2.GetServerRequest, context: grpc.ServicerContext
     ) -> server_pb2.GetServerResponse:
         return self._response
+
+    @_unary
+    def GetUsage(  # noqa: N802
+        self, request: server_pb2.GetUsageRequest, context: grpc.ServicerContext
+    ) -> server_pb2.GetUsageResponse:
+        tenants = [owner_of(context)]
+        if request.all_tenants:
+            if not _requests.may_administer(context):
+                raise ServiceError(
+                    Code.PERMISSION_DENIED,
+                    "RIGHT_MISSING",
+                    "what other tenants use is for tokens with the right 'administer'",
+                    {"right": "administer", "tenant": tenants[0]},
+                )
+            tenants = list(self._tenants())
+        return server_pb2.GetUsageResponse(usages=map(self._engine.usage, tenants))
 
 
 def add_to_server(server: grpc.Server, file: Any, servicer: object) -> None:

@@ -259,6 +259,33 @@ class Store:
         listed = sorted(names.items()) + sorted(("", digest) for digest in created.keys() - set(names.values()))
         return [(name, digest, when) for name, digest in listed if (when := created.get(digest)) is not None]
 
+    def remove_name(self, name: str) -> None:
+        """Takes a name off what it points at."""
+        with self._names_lock:
+            for path in (self.root / "names").iterdir():
+                if read_record(path).get("name") == name:
+                    path.unlink()
+
+    def remove_objective(self, digest: str) -> None:
+        """Takes an objective out, with what was recorded of it; its names and blobs are others' business."""
+        for part in ("objectives", "checks", "vetted"):  # In this order: what is no objective is not served.
+            (self.root / part / digest).unlink(missing_ok=True)
+
+    def remove_blob(self, digest: str) -> int:
+        """Takes a blob out; returns its bytes."""
+        size = self.size(digest)
+        self._verified.pop(digest, None)
+        self._blob(digest).unlink(missing_ok=True)
+        return size
+
+    def blobs(self, older_than_seconds: float = 0.0) -> Iterator[str]:
+        """The digests of all blobs that were stored so long ago."""
+        latest = time.time() - older_than_seconds
+        for path in (self.root / "blobs").glob("??/*"):
+            with contextlib.suppress(FileNotFoundError):
+                if _codec.is_digest(path.name) and path.stat().st_mtime <= latest:
+                    yield path.name
+
     def bundle(self, digest: str) -> objective_pb2.Bundle:
         """The parsed bundle of an objective."""
         return objective_pb2.Bundle.FromString(self.read(digest))

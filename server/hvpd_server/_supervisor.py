@@ -6,6 +6,7 @@ Clients ride through it: they repeat what was under way, and find the same objec
 import contextlib
 import ctypes
 import dataclasses
+import logging
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
-from hvpd_server import _config
+from hvpd_server import _config, _logs
 from hvpd_server._board import Board
 from hvpd_server._quarantine import Quarantine
 
@@ -45,6 +46,7 @@ def run(config: _config.Config) -> int:
     Args:
         config: The server's settings.
     """
+    _logs.configure(config.log_level, config.log_format)
     # They wait until they are asked for, also while there is no child.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     descriptor = Board.share()
@@ -64,7 +66,7 @@ def run(config: _config.Config) -> int:
             return code
         _blame(config, board, code, ended)
         pause = _START if time.monotonic() - began > _LONG else pause
-        _say(f"the server {ended.reason if ended else _how(code)}; another one starts in {pause:g} s")
+        _warn(f"the server {ended.reason if ended else _how(code)}; another one starts in {pause:g} s")
         if signal.sigtimedwait(_SIGNALS - {signal.SIGCHLD}, pause) is not None:
             return 0
         pause = min(2 * pause, _MOST)
@@ -101,7 +103,7 @@ def _watch(process: "subprocess.Popen[bytes]", board: Board, config: _config.Con
             process.send_signal(signal.SIGTERM)
             deadline = now + config.drain + 15.0
         if now > deadline:
-            _say("the server did not stop in time, and is ended")
+            _warn("the server did not stop in time, and is ended")
             process.kill()
             break
         if ended := _stuck(board, config, now):
@@ -117,38 +119,43 @@ class _Ended(NamedTuple):
 
     reason: str
     """What it did, for the log."""
+    digest: str
+    """The objective whose doing that was; empty where it was none's."""
     blame: str
-    """What the objective did that ran for longest."""
+    """What it did."""
 
 
 def _stuck(board: Board, config: _config.Config, now: float) -> _Ended | None:
     """Why the child must be ended; None where it need not."""
     work = board.work()
-    if config.launch_timeout and work and now - work[0].since > config.launch_timeout:
-        return _Ended(
-            f"had no answer of its device for {config.launch_timeout:g} s",
-            f"a launch of it did not end within {config.launch_timeout:g} s",
-        )
+    for each in work:
+        if each.compiling and 0 < config.compile_timeout < now - each.since:
+            what = f"a compile of it did not end within {config.compile_timeout:g} s"
+            return _Ended(f"was at one compile for {config.compile_timeout:g} s", each.digest, what)
+        if not each.compiling and 0 < config.launch_timeout < now - each.since:
+            what = f"a launch of it did not end within {config.launch_timeout:g} s"
+            return _Ended(f"had no answer of its device for {config.launch_timeout:g} s", each.digest, what)
     beat, _, _ = board.beaten()
     if beat and now - beat > max(_SILENCE, config.launch_timeout):
-        return _Ended(f"was silent for {now - beat:.0f} s", "it was being computed when the server fell silent")
+        oldest = work[0].digest if work else ""
+        return _Ended(f"was silent for {now - beat:.0f} s", oldest, "it was at work when the server fell silent")
     return None
 
 
 def _blame(config: _config.Config, board: Board, code: int, ended: _Ended | None) -> None:
     """Counts it against the objectives that can have done it."""
-    work = board.work()
     if ended:
-        work, how = work[:1], ended.blame
+        digests, how = [ended.digest] if ended.digest else [], ended.blame
     elif -code in _CRASHES:
-        how = f"it was being computed when the server {_how(code)}"
+        digests = [each.digest for each in board.work()]
+        how = f"it was being computed or compiled when the server {_how(code)}"
     else:
         return
     quarantine = Quarantine(config.store, config.quarantine_after)
-    for digest in dict.fromkeys(each.digest for each in work):
+    for digest in dict.fromkeys(digests):
         with contextlib.suppress(OSError, ValueError):
             record = quarantine.strike(digest, how)
-            _say(f"objective {digest[:12]}: {how} ({record.strikes} of {config.quarantine_after})")
+            _warn(f"objective {digest[:12]}: {how} ({record.strikes} of {config.quarantine_after})", objective=digest)
 
 
 def _how(code: int) -> str:
@@ -160,8 +167,8 @@ def _how(code: int) -> str:
         return f"was ended by signal {-code}"
 
 
-def _say(line: str) -> None:
-    print(f"hvpd: {line}", file=sys.stderr, flush=True)  # noqa: T201
+def _warn(line: str, **fields: object) -> None:
+    _logs.say(line, logging.WARNING, **fields)
 
 
 # In the child

@@ -1,5 +1,7 @@
 """Every status becomes one class of error, with its reason and its wait."""
 
+import pickle
+
 import grpc
 import pytest
 from google.protobuf import any_pb2, duration_pb2
@@ -56,3 +58,31 @@ def test_the_picture_in_the_module_shows_every_class():
     assert _errors.__doc__ is not None
     assert all(name in _errors.__doc__ for name in named)
     assert all(issubclass(getattr(hvpd, name), hvpd.HvpdError) for name in named)
+
+
+def test_the_id_of_the_request_is_in_the_error_and_at_the_end_of_its_message():
+    for code in Code:
+        error = _errors.to_error(_errors.Failure(code, "what happened", request_id="3f2a/12"), "gpu-box:7070")
+        assert error.request_id == "3f2a/12"
+        assert str(error).endswith(" [request 3f2a/12]")
+        nameless = _errors.to_error(_errors.Failure(code, "what happened"), "gpu-box:7070")
+        assert nameless.request_id == ""
+        assert "[request" not in str(nameless)
+
+
+def test_errors_keep_it_when_they_go_to_another_process():
+    error = _errors.to_error(_errors.Failure(Code.NOT_FOUND, "gone", "OBJECTIVE_NOT_FOUND", request_id="3f2a"), "x:1")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), copy.reason, copy.request_id) == (
+        hvpd.NotFoundError,
+        str(error),
+        "OBJECTIVE_NOT_FOUND",
+        "3f2a",
+    )
+
+
+def test_an_old_server_tells_no_id_and_the_clients_own_stands_in():
+    told = _errors.Failure(Code.INTERNAL, "?", request_id="theirs")
+    assert told.sent_as("ours") == told
+    assert _errors.Failure(Code.DEADLINE_EXCEEDED, "?").sent_as("ours").request_id == "ours"
+    assert _errors.Failure(Code.UNAVAILABLE, "nobody is there").sent_as("ours").request_id == ""

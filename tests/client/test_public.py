@@ -26,6 +26,7 @@ Point
 RegistrationCheck
 Statistics
 UnavailableError
+Usage
 __version__
 composite
 connect

@@ -440,3 +440,29 @@ def test_a_client_goes_on_after_ctrl_c(server, client, call):
         check=False,
     )
     assert done.stdout == "40\n", done.stderr[-3000:]
+
+
+def test_data_that_a_server_has_lost_is_sent_again(serve):
+    """Of `objective.at(x, *data)`: it was pruned, or its file is damaged, or the store is another."""
+    server = serve()
+    rng = np.random.default_rng(0)
+    x, first, other = rng.normal(size=(3, 6))
+    with hvpd.connect(server.address) as client:
+        objective = client.register(lambda x, a: jnp.sum(a * x**4) / 12, x, first)
+        point = objective.at(x, other)
+        step = point.moved(1.0, np.ones(6))
+        server.kill()
+        path = next(path for path in server.store.glob("blobs/*/*") if path.read_bytes() == other.tobytes())
+        path.unlink()
+        server.start()
+        np.testing.assert_allclose(point.hessian() @ np.ones(6), other * x**2)
+        server.kill()
+        path.write_bytes(b"damaged")
+        server.start()
+        np.testing.assert_allclose(step.hessian() @ np.ones(6), other * (x + 1) ** 2)
+        server.kill()
+        path.unlink()
+        server.start()
+        other += 1
+        with pytest.raises(hvpd.InvalidArgumentError, match="its arrays were changed since it was made"):
+            point.hessian() @ np.ones(6)

@@ -1,5 +1,6 @@
 """`hvpd serve`: what dies or hangs under it is replaced, and solves do not notice."""
 
+import json
 import os
 import signal
 import subprocess
@@ -150,3 +151,42 @@ def test_a_product_that_never_ends_costs_the_server_a_few_lives_and_its_objectiv
         (server.store / "quarantine" / objective.digest).unlink()
         assert np.allclose(objective.at(np.full(5, 2.0)).gradient, 8 / 3)
     assert sum("had no answer of its device for 2 s" in line for line in server.lines) == 2
+
+
+def slow(steps):
+    """Takes long to compile: some seconds for a hundred steps."""
+
+    def f(x, scale):
+        for step in range(steps):
+            x = jnp.sort(jnp.sin(x + step * scale))
+        return jnp.sum(x**2)
+
+    return f
+
+
+def compiling(client, objective):
+    return any(each.state == "compiling" for each in client.objective(objective.digest).compiles())
+
+
+def test_who_is_compiled_when_the_server_crashes_is_noted(serve):
+    server = serve(supervised=True)
+    with hvpd.connect(server.address) as client:
+        objective = client.register(slow(60), np.ones(7), np.float64(1e-3), name="slow")
+        until(lambda: compiling(client, objective))
+        os.kill(child(server), signal.SIGSEGV)
+        assert np.isfinite(objective.value(np.ones(7)))
+    record = json.loads((server.store / "quarantine" / objective.digest).read_text())
+    assert record["strikes"] == 1
+    assert "compiled when the server was ended by SIGSEGV" in record["reason"]
+
+
+def test_a_compile_that_takes_too_long_costs_its_objective_its_place_and_nobody_elses(serve, spd):
+    server = serve("--compile-timeout", "2.5", "--quarantine-after", "1", supervised=True)
+    n = len(spd)
+    with hvpd.connect(server.address) as client:
+        H = client.register(quadratic, np.zeros(n), spd).at(np.zeros(n)).hessian()
+        with pytest.raises(hvpd.HvpdError, match=r"a compile of it did not end within 2\.5 s") as error:
+            client.register(slow(200), np.ones(8), np.float64(1e-3), name="slow").value(np.ones(8))
+        assert error.value.reason == "QUARANTINED"
+        np.testing.assert_allclose(H @ np.ones(n), spd @ np.ones(n), rtol=1e-9)
+    assert server.terminate() == 0

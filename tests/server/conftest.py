@@ -17,7 +17,7 @@ import pytest
 from hvpd import _codec, _export
 from hvpd_server._engine import Engine
 from hvpd_server._kernels import devices
-from hvpd_server._lane import Limits
+from hvpd_server._limits import Limits
 from hvpd_server._metrics import Metrics
 from hvpd_server._store import Store
 from hvpd_server._vetting import Vetter

@@ -42,6 +42,14 @@ def test_what_runs_is_seen_the_oldest_first_and_what_ended_is_not(both):
     assert supervisor.work() == []
 
 
+def test_whether_it_is_compiled_is_seen(both):
+    server, supervisor = both
+    with server.working(DIGESTS[0], compiling=True), server.working(DIGESTS[1]):
+        assert {work.digest: work.compiling for work in supervisor.work()} == {DIGESTS[0]: True, DIGESTS[1]: False}
+    with server.working(DIGESTS[2]):  # In the place of either.
+        assert [work.compiling for work in supervisor.work()] == [False]
+
+
 def test_what_gets_on_begins_anew(both):
     server, supervisor = both
     with server.working(DIGESTS[0]):

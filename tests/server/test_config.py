@@ -14,6 +14,7 @@ VALUES = {
     "host": ("127.0.0.2", "127.0.0.2", "::1", "::1"),
     "port": ("0", 0, "65535", 65535),
     "store": ("/srv/a", Path("/srv/a"), "b", Path("b")),
+    "metrics_host": ("0.0.0.0", "0.0.0.0", "::1", "::1"),
     "metrics_port": ("0", 0, "9090", 9090),
     "memory_budget": ("16G", 16 << 30, "512M", 512 << 20),
     "max_block_width": ("1", 1, "128", 128),
@@ -23,12 +24,14 @@ VALUES = {
     "max_calls": ("8", 8, "9", 9),
     "drain": ("0", 0.0, "2.5", 2.5),
     "launch_timeout": ("0", 0.0, "2.5", 2.5),
+    "compile_timeout": ("0", 0.0, "2.5", 2.5),
     "quarantine_after": ("1", 1, "9", 9),
     "tls_cert": ("a.pem", Path("a.pem"), "/srv/b.pem", Path("/srv/b.pem")),
     "tls_key": ("a.key", Path("a.key"), "/srv/b.key", Path("/srv/b.key")),
     "tls_client_ca": ("a.pem", Path("a.pem"), "/srv/b.pem", Path("/srv/b.pem")),
     "tokens": ("a.json", Path("a.json"), "/srv/b.json", Path("/srv/b.json")),
     "log_level": ("debug", "DEBUG", "ERROR", "ERROR"),
+    "log_format": ("JSON", "json", "text", "text"),
 }
 
 # What a setting is of no use without.
@@ -40,6 +43,7 @@ WITH = {
 
 BAD = {
     "port": ["-1", "65536", "http", "7070.0", "0x10"],
+    "metrics_host": [" "],
     "metrics_port": ["-1", "99999"],
     "memory_budget": ["0", "-1G", "16X", "lots", "G", "nan", "inf"],
     "max_block_width": ["0", "3", "-4", "1.5", "wide"],
@@ -49,8 +53,10 @@ BAD = {
     "max_calls": ["0", "many"],
     "drain": ["-1", "inf", "nan", "soon"],
     "launch_timeout": ["-1", "inf", "soon"],
+    "compile_timeout": ["-1", "inf", "soon"],
     "quarantine_after": ["0", "-1", "often"],
     "log_level": ["loud", "5"],
+    "log_format": ["xml", "js on"],
 }
 
 
@@ -69,6 +75,8 @@ def config(*argv, **environment):
 def test_the_defaults_listen_on_loopback_only():
     assert config() == Config()
     assert (Config().host, Config().port, Config().insecure) == ("127.0.0.1", 7070, False)
+    assert (Config().metrics_host, Config().metrics_port) == ("127.0.0.1", None)
+    assert config("--host", "0.0.0.0", "--insecure").metrics_host == "127.0.0.1"
 
 
 def test_the_default_store_is_where_users_data_belongs(monkeypatch, tmp_path):

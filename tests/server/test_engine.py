@@ -107,7 +107,7 @@ def test_a_block_takes_as_few_launches_as_the_compiled_buckets_allow(
     engine = serve(logistic)
     point = create_point(engine, logistic)
     compile_programs(point, *(("hvp", width) for width in compiled))
-    monkeypatch.setattr(engine.lanes[0], "_have", lambda objective, base, width: None)
+    monkeypatch.setattr(engine.lanes[0].launches, "_have", lambda objective, base, width: None)
     V = block(logistic, 7)
     assert_product(multiply(engine, point, V), logistic.hessian, V)
     assert launches(engine, "hvp") + launches(engine, "apply") == expected
@@ -258,7 +258,7 @@ def test_what_arrives_while_the_device_works_goes_as_one_block(serve, logistic, 
     point = create_point(engine, logistic)
     compile_programs(point, ("hvp", 1), ("hvp", 8))
     begun, may_go, queued = threading.Event(), threading.Event(), threading.Semaphore(0)
-    product, enqueue = engine.lanes[0]._product, engine.lanes[0]._batcher._enqueue
+    product, enqueue = engine.lanes[0].launches._product, engine.lanes[0].launches._batcher._enqueue
 
     def held_product(*args):
         begun.set()
@@ -269,8 +269,8 @@ def test_what_arrives_while_the_device_works_goes_as_one_block(serve, logistic, 
         enqueue(job)
         queued.release()
 
-    monkeypatch.setattr(engine.lanes[0], "_product", held_product)
-    monkeypatch.setattr(engine.lanes[0]._batcher, "_enqueue", noted_enqueue)
+    monkeypatch.setattr(engine.lanes[0].launches, "_product", held_product)
+    monkeypatch.setattr(engine.lanes[0].launches._batcher, "_enqueue", noted_enqueue)
     blocks = [block(logistic, 1, seed) for seed in range(8)]
     futures = [start(engine.multiply, point, "hvp", blocks[0])]
     assert begun.wait(WAIT)
@@ -291,7 +291,7 @@ def test_tenants_share_the_device_and_priorities_order_one_tenants_products(serv
     points = [create_point(engine, rosen, rosen.x + shift) for shift in range(6)]
     compile_programs(points[0], ("hvp", 1))
     begun, may_go, queued, order = threading.Event(), threading.Event(), threading.Semaphore(0), []
-    product, enqueue = engine.lanes[0]._product, engine.lanes[0]._batcher._enqueue
+    product, enqueue = engine.lanes[0].launches._product, engine.lanes[0].launches._batcher._enqueue
 
     def held_product(point, *args):
         order.append(points.index(point))
@@ -303,8 +303,8 @@ def test_tenants_share_the_device_and_priorities_order_one_tenants_products(serv
         enqueue(job)
         queued.release()
 
-    monkeypatch.setattr(engine.lanes[0], "_product", held_product)
-    monkeypatch.setattr(engine.lanes[0]._batcher, "_enqueue", noted_enqueue)
+    monkeypatch.setattr(engine.lanes[0].launches, "_product", held_product)
+    monkeypatch.setattr(engine.lanes[0].launches._batcher, "_enqueue", noted_enqueue)
     futures = [start(engine.multiply, points[0], "hvp", block(rosen, 1), tenant="first")]
     assert begun.wait(WAIT)
     asked = [("a", -1), ("a", 0), ("a", 1), ("b", -100), ("a", 100)]

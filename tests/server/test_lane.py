@@ -23,7 +23,7 @@ from hvpd.v1 import curvature_pb2, tensor_pb2
 from hvpd_server import _engine, _kernels, _lane, _store
 from hvpd_server._board import Board
 from hvpd_server._errors import Code, ServiceError
-from hvpd_server._lane import Limits
+from hvpd_server._limits import Limits
 from hvpd_server._metrics import Metrics
 
 WAIT = 60

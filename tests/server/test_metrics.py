@@ -20,7 +20,7 @@ from hvpd.v1 import curvature_pb2
 from hvpd_server import _metrics
 from hvpd_server._batcher import Job
 from hvpd_server._errors import Code, ServiceError, to_status
-from hvpd_server._lane import Limits
+from hvpd_server._limits import Limits
 from hvpd_server._metrics import Live, Memory, Metrics
 from hvpd_server._observer import Observer
 from hvpd_server._service import CurvatureService
@@ -295,7 +295,8 @@ def test_an_engine_counts_what_it_does(serve, logistic):
     metrics, point = engine.metrics, create(engine, logistic)
     assert create(engine, logistic) is point
     vectors = np.eye(logistic.x.size)[:3]
-    point.source.kernels.request("hvp", 4).result(WAIT)
+    for width in (1, 4):
+        point.source.kernels.request("hvp", width).result(WAIT)
     before = value(metrics, "hvpd_launched_columns_total")
     engine.multiply(point, "hvp", vectors)
     assert value(metrics, "hvpd_points_total") == 1
@@ -320,14 +321,14 @@ def test_what_is_in_flight_is_told_while_it_is(serve, logistic, start, monkeypat
     engine = serve(logistic)
     point = create(engine, logistic)
     launching, finish = threading.Event(), threading.Event()
-    inner = engine.lanes[0]._product
+    inner = engine.lanes[0].launches._product
 
     def product(*args):
         launching.set()
         assert finish.wait(WAIT)
         return inner(*args)
 
-    monkeypatch.setattr(engine.lanes[0], "_product", product)
+    monkeypatch.setattr(engine.lanes[0].launches, "_product", product)
     future = start(engine.multiply, point, "hvp", np.eye(logistic.x.size)[:1])
     assert launching.wait(WAIT)
     assert value(engine.metrics, "hvpd_in_flight_vectors") == 1
@@ -359,7 +360,7 @@ def test_a_compile_that_fails_is_counted(serve, logistic, monkeypatch):
 def test_a_full_queue_is_counted(serve, logistic, monkeypatch):
     engine = serve(logistic)
     point = create(engine, logistic)
-    monkeypatch.setattr(engine.lanes[0]._batcher, "_max_pending", 1)
+    monkeypatch.setattr(engine.lanes[0].launches._batcher, "_max_pending", 1)
     with pytest.raises(ServiceError) as refused:
         engine.multiply(point, "hvp", np.eye(logistic.x.size)[:2])
     assert refused.value.reason == "QUEUE_FULL"
@@ -466,7 +467,7 @@ class Engine:
     def resident(self, spec, *owner):
         bundle = types.SimpleNamespace(dtype="float64")
         return types.SimpleNamespace(
-            objective=types.SimpleNamespace(sizes=(4,), dtype=np.dtype("float64"), bundle=bundle)
+            objective=types.SimpleNamespace(digest="d" * 64, sizes=(4,), dtype=np.dtype("float64"), bundle=bundle)
         )
 
     def multiply(self, point, program, vectors, **settings):

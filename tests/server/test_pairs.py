@@ -33,7 +33,7 @@ def at_once(start, monkeypatch):
     def at_once(engine, first, rest):
         lane = engine.lanes[0]
         begun, may_go, waiting = threading.Event(), threading.Event(), threading.Semaphore(0)
-        blocks, enqueue = lane._launch_blocks, lane._batcher._enqueue
+        blocks, enqueue = lane.launches._launch_blocks, lane.launches._batcher._enqueue
 
         def held(*args):
             begun.set()
@@ -44,8 +44,8 @@ def at_once(start, monkeypatch):
             enqueue(job)
             waiting.release()
 
-        monkeypatch.setattr(lane, "_launch_blocks", held)
-        monkeypatch.setattr(lane._batcher, "_enqueue", noted)
+        monkeypatch.setattr(lane.launches, "_launch_blocks", held)
+        monkeypatch.setattr(lane.launches._batcher, "_enqueue", noted)
         futures = [start(engine.multiply, first[0], "hvp", first[1])]
         assert begun.wait(WAIT)
         futures += [start(engine.multiply, point, "hvp", V) for point, V in rest]

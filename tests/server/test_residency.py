@@ -500,3 +500,126 @@ def test_whatever_is_done_what_is_pinned_stays_and_is_half_of_the_budget_at_most
             assert held() == before
         assert residency._bytes(held()) <= 10
         assert sum(residency.used_bytes().values()) <= 20
+
+
+# Users and their limits
+
+
+@pytest.fixture
+def limited(evicted):
+    """Room for a hundred bytes, of which `a` may have ten."""
+    return Residency(100, evicted.append, {"a": 10}.get)
+
+
+def put(residency, key, size, user, *, kind="point", needs=()):
+    residency.put(key, kind, key, size, needs=needs)
+    residency.join(key, user)
+
+
+def test_an_entry_is_for_those_who_joined_it(limited):
+    put(limited, "p", 1, "a")
+    assert limited.get("p", "a") == limited.get("p") == "p"
+    assert limited.get("p", "b") is None
+    limited.join("p", "b")
+    assert limited.get("p", "b") == "p"
+    assert limited.users("p") == {"a", "b"}
+    limited.join("gone", "a")
+    assert limited.users("gone") == set()
+
+
+def test_who_would_have_more_than_it_may_leaves_what_it_used_least_recently(limited, evicted):
+    for key in "pqr":
+        put(limited, key, 3, "a")
+    put(limited, "other", 50, "b")
+    limited.get("p", "a")
+    put(limited, "s", 3, "a")
+    assert limited.had_bytes("a") == 9
+    assert evicted == ["point"]
+    assert keys(limited, "pqrs") == "prs"
+    assert limited.had_bytes("b") == 50
+
+
+def test_what_others_have_too_is_left_and_not_dropped(limited, evicted):
+    put(limited, "p", 6, "a")
+    limited.join("p", "b")
+    put(limited, "q", 6, "a")
+    assert evicted == []
+    assert limited.get("p", "a") is None
+    assert limited.get("p", "b") == "p"
+    assert (limited.had_bytes("a"), limited.had_bytes("b")) == (6, 6)
+
+
+def test_data_counts_for_all_who_need_it_and_stays_when_they_leave(limited):
+    limited.put("data", "data", "D", 5)
+    put(limited, "p", 1, "a", needs=["data"])
+    put(limited, "q", 1, "a", needs=["data"])
+    put(limited, "r", 1, "b", needs=["data"])
+    assert (limited.had_bytes("a"), limited.had_bytes("b")) == (7, 6)
+    put(limited, "s", 6, "a")
+    assert limited.had_bytes("a") == 6
+    assert limited.get("data") == "D"
+    assert limited.get("r", "b") == "r"
+
+
+def test_what_needs_an_entry_counts_for_its_users(limited, evicted):
+    put(limited, "p", 3, "a")
+    put(limited, "q", 3, "a")
+    limited.put("residuals of q", "residuals", "R", 4, needs=["q"])
+    assert limited.had_bytes("a") == 10
+    limited.put("residuals of q", "residuals", "R", 6, needs=["q"])
+    limited.fit("q")
+    assert limited.had_bytes("a") == 9
+    assert limited.get("p") is None
+    limited.fit("gone")
+
+
+def test_what_is_pinned_is_not_left(limited):
+    put(limited, "p", 4, "a")
+    limited.pin("p", 60)
+    put(limited, "q", 4, "a")
+    put(limited, "r", 4, "a")
+    assert keys(limited, "pqr") == "pr"
+
+
+@pytest.mark.parametrize(("size", "pinned", "fits"), [(5, 0, True), (6, 0, False), (3, 2, True), (3, 3, False)])
+def test_what_a_user_may_not_have_whatever_it_leaves_is_refused(limited, size, pinned, fits):
+    limited.put("data", "data", "D", 5)
+    if pinned:
+        put(limited, "p", pinned, "a")
+        limited.pin("p", 60)
+    with contextlib.nullcontext() if fits else pytest.raises(ServiceError) as error:
+        limited.check_user("a", size, "a point", {"data": 5})
+    if not fits:
+        assert (error.value.code, error.value.reason) == (Code.RESOURCE_EXHAUSTED, "TENANT_MEMORY")
+        assert f"a point of {size + 5} bytes" in str(error.value)
+        assert "tenant a may have on the device" in str(error.value)
+    limited.check_user("b", 1000, "a point")
+    with pytest.raises(ServiceError):
+        limited.check_user("a", size, "a point", {"data that is not here yet": 11 - size})
+
+
+def test_what_fulfils_a_condition_is_dropped_with_what_needs_it(limited):
+    limited.put("data", "data", "D", 5)
+    put(limited, "p", 1, "a", needs=["data"])
+    put(limited, "q", 1, "a", needs=["data"])
+    limited.put("residuals", "residuals", "R", 1, needs=["p"])
+    limited.drop_where(lambda value: value == "p")
+    assert [limited.get(key) for key in ("data", "p", "q", "residuals")] == ["D", None, "q", None]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("pqrstu"), st.integers(1, 10), st.sampled_from("ab"), st.sampled_from(["", "d", "e"]))
+    )
+)
+def test_nobody_has_more_than_it_may(steps):
+    residency = Residency(40, limit_of={"a": 20, "b": 25}.get)
+    for key, size, user, need in steps:
+        if need and residency.get(need) is None:
+            residency.put(need, "data", need, 8)
+        put(residency, key, size, user, needs=[need] if need else [])
+        assert residency.get(key, user) == key
+        assert residency.had_bytes("a") <= 20
+        assert residency.had_bytes("b") <= 25
+        assert sum(residency.used_bytes().values()) <= 40

@@ -11,6 +11,7 @@ N = 3
 
 
 class FakeObjective:
+    digest = "d" * 64
     sizes = (N,)
     dtype = np.dtype("float64")
 

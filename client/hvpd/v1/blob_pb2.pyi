@@ -105,3 +105,41 @@ class UploadBlobResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["size_bytes", b"size_bytes"]) -> None: ...
 
 Global___UploadBlobResponse: typing_extensions.TypeAlias = UploadBlobResponse
+
+@typing.final
+class PruneBlobsRequest(google.protobuf.message.Message):
+    """Request of PruneBlobs."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___PruneBlobsRequest: typing_extensions.TypeAlias = PruneBlobsRequest
+
+@typing.final
+class PruneBlobsResponse(google.protobuf.message.Message):
+    """Reply of PruneBlobs."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PRUNED_COUNT_FIELD_NUMBER: builtins.int
+    PRUNED_BYTES_FIELD_NUMBER: builtins.int
+    FREED_BYTES_FIELD_NUMBER: builtins.int
+    pruned_count: builtins.int
+    """Blobs that the tenant has given up."""
+    pruned_bytes: builtins.int
+    """Their bytes."""
+    freed_bytes: builtins.int
+    """Bytes of those that are gone from the store."""
+    def __init__(
+        self,
+        *,
+        pruned_count: builtins.int = ...,
+        pruned_bytes: builtins.int = ...,
+        freed_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["freed_bytes", b"freed_bytes", "pruned_bytes", b"pruned_bytes", "pruned_count", b"pruned_count"]) -> None: ...
+
+Global___PruneBlobsResponse: typing_extensions.TypeAlias = PruneBlobsResponse

@@ -47,6 +47,11 @@ class BlobServiceStub(object):
                 request_serializer=hvpd_dot_v1_dot_blob__pb2.UploadBlobRequest.SerializeToString,
                 response_deserializer=hvpd_dot_v1_dot_blob__pb2.UploadBlobResponse.FromString,
                 _registered_method=True)
+        self.PruneBlobs = channel.unary_unary(
+                '/hvpd.v1.BlobService/PruneBlobs',
+                request_serializer=hvpd_dot_v1_dot_blob__pb2.PruneBlobsRequest.SerializeToString,
+                response_deserializer=hvpd_dot_v1_dot_blob__pb2.PruneBlobsResponse.FromString,
+                _registered_method=True)
 
 
 class BlobServiceServicer(object):
@@ -70,6 +75,14 @@ class BlobServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PruneBlobs(self, request, context):
+        """Gives up the tenant's blobs to which none of its objectives refers, and which are older than an hour: data and points of solves that
+        are over. What is nobody's then is gone from the store. Whoever needs one again uploads it again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BlobServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -82,6 +95,11 @@ def add_BlobServiceServicer_to_server(servicer, server):
                     servicer.UploadBlob,
                     request_deserializer=hvpd_dot_v1_dot_blob__pb2.UploadBlobRequest.FromString,
                     response_serializer=hvpd_dot_v1_dot_blob__pb2.UploadBlobResponse.SerializeToString,
+            ),
+            'PruneBlobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.PruneBlobs,
+                    request_deserializer=hvpd_dot_v1_dot_blob__pb2.PruneBlobsRequest.FromString,
+                    response_serializer=hvpd_dot_v1_dot_blob__pb2.PruneBlobsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -141,6 +159,33 @@ class BlobService(object):
             '/hvpd.v1.BlobService/UploadBlob',
             hvpd_dot_v1_dot_blob__pb2.UploadBlobRequest.SerializeToString,
             hvpd_dot_v1_dot_blob__pb2.UploadBlobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PruneBlobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hvpd.v1.BlobService/PruneBlobs',
+            hvpd_dot_v1_dot_blob__pb2.PruneBlobsRequest.SerializeToString,
+            hvpd_dot_v1_dot_blob__pb2.PruneBlobsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,7 +57,23 @@ _BlobServiceUploadBlobType = typing_extensions.TypeVar(
     ],
 )
 
-class BlobServiceStub(typing.Generic[_BlobServiceFindMissingBlobsType, _BlobServiceUploadBlobType]):
+_BlobServicePruneBlobsType = typing_extensions.TypeVar(
+    '_BlobServicePruneBlobsType',
+    grpc.UnaryUnaryMultiCallable[
+        hvpd.v1.blob_pb2.PruneBlobsRequest,
+        hvpd.v1.blob_pb2.PruneBlobsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        hvpd.v1.blob_pb2.PruneBlobsRequest,
+        hvpd.v1.blob_pb2.PruneBlobsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        hvpd.v1.blob_pb2.PruneBlobsRequest,
+        hvpd.v1.blob_pb2.PruneBlobsResponse,
+    ],
+)
+
+class BlobServiceStub(typing.Generic[_BlobServiceFindMissingBlobsType, _BlobServiceUploadBlobType, _BlobServicePruneBlobsType]):
     """Content-addressed storage of bytes on the server's disk: programs, bundles and data. A client asks what is missing and
     sends only that, as in the Bazel remote-execution protocol. Storing is idempotent and atomic. Where the server tells tenants apart, by
     the token in `authorization: Bearer TOKEN` of every call, a tenant has the blobs that it has uploaded itself, and no others.
@@ -73,6 +89,10 @@ class BlobServiceStub(typing.Generic[_BlobServiceFindMissingBlobsType, _BlobServ
             hvpd.v1.blob_pb2.UploadBlobRequest,
             hvpd.v1.blob_pb2.UploadBlobResponse,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            hvpd.v1.blob_pb2.PruneBlobsRequest,
+            hvpd.v1.blob_pb2.PruneBlobsResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -85,6 +105,10 @@ class BlobServiceStub(typing.Generic[_BlobServiceFindMissingBlobsType, _BlobServ
             hvpd.v1.blob_pb2.UploadBlobRequest,
             hvpd.v1.blob_pb2.UploadBlobResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            hvpd.v1.blob_pb2.PruneBlobsRequest,
+            hvpd.v1.blob_pb2.PruneBlobsResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     FindMissingBlobs: _BlobServiceFindMissingBlobsType
@@ -95,6 +119,11 @@ class BlobServiceStub(typing.Generic[_BlobServiceFindMissingBlobsType, _BlobServ
     A wrong offset, length or digest is INVALID_ARGUMENT and leaves the store as it was.
     """
 
+    PruneBlobs: _BlobServicePruneBlobsType
+    """Gives up the tenant's blobs to which none of its objectives refers, and which are older than an hour: data and points of solves that
+    are over. What is nobody's then is gone from the store. Whoever needs one again uploads it again.
+    """
+
 BlobServiceAsyncStub: typing_extensions.TypeAlias = BlobServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         hvpd.v1.blob_pb2.FindMissingBlobsRequest,
@@ -103,6 +132,10 @@ BlobServiceAsyncStub: typing_extensions.TypeAlias = BlobServiceStub[
     grpc.aio.StreamUnaryMultiCallable[
         hvpd.v1.blob_pb2.UploadBlobRequest,
         hvpd.v1.blob_pb2.UploadBlobResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        hvpd.v1.blob_pb2.PruneBlobsRequest,
+        hvpd.v1.blob_pb2.PruneBlobsResponse,
     ],
 ]
 
@@ -128,6 +161,16 @@ class BlobServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[hvpd.v1.blob_pb2.UploadBlobResponse, collections.abc.Awaitable[hvpd.v1.blob_pb2.UploadBlobResponse]]:
         """Stores one blob, sent as consecutive chunks. The reply comes when it is on disk and its digest has been verified.
         A wrong offset, length or digest is INVALID_ARGUMENT and leaves the store as it was.
+        """
+
+    @abc.abstractmethod
+    def PruneBlobs(
+        self,
+        request: hvpd.v1.blob_pb2.PruneBlobsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[hvpd.v1.blob_pb2.PruneBlobsResponse, collections.abc.Awaitable[hvpd.v1.blob_pb2.PruneBlobsResponse]]:
+        """Gives up the tenant's blobs to which none of its objectives refers, and which are older than an hour: data and points of solves that
+        are over. What is nobody's then is gone from the store. Whoever needs one again uploads it again.
         """
 
 def add_BlobServiceServicer_to_server(servicer: BlobServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -242,6 +242,7 @@ class ProductSpec(google.protobuf.message.Message):
     BLOCK_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
     PIPELINED_FIELD_NUMBER: builtins.int
+    TRACEPARENT_FIELD_NUMBER: builtins.int
     point_id: builtins.str
     """Point.id."""
     operator: Global___Operator.ValueType
@@ -260,6 +261,10 @@ class ProductSpec(google.protobuf.message.Message):
     """In StreamProducts: more products of this stream follow before this one is answered. From the first that says so, those of the
     stream are computed beside each other, and answered in whichever order they are done.
     """
+    traceparent: builtins.str
+    """In StreamProducts, whose metadata is older than the product: the caller's span, as a W3C Trace Context traceparent
+    (https://www.w3.org/TR/trace-context/). Unset where the caller traces nothing; one that is malformed is ignored.
+    """
     def __init__(
         self,
         *,
@@ -271,8 +276,9 @@ class ProductSpec(google.protobuf.message.Message):
         block: builtins.int = ...,
         priority: builtins.int = ...,
         pipelined: builtins.bool = ...,
+        traceparent: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block", b"block", "k", b"k", "operator", b"operator", "pipelined", b"pipelined", "point_id", b"point_id", "priority", b"priority", "quadratic_form", b"quadratic_form", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block", b"block", "k", b"k", "operator", b"operator", "pipelined", b"pipelined", "point_id", b"point_id", "priority", b"priority", "quadratic_form", b"quadratic_form", "seed", b"seed", "traceparent", b"traceparent"]) -> None: ...
 
 Global___ProductSpec: typing_extensions.TypeAlias = ProductSpec
 

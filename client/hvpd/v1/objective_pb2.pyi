@@ -54,6 +54,86 @@ VERDICT_UNDECIDED: Verdict.ValueType  # 4
 Global___Verdict: typing_extensions.TypeAlias = Verdict
 
 @typing.final
+class DeleteObjectiveRequest(google.protobuf.message.Message):
+    """Request of DeleteObjective."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """A name, which is taken off; or a digest, or the beginning of one (8 digits at least): all its names are, as far as they are the tenant's."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+Global___DeleteObjectiveRequest: typing_extensions.TypeAlias = DeleteObjectiveRequest
+
+@typing.final
+class DeleteObjectiveResponse(google.protobuf.message.Message):
+    """Reply of DeleteObjective."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: builtins.int
+    DELETED_FIELD_NUMBER: builtins.int
+    FREED_BYTES_FIELD_NUMBER: builtins.int
+    digest: builtins.str
+    """Digest of the objective."""
+    deleted: builtins.bool
+    """Whether it is gone from the store, for everybody."""
+    freed_bytes: builtins.int
+    """Bytes of blobs that are gone from the store."""
+    def __init__(
+        self,
+        *,
+        digest: builtins.str = ...,
+        deleted: builtins.bool = ...,
+        freed_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deleted", b"deleted", "digest", b"digest", "freed_bytes", b"freed_bytes"]) -> None: ...
+
+Global___DeleteObjectiveResponse: typing_extensions.TypeAlias = DeleteObjectiveResponse
+
+@typing.final
+class ReleaseObjectiveRequest(google.protobuf.message.Message):
+    """Request of ReleaseObjective."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Name or digest."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+
+Global___ReleaseObjectiveRequest: typing_extensions.TypeAlias = ReleaseObjectiveRequest
+
+@typing.final
+class ReleaseObjectiveResponse(google.protobuf.message.Message):
+    """Reply of ReleaseObjective."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STRIKES_FIELD_NUMBER: builtins.int
+    strikes: builtins.int
+    """How many times it had ended the server; 0 where it was not quarantined, nor about to be."""
+    def __init__(
+        self,
+        *,
+        strikes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["strikes", b"strikes"]) -> None: ...
+
+Global___ReleaseObjectiveResponse: typing_extensions.TypeAlias = ReleaseObjectiveResponse
+
+@typing.final
 class Program(google.protobuf.message.Message):
     """One exported function: a blob that jax.export serialized. All arguments and results are arrays (no pytrees), x is flat.
 

@@ -55,6 +55,16 @@ class ObjectiveServiceStub(object):
                 request_serializer=hvpd_dot_v1_dot_objective__pb2.GetPlanRequest.SerializeToString,
                 response_deserializer=hvpd_dot_v1_dot_objective__pb2.GetPlanResponse.FromString,
                 _registered_method=True)
+        self.DeleteObjective = channel.unary_unary(
+                '/hvpd.v1.ObjectiveService/DeleteObjective',
+                request_serializer=hvpd_dot_v1_dot_objective__pb2.DeleteObjectiveRequest.SerializeToString,
+                response_deserializer=hvpd_dot_v1_dot_objective__pb2.DeleteObjectiveResponse.FromString,
+                _registered_method=True)
+        self.ReleaseObjective = channel.unary_unary(
+                '/hvpd.v1.ObjectiveService/ReleaseObjective',
+                request_serializer=hvpd_dot_v1_dot_objective__pb2.ReleaseObjectiveRequest.SerializeToString,
+                response_deserializer=hvpd_dot_v1_dot_objective__pb2.ReleaseObjectiveResponse.FromString,
+                _registered_method=True)
 
 
 class ObjectiveServiceServicer(object):
@@ -91,6 +101,21 @@ class ObjectiveServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteObjective(self, request, context):
+        """Takes a name off an objective, and with the last one the objective out of the store, and the blobs that nothing else refers to. Where
+        tenants are told apart, only what is the tenant's own; PERMISSION_DENIED with reason NOT_YOURS otherwise, unless `administer`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseObjective(self, request, context):
+        """Serves an objective again that ended the server too often. For operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ObjectiveServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +138,16 @@ def add_ObjectiveServiceServicer_to_server(servicer, server):
                     servicer.GetPlan,
                     request_deserializer=hvpd_dot_v1_dot_objective__pb2.GetPlanRequest.FromString,
                     response_serializer=hvpd_dot_v1_dot_objective__pb2.GetPlanResponse.SerializeToString,
+            ),
+            'DeleteObjective': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteObjective,
+                    request_deserializer=hvpd_dot_v1_dot_objective__pb2.DeleteObjectiveRequest.FromString,
+                    response_serializer=hvpd_dot_v1_dot_objective__pb2.DeleteObjectiveResponse.SerializeToString,
+            ),
+            'ReleaseObjective': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseObjective,
+                    request_deserializer=hvpd_dot_v1_dot_objective__pb2.ReleaseObjectiveRequest.FromString,
+                    response_serializer=hvpd_dot_v1_dot_objective__pb2.ReleaseObjectiveResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -224,6 +259,60 @@ class ObjectiveService(object):
             '/hvpd.v1.ObjectiveService/GetPlan',
             hvpd_dot_v1_dot_objective__pb2.GetPlanRequest.SerializeToString,
             hvpd_dot_v1_dot_objective__pb2.GetPlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteObjective(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hvpd.v1.ObjectiveService/DeleteObjective',
+            hvpd_dot_v1_dot_objective__pb2.DeleteObjectiveRequest.SerializeToString,
+            hvpd_dot_v1_dot_objective__pb2.DeleteObjectiveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseObjective(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hvpd.v1.ObjectiveService/ReleaseObjective',
+            hvpd_dot_v1_dot_objective__pb2.ReleaseObjectiveRequest.SerializeToString,
+            hvpd_dot_v1_dot_objective__pb2.ReleaseObjectiveResponse.FromString,
             options,
             channel_credentials,
             insecure,

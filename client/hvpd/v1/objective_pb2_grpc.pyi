@@ -89,7 +89,39 @@ _ObjectiveServiceGetPlanType = typing_extensions.TypeVar(
     ],
 )
 
-class ObjectiveServiceStub(typing.Generic[_ObjectiveServiceCreateObjectiveType, _ObjectiveServiceGetObjectiveType, _ObjectiveServiceListObjectivesType, _ObjectiveServiceGetPlanType]):
+_ObjectiveServiceDeleteObjectiveType = typing_extensions.TypeVar(
+    '_ObjectiveServiceDeleteObjectiveType',
+    grpc.UnaryUnaryMultiCallable[
+        hvpd.v1.objective_pb2.DeleteObjectiveRequest,
+        hvpd.v1.objective_pb2.DeleteObjectiveResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        hvpd.v1.objective_pb2.DeleteObjectiveRequest,
+        hvpd.v1.objective_pb2.DeleteObjectiveResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        hvpd.v1.objective_pb2.DeleteObjectiveRequest,
+        hvpd.v1.objective_pb2.DeleteObjectiveResponse,
+    ],
+)
+
+_ObjectiveServiceReleaseObjectiveType = typing_extensions.TypeVar(
+    '_ObjectiveServiceReleaseObjectiveType',
+    grpc.UnaryUnaryMultiCallable[
+        hvpd.v1.objective_pb2.ReleaseObjectiveRequest,
+        hvpd.v1.objective_pb2.ReleaseObjectiveResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        hvpd.v1.objective_pb2.ReleaseObjectiveRequest,
+        hvpd.v1.objective_pb2.ReleaseObjectiveResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        hvpd.v1.objective_pb2.ReleaseObjectiveRequest,
+        hvpd.v1.objective_pb2.ReleaseObjectiveResponse,
+    ],
+)
+
+class ObjectiveServiceStub(typing.Generic[_ObjectiveServiceCreateObjectiveType, _ObjectiveServiceGetObjectiveType, _ObjectiveServiceListObjectivesType, _ObjectiveServiceGetPlanType, _ObjectiveServiceDeleteObjectiveType, _ObjectiveServiceReleaseObjectiveType]):
     """Registers objectives and finds them again."""
 
     @typing.overload
@@ -109,6 +141,14 @@ class ObjectiveServiceStub(typing.Generic[_ObjectiveServiceCreateObjectiveType, 
         grpc.UnaryUnaryMultiCallable[
             hvpd.v1.objective_pb2.GetPlanRequest,
             hvpd.v1.objective_pb2.GetPlanResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            hvpd.v1.objective_pb2.DeleteObjectiveRequest,
+            hvpd.v1.objective_pb2.DeleteObjectiveResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            hvpd.v1.objective_pb2.ReleaseObjectiveRequest,
+            hvpd.v1.objective_pb2.ReleaseObjectiveResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -130,6 +170,14 @@ class ObjectiveServiceStub(typing.Generic[_ObjectiveServiceCreateObjectiveType, 
             hvpd.v1.objective_pb2.GetPlanRequest,
             hvpd.v1.objective_pb2.GetPlanResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            hvpd.v1.objective_pb2.DeleteObjectiveRequest,
+            hvpd.v1.objective_pb2.DeleteObjectiveResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            hvpd.v1.objective_pb2.ReleaseObjectiveRequest,
+            hvpd.v1.objective_pb2.ReleaseObjectiveResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     CreateObjective: _ObjectiveServiceCreateObjectiveType
@@ -148,6 +196,14 @@ class ObjectiveServiceStub(typing.Generic[_ObjectiveServiceCreateObjectiveType, 
     GetPlan: _ObjectiveServiceGetPlanType
     """Tells which program multiplies blocks of which width, and what that choice rests on."""
 
+    DeleteObjective: _ObjectiveServiceDeleteObjectiveType
+    """Takes a name off an objective, and with the last one the objective out of the store, and the blobs that nothing else refers to. Where
+    tenants are told apart, only what is the tenant's own; PERMISSION_DENIED with reason NOT_YOURS otherwise, unless `administer`.
+    """
+
+    ReleaseObjective: _ObjectiveServiceReleaseObjectiveType
+    """Serves an objective again that ended the server too often. For operators."""
+
 ObjectiveServiceAsyncStub: typing_extensions.TypeAlias = ObjectiveServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         hvpd.v1.objective_pb2.CreateObjectiveRequest,
@@ -164,6 +220,14 @@ ObjectiveServiceAsyncStub: typing_extensions.TypeAlias = ObjectiveServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         hvpd.v1.objective_pb2.GetPlanRequest,
         hvpd.v1.objective_pb2.GetPlanResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        hvpd.v1.objective_pb2.DeleteObjectiveRequest,
+        hvpd.v1.objective_pb2.DeleteObjectiveResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        hvpd.v1.objective_pb2.ReleaseObjectiveRequest,
+        hvpd.v1.objective_pb2.ReleaseObjectiveResponse,
     ],
 ]
 
@@ -205,5 +269,23 @@ class ObjectiveServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.objective_pb2.GetPlanResponse, collections.abc.Awaitable[hvpd.v1.objective_pb2.GetPlanResponse]]:
         """Tells which program multiplies blocks of which width, and what that choice rests on."""
+
+    @abc.abstractmethod
+    def DeleteObjective(
+        self,
+        request: hvpd.v1.objective_pb2.DeleteObjectiveRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[hvpd.v1.objective_pb2.DeleteObjectiveResponse, collections.abc.Awaitable[hvpd.v1.objective_pb2.DeleteObjectiveResponse]]:
+        """Takes a name off an objective, and with the last one the objective out of the store, and the blobs that nothing else refers to. Where
+        tenants are told apart, only what is the tenant's own; PERMISSION_DENIED with reason NOT_YOURS otherwise, unless `administer`.
+        """
+
+    @abc.abstractmethod
+    def ReleaseObjective(
+        self,
+        request: hvpd.v1.objective_pb2.ReleaseObjectiveRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[hvpd.v1.objective_pb2.ReleaseObjectiveResponse, collections.abc.Awaitable[hvpd.v1.objective_pb2.ReleaseObjectiveResponse]]:
+        """Serves an objective again that ended the server too often. For operators."""
 
 def add_ObjectiveServiceServicer_to_server(servicer: ObjectiveServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -24,17 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hvpd/v1/server.proto\x12\x07hvpd.v1\"\x12\n\x10GetServerRequest\"\xa6\x02\n\x11GetServerResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cmin_protocol\x18\x02 \x01(\x05\x12\x14\n\x0cmax_protocol\x18\x03 \x01(\x05\x12\x13\n\x0bjax_version\x18\x04 \x01(\t\x12&\n\x1emin_calling_convention_version\x18\x05 \x01(\x05\x12&\n\x1emax_calling_convention_version\x18\x06 \x01(\x05\x12\x10\n\x08platform\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65vice_kind\x18\x08 \x01(\t\x12\x17\n\x0fmax_block_width\x18\t \x01(\x05\x12\x19\n\x11stablehlo_version\x18\n \x01(\t\x12\x14\n\x0c\x64\x65vice_count\x18\x0b \x01(\x05\x32S\n\rServerService\x12\x42\n\tGetServer\x12\x19.hvpd.v1.GetServerRequest\x1a\x1a.hvpd.v1.GetServerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hvpd/v1/server.proto\x12\x07hvpd.v1\"&\n\x0fGetUsageRequest\x12\x13\n\x0b\x61ll_tenants\x18\x01 \x01(\x08\"2\n\x10GetUsageResponse\x12\x1e\n\x06usages\x18\x01 \x03(\x0b\x32\x0e.hvpd.v1.Usage\"\xa2\x03\n\x05Usage\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12%\n\x18vectors_per_second_limit\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12$\n\x17vectors_in_flight_limit\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12\x19\n\x11vectors_in_flight\x18\x05 \x01(\x03\x12\x1f\n\x12\x64\x65vice_share_limit\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12!\n\x14resident_bytes_limit\x18\x07 \x01(\x03H\x03\x88\x01\x01\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x03\x12\x1f\n\x12stored_bytes_limit\x18\t \x01(\x03H\x04\x88\x01\x01\x12\x14\n\x0cstored_bytes\x18\n \x01(\x03\x42\x1b\n\x19_vectors_per_second_limitB\x1a\n\x18_vectors_in_flight_limitB\x15\n\x13_device_share_limitB\x17\n\x15_resident_bytes_limitB\x15\n\x13_stored_bytes_limit\"\x12\n\x10GetServerRequest\"\xa6\x02\n\x11GetServerResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cmin_protocol\x18\x02 \x01(\x05\x12\x14\n\x0cmax_protocol\x18\x03 \x01(\x05\x12\x13\n\x0bjax_version\x18\x04 \x01(\t\x12&\n\x1emin_calling_convention_version\x18\x05 \x01(\x05\x12&\n\x1emax_calling_convention_version\x18\x06 \x01(\x05\x12\x10\n\x08platform\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65vice_kind\x18\x08 \x01(\t\x12\x17\n\x0fmax_block_width\x18\t \x01(\x05\x12\x19\n\x11stablehlo_version\x18\n \x01(\t\x12\x14\n\x0c\x64\x65vice_count\x18\x0b \x01(\x05\x32\x94\x01\n\rServerService\x12\x42\n\tGetServer\x12\x19.hvpd.v1.GetServerRequest\x1a\x1a.hvpd.v1.GetServerResponse\x12?\n\x08GetUsage\x12\x18.hvpd.v1.GetUsageRequest\x1a\x19.hvpd.v1.GetUsageResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hvpd.v1.server_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETSERVERREQUEST']._serialized_start=33
-  _globals['_GETSERVERREQUEST']._serialized_end=51
-  _globals['_GETSERVERRESPONSE']._serialized_start=54
-  _globals['_GETSERVERRESPONSE']._serialized_end=348
-  _globals['_SERVERSERVICE']._serialized_start=350
-  _globals['_SERVERSERVICE']._serialized_end=433
+  _globals['_GETUSAGEREQUEST']._serialized_start=33
+  _globals['_GETUSAGEREQUEST']._serialized_end=71
+  _globals['_GETUSAGERESPONSE']._serialized_start=73
+  _globals['_GETUSAGERESPONSE']._serialized_end=123
+  _globals['_USAGE']._serialized_start=126
+  _globals['_USAGE']._serialized_end=544
+  _globals['_GETSERVERREQUEST']._serialized_start=546
+  _globals['_GETSERVERREQUEST']._serialized_end=564
+  _globals['_GETSERVERRESPONSE']._serialized_start=567
+  _globals['_GETSERVERRESPONSE']._serialized_end=861
+  _globals['_SERVERSERVICE']._serialized_start=864
+  _globals['_SERVERSERVICE']._serialized_end=1012
 # @@protoc_insertion_point(module_scope)

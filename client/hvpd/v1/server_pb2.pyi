@@ -4,7 +4,9 @@ isort:skip_file
 """
 
 import builtins
+import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.internal.containers
 import google.protobuf.message
 import sys
 import typing
@@ -15,6 +17,109 @@ else:
     import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+@typing.final
+class GetUsageRequest(google.protobuf.message.Message):
+    """Request of GetUsage."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ALL_TENANTS_FIELD_NUMBER: builtins.int
+    all_tenants: builtins.bool
+    """Whether to tell of all tenants: PERMISSION_DENIED without the right `administer`."""
+    def __init__(
+        self,
+        *,
+        all_tenants: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["all_tenants", b"all_tenants"]) -> None: ...
+
+Global___GetUsageRequest: typing_extensions.TypeAlias = GetUsageRequest
+
+@typing.final
+class GetUsageResponse(google.protobuf.message.Message):
+    """Reply of GetUsage."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    USAGES_FIELD_NUMBER: builtins.int
+    @property
+    def usages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Usage]:
+        """By tenant, in the order of their names. Where tenants are not told apart, one without a name, of all together."""
+
+    def __init__(
+        self,
+        *,
+        usages: collections.abc.Iterable[Global___Usage] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["usages", b"usages"]) -> None: ...
+
+Global___GetUsageResponse: typing_extensions.TypeAlias = GetUsageResponse
+
+@typing.final
+class Usage(google.protobuf.message.Message):
+    """What a tenant may use, and uses. What has no limit is absent."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    VECTORS_PER_SECOND_LIMIT_FIELD_NUMBER: builtins.int
+    VECTORS_IN_FLIGHT_LIMIT_FIELD_NUMBER: builtins.int
+    VECTORS_IN_FLIGHT_FIELD_NUMBER: builtins.int
+    DEVICE_SHARE_LIMIT_FIELD_NUMBER: builtins.int
+    RESIDENT_BYTES_LIMIT_FIELD_NUMBER: builtins.int
+    RESIDENT_BYTES_FIELD_NUMBER: builtins.int
+    STORED_BYTES_LIMIT_FIELD_NUMBER: builtins.int
+    STORED_BYTES_FIELD_NUMBER: builtins.int
+    tenant: builtins.str
+    """Who; empty where tenants are not told apart."""
+    weight: builtins.float
+    """Share of the device, in proportion to those of the others who wait for it."""
+    vectors_per_second_limit: builtins.float
+    """Most vectors that are multiplied in a second; a point that is made counts as one."""
+    vectors_in_flight_limit: builtins.int
+    """Most vectors that wait for the device, or are being multiplied."""
+    vectors_in_flight: builtins.int
+    """Vectors that are now. Counted where anything of this is limited."""
+    device_share_limit: builtins.float
+    """Most seconds of device time in a second, on the average over some."""
+    resident_bytes_limit: builtins.int
+    """Most bytes of points, their residuals and data, on each device."""
+    resident_bytes: builtins.int
+    """Bytes that are resident, on the device that has most. Data that several tenants use counts for each."""
+    stored_bytes_limit: builtins.int
+    """Most bytes of blobs in the store."""
+    stored_bytes: builtins.int
+    """Bytes that are stored. What several tenants have uploaded counts for each."""
+    def __init__(
+        self,
+        *,
+        tenant: builtins.str = ...,
+        weight: builtins.float = ...,
+        vectors_per_second_limit: builtins.float | None = ...,
+        vectors_in_flight_limit: builtins.int | None = ...,
+        vectors_in_flight: builtins.int = ...,
+        device_share_limit: builtins.float | None = ...,
+        resident_bytes_limit: builtins.int | None = ...,
+        resident_bytes: builtins.int = ...,
+        stored_bytes_limit: builtins.int | None = ...,
+        stored_bytes: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_device_share_limit", b"_device_share_limit", "_resident_bytes_limit", b"_resident_bytes_limit", "_stored_bytes_limit", b"_stored_bytes_limit", "_vectors_in_flight_limit", b"_vectors_in_flight_limit", "_vectors_per_second_limit", b"_vectors_per_second_limit", "device_share_limit", b"device_share_limit", "resident_bytes_limit", b"resident_bytes_limit", "stored_bytes_limit", b"stored_bytes_limit", "vectors_in_flight_limit", b"vectors_in_flight_limit", "vectors_per_second_limit", b"vectors_per_second_limit"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_device_share_limit", b"_device_share_limit", "_resident_bytes_limit", b"_resident_bytes_limit", "_stored_bytes_limit", b"_stored_bytes_limit", "_vectors_in_flight_limit", b"_vectors_in_flight_limit", "_vectors_per_second_limit", b"_vectors_per_second_limit", "device_share_limit", b"device_share_limit", "resident_bytes", b"resident_bytes", "resident_bytes_limit", b"resident_bytes_limit", "stored_bytes", b"stored_bytes", "stored_bytes_limit", b"stored_bytes_limit", "tenant", b"tenant", "vectors_in_flight", b"vectors_in_flight", "vectors_in_flight_limit", b"vectors_in_flight_limit", "vectors_per_second_limit", b"vectors_per_second_limit", "weight", b"weight"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_device_share_limit", b"_device_share_limit"]) -> typing.Literal["device_share_limit"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_resident_bytes_limit", b"_resident_bytes_limit"]) -> typing.Literal["resident_bytes_limit"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_stored_bytes_limit", b"_stored_bytes_limit"]) -> typing.Literal["stored_bytes_limit"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_vectors_in_flight_limit", b"_vectors_in_flight_limit"]) -> typing.Literal["vectors_in_flight_limit"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_vectors_per_second_limit", b"_vectors_per_second_limit"]) -> typing.Literal["vectors_per_second_limit"] | None: ...
+
+Global___Usage: typing_extensions.TypeAlias = Usage
 
 @typing.final
 class GetServerRequest(google.protobuf.message.Message):

@@ -40,6 +40,11 @@ class ServerServiceStub(object):
                 request_serializer=hvpd_dot_v1_dot_server__pb2.GetServerRequest.SerializeToString,
                 response_deserializer=hvpd_dot_v1_dot_server__pb2.GetServerResponse.FromString,
                 _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/hvpd.v1.ServerService/GetUsage',
+                request_serializer=hvpd_dot_v1_dot_server__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=hvpd_dot_v1_dot_server__pb2.GetUsageResponse.FromString,
+                _registered_method=True)
 
 
 class ServerServiceServicer(object):
@@ -53,6 +58,13 @@ class ServerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUsage(self, request, context):
+        """What the tenant may use of the server, and how much of it is used now. UNIMPLEMENTED from servers of before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ServerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_ServerServiceServicer_to_server(servicer, server):
                     servicer.GetServer,
                     request_deserializer=hvpd_dot_v1_dot_server__pb2.GetServerRequest.FromString,
                     response_serializer=hvpd_dot_v1_dot_server__pb2.GetServerResponse.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=hvpd_dot_v1_dot_server__pb2.GetUsageRequest.FromString,
+                    response_serializer=hvpd_dot_v1_dot_server__pb2.GetUsageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class ServerService(object):
             '/hvpd.v1.ServerService/GetServer',
             hvpd_dot_v1_dot_server__pb2.GetServerRequest.SerializeToString,
             hvpd_dot_v1_dot_server__pb2.GetServerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hvpd.v1.ServerService/GetUsage',
+            hvpd_dot_v1_dot_server__pb2.GetUsageRequest.SerializeToString,
+            hvpd_dot_v1_dot_server__pb2.GetUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

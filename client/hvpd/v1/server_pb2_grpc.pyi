@@ -41,7 +41,23 @@ _ServerServiceGetServerType = typing_extensions.TypeVar(
     ],
 )
 
-class ServerServiceStub(typing.Generic[_ServerServiceGetServerType]):
+_ServerServiceGetUsageType = typing_extensions.TypeVar(
+    '_ServerServiceGetUsageType',
+    grpc.UnaryUnaryMultiCallable[
+        hvpd.v1.server_pb2.GetUsageRequest,
+        hvpd.v1.server_pb2.GetUsageResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        hvpd.v1.server_pb2.GetUsageRequest,
+        hvpd.v1.server_pb2.GetUsageResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        hvpd.v1.server_pb2.GetUsageRequest,
+        hvpd.v1.server_pb2.GetUsageResponse,
+    ],
+)
+
+class ServerServiceStub(typing.Generic[_ServerServiceGetServerType, _ServerServiceGetUsageType]):
     """Tells about the server itself."""
 
     @typing.overload
@@ -49,6 +65,10 @@ class ServerServiceStub(typing.Generic[_ServerServiceGetServerType]):
         grpc.UnaryUnaryMultiCallable[
             hvpd.v1.server_pb2.GetServerRequest,
             hvpd.v1.server_pb2.GetServerResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            hvpd.v1.server_pb2.GetUsageRequest,
+            hvpd.v1.server_pb2.GetUsageResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -58,15 +78,26 @@ class ServerServiceStub(typing.Generic[_ServerServiceGetServerType]):
             hvpd.v1.server_pb2.GetServerRequest,
             hvpd.v1.server_pb2.GetServerResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            hvpd.v1.server_pb2.GetUsageRequest,
+            hvpd.v1.server_pb2.GetUsageResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     GetServer: _ServerServiceGetServerType
     """What the server is and how it wants to be talked to. Answers clients of every version."""
 
+    GetUsage: _ServerServiceGetUsageType
+    """What the tenant may use of the server, and how much of it is used now. UNIMPLEMENTED from servers of before."""
+
 ServerServiceAsyncStub: typing_extensions.TypeAlias = ServerServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         hvpd.v1.server_pb2.GetServerRequest,
         hvpd.v1.server_pb2.GetServerResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        hvpd.v1.server_pb2.GetUsageRequest,
+        hvpd.v1.server_pb2.GetUsageResponse,
     ],
 ]
 
@@ -80,5 +111,13 @@ class ServerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.server_pb2.GetServerResponse, collections.abc.Awaitable[hvpd.v1.server_pb2.GetServerResponse]]:
         """What the server is and how it wants to be talked to. Answers clients of every version."""
+
+    @abc.abstractmethod
+    def GetUsage(
+        self,
+        request: hvpd.v1.server_pb2.GetUsageRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[hvpd.v1.server_pb2.GetUsageResponse, collections.abc.Awaitable[hvpd.v1.server_pb2.GetUsageResponse]]:
+        """What the tenant may use of the server, and how much of it is used now. UNIMPLEMENTED from servers of before."""
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

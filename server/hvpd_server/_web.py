@@ -1,0 +1,318 @@
+"""The HTTP door: plain HTTP without tokens for whoever watches the server, apart from the gRPC port. Knows how to answer, and nothing of
+what: see `_status`.
+
+One connection is one request, for a bounded time. Whatever is sent here, products go on: what waits here waits outside of the
+interpreter's lock, and there are few threads.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import gzip
+import http.server
+import io
+import ipaddress
+import logging
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import Any, Final
+from wsgiref.types import StartResponse
+
+import prometheus_client
+
+_log = logging.getLogger(__name__)
+
+_CONNECTIONS: Final = 32
+"""Most that are served at once; others wait, in the kernel."""
+_PATIENCE: Final = 1.0
+"""Seconds for which one waits that is too many before it is closed."""
+_RECEIVE: Final = 10.0
+_SEND: Final = 30.0
+"""Seconds for a request to come in, and for its answer to be taken."""
+_LINGER: Final = 1.0
+"""Seconds in which what still comes is read and dropped, so that the answer is not lost with it."""
+_REQUEST_BYTES: Final = 64 << 10
+"""Most of a request. Browsers send the cookies of all ports of a host."""
+_WORTH_COMPRESSING: Final = 1024
+"""Bytes."""
+
+_HEADERS: Final = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    ),
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+"""Of every answer. Nothing of it is for other sites; no text can become a script, and a page gets nothing from elsewhere."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for."""
+
+    query: str
+    """What comes after the question mark, as it came."""
+    accept: str | None
+    """The header, where there is one."""
+    accept_encoding: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What is answered."""
+
+    content_type: str
+    body: bytes
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Others."""
+    status: HTTPStatus = HTTPStatus.OK
+
+
+Page = Callable[[Request], Answer]
+"""Answers what is asked of one path. Raises ValueError where the query is none of its own."""
+
+
+def metrics_page(registry: prometheus_client.CollectorRegistry) -> Page:
+    """The metrics, in the format and the encoding that are asked for, by prometheus_client's own application."""
+    application = prometheus_client.make_wsgi_app(registry)
+
+    def page(request: Request) -> Answer:
+        told: dict[str, str] = {}
+
+        def start_response(status: str, headers: list[tuple[str, str]], error: Any = None) -> Any:
+            told.update(headers)
+
+        asked = {"HTTP_ACCEPT": request.accept, "HTTP_ACCEPT_ENCODING": request.accept_encoding}
+        environment: dict[str, Any] = {
+            "REQUEST_METHOD": "GET",
+            "PATH_INFO": "/metrics",
+            "QUERY_STRING": request.query,
+            **{name: value for name, value in asked.items() if value is not None},
+        }
+        start: StartResponse = start_response
+        body = b"".join(application(environment, start))
+        return Answer(told.pop("Content-Type"), body, told)
+
+    return page
+
+
+class Door:
+    """Listens from construction on, answers from `start` on.
+
+    Args:
+        host: Where to listen, a name or an address.
+        port: 0 picks a free one.
+        pages: By path.
+
+    Raises:
+        OSError: It cannot be listened on.
+    """
+
+    def __init__(self, host: str, port: int, pages: Mapping[str, Page]) -> None:
+        host = host.strip("[]")
+        self._server = _Server(host, port, pages)
+        self.port: int = self._server.server_address[1]
+        self.address = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+    def start(self) -> None:
+        """Answers, in threads that keep no process from ending."""
+        threading.Thread(target=self._server.serve_forever, name="hvpd-web", daemon=True).start()
+
+    def close(self) -> None:
+        """Stops listening. Only after `start`."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 2 * _CONNECTIONS
+
+    def __init__(self, host: str, port: int, pages: Mapping[str, Page]) -> None:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        self.address_family = family
+        self.pages = pages
+        self.host = host
+        self._slots = threading.BoundedSemaphore(_CONNECTIONS)
+        super().__init__(address, _Handler)  # type: ignore[arg-type] # of the family's own form
+        self.on_loopback = ipaddress.ip_address(str(self.server_address[0])).is_loopback
+
+    def server_bind(self) -> None:
+        """Binds. Not as HTTPServer does, which asks the name service what this host is called."""
+        socketserver.TCPServer.server_bind(self)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """The next connection."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                time.sleep(0.1)  # The connection is still there, and would be found again at once, all the time.
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Starts a thread for a connection."""
+        if not self._slots.acquire(timeout=_PATIENCE):
+            self.close_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._slots.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """What that thread does."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._slots.release()
+
+    def shutdown_request(self, request: Any) -> None:
+        """Closes a connection so that its answer arrives: with bytes unread, the kernel would take that back."""
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_WR)
+            rest = _Incoming(request, _LINGER, _REQUEST_BYTES)
+            while rest.readinto(bytearray(4096)):
+                pass
+        self.close_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever goes away is nobody's concern."""
+        _log.debug("a request was not answered", exc_info=True)
+
+
+class _TooLargeError(OSError):
+    """A request has more bytes than it may have."""
+
+
+class _Incoming(io.RawIOBase):
+    """What a connection sends: all of it within a time, however it comes in pieces, and no more than so many bytes."""
+
+    def __init__(self, connection: socket.socket, seconds: float, most: int) -> None:
+        self._connection = connection
+        self._ends = time.monotonic() + seconds
+        self._left = most
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._left <= 0:
+            raise _TooLargeError
+        remaining = self._ends - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError
+        self._connection.settimeout(remaining)
+        count = self._connection.recv_into(buffer)
+        self._left -= count
+        return count
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: _Server
+    default_request_version = request_version = "HTTP/1.0"
+    command = requestline = ""
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = io.BufferedReader(_Incoming(self.connection, _RECEIVE, _REQUEST_BYTES))
+
+    def handle(self) -> None:
+        self.close_connection = True
+        try:
+            self.handle_one_request()
+        except _TooLargeError:
+            self.send_error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+
+    def do_GET(self) -> None:
+        hosts = self.headers.get_all("Host") or []
+        if len(hosts) > 1:
+            self.send_error(HTTPStatus.BAD_REQUEST)
+            return
+        if self.server.on_loopback and hosts and not _is_local(hosts[0], self.server.host):
+            self.send_error(HTTPStatus.MISDIRECTED_REQUEST)
+            return
+        path, _, query = self.path.partition("?")
+        page = self.server.pages.get(path)
+        if page is None:
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        request = Request(query, self.headers.get("Accept"), self.headers.get("Accept-Encoding"))
+        try:
+            answer = page(request)
+        except ValueError:
+            self.send_error(HTTPStatus.BAD_REQUEST)
+        except Exception as error:  # noqa: BLE001 - the next request may be answered again
+            _log.error("%s cannot be shown", path, exc_info=error)
+            self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR)
+        else:
+            self._send(_compressed(answer, request))
+
+    do_HEAD = do_GET  # noqa: N815 - likewise
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answers with a status and its name, as text. What was sent is not in it."""
+        headers = {}
+        if code == HTTPStatus.NOT_IMPLEMENTED:
+            code, headers = HTTPStatus.METHOD_NOT_ALLOWED, {"Allow": "GET, HEAD"}
+        status = HTTPStatus(code)
+        text = f"{status.value} {status.phrase}\n"
+        if status == HTTPStatus.MISDIRECTED_REQUEST:
+            text += "On loopback only localhost and IP addresses are answered to: a proxy in front must set the Host header.\n"
+        self._send(Answer("text/plain; charset=utf-8", text.encode(), headers, status))
+
+    def _send(self, answer: Answer) -> None:
+        self.connection.settimeout(_SEND)
+        self.send_response(answer.status)
+        own = {"Content-Type": answer.content_type, "Content-Length": str(len(answer.body)), "Connection": "close"}
+        for name, value in {**_HEADERS, **answer.headers, **own}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.body)
+
+    def version_string(self) -> str:
+        return "hvpd"
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class calls it so
+        """Says nothing of requests."""
+
+
+def _is_local(host: str, listening: str) -> bool:
+    """Whether a Host header is one of who means this machine.
+
+    A page of another site can have its own name point here, and then read what is answered (DNS rebinding); a browser sends that
+    name. An address cannot be pointed anywhere.
+    """
+    name = host.strip().lower()
+    if name.startswith("["):
+        name = name[1:].partition("]")[0]
+    elif name.count(":") == 1:
+        name = name.partition(":")[0]
+    if name.rstrip(".") in ("localhost", listening.lower()):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _compressed(answer: Answer, request: Request) -> Answer:
+    accepted = [part.partition(";")[0].strip().lower() for part in (request.accept_encoding or "").split(",")]
+    if "gzip" not in accepted or "Content-Encoding" in answer.headers or len(answer.body) < _WORTH_COMPRESSING:
+        return answer
+    body = gzip.compress(answer.body, compresslevel=3)
+    return dataclasses.replace(answer, body=body, headers={**answer.headers, "Content-Encoding": "gzip"})

@@ -1,0 +1,179 @@
+"""Servers that are replaced on purpose while others work: what systemd and a StatefulSet do, one after the other, never both at once."""
+
+import concurrent.futures
+import contextlib
+import socket
+import threading
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+
+import hvpd
+
+SOLVERS = 8
+RESTARTS = 3
+N = 120
+WAIT = 120
+
+
+def quadratic(x, A):
+    return x @ A @ x / 2
+
+
+@pytest.fixture(scope="module")
+def spd():
+    Q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(N, N)))
+    return (Q * np.geomspace(1, 1e3, N)) @ Q.T
+
+
+def test_rolling_restarts_under_load_lose_no_product(serve, spd):
+    """Each product of each solve is asked for once, and is right; each server drains, and the next one has its store and its port."""
+    server = serve(supervised=True)
+    with hvpd.connect(server.address) as client:
+        client.register(quadratic, np.zeros(N), spd, name="rolling", platforms=("cpu",))
+    done = threading.Event()
+    solved = [threading.Semaphore(0) for _ in range(SOLVERS)]
+
+    def solve(number):
+        """Solves until told otherwise; returns how many products it asked for, had, and how many calls were repeated."""
+        asked = 0
+        with hvpd.connect(server.address, retry_timeout=WAIT) as client:
+            rng = np.random.default_rng(number)
+            try:
+                while not done.is_set():
+                    H = client.objective("rolling").at(rng.normal(size=N)).hessian()
+
+                    def matvec(v, H=H):
+                        nonlocal asked
+                        asked += 1
+                        product = H @ v
+                        np.testing.assert_allclose(product, spd @ v, rtol=1e-9, atol=1e-9)
+                        return product
+
+                    b = rng.normal(size=N)
+                    operator = scipy.sparse.linalg.LinearOperator((N, N), matvec, dtype=float)
+                    solution, code = scipy.sparse.linalg.cg(operator, b, rtol=1e-12, maxiter=5000)
+                    assert code == 0
+                    np.testing.assert_allclose(solution, np.linalg.solve(spd, b), rtol=1e-6, atol=1e-9)
+                    solved[number].release()
+            finally:
+                solved[number].release(1000)
+            statistics = client.statistics()
+        return asked, statistics.vectors, statistics.retries
+
+    with concurrent.futures.ThreadPoolExecutor(SOLVERS) as pool:
+        solves = [pool.submit(solve, number) for number in range(SOLVERS)]
+        try:
+            for _ in range(RESTARTS):
+                for each in solved:  # All of them have solved with this server.
+                    assert each.acquire(timeout=WAIT)
+                stopped = server.lines.count("hvpd: stopped")
+                assert server.terminate() == 0
+                assert server.lines.count("hvpd: stopped") == stopped + 1
+                server.start()
+            for each in solved:
+                assert each.acquire(timeout=WAIT)
+        finally:
+            done.set()
+        counts = [each.result(WAIT) for each in solves]
+    assert all(asked == had > 0 for asked, had, _ in counts)
+    assert sum(retries for _, _, retries in counts) > 0
+    assert server.terminate() == 0
+
+
+class Service:
+    """What a Service of Kubernetes is to its clients: an address whose connections go to whichever server is chosen now."""
+
+    def __init__(self, port):
+        self.port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._sockets = [self._listener]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                try:
+                    far = socket.create_connection(("127.0.0.1", self.port), 5)
+                except OSError:
+                    near.close()
+                    continue
+                far.settimeout(None)
+                self._sockets += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=pair, daemon=True).start()
+
+    @staticmethod
+    def _pump(source, target):
+        with contextlib.suppress(OSError):
+            while piece := source.recv(1 << 16):
+                target.sendall(piece)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+
+@pytest.fixture
+def replicas(serve):
+    """Two servers that share nothing, and the address of both."""
+    first, second = serve(), serve()
+    with contextlib.closing(Service(first.port)) as service:
+        yield first, second, service
+
+
+def test_a_solve_goes_on_at_another_replica_where_the_objective_is_registered_too(replicas, spd):
+    first, second, service = replicas
+    for each in (first, second):
+        with hvpd.connect(each.address) as client:
+            client.register(quadratic, np.zeros(N), spd, name="everywhere", platforms=("cpu",))
+    with hvpd.connect(service.address, retry_timeout=WAIT) as client:
+        H = client.objective("everywhere").at(np.ones(N)).hessian()
+        np.testing.assert_allclose(H @ np.ones(N), spd @ np.ones(N), rtol=1e-9)
+        service.port = second.port
+        assert first.terminate() == 0
+        np.testing.assert_allclose(H @ np.ones(N), spd @ np.ones(N), rtol=1e-9)
+    assert second.metric("hvpd_products_total") >= 1
+    assert second.terminate() == 0
+
+
+def test_it_ends_clearly_where_it_is_not_and_whoever_registers_at_its_start_works_anywhere(replicas, spd):
+    first, second, service = replicas
+
+    def register(client):
+        return client.register(quadratic, np.zeros(N), spd, name="here", platforms=("cpu",))
+
+    with hvpd.connect(service.address, retry_timeout=WAIT) as client:
+        H = register(client).at(np.ones(N)).hessian()
+        H @ np.ones(N)
+        service.port = second.port
+        assert first.terminate() == 0
+        with pytest.raises(hvpd.NotFoundError):
+            H @ np.ones(N)
+        H = register(client).at(np.ones(N)).hessian()
+        np.testing.assert_allclose(H @ np.ones(N), spd @ np.ones(N), rtol=1e-9)
+    assert second.terminate() == 0
+
+
+def test_other_data_is_sent_again_to_who_does_not_have_it(replicas, spd):
+    """What `objective.at(x, *data)` uploads goes to one server: at another it is sent again, by itself."""
+    first, second, service = replicas
+    for each in (first, second):
+        with hvpd.connect(each.address) as client:
+            client.register(quadratic, np.zeros(N), spd, name="everywhere", platforms=("cpu",))
+    with hvpd.connect(service.address, retry_timeout=WAIT) as client:
+        objective = client.objective("everywhere")
+        H = objective.at(np.ones(N), 2 * spd).hessian()
+        H @ np.ones(N)
+        service.port = second.port
+        assert first.terminate() == 0
+        np.testing.assert_allclose(H @ np.ones(N), 2 * spd @ np.ones(N), rtol=1e-9)
+    assert second.terminate() == 0
