@@ -348,17 +348,16 @@ class CurvatureService:
         """Answers products of one stream that are computed beside each other."""
         pipeline: Pipeline[Frame[curvature_pb2.StreamProductsResponse]]
         pipeline = Pipeline(self._workers, _PIPELINED, _PIPELINED_BYTES)
-        cancels: dict[int, Callable[[], None]] = {}
+        cancels = arriving.computing
 
         def tasks() -> Iterator[Task[Frame[curvature_pb2.StreamProductsResponse]]]:
             for tag, found in arrivals:
                 if isinstance(found, Frame):
                     yield Task(0, functools.partial(list, [found]))
                 elif found is not None:
-                    yield Task(
-                        found.vectors.size,
-                        functools.partial(self._computed, tag, found, tenant, context, request, cancels),
-                    )
+                    cancels[tag] = _nothing
+                    compute = functools.partial(self._computed, tag, found, tenant, context, request, cancels)
+                    yield Task(found.vectors.size, compute)
 
         def stop() -> None:
             pipeline.stop()
@@ -594,6 +593,8 @@ class _Arriving:
         self._engine = engine
         self._owner = owner
         self._products: dict[int, _Product] = {}
+        self.computing: dict[int, Callable[[], None]] = {}
+        """By tag, what cancels a product that has come and is not answered yet."""
         self._refused: collections.OrderedDict[int, None] = collections.OrderedDict()
 
     def __bool__(self) -> bool:
@@ -618,7 +619,7 @@ class _Arriving:
     def _take(self, message: curvature_pb2.StreamProductsRequest, chunk: _codec.Buffer) -> _Product | None:
         tag = message.tag
         if message.HasField("spec"):
-            if tag in self._products:
+            if tag in self._products or tag in self.computing:
                 raise ServiceError(Code.INVALID_ARGUMENT, "INVALID_TAG", f"tag {tag} is in use")
             if len(self._products) >= _ARRIVING:
                 raise ServiceError(
@@ -646,6 +647,10 @@ class _Arriving:
         for tag, product in self._products.items():
             message = f"the vectors ended early: {product.vectors.progress}"
             yield tag, ServiceError(Code.INVALID_ARGUMENT, "SIZE_MISMATCH", message)
+
+
+def _nothing() -> None:
+    """Cancels what is not queued yet, or any more."""
 
 
 def _quadratic_form(vectors: _codec.Array, products: _codec.Array) -> _codec.Array:

@@ -46,6 +46,9 @@ _PIECE = 1 << 20
 _PREFIX = 8
 """Least digits of a digest that name an objective, where only one begins with them."""
 
+_LONGEST = 300
+"""No name has more characters, its tenant's among them. An error has to fit into what HTTP/2 has for it, 8 KiB with its details."""
+
 
 class Store:
     """A directory of blobs, objectives and names. Safe for many threads of one process; other processes are locked out.
@@ -109,7 +112,9 @@ class Store:
         """
         if not _codec.is_digest(digest):
             raise ServiceError(
-                Code.INVALID_ARGUMENT, "INVALID_DIGEST", f"a digest is 64 lower-case hexadecimal digits, got {digest!r}"
+                Code.INVALID_ARGUMENT,
+                "INVALID_DIGEST",
+                f"a digest is 64 lower-case hexadecimal digits, got {digest[:80]!r}",
             )
         free = shutil.disk_usage(self.root).free
         if not 0 <= size_bytes <= free:
@@ -159,8 +164,8 @@ class Store:
             raise ServiceError(
                 Code.FAILED_PRECONDITION,
                 "BLOBS_MISSING",
-                f"blob {digest!r} is not stored: upload it",
-                {"digests": digest},
+                f"blob {digest[:80]!r} is not stored: upload it",
+                {"digests": digest[:80]},
             )
         return self._blob(digest)
 
@@ -233,13 +238,14 @@ class Store:
         created = _created(self._marker(digest)) if digest in known else None
         if created is None:
             usable = [other for other, to in names.items() if to in known and other != name]
-            near = difflib.get_close_matches(name, usable, n=3, cutoff=0.5)
+            # Not of what is longer than any name: it takes its time, for nothing.
+            near = difflib.get_close_matches(name, usable, n=3, cutoff=0.5) if len(name) <= _LONGEST else []
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; none of the stored names is near"
             what = "digest" if _codec.is_digest(name) else "name"
             raise ServiceError(
                 Code.NOT_FOUND,
                 "OBJECTIVE_NOT_FOUND",
-                f"no objective of {what} {name!r}{hint}",
+                f"no objective of {what} {name[:_LONGEST]!r}{hint}",
                 {"near": ",".join(near)},
             )
         shown = name if name in names else min((other for other, to in names.items() if to == digest), default="")

@@ -266,7 +266,7 @@ def small(client):
 def test_products_that_are_sent_ahead_share_launches_and_go_by_priority(client, curvature, small, stream):
     """Beside a product that holds the device; before, a stream had one product in the queue at most."""
     slow = client.register(
-        lambda x: jnp.sum(x**2) * jax.lax.fori_loop(0, 3_000_000, lambda i, c: jnp.cos(c), 1.0),
+        lambda x: jnp.sum(x**2) * jax.lax.fori_loop(0, 40_000_000, lambda i, c: jnp.cos(c), 1.0),
         np.ones(3),
         mode="reverse_over_reverse",
     ).at(np.ones(3))
@@ -286,6 +286,23 @@ def test_products_that_are_sent_ahead_share_launches_and_go_by_priority(client, 
     assert max(info.batch_width for info in infos) > 1
     holder.answer({})
     holder.outgoing.put(None)
+
+
+def test_a_tag_is_used_again_when_its_product_is_answered_and_not_before(client, curvature, small, stream):
+    slow = client.register(
+        lambda x: jnp.sum(x**2) * jax.lax.fori_loop(0, 3_000_000, lambda i, c: jnp.cos(c), 1.0),
+        np.ones(4),
+        mode="reverse_over_reverse",
+    ).at(np.ones(4))
+    v = np.ones(4).tobytes()
+    for _ in range(2):
+        stream.send(1, v, spec=product_of(slow, pipelined=True))
+    refusal = next(stream.incoming)
+    assert (refusal.tag, why(refusal.error)) == (1, "INVALID_TAG")
+    for _ in range(2):
+        answer = next(stream.incoming)
+        assert (answer.tag, len(answer.chunk)) == (1, len(v))
+        stream.send(1, v, spec=product_of(slow, pipelined=True))
 
 
 def test_a_bad_product_among_those_that_are_sent_ahead_is_an_answer(small, stream):
