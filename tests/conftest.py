@@ -52,6 +52,7 @@ class Serving:
             ],
             stderr=subprocess.PIPE,
             text=True,
+            errors="backslashreplace",  # gRPC logs what strangers sent, as it came.
             env=self._environment,
         )
         ready = threading.Event()

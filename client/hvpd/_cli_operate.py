@@ -28,6 +28,7 @@ def server_commands(commands: Any) -> None:
     prune = commands.add_parser(
         "prune", help="give up stored data that belongs to no objective, and is older than an hour"
     )
+    prune.add_argument("--tenant", default="", help="whose (default: one's own); others' take the right administer")
     prune.set_defaults(run=_prune)
     usage = commands.add_parser("usage", help="what a tenant may use of a server, and uses")
     usage.add_argument("--all", action="store_true", help="of all tenants; takes the right administer")
@@ -153,7 +154,7 @@ def _delete(arguments: argparse.Namespace) -> int:
 
 def _prune(arguments: argparse.Namespace) -> int:
     with connect(arguments) as client:
-        print(f"gave up {show_bytes(client.prune())}")
+        print(f"gave up {show_bytes(client.prune(arguments.tenant))}; what is younger than an hour stays")
     return 0
 
 

@@ -1,5 +1,6 @@
 """A connection as the user has it: register, find, list."""
 
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -11,7 +12,14 @@ import numpy as np
 
 from hvpd import _codec
 from hvpd._check import REGISTRATION_BYTES, verdict_of
-from hvpd._errors import HvpdError, IncompatibleError, InvalidArgumentError, MissingExtraError, OverloadedError
+from hvpd._errors import (
+    HvpdError,
+    IncompatibleError,
+    InvalidArgumentError,
+    MissingExtraError,
+    NotFoundError,
+    OverloadedError,
+)
 from hvpd._objective import Objective
 from hvpd._tls import PathLike, encryption
 from hvpd._transport import Statistics, Transport
@@ -239,6 +247,10 @@ class Client:
         # Each try may find one blob corrupt on the server's disk, or removed after it was found present, and send it anew.
         for last in [False] * len(export.blobs) + [True]:
             for digest in self._transport.missing(list(blobs)):
+                if digest not in blobs:
+                    raise HvpdError(
+                        f"the server at {self.address} asks for a blob that is no part of the objective: {digest!r}"
+                    )
                 try:
                     self._transport.upload(digest, blobs[digest])
                 except OverloadedError:
@@ -252,7 +264,7 @@ class Client:
             except HvpdError as error:
                 if last or error.reason not in ("BLOBS_MISSING", "BLOB_CORRUPT"):
                     raise
-        return Objective(self._transport, response.objective, export.unflatten)
+        return self._objective(response.objective, export.unflatten)
 
     def _check_server_reads(self, bundle: objective_pb2.Bundle) -> None:
         server = self._transport.server
@@ -279,9 +291,19 @@ class Client:
             NotFoundError: There is none; the message suggests near names.
         """
         request = objective_pb2.GetObjectiveRequest(name=name)
-        return Objective(
-            self._transport, self._transport.unary(self._transport.objectives.GetObjective, request).objective
-        )
+        return self._objective(self._transport.unary(self._transport.objectives.GetObjective, request).objective)
+
+    def _objective(
+        self, message: objective_pb2.Objective, unflatten: "Callable[[Sequence[Any]], Any] | None" = None
+    ) -> Objective:
+        """What a server says that an objective is."""
+        try:
+            return Objective(self._transport, message, unflatten)
+        except (TypeError, ValueError, LookupError) as error:
+            raise HvpdError(
+                f"the server at {self.address} answered with an objective that cannot be read ({error}): client and server "
+                "may be of versions that do not fit"
+            ) from error
 
     def objectives(self) -> list[Listing]:
         """All objectives, sorted by name, the nameless last."""
@@ -290,7 +312,14 @@ class Client:
         while True:
             request = objective_pb2.ListObjectivesRequest(page_token=token)
             response = self._transport.unary(self._transport.objectives.ListObjectives, request)
-            found.extend(map(_listing, response.objectives))
+            try:
+                found.extend(map(_listing, response.objectives))
+            except (TypeError, ValueError, LookupError, OverflowError) as error:
+                raise HvpdError(f"the server at {self.address} lists what cannot be read ({error})") from error
+            if token and response.next_page_token == token:
+                raise HvpdError(
+                    f"the server at {self.address} lists the same page again and again: it is no hvpd server"
+                )
             token = response.next_page_token
             if not token:
                 return found
@@ -309,18 +338,29 @@ class Client:
             AccessError: It is another tenant's (reason `NOT_YOURS`), or the token has not the right `publish`.
         """
         request = objective_pb2.DeleteObjectiveRequest(name=name)
-        return self._transport.unary(self._transport.objectives.DeleteObjective, request).deleted
+        with contextlib.suppress(NotFoundError):  # Who operates the server deletes what it cannot see.
+            find = objective_pb2.GetObjectiveRequest(name=name)
+            request.digest = self._transport.unary(self._transport.objectives.GetObjective, find).objective.digest
+        try:
+            return self._transport.unary(self._transport.objectives.DeleteObjective, request).deleted
+        except NotFoundError:
+            if not request.digest:
+                raise
+            return True  # It was there a moment ago: an earlier try of this call, perhaps, has done it.
 
-    def prune(self) -> int:
-        """Gives up what this tenant has stored to which none of its objectives refers: data and checks of solves that are over.
+    def prune(self, tenant: str = "") -> int:
+        """Gives up what this tenant has stored and none of its objectives refers to, nor a resident point: what solves have left that are over.
 
         What is younger than an hour stays. Whoever needs something again sends it again, by itself.
+
+        Args:
+            tenant: Whose, for tokens with the right `administer`; empty: this one's.
 
         Returns:
             Bytes that are not the tenant's any more.
         """
         response: blob_pb2.PruneBlobsResponse
-        response = self._transport.unary(self._transport.prune_blobs, blob_pb2.PruneBlobsRequest())
+        response = self._transport.unary(self._transport.prune_blobs, blob_pb2.PruneBlobsRequest(tenant=tenant))
         return response.pruned_bytes
 
     def usage(self) -> Usage:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 import grpc
+from google.protobuf.message import DecodeError
 
 DOMAIN = "hvpd"
 """The domain of our ErrorInfo details (https://google.aip.dev/193)."""
@@ -128,12 +129,15 @@ def failure_of_status(status: object) -> Failure:
     for detail in status.details:
         info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
         request = error_details_pb2.RequestInfo()
-        if detail.Unpack(info):
-            reason, metadata = info.reason, dict(info.metadata)
-        elif detail.Unpack(retry):
-            retry_after = retry.retry_delay.ToNanoseconds() / 1e9
-        elif detail.Unpack(request):
-            request_id = request.request_id
+        try:
+            if detail.Unpack(info):
+                reason, metadata = info.reason, dict(info.metadata)
+            elif detail.Unpack(retry):
+                retry_after = max(retry.retry_delay.ToNanoseconds() / 1e9, 0.0)
+            elif detail.Unpack(request):
+                request_id = request.request_id
+        except (DecodeError, ValueError):  # Not what its type says, or a duration that is none.
+            continue
     code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
     return Failure(code, status.message, reason, metadata, retry_after, request_id)
 
@@ -145,7 +149,7 @@ def failure_of_rpc(error: grpc.RpcError) -> Failure:
     call = cast("grpc.Call", error)  # What a stub raises is both.
     try:
         status = rpc_status.from_call(call)
-    except ValueError:  # A proxy rewrote the status and left the details: believe the status.
+    except (ValueError, DecodeError):  # A proxy rewrote the status and left the details: believe the status.
         status = None
     if status is not None:
         return failure_of_status(status)

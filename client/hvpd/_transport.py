@@ -225,6 +225,7 @@ class Transport:
                     "(`hvpd serve`), and is the address right (argument, or $HVPD_ADDRESS)?"
                 ) from None
             raise to_error(failure, self.address) from None
+        self._answered(server)
         if not server.min_protocol <= _protocol.NEWEST or not server.max_protocol >= _protocol.OLDEST:
             raise IncompatibleError(
                 f"the server at {self.address} (hvpd {server.version}) speaks protocol {server.min_protocol} to "
@@ -387,7 +388,15 @@ class Transport:
     def unary(self, method: Callable[..., _T], request: Any) -> _T:
         """Calls a unary method."""
         with self._sending(lambda: _tracing.method_of(request)) as (metadata, request_id):
-            return self.call(lambda left: method(request, metadata=metadata, timeout=left), request_id=request_id)
+            return self._answered(
+                self.call(lambda left: method(request, metadata=metadata, timeout=left), request_id=request_id)
+            )
+
+    def _answered(self, answer: _T) -> _T:
+        """Refuses None, which gRPC gives where a server ends a call well, and without the answer that belongs to it."""
+        if answer is None:
+            raise HvpdError(f"the server at {self.address} ended a call without an answer: it is no hvpd server")
+        return answer
 
     # Blobs
 
@@ -537,6 +546,8 @@ class Transport:
                 index = response.tag - first
                 if not 0 <= index < len(parts):  # An answer to an exchange that was given up.
                     continue
+                if answers[index].complete:
+                    raise RpcFailure(Failure(_CODE.DATA_LOSS, "the server answered a product twice"))
                 if response.HasField("error"):
                     failure = failure or failure_of_status(response.error)
                     open_answers -= 1

@@ -29,6 +29,7 @@ from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2
 from hvpd_server import _logs, _service, _tls, _tracing
 from hvpd_server._auth import Tokens
 from hvpd_server._board import Board
+from hvpd_server._calls import Arrivals, Calls, Stalls
 from hvpd_server._catalogue import Catalogue
 from hvpd_server._config import Config
 from hvpd_server._engine import Engine
@@ -46,6 +47,11 @@ from hvpd_server._tracing import Tracing
 from hvpd_server._web import Door, metrics_page
 
 _log = logging.getLogger(__name__)
+
+_TRIM_SECONDS = 600.0
+
+_SPARE_CALLS = 16
+"""For what everybody may call: probes are answered while all others are taken."""
 
 _OPTIONS = [
     ("grpc.so_reuseport", 0),  # A second server on the port is an error, not a coin toss.
@@ -91,21 +97,25 @@ class App:
             tokens.weight if tokens is not None else equal_weights,
         )
         self.engine = Engine(store, found, limits, self.metrics, board=board, quarantine_after=config.quarantine_after)
-        self._gate = Gate(tokens)
+        self._gate = Gate(tokens, Calls(config.max_calls))
+        self._stalls = Stalls()
+        arrivals = Arrivals(host_bytes() // 8)
         tenants = (lambda: [""]) if tokens is None else tokens.tenants
         self._stopping = threading.Event()
         self.state = "warming"
         """"warming", "serving" or "draining"."""
         self._server = grpc.server(
-            ThreadPoolExecutor(config.max_calls, thread_name_prefix="hvpd-call"),
+            ThreadPoolExecutor(config.max_calls + _SPARE_CALLS, thread_name_prefix="hvpd-call"),
             interceptors=[Observer(self.metrics, tracing), self._gate],
             options=_OPTIONS,
-            maximum_concurrent_rpcs=config.max_calls,
+            maximum_concurrent_rpcs=config.max_calls + _SPARE_CALLS,
         )
         most_streams = max(config.max_calls * 3 // 4, 1)
-        self._curvature = _service.CurvatureService(self.engine, most_streams, self.metrics, tracing)
+        self._curvature = _service.CurvatureService(
+            self.engine, most_streams, self.metrics, tracing, stalls=self._stalls, arrivals=arrivals
+        )
         self.metrics.observe_streams(lambda: self._curvature.streams.count)
-        _service.add_to_server(self._server, blob_pb2, _service.BlobService(self.engine))
+        _service.add_to_server(self._server, blob_pb2, _service.BlobService(self.engine, self._stalls))
         _service.add_to_server(self._server, objective_pb2, _service.ObjectiveService(self.engine))
         _service.add_to_server(self._server, curvature_pb2, self._curvature)
         _service.add_to_server(self._server, server_pb2, _service.ServerService(self.engine, tenants))
@@ -151,12 +161,30 @@ class App:
         self.engine.store.close()
 
     def _sweep(self) -> None:
-        """Once a second, ends what was begun with tokens that are not good any more."""
+        """Once a second, ends what was begun with tokens that are not good any more, or does not go on. Now and then trims the cache."""
+        trimmed = float("-inf")
         while not self._stopping.wait(1.0):
+            self._stalls.sweep()
+            if time.monotonic() - trimmed > _TRIM_SECONDS:
+                trimmed = time.monotonic()
+                self._trim()
             try:
                 self._gate.sweep()
             except Exception as error:  # noqa: BLE001 - who is revoked next must be shut out all the same
                 _log.error("tokens cannot be looked at", exc_info=error)
+
+    def _trim(self) -> None:
+        try:
+            gone = self.engine.store.trim_cache(self.config.cache_size)
+        except OSError as error:
+            _log.warning("the cache of compiled programs cannot be trimmed: %s", error)
+        else:
+            if gone:
+                _log.info(
+                    "%d compiled programs were dropped from the cache, which may have %d bytes",
+                    gone,
+                    self.config.cache_size,
+                )
 
     def _set_health(self, status: int) -> None:
         for name in ("", *self._names):
@@ -202,13 +230,16 @@ _CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 def default_budget(device: Device, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Three quarters of the device's memory; on a CPU a quarter of the machine's, or of the container's."""
     memory = device.memory_bytes()
-    if memory is not None:
-        return memory * 3 // 4
+    return host_bytes(cgroup) // 4 if memory is None else memory * 3 // 4
+
+
+def host_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """The memory of the machine, or of the container."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for name in _CGROUP_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # There is none, or it is "max".
             limits.append(int((cgroup / name).read_text()))
-    return min(limits) // 4
+    return min(limits)
 
 
 def run(config: Config, *, owner: int | None = None, ephemeral: bool = False, board: Board | None = None) -> int:

@@ -8,7 +8,7 @@ The file is JSON, for people to read and for `hvpd token` to write:
 
 A token is 256 random bits, so that its plain SHA-256 gives nothing away, and a look-up by that hash takes as long for a wrong token
 as for a right one, as far as its text goes. `expires`, `weight` and `label` may be left out, and so may `limits`: of tenants, "*" being
-all that have none of their own. See _limits.
+everybody, for whatever is not said of a tenant by itself; null is none. See _limits.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from typing import Any
 
 from hvpd_server import _limits
 from hvpd_server._errors import Code, ServiceError
-from hvpd_server._limits import TenantLimits
+from hvpd_server._limits import Said, TenantLimits
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +50,9 @@ _LABEL_LENGTH = 100
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 _MOST_WEIGHT = 1e6
+
+_MOST_BYTES = 16 << 20
+"""Of a file of tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,7 @@ class File:
     """What a file says."""
 
     grants: Sequence[Grant] = ()
-    limits: Mapping[str, TenantLimits] = dataclasses.field(default_factory=dict)
+    limits: Mapping[str, Said] = dataclasses.field(default_factory=dict)
     """By tenant; `_limits.EVERYBODY` for all others."""
 
 
@@ -94,11 +97,19 @@ def read(path: Path) -> File:
         ValueError: It cannot be read, or is not as it must be; the message has the file, the entry and what is wrong with it.
     """
     try:
-        return _parse(path.read_bytes())
+        return _parse(_content(path))
     except OSError as error:
         raise ValueError(f"cannot read the tokens of {path}: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"the tokens of {path} cannot be used: {error}") from None
+
+
+def _content(path: Path) -> bytes:
+    """Not of a pipe, which may have no end, or never begin."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
+        raise ValueError(f"it is no plain file of {_MOST_BYTES} bytes at most")
+    return path.read_bytes()
 
 
 def _parse(content: bytes) -> File:
@@ -245,25 +256,24 @@ def create(
 
 
 def limit(path: Path, tenant: str, changes: Mapping[str, float | None]) -> None:
-    """Sets limits of a tenant, or of all that have none of their own; those that are None are lifted, others stay as they are.
+    """Sets limits of a tenant, or of everybody; those that are None are lifted, others stay as they are.
 
     Raises:
         ValueError: An argument is wrong, or the file is.
         OSError: The file cannot be written.
     """
     check_limited(tenant)
-    for name, value in changes.items():
-        if value is not None:
-            _limits.check(name, value)
+    if not changes:
+        raise ValueError(f"say which limit of {tenant!r}: {', '.join(_limits.FIELDS)}")
+    said = _limits.parse(changes)
     with _changing(path) as target:
         known = read(target)
-        entry = {**_limits.entry(known.limits.get(tenant, TenantLimits())), **changes}
-        limits = _limits.parse({name: value for name, value in entry.items() if value is not None})
-        _write(target, dataclasses.replace(known, limits={**known.limits, tenant: limits}))
+        own = {**known.limits.get(tenant, {}), **said}
+        _write(target, dataclasses.replace(known, limits={**known.limits, tenant: own}))
 
 
 def unlimit(path: Path, tenant: str) -> None:
-    """Takes a tenant's own limits out: those of all others are its from now on.
+    """Takes a tenant's own limits out: those of everybody are its from now on.
 
     Raises:
         ValueError: It has none, or the file is wrong.
@@ -325,7 +335,7 @@ def _write(path: Path, file: File) -> None:
         entries.append(entry)
     document: dict[str, Any] = {"tokens": entries}
     if file.limits:
-        document["limits"] = {tenant: _limits.entry(found) for tenant, found in file.limits.items()}
+        document["limits"] = dict(file.limits)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as out:
@@ -395,8 +405,9 @@ class Tokens:
         for grant in file.grants:
             weights[grant.tenant] = max(grant.weight, weights.get(grant.tenant, 0.0))
         self._weights: Mapping[str, float] = weights
-        self._limits = file.limits
-        self._others = file.limits.get(_limits.EVERYBODY, TenantLimits())
+        everybodys = file.limits.get(_limits.EVERYBODY, {})
+        self._limits = {tenant: _limits.combined(own, everybodys) for tenant, own in file.limits.items()}
+        self._others = _limits.combined({}, everybodys)
         self._grants: Mapping[str, Grant] = {grant.sha256: grant for grant in file.grants}
         _log.info("%d tokens of %d tenants are in %s", len(file.grants), len(weights), self._path)
 
@@ -421,7 +432,7 @@ class Tokens:
         return sorted(self._weights)
 
     def limits(self, tenant: str) -> TenantLimits:
-        """Of a tenant: its own, or those of all others."""
+        """Of a tenant."""
         return self._limits.get(tenant, self._others)
 
     def find(self, authorization: Sequence[str | bytes]) -> Grant:

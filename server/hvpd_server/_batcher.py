@@ -10,9 +10,10 @@ in flight: who leads hands the lead on as soon as it has taken its launch, and w
 ended, where waiting would not make the block wider. Knows neither gRPC nor jax.
 """
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -75,9 +76,12 @@ class Batcher:
         self._pending = 0
         self._in_flight = 0
         self._flying: list[Hashable] = []  # The keys of the launches in flight.
-        self._landed = 0.0
-        self._led = False
-        self._parked = False
+        self._landed = 0.0  # When the last launch ended.
+        self._led = False  # Whether somebody has the right to take the next launch.
+        self._parked = False  # Whether that one waits for a launch in flight to end.
+        self._yielding = 0  # Launches in flight that do not run: they are in `alone`, and one of them has its turn.
+        self._turn = threading.Lock()
+        self._landing = threading.Condition(self._lock)
         self._alone: Job | None = None
         self._held: tuple[Crowd, int] | None = None
         self._launched_seconds = 0.0
@@ -130,11 +134,26 @@ class Batcher:
             raise job.error
         return job.result
 
-    def launch_alone(self) -> bool:
-        """From now on, has one launch in flight. Returns whether there could be several."""
+    @property
+    def overlaps(self) -> bool:
+        """Whether a launch may begin before another has ended."""
+        return self._max_launches > 1
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """In it, the launch that calls is the only one that runs, and from now on there is one at a time."""
         with self._lock:
-            several, self._max_launches = self._max_launches > 1, 1
-            return several
+            self._max_launches = 1
+            self._yielding += 1
+            self._landing.notify_all()
+        with self._turn:
+            with self._lock:
+                self._landing.wait_for(lambda: len(self._flying) == self._yielding)
+            try:
+                yield
+            finally:
+                with self._lock:
+                    self._yielding -= 1
 
     def cancel(self, job: Job) -> None:
         """Drops a product that nobody waits for any more, unless its launch has begun."""
@@ -207,6 +226,7 @@ class Batcher:
             batch = self._take(job)
             if batch:
                 self._launch(batch)
+            job.launching = False
             return
         try:
             while not job.done:
@@ -220,14 +240,14 @@ class Batcher:
         with self._lock:
             self._appoint()
 
-    def _appoint(self, instead_of: Job | None = None) -> None:
-        """Has somebody lead who waits; another one, where there is one: this one is about to be busy."""
+    def _appoint(self) -> None:
+        """Has somebody lead who waits; one who is not busy with a launch of others, where there is one."""
         # What tenants owe is forgotten only when nothing is in flight, either.
         following = self._queue.head() if self._pending or not self._flying else None
         if following is None and self._gathering is not None:
             following = self._gathering.first()
-        if following is not None and following is instead_of:
-            following = next((job for job in self._queue.jobs(following.key) if job is not instead_of), following)
+        if following is not None and following.launching:
+            following = next((job for job in self._queue if not job.launching), following)
         self._led = following is not None
         if following is not None:
             following.leads = True
@@ -240,11 +260,16 @@ class Batcher:
         """
         with self._lock:
             try:
+                own.launching = True
                 return self._next(own)
+            except BaseException as error:  # Who is gone cannot be launched, or lead.
+                if own.waits:
+                    self._drop(own, error)
+                raise
             finally:
                 if self._several:
                     own.leads = False
-                    self._appoint(instead_of=own)
+                    self._appoint()
 
     def _next(self, own: Job) -> list[Job]:
         while True:
@@ -367,19 +392,20 @@ class Batcher:
             error, results = raised, [None] * len(batch)
         finished = self._clock()
         with self._lock:
-            self._land(batch[0], width, started, finished, failed=error is not None)
+            seconds = self._land(batch[0], width, started, finished, failed=error is not None)
         for job, result in zip(batch, results, strict=True):
             job.result, job.width, job.started, job.finished = result, width, started, finished
+            job.device_seconds = seconds * len(job.block) / width
             job.finish(error)
 
-    def _land(self, first: Job, width: int, started: float, finished: float, *, failed: bool) -> None:
-        """Notes that a launch has ended."""
+    def _land(self, first: Job, width: int, started: float, finished: float, *, failed: bool) -> float:
+        """Notes that a launch has ended. Returns the seconds that the device had for it."""
         self._flying.remove(first.key)
         self._in_flight -= width
         if self._alone is first:  # Nobody came meanwhile.
             self._alone = None
-        seconds = finished - max(started, self._landed)  # While another was computed, this one waited.
-        self._landed = finished
+        seconds = max(finished - max(started, self._landed), 0.0)  # While another was computed, this one waited.
+        self._landed = max(finished, self._landed)
         if not failed and first.crowd is not None:
             first.crowd.answered(width, finished - seconds, finished)
         self._launched_seconds = _MEMORY * self._launched_seconds + seconds
@@ -388,6 +414,9 @@ class Batcher:
             self._changed.notify()
         elif self._several and not self._led:
             self._appoint()
+        if self._yielding:
+            self._landing.notify_all()
+        return seconds
 
     def _retry_after(self) -> float:
         """Seconds until what waits is launched, at the rate of the last launches."""

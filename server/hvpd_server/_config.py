@@ -109,6 +109,12 @@ class Config:
     metrics_host: str = _setting(
         _host, "127.0.0.1", "address for the metrics and the status page, plain HTTP without tokens", "HOST"
     )
+    cache_size: int = _setting(
+        parse_bytes,
+        16 << 30,
+        "most bytes of compiled programs in the store; those that were read longest ago go first, and are compiled again when wanted",
+        "BYTES",
+    )
     metrics_port: int | None = _setting(
         _port, None, "port for Prometheus metrics and the status page; 0 picks a free one; none without", "PORT"
     )

@@ -23,6 +23,12 @@ _NEWS = 0.25
 _OBLIVION = 0.995
 """How much of the time of a launch is still believed after each launch of another width: so that one slow launch is not for ever."""
 
+_FAITH = 1e-6
+"""How much of it is believed at least."""
+
+_INSTANT = 1e-9
+"""Seconds that a launch takes at least."""
+
 _RECORDS = 8
 """Most launches whose callers are followed."""
 
@@ -40,9 +46,9 @@ class Habits:
 
     def launched(self, width: int, seconds: float) -> None:
         """Notes how long a launch of so many vectors took."""
-        bucket = _bucket(width)
+        bucket, seconds = _bucket(width), max(seconds, _INSTANT)
         for other in self._belief:
-            self._belief[other] *= _OBLIVION
+            self._belief[other] = max(self._belief[other] * _OBLIVION, _FAITH)
         weight = 1 - (1 - _NEWS) * self._belief.get(bucket, 0.0)
         known = self._seconds.get(bucket, seconds)
         self._seconds[bucket] = known + weight * (seconds - known)

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -61,7 +60,7 @@ class Engine:
     ) -> None:
         self.store = store
         self.owners = Owners(store, lambda tenant: limits.tenants(tenant).stored_bytes)
-        self._removal = Removal(store, self.owners, self.bundle)
+        self._removal = Removal(store, self.owners, self.bundle, self._blobs_in_use)
         self._registering = threading.Lock()
         self._quarantine = Quarantine(store.root, quarantine_after)
         self._stack = contextlib.ExitStack()
@@ -132,23 +131,29 @@ class Engine:
         if missing:
             raise _not_stored(missing)
 
-    def delete(self, name: str, tenant: str = "", *, anybodys: bool = False) -> Deleted:
+    def _blobs_in_use(self) -> set[str]:
+        return {digest for lane in self.lanes for digest in lane.blobs()}
+
+    def delete(self, name: str, tenant: str = "", *, expected: str = "", anybodys: bool = False) -> Deleted:
         """Takes a name off an objective, and with the last of them the objective out of the store, and its points off the device.
 
         Args:
             name: Or a digest, for all names.
             tenant: Who asks.
+            expected: The digest that is meant, or empty.
             anybodys: Whether what is others' may be deleted.
 
         Raises:
             ServiceError: There is none, or it is not the tenant's.
         """
         with self._registering:
-            found = self._removal.delete(name, tenant, anybodys=anybodys or not tenant)
-            with self._objectives_lock:
-                objective = self._objectives.pop(found.digest, None) if found.gone else None
-        if objective is not None:
-            self.lane(objective).forget(objective)
+            found = self._removal.delete(name, tenant, expected=expected, anybodys=anybodys or not tenant)
+            if found.gone:
+                with self._objectives_lock:
+                    objective = self._objectives.pop(found.digest, None)
+                    lane = self._lane_of.pop(found.digest, None)
+                if objective is not None and lane is not None:
+                    lane.forget(objective)
         return found
 
     def prune(self, tenant: str = "") -> Pruned:
@@ -202,8 +207,17 @@ class Engine:
             return self._objectives.setdefault(digest, lane.objective(digest, bundle, programs))
 
     def lane(self, objective: Objective) -> Lane:
-        """Where an objective is served."""
-        return self._lane_of[objective.digest]
+        """Where an objective is served.
+
+        Raises:
+            ServiceError: It was deleted.
+        """
+        lane = self._lane_of.get(objective.digest)
+        if lane is None:
+            raise ServiceError(
+                Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND", f"objective {objective.digest[:12]} was deleted meanwhile"
+            )
+        return lane
 
     def _choose_lane(self, bundle: objective_pb2.Bundle) -> Lane:
         """All devices together for data that is to be split over them; else the one with least data, or where its own is already."""
@@ -347,9 +361,9 @@ class Engine:
             residency.put(key, "direction", direction, direction.nbytes)
             residency.join(key, tenant)
 
-    def pin(self, point: Point, seconds: int) -> None:
+    def pin(self, point: Point, seconds: int, tenant: str = "") -> None:
         """Keeps a point on the device until it has not been used for so long; for a week at most."""
-        self.lane(point.objective).residency.pin(point.id, min(seconds, _protocol.MAX_PIN_SECONDS))
+        self.lane(point.objective).residency.pin(point.id, min(seconds, _protocol.MAX_PIN_SECONDS), tenant)
 
     def create_point(self, spec: curvature_pb2.PointSpec, x: _codec.Array, tenant: str = "") -> Point:
         """Makes a point resident: x and its data on the device, value and gradient computed."""
@@ -437,9 +451,8 @@ class Engine:
                 "hvpd.composite(model, loss) with a model of dense layers, with a distribution where targets are to be drawn",
             )
         with self._metered(tenant, 1) as charge:
-            started = time.monotonic()
-            found = self.lane(point.objective).factors(point, program, seed)
-            charge(time.monotonic() - started)
+            found, seconds = self.lane(point.objective).factors(point, program, seed)
+            charge(seconds)
         return found
 
     def multiply(
@@ -466,12 +479,12 @@ class Engine:
         """
         job = _batcher.Job((point, program, seed), vectors, tenant, deadline, priority)
         launches = self.lane(point.objective).launches
-        if not self.limits.tenants(tenant):
+        if not self.limits.tenants(tenant):  # As mostly: nothing is to be counted.
             return launches.multiply(job, on_queue)
         with self._metered(tenant, len(vectors)) as charge:
-            result, info = launches.multiply(job, on_queue)
-            charge(info.compute_duration_ns * 1e-9 * len(vectors) / info.batch_width)
-        return result, info
+            answer = launches.multiply(job, on_queue)
+            charge(job.device_seconds)
+        return answer
 
     @contextlib.contextmanager
     def _metered(self, tenant: str, columns: int) -> Iterator[Callable[[float], None]]:
@@ -489,7 +502,7 @@ class Engine:
         try:
             yield used.append
         finally:
-            meter.end(columns, sum(used))
+            meter.end(columns, sum(used), answered=bool(used))
 
     def choices(self, digest: str, tenant: str = "") -> objective_pb2.GetPlanResponse:
         """What multiplies blocks of which width."""

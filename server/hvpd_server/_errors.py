@@ -69,7 +69,8 @@ def to_status(error: BaseException, request_id: str = "") -> status_pb2.Status:
     """
     error = to_service_error(error)
     details: list[any_pb2.Any] = []
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    metadata = {key: _short(value, 2000) for key, value in error.metadata.items()}
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
     details.append(any_pb2.Any())
     details[-1].Pack(info)
     if error.retry_after is not None:
@@ -80,4 +81,10 @@ def to_status(error: BaseException, request_id: str = "") -> status_pb2.Status:
     if request_id:
         details.append(any_pb2.Any())
         details[-1].Pack(error_details_pb2.RequestInfo(request_id=request_id))
-    return status_pb2.Status(code=error.code.value[0], message=str(error), details=details)
+    return status_pb2.Status(code=error.code.value[0], message=_short(str(error), 2000), details=details)
+
+
+def _short(text: str, most: int) -> str:
+    """What fits into the 8 KiB that gRPC has for the end of a call, where text is percent-encoded, and what is left out."""
+    ours = text.encode()[:most].decode(errors="ignore")
+    return text if len(ours) == len(text) else f"{ours} ... ({len(text)} characters)"

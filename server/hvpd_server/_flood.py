@@ -72,22 +72,23 @@ class Flood(Generic[T]):
         self._tell = tell
         self._clock = clock
         self._later = later
-        self._lock = threading.Lock()
-        self._all = _Bucket(_BURST_OF_ALL, _A_SECOND_OF_ALL, clock())
+        self._lock = threading.RLock()  # A finalizer may log, whatever it interrupts.
+        # What is serious has its own: nobody silences it by what is not.
+        self._all = {serious: _Bucket(_BURST_OF_ALL, _A_SECOND_OF_ALL, clock()) for serious in (False, True)}
         self._buckets: collections.OrderedDict[tuple[Hashable, Hashable], _Bucket] = collections.OrderedDict()
         self._left_out: dict[Hashable, LeftOut[T]] = {}
 
-    def admits(self, who: Hashable, kind: Hashable, line: T) -> bool:
+    def admits(self, who: Hashable, kind: Hashable, line: T, *, serious: bool = False) -> bool:
         """Whether a line is to be said; else it is counted, by its kind."""
         with self._lock:
-            now = self._clock()
+            now, every = self._clock(), self._all[serious]
             bucket = self._buckets.pop((who, kind), None) or _Bucket(_BURST, 1 / QUIET, now)
             self._buckets[who, kind] = bucket
             if len(self._buckets) > _CALLERS:
                 self._buckets.popitem(last=False)
-            if bucket.full(now) and self._all.full(now):
+            if bucket.full(now) and every.full(now):
                 bucket.take()
-                self._all.take()
+                every.take()
                 return True
             first = not self._left_out
             if kind not in self._left_out and len(self._left_out) >= _CALLERS:

@@ -2,6 +2,7 @@
 the method's right. Errors leave through here, too.
 """
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ import hvpd
 from hvpd import _protocol
 from hvpd_server import _requests
 from hvpd_server._auth import ADMINISTER, PUBLISH, USE, Grant, Tokens
+from hvpd_server._calls import Calls
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._handlers import Behaviour, wrapped
 from hvpd_server._requests import owner_of
@@ -65,11 +67,13 @@ class Gate(grpc.ServerInterceptor):
 
     Args:
         tokens: Who may do what; None: everybody everything.
+        calls: Counts those that are open, but for the open methods; None: as many as gRPC takes.
     """
 
-    def __init__(self, tokens: Tokens | None = None) -> None:
+    def __init__(self, tokens: Tokens | None = None, calls: Calls | None = None) -> None:
         self.open = False
         self._tokens = tokens
+        self._calls = calls
         self._lock = threading.Lock()
         self._streams: dict[int, tuple[grpc.ServicerContext, Caller]] = {}
 
@@ -91,12 +95,12 @@ class Gate(grpc.ServerInterceptor):
             caller = self._caller(method, [value for key, value in metadata if key == "authorization"])
             if ours:
                 self._check_warm()
-            if caller is None:
-                return handler
-            caller.check_right()
+            if caller is not None:
+                caller.check_right()
+                handler = self._bound(handler, caller)
         except ServiceError as error:
             return _refusing(error, method)
-        return self._bound(handler, caller)
+        return handler if self._calls is None else _counted(handler, self._calls, caller, method)
 
     def _check_warm(self) -> None:
         if not self.open:
@@ -155,8 +159,30 @@ class Gate(grpc.ServerInterceptor):
                 context.cancel()
 
 
+def _counted(
+    handler: "grpc.RpcMethodHandler[Any, Any]", calls: Calls, caller: "Caller | None", method: str
+) -> "grpc.RpcMethodHandler[Any, Any]":
+    """The handler, its calls being counted from their beginning to their end."""
+    tenant = caller.grant.tenant if caller is not None else ""
+
+    def wrap(behaviour: Behaviour) -> Behaviour:
+        def call(request: Any, context: grpc.ServicerContext) -> Any:
+            try:
+                calls.begin(tenant)
+            except ServiceError as error:
+                abort(context, error, method.rpartition("/")[2])
+            if not context.add_callback(functools.partial(calls.end, tenant)):  # It has ended already.
+                calls.end(tenant)
+            return behaviour(request, context)
+
+        return call
+
+    return wrapped(handler, wrap)
+
+
 def _refusing(error: ServiceError, method: str) -> "grpc.RpcMethodHandler[Any, Any]":
     def refuse(request: Any, context: grpc.ServicerContext) -> Any:
+        context.hvpd_tenant = error.metadata.get("tenant")  # type: ignore[attr-defined] # For the log.
         abort(context, error, method.rpartition("/")[2])
 
     # Of any kind of call: one that streams is refused without waiting for a message, which may never come.
@@ -223,7 +249,7 @@ class _Checked:
 
 def _check_protocol(metadata: Mapping[str, str]) -> None:
     said = metadata.get(_protocol.REVISION_KEY, "")
-    if said and not (said.isdecimal() and _protocol.OLDEST <= int(said) <= _protocol.NEWEST):
+    if said and not (len(said) < 10 and said.isdecimal() and _protocol.OLDEST <= int(said) <= _protocol.NEWEST):
         raise ServiceError(
             Code.FAILED_PRECONDITION,
             "PROTOCOL_MISMATCH",

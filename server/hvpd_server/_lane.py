@@ -1,5 +1,6 @@
 """A device with what is resident on it: a point's way there, and who launches its products."""
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -64,6 +65,7 @@ class Lane:
         self._store = store
         self._metrics = metrics
         self._expected: dict[Hashable, int] = {}
+        self._expecting: collections.Counter[Hashable] = collections.Counter()
         self._objectives = 0
         self._ahead = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="hvpd-read")
         self.launches = Launches(device, self.residency, limits, metrics, board)
@@ -109,12 +111,22 @@ class Lane:
     def expect(self, bundle: objective_pb2.Bundle) -> None:
         """Notes that an objective was put here."""
         self._expected |= _bytes_of(bundle)
+        self._expecting.update(_bytes_of(bundle).keys())
         self._objectives += 1
 
     def forget(self, objective: Objective) -> None:
         """Drops an objective that was deleted, with all its points."""
         self._objectives -= 1
+        self._expecting.subtract(_bytes_of(objective.bundle).keys())
+        for key in [key for key in _bytes_of(objective.bundle) if not self._expecting[key]]:
+            del self._expected[key], self._expecting[key]
+            self.residency.drop(key)
         self.residency.drop_where(lambda value: isinstance(value, Point) and value.objective is objective)
+
+    def blobs(self) -> set[str]:
+        """The digests of the data of all resident points."""
+        values = self.residency.values()
+        return {digest for value in values if isinstance(value, Point) for digest in value.data_digests}
 
     # Points
 
@@ -136,7 +148,10 @@ class Lane:
                 value, gradient = map(_kernels.host, source.call("value_and_grad", 0, on_device))
             seconds = time.perf_counter() - started
             self._metrics.made(identity)
-            point = Point(identity, objective, source, on_device, float(value), gradient, nonfinite(x), seconds)
+            digests = tuple(tensor.digest for tensor in data)
+            point = Point(
+                identity, objective, source, on_device, float(value), gradient, nonfinite(x), digests, seconds
+            )
             return point, 2 * objective.vector_bytes
 
         def load() -> Point:
@@ -174,7 +189,12 @@ class Lane:
             near = self.device.put(_probes.nearby(x))
             eps = _check.resolution([leaf.dtype for leaf in objective.bundle.x_leaves], objective.bundle.precision)
             found = _probes.goes_by_rows(
-                source, objective.programs.for_rows, near, math.sqrt(eps), len(self.device.parts)
+                source,
+                objective.programs.for_rows,
+                near,
+                math.sqrt(eps),
+                len(self.device.parts),
+                functools.partial(self._board.working, objective.digest),
             )
             if found is False:
                 raise ServiceError(
@@ -276,13 +296,15 @@ class Lane:
 
     # Factors
 
-    def factors(self, point: Point, program: str, seed: int | None) -> list[_codec.Array]:
-        """The Kronecker factors at a point, in the host's memory."""
+    def factors(self, point: Point, program: str, seed: int | None) -> tuple[list[_codec.Array], float]:
+        """The Kronecker factors at a point, in the host's memory, and the seconds that they took."""
 
-        def compute() -> list[_codec.Array]:
+        def compute() -> tuple[list[_codec.Array], float]:
             point.source.kernels.request(program).result()
+            started = time.perf_counter()
             with self._board.working(point.objective.digest):
-                return [_kernels.host(factor) for factor in point.source.call(program, 0, point.x, seed=seed)]
+                found = [_kernels.host(factor) for factor in point.source.call(program, 0, point.x, seed=seed)]
+            return found, time.perf_counter() - started
 
         return relieving(self.residency, compute, [point.id], program)
 

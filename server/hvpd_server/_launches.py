@@ -197,9 +197,33 @@ class Launches:
         self, point: Point, program: str, seed: int, blocks: Sequence[_codec.Array]
     ) -> Sequence[tuple[_codec.Array, str]]:
         """Multiplies the blocks of one point by as few launches as the compiled buckets allow: mostly one."""
+        products = self._beside_others(point, program, seed, blocks) if self._batcher.overlaps else []
+        if not products:
+            with self._batcher.alone() if self._batcher.overlaps else contextlib.nullcontext():
+                products = self._as_memory_allows(point, program, seed, blocks)
+        if len(blocks) == len(products) == 1 and len(blocks[0]) == len(products[0][0]):
+            return products
+        whole = products[0][0] if len(products) == 1 else np.concatenate([product for product, _ in products])
+        return [(block, products[0][1]) for block in _batcher.split(whole, [len(block) for block in blocks])]
+
+    def _beside_others(
+        self, point: Point, program: str, seed: int, blocks: Sequence[_codec.Array]
+    ) -> list[tuple[_codec.Array, str]]:
+        """Multiplies while another launch may be in flight; nothing where the device has no memory for both."""
+        try:
+            return self._as_memory_allows(point, program, seed, blocks, relieve=False)
+        except ServiceError as error:
+            if error.reason != _relief.REASON:
+                raise
+            _log.warning("the device is out of memory for two launches: one at a time from now on (%s)", error)
+            return []
+
+    def _as_memory_allows(
+        self, point: Point, program: str, seed: int, blocks: Sequence[_codec.Array], *, relieve: bool = True
+    ) -> list[tuple[_codec.Array, str]]:
+        """Multiplies; where the device is out of memory, again when caches gave way, and then by narrower launches."""
         base = self.base(point.objective, program)
-        widths = [len(block) for block in blocks]
-        total = sum(widths)
+        total = sum(map(len, blocks))
         if self._batcher.pending:
             self._have(point, base, min(total + self._batcher.pending, self._max_block_width))
         products: list[tuple[_codec.Array, str]] = []
@@ -209,19 +233,12 @@ class Launches:
             try:
                 products = self._products(point, program, seed, blocks, bucket)
             except ServiceError as error:
-                if error.reason != _relief.REASON:
+                if error.reason != _relief.REASON or not relieve:
                     raise
                 # As in `relieving`, the next try is after this block.
-                if self._batcher.launch_alone():
-                    _log.warning(
-                        "the device is out of memory for %s: one launch at a time from now on", _asked(program, bucket)
-                    )
-                elif not self._relieved(point, base, bucket, _asked(program, bucket)):
+                if not self._relieved(point, base, bucket, _asked(program, bucket)):
                     raise _relief.with_sizes(error, self._residency, _asked(program, bucket)) from error
-        if len(blocks) == len(products) == 1 and len(blocks[0]) == bucket:
-            return products
-        whole = products[0][0] if len(products) == 1 else np.concatenate([product for product, _ in products])
-        return [(block, products[0][1]) for block in _batcher.split(whole, widths)]
+        return products
 
     def _products(
         self, point: Point, program: str, seed: int, blocks: Sequence[_codec.Array], bucket: int
@@ -261,7 +278,8 @@ class Launches:
             vectors = np.random.default_rng(0).standard_normal(shape).astype(objective.dtype)
 
             def multiply(block: _codec.Array) -> _codec.Array:
-                return self._multiplied(sample, program, 0, block)[0]
+                with self._board.working(objective.digest):
+                    return self._multiplied(sample, program, 0, block)[0]
 
             def probe() -> bool | None:
                 return _probes.steady(multiply, vectors)

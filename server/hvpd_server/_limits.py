@@ -59,27 +59,31 @@ FIELDS: Mapping[str, type] = MappingProxyType(
 """The names of limits, and what they are."""
 
 
-def parse(entry: object) -> TenantLimits:
-    """The limits of a JSON object, or ValueError."""
+Said = Mapping[str, float | int | None]
+"""What is said of a tenant's limits, by their names; None: there is none. What is not said is as for everybody."""
+
+
+def combined(own: Said, everybodys: Said) -> TenantLimits:
+    """What holds for a tenant."""
+    limits: Mapping[str, Any] = {**everybodys, **own}
+    return TenantLimits(**limits)
+
+
+def parse(entry: object) -> Said:
+    """What a JSON object says, or ValueError."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"limits of a tenant are an object, got {entry!r}")  # noqa: TRY004 - one kind of error for a file
     if unknown := sorted(entry.keys() - FIELDS):
         raise ValueError(f"no limit is called {', '.join(map(repr, unknown))}; there are {', '.join(FIELDS)}")
-    limits: Mapping[str, Any] = {name: check(name, value) for name, value in entry.items()}
-    return TenantLimits(**limits)
+    return {name: None if value is None else check(name, value) for name, value in entry.items()}
 
 
-def entry(limits: TenantLimits) -> Mapping[str, float]:
-    """The JSON object that `parse` takes."""
-    return {name: value for name, value in dataclasses.asdict(limits).items() if value is not None}
-
-
-def describe(limits: Mapping[str, TenantLimits]) -> list[list[str]]:
-    """A table for people, its titles first."""
+def describe(limits: Mapping[str, Said]) -> list[list[str]]:
+    """A table for people, its titles first: "-" is as for everybody."""
     titles = ["TENANT", *(name.upper() for name in FIELDS)]
     rows = [
-        [tenant, *("-" if value is None else str(value) for value in dataclasses.astuple(found))]
-        for tenant, found in sorted(limits.items())
+        [tenant, *("-" if name not in said else "none" if said[name] is None else str(said[name]) for name in FIELDS)]
+        for tenant, said in sorted(limits.items())
     ]
     return [titles, *rows]
 
@@ -203,11 +207,13 @@ class Meter:
             self._rate.spend(columns)
             self._in_flight += columns
 
-    def end(self, columns: int, device_seconds: float) -> None:
-        """Counts that they are answered, and the device time that was theirs."""
+    def end(self, columns: int, device_seconds: float, *, answered: bool = True) -> None:
+        """Counts that they are answered, and the device time that was theirs; what was not answered is given back."""
         with self._lock:
             self._in_flight -= columns
             self._device.spend(device_seconds)
+            if not answered:
+                self._rate.spend(-columns)
 
     def _refusal(self, reason: str, what: str, wait: float) -> ServiceError:
         return ServiceError(

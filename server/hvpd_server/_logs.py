@@ -105,7 +105,8 @@ class Facts(logging.Filter):
         # The messages of others may be made of what clients send; ours are made of `args`.
         kind = (record.name, record.levelno, "" if chatty else record.msg, facts.get("code"), facts.get("reason"))
         message = "" if chatty else f"{record.msg!s}: "
-        return self._flood.admits(who, kind, _Line(record.name, record.levelno, f"{message}{_LEFT_OUT}", facts))
+        line = _Line(record.name, record.levelno, f"{message}{_LEFT_OUT}", facts)
+        return self._flood.admits(who, kind, line, serious=record.levelno >= logging.ERROR)
 
     def flush(self) -> None:
         """Tells now what was left out."""

@@ -200,7 +200,7 @@ class Metrics(Collector):
             account = self._usage.account(job.point.objective.digest, tenant, job.finished)
             account.products += 1
             account.columns += columns
-            account.device_seconds += compute * columns / job.width
+            account.device_seconds += job.device_seconds
             account.queue.add(job.started - job.queued)
             account.compute.add(compute)
             self._width.add(job.width)

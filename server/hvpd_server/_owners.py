@@ -13,12 +13,15 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from hvpd import _codec
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._store import Store, read_record
+
+BLOCK_BYTES = 4096
+"""As much as a blob counts at least: a small file takes no less of a disk."""
 
 
 class Owners:
@@ -41,6 +44,7 @@ class Owners:
         self._tenants: set[str] = set()
         self._objectives: dict[str, Mapping[str, bool]] = {}
         self._sizes: dict[str, dict[str, int]] = {}
+        self._arriving: dict[str, list[tuple[str, int]]] = {}
         for path in self._records():
             record = read_record(path)
             tenant, shared = record.get("tenant"), record.get("shared")
@@ -75,38 +79,44 @@ class Owners:
         Raises:
             ServiceError: RESOURCE_EXHAUSTED: the tenant may not store so much.
         """
-        if tenant and not self.has_blob(tenant, digest):
-            with self._lock:
-                stored = self._stored_bytes(tenant)
-                limit = self._limit_of(tenant)
-                if limit is not None and stored + size_bytes > limit:
-                    raise ServiceError(
-                        Code.RESOURCE_EXHAUSTED,
-                        "TENANT_STORAGE",
-                        f"tenant {tenant} has {stored} bytes stored, and may have {limit}: {size_bytes} more are too many; delete objectives, "
-                        "prune what belongs to none (`hvpd delete`, `hvpd prune`), or ask who operates the server for more",
-                        {"tenant": tenant},
-                    )
-                self._sizes[tenant][digest] = size_bytes
+        if not tenant or self.has_blob(tenant, digest):
+            yield
+            return
+        arrival = digest, size_bytes
+        with self._lock:
+            stored, limit = self._stored_bytes(tenant, but=digest), self._limit_of(tenant)
+            if limit is not None and stored + _charged([size_bytes]) > limit:
+                raise ServiceError(
+                    Code.RESOURCE_EXHAUSTED,
+                    "TENANT_STORAGE",
+                    f"tenant {tenant} has {stored} bytes stored, and may have {limit}: {size_bytes} more are too many; delete objectives, "
+                    "prune what belongs to none (`hvpd delete`, `hvpd prune`), or ask who operates the server for more",
+                    {"tenant": tenant},
+                )
+            self._arriving.setdefault(tenant, []).append(arrival)
         try:
             yield
             self.add_blob(tenant, digest)
-        except BaseException:
             with self._lock:
-                self._sizes.pop(tenant, None)  # It is counted anew.
-            raise
+                self._sizes[tenant][digest] = size_bytes
+        finally:
+            with self._lock:
+                self._arriving[tenant].remove(arrival)
 
     def stored_bytes(self, tenant: str) -> int:
-        """Of the blobs that the tenant has; empty: of all."""
+        """Of the blobs that the tenant has, or is about to have; empty: of all."""
         if not tenant:
-            return sum(map(self._store.size, self._store.blobs()))
+            return _charged(map(self._store.size, self._store.blobs()))
         with self._lock:
             return self._stored_bytes(tenant)
 
-    def _stored_bytes(self, tenant: str) -> int:
+    def _stored_bytes(self, tenant: str, but: str = "") -> int:
+        """Each blob once, also where it comes several times; all but one."""
         if tenant not in self._sizes:
             self._sizes[tenant] = {digest: self._store.size(digest) for digest in self.blobs(tenant)}
-        return sum(self._sizes[tenant].values())
+        sizes = self._sizes[tenant] | dict(self._arriving.get(tenant, ()))
+        sizes.pop(but, None)
+        return _charged(sizes.values())
 
     def blobs(self, tenant: str, older_than_seconds: float = 0.0) -> Iterator[str]:
         """The digests of what the tenant has uploaded, so long ago; empty: of all that is stored."""
@@ -119,15 +129,14 @@ class Owners:
                 if path.stat().st_mtime <= latest:
                     yield path.name
 
-    def remove_blob(self, tenant: str, digest: str, *, stays: bool = False) -> int:
-        """Takes a blob from a tenant, and out of the store unless it stays, or others have it; returns the bytes that this frees."""
+    def remove_blob(self, tenant: str, digest: str, *, stays: bool = False) -> None:
+        """Takes a blob from a tenant, and out of the store unless it stays, or others have it."""
         if tenant:
             (self._of(tenant) / "blobs" / digest).unlink(missing_ok=True)
             with self._lock:
                 self._sizes.get(tenant, {}).pop(digest, None)
-        if stays or any((other / "blobs" / digest).exists() for other in self._root.iterdir()):
-            return 0
-        return self._store.remove_blob(digest)
+        if not stays and not any((other / "blobs" / digest).exists() for other in self._root.iterdir()):
+            self._store.remove_blob(digest)
 
     # Objectives
 
@@ -155,7 +164,8 @@ class Owners:
         """The digests of what the tenant has registered; empty: of all that is."""
         if not tenant:
             return list(dict.fromkeys(digest for _, digest, _ in self._store.objectives()))
-        return [digest for digest, owners in list(self._objectives.items()) if tenant in owners]
+        mine = [digest for digest, owners in list(self._objectives.items()) if tenant in owners]
+        return [digest for digest in mine if self._store.registered(digest)]  # A crash may have come between the two.
 
     def remove_objective(self, tenant: str, digest: str) -> None:
         """Takes an objective from a tenant. What is nobody's then must be taken out of the store first: it would be everybody's."""
@@ -202,3 +212,7 @@ class Owners:
                 (found / part).mkdir(parents=True, exist_ok=True)
             self._tenants.add(tenant)
         return found
+
+
+def _charged(sizes: Iterable[int]) -> int:
+    return sum(max(size, BLOCK_BYTES) for size in sizes)

@@ -44,6 +44,8 @@ class Point:
     gradient: _codec.Array
     """In the host's memory."""
     nonfinite_x: int
+    data_digests: Sequence[str] = ()
+    """Of its tensors of data."""
     seconds: float = 0.0
     """Of the device's time, that value and gradient took."""
     launches: int = 0

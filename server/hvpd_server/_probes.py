@@ -3,6 +3,7 @@
 Any answer may be that it cannot be told here: where everything is zero, or not finite, anything holds.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,12 @@ def nearby(x: _codec.Array) -> _codec.Array:
 
 
 def goes_by_rows(
-    source: Streamed, kernels_of: Callable[[int], _kernels.Kernels], x: Any, tolerance: float, multiple: int = 1
+    source: Streamed,
+    kernels_of: Callable[[int], _kernels.Kernels],
+    x: Any,
+    tolerance: float,
+    multiple: int = 1,
+    working: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> bool | None:
     """Whether the gradient over some rows is the mean, or the sum, of those over two parts of them.
 
@@ -35,6 +41,7 @@ def goes_by_rows(
         x: Where to look, on the device; see `nearby`.
         tolerance: Of the difference, relative to the parts.
         multiple: Of which the parts should have whole numbers of rows.
+        working: What to be in while something runs.
     """
     rows = max(source.spans[0].stop, 2)
     if rows > source.spans[-1].stop:
@@ -42,8 +49,11 @@ def goes_by_rows(
     cut = max(rows // 2 - rows // 2 % multiple, 1)
     gradients = []
     for span in (slice(0, rows), slice(0, cut), slice(cut, rows)):
-        _, gradient = kernels_of(span.stop - span.start).call("value_and_grad", 0, x, *source.load(span))
-        gradients.append(_kernels.host(gradient).astype(np.float64))
+        kernels, args = kernels_of(span.stop - span.start), source.load(span)
+        kernels.request("value_and_grad").result()
+        with working():
+            _, gradient = kernels.call("value_and_grad", 0, x, *args)
+            gradients.append(_kernels.host(gradient).astype(np.float64))
     if not np.isfinite(gradients).all() or not np.any(gradients):
         return None
     whole, *parts = gradients

@@ -58,7 +58,10 @@ class Job:
     """When its launch ended."""
     width: int = 0
     """Vectors in its launch, of all callers."""
+    device_seconds: float = 0.0
+    """Its share of the time that the device had for its launch."""
     done: bool = False
+    launching: bool = False
     cancelled: bool = False
     waits: bool = False
     leads: bool = False
@@ -167,6 +170,10 @@ class FairQueue:
         for job in stale:
             self.remove(job)
         return launch, stale
+
+    def __iter__(self) -> Iterator[Job]:
+        """All jobs that are queued, in no order that matters."""
+        return (job for found in self._keys.values() for line in found.lines.values() for job in line)
 
     def columns(self, key: Hashable) -> int:
         """Vectors that are queued with this key."""

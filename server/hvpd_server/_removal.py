@@ -1,6 +1,7 @@
 """What is taken out of the store again: objectives, and blobs to which nothing refers any more.
 
-A blob may belong to several objectives, and to several tenants: it goes with the last of both.
+A blob may belong to several objectives, and to several tenants: it goes with the last of both. Where it cannot be told what an
+objective needs, since its bundle cannot be read, nothing goes.
 """
 
 import contextlib
@@ -25,7 +26,6 @@ class Deleted:
     """The objective's."""
     gone: bool
     """Whether it is out of the store."""
-    freed_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,6 @@ class Pruned:
     """Blobs that the tenant has not any more."""
     size_bytes: int
     """Their bytes."""
-    freed_bytes: int
-    """Bytes of those that nobody has any more."""
 
 
 class Removal:
@@ -47,29 +45,45 @@ class Removal:
         store: What is on disk.
         owners: Who has what.
         bundle: The bundle of an objective; may raise ServiceError.
+        in_use: The digests of blobs that are read while products run.
     """
 
-    def __init__(self, store: Store, owners: Owners, bundle: Callable[[str], objective_pb2.Bundle]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        owners: Owners,
+        bundle: Callable[[str], objective_pb2.Bundle],
+        in_use: Callable[[], Collection[str]] = tuple,
+    ) -> None:
         self._store = store
         self._owners = owners
         self._bundle = bundle
+        self._in_use = in_use
 
-    def delete(self, name: str, tenant: str, *, anybodys: bool) -> Deleted:
+    def delete(self, name: str, tenant: str, *, expected: str = "", anybodys: bool) -> Deleted:
         """Takes a name off an objective, and with the last of them the objective out of the store.
 
         Args:
             name: As for `Owners.find`; of a digest, all names are meant that are the tenant's.
             tenant: Who asks; empty where nobody is told apart.
+            expected: The digest of the objective that is meant, or empty; what a name points at now may be another.
             anybodys: Whether what is others' may be deleted, too, all their names with it.
 
         Raises:
-            ServiceError: There is none, or it is not the tenant's.
+            ServiceError: There is none, or it is not the tenant's, or the bundle of another objective cannot be read.
         """
         shown, digest, _ = self._find(name, tenant, anybodys=anybodys)
+        if expected not in ("", digest):
+            raise ServiceError(
+                Code.NOT_FOUND,
+                "OBJECTIVE_NOT_FOUND",
+                f"{name!r} is the objective {digest[:12]} now, not {expected[:12]}",
+            )
         by_name = name in (shown, shown.removeprefix(f"{tenant}/"))
+        own = by_name and tenant and shown.startswith(f"{tenant}/")
         whose = set(self._owners.owners_of(digest))
         every = names = [each for each, to, _ in self._store.objectives() if to == digest and each]
-        if not anybodys:
+        if own or not anybodys:
             names = [each for each in every if each.partition("/")[0] == tenant]
             whose &= {tenant}
             if not whose or (by_name and shown not in names):
@@ -80,9 +94,10 @@ class Removal:
                 )
         if by_name and len(names) > 1:
             self._store.remove_name(shown)
-            return Deleted(digest, gone=False, freed_bytes=0)
+            return Deleted(digest, gone=False)
         rest = {*every} - {*names} or set(self._owners.owners_of(digest)) - whose
-        return self._delete(digest, names, whose, gone=not rest)
+        self._delete(digest, names, whose or {""}, gone=not rest)
+        return Deleted(digest, gone=not rest)
 
     def _find(self, name: str, tenant: str, *, anybodys: bool) -> tuple[str, str, int]:
         """As `Owners.find`: what is the tenant's, then what is anybody's."""
@@ -93,36 +108,48 @@ class Removal:
                 raise
             return self._owners.find("", name)
 
-    def _delete(self, digest: str, names: Iterable[str], whose: Collection[str], *, gone: bool) -> Deleted:
+    def _delete(self, digest: str, names: Iterable[str], whose: Collection[str], *, gone: bool) -> None:
         """Takes an objective from tenants, with these names of it; out of the store where nobody else has it."""
-        parts = self._parts(digest)
+        parts = {digest}
+        with contextlib.suppress(ServiceError):  # Its bundle is lost: what belongs to it can be pruned later.
+            parts = self._parts(digest)
+        kept = {tenant: self._kept(tenant, but=digest) for tenant in whose}
+        staying = self._kept_for_nobody(but=digest)
+        if not gone and not set(self._owners.owners_of(digest)) - set(whose):  # It has a name that is nobody's.
+            staying |= parts
         for name in names:
             self._store.remove_name(name)
         if gone:
             self._store.remove_objective(digest)
         for tenant in whose:
             self._owners.remove_objective(tenant, digest)
-        freed = sum(self._give_up(tenant, parts)[1] for tenant in whose or [""])
-        return Deleted(digest, gone=gone, freed_bytes=freed)
+            self._give_up(tenant, parts - kept[tenant], staying)
 
     def prune(self, tenant: str) -> Pruned:
-        """Takes from a tenant what none of its objectives refers to; empty: from the store what nothing does."""
-        old = list(self._owners.blobs(tenant, PRUNE_AGE_SECONDS))
-        sizes = {digest: self._store.size(digest) for digest in old}
-        given_up, freed = self._give_up(tenant, old)
-        return Pruned(len(given_up), sum(sizes[digest] for digest in given_up), freed)
+        """Takes from a tenant what none of its objectives refers to, and no product needs; empty: from the store what nothing does.
 
-    def _give_up(self, tenant: str, digests: Iterable[str]) -> tuple[list[str], int]:
-        """Takes blobs from a tenant unless its objectives refer to them. Returns them, and the bytes that this frees."""
-        kept = {part for objective in self._owners.objectives_of(tenant) for part in self._parts(objective)}
-        given_up = [digest for digest in digests if digest not in kept]
-        unowned = [each for each in self._owners.objectives_of("") if tenant and not self._owners.owners_of(each)]
-        staying = {part for objective in unowned for part in self._parts(objective)}  # They have no owner to keep them.
-        freed = [self._owners.remove_blob(tenant, digest, stays=digest in staying) for digest in given_up]
-        return given_up, sum(freed)
+        Raises:
+            ServiceError: The bundle of an objective cannot be read.
+        """
+        kept = self._kept(tenant) | set(self._in_use())
+        given_up = [each for each in self._owners.blobs(tenant, PRUNE_AGE_SECONDS) if each not in kept]
+        size_bytes = sum(map(self._store.size, given_up))
+        self._give_up(tenant, given_up, self._kept_for_nobody())
+        return Pruned(len(given_up), size_bytes)
+
+    def _give_up(self, tenant: str, digests: Iterable[str], staying: Collection[str]) -> None:
+        for digest in digests:
+            self._owners.remove_blob(tenant, digest, stays=digest in staying)
+
+    def _kept(self, tenant: str, but: str = "") -> set[str]:
+        """What the objectives of a tenant refer to; empty: those of all."""
+        return {part for each in self._owners.objectives_of(tenant) if each != but for part in self._parts(each)}
+
+    def _kept_for_nobody(self, but: str = "") -> set[str]:
+        """What objectives refer to that no tenant owns: they have no owner to keep it."""
+        unowned = [each for each in self._owners.objectives_of("") if each != but and not self._owners.owners_of(each)]
+        return {part for each in unowned for part in self._parts(each)}
 
     def _parts(self, digest: str) -> set[str]:
-        """The blobs of an objective, as far as its bundle can be read."""
-        with contextlib.suppress(ServiceError):
-            return {digest, *_admission.references(self._bundle(digest))}
-        return {digest}
+        """The blobs of an objective."""
+        return {digest, *_admission.references(self._bundle(digest))}

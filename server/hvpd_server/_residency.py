@@ -8,6 +8,7 @@ have counts in full for each. Over its limit, a user leaves what it has used lea
 
 import collections
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -18,6 +19,10 @@ from hvpd_server._errors import Code, ServiceError
 
 _NOTHING: Mapping[Hashable, int] = MappingProxyType({})
 
+_ENTRY_BYTES = 16 << 10
+_LEAST_ENTRIES = 1000
+"""There are as many entries as the budget has of these bytes, and at least so many."""
+
 
 @dataclasses.dataclass(slots=True)
 class _Entry:
@@ -26,9 +31,11 @@ class _Entry:
     size_bytes: int
     needs: tuple[Hashable, ...]
     needed_by: set[Hashable] = dataclasses.field(default_factory=set)
-    lease: float = 0.0
-    """Seconds for which it is pinned after each use; 0 where it is not, or was not used for so long."""
+    leases: dict[str, float] = dataclasses.field(default_factory=dict)
+    """By user, the seconds for which it is pinned after each use; empty where it is not, or was not used for so long."""
     pinned_until: float = 0.0
+    used: int = 0
+    """The larger, the later."""
     users: set[str] = dataclasses.field(default_factory=set)
 
 
@@ -56,6 +63,10 @@ class Residency:
         self._lock = threading.Lock()
         self._entries: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
         self._leased: set[Hashable] = set()
+        # Also what is small takes memory of the host, some 12 KiB a point.
+        self._most_entries = max(budget_bytes // _ENTRY_BYTES, _LEAST_ENTRIES)
+        self._uses = itertools.count(1)
+        self._joined: collections.defaultdict[str, set[Hashable]] = collections.defaultdict(set)
         self._loading: dict[Hashable, threading.Lock] = {}
         self._used: collections.Counter[str] = collections.Counter()
         self._hits: collections.Counter[str] = collections.Counter()
@@ -80,6 +91,11 @@ class Residency:
             self._touch(key)
             self._hits[entry.kind] += 1
             return entry.value
+
+    def values(self) -> list[Any]:
+        """All entries."""
+        with self._lock:
+            return [entry.value for entry in self._entries.values()]
 
     def free_bytes(self) -> int:
         """What the budget leaves beside all that is resident."""
@@ -119,7 +135,12 @@ class Residency:
             held = self._closure([*present, *self._pinned()])
             while sum(self._used.values()) + size_bytes > self.budget_bytes:
                 self._forget(next(entry for entry in self._entries if entry not in held), evicted)
-            self._entries[key] = _Entry(kind, value, size_bytes, present)
+            while evict and len(self._entries) >= self._most_entries:
+                oldest = next((entry for entry in self._entries if entry not in held), None)
+                if oldest is None:
+                    break
+                self._forget(oldest, evicted)
+            self._entries[key] = _Entry(kind, value, size_bytes, present, used=next(self._uses))
             self._misses[kind] += 1
             for need in present:
                 self._entries[need].needed_by.add(key)
@@ -193,6 +214,7 @@ class Residency:
             if entry is None:
                 return
             entry.users.add(user)
+            self._joined[user].add(key)
             evicted = self._fit(user, key)
         for dropped in evicted:
             self._on_evict(dropped)
@@ -200,7 +222,7 @@ class Residency:
     def had_bytes(self, user: str) -> int:
         """What a user has."""
         with self._lock:
-            return self._bytes(self._had(self._joined(user)))
+            return self._bytes({part for key in self._joined.get(user, ()) for part in self._had(key)})
 
     def check_user(self, user: str, size_bytes: int, kind: str, needs: Mapping[Hashable, int] = _NOTHING) -> None:
         """Raises ServiceError where a user may not have something of this size, whatever else it leaves; see `check`."""
@@ -210,8 +232,8 @@ class Residency:
         with self._lock:
             present = self._closure(key for key in needs if key in self._entries)
             size_bytes += sum(size for key, size in needs.items() if key not in self._entries) + self._bytes(present)
-            pinned = [key for key in self._pinned() if user in self._entries[key].users]
-            beside = self._bytes(self._had(pinned) - present)
+            pinned = {part for key in self._pinned(user) for part in self._had(key)}
+            beside = self._bytes(pinned - present)
         if size_bytes + beside > limit:
             pins = f" beside {beside} bytes that are pinned" if beside else ""
             raise ServiceError(
@@ -243,31 +265,33 @@ class Residency:
         limit, evicted = self._limit_of(user), list[str]()
         if limit is None:
             return evicted
-        joined = self._joined(user)
-        leaving = [key for key in joined if key not in {keep, *self._pinned()}]
-        while leaving and self._bytes(self._had(joined)) > limit:
-            key = leaving.pop(0)
-            joined.remove(key)
-            users = self._entries[key].users
-            users.discard(user)
-            if not users:
+        had = {key: self._had(key) for key in self._joined[user]}
+        times = collections.Counter(part for parts in had.values() for part in parts)
+        excess = self._bytes(times) - limit
+        if excess <= 0:
+            return evicted
+        staying = {keep, *self._pinned(user)}
+        for key in sorted(had.keys() - staying, key=lambda key: self._entries[key].used):
+            for part in had[key]:
+                times[part] -= 1
+                excess -= self._entries[part].size_bytes if not times[part] else 0
+            self._joined[user].discard(key)
+            self._entries[key].users.discard(user)
+            if excess <= 0:
+                break
+        for key in had.keys() - self._joined[user]:
+            if key in self._entries and not self._entries[key].users:
                 self._forget(key, evicted)
-                joined, leaving = ([each for each in keys if each in self._entries] for keys in (joined, leaving))
         return evicted
 
-    def _joined(self, user: str) -> list[Hashable]:
-        """The least recently used first."""
-        return [key for key, entry in self._entries.items() if user in entry.users]
-
-    def _had(self, keys: Iterable[Hashable]) -> set[Hashable]:
-        """These entries, all that they need, and all that needs them."""
-        keys = set(keys)
-        return self._closure(keys | {other for key in keys for other in self._entries[key].needed_by})
+    def _had(self, key: Hashable) -> set[Hashable]:
+        """An entry, all that it needs, and all that needs it."""
+        return self._closure({key, *self._entries[key].needed_by})
 
     # What stays
 
-    def pin(self, key: Hashable, seconds: float) -> None:
-        """Keeps an entry, and what it needs, until it has not been used for so long; 0 gives it up. Not resident: nothing.
+    def pin(self, key: Hashable, seconds: float, user: str = "") -> None:
+        """Keeps an entry, and what it needs, until it has not been used for so long; 0 gives up the user's own pin. Not resident: nothing.
 
         Raises:
             ServiceError: More than half of the budget would be pinned.
@@ -277,8 +301,9 @@ class Residency:
             if entry is None:
                 return
             if not seconds:
-                entry.lease = 0.0
-                self._leased.discard(key)
+                entry.leases.pop(user, None)
+                if not entry.leases:
+                    self._leased.discard(key)
                 return
             size_bytes = self._bytes(self._closure([*self._pinned(), key]))
             if size_bytes > self.budget_bytes // 2:
@@ -288,12 +313,18 @@ class Residency:
                     f"{size_bytes} bytes would be pinned, half of the server's memory budget of {self.budget_bytes} may be: do "
                     "without, or unpin others",
                 )
-            entry.lease, entry.pinned_until = seconds, self._clock() + seconds
+            entry.leases[user] = seconds
+            entry.pinned_until = self._clock() + max(entry.leases.values())
             self._leased.add(key)
 
-    def _pinned(self) -> list[Hashable]:
+    def _pinned(self, user: str | None = None) -> list[Hashable]:
+        """What is pinned, by this user or by any."""
         now = self._clock()
-        return [key for key in self._leased if self._entries[key].pinned_until > now]
+        return [
+            key
+            for key in self._leased
+            if self._entries[key].pinned_until > now and (user is None or user in self._entries[key].leases)
+        ]
 
     def give_way(self, keep: Sequence[Hashable]) -> bool:
         """Drops residuals, or, where there are none, all but what is kept and what that needs; returns whether anything went."""
@@ -333,12 +364,13 @@ class Residency:
 
     def _touch(self, key: Hashable) -> None:
         entry = self._entries[key]
-        if entry.lease:
+        entry.used = next(self._uses)
+        if entry.leases:
             now = self._clock()
             if entry.pinned_until > now:
-                entry.pinned_until = now + entry.lease
+                entry.pinned_until = now + max(entry.leases.values())
             else:  # It has ended: others may have been pinned in its place.
-                entry.lease = 0.0
+                entry.leases.clear()
                 self._leased.discard(key)
         for need in entry.needs:
             self._touch(need)
@@ -349,6 +381,8 @@ class Residency:
         if entry is None:
             return
         self._leased.discard(key)
+        for user in entry.users:
+            self._joined[user].discard(key)
         dropped.append(entry.kind)
         self._used[entry.kind] -= entry.size_bytes
         for need in entry.needs:

@@ -18,6 +18,7 @@ from hvpd import _codec, _frames, _protocol
 from hvpd._frames import Frame
 from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2
 from hvpd_server import _buffers, _requests
+from hvpd_server._calls import Arrivals, Stalls
 from hvpd_server._engine import Engine
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._gate import abort, tenant_of
@@ -75,8 +76,9 @@ def _streaming(
 class BlobService:
     """Blobs in and out of the store."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, stalls: Stalls | None = None) -> None:
         self._engine = engine
+        self._stalls = stalls or Stalls()
 
     @_unary
     def FindMissingBlobs(  # noqa: N802 - the contract's name
@@ -94,6 +96,7 @@ class BlobService:
     def UploadBlob(  # noqa: N802
         self, request_iterator: Iterator[Frame[blob_pb2.UploadBlobRequest]], context: grpc.ServicerContext
     ) -> blob_pb2.UploadBlobResponse:
+        request_iterator = self._stalls.watch(request_iterator, context)
         first = next(request_iterator, None)
         if first is None:
             raise ServiceError(Code.INVALID_ARGUMENT, "UPLOAD_SIZE", "an upload without a message")
@@ -111,10 +114,11 @@ class BlobService:
     def PruneBlobs(  # noqa: N802
         self, request: blob_pb2.PruneBlobsRequest, context: grpc.ServicerContext
     ) -> blob_pb2.PruneBlobsResponse:
-        found = self._engine.prune(owner_of(context))
-        return blob_pb2.PruneBlobsResponse(
-            pruned_count=found.count, pruned_bytes=found.size_bytes, freed_bytes=found.freed_bytes
-        )
+        tenant = request.tenant or owner_of(context)
+        if tenant != owner_of(context):
+            _check_administers(context, "what other tenants have stored")
+        found = self._engine.prune(tenant)
+        return blob_pb2.PruneBlobsResponse(pruned_count=found.count, pruned_bytes=found.size_bytes)
 
 
 class ObjectiveService:
@@ -144,7 +148,7 @@ class ObjectiveService:
         self, request: objective_pb2.ListObjectivesRequest, context: grpc.ServicerContext
     ) -> objective_pb2.ListObjectivesResponse:
         size = min(request.page_size or 100, 100)
-        if size < 0 or not (request.page_token or "0").isdecimal():
+        if size < 0 or len(request.page_token) > 9 or not (request.page_token or "0").isdecimal():
             raise ServiceError(
                 Code.INVALID_ARGUMENT, "INVALID_PAGE", "page_size or page_token is not one of this server's"
             )
@@ -176,10 +180,13 @@ class ObjectiveService:
         self, request: objective_pb2.DeleteObjectiveRequest, context: grpc.ServicerContext
     ) -> objective_pb2.DeleteObjectiveResponse:
         _requests.of(context).objective = request.name
-        found = self._engine.delete(request.name, owner_of(context), anybodys=_requests.may_administer(context))
-        return objective_pb2.DeleteObjectiveResponse(
-            digest=found.digest, deleted=found.gone, freed_bytes=found.freed_bytes
+        found = self._engine.delete(
+            request.name,
+            owner_of(context),
+            expected=request.digest,
+            anybodys=_requests.may_administer(context),
         )
+        return objective_pb2.DeleteObjectiveResponse(digest=found.digest, deleted=found.gone)
 
     @_unary
     def ReleaseObjective(  # noqa: N802
@@ -200,12 +207,30 @@ class ObjectiveService:
 
 
 class CurvatureService:
-    """Points and products."""
+    """Points and products.
+
+    Args:
+        engine: What computes.
+        max_streams: Most product streams that are kept open.
+        metrics: Counts.
+        tracing: Where products are traced, if they are.
+        stalls: Ends calls that do not go on.
+        arrivals: Counts the memory of what arrives in pieces.
+    """
 
     def __init__(
-        self, engine: Engine, max_streams: int, metrics: Metrics | None = None, tracing: Tracing | None = None
+        self,
+        engine: Engine,
+        max_streams: int,
+        metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
+        *,
+        stalls: Stalls | None = None,
+        arrivals: Arrivals | None = None,
     ) -> None:
         self._engine = engine
+        self._stalls = stalls or Stalls()
+        self._room = arrivals or Arrivals(1 << 62)
         self._tracing = tracing
         self._metrics = metrics or Metrics()
         self._workers = concurrent.futures.ThreadPoolExecutor(_WORKERS, thread_name_prefix="hvpd-product")
@@ -215,6 +240,7 @@ class CurvatureService:
     def CreatePoint(  # noqa: N802
         self, request_iterator: Iterator[Frame[curvature_pb2.CreatePointRequest]], context: grpc.ServicerContext
     ) -> Iterator[Frame[curvature_pb2.CreatePointResponse]]:
+        request_iterator = self._stalls.watch(request_iterator, context)
         first, chunk = next(request_iterator, Frame(curvature_pb2.CreatePointRequest()))
         if not first.HasField("spec") or chunk:
             raise ServiceError(Code.INVALID_ARGUMENT, "SPEC_MISSING", "the first message must have the point's spec")
@@ -225,7 +251,7 @@ class CurvatureService:
             x = yield from self._x(first, request_iterator, owner)
             point = self._engine.create_point(first.spec, x, owner)
         if first.HasField("pin_seconds"):
-            self._engine.pin(point, max(first.pin_seconds, 0))
+            self._engine.pin(point, max(first.pin_seconds, 0), owner)
         yield Frame(curvature_pb2.CreatePointResponse(point=point.message()))
         for chunk in _codec.chunks(_codec.payload(point.gradient)):
             yield Frame(curvature_pb2.CreatePointResponse(), chunk)
@@ -296,7 +322,8 @@ class CurvatureService:
     def StreamProducts(  # noqa: N802
         self, request_iterator: Iterator[Frame[curvature_pb2.StreamProductsRequest]], context: grpc.ServicerContext
     ) -> Iterator[Frame[curvature_pb2.StreamProductsResponse]]:
-        arriving = _Arriving(self._engine, owner_of(context))
+        arriving = _Arriving(self._engine, owner_of(context), tenant_of(context), self._room)
+        request_iterator = self._stalls.watch(request_iterator, context, lambda: bool(arriving))
         cancel = _Cancel(context)
         tenant = tenant_of(context)
         request = _requests.of(context)
@@ -480,13 +507,7 @@ class ServerService:
     ) -> server_pb2.GetUsageResponse:
         tenants = [owner_of(context)]
         if request.all_tenants:
-            if not _requests.may_administer(context):
-                raise ServiceError(
-                    Code.PERMISSION_DENIED,
-                    "RIGHT_MISSING",
-                    "what other tenants use is for tokens with the right 'administer'",
-                    {"right": "administer", "tenant": tenants[0]},
-                )
+            _check_administers(context, "what other tenants use")
             tenants = list(self._tenants())
         return server_pb2.GetUsageResponse(usages=map(self._engine.usage, tenants))
 
@@ -498,10 +519,33 @@ def add_to_server(server: grpc.Server, file: Any, servicer: object) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
 
-class _Vectors:
-    """A block V[k,n] that arrives in chunks. One that comes whole is used where it lies."""
+def _check_administers(context: grpc.ServicerContext, what: str) -> None:
+    """Raises ServiceError where something is not the caller's business."""
+    if not _requests.may_administer(context):
+        raise ServiceError(
+            Code.PERMISSION_DENIED,
+            "RIGHT_MISSING",
+            f"{what} is for tokens with the right 'administer'",
+            {"right": "administer", "tenant": owner_of(context)},
+        )
 
-    def __init__(self, k: int, n: int, dtype: "np.dtype[Any]") -> None:
+
+class _Vectors:
+    """A block V[k,n] that arrives in chunks. One that comes whole is used where it lies.
+
+    Args:
+        k: Its vectors.
+        n: Their length.
+        dtype: Of their elements.
+        arrivals: Counts the bytes of what comes in pieces, for as long as this is there.
+        tenant: For whom.
+    """
+
+    def __init__(
+        self, k: int, n: int, dtype: "np.dtype[Any]", arrivals: Arrivals | None = None, tenant: str = ""
+    ) -> None:
+        self._arrivals, self._tenant = arrivals, tenant
+        self._counted = False
         self._shape, self._dtype = (k, n), dtype
         self.size = k * n * self._dtype.itemsize
         self._received = 0
@@ -522,12 +566,19 @@ class _Vectors:
             self._buffer = chunk
         else:
             if self._buffer is None:
+                if self._arrivals is not None:
+                    self._arrivals.take(self._tenant, self.size)
+                    self._counted = True
                 self._buffer = _buffers.empty((self.size,), np.dtype(np.uint8)).data
             self._buffer[self._received : end] = chunk
             if end == self.size:
                 self.receiving = time.monotonic() - self.arrived
         self._received = end
         return self.complete
+
+    def __del__(self) -> None:
+        if self._counted and self._arrivals is not None:
+            self._arrivals.give_back(self._tenant, self.size)
 
     @property
     def complete(self) -> bool:
@@ -553,9 +604,11 @@ def _whole(vector: _Vectors, chunks: Iterable[_codec.Buffer]) -> _codec.Array:
     raise ServiceError(Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"x ended early: {vector.progress}")
 
 
-def _vectors(spec: curvature_pb2.ProductSpec, point: Point) -> _Vectors:
+def _vectors(
+    spec: curvature_pb2.ProductSpec, point: Point, arrivals: Arrivals | None = None, tenant: str = ""
+) -> _Vectors:
     """For the vectors of a product."""
-    return _Vectors(spec.k, point.objective.sizes[spec.block], point.objective.dtype)
+    return _Vectors(spec.k, point.objective.sizes[spec.block], point.objective.dtype, arrivals, tenant)
 
 
 class _Cancel:
@@ -586,12 +639,16 @@ class _Arriving:
 
     Args:
         engine: Knows the points.
-        owner: Who asks.
+        owner: Whose points.
+        tenant: Who asks.
+        arrivals: Counts the bytes of what comes in pieces.
     """
 
-    def __init__(self, engine: Engine, owner: str) -> None:
+    def __init__(self, engine: Engine, owner: str, tenant: str, arrivals: Arrivals) -> None:
         self._engine = engine
         self._owner = owner
+        self._tenant = tenant
+        self._arrivals = arrivals
         self._products: dict[int, _Product] = {}
         self.computing: dict[int, Callable[[], None]] = {}
         """By tag, what cancels a product that has come and is not answered yet."""
@@ -628,7 +685,8 @@ class _Arriving:
                     f"{_ARRIVING} products of this stream are arriving: send the rest of one before product {tag}",
                 )
             point = self._engine.resident(message.spec, self._owner)
-            self._products[tag] = _Product(message.spec, point, _vectors(message.spec, point))
+            vectors = _vectors(message.spec, point, self._arrivals, self._tenant)
+            self._products[tag] = _Product(message.spec, point, vectors)
             self._refused.pop(tag, None)
         elif tag not in self._products:
             if tag in self._refused:

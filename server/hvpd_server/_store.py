@@ -91,6 +91,22 @@ class Store:
         """The directory for compiled programs."""
         return self.root / "cache"
 
+    def trim_cache(self, most_bytes: int) -> int:
+        """Drops compiled programs, those first that were read longest ago, until the rest has so many bytes; returns how many went."""
+        found = []
+        for path in self.cache.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((max(status.st_atime, status.st_mtime), status.st_size, path))
+        excess, gone = sum(size for _, size, _ in found) - most_bytes, 0
+        for _, size, path in sorted(found):
+            if excess <= 0:
+                break
+            with contextlib.suppress(OSError):  # A directory, or gone already.
+                path.unlink()
+                excess, gone = excess - size, gone + 1
+        return gone
+
     # Blobs
 
     def has(self, digest: str) -> bool:
@@ -277,12 +293,10 @@ class Store:
         for part in ("objectives", "checks", "vetted"):  # In this order: what is no objective is not served.
             (self.root / part / digest).unlink(missing_ok=True)
 
-    def remove_blob(self, digest: str) -> int:
-        """Takes a blob out; returns its bytes."""
-        size = self.size(digest)
+    def remove_blob(self, digest: str) -> None:
+        """Takes a blob out."""
         self._verified.pop(digest, None)
         self._blob(digest).unlink(missing_ok=True)
-        return size
 
     def blobs(self, older_than_seconds: float = 0.0) -> Iterator[str]:
         """The digests of all blobs that were stored so long ago."""

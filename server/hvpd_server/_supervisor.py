@@ -81,7 +81,10 @@ def _child(config: _config.Config, descriptor: int) -> "Iterator[subprocess.Pope
         [sys.executable, "-m", "hvpd_server", *_config.arguments(config)],
         stdin=subprocess.PIPE,  # Its end of file tells the child that nobody supervises it any more.
         pass_fds=[descriptor],
-        env=os.environ | {_BOARD: str(descriptor), _PARENT: str(os.getpid()), "HVPD_OWNED": "1"},
+        # gRPC's own INFO has a line for each handshake that fails, whoever tried.
+        env={"GRPC_VERBOSITY": "ERROR"}
+        | os.environ
+        | {_BOARD: str(descriptor), _PARENT: str(os.getpid()), "HVPD_OWNED": "1"},
     )
     try:
         yield process

@@ -30,7 +30,7 @@ _CONNECTIONS: Final = 32
 """Most that are served at once; others wait, in the kernel."""
 _PATIENCE: Final = 1.0
 """Seconds for which one waits that is too many before it is closed."""
-_RECEIVE: Final = 10.0
+_RECEIVE: Final = 2.0
 _SEND: Final = 30.0
 """Seconds for a request to come in, and for its answer to be taken."""
 _LINGER: Final = 1.0

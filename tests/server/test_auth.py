@@ -5,9 +5,11 @@ import datetime
 import importlib
 import json
 import logging
+import os
 import pkgutil
 import re
 import stat
+from pathlib import Path
 
 import grpc
 import pytest
@@ -354,19 +356,19 @@ def test_the_command_says_what_it_cannot_read_or_write(tmp_path, capsys):
 # Limits
 
 
-def test_limits_are_of_a_tenant_or_of_all_others(path, clock):
+def test_limits_are_of_a_tenant_and_where_it_has_none_of_everybody(path, clock):
     _auth.create(path, "vision", ["use"])
     _auth.limit(path, "*", {"vectors_per_second": 10, "stored_bytes": 5})
-    _auth.limit(path, "vision", {"vectors_in_flight": 3})
+    _auth.limit(path, "vision", {"vectors_in_flight": 3, "stored_bytes": 50})
     tokens = Tokens(path, clock=clock)
     assert tokens.tenants() == ["vision"]
-    assert tokens.limits("vision") == TenantLimits(vectors_in_flight=3)
+    assert tokens.limits("vision") == TenantLimits(vectors_per_second=10, vectors_in_flight=3, stored_bytes=50)
     assert tokens.limits("speech") == TenantLimits(vectors_per_second=10, stored_bytes=5)
     _auth.limit(path, "*", {"vectors_per_second": None, "device_share": 0.5})
-    _auth.limit(path, "vision", {"vectors_in_flight": None})
+    _auth.limit(path, "vision", {"device_share": None})
     tokens.refresh()
     assert tokens.limits("speech") == TenantLimits(device_share=0.5, stored_bytes=5)
-    assert tokens.limits("vision") == TenantLimits()  # None of its own, and not those of all others.
+    assert tokens.limits("vision") == TenantLimits(vectors_in_flight=3, stored_bytes=50)
     _auth.unlimit(path, "vision")
     tokens.refresh()
     assert tokens.limits("vision") == tokens.limits("speech")
@@ -379,7 +381,7 @@ def test_tokens_and_limits_of_a_file_do_not_lose_each_other(path):
     _auth.revoke(path, grant.id)
     found = _auth.read(path)
     assert [each.tenant for each in found.grants] == ["speech"]
-    assert found.limits == {"vision": TenantLimits(stored_bytes=5)}
+    assert found.limits == {"vision": {"stored_bytes": 5}}
 
 
 @pytest.mark.parametrize(
@@ -407,18 +409,28 @@ def test_the_command_sets_lists_and_removes_limits(path, capsys):
 
     assert limit("set", "vision", "--resident-bytes", "4G", "--vectors-per-second", 2.5) == (0, "", "")
     assert limit("set", "vision", "--vectors-per-second", "none", "--vectors-in-flight", 7) == (0, "", "")
-    assert _auth.read(path).limits == {"vision": TenantLimits(resident_bytes=4 << 30, vectors_in_flight=7)}
+    said = {"resident_bytes": 4 << 30, "vectors_per_second": None, "vectors_in_flight": 7}
+    assert _auth.read(path).limits == {"vision": said}
     code, out, _ = limit("list")
     assert code == 0
-    assert out.splitlines()[1].split() == ["vision", "-", "7", "-", "4294967296", "-"]
+    assert out.splitlines()[1].split() == ["vision", "none", "7", "-", "4294967296", "-"]
     assert limit("remove", "vision")[0] == 0
     assert limit("remove", "vision")[0] == 1
+    code, _, err = limit("set", "vision")
+    assert (code, "say which limit of 'vision'" in err) == (1, True)
     code, _, err = limit("set", "a/b", "--stored-bytes", "1K")
     assert (code, "a tenant is called by" in err) == (1, True)
     before = path.read_bytes()
     code, _, err = limit("set", "vision", "--device-share", "-1")
     assert (code, "device_share is a number above 0" in err) == (1, True)
     assert path.read_bytes() == before
+
+
+def test_what_is_no_plain_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        with pytest.raises(ValueError, match="it is no plain file of 16777216 bytes at most"):
+            _auth.read(Path(path))
 
 
 # The gate

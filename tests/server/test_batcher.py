@@ -931,18 +931,79 @@ def test_what_a_tenant_has_had_counts_while_its_launch_is_in_flight(start):
     assert [future.result(WAIT)[0, 0] for future in futures] == [10.0, 20.0, 30.0, 40.0]
 
 
-def test_it_can_be_told_to_launch_alone_from_now_on(start):
-    runway = Runway(start)
-    assert runway.batcher.launch_alone()
-    assert not runway.batcher.launch_alone()
-    first, _ = runway.ask(1, "a")
-    assert runway.begun() == ("a", [1])
-    second, _ = runway.parks(2, "b")
-    assert runway.none_begins()
+def test_a_launch_can_be_alone_when_the_others_have_landed_and_all_are_from_then_on(start):
+    """Two do not fit beside each other, and each fits by itself."""
+    inside, together, counts = threading.Semaphore(1), threading.Barrier(2), []
+
+    def execute(key, jobs):
+        together.wait(WAIT)
+        with batcher.alone():
+            counts.append(inside.acquire(blocking=False))
+            inside.release()
+        return [10 * job.block for job in jobs]
+
+    batcher = Batcher(execute, lambda key: 64, max_pending=10, max_launches=2)
+    assert batcher.overlaps
+    futures = [start(batcher.run, Job(key, np.ones((1, 2)))) for key in "ab"]
+    assert [future.result(WAIT)[0, 0] for future in futures] == [10.0, 10.0]
+    assert counts == [True, True]
+    assert not batcher.overlaps
+    assert batcher.in_flight == 0
+
+
+def test_time_that_a_launch_waits_for_another_is_not_its_own(start):
+    clock = Clock()
+    runway = Runway(start, clock=clock)
+    first, one = runway.ask(1, "a", width=2)
+    runway.begun()
+    second, other = runway.ask(2, "b")
+    runway.begun()
+    clock.now += 3
     runway.end("a")
-    assert runway.begun() == ("b", [2])
+    first.result(WAIT)
+    clock.now += 1
     runway.end("b")
-    assert [future.result(WAIT)[0, 0] for future in (first, second)] == [10.0, 20.0]
+    second.result(WAIT)
+    assert (one.device_seconds, other.device_seconds) == (3.0, 1.0)
+    assert other.finished - other.started == 4.0
+
+
+def test_whoever_leads_when_the_queue_fails_is_told_and_the_next_leads(start):
+    """Nothing should raise there. If it does, nobody waits for who is gone."""
+
+    class Broken(Expecting):
+        def width(self, columns, room):
+            raise ZeroDivisionError("in the crowd")
+
+    for launches in (1, 2):
+        runway = Runway(start, max_launches=launches)
+        first, _ = runway.ask(1, "a")
+        runway.begun()
+        broken, _ = runway.ask(2, "b", crowd=Broken(1))
+        if launches == 1:
+            runway.end("a")
+        with pytest.raises(ZeroDivisionError):
+            broken.result(WAIT)
+        third, _ = runway.ask(3, "c")
+        runway.end("a", "c")
+        assert [future.result(WAIT)[0, 0] for future in (first, third)] == [10.0, 30.0]
+        assert runway.batcher.pending == 0
+
+
+def test_who_is_busy_with_others_launch_does_not_lead_while_somebody_else_waits(start):
+    runway = Runway(start, weights={"slow": 0.01})
+    first, _ = runway.ask(1, "a", tenant="slow")
+    runway.begun()
+    own, _ = runway.parks(2, "a", tenant="slow")
+    quick, _ = runway.waits(3, "b", tenant="quick")
+    runway.end("a")
+    assert runway.begun() == (
+        "b",
+        [3],
+    )  # Launched by who waits for 2, and that waits, or went already, by somebody else.
+    last, _ = runway.ask(4, "c", tenant="other")
+    runway.end("b", "c")
+    assert [future.result(WAIT)[0, 0] for future in (first, own, quick, last)] == [10.0, 20.0, 30.0, 40.0]
 
 
 @pytest.mark.parametrize("max_launches", [1, 2, 5])

@@ -191,3 +191,19 @@ def test_only_so_many_launches_are_followed():
     for launch in range(1000):
         crowd.answered(3, launch, launch + 0.5)
     assert crowd.expected == 3 * 8
+
+
+def test_what_was_measured_long_ago_is_doubted_and_never_nothing():
+    """After 150,000 launches of another width belief was exactly 0, and what was divided by it ended its caller, and the queue."""
+    habits = Habits()
+    habits.launched(8, 1e-3)
+    for _ in range(200_000):
+        habits.launched(1, 0.0)
+    assert 0 < habits.seconds(8) < 1e-3
+    assert habits.seconds(1) > 0
+    crowd = Crowd(habits)
+    assert 1 <= crowd.width(9, 64) <= 9
+    crowd.answered(8, 0.0, 1e-3)
+    crowd.arrived(8, 2e-3)
+    crowd.answered(8, 3e-3, 4e-3)
+    assert crowd.due(1, 64, 4e-3) >= 4e-3

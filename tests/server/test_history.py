@@ -38,6 +38,7 @@ def product(metrics, *, digest="a" * 64, tenant="ann", queue=0.001, compute=0.01
     job = Job((), np.zeros((columns, 1)), tenant, point=point)
     job.queued, job.started, job.finished = 0.0, queue, queue + compute
     job.width = width or columns
+    job.device_seconds = compute * columns / job.width
     metrics.product(job)
 
 

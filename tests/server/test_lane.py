@@ -263,7 +263,7 @@ def test_a_linearized_product_is_made_by_apply_with_and_without_room_for_its_res
         residency.pin(key, 100)
     residency.drop(("residuals", point.id))
     residency.put("three", "data", 3, residency.free_bytes())
-    residency._entries["three"].lease = residency._entries["three"].pinned_until = float("inf")
+    residency._entries["three"].leases[""] = residency._entries["three"].pinned_until = float("inf")
     residency._leased.add("three")
     calls.clear()
     assert multiply(roomy, point, V).tobytes() == expected
@@ -839,4 +839,4 @@ def test_nobody_pins_for_ever(crowded):
     """Whatever the client says that asks for it."""
     engine, point, _, _ = crowded
     engine.pin(point, 2**31 - 1)
-    assert engine.lanes[0].residency._entries[point.id].lease == 7 * 24 * 3600
+    assert engine.lanes[0].residency._entries[point.id].leases == {"": 7 * 24 * 3600}

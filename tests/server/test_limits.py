@@ -152,7 +152,7 @@ def test_tenants_do_not_spend_each_others(clock):
         ({"vectors_in_flight": 1.5}, "a whole number from 1, got 1.5"),
         ({"vectors_in_flight": True}, "got True"),
         ({"resident_bytes": -1}, "got -1"),
-        ({"stored_bytes": None}, "got None"),
+        ({"stored_bytes": "1G"}, "got '1G'"),
     ],
 )
 def test_limits_that_are_none_are_refused(entry, says):
@@ -161,12 +161,21 @@ def test_limits_that_are_none_are_refused(entry, says):
     assert says in str(error.value)
 
 
-def test_what_is_written_is_read():
-    limits = TenantLimits(vectors_per_second=2.5, stored_bytes=10)
-    assert _limits.parse(_limits.entry(limits)) == limits
-    assert _limits.parse({}) == TenantLimits()
-    assert _limits.describe({"b": TenantLimits(), "a": limits}) == [
+def test_what_is_said_of_a_tenant_goes_before_what_is_said_of_everybody():
+    own, everybodys = {"stored_bytes": None, "vectors_in_flight": 3}, {"stored_bytes": 7, "device_share": 0.5}
+    assert _limits.combined(own, everybodys) == TenantLimits(vectors_in_flight=3, device_share=0.5)
+    assert _limits.combined({}, {}) == TenantLimits()
+    assert _limits.describe({"b": {}, "a": own}) == [
         ["TENANT", "VECTORS_PER_SECOND", "VECTORS_IN_FLIGHT", "DEVICE_SHARE", "RESIDENT_BYTES", "STORED_BYTES"],
-        ["a", "2.5", "-", "-", "-", "10"],
+        ["a", "-", "3", "-", "-", "none"],
         ["b", "-", "-", "-", "-", "-"],
     ]
+
+
+def test_what_was_not_answered_is_given_back(clock):
+    a = meter(clock, vectors_per_second=2)
+    for _ in range(10):
+        a.begin(2)
+        a.end(2, 0.0, answered=False)
+    use(a, 2)
+    refusal(a)

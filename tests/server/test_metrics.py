@@ -43,6 +43,7 @@ def product(digest="a" * 64, tenant="", *, queue=0.0, compute=0.01, columns=1, w
     job = Job((), np.zeros((columns, 1)), tenant, point=point)
     job.queued, job.started, job.finished = end - compute - queue, end - compute, end
     job.width = width or columns
+    job.device_seconds = compute * columns / job.width
     return job
 
 

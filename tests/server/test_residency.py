@@ -575,7 +575,7 @@ def test_what_needs_an_entry_counts_for_its_users(limited, evicted):
 
 def test_what_is_pinned_is_not_left(limited):
     put(limited, "p", 4, "a")
-    limited.pin("p", 60)
+    limited.pin("p", 60, "a")
     put(limited, "q", 4, "a")
     put(limited, "r", 4, "a")
     assert keys(limited, "pqr") == "pr"
@@ -586,7 +586,7 @@ def test_what_a_user_may_not_have_whatever_it_leaves_is_refused(limited, size, p
     limited.put("data", "data", "D", 5)
     if pinned:
         put(limited, "p", pinned, "a")
-        limited.pin("p", 60)
+        limited.pin("p", 60, "a")
     with contextlib.nullcontext() if fits else pytest.raises(ServiceError) as error:
         limited.check_user("a", size, "a point", {"data": 5})
     if not fits:
@@ -623,3 +623,28 @@ def test_nobody_has_more_than_it_may(steps):
         assert residency.had_bytes("a") <= 20
         assert residency.had_bytes("b") <= 25
         assert sum(residency.used_bytes().values()) <= 40
+
+
+def test_a_pin_is_its_owners(limited):
+    put(limited, "p", 6, "b")
+    limited.join("p", "a")
+    limited.pin("p", 60, "b")
+    limited.check_user("a", 10, "a point")  # What b has pinned keeps a from nothing.
+    put(limited, "q", 6, "a")
+    assert limited.get("p", "a") is None
+    limited.join("p", "a")
+    limited.pin("p", 0, "a")
+    put(limited, "large", 90, "c")
+    assert limited.get("p", "b") == "p"
+    limited.pin("p", 0, "b")
+    put(limited, "larger", 95, "c")
+    assert limited.get("p") is None
+
+
+def test_there_are_no_more_entries_than_the_host_has_memory_for(evicted):
+    residency = Residency(1 << 20, evicted.append)
+    for number in range(1200):
+        residency.put(number, "point", number, 1)
+    assert len(residency.values()) == 1000
+    assert residency.get(200) == 200
+    assert residency.get(199) is None

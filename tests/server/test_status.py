@@ -81,7 +81,7 @@ def product(metrics, digest, tenant="ann", compute=0.5, columns=1):
     point = types.SimpleNamespace(objective=types.SimpleNamespace(digest=digest))
     job = Job((), np.zeros((columns, 1)), tenant, point=point, width=columns)
     job.queued = job.started = 0.0
-    job.finished = compute
+    job.finished = job.device_seconds = compute
     metrics.product(job)
 
 

@@ -496,3 +496,15 @@ def test_what_is_no_digest_of_a_blob_is_not_opened(tmp_path, store, digest):
         store.open_tensor(tensor_pb2.Tensor(dtype="uint8", shape=(15,), digest=digest))
     assert refused.value.reason == "BLOBS_MISSING"
     assert files(tmp_path) == before
+
+
+def test_of_compiled_programs_those_that_were_read_longest_ago_go(store):
+    for age, name in enumerate("abcde"):
+        path = store.cache / name
+        path.write_bytes(bytes(10))
+        os.utime(path, (1e9 - age, 1e9 - 100))
+    (store.cache / "directory").mkdir()
+    assert store.trim_cache(10_000_000) == 0
+    size = (store.cache / "directory").stat().st_size
+    assert store.trim_cache(25 + size) == 3
+    assert {path.name for path in store.cache.iterdir()} == {"a", "b", "directory"}

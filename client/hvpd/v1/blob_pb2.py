@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12hvpd/v1/blob.proto\x12\x07hvpd.v1\"*\n\x17\x46indMissingBlobsRequest\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t\"3\n\x18\x46indMissingBlobsResponse\x12\x17\n\x0fmissing_digests\x18\x01 \x03(\t\"\\\n\x11UploadBlobRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x03\x12\r\n\x05\x63hunk\x18\x04 \x01(\x0c\"(\n\x12UploadBlobResponse\x12\x12\n\nsize_bytes\x18\x01 \x01(\x03\"\x13\n\x11PruneBlobsRequest\"U\n\x12PruneBlobsResponse\x12\x14\n\x0cpruned_count\x18\x01 \x01(\x05\x12\x14\n\x0cpruned_bytes\x18\x02 \x01(\x03\x12\x13\n\x0b\x66reed_bytes\x18\x03 \x01(\x03\x32\xf6\x01\n\x0b\x42lobService\x12W\n\x10\x46indMissingBlobs\x12 .hvpd.v1.FindMissingBlobsRequest\x1a!.hvpd.v1.FindMissingBlobsResponse\x12G\n\nUploadBlob\x12\x1a.hvpd.v1.UploadBlobRequest\x1a\x1b.hvpd.v1.UploadBlobResponse(\x01\x12\x45\n\nPruneBlobs\x12\x1a.hvpd.v1.PruneBlobsRequest\x1a\x1b.hvpd.v1.PruneBlobsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12hvpd/v1/blob.proto\x12\x07hvpd.v1\"*\n\x17\x46indMissingBlobsRequest\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t\"3\n\x18\x46indMissingBlobsResponse\x12\x17\n\x0fmissing_digests\x18\x01 \x03(\t\"\\\n\x11UploadBlobRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x03\x12\r\n\x05\x63hunk\x18\x04 \x01(\x0c\"(\n\x12UploadBlobResponse\x12\x12\n\nsize_bytes\x18\x01 \x01(\x03\"#\n\x11PruneBlobsRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"@\n\x12PruneBlobsResponse\x12\x14\n\x0cpruned_count\x18\x01 \x01(\x05\x12\x14\n\x0cpruned_bytes\x18\x02 \x01(\x03\x32\xf6\x01\n\x0b\x42lobService\x12W\n\x10\x46indMissingBlobs\x12 .hvpd.v1.FindMissingBlobsRequest\x1a!.hvpd.v1.FindMissingBlobsResponse\x12G\n\nUploadBlob\x12\x1a.hvpd.v1.UploadBlobRequest\x1a\x1b.hvpd.v1.UploadBlobResponse(\x01\x12\x45\n\nPruneBlobs\x12\x1a.hvpd.v1.PruneBlobsRequest\x1a\x1b.hvpd.v1.PruneBlobsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,9 +40,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPLOADBLOBRESPONSE']._serialized_start=222
   _globals['_UPLOADBLOBRESPONSE']._serialized_end=262
   _globals['_PRUNEBLOBSREQUEST']._serialized_start=264
-  _globals['_PRUNEBLOBSREQUEST']._serialized_end=283
-  _globals['_PRUNEBLOBSRESPONSE']._serialized_start=285
-  _globals['_PRUNEBLOBSRESPONSE']._serialized_end=370
-  _globals['_BLOBSERVICE']._serialized_start=373
-  _globals['_BLOBSERVICE']._serialized_end=619
+  _globals['_PRUNEBLOBSREQUEST']._serialized_end=299
+  _globals['_PRUNEBLOBSRESPONSE']._serialized_start=301
+  _globals['_PRUNEBLOBSRESPONSE']._serialized_end=365
+  _globals['_BLOBSERVICE']._serialized_start=368
+  _globals['_BLOBSERVICE']._serialized_end=614
 # @@protoc_insertion_point(module_scope)

@@ -112,9 +112,15 @@ class PruneBlobsRequest(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    TENANT_FIELD_NUMBER: builtins.int
+    tenant: builtins.str
+    """Whose; empty: the caller's own tenant's. Others' take the right `administer`."""
     def __init__(
         self,
+        *,
+        tenant: builtins.str = ...,
     ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["tenant", b"tenant"]) -> None: ...
 
 Global___PruneBlobsRequest: typing_extensions.TypeAlias = PruneBlobsRequest
 
@@ -126,20 +132,16 @@ class PruneBlobsResponse(google.protobuf.message.Message):
 
     PRUNED_COUNT_FIELD_NUMBER: builtins.int
     PRUNED_BYTES_FIELD_NUMBER: builtins.int
-    FREED_BYTES_FIELD_NUMBER: builtins.int
     pruned_count: builtins.int
     """Blobs that the tenant has given up."""
     pruned_bytes: builtins.int
     """Their bytes."""
-    freed_bytes: builtins.int
-    """Bytes of those that are gone from the store."""
     def __init__(
         self,
         *,
         pruned_count: builtins.int = ...,
         pruned_bytes: builtins.int = ...,
-        freed_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["freed_bytes", b"freed_bytes", "pruned_bytes", b"pruned_bytes", "pruned_count", b"pruned_count"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["pruned_bytes", b"pruned_bytes", "pruned_count", b"pruned_count"]) -> None: ...
 
 Global___PruneBlobsResponse: typing_extensions.TypeAlias = PruneBlobsResponse

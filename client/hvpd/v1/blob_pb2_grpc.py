@@ -76,8 +76,8 @@ class BlobServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PruneBlobs(self, request, context):
-        """Gives up the tenant's blobs to which none of its objectives refers, and which are older than an hour: data and points of solves that
-        are over. What is nobody's then is gone from the store. Whoever needs one again uploads it again.
+        """Gives up the tenant's blobs to which none of its objectives refers, which no resident point was made with, and which are older than an
+        hour: what solves have left that are over. What is nobody's then is gone from the store. Whoever needs one again uploads it again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -120,8 +120,8 @@ class BlobServiceStub(typing.Generic[_BlobServiceFindMissingBlobsType, _BlobServ
     """
 
     PruneBlobs: _BlobServicePruneBlobsType
-    """Gives up the tenant's blobs to which none of its objectives refers, and which are older than an hour: data and points of solves that
-    are over. What is nobody's then is gone from the store. Whoever needs one again uploads it again.
+    """Gives up the tenant's blobs to which none of its objectives refers, which no resident point was made with, and which are older than an
+    hour: what solves have left that are over. What is nobody's then is gone from the store. Whoever needs one again uploads it again.
     """
 
 BlobServiceAsyncStub: typing_extensions.TypeAlias = BlobServiceStub[
@@ -169,8 +169,8 @@ class BlobServiceServicer(metaclass=abc.ABCMeta):
         request: hvpd.v1.blob_pb2.PruneBlobsRequest,
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.blob_pb2.PruneBlobsResponse, collections.abc.Awaitable[hvpd.v1.blob_pb2.PruneBlobsResponse]]:
-        """Gives up the tenant's blobs to which none of its objectives refers, and which are older than an hour: data and points of solves that
-        are over. What is nobody's then is gone from the store. Whoever needs one again uploads it again.
+        """Gives up the tenant's blobs to which none of its objectives refers, which no resident point was made with, and which are older than an
+        hour: what solves have left that are over. What is nobody's then is gone from the store. Whoever needs one again uploads it again.
         """
 
 def add_BlobServiceServicer_to_server(servicer: BlobServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

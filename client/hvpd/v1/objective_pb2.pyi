@@ -60,14 +60,18 @@ class DeleteObjectiveRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     NAME_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
     name: builtins.str
     """A name, which is taken off; or a digest, or the beginning of one (8 digits at least): all its names are, as far as they are the tenant's."""
+    digest: builtins.str
+    """Digest of the objective that is meant, or empty. NOT_FOUND where the name points at another: so a request can be repeated."""
     def __init__(
         self,
         *,
         name: builtins.str = ...,
+        digest: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "name", b"name"]) -> None: ...
 
 Global___DeleteObjectiveRequest: typing_extensions.TypeAlias = DeleteObjectiveRequest
 
@@ -79,21 +83,17 @@ class DeleteObjectiveResponse(google.protobuf.message.Message):
 
     DIGEST_FIELD_NUMBER: builtins.int
     DELETED_FIELD_NUMBER: builtins.int
-    FREED_BYTES_FIELD_NUMBER: builtins.int
     digest: builtins.str
     """Digest of the objective."""
     deleted: builtins.bool
     """Whether it is gone from the store, for everybody."""
-    freed_bytes: builtins.int
-    """Bytes of blobs that are gone from the store."""
     def __init__(
         self,
         *,
         digest: builtins.str = ...,
         deleted: builtins.bool = ...,
-        freed_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["deleted", b"deleted", "digest", b"digest", "freed_bytes", b"freed_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["deleted", b"deleted", "digest", b"digest"]) -> None: ...
 
 Global___DeleteObjectiveResponse: typing_extensions.TypeAlias = DeleteObjectiveResponse
 

@@ -1,0 +1,102 @@
+"""A hundred thousand products by clients that come and go: descriptors, threads and memory of the server stay what they were."""
+
+import concurrent.futures
+import os
+import statistics
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse.linalg
+
+import hvpd
+
+PRODUCTS = int(os.environ.get("HVPD_LEAK_PRODUCTS", "2500"))
+"""After a warm-up of 5,000, or as many as that, whichever is less."""
+
+CALLERS = 4
+EACH = 125
+"""Products of one client, between its coming and going."""
+
+N = 60
+X = np.random.default_rng(0).normal(size=(2 * N, N)) / 8
+
+MEMORY_MIB = 24
+"""What memory may grow by, whatever the number of products: several times what it wanders by (the allocator's arenas, one
+for each thread). A leak of 300 bytes a product would be 29 MiB after 100,000.
+"""
+
+
+def logistic(x, X):
+    return jnp.sum(jnp.logaddexp(0.0, X @ x)) + jnp.sum(x**2) / 2
+
+
+def truth(x):
+    s = 1 / (1 + np.exp(-X @ x))
+    return (X.T * (s * (1 - s))) @ X + np.eye(N)
+
+
+def seen(server):
+    """Descriptors, threads, MiB of memory."""
+    root = Path(f"/proc/{server.process.pid}")
+    status = (root / "status").read_text()
+    return (
+        len(list((root / "fd").iterdir())),
+        len(list((root / "task").iterdir())),
+        int(status.split("VmRSS:")[1].split()[0]) / 1024,
+    )
+
+
+def visit(server, number):
+    """One client: comes, solves, makes products, goes. Its points are new ones."""
+    rng = np.random.default_rng(number)
+    x = rng.normal(size=N)
+    with hvpd.connect(server.address) as client:
+        objective = client.objective("leaks/logistic")
+        H = objective.at(x).hessian()
+        made = 0
+
+        def count(_):
+            nonlocal made
+            made += 1
+
+        solution, code = scipy.sparse.linalg.cg(H, x, rtol=1e-12, callback=count)
+        assert code == 0
+        np.testing.assert_allclose(solution, np.linalg.solve(truth(x), x), rtol=1e-7, atol=1e-10)
+        v = rng.normal(size=N)
+        Hv = H @ v
+        for _ in range(EACH - made - 1):
+            assert np.array_equal(H @ v, Hv) or np.allclose(H @ v, Hv, rtol=1e-9)
+        if number % 10 == 0:
+            hvpd.connect(server.address)._transport._channel.close()  # One that does not say goodbye.
+        return client.statistics().products
+
+
+def visits(server, first, products):
+    """As many products, by visits of several clients at once; returns how many it were."""
+    made, number = 0, first
+    with concurrent.futures.ThreadPoolExecutor(CALLERS) as pool:
+        while made < products:
+            made += sum(pool.map(lambda each: visit(server, each), range(number, number + CALLERS)))
+            number += CALLERS
+    return made, number
+
+
+def test_products_without_end_leave_nothing_behind(serve):
+    """The budget holds two hundred points, so that points are evicted, too."""
+    server = serve("--memory-budget", "256K")
+    with hvpd.connect(server.address) as client:
+        client.register(logistic, np.zeros(N), X, name="leaks/logistic")
+    _, number = visits(server, 0, min(5000, PRODUCTS))
+    before, readings, total = seen(server), [], 0
+    while total < PRODUCTS:
+        made, number = visits(server, number, max(PRODUCTS // 10, 1))
+        total += made
+        readings.append(seen(server))
+    print(f"\n{total} products after the warm-up; descriptors, threads, MiB: {before}, then {readings}")  # noqa: T201 - a reading for docs/security.md
+    middle = [statistics.median(column) for column in zip(*readings[-5:], strict=True)]
+    assert middle[0] <= before[0] + 4
+    assert middle[1] <= before[1] + 8
+    assert middle[2] <= before[2] + MEMORY_MIB
+    assert server.metric("hvpd_open_calls") == 0
+    assert server.metric("hvpd_pending_vectors") == 0
