@@ -322,10 +322,10 @@ class CurvatureService:
     def StreamProducts(  # noqa: N802
         self, request_iterator: Iterator[Frame[curvature_pb2.StreamProductsRequest]], context: grpc.ServicerContext
     ) -> Iterator[Frame[curvature_pb2.StreamProductsResponse]]:
-        arriving = _Arriving(self._engine, owner_of(context), tenant_of(context), self._room)
+        tenant = tenant_of(context)
+        arriving = _Arriving(self._engine, owner_of(context), tenant, self._room)
         request_iterator = self._stalls.watch(request_iterator, context, lambda: bool(arriving))
         cancel = _Cancel(context)
-        tenant = tenant_of(context)
         request = _requests.of(context)
         with self.streams.opened(context) as stream:
             arrivals = self._arrivals(arriving, request_iterator, stream, request)

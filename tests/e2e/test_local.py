@@ -156,5 +156,7 @@ def test_a_fork_of_the_owner_leaves_the_server_alone_and_its_client_says_so(tmp_
 
 
 def test_an_unknown_setting_lists_the_known_ones():
-    with pytest.raises(hvpd.InvalidArgumentError, match=r"no setting nonsense; it has cache_size, compile_timeout, drain, host"):
+    with pytest.raises(
+        hvpd.InvalidArgumentError, match=r"no setting nonsense; it has cache_size, compile_timeout, drain, host"
+    ):
         hvpd.local(nonsense=1)

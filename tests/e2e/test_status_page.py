@@ -236,11 +236,12 @@ def test_it_shows_what_a_server_does_and_that_it_is_gone_and_back(serve, tab):
         assert page.said() == []
         pid = server.process.pid
         (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        os.kill(int(child), signal.SIGKILL)
+        os.kill(int(child), signal.SIGSTOP)  # Killed, it could be back before the page looks again.
         page.until("!document.querySelector('#lost').hidden")
         assert "does not answer since" in page.text("#lost")
         assert page.text("#state") == page.value("document.title").partition(" · ")[0] == "no answer"
         assert "watched/quadratic" in page.text("#objectives")
+        os.kill(int(child), signal.SIGKILL)
         page.until("document.querySelector('#state').innerText === 'serving'")
         page.until(f"Number(({busy})?.querySelector('.value').innerText.replace(',', '')) > 0")
         assert page.value("document.querySelector('#lost').hidden")

@@ -1,5 +1,7 @@
 """What is found out by running programs: with programs that are ordinary functions, and right, wrong, or silent."""
 
+import concurrent.futures
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,12 @@ ROWS = np.random.default_rng(0).normal(size=(10, 3))
 class Kernels:
     def __init__(self, gradient):
         self._gradient = gradient
+
+    def request(self, name):
+        assert name == "value_and_grad"
+        compiled = concurrent.futures.Future()
+        compiled.set_result(None)
+        return compiled
 
     def call(self, name, width, x, rows):
         assert (name, width) == ("value_and_grad", 0)
