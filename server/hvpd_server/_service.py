@@ -1,13 +1,12 @@
 """The wire: decodes and validates requests, calls the engine, answers. Knows gRPC and no jax."""
 
-import collections
 import concurrent.futures
 import functools
 import itertools
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -17,7 +16,8 @@ import hvpd
 from hvpd import _codec, _frames, _protocol
 from hvpd._frames import Frame
 from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2
-from hvpd_server import _buffers, _requests
+from hvpd_server import _requests
+from hvpd_server._arriving import Arriving, Product, Vectors, vectors_of, whole
 from hvpd_server._calls import Arrivals, Stalls
 from hvpd_server._engine import Engine
 from hvpd_server._errors import Code, ServiceError
@@ -25,7 +25,6 @@ from hvpd_server._gate import abort, tenant_of
 from hvpd_server._metrics import Metrics
 from hvpd_server._objective import program_of
 from hvpd_server._pipeline import Pipeline, Task
-from hvpd_server._point import Point
 from hvpd_server._requests import Request, owner_of
 from hvpd_server._streams import Stream, Streams
 from hvpd_server._tracing import Tracing
@@ -33,12 +32,6 @@ from hvpd_server._tracing import Tracing
 _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-
-_ARRIVING = 16
-"""Most products whose chunks may interleave on one stream."""
-
-_REFUSED = 256
-"""Most products of a stream whose remaining chunks are known to be of no use."""
 
 _PIPELINED = 64
 _PIPELINED_BYTES = 64 << 20
@@ -265,7 +258,7 @@ class CurvatureService:
         """The x of a new point: as it came, as a step from another point, or asked for."""
         objective = self._engine.objective(first.spec.objective_digest)
         if first.inline_x:
-            return _whole(_Vectors(1, objective.n, objective.dtype), [first.inline_x])
+            return whole(Vectors(1, objective.n, objective.dtype), [first.inline_x])
         if first.HasField("move"):
             try:
                 x = self._engine.moved(first.spec, first.move, tenant=owner)
@@ -273,13 +266,13 @@ class CurvatureService:
                 if error.reason != "DIRECTION_NOT_RESIDENT":
                     raise
                 yield Frame(curvature_pb2.CreatePointResponse(direction_wanted=True))
-                direction = _whole(_Vectors(1, objective.n, objective.dtype), (chunk for _, chunk in messages))
+                direction = whole(Vectors(1, objective.n, objective.dtype), (chunk for _, chunk in messages))
                 self._engine.keep_direction(first.spec, first.move.direction_digest, direction, owner)
                 x = self._engine.moved(first.spec, first.move, direction, owner)
             if x is not None and _codec.digest(_codec.payload(x)) == first.spec.x_digest:
                 return x
         yield Frame(curvature_pb2.CreatePointResponse(x_wanted=True))
-        return _whole(_Vectors(1, objective.n, objective.dtype), (chunk for _, chunk in messages))
+        return whole(Vectors(1, objective.n, objective.dtype), (chunk for _, chunk in messages))
 
     @_unary
     def ComputeProduct(  # noqa: N802
@@ -288,7 +281,7 @@ class CurvatureService:
         point = self._engine.resident(request.spec, owner_of(context))
         call = _requests.of(context)
         call.objective = point.objective.digest
-        vectors = _vectors(request.spec, point)
+        vectors = vectors_of(request.spec, point)
         vectors.append(request.vectors)
         if not vectors.complete:
             raise ServiceError(Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"V has the wrong size: {vectors.progress}")
@@ -323,7 +316,7 @@ class CurvatureService:
         self, request_iterator: Iterator[Frame[curvature_pb2.StreamProductsRequest]], context: grpc.ServicerContext
     ) -> Iterator[Frame[curvature_pb2.StreamProductsResponse]]:
         tenant = tenant_of(context)
-        arriving = _Arriving(self._engine, owner_of(context), tenant, self._room)
+        arriving = Arriving(self._engine, owner_of(context), tenant, self._room)
         request_iterator = self._stalls.watch(request_iterator, context, lambda: bool(arriving))
         cancel = _Cancel(context)
         request = _requests.of(context)
@@ -343,7 +336,7 @@ class CurvatureService:
 
     def _arrivals(
         self,
-        arriving: "_Arriving",
+        arriving: "Arriving",
         messages: Iterator[Frame[curvature_pb2.StreamProductsRequest]],
         stream: Stream,
         request: Request,
@@ -352,7 +345,7 @@ class CurvatureService:
         for message, chunk in messages:
             arrived = time.monotonic()
             stream.begin()
-            found: _Product | Frame[curvature_pb2.StreamProductsResponse] | None
+            found: Product | Frame[curvature_pb2.StreamProductsResponse] | None
             try:
                 found = arriving.take(message, chunk)
             except Exception as error:  # noqa: BLE001 - one product's error, the stream goes on
@@ -366,7 +359,7 @@ class CurvatureService:
     def _pipelined(
         self,
         arrivals: Iterable["_Arrival"],
-        arriving: "_Arriving",
+        arriving: "Arriving",
         stream: Stream,
         tenant: str,
         context: grpc.ServicerContext,
@@ -401,7 +394,7 @@ class CurvatureService:
     def _computed(
         self,
         tag: int,
-        product: "_Product",
+        product: "Product",
         tenant: str,
         context: grpc.ServicerContext,
         request: Request,
@@ -417,7 +410,7 @@ class CurvatureService:
     def _answer(
         self,
         tag: int,
-        product: "_Product",
+        product: "Product",
         tenant: str,
         context: grpc.ServicerContext,
         request: Request,
@@ -530,87 +523,6 @@ def _check_administers(context: grpc.ServicerContext, what: str) -> None:
         )
 
 
-class _Vectors:
-    """A block V[k,n] that arrives in chunks. One that comes whole is used where it lies.
-
-    Args:
-        k: Its vectors.
-        n: Their length.
-        dtype: Of their elements.
-        arrivals: Counts the bytes of what comes in pieces, for as long as this is there.
-        tenant: For whom.
-    """
-
-    def __init__(
-        self, k: int, n: int, dtype: "np.dtype[Any]", arrivals: Arrivals | None = None, tenant: str = ""
-    ) -> None:
-        self._arrivals, self._tenant = arrivals, tenant
-        self._counted = False
-        self._shape, self._dtype = (k, n), dtype
-        self.size = k * n * self._dtype.itemsize
-        self._received = 0
-        self._buffer: Any = None
-        self.arrived = time.monotonic()
-        self.receiving: float | None = None
-        """Seconds from the first chunk to the last, where there were several."""
-
-    def append(self, chunk: _codec.Buffer) -> bool:
-        """Takes the next bytes; returns whether all are there."""
-        end = self._received + len(chunk)
-        if end > self.size:
-            self._received = end
-            raise ServiceError(
-                Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"the vectors have the wrong size: {self.progress}"
-            )
-        if end - self._received == self.size:
-            self._buffer = chunk
-        else:
-            if self._buffer is None:
-                if self._arrivals is not None:
-                    self._arrivals.take(self._tenant, self.size)
-                    self._counted = True
-                self._buffer = _buffers.empty((self.size,), np.dtype(np.uint8)).data
-            self._buffer[self._received : end] = chunk
-            if end == self.size:
-                self.receiving = time.monotonic() - self.arrived
-        self._received = end
-        return self.complete
-
-    def __del__(self) -> None:
-        if self._counted and self._arrivals is not None:
-            self._arrivals.give_back(self._tenant, self.size)
-
-    @property
-    def complete(self) -> bool:
-        return self._received == self.size
-
-    @property
-    def progress(self) -> str:
-        k, n = self._shape
-        return f"got {self._received} bytes, {k} x {n} of {self._dtype.name} are {self.size}"
-
-    @property
-    def block(self) -> _codec.Array:
-        found: _codec.Array = np.frombuffer(self._buffer, self._dtype).reshape(self._shape)
-        return found
-
-
-def _whole(vector: _Vectors, chunks: Iterable[_codec.Buffer]) -> _codec.Array:
-    """One vector from its chunks; takes no more of them than it needs."""
-    for chunk in chunks:
-        if vector.append(chunk):
-            found: _codec.Array = vector.block[0]
-            return found
-    raise ServiceError(Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"x ended early: {vector.progress}")
-
-
-def _vectors(
-    spec: curvature_pb2.ProductSpec, point: Point, arrivals: Arrivals | None = None, tenant: str = ""
-) -> _Vectors:
-    """For the vectors of a product."""
-    return _Vectors(spec.k, point.objective.sizes[spec.block], point.objective.dtype, arrivals, tenant)
-
-
 class _Cancel:
     """Cancels the product that waits when its call ends before its time."""
 
@@ -623,88 +535,7 @@ class _Cancel:
         self._cancel = cancel
 
 
-class _Product(NamedTuple):
-    """A product that is asked for."""
-
-    spec: curvature_pb2.ProductSpec
-    point: Point
-    vectors: _Vectors
-
-
-_Arrival = tuple[int, _Product | Frame[curvature_pb2.StreamProductsResponse] | None]
-
-
-class _Arriving:
-    """The products of one stream of which some chunks have come, and others have not.
-
-    Args:
-        engine: Knows the points.
-        owner: Whose points.
-        tenant: Who asks.
-        arrivals: Counts the bytes of what comes in pieces.
-    """
-
-    def __init__(self, engine: Engine, owner: str, tenant: str, arrivals: Arrivals) -> None:
-        self._engine = engine
-        self._owner = owner
-        self._tenant = tenant
-        self._arrivals = arrivals
-        self._products: dict[int, _Product] = {}
-        self.computing: dict[int, Callable[[], None]] = {}
-        """By tag, what cancels a product that has come and is not answered yet."""
-        self._refused: collections.OrderedDict[int, None] = collections.OrderedDict()
-
-    def __bool__(self) -> bool:
-        return bool(self._products)
-
-    def take(self, message: curvature_pb2.StreamProductsRequest, chunk: _codec.Buffer) -> _Product | None:
-        """Takes one message; returns the product that it completes.
-
-        Raises:
-            ServiceError: The product is refused. Those of its chunks that are on their way are of no use to anybody.
-        """
-        tag = message.tag
-        try:
-            return self._take(message, chunk)
-        except Exception:
-            self._products.pop(tag, None)
-            self._refused[tag] = None
-            if len(self._refused) > _REFUSED:
-                self._refused.popitem(last=False)
-            raise
-
-    def _take(self, message: curvature_pb2.StreamProductsRequest, chunk: _codec.Buffer) -> _Product | None:
-        tag = message.tag
-        if message.HasField("spec"):
-            if tag in self._products or tag in self.computing:
-                raise ServiceError(Code.INVALID_ARGUMENT, "INVALID_TAG", f"tag {tag} is in use")
-            if len(self._products) >= _ARRIVING:
-                raise ServiceError(
-                    Code.INVALID_ARGUMENT,
-                    "INVALID_TAG",
-                    f"{_ARRIVING} products of this stream are arriving: send the rest of one before product {tag}",
-                )
-            point = self._engine.resident(message.spec, self._owner)
-            vectors = _vectors(message.spec, point, self._arrivals, self._tenant)
-            self._products[tag] = _Product(message.spec, point, vectors)
-            self._refused.pop(tag, None)
-        elif tag not in self._products:
-            if tag in self._refused:
-                return None
-            raise ServiceError(
-                Code.INVALID_ARGUMENT,
-                "INVALID_TAG",
-                f"no product of tag {tag} is arriving: the first message has its spec",
-            )
-        if not self._products[tag].vectors.append(chunk):
-            return None
-        return self._products.pop(tag)
-
-    def unfinished(self) -> Iterator[tuple[int, ServiceError]]:
-        """What ended in the middle, now that nothing more comes, and the error that answers it."""
-        for tag, product in self._products.items():
-            message = f"the vectors ended early: {product.vectors.progress}"
-            yield tag, ServiceError(Code.INVALID_ARGUMENT, "SIZE_MISMATCH", message)
+_Arrival = tuple[int, Product | Frame[curvature_pb2.StreamProductsResponse] | None]
 
 
 def _nothing() -> None:

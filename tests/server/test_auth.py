@@ -19,6 +19,7 @@ from hvpd import _cli, _protocol
 from hvpd_server import _auth, _gate, _lane, _limits
 from hvpd_server._auth import Tokens
 from hvpd_server._board import Board
+from hvpd_server._calls import Calls
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._gate import OPEN, RIGHT_OF, Gate
 from hvpd_server._limits import TenantLimits
@@ -657,3 +658,18 @@ def test_who_is_refused_is_logged_without_what_was_tried(tokens, caplog):
     assert (record.fields["code"], record.fields["reason"]) == ("UNAUTHENTICATED", "TOKEN_UNKNOWN")
     assert record.fields["method"] == METHODS[0].rpartition("/")[2]
     assert "guess" not in str(vars(record))
+
+
+def test_a_tenant_has_half_of_the_calls_and_a_call_counts_until_it_ends(tokens):
+    made, known = tokens
+    gate = Gate(known, Calls(2))
+    gate.open = True
+    method = "/hvpd.v1.CurvatureService/StreamProducts"
+    first = FakeContext()
+    assert ask(gate, method, made["use"], context=first) == ["has-use", []]
+    assert ask(gate, method, made["use"]) == grpc.StatusCode.RESOURCE_EXHAUSTED
+    for method in OPEN:
+        assert ask(gate, method, handler=UNARY) is not grpc.StatusCode.RESOURCE_EXHAUSTED
+    for callback in first.callbacks:
+        callback()
+    assert ask(gate, "/hvpd.v1.CurvatureService/StreamProducts", made["use"]) == ["has-use", []]
