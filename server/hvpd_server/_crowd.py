@@ -128,11 +128,13 @@ class Crowd:
         last = self._answered[-1].time
         wait = max(last + pause - now, 0.0)
         # A width that was never launched is worth a try; one with the same padding takes the same time.
-        later = wait + (habits.seconds(together) or seconds)
+        wide = habits.seconds(together) or seconds
         gain = _GAIN if _bucket(together) > _bucket(alone) else 1.0
-        if wait > seconds or together / later < gain * alone / seconds:
+        # A narrow launch that would end before they come is no use of the time: on a CPU they come the later for it.
+        longest = max(wide, seconds)
+        if wait > longest or together / (wait + wide) < gain * alone / seconds:
             return now
-        return min(last + _GRACE * pause, now + seconds)
+        return min(last + _GRACE * pause, now + longest)
 
     def width(self, columns: int, room: int) -> int:
         """How many of the vectors that could be launched now should be: all, or as many as need no padding, if that is quicker."""

@@ -167,6 +167,21 @@ def test_a_slow_launch_is_forgotten():
     assert simulation.widths[-10:] == [16] * 10
 
 
+@pytest.mark.parametrize(("pause", "held"), [(9e-3, True), (12e-3, False)])
+def test_a_narrow_launch_does_not_fill_the_time_until_the_others_come(pause, held):
+    """It would end before they come, and on a CPU they come the later for it. They are waited for as long as their launch takes, at most."""
+    habits = Habits()
+    for width, seconds in ((1, 4.6e-3), (16, 8e-3)):
+        habits.launched(width, seconds)
+    for _ in range(20):
+        habits.returned(pause)
+    crowd = Crowd(habits)
+    crowd.answered(16, 1.0 - 8e-3, 1.0)
+    crowd.arrived(1, 1.002)
+    assert (crowd.due(1, ROOM, 1.002) > 1.002) is held
+    assert crowd.due(1, ROOM, 1.002) <= 1.002 + 8e-3
+
+
 def test_nothing_is_known_at_first():
     crowd = Crowd(Habits())
     assert crowd.expected == 0
