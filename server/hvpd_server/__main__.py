@@ -3,7 +3,11 @@
 import os
 import sys
 
-from hvpd_server import _app, _config, _supervisor
+from hvpd_server import _polling
+
+os.environ |= _polling.settings(os.environ)
+
+from hvpd_server import _app, _config, _supervisor  # noqa: E402 - gRPC reads its settings when it is imported
 
 
 def main() -> int:
