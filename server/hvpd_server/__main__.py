@@ -7,7 +7,7 @@ from hvpd_server import _polling
 
 os.environ |= _polling.settings(os.environ)
 
-from hvpd_server import _app, _config, _supervisor  # noqa: E402 - gRPC reads its settings when it is imported
+from hvpd_server import _app, _config, _supervisor
 
 
 def main() -> int:

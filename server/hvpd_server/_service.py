@@ -330,7 +330,10 @@ class CurvatureService:
                     yield from self._pipelined(together, arriving, stream, tenant, context, request)
                     return
                 elif found is not None:
-                    yield from self._answer(tag, found, tenant, context, request, cancel.instead)
+                    for frame in self._answer(tag, found, tenant, context, request, cancel.instead):
+                        yield frame
+                        _forget(frame)
+                found = None  # Its vectors are not kept while the next ones come.
                 if not arriving and stream.end():
                     return
 
@@ -353,6 +356,7 @@ class CurvatureService:
                     request, message.tag, error, arrived, message.spec if message.HasField("spec") else None
                 )
             yield message.tag, found
+            found = None  # Nobody knows for how long.
         for tag, early in arriving.unfinished():
             yield tag, self._refusal(request, tag, early, time.monotonic())
 
@@ -432,6 +436,8 @@ class CurvatureService:
         except Exception as error:  # noqa: BLE001 - one product's error, the stream goes on
             yield self._refusal(request, tag, error, vectors.arrived, spec, point.objective.digest)
             return
+        finally:
+            on_queue(_nothing)
         if spec.quadratic_form:
             result = _quadratic_form(block, result)
         computed = time.monotonic()
@@ -540,6 +546,12 @@ _Arrival = tuple[int, Product | Frame[curvature_pb2.StreamProductsResponse] | No
 
 def _nothing() -> None:
     """Cancels what is not queued yet, or any more."""
+
+
+def _forget(frame: Frame[curvature_pb2.StreamProductsResponse]) -> None:
+    """Lets go of what was sent: gRPC holds on to the frame until it takes the next one."""
+    if isinstance(frame.chunk, memoryview):
+        frame.chunk.release()
 
 
 def _quadratic_form(vectors: _codec.Array, products: _codec.Array) -> _codec.Array:
