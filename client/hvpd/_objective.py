@@ -267,14 +267,20 @@ class Objective:
         arrays: list[_codec.Array] = []
         for path, leaf, spec in zip(_pytree.leaf_paths(bundle.data_tree), leaves, bundle.data, strict=True):
             array = _codec.data_array(leaf, f"data{path}", x_dtype=self.dtype, x64=bundle.x64)
-            expected, shape = _codec.dtype(spec.dtype), tuple(spec.shape)
+            expected, shape, why = _codec.dtype(spec.dtype), tuple(spec.shape), "as registered"
             if len(arrays) in bundle.row_leaves and array.ndim > 0:
                 first = bundle.row_leaves[0]
-                rows = len(arrays[first]) if len(arrays) > first else max(len(array), 1)
+                rows = len(arrays[first]) if len(arrays) > first else len(array)
+                if not rows:
+                    raise InvalidArgumentError(
+                        f"data needs at least one row, and data{path} has the shape {list(array.shape)}"
+                    )
                 shape = (rows, *shape[1:])
+                if len(array) != rows:
+                    why = f"as long as data{_pytree.leaf_paths(bundle.data_tree)[first]}"
             if array.shape != shape or not np.can_cast(array.dtype, expected, "safe"):
                 raise InvalidArgumentError(
-                    f"data{path} must be {spec.dtype}{list(shape)} as registered, got {array.dtype}{list(array.shape)}"
+                    f"data{path} must be {spec.dtype}{list(shape)} {why}, got {array.dtype}{list(array.shape)}"
                 )
             arrays.append(array.astype(expected, copy=False))
         payloads = [_codec.payload(array) for array in arrays]

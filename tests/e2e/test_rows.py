@@ -84,8 +84,8 @@ def _softmax(z):
     ("data", "says"),
     [
         ((np.ones((4, 5)), np.ones(4), 0.1), r"data\[0\] must be float64\[4, 6\]"),
-        ((np.ones((4, 6)), np.ones(5), 0.1), r"data\[1\] must be float64\[4\].*got float64\[5\]"),
-        ((np.ones((0, 6)), np.ones(0), 0.1), r"data\[0\] must be float64\[1, 6\].*got float64\[0, 6\]"),
+        ((np.ones((4, 6)), np.ones(5), 0.1), r"data\[1\] must be float64\[4\] as long as data\[0\], got float64\[5\]"),
+        ((np.ones((0, 6)), np.ones(0), 0.1), r"data needs at least one row, and data\[0\] has the shape \[0, 6\]"),
         ((np.ones(6), np.ones(6), 0.1), r"data\[0\] must be"),
         ((np.ones((4, 6)), np.ones(4), np.ones(4)), r"data\[2\] must be float64\[\]"),
     ],
