@@ -602,6 +602,7 @@ def _requests(
         message.spec.pipelined = len(parts) > 1
         for chunk in _codec.chunks(_codec.payload(part)):
             yield Frame(message, chunk)
+            chunk.release()  # gRPC holds on to the last frame while the stream is idle, and would keep the caller's vector.
             message = curvature_pb2.StreamProductsRequest(tag=tag)
 
 

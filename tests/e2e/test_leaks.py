@@ -3,6 +3,8 @@
 import concurrent.futures
 import os
 import statistics
+import threading
+import weakref
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -100,3 +102,12 @@ def test_products_without_end_leave_nothing_behind(serve):
     assert middle[2] <= before[2] + MEMORY_MIB
     assert server.metric("hvpd_open_calls") == 0
     assert server.metric("hvpd_pending_vectors") == 0
+
+
+def test_an_idle_client_keeps_nothing_of_what_it_has_multiplied(client):
+    H = client.register(logistic, np.zeros(N), X).at(np.ones(N)).hessian()
+    v, gone = np.ones(N), threading.Event()
+    weakref.finalize(v, gone.set)
+    assert np.allclose(H @ v, truth(np.ones(N)) @ v, rtol=1e-9)
+    del v
+    assert gone.wait(60)
