@@ -135,6 +135,11 @@ class Batcher:
         return job.result
 
     @property
+    def launches(self) -> int:
+        """Launches in flight."""
+        return len(self._flying)
+
+    @property
     def overlaps(self) -> bool:
         """Whether a launch may begin before another has ended."""
         return self._max_launches > 1
@@ -295,22 +300,26 @@ class Batcher:
     def _not_before(self, now: float) -> float:
         """When what waits may be launched, as things stand: `now`, or later, or when another launch has ended (infinity)."""
         if self._flying:
-            return now if self._goes_ahead() else float("inf")
+            return self._goes_ahead(now)
         if self._gathering is not None:
             return now if self._queue.head() is not None else self._gathering.due()
         return self._hold(now)
 
-    def _goes_ahead(self) -> bool:
-        """Whether the next launch may begin before that in flight has ended: where waiting would not make it wider."""
+    def _goes_ahead(self, now: float) -> float:
+        """When the next launch may begin before that in flight has ended: when waiting does not make it wider, or infinity: not before."""
         head = self._queue.head()
         if head is None or len(self._flying) >= self._max_launches:
-            return False
-        if head.key not in self._flying and (head.crowd is None or not head.crowd.expected):
-            return True
+            return float("inf")
+        until = float("inf")
+        if head.key not in self._flying:
+            until = now if head.crowd is None else head.crowd.awaited(now)
+        if until <= now:
+            return now
         try:
-            return self._queue.columns(head.key) >= self._limit(head.key)
+            full = self._queue.columns(head.key) >= self._limit(head.key)
         except Exception:  # noqa: BLE001 - raised again when it is launched
-            return True
+            return now
+        return now if full else until
 
     def _hold(self, now: float) -> float:
         """Until when what waits is held back for its crowd; `now` where it is not, or where anything else waits."""

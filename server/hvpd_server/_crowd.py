@@ -105,6 +105,17 @@ class Crowd:
                 self._answered.popleft()
                 self._habits.returned(now - first.time)
 
+    def awaited(self, now: float) -> float:
+        """Until when somebody is expected to ask again; `now` where nobody is. Who has taken too long is given up."""
+        pause = self._habits.pause
+        if pause is None:
+            return now
+        while self._answered and self._answered[0].time + _GRACE * pause <= now:
+            self._give_up()
+        if not self.expected or self._habits.trust < _TRUST:
+            return now
+        return self._answered[-1].time + _GRACE * pause
+
     def due(self, columns: int, room: int, now: float) -> float:
         """Until when a launch that could begin now should wait for those who are expected; `now` where it should not wait.
 
@@ -114,12 +125,8 @@ class Crowd:
             now: Seconds.
         """
         habits, pause = self._habits, self._habits.pause
-        if pause is None:
-            return now
-        while self._answered and self._answered[0].time + _GRACE * pause <= now:
-            self._give_up()
-        coming = min(self.expected, room - columns)
-        if coming <= 0 or habits.trust < _TRUST:
+        coming = min(self.expected, room - columns) if self.awaited(now) > now else 0
+        if pause is None or coming <= 0:
             return now
         alone, together = self.width(columns, room), self.width(columns + coming, room)
         seconds = habits.seconds(alone)

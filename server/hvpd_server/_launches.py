@@ -105,14 +105,22 @@ class Launches:
             if pending is not None:
                 pending.result()
             return
-        if fixed or not kernels.widths(base):
-            kernels.request(base, fixed or 1).result()
-        if base == "apply":
-            kernels.request("prepare").result()
+        if not (kernels.ready(base, fixed) if fixed else kernels.widths(base)):
+            self._compiled_now(point, base, fixed or 1)
+        if base == "apply" and not kernels.ready("prepare"):
+            self._compiled_now(point, "prepare")
         if fixed:
             self._probe(point, program, fixed)
         else:
             self._have(point, base, width)
+
+    def _compiled_now(self, point: Point, name: str, width: int = 0) -> None:
+        """Waits for a program; where the device has no memory to compile it, caches give way."""
+
+        def wait() -> None:
+            point.source.kernels.request(name, width).result()
+
+        relieving(self._residency, wait, [point.id], f"compiling {name} for {width} vectors")
 
     def _have(self, point: Point, base: str, width: int) -> _sources.Pending | None:
         """Has the bucket for a block of this width compiled, in the background, unless it is."""
@@ -199,8 +207,7 @@ class Launches:
         """Multiplies the blocks of one point by as few launches as the compiled buckets allow: mostly one."""
         products = self._beside_others(point, program, seed, blocks) if self._batcher.overlaps else []
         if not products:
-            with self._batcher.alone() if self._batcher.overlaps else contextlib.nullcontext():
-                products = self._as_memory_allows(point, program, seed, blocks)
+            products = self._as_memory_allows(point, program, seed, blocks)
         if len(blocks) == len(products) == 1 and len(blocks[0]) == len(products[0][0]):
             return products
         whole = products[0][0] if len(products) == 1 else np.concatenate([product for product, _ in products])
@@ -209,14 +216,18 @@ class Launches:
     def _beside_others(
         self, point: Point, program: str, seed: int, blocks: Sequence[_codec.Array]
     ) -> list[tuple[_codec.Array, str]]:
-        """Multiplies while another launch may be in flight; nothing where the device has no memory for both."""
+        """Multiplies while another launch may be in flight; where the device has no memory for both, alone. Nothing where it was alone."""
+        others = self._batcher.launches > 1
         try:
             return self._as_memory_allows(point, program, seed, blocks, relieve=False)
         except ServiceError as error:
             if error.reason != _relief.REASON:
                 raise
+            if not others and self._batcher.launches == 1:
+                return []
             _log.warning("the device is out of memory for two launches: one at a time from now on (%s)", error)
-            return []
+        with self._batcher.alone():  # What failed holds on to its arrays for as long as there is the error.
+            return self._as_memory_allows(point, program, seed, blocks)
 
     def _as_memory_allows(
         self, point: Point, program: str, seed: int, blocks: Sequence[_codec.Array], *, relieve: bool = True

@@ -641,6 +641,9 @@ class Expecting:
     def answered(self, columns, started, finished):
         self.launched.append((columns, started, finished))
 
+    def awaited(self, now):
+        return float("inf") if self.expected > 0 else now
+
     def due(self, columns, room, now):
         return self.until if min(self.expected, room - columns) > 0 else now
 
@@ -877,6 +880,24 @@ def test_a_block_whose_crowd_is_expected_does_not_go_ahead(start):
     assert runway.begun() == ("b", [2, 3])
     runway.end("a", "b")
     assert [future.result(WAIT)[0, 0] for future in (first, second, third)] == [10.0, 20.0, 30.0]
+
+
+def test_a_block_goes_ahead_when_those_who_were_expected_have_had_their_time(start):
+    """They have left, perhaps, and nobody else comes to say so."""
+    ends = time.monotonic() + 0.02
+
+    class Late(Expecting):
+        def awaited(self, now):
+            return max(ends, now)
+
+    runway = Runway(start)
+    first, _ = runway.ask(1, "a")
+    assert runway.begun() == ("a", [1])
+    second, _ = runway.ask(2, "b", crowd=Late(2))
+    assert runway.begun() == ("b", [2])
+    assert time.monotonic() >= ends
+    runway.end("a", "b")
+    assert [future.result(WAIT)[0, 0] for future in (first, second)] == [10.0, 20.0]
 
 
 def test_who_leads_and_is_cancelled_while_it_waits_for_a_launch_to_end_leaves_and_the_next_leads(start):

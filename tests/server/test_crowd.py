@@ -182,6 +182,31 @@ def test_a_narrow_launch_does_not_fill_the_time_until_the_others_come(pause, hel
     assert crowd.due(1, ROOM, 1.002) <= 1.002 + 8e-3
 
 
+def test_who_has_left_is_awaited_for_a_while_and_not_for_ever():
+    habits = Habits()
+    for _ in range(20):
+        habits.returned(3e-3)
+    crowd = Crowd(habits)
+    assert crowd.awaited(1.0) == 1.0
+    crowd.answered(2, 0.99, 1.0)
+    assert 1.003 < crowd.awaited(1.0) < 1.01
+    assert crowd.awaited(1.0) == crowd.awaited(1.002)
+    assert crowd.awaited(1.01) == 1.01
+    assert crowd.expected == 0
+
+
+def test_nobody_is_awaited_of_whom_nothing_is_known_or_who_does_not_come_back():
+    habits = Habits()
+    crowd = Crowd(habits)
+    crowd.answered(2, 0.99, 1.0)
+    assert crowd.awaited(1.0) == 1.0
+    habits.returned(3e-3)
+    assert crowd.awaited(1.0) > 1.0
+    for _ in range(20):
+        habits.failed()
+    assert crowd.awaited(1.0) == 1.0
+
+
 def test_nothing_is_known_at_first():
     crowd = Crowd(Habits())
     assert crowd.expected == 0

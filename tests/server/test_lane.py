@@ -433,10 +433,17 @@ def test_where_memory_does_not_suffice_for_two_launches_there_is_one_at_a_time(
 ):
     engine, *points = several_launches
     blocks = [vectors(2, n=N), vectors(2, n=7)]
-    failures = iter([True])
-    calls.instead = lambda *_: out_of_memory() if next(failures, False) else None
-    assert_product(multiply(engine, points[0], blocks[0]), problem.hessian, blocks[0])
-    assert calls.run() == [("hvp", 2)] * 2
+    together, first_two = threading.Barrier(2), threading.Semaphore(2)
+
+    def one_is_too_many(name, width, args):
+        if first_two.acquire(blocking=False) and together.wait(WAIT) == 0:
+            out_of_memory()
+
+    calls.instead = one_is_too_many
+    futures = [start(multiply, engine, point, block) for point, block in zip(points, blocks, strict=True)]
+    for future, example, block in zip(futures, (problem, rosen), blocks, strict=True):
+        assert_product(future.result(WAIT), example.hessian, block)
+    assert calls.run() == [("hvp", 2)] * 3
     assert all(engine.lanes[0].residency.get(point.id) is point for point in points)  # Nothing gave way.
 
     calls.clear()
@@ -456,6 +463,18 @@ def test_where_memory_does_not_suffice_for_two_launches_there_is_one_at_a_time(
     may_end.set()
     for future, example, block in zip(futures, (problem, rosen), blocks, strict=True):
         assert_product(future.result(WAIT), example.hessian, block)
+
+
+def test_a_launch_that_is_alone_and_has_no_memory_has_caches_give_way_and_two_stay_possible(
+    several_launches, calls, problem, assert_product
+):
+    engine, *points = several_launches
+    failures = iter([True, True])
+    calls.instead = lambda *_: out_of_memory() if next(failures, False) else None
+    assert_product(multiply(engine, points[0], vectors(2, n=N)), problem.hessian, vectors(2, n=N))
+    assert calls.run() == [("hvp", 2)] * 3
+    assert engine.lanes[0].residency.get(points[1].id) is None
+    assert engine.lanes[0].launches._batcher.overlaps
 
 
 def test_an_accelerator_by_itself_overlaps_and_a_cpu_does_not(device):
