@@ -38,6 +38,8 @@ CMD ["serve"]
 
 FROM base AS cuda
 COPY --from=build-cuda /opt/hvpd /opt/hvpd
+# Without a GPU (docker run --gpus all) it is refused, and does not serve on the CPU.
+ENV JAX_PLATFORMS=cuda
 
 FROM base AS cpu
 COPY --from=build-cpu /opt/hvpd /opt/hvpd

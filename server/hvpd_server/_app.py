@@ -88,7 +88,7 @@ class App:
         self.metrics = Metrics()
         self.metrics.build({"version": hvpd.__version__, "jax": device.jax_version, "platform": device.platform})
         limits = Limits(
-            config.memory_budget or default_budget(device),
+            budget(config.memory_budget, device),
             config.max_block_width,
             config.max_pending,
             config.max_queue_delay,
@@ -227,10 +227,25 @@ _CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 """Where a container finds how much memory it may use, in the second and the first version of cgroups."""
 
 
-def default_budget(device: Device, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Three quarters of the device's memory; on a CPU a quarter of the machine's, or of the container's."""
+def budget(asked: int | None, device: Device, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes for what is resident: as asked; else three quarters of the memory that jax gives out, on a CPU a quarter of the machine's, or
+    of the container's.
+
+    Raises:
+        ValueError: Nothing was asked for, and the device does not tell.
+    """
     memory = device.memory_bytes()
-    return host_bytes(cgroup) // 4 if memory is None else memory * 3 // 4
+    if asked:
+        if memory is not None and asked > memory:
+            _log.warning(
+                "the memory budget is %d bytes, and jax has %d of the device's (XLA_CLIENT_MEM_FRACTION)", asked, memory
+            )
+        return asked
+    if memory is not None:
+        return memory * 3 // 4
+    if device.platform != "cpu":
+        raise ValueError(f"{device.kind} does not tell how much memory it has: say --memory-budget")
+    return host_bytes(cgroup) // 4
 
 
 def host_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -282,6 +297,8 @@ def run(config: Config, *, owner: int | None = None, ephemeral: bool = False, bo
     if board is not None:
         threading.Thread(target=_beat, args=(board, app.port, metrics_port), name="hvpd-beat", daemon=True).start()
     app.start()
+    device = app.engine.devices[0]
+    _log.info("computing on %s: %d x %s", device.platform, len(app.engine.devices), device.kind)
     _logs.say(f"serving on {app.address}", address=app.address)
     stop.wait()
     _logs.say("stopping")

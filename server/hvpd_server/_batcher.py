@@ -5,8 +5,8 @@ product among it, and then hands the lead to a caller that still waits. So a lon
 callers are batched as fast as the device takes them. What goes next is up to _queue. A block waits to become wider only where
 that is configured (_gathering), or where it was measured to serve everybody sooner (_crowd).
 
-A device with memory of its own copies one launch's vectors in, or out, while it computes another's. There, several launches are
-in flight: who leads hands the lead on as soon as it has taken its launch, and whoever has it then launches before that has
+A device with memory of its own computes one launch while another's results are copied out and the host is busy with its vectors. There,
+several launches are in flight: who leads hands the lead on as soon as it has taken its launch, and whoever has it then launches before that has
 ended, where waiting would not make the block wider. Knows neither gRPC nor jax.
 """
 

@@ -19,6 +19,9 @@ SIZE = _FIRST + _STRIDE * _SLOTS
 
 _NONE = -1
 
+LOST = 71
+"""The exit code with which a server says, last of all, that its device does nothing any more."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:

@@ -1,13 +1,15 @@
 """Compiled programs and the device that they run on. The only file of the server that imports jax; it knows no gRPC.
 
 A program of a bundle is compiled once for each block width (a bucket: 1, 2, 4, ...), on threads of its own, so that a compile
-never stalls somebody else's product. What was compiled stays in jax's persistent cache across restarts.
+never stalls somebody else's product; but a GPU is the compiler's, too, while it tries which of its own kernels is quickest. What was
+compiled stays in jax's persistent cache across restarts.
 """
 
 import concurrent.futures
 import contextlib
 import itertools
 import logging
+import os
 import threading
 import time
 import weakref
@@ -25,12 +27,24 @@ from hvpd import _codec
 from hvpd.v1 import objective_pb2
 from hvpd_server import _reading
 from hvpd_server._admission import ROWS, WIDTH, Signature
+from hvpd_server._board import LOST
 from hvpd_server._errors import Code, ServiceError
 
 _log = logging.getLogger(__name__)
 
 DeviceArray = jax.Array
 Compiled = Callable[..., Any]
+
+_RETRY_SECONDS = 60.0
+"""After which a compile that failed is tried again: each try may take minutes, and a GPU's time."""
+
+_DETERMINISTIC: dict[str, str | bool] = {
+    "xla_gpu_deterministic_ops": True,
+    "xla_gpu_exclude_nondeterministic_ops": True,
+}
+"""Options of XLA with which a GPU adds in the same order every time, and a program that cannot be made so is refused.
+https://openxla.org/xla/determinism
+"""
 
 _seen = threading.local()
 """Whether the compile that this thread is at was found in jax's persistent cache."""
@@ -49,6 +63,9 @@ def devices(cache: Path) -> "list[Device]":
 
     Args:
         cache: Directory of jax's persistent compilation cache.
+
+    Raises:
+        ServiceError: jax finds none of those that it was told to use.
     """
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -58,7 +75,14 @@ def devices(cache: Path) -> "list[Device]":
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # A product is computed in the thread that asks for it: on the CPU one hand-off less.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    return [Device([device]) for device in jax.local_devices()]
+    try:
+        return [Device([device]) for device in jax.local_devices()]
+    except (RuntimeError, AssertionError) as error:  # The second of jax 0.10, without a word, where there is no GPU.
+        raise ServiceError(
+            Code.FAILED_PRECONDITION,
+            "NO_DEVICE",
+            f"jax finds no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}): {str(error) or 'none of these'}",
+        ) from error
 
 
 class Device:
@@ -82,7 +106,7 @@ class Device:
         # Programs that talk between devices must not overtake each other on some of them.
         self._turn = threading.Lock() if len(parts) > 1 else None
         self.overlaps = self._turn is None and self.platform != "cpu"
-        """Whether it copies one launch's vectors while it computes another's."""
+        """Whether it computes one launch while another's results are copied out."""
 
     @classmethod
     def together(cls, devices: "Sequence[Device]") -> "Device":
@@ -115,7 +139,9 @@ class Device:
         """Copies an array to the device; data by rows, where it is several. One that is owned is nobody else's, and may stay in use."""
         sharding = self._split if data and self.splits(array.shape) else self._whole
         with _device_errors():
-            array = array if owned else np.array(array, copy=True)
+            array = (
+                array if owned or self.platform != "cpu" else np.array(array, copy=True)
+            )  # A CPU takes it as it lies.
             placed: DeviceArray = jax.block_until_ready(jax.device_put(array, sharding))
             return placed
 
@@ -131,8 +157,11 @@ class Device:
         with self._turn:
             return jax.block_until_ready(compiled(*args))
 
-    def compile(self, function: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct]) -> Compiled:
-        """The program for arguments of such specs, its results whole on each part."""
+    def compile(
+        self, function: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct], *, deterministic: bool = False
+    ) -> Compiled:
+        """The program for arguments of such specs, its results whole on each part; deterministic, with the same bits each time."""
+        options = _DETERMINISTIC if deterministic and self.platform == "cuda" else None
         jitted = jax.jit(function, keep_unused=True, out_shardings=self._whole)
         with _device_errors():
             lowered = jitted.lower(*specs)
@@ -140,7 +169,7 @@ class Device:
                 _reading.check_routines(lowered.compiler_ir("stablehlo"))  # type: ignore[arg-type] # It has one.
             except _reading.Refused as error:
                 raise ServiceError(Code.INVALID_ARGUMENT, error.reason, f"a program {error}") from None
-            compiled: Compiled = lowered.compile()
+            compiled: Compiled = lowered.compile(compiler_options=options)
         return compiled
 
 
@@ -173,6 +202,7 @@ class Programs:
         self._compiling = compiling
         self._lock = threading.Lock()
         self._data = len(bundle.captured) + len(bundle.data)
+        self._fixed = bundle.fixed_bucket > 0
         # Each number of rows is compiled for itself, and forgotten with the last point that has it.
         self._kernels: weakref.WeakValueDictionary[int, Kernels] = weakref.WeakValueDictionary()
         self._exported = {
@@ -189,7 +219,14 @@ class Programs:
             found = self._kernels.get(rows)
             if found is None:
                 found = self._kernels[rows] = Kernels(
-                    self._exported, self._device, rows, self._data, self._compiler, self._on_compile, self._compiling
+                    self._exported,
+                    self._device,
+                    rows,
+                    self._data,
+                    self._compiler,
+                    self._on_compile,
+                    self._compiling,
+                    deterministic=self._fixed,
                 )
             return found
 
@@ -206,8 +243,11 @@ class Kernels:
         compiler: concurrent.futures.Executor,
         on_compile: Callable[[float, str], None],
         compiling: Callable[[], contextlib.AbstractContextManager[None]],
+        *,
+        deterministic: bool = False,
     ) -> None:
         self.rows = rows
+        self._deterministic = deterministic
         self._exported = exported
         self._device = device
         self._data = data
@@ -220,10 +260,10 @@ class Kernels:
         self._widths: dict[str, list[int]] = {}
 
     def request(self, name: str, width: int = 0) -> "concurrent.futures.Future[Compiled]":
-        """Has a program compiled for a block width, unless it is already, or under way."""
+        """Has a program compiled for a block width, unless it is already, or under way, or failed a short while ago."""
         with self._lock:
             found = self._compiles.get((name, width))
-            if found is None or (found.future.done() and found.future.exception() is not None):
+            if found is None or found.may_be_repeated(time.perf_counter()):
                 found = self._compiles[name, width] = _Compile()
                 found.future = self._compiler.submit(self._run, found, name, width)
             return found.future
@@ -280,7 +320,7 @@ class Kernels:
             for position, aval in enumerate(exported.in_avals)
         ]
         try:
-            return self._device.compile(exported.call, specs)
+            return self._device.compile(exported.call, specs, deterministic=self._deterministic)
         except ServiceError:
             raise
         except Exception as error:
@@ -296,6 +336,14 @@ class _Compile:
     future: "concurrent.futures.Future[Compiled]"
     started: float | None = None
     seconds: float | None = None
+
+    def may_be_repeated(self, now: float) -> bool:
+        """Whether it failed, and can go better now: another program's memory may be free, all else takes some time."""
+        if not self.future.done() or (error := self.future.exception()) is None:
+            return False
+        if isinstance(error, ServiceError) and error.code is Code.RESOURCE_EXHAUSTED:
+            return True
+        return now - (self.started or 0.0) - (self.seconds or 0.0) > _RETRY_SECONDS
 
     def message(self, name: str, width: int) -> objective_pb2.Compile:
         """For who asks how far it is."""
@@ -409,4 +457,20 @@ def _device_errors() -> Iterator[None]:
 def _tell(error: Exception) -> NoReturn:
     if "RESOURCE_EXHAUSTED" in str(error):
         raise ServiceError(Code.RESOURCE_EXHAUSTED, "DEVICE_MEMORY", f"the device is out of memory: {error}") from error
+    for part in jax.local_devices():
+        if part.platform != "cpu":
+            _check_alive(part, error)
     raise error
+
+
+def _check_alive(device: Any, error: Exception) -> None:
+    """Ends the process where a device does nothing any more: no call that follows in this process would succeed, and another may.
+
+    CUDA fails all that comes after some errors, such as an illegal address.
+    https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html
+    """
+    try:
+        np.asarray(jax.device_put(np.ones(1, np.float32), device))
+    except jax.errors.JaxRuntimeError as why:
+        _log.critical("device %s does nothing any more, and the server ends: %s (%s)", device, error, why)
+        os._exit(LOST)

@@ -13,7 +13,7 @@ from hvpd import _codec
 from hvpd.v1 import curvature_pb2
 from hvpd_server import _batcher, _kernels, _probes, _relief, _sources
 from hvpd_server._board import Board
-from hvpd_server._errors import ServiceError
+from hvpd_server._errors import Code, ServiceError
 from hvpd_server._limits import Limits
 from hvpd_server._metrics import Metrics
 from hvpd_server._objective import Objective
@@ -293,6 +293,13 @@ class Launches:
                     return self._multiplied(sample, program, 0, block)[0]
 
             def probe() -> bool | None:
+                if not _probes.repeats(multiply, vectors):
+                    raise ServiceError(
+                        Code.FAILED_PRECONDITION,
+                        "NOT_DETERMINISTIC",
+                        f"this device does not compute {program} of objective {objective.digest[:12]} with the same bits twice: "
+                        "register it without fixed_bucket",
+                    )
                 return _probes.steady(multiply, vectors)
 
             found = relieving(self._residency, probe, [point.id], _asked(program, bucket))

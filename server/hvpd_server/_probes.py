@@ -63,6 +63,11 @@ def goes_by_rows(
     return float(np.linalg.norm(whole - sum(parts))) <= tolerance * scale
 
 
+def repeats(multiply: Callable[[_codec.Array], _codec.Array], vectors: _codec.Array) -> bool:
+    """Whether the same launch has the same bits twice. Some of a GPU's kernels add in the order in which their threads come."""
+    return _same(multiply(vectors), multiply(vectors))
+
+
 def steady(multiply: Callable[[_codec.Array], _codec.Array], vectors: _codec.Array) -> bool | None:
     """Whether a vector's product has the same bits wherever in a block it stands, and whatever stands beside it.
 

@@ -333,7 +333,7 @@ class CurvatureService:
                     for frame in self._answer(tag, found, tenant, context, request, cancel.instead):
                         yield frame
                         _forget(frame)
-                found = None  # Its vectors are not kept while the next ones come.
+                del found  # Its vectors are not kept while the next ones come.
                 if not arriving and stream.end():
                     return
 

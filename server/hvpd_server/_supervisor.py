@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
 from hvpd_server import _config, _logs
-from hvpd_server._board import Board
+from hvpd_server._board import LOST, Board
 from hvpd_server._quarantine import Quarantine
 
 _SIGNALS: Final = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
@@ -149,7 +149,7 @@ def _blame(config: _config.Config, board: Board, code: int, ended: _Ended | None
     """Counts it against the objectives that can have done it."""
     if ended:
         digests, how = [ended.digest] if ended.digest else [], ended.blame
-    elif -code in _CRASHES:
+    elif -code in _CRASHES or code == LOST:
         digests = [each.digest for each in board.work()]
         how = f"it was being computed or compiled when the server {_how(code)}"
     else:
@@ -162,6 +162,8 @@ def _blame(config: _config.Config, board: Board, code: int, ended: _Ended | None
 
 
 def _how(code: int) -> str:
+    if code == LOST:
+        return "lost its device"
     if code >= 0:
         return f"ended with code {code}"
     try:

@@ -6,6 +6,7 @@ Truth is `jax.hessian` of the user's own function, in float64, and SciPy's close
 import concurrent.futures
 import gc
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ import pytest
 import scipy.optimize
 
 from hvpd.v1 import objective_pb2
+from hvpd_server import _kernels
+from hvpd_server._board import LOST
 from hvpd_server._errors import Code, ServiceError
-from hvpd_server._kernels import Programs, host
+from hvpd_server._kernels import Device, Programs, host
 
 WAIT = 60
 
@@ -145,22 +148,93 @@ def test_what_is_ready_is_told_by_width(rosen, kernels_of):
     assert not kernels.ready("hvp", 2)
 
 
-def test_a_program_that_the_compiler_refuses_is_an_answer_and_asked_again_later(rosen, kernels_of):
-    """jax reads it, and the compiler does not know the call in it."""
+def test_a_program_that_the_compiler_refuses_is_an_answer_and_asked_again_later(rosen, kernels_of, monkeypatch):
+    """jax reads it, and the compiler does not know the call in it. Each try takes a compiler's time: there is one a minute."""
+    tried = []
     call = jax.ffi.ffi_call("nowhere", jax.ShapeDtypeStruct((7,), np.float64))
     unsafe = jax.export.DisabledSafetyCheck.custom_call("nowhere")
     exported = jax.export.export(jax.jit(call), platforms=("cpu",), disabled_checks=[unsafe])(rosen.x)
-    kernels = kernels_of(rosen.export, blobs={"hvp": bytes(exported.serialize())})
-    for _ in range(2):
+    kernels = kernels_of(
+        rosen.export, blobs={"hvp": bytes(exported.serialize())}, on_compile=lambda _, outcome: tried.append(outcome)
+    )
+    minutes_later = time.perf_counter() + 300
+    for tries in (1, 1, 2):
+        if tries == 2:
+            monkeypatch.setattr(time, "perf_counter", lambda: minutes_later)
         with pytest.raises(ServiceError, match=r"cannot compile hvp \(width 2\)") as refused:
             kernels.request("hvp", 2).result(WAIT)
         assert (refused.value.code, refused.value.reason) == (Code.INVALID_ARGUMENT, "COMPILE_FAILED")
+        assert tried == ["failed"] * tries
     (told,) = kernels.compiles()
     assert (told.state, told.width) == (objective_pb2.Compile.STATE_FAILED, 2)
     assert "cannot compile hvp" in told.error
     assert not kernels.ready("hvp", 2)
     assert kernels.widths("hvp") == []
     kernels.call("value_and_grad", 0, rosen.x)
+
+
+def test_a_compile_without_memory_is_tried_again_at_once(rosen, kernels_of, monkeypatch):
+    """Caches may have given way meanwhile."""
+    kernels, compile_ = kernels_of(rosen.export), Device.compile
+
+    def out_of_memory(*args, **settings):
+        monkeypatch.setattr(Device, "compile", compile_)
+        raise ServiceError(Code.RESOURCE_EXHAUSTED, "DEVICE_MEMORY", "no memory")
+
+    monkeypatch.setattr(Device, "compile", out_of_memory)
+    with pytest.raises(ServiceError, match="no memory"):
+        kernels.request("hvp", 1).result(WAIT)
+    kernels.request("hvp", 1).result(WAIT)
+
+
+@pytest.mark.parametrize(("platform", "bucket", "asked"), [("cuda", 4, True), ("cuda", 0, False), ("cpu", 4, False)])
+def test_a_fixed_bucket_has_a_gpu_add_in_the_same_order(
+    rosen, device, programs_of, monkeypatch, platform, bucket, asked
+):
+    """The options go to XLA, which knows them on every platform."""
+    options, compile_ = [], jax.stages.Lowered.compile
+
+    def noting(lowered, compiler_options=None, **settings):
+        options.append(compiler_options)
+        return compile_(lowered, compiler_options, **settings)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", noting)
+    programs = programs_of(rosen.export, bundle=changed(rosen.export.bundle, fixed_bucket=bucket))
+    monkeypatch.setattr(device, "platform", platform)
+    programs.for_rows(0).request("hvp", 4).result(WAIT)
+    found = options[-1] or {}
+    assert (found.get("xla_gpu_deterministic_ops"), found.get("xla_gpu_exclude_nondeterministic_ops")) == (
+        (True, True) if asked else (None, None)
+    )
+
+
+class Failing:
+    """An accelerator after an error that all that follows fails with."""
+
+    platform = "gpu"
+
+
+def test_a_device_that_does_nothing_any_more_ends_the_process(rosen, kernels_of, monkeypatch):
+    """So that another one is started, which may have it again. Any other error of the runtime is one product's."""
+    kernels, ended = kernels_of(rosen.export), []
+    error = jax.errors.JaxRuntimeError("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(_kernels.os, "_exit", ended.append)
+    monkeypatch.setattr(Device, "run", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        kernels.call("value_and_grad", 0, rosen.x)
+    monkeypatch.setattr(jax, "local_devices", lambda: [Failing()])
+    monkeypatch.setattr(jax, "device_put", lambda array, device: array)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        kernels.call("value_and_grad", 0, rosen.x)
+    assert ended == []
+    monkeypatch.setattr(jax, "device_put", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        kernels.call("value_and_grad", 0, rosen.x)
+    assert ended == [LOST]
 
 
 def test_a_device_out_of_memory_is_an_answer_and_the_next_call_works(export, rosen, kernels_of):

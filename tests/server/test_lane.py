@@ -227,6 +227,15 @@ def test_what_cannot_be_told_at_one_point_is_found_out_at_the_next(serve, regist
     assert list(silent.objective.steady.values()) == [False]
 
 
+def test_a_device_that_adds_in_another_order_each_time_has_no_fixed_bucket(fixed, calls):
+    engine, point = fixed
+    rng = np.random.default_rng(0)
+    calls.instead = lambda name, width, args: rng.normal(size=(width, N))
+    with pytest.raises(ServiceError, match="register it without fixed_bucket") as refused:
+        multiply(engine, point, vectors(2))
+    assert (refused.value.code, refused.value.reason) == (Code.FAILED_PRECONDITION, "NOT_DETERMINISTIC")
+
+
 def test_it_is_found_out_once_however_many_ask_at_once(fixed, calls, start):
     engine, point = fixed
     together = threading.Barrier(8)
@@ -237,7 +246,7 @@ def test_it_is_found_out_once_however_many_ask_at_once(fixed, calls, start):
 
     for future in [start(caller, seed) for seed in range(8)]:
         future.result(WAIT)
-    assert len(calls.run()) == 8 + 6  # Six of them to find out.
+    assert len(calls.run()) == 8 + 8  # Eight of them to find out.
 
 
 def test_the_bucket_is_no_wider_than_the_server_launches(serve, registered, calls, problem, assert_product):
@@ -319,7 +328,7 @@ def test_a_fixed_bucket_of_chunks_is_probed_on_two_of_them(serve, registered, ca
     assert chunks > 10
     calls.clear()
     alone = multiply(engine, point, vectors(4)[:1]).tobytes()
-    assert calls.run() == [("hvp", 4)] * (6 * 2 + chunks)
+    assert calls.run() == [("hvp", 4)] * (8 * 2 + chunks)
     assert multiply(engine, point, vectors(4))[:1].tobytes() == alone
 
 

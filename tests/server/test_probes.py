@@ -148,3 +148,10 @@ def test_it_costs_few_launches_whatever_the_width():
 
     assert _probes.steady(multiply, np.random.default_rng(3).normal(size=(64, 6)))
     assert launches == [64] * (_probes.PROBES + 2)
+
+
+def test_what_does_not_repeat_is_found():
+    order = iter([0, 0, 1, 0])
+    assert _probes.repeats(row_by_row, V)
+    assert _probes.repeats(lambda block: row_by_row(block) + next(order), V)
+    assert not _probes.repeats(lambda block: row_by_row(block) + next(order), V)
