@@ -81,7 +81,7 @@ def devices(cache: Path) -> "list[Device]":
         raise ServiceError(
             Code.FAILED_PRECONDITION,
             "NO_DEVICE",
-            f"jax finds no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}): {str(error) or 'none of these'}",
+            f"jax finds none of the devices that it may use, JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r} {error}".rstrip(),
         ) from error
 
 

@@ -117,6 +117,16 @@ def test_what_cannot_start_is_not_tried_again(serve, tmp_path):
     assert done.stderr.count("cannot listen") == 1
 
 
+def test_a_server_that_is_to_have_a_gpu_and_finds_none_does_not_serve_on_the_cpu(tmp_path):
+    if any(Path("/dev").glob("nvidia[0-9]")):
+        pytest.skip("there is one")
+    command = [sys.executable, "-m", "hvpd._cli", "serve", "--port", "0", "--store", str(tmp_path)]
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT, check=False, env=environment)
+    assert done.returncode == 1
+    assert "cannot start: jax finds none of the devices that it may use, JAX_PLATFORMS='cuda'" in done.stderr
+
+
 def endless(x, held):
     """Its Hessian is diag(x^2) where held is 0; else it is never known."""
     return jnp.sum(x**4) / 12 * jax.lax.while_loop(lambda count: held > 0, lambda count: count + 1, 1.0)
