@@ -138,7 +138,7 @@ class Config:
     max_launches: int | None = _setting(
         _positive,
         None,
-        "most launches in flight on each device; without, 2 on an accelerator, which copies vectors while it computes, and 1 on a CPU",
+        "most launches in flight on each device; without, 2 on an accelerator, which computes while results are copied out, and 1 on a CPU",
         "N",
     )
     max_calls: int = _setting(_positive, 1024, "most calls and streams at once", "N")
