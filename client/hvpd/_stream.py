@@ -19,11 +19,16 @@ _CODE = grpc.StatusCode
 
 
 class RpcFailure(Exception):  # noqa: N818 - not an error of its own: `Transport.call` retries it, or makes an HvpdError of it
-    """What one attempt met."""
+    """What one attempt met.
 
-    def __init__(self, failure: Failure) -> None:
+    Attributes:
+        progress: Whether some of what was asked for was answered: the next attempt asks for less.
+    """
+
+    def __init__(self, failure: Failure, *, progress: bool = False) -> None:
         super().__init__(failure.message)
         self.failure = failure
+        self.progress = progress
 
 
 class Stream(Generic[_Message, _T]):

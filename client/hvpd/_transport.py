@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -25,9 +25,9 @@ from hvpd._errors import (
     InvalidArgumentError,
     UnavailableError,
     failure_of_rpc,
-    failure_of_status,
     to_error,
 )
+from hvpd._exchange import Exchange, ProductStream
 from hvpd._frames import Frame
 from hvpd._stream import Filling, RpcFailure, Stream, never_free
 from hvpd._tls import Tls, diagnose
@@ -51,14 +51,15 @@ _INLINE_BYTES = 64 << 10
 _PATIENCE = 0.5
 """Seconds without an answer after which a client looks whether it is understood at all."""
 
+_NO_SPAN: "contextlib.nullcontext[None]" = contextlib.nullcontext()
+
+_PAUSE = 0.02
+"""Seconds before a call is repeated for the first time."""
+
 _TOKEN_LENGTH = 4096
 """Most characters of a token: gRPC has room for 8 KiB of metadata."""
 
 _CODE = grpc.StatusCode
-
-ProductStream: TypeAlias = (
-    "Stream[Frame[curvature_pb2.StreamProductsRequest], Frame[curvature_pb2.StreamProductsResponse]]"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,21 +317,15 @@ class Transport:
         started = time.monotonic()
         ends = started + self._timeout if self._timeout is not None else float("inf")
         gives_up: float | None = None
-        pause = 0.02
+        pause = _PAUSE
         while True:
             left = None if self._timeout is None else max(ends - time.monotonic(), 0.001)
             try:
-                self._check_usable()
-                return attempt(left)
-            except grpc.RpcError as error:
-                failure = failure_of_rpc(error).sent_as(request_id)
+                return self._try(attempt, left, request_id)
             except RpcFailure as error:
                 failure = error.failure
-            except Exception:
-                raise
-            except BaseException:
-                self._abandon()
-                raise
+                if error.progress:  # What is left has not failed yet.
+                    gives_up, pause = None, _PAUSE
             now = time.monotonic()
             # Counted from the first failure: a product may have been under way for longer than that.
             gives_up = gives_up or min(now + self._retry_timeout, ends)
@@ -348,8 +343,21 @@ class Transport:
                     self._tracing.failed(failure)
                 raise to_error(failure, self.address)
             self._repeats(failure)
-            time.sleep(wait * random.uniform(0.8, 1.2))  # noqa: S311 - spreads the retries of many clients
+            time.sleep(wait * random.uniform(1.0, 1.3))  # noqa: S311 - spreads the retries of many clients
             pause = min(2 * pause, 1.0)
+
+    def _try(self, attempt: Callable[[float | None], _T], left: float | None, request_id: str) -> _T:
+        """One try; raises RpcFailure where the server, or the way there, did not let it succeed."""
+        try:
+            self._check_usable()
+            return attempt(left)
+        except grpc.RpcError as error:
+            raise RpcFailure(failure_of_rpc(error).sent_as(request_id)) from None
+        except Exception:
+            raise
+        except BaseException:
+            self._abandon()
+            raise
 
     def _repeats(self, failure: Failure) -> None:
         self._count(retries=1)
@@ -482,22 +490,17 @@ class Transport:
 
         Blocks wider than the server's limit are several products of one exchange. The digest of the objective is for the span.
         """
-        limit = max(self.server.max_block_width, 1)
-        parts = [block[row : row + limit] for row in range(0, len(block), limit)]
+        exchange = Exchange(spec, block, limit=max(self.server.max_block_width, 1), priority=self._priority)
         started = time.perf_counter()
-        if self._tracing is None:
-            result = self.call(lambda left: self._exchange(spec, parts, left), restore=restore)
-        else:
-            facts = {
-                "objective": objective,
-                "operator": curvature_pb2.Operator.Name(spec.operator).removeprefix("OPERATOR_").lower(),
-                "n": block.shape[1],
-                "k": len(block),
-            }
-            with self._tracing.call(_tracing.PRODUCTS, name="hvpd.product", **facts) as span:
-                result = self.call(lambda left: self._exchange(spec, parts, left, span), restore=restore)
+
+        def attempt(left: float | None) -> None:
+            with self._stream(left) as stream:
+                exchange.attempt(stream, self._counted, span)
+
+        with self._product_span(spec, block, objective) as span:
+            self.call(attempt, restore=restore)
         self._count(vectors=len(block), seconds=time.perf_counter() - started)
-        return result
+        return exchange.result
 
     def factors(
         self,
@@ -521,52 +524,28 @@ class Transport:
         with self._sending(lambda: _tracing.method_of(request)) as (metadata, request_id):
             return self.call(attempt, restore=restore, request_id=request_id)
 
-    def _exchange(
-        self,
-        spec: curvature_pb2.ProductSpec,
-        parts: Sequence[_codec.Array],
-        left: float | None,
-        span: "_tracing.Span | None" = None,
-    ) -> _codec.Array:
-        columns = () if spec.quadratic_form else parts[0].shape[1:]
-        result = np.empty((sum(map(len, parts)), *columns), parts[0].dtype)
-        answers, row = [], 0
-        for part in parts:
-            answers.append(Filling((len(part), *columns), part.dtype, result[row : row + len(part)]))
-            row += len(part)
-        open_answers, failure = len(parts), None
-        with self._stream(left) as stream:
-            first = stream.reserve_tags(len(parts))
-            if span is not None:
-                spec.traceparent = span.traceparent
-                span.sent(f"{stream.request_id}/{first}")
-            stream.send(_requests(spec, parts, first, self._priority))
-            while open_answers:
-                response, chunk = stream.receive()
-                index = response.tag - first
-                if not 0 <= index < len(parts):  # An answer to an exchange that was given up.
-                    continue
-                if answers[index].complete:
-                    raise RpcFailure(Failure(_CODE.DATA_LOSS, "the server answered a product twice"))
-                if response.HasField("error"):
-                    failure = failure or failure_of_status(response.error)
-                    open_answers -= 1
-                    continue
-                if response.HasField("info"):
-                    info = response.info
-                    if span is not None:
-                        span.made(info)
-                    self._count(
-                        products=1,
-                        queue_seconds=info.queue_duration_ns / 1e9,
-                        compute_seconds=info.compute_duration_ns / 1e9,
-                        launched_vectors=info.batch_width,
-                    )
-                answers[index].append(chunk)
-                open_answers -= answers[index].complete
-        if failure is not None:
-            raise RpcFailure(failure)
-        return result
+    def _product_span(
+        self, spec: curvature_pb2.ProductSpec, block: _codec.Array, objective: str
+    ) -> "contextlib.AbstractContextManager[_tracing.Span | None]":
+        """Around a product, all tries; nothing where no spans are made."""
+        if self._tracing is None:
+            return _NO_SPAN
+        facts = {
+            "objective": objective,
+            "operator": curvature_pb2.Operator.Name(spec.operator).removeprefix("OPERATOR_").lower(),
+            "n": block.shape[1],
+            "k": len(block),
+        }
+        return self._tracing.call(_tracing.PRODUCTS, name="hvpd.product", **facts)
+
+    def _counted(self, info: curvature_pb2.ProductInfo) -> None:
+        """Counts a product that was answered."""
+        self._count(
+            products=1,
+            queue_seconds=info.queue_duration_ns / 1e9,
+            compute_seconds=info.compute_duration_ns / 1e9,
+            launched_vectors=info.batch_width,
+        )
 
     @contextlib.contextmanager
     def _stream(self, left: float | None) -> "Iterator[ProductStream]":
@@ -590,20 +569,6 @@ class Transport:
                 self._streams.append(stream)
         if not keep:
             stream.close()
-
-
-def _requests(
-    spec: curvature_pb2.ProductSpec, parts: Sequence[_codec.Array], first: int, priority: int
-) -> Iterator[Frame[curvature_pb2.StreamProductsRequest]]:
-    for tag, part in enumerate(parts, first):
-        message = curvature_pb2.StreamProductsRequest(tag=tag, spec=spec)
-        message.spec.k = len(part)
-        message.spec.priority = priority
-        message.spec.pipelined = len(parts) > 1
-        for chunk in _codec.chunks(_codec.payload(part)):
-            yield Frame(message, chunk)
-            chunk.release()  # gRPC holds on to the last frame while the stream is idle, and would keep the caller's vector.
-            message = curvature_pb2.StreamProductsRequest(tag=tag)
 
 
 def _pieces(payload: memoryview) -> Iterator[Frame[curvature_pb2.CreatePointRequest]]:

@@ -38,16 +38,16 @@ def clock(monkeypatch):
 def call(client, clock):
     """call(*attempts): runs what each try is to do, in turn: seconds that it takes, and a failure, or a result."""
 
-    def call(*attempts, restore=None):
+    def call(*attempts, restore=None, progress=False):
         tries = iter(attempts)
-        call.tries = 0
+        call.tries, call.progress = 0, progress
 
         def attempt(left):
             call.tries += 1
             seconds, outcome = next(tries)
             clock.now += seconds
             if isinstance(outcome, Failure):
-                raise RpcFailure(outcome)
+                raise RpcFailure(outcome, progress=call.progress)
             return outcome
 
         return client._transport.call(attempt, restore=restore)
@@ -77,6 +77,19 @@ def test_after_the_retry_timeout_it_is_an_error(call, clock):
     assert 50 < clock.now - began < 70
     with pytest.raises(hvpd.UnavailableError):
         call((3600, AWAY), (3600, AWAY), (0, "too late"))
+
+
+def test_while_something_is_answered_each_time_there_is_no_timeout(call, clock):
+    began = clock.now
+    assert call(*[(20, AWAY)] * 50, (1, "all of it"), progress=True) == "all of it"
+    assert clock.now - began > 1000
+
+
+def test_who_is_told_when_to_come_back_does_not_come_sooner(call, clock):
+    began = clock.now
+    full = Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", retry_after=0.5)
+    assert call(*[(0, full)] * 10, (0, "here")) == "here"
+    assert 5.0 <= clock.now - began < 7.0
 
 
 def test_what_cannot_be_repeated_is_not(call):

@@ -1,5 +1,6 @@
 """The wire as somebody else's client sees it: uploads that go wrong, streams, versions, health, reflection, details."""
 
+import concurrent.futures
 import contextlib
 import hashlib
 import queue
@@ -355,6 +356,25 @@ def test_a_client_that_leaves_with_products_sent_ahead_leaves_nothing(server, cl
 def test_a_block_wider_than_the_servers_limit_is_products_that_are_sent_ahead(small):
     V = np.random.default_rng(0).normal(size=(50, 150))
     np.testing.assert_allclose(small.hessian() @ V, (small.x**2)[:, None] * V, rtol=1e-12)
+
+
+def test_wide_blocks_of_several_callers_get_through_a_narrow_queue_and_nothing_is_computed_twice(serve):
+    """Of each, more products are sent ahead than the queue has room for."""
+    server, x = serve("--max-pending", "8", "--max-block-width", "8"), np.arange(1.0, 51.0)
+    V = np.random.default_rng(0).normal(size=(50, 200))
+    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(3) as pool:
+        clients = [stack.enter_context(hvpd.connect(server.address)) for _ in range(3)]
+        clients[0].register(lambda x: jnp.sum(x**4) / 12, x, name="quartic")
+
+        def multiply(client):
+            H = client.objective("quartic").at(x).hessian()
+            before = client.statistics()
+            found = H @ V
+            return found, client.statistics() - before
+
+        for found, statistics in pool.map(multiply, clients):
+            np.testing.assert_allclose(found, (x**2)[:, None] * V, rtol=1e-12)
+            assert (statistics.products, statistics.vectors) == (25, 200)
 
 
 def test_the_unary_product(client, curvature):

@@ -1,0 +1,132 @@
+"""A block on its way to the server and back: the products that it is made of, which of them are answered, and which are not yet.
+
+Knows the messages, and the stream that takes them; what is repeated, and when, is up to `Transport.call`.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import grpc
+import numpy as np
+
+from hvpd import _codec, _tracing
+from hvpd._errors import Failure, failure_of_status
+from hvpd._frames import Frame
+from hvpd._stream import Filling, RpcFailure, Stream
+from hvpd.v1 import curvature_pb2
+
+ProductStream: TypeAlias = (
+    "Stream[Frame[curvature_pb2.StreamProductsRequest], Frame[curvature_pb2.StreamProductsResponse]]"
+)
+
+_AHEAD = 8
+"""Products of one block that are sent before the first of them is answered: so many keep a device busy, and leave room for others."""
+
+
+class Exchange:
+    """V[k,n] -> HV[k,n], or k numbers v'Hv for a quadratic form.
+
+    Args:
+        spec: Of the product; the rest of it is filled in.
+        block: V[k,n], at least one vector.
+        limit: Most vectors of one product: a wider block is several, of which those that the server refuses are sent again, and no others.
+        priority: Of all of them.
+
+    Attributes:
+        result: Whole when `attempt` has returned.
+    """
+
+    def __init__(self, spec: curvature_pb2.ProductSpec, block: _codec.Array, *, limit: int, priority: int) -> None:
+        self._spec = spec
+        self._parts = [block[row : row + limit] for row in range(0, len(block), limit)]
+        self._priority = priority
+        columns = () if spec.quadratic_form else block.shape[1:]
+        self.result: _codec.Array = np.empty((len(block), *columns), block.dtype)
+        self._targets = [self.result[row : row + limit] for row in range(0, len(block), limit)]
+        self._missing = list(range(len(self._parts)))  # Those that are not answered.
+
+    def attempt(
+        self,
+        stream: ProductStream,
+        on_info: Callable[[curvature_pb2.ProductInfo], None],
+        span: "_tracing.Span | None" = None,
+    ) -> None:
+        """Sends what is not answered yet, and waits for the answers.
+
+        Args:
+            stream: Which this has to itself until it returns.
+            on_info: Told of each product that is answered.
+            span: Of all of this, where it is traced.
+
+        Raises:
+            RpcFailure: The stream broke, or a product was refused. What was answered is kept.
+        """
+        tries = self._missing
+        first = stream.reserve_tags(len(tries))
+        if span is not None:
+            self._spec.traceparent = span.traceparent
+            span.sent(f"{stream.request_id}/{first}")
+        try:
+            failure = self._run(stream, tries, first, on_info, span)
+        except RpcFailure as error:
+            error.progress = len(self._missing) < len(tries)
+            raise
+        if failure is not None:
+            raise RpcFailure(failure, progress=len(self._missing) < len(tries))
+
+    def _run(
+        self,
+        stream: ProductStream,
+        tries: list[int],
+        first: int,
+        on_info: Callable[[curvature_pb2.ProductInfo], None],
+        span: "_tracing.Span | None",
+    ) -> Failure | None:
+        """Returns why something was refused, where it was: then nothing more is sent."""
+        parts = dict(enumerate(tries, first))
+        answers = {tag: self._answer(part) for tag, part in parts.items()}
+        unsent, awaited = iter(parts.items()), set[int]()
+        failure: Failure | None = None
+        for tag, part in itertools.islice(unsent, _AHEAD):
+            stream.send(self._messages(tag, part))
+            awaited.add(tag)
+        while awaited:
+            response, chunk = stream.receive()
+            tag = response.tag
+            if tag not in answers:  # An answer to an exchange that was given up.
+                continue
+            if tag not in awaited:
+                raise RpcFailure(Failure(grpc.StatusCode.DATA_LOSS, "the server answered a product twice"))
+            if response.HasField("error"):
+                failure = failure or failure_of_status(response.error)
+            else:
+                if response.HasField("info"):
+                    on_info(response.info)
+                    if span is not None:
+                        span.made(response.info)
+                answers[tag].append(chunk)
+                if not answers[tag].complete:
+                    continue
+                self._missing = [part for part in self._missing if part != parts[tag]]
+            awaited.remove(tag)
+            following = next(unsent, None) if failure is None else None
+            if following is not None:
+                stream.send(self._messages(*following))
+                awaited.add(following[0])
+        return failure
+
+    def _answer(self, part: int) -> Filling:
+        target = self._targets[part]
+        return Filling(target.shape, target.dtype, target)
+
+    def _messages(self, tag: int, part: int) -> Iterator[Frame[curvature_pb2.StreamProductsRequest]]:
+        block = self._parts[part]
+        message = curvature_pb2.StreamProductsRequest(tag=tag, spec=self._spec)
+        message.spec.k = len(block)
+        message.spec.priority = self._priority
+        message.spec.pipelined = len(self._parts) > 1
+        for chunk in _codec.chunks(_codec.payload(block)):
+            yield Frame(message, chunk)
+            chunk.release()  # gRPC holds on to the last frame while the stream is idle, and would keep the caller's vector.
+            message = curvature_pb2.StreamProductsRequest(tag=tag)
