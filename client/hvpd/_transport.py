@@ -56,6 +56,9 @@ _NO_SPAN: "contextlib.nullcontext[None]" = contextlib.nullcontext()
 _PAUSE = 0.02
 """Seconds before a call is repeated for the first time."""
 
+_AT_WORK = 2.0
+"""Seconds after which the server was at a call that was cut off; one that cannot be reached says so sooner."""
+
 _TOKEN_LENGTH = 4096
 """Most characters of a token: gRPC has room for 8 KiB of metadata."""
 
@@ -317,9 +320,10 @@ class Transport:
         started = time.monotonic()
         ends = started + self._timeout if self._timeout is not None else float("inf")
         gives_up: float | None = None
-        pause = _PAUSE
+        pause, cut = _PAUSE, 0
         while True:
-            left = None if self._timeout is None else max(ends - time.monotonic(), 0.001)
+            tried = time.monotonic()
+            left = None if self._timeout is None else max(ends - tried, 0.001)
             try:
                 return self._try(attempt, left, request_id)
             except RpcFailure as error:
@@ -327,6 +331,7 @@ class Transport:
                 if error.progress:  # What is left has not failed yet.
                     gives_up, pause = None, _PAUSE
             now = time.monotonic()
+            cut += failure.code is _CODE.UNAVAILABLE and now - tried > _AT_WORK
             # Counted from the first failure: a product may have been under way for longer than that.
             gives_up = gives_up or min(now + self._retry_timeout, ends)
             if failure.reason == "POINT_NOT_RESIDENT" and restore is not None and now < gives_up:
@@ -341,7 +346,7 @@ class Transport:
             if not _is_transient(failure) or now + wait > gives_up:
                 if self._tracing is not None:
                     self._tracing.failed(failure)
-                raise to_error(failure, self.address)
+                raise to_error(_with_hint(failure, cut), self.address)
             self._repeats(failure)
             time.sleep(wait * random.uniform(1.0, 1.3))  # noqa: S311 - spreads the retries of many clients
             pause = min(2 * pause, 1.0)
@@ -605,6 +610,14 @@ def _check_priority(priority: object) -> None:
     most = _protocol.MAX_PRIORITY
     if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > most:
         raise InvalidArgumentError(f"priority is a whole number from -{most} to {most}, got {priority!r}")
+
+
+def _with_hint(failure: Failure, cut: int) -> Failure:
+    """The failure of a call that was cut off so many times: the server may have gone away because of it."""
+    if failure.code is not _CODE.UNAVAILABLE or cut < 2:
+        return failure
+    hint = f"it went away {cut} times in the middle of this call; what is asked for may never end, or crash the server, whose log says so"
+    return dataclasses.replace(failure, message=f"{failure.message}; {hint}")
 
 
 def _is_transient(failure: Failure) -> bool:
