@@ -5,7 +5,6 @@
 
 import concurrent.futures
 import contextlib
-import os
 import queue
 import socket
 import sys
@@ -16,7 +15,6 @@ from typing import Any
 import grpc
 
 from bench import _processes
-from hvpd_server import _polling
 
 CHUNK_BYTES = 1 << 20
 """As in hvpd: larger vectors travel as several messages."""
@@ -112,15 +110,10 @@ def channel(address: str) -> grpc.Channel:
 
 
 @contextlib.contextmanager
-def echoing(*, as_it_comes: bool = False) -> Iterator[Echo]:
-    """Starts the process, ends it in the end.
-
-    Args:
-        as_it_comes: Whether its gRPC waits for sockets as it does by itself; else as hvpd's server has it.
-    """
+def echoing() -> Iterator[Echo]:
+    """Starts the process, ends it in the end."""
     argv = [sys.executable, "-m", "bench._floor"]
-    settings = {} if as_it_comes else _polling.settings(os.environ)
-    with _processes.child(argv, r"echoing on (\d+) (\d+)$", settings=settings) as found:
+    with _processes.child(argv, r"echoing on (\d+) (\d+)$") as found:
         yield Echo(int(found.ready[1]), int(found.ready[2]))
 
 

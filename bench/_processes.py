@@ -9,9 +9,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 _PATIENCE_SECONDS = 600.0
 
@@ -29,13 +28,11 @@ class Child:
 
 
 @contextlib.contextmanager
-def child(
-    argv: Sequence[str], ready: str, *, talks: bool = False, settings: Mapping[str, str] = MappingProxyType({})
-) -> Iterator[Child]:
+def child(argv: Sequence[str], ready: str, *, talks: bool = False) -> Iterator[Child]:
     """Starts a process, waits for the line on its stderr that matches `ready`, ends it in the end.
 
     Where it talks, its stdout is a pipe, to be read. Its standard input is a pipe, which ends with this process however that goes. Settings of hvpd in the environment are not
-    for it: what is measured does not depend on who measures. Its own are added to the environment.
+    for it: what is measured does not depend on who measures.
     """
     lines: collections.deque[str] = collections.deque(maxlen=30)
     found: list[tuple[re.Match[str], float]] = []
@@ -53,7 +50,6 @@ def child(
 
     reader = threading.Thread(target=read, daemon=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HVPD_")}
-    environment |= settings
     started = time.perf_counter()
     process = subprocess.Popen(
         argv,

@@ -27,7 +27,6 @@ PREDICTED = {
         "product": 0.85,
         "stream echo": 0.42,
         "unary echo": 0.55,
-        "stream echo, gRPC as it comes": 0.42,
         "in process": 0.3,
     },
     269_322: {
@@ -36,7 +35,6 @@ PREDICTED = {
         "product": 9.0,
         "stream echo": 2.5,
         "unary echo": 4.0,
-        "stream echo, gRPC as it comes": 2.5,
         "in process": 5.0,
     },
     1_863_690: {
@@ -45,7 +43,6 @@ PREDICTED = {
         "product": 35.0,
         "stream echo": 8.0,
         "unary echo": 25.0,
-        "stream echo, gRPC as it comes": 8.0,
         "in process": 22.0,
     },
 }
@@ -53,12 +50,7 @@ PREDICTED = {
 
 def run(*, quick: bool) -> Iterator[Figure]:
     """Yields the figures of one size after the other."""
-    with (
-        _floor.echoing() as echo,
-        _floor.echoing(as_it_comes=True) as other,
-        _processes.serving() as server,
-        hvpd.connect(_processes.address(server)) as client,
-    ):
+    with _floor.echoing() as echo, _processes.serving() as server, hvpd.connect(_processes.address(server)) as client:
         for n, (sizes, rows) in list(_SIZES.items())[: 1 if quick else None]:
             problem = mlp(sizes, rows)
             assert problem.n == n
@@ -66,7 +58,7 @@ def run(*, quick: bool) -> Iterator[Figure]:
             H = objective.at(problem.x).hessian()
             program = _warm.vectors(objective, H)
             with _handler.handling(program, rows, sizes) as address, _floor.channel(address) as handler:
-                yield from _figures(problem, H, program, echo, other, handler, quick=quick)
+                yield from _figures(problem, H, program, echo, handler, quick=quick)
 
 
 def _figures(
@@ -74,20 +66,18 @@ def _figures(
     H: hvpd.CurvatureOperator,
     program: str,
     echo: _floor.Echo,
-    other: _floor.Echo,
     handler: _floor.Channel,
     *,
     quick: bool,
 ) -> Iterator[Figure]:
     n, v = problem.n, normal(6, problem.n)
-    with _floor.channel(echo.address) as channel, _floor.channel(other.address) as as_it_comes:
+    with _floor.channel(echo.address) as channel:
         contenders: dict[str, _timing.Call] = {
             "product": lambda: H @ v,
             "stream echo": _floor.StreamEcho(channel, v.tobytes()),
             "in process": Programs(problem).call(program, 1),
             "handler": _floor.StreamEcho(handler, v.tobytes(), whole=True),
             "unary echo": _floor.UnaryEcho(channel, v.tobytes()),
-            "stream echo, gRPC as it comes": _floor.StreamEcho(as_it_comes, v.tobytes()),
         }
         times = _timing.interleave(contenders, rounds=3 if quick else 25, seconds=0.02 if quick else 0.2)
     found, predicted = {name: np.array(seconds) for name, seconds in times.items()}, PREDICTED[n]

@@ -51,7 +51,7 @@ class Exchange:
         stream: ProductStream,
         on_info: Callable[[curvature_pb2.ProductInfo], None],
         span: "_tracing.Span | None" = None,
-    ) -> None:
+    ) -> RpcFailure | None:
         """Sends what is not answered yet, and waits for the answers.
 
         Args:
@@ -59,8 +59,11 @@ class Exchange:
             on_info: Told of each product that is answered.
             span: Of all of this, where it is traced.
 
+        Returns:
+            Why a product was refused, if one was: the stream goes on. What was answered is kept.
+
         Raises:
-            RpcFailure: The stream broke, or a product was refused. What was answered is kept.
+            RpcFailure: The stream broke. Likewise.
         """
         tries = self._missing
         first = stream.reserve_tags(len(tries))
@@ -72,8 +75,7 @@ class Exchange:
         except RpcFailure as error:
             error.progress = len(self._missing) < len(tries)
             raise
-        if failure is not None:
-            raise RpcFailure(failure, progress=len(self._missing) < len(tries))
+        return None if failure is None else RpcFailure(failure, progress=len(self._missing) < len(tries))
 
     def _run(
         self,

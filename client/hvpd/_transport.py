@@ -500,7 +500,9 @@ class Transport:
 
         def attempt(left: float | None) -> None:
             with self._stream(left) as stream:
-                exchange.attempt(stream, self._counted, span)
+                refused = exchange.attempt(stream, self._counted, span)
+            if refused is not None:
+                raise refused
 
         with self._product_span(spec, block, objective) as span:
             self.call(attempt, restore=restore)

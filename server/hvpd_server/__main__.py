@@ -3,10 +3,6 @@
 import os
 import sys
 
-from hvpd_server import _polling
-
-os.environ |= _polling.settings(os.environ)
-
 from hvpd_server import _app, _config, _supervisor
 
 

@@ -67,7 +67,9 @@ def exchange(rows, limit=2):
 
 def attempt(exchange, server):
     infos = []
-    exchange.attempt(server, infos.append)
+    refused = exchange.attempt(server, infos.append)
+    if refused is not None:
+        raise refused
     return infos
 
 

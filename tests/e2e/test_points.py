@@ -29,14 +29,13 @@ def sent(monkeypatch):
     """Bytes of payload that clients of this process send to make points, message by message."""
     payloads, send = [], Stream.send
 
+    def noted(frame):
+        if isinstance(frame.message, curvature_pb2.CreatePointRequest):
+            payloads.append(len(frame.chunk) + len(frame.message.inline_x))
+        return frame
+
     def recording(self, messages):
-        frames = list(messages)
-        payloads.extend(
-            len(frame.chunk) + len(frame.message.inline_x)
-            for frame in frames
-            if isinstance(frame.message, curvature_pb2.CreatePointRequest)
-        )
-        send(self, frames)
+        send(self, map(noted, messages))
 
     monkeypatch.setattr(Stream, "send", recording)
     return payloads
