@@ -44,7 +44,7 @@ class Exchange:
         columns = () if spec.quadratic_form else block.shape[1:]
         self.result: _codec.Array = np.empty((len(block), *columns), block.dtype)
         self._targets = [self.result[row : row + limit] for row in range(0, len(block), limit)]
-        self._missing = list(range(len(self._parts)))  # Those that are not answered.
+        self._missing = set(range(len(self._parts)))  # Those that are not answered.
 
     def attempt(
         self,
@@ -65,7 +65,7 @@ class Exchange:
         Raises:
             RpcFailure: The stream broke. Likewise.
         """
-        tries = self._missing
+        tries = sorted(self._missing)
         first = stream.reserve_tags(len(tries))
         if span is not None:
             self._spec.traceparent = span.traceparent
@@ -110,7 +110,7 @@ class Exchange:
                 answers[tag].append(chunk)
                 if not answers[tag].complete:
                     continue
-                self._missing = [part for part in self._missing if part != parts[tag]]
+                self._missing.remove(parts[tag])
             awaited.remove(tag)
             following = next(unsent, None) if failure is None else None
             if following is not None:

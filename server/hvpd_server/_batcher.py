@@ -300,12 +300,12 @@ class Batcher:
     def _not_before(self, now: float) -> float:
         """When what waits may be launched, as things stand: `now`, or later, or when another launch has ended (infinity)."""
         if self._flying:
-            return self._goes_ahead(now)
+            return self._ahead(now)
         if self._gathering is not None:
             return now if self._queue.head() is not None else self._gathering.due()
         return self._hold(now)
 
-    def _goes_ahead(self, now: float) -> float:
+    def _ahead(self, now: float) -> float:
         """When the next launch may begin before that in flight has ended: when waiting does not make it wider, or infinity: not before."""
         head = self._queue.head()
         if head is None or len(self._flying) >= self._max_launches:

@@ -139,9 +139,8 @@ class Device:
         """Copies an array to the device; data by rows, where it is several. One that is owned is nobody else's, and may stay in use."""
         sharding = self._split if data and self.splits(array.shape) else self._whole
         with _device_errors():
-            array = (
-                array if owned or self.platform != "cpu" else np.array(array, copy=True)
-            )  # A CPU takes it as it lies.
+            if self.platform == "cpu" and not owned:  # It would be used where it lies.
+                array = np.array(array, copy=True)
             placed: DeviceArray = jax.block_until_ready(jax.device_put(array, sharding))
             return placed
 
@@ -266,6 +265,9 @@ class Kernels:
             if found is None or found.may_be_repeated(time.perf_counter()):
                 found = self._compiles[name, width] = _Compile()
                 found.future = self._compiler.submit(self._run, found, name, width)
+            elif found.future.done() and (error := found.future.exception()) is not None:
+                # It is raised by everybody who asks, and would keep the frames of all of them, with their vectors.
+                error.__traceback__ = None
             return found.future
 
     def ready(self, name: str, width: int = 0) -> bool:
