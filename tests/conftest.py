@@ -33,7 +33,7 @@ class Serving:
         self._command = ["hvpd._cli", "serve"] if supervised else ["hvpd_server"]
         self.store = store
         self._flags = flags
-        self._environment = os.environ | (environment or {})
+        self._environment = os.environ | {"PYTHONFAULTHANDLER": "1"} | (environment or {})
         self._host = host
         self.port = 0
         self.lines: list[str] = []
@@ -85,20 +85,35 @@ class Serving:
         self._reader.join(_WAIT)
 
     def terminate(self) -> int:
-        """SIGTERM; returns the exit code."""
+        """SIGTERM; returns the exit code. Who does not end says where it is."""
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(_WAIT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_WAIT)
+        if hangs := self.process.poll() is None:
+            self.process.send_signal(signal.SIGABRT)
+            self.process.wait(_WAIT)
         self._reader.join(_WAIT)
-        return code
+        assert not hangs, "\n".join(self.lines)
+        return self.process.returncode
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--target", metavar="HOST:PORT", help="run the end-to-end tests that allow it against this server")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Serving]]:
-    """Starts servers: serve(*flags, store=..., environment=..., supervised=...)."""
+    """Starts servers, which end with the test: serve(*flags, store=..., environment=..., supervised=...)."""
+    yield from _starting(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def serve_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Serving]]:
+    """Starts servers, as `serve` does, which end with the module."""
+    yield from _starting(tmp_path_factory)
+
+
+def _starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Serving]]:
     started: list[Serving] = []
 
     def start(*flags: str, store: Path | None = None, **settings: Any) -> Serving:
@@ -112,9 +127,11 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
 
 
 @pytest.fixture(scope="session")
-def server(serve: Callable[..., Serving]) -> Serving:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """One server for all tests that leave it as it was."""
-    return serve()
+    serving = Serving(tmp_path_factory.mktemp("store"))
+    yield serving
+    serving.kill()
 
 
 @pytest.fixture(scope="session")

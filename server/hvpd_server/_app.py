@@ -18,7 +18,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -270,13 +269,7 @@ def run(config: Config, *, owner: int | None = None, ephemeral: bool = False, bo
     for chatty in ("jax", "jaxlib"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
     _keep_freed_memory()
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    signalled = _signalled(signal.SIGTERM, signal.SIGINT)
     if owner is not None:
         threading.Thread(
             target=_die_with, args=(owner, config.store if ephemeral else None), name="hvpd-owner", daemon=True
@@ -300,7 +293,7 @@ def run(config: Config, *, owner: int | None = None, ephemeral: bool = False, bo
     device = app.engine.devices[0]
     _log.info("computing on %s: %d x %s", device.platform, len(app.engine.devices), device.kind)
     _logs.say(f"serving on {app.address}", address=app.address)
-    stop.wait()
+    os.read(signalled, 1)
     _logs.say("stopping")
     app.stop()
     if tracing is not None:
@@ -309,6 +302,20 @@ def run(config: Config, *, owner: int | None = None, ephemeral: bool = False, bo
     # A product that never ends holds a thread that nothing can end, and an ordinary exit would wait for it.
     _logs.finish()
     os._exit(0)
+
+
+def _signalled(*numbers: signal.Signals) -> int:
+    """A descriptor from which a byte can be read once one of the signals came.
+
+    What a handler in Python does may never happen: it runs in the main thread between two instructions, and a signal that comes just
+    before that thread waits for a lock does not wake it. The byte is written by the handler in C, in whatever thread that runs.
+    """
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
+    for number in numbers:
+        signal.signal(number, lambda number, frame: None)
+    return ours
 
 
 def _keep_freed_memory() -> None:

@@ -173,9 +173,9 @@ class Load:
 
 
 @pytest.fixture(scope="module")
-def watched(serve, tmp_path_factory):
+def watched(serve_module, tmp_path_factory):
     """A server that is used, and the Prometheus that has seen all of it."""
-    server = serve("--memory-budget", "8M")
+    server = serve_module("--memory-budget", "8M")
     said = next(line for line in server.lines if "hvpd: metrics on " in line)
     prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), re.search(r"http://(.*)/metrics", said)[1])
     try:

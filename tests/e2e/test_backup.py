@@ -154,11 +154,11 @@ def test_what_is_new_is_added_to_a_backup(serve, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def owned(serve, tmp_path_factory):
+def owned(serve_module, tmp_path_factory):
     """A store with two objectives of one tenant, and their digests."""
     tokens = tmp_path_factory.mktemp("tokens") / "tokens.json"
     token, _ = _auth.create(tokens, "vision", ["use", "publish"])
-    server = serve("--tokens", str(tokens))
+    server = serve_module("--tokens", str(tokens))
     with hvpd.connect(server.address, token=token) as client:
         digests = [
             client.register(quadratic, np.zeros(N), matrix(seed), name=f"m/{seed}", platforms=("cpu",)).digest
@@ -239,9 +239,9 @@ def test_a_restored_store_is_warm_before_it_serves_and_sooner_with_its_cache(ser
 
 
 @pytest.fixture(scope="module")
-def original(serve):
+def original(serve_module):
     """A store with an objective of one array, and another that was only uploaded."""
-    server = serve()
+    server = serve_module()
     with hvpd.connect(server.address) as client:
         objective = client.register(quadratic, np.zeros(N), matrix(0), name="team/a", platforms=("cpu",))
         objective.at(np.zeros(N), matrix(1))

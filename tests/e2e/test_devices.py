@@ -47,8 +47,8 @@ def assert_right(point, X, y):
 
 
 @pytest.fixture(scope="module")
-def devices(serve):
-    return serve(environment=FOUR)
+def devices(serve_module):
+    return serve_module(environment=FOUR)
 
 
 @pytest.fixture(scope="module")

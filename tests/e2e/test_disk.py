@@ -63,9 +63,9 @@ def tree(store):
 
 
 @pytest.fixture(scope="module")
-def place(serve, disk):
+def place(serve_module, disk):
     """A server whose store is there, with an objective, and a client."""
-    server = serve(store=disk / "store")
+    server = serve_module(store=disk / "store")
     A = np.random.default_rng(0).normal(size=(N, N))
     A = A @ A.T / N + np.eye(N)
     with hvpd.connect(server.address, retry_timeout=0.5) as client:

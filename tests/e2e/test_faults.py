@@ -1,14 +1,17 @@
 """What goes wrong around a solve: the server killed, draining, full, evicting, absent; the client gone. Nothing is lost."""
 
 import concurrent.futures
+import ctypes
 import re
 import resource
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import grpc
 import jax
@@ -112,6 +115,16 @@ def test_sigterm_lets_a_running_product_finish(serve):
         ):
             H @ np.ones(n)
         idle.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads of another process can be signalled on Linux only")
+def test_sigterm_ends_a_server_whichever_thread_it_reaches(serve):
+    """As where the kernel gives it to another than the main thread, or to that one just before it waits for a lock."""
+    server = serve()
+    pid = server.process.pid
+    threads = [int(each.name) for each in Path(f"/proc/{pid}/task").iterdir()]
+    assert ctypes.CDLL(None, use_errno=True).tgkill(pid, max(threads), signal.SIGTERM) == 0, ctypes.get_errno()
+    assert server.process.wait(60) == 0
 
 
 def test_points_that_do_not_fit_come_back_by_themselves(serve):

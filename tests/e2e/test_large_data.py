@@ -51,10 +51,10 @@ VALUE, GRADIENT, HESSIAN = truth(W, X, Y, 0.1)
 
 
 @pytest.fixture(scope="module")
-def small(serve):
+def small(serve_module):
     """A server with room for a tenth of the data."""
     assert X.nbytes + Y.nbytes >= 10 * BUDGET
-    return serve("--memory-budget", str(BUDGET))
+    return serve_module("--memory-budget", str(BUDGET))
 
 
 @pytest.fixture(scope="module")

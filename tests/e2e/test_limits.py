@@ -45,8 +45,8 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, serve):
-    return Place(tmp_path_factory.mktemp("limits"), serve)
+def place(tmp_path_factory, serve_module):
+    return Place(tmp_path_factory.mktemp("limits"), serve_module)
 
 
 @pytest.fixture

@@ -27,9 +27,9 @@ def cubic(x, a):
 
 
 @pytest.fixture(scope="module")
-def logged(serve):
+def logged(serve_module):
     """A server that says all it can as JSON; at the end all of it was."""
-    server = serve("--log-format", "json", "--log-level", "DEBUG")
+    server = serve_module("--log-format", "json", "--log-level", "DEBUG")
     yield server
     assert server.terminate() == 0
     lines = [json.loads(line) for line in server.lines]

@@ -343,8 +343,8 @@ BUDGET = 10 * 2 * N * 8
 
 
 @pytest.fixture(scope="module")
-def tight(serve):
-    return serve("--memory-budget", str(BUDGET))
+def tight(serve_module):
+    return serve_module("--memory-budget", str(BUDGET))
 
 
 @pytest.fixture

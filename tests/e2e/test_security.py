@@ -112,9 +112,9 @@ def publisher(place):
 
 
 @pytest.fixture(scope="module")
-def secured(serve, place, publisher):
+def secured(serve_module, place, publisher):
     """TLS and tokens; at the end nothing that it said may have a token in it."""
-    server = serve(*place.flags, "--tokens", str(place.tokens), "--log-level", "DEBUG")
+    server = serve_module(*place.flags, "--tokens", str(place.tokens), "--log-level", "DEBUG")
     yield server
     assert server.process.poll() is None
     said = "\n".join(server.lines)
@@ -122,10 +122,10 @@ def secured(serve, place, publisher):
 
 
 @pytest.fixture(scope="module")
-def mutual(serve, tmp_path_factory):
+def mutual(serve_module, tmp_path_factory):
     """TLS, and certificates of clients."""
     place = Place(tmp_path_factory.mktemp("mutual"))
-    server = serve(*place.flags, "--tls-client-ca", str(place.trust))
+    server = serve_module(*place.flags, "--tls-client-ca", str(place.trust))
     return place, server
 
 

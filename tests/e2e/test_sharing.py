@@ -14,9 +14,9 @@ X = np.arange(1.0, 6.0)
 
 
 @pytest.fixture(scope="module")
-def patient(serve):
+def patient(serve_module):
     """A server on which blocks wait for up to half a minute for others to fill them."""
-    return serve("--max-queue-delay", "30", "--max-block-width", "2")
+    return serve_module("--max-queue-delay", "30", "--max-block-width", "2")
 
 
 def quartic(client):

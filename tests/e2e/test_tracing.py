@@ -89,9 +89,9 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
-def traced(serve, collector):
+def traced(serve_module, collector):
     environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "20"}
-    return serve("--log-format", "json", environment=environment)
+    return serve_module("--log-format", "json", environment=environment)
 
 
 @pytest.fixture

@@ -159,12 +159,12 @@ def test_a_file_is_tokens_or_says_what_is_wrong_with_it(known, tmp_path_factory,
 
 
 @pytest.fixture(scope="module")
-def guarded(serve, known):
+def guarded(serve_module, known):
     """A server that asks for tokens; those of this module are too old by then."""
     path, _ = known
     fresh = path.parent / "served.json"
     token, _ = _auth.create(fresh, "vision", ["use"])
-    return serve("--tokens", str(fresh)), token
+    return serve_module("--tokens", str(fresh)), token
 
 
 KEYS = st.sampled_from(
