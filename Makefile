@@ -2,8 +2,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Long-running suites show what they wait for; nothing here needs an accelerator.
 PYTEST_ARGS ?=
+# Processes that the suite runs in: at most four, and one for each core. 0: in none but its own, as for -s and --pdb, and on an
+# accelerator, of which every server takes most of the memory.
+WORKERS ?= auto
 
 .PHONY: install demo test lint types stubs check-stubs format clean
 .DEFAULT_GOAL := help
@@ -27,7 +29,7 @@ demo: install
 	$(BIN)/python examples/digits.py
 
 test: install
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: install
 	$(BIN)/ruff check

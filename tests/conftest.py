@@ -1,5 +1,6 @@
 """What all tests share: real servers as child processes, on free ports, stopped whatever happens."""
 
+import collections
 import contextlib
 import os
 import re
@@ -140,3 +141,34 @@ def client(request: pytest.FixtureRequest) -> Iterator[hvpd.Client]:
     target = request.config.getoption("--target")
     with contextlib.closing(hvpd.connect(target or request.getfixturevalue("server").address)) as connected:
         yield connected
+
+
+# How many inputs were tried, of which kind
+
+_tried: collections.Counter[str] = collections.Counter()
+
+
+@pytest.fixture(scope="session")
+def tried() -> Callable[..., None]:
+    """Counts inputs: tried("messages")."""
+    return lambda what, count=1: _tried.update({what: count})
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In a process of pytest-xdist, tells the one that sums up."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["tried"] = dict(_tried)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A process of pytest-xdist is done."""
+    _tried.update(getattr(node, "workeroutput", {}).get("tried", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _tried:
+        terminalreporter.section("inputs tried")
+        for what, count in sorted(_tried.items()):
+            terminalreporter.write_line(f"{count:>10,}  {what}")

@@ -1,9 +1,7 @@
-"""How much is tried: little and always the same here, as much as one likes with $HVPD_FUZZ_EXAMPLES, and how much it was."""
+"""How much is tried: little and always the same here, as much as one likes with $HVPD_FUZZ_EXAMPLES."""
 
-import collections
 import os
 
-import pytest
 from hypothesis import HealthCheck, settings
 
 EXAMPLES = int(os.environ.get("HVPD_FUZZ_EXAMPLES", "0"))
@@ -18,18 +16,3 @@ for name, few, cost in (("fuzz", 150, 1), ("fuzz-calls", 60, 10), ("fuzz-slow", 
         print_blob=True,
         suppress_health_check=list(HealthCheck),
     )
-
-_tried: "collections.Counter[str]" = collections.Counter()
-
-
-@pytest.fixture(scope="session")
-def tried():
-    """Counts inputs: tried("messages")."""
-    return lambda what, count=1: _tried.update({what: count})
-
-
-def pytest_terminal_summary(terminalreporter):
-    if _tried:
-        terminalreporter.section("inputs tried")
-        for what, count in sorted(_tried.items()):
-            terminalreporter.write_line(f"{count:>10,}  {what}")

@@ -73,17 +73,24 @@ def upload():
 
 
 @pytest.fixture(scope="session")
-def device(tmp_path_factory):
-    """The CPU. It sets jax's options for the whole process; they are put back at the end."""
+def cache(tmp_path_factory):
+    """Of compiled programs; jax opens no second one."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def device(cache):
+    """The CPU. It sets jax's options for the whole process; they are put back at the end, for modules of any order."""
     options = (
         "jax_enable_x64",
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_enable_xla_caches",
         "jax_persistent_cache_min_entry_size_bytes",
         "jax_cpu_enable_async_dispatch",
     )
     before = {option: jax.config.values[option] for option in options}
-    yield devices(tmp_path_factory.mktemp("cache"))[0]
+    yield devices(cache)[0]
     for option, value in before.items():
         jax.config.update(option, value)
 
