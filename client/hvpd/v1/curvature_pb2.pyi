@@ -427,6 +427,52 @@ class StreamProductsResponse(google.protobuf.message.Message):
 Global___StreamProductsResponse: typing_extensions.TypeAlias = StreamProductsResponse
 
 @typing.final
+class CreateVectorTicketRequest(google.protobuf.message.Message):
+    """Request of CreateVectorTicket."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___CreateVectorTicketRequest: typing_extensions.TypeAlias = CreateVectorTicketRequest
+
+@typing.final
+class CreateVectorTicketResponse(google.protobuf.message.Message):
+    """Reply of CreateVectorTicket."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PORT_FIELD_NUMBER: builtins.int
+    ID_FIELD_NUMBER: builtins.int
+    SERVER_PROOF_FIELD_NUMBER: builtins.int
+    CLIENT_PROOF_FIELD_NUMBER: builtins.int
+    VALID_SECONDS_FIELD_NUMBER: builtins.int
+    port: builtins.int
+    """Where to connect, at the server's host; over TLS where the server speaks it here."""
+    id: builtins.bytes
+    """What the caller says first, 16 bytes: which ticket this is."""
+    server_proof: builtins.bytes
+    """What the server answers, 16 bytes: it is the one that made the ticket."""
+    client_proof: builtins.bytes
+    """What the caller says then, 16 bytes: it is the one for whom it was made."""
+    valid_seconds: builtins.int
+    """For how long the ticket is good, in seconds."""
+    def __init__(
+        self,
+        *,
+        port: builtins.int = ...,
+        id: builtins.bytes = ...,
+        server_proof: builtins.bytes = ...,
+        client_proof: builtins.bytes = ...,
+        valid_seconds: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client_proof", b"client_proof", "id", b"id", "port", b"port", "server_proof", b"server_proof", "valid_seconds", b"valid_seconds"]) -> None: ...
+
+Global___CreateVectorTicketResponse: typing_extensions.TypeAlias = CreateVectorTicketResponse
+
+@typing.final
 class ComputeFactorsRequest(google.protobuf.message.Message):
     """Request of ComputeFactors."""
 

@@ -50,6 +50,11 @@ class CurvatureServiceStub(object):
                 request_serializer=hvpd_dot_v1_dot_curvature__pb2.StreamProductsRequest.SerializeToString,
                 response_deserializer=hvpd_dot_v1_dot_curvature__pb2.StreamProductsResponse.FromString,
                 _registered_method=True)
+        self.CreateVectorTicket = channel.unary_unary(
+                '/hvpd.v1.CurvatureService/CreateVectorTicket',
+                request_serializer=hvpd_dot_v1_dot_curvature__pb2.CreateVectorTicketRequest.SerializeToString,
+                response_deserializer=hvpd_dot_v1_dot_curvature__pb2.CreateVectorTicketResponse.FromString,
+                _registered_method=True)
         self.ComputeFactors = channel.unary_stream(
                 '/hvpd.v1.CurvatureService/ComputeFactors',
                 request_serializer=hvpd_dot_v1_dot_curvature__pb2.ComputeFactorsRequest.SerializeToString,
@@ -88,6 +93,14 @@ class CurvatureServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateVectorTicket(self, request, context):
+        """Lets the caller connect to the vector port once: products go over that connection as over a stream, past gRPC, in a fraction
+        of its time. How is in docs/vector-port.md. FAILED_PRECONDITION with reason NO_VECTOR_PORT: the server has none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ComputeFactors(self, request, context):
         """The Kronecker factors of the dense layers at a point: the bytes of A_0, G_0, A_1, ... (see DenseLayer), one after the other.
         """
@@ -112,6 +125,11 @@ def add_CurvatureServiceServicer_to_server(servicer, server):
                     servicer.StreamProducts,
                     request_deserializer=hvpd_dot_v1_dot_curvature__pb2.StreamProductsRequest.FromString,
                     response_serializer=hvpd_dot_v1_dot_curvature__pb2.StreamProductsResponse.SerializeToString,
+            ),
+            'CreateVectorTicket': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateVectorTicket,
+                    request_deserializer=hvpd_dot_v1_dot_curvature__pb2.CreateVectorTicketRequest.FromString,
+                    response_serializer=hvpd_dot_v1_dot_curvature__pb2.CreateVectorTicketResponse.SerializeToString,
             ),
             'ComputeFactors': grpc.unary_stream_rpc_method_handler(
                     servicer.ComputeFactors,
@@ -201,6 +219,33 @@ class CurvatureService(object):
             '/hvpd.v1.CurvatureService/StreamProducts',
             hvpd_dot_v1_dot_curvature__pb2.StreamProductsRequest.SerializeToString,
             hvpd_dot_v1_dot_curvature__pb2.StreamProductsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateVectorTicket(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hvpd.v1.CurvatureService/CreateVectorTicket',
+            hvpd_dot_v1_dot_curvature__pb2.CreateVectorTicketRequest.SerializeToString,
+            hvpd_dot_v1_dot_curvature__pb2.CreateVectorTicketResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -73,6 +73,22 @@ _CurvatureServiceStreamProductsType = typing_extensions.TypeVar(
     ],
 )
 
+_CurvatureServiceCreateVectorTicketType = typing_extensions.TypeVar(
+    '_CurvatureServiceCreateVectorTicketType',
+    grpc.UnaryUnaryMultiCallable[
+        hvpd.v1.curvature_pb2.CreateVectorTicketRequest,
+        hvpd.v1.curvature_pb2.CreateVectorTicketResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        hvpd.v1.curvature_pb2.CreateVectorTicketRequest,
+        hvpd.v1.curvature_pb2.CreateVectorTicketResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        hvpd.v1.curvature_pb2.CreateVectorTicketRequest,
+        hvpd.v1.curvature_pb2.CreateVectorTicketResponse,
+    ],
+)
+
 _CurvatureServiceComputeFactorsType = typing_extensions.TypeVar(
     '_CurvatureServiceComputeFactorsType',
     grpc.UnaryStreamMultiCallable[
@@ -89,7 +105,7 @@ _CurvatureServiceComputeFactorsType = typing_extensions.TypeVar(
     ],
 )
 
-class CurvatureServiceStub(typing.Generic[_CurvatureServiceCreatePointType, _CurvatureServiceComputeProductType, _CurvatureServiceStreamProductsType, _CurvatureServiceComputeFactorsType]):
+class CurvatureServiceStub(typing.Generic[_CurvatureServiceCreatePointType, _CurvatureServiceComputeProductType, _CurvatureServiceStreamProductsType, _CurvatureServiceCreateVectorTicketType, _CurvatureServiceComputeFactorsType]):
     """Makes points resident on the device and multiplies by their curvature."""
 
     @typing.overload
@@ -105,6 +121,10 @@ class CurvatureServiceStub(typing.Generic[_CurvatureServiceCreatePointType, _Cur
         grpc.StreamStreamMultiCallable[
             hvpd.v1.curvature_pb2.StreamProductsRequest,
             hvpd.v1.curvature_pb2.StreamProductsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            hvpd.v1.curvature_pb2.CreateVectorTicketRequest,
+            hvpd.v1.curvature_pb2.CreateVectorTicketResponse,
         ],
         grpc.UnaryStreamMultiCallable[
             hvpd.v1.curvature_pb2.ComputeFactorsRequest,
@@ -125,6 +145,10 @@ class CurvatureServiceStub(typing.Generic[_CurvatureServiceCreatePointType, _Cur
         grpc.aio.StreamStreamMultiCallable[
             hvpd.v1.curvature_pb2.StreamProductsRequest,
             hvpd.v1.curvature_pb2.StreamProductsResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            hvpd.v1.curvature_pb2.CreateVectorTicketRequest,
+            hvpd.v1.curvature_pb2.CreateVectorTicketResponse,
         ],
         grpc.aio.UnaryStreamMultiCallable[
             hvpd.v1.curvature_pb2.ComputeFactorsRequest,
@@ -150,6 +174,11 @@ class CurvatureServiceStub(typing.Generic[_CurvatureServiceCreatePointType, _Cur
     ahead says so (ProductSpec.pipelined): else a product is computed when the one before it has been answered.
     """
 
+    CreateVectorTicket: _CurvatureServiceCreateVectorTicketType
+    """Lets the caller connect to the vector port once: products go over that connection as over a stream, past gRPC, in a fraction
+    of its time. How is in docs/vector-port.md. FAILED_PRECONDITION with reason NO_VECTOR_PORT: the server has none.
+    """
+
     ComputeFactors: _CurvatureServiceComputeFactorsType
     """The Kronecker factors of the dense layers at a point: the bytes of A_0, G_0, A_1, ... (see DenseLayer), one after the other."""
 
@@ -165,6 +194,10 @@ CurvatureServiceAsyncStub: typing_extensions.TypeAlias = CurvatureServiceStub[
     grpc.aio.StreamStreamMultiCallable[
         hvpd.v1.curvature_pb2.StreamProductsRequest,
         hvpd.v1.curvature_pb2.StreamProductsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        hvpd.v1.curvature_pb2.CreateVectorTicketRequest,
+        hvpd.v1.curvature_pb2.CreateVectorTicketResponse,
     ],
     grpc.aio.UnaryStreamMultiCallable[
         hvpd.v1.curvature_pb2.ComputeFactorsRequest,
@@ -206,6 +239,16 @@ class CurvatureServiceServicer(metaclass=abc.ABCMeta):
         sent before earlier replies have come, and the chunks of different products, 16 at once, may interleave. A failed product
         is an answer with an error, and the stream goes on; chunks of it that are still on their way are ignored. Whoever sends
         ahead says so (ProductSpec.pipelined): else a product is computed when the one before it has been answered.
+        """
+
+    @abc.abstractmethod
+    def CreateVectorTicket(
+        self,
+        request: hvpd.v1.curvature_pb2.CreateVectorTicketRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[hvpd.v1.curvature_pb2.CreateVectorTicketResponse, collections.abc.Awaitable[hvpd.v1.curvature_pb2.CreateVectorTicketResponse]]:
+        """Lets the caller connect to the vector port once: products go over that connection as over a stream, past gRPC, in a fraction
+        of its time. How is in docs/vector-port.md. FAILED_PRECONDITION with reason NO_VECTOR_PORT: the server has none.
         """
 
     @abc.abstractmethod

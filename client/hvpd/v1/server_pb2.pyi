@@ -150,6 +150,8 @@ class GetServerResponse(google.protobuf.message.Message):
     MAX_BLOCK_WIDTH_FIELD_NUMBER: builtins.int
     STABLEHLO_VERSION_FIELD_NUMBER: builtins.int
     DEVICE_COUNT_FIELD_NUMBER: builtins.int
+    VECTOR_PORT_FIELD_NUMBER: builtins.int
+    PORT_FIELD_NUMBER: builtins.int
     version: builtins.str
     """Version of hvpd that serves."""
     min_protocol: builtins.int
@@ -172,6 +174,10 @@ class GetServerResponse(google.protobuf.message.Message):
     """Newest version of StableHLO that can be read, such as "1.17.0". Clients with a newer jax write that one."""
     device_count: builtins.int
     """How many devices it computes on; 0 from servers that do not say."""
+    vector_port: builtins.int
+    """Port of the server's own on which it takes products past gRPC (CurvatureService.CreateVectorTicket); 0 where there is none."""
+    port: builtins.int
+    """Port of the server's own on which it listens for calls. Who came by another one came through something that stands between."""
     def __init__(
         self,
         *,
@@ -186,7 +192,9 @@ class GetServerResponse(google.protobuf.message.Message):
         max_block_width: builtins.int = ...,
         stablehlo_version: builtins.str = ...,
         device_count: builtins.int = ...,
+        vector_port: builtins.int = ...,
+        port: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device_count", b"device_count", "device_kind", b"device_kind", "jax_version", b"jax_version", "max_block_width", b"max_block_width", "max_calling_convention_version", b"max_calling_convention_version", "max_protocol", b"max_protocol", "min_calling_convention_version", b"min_calling_convention_version", "min_protocol", b"min_protocol", "platform", b"platform", "stablehlo_version", b"stablehlo_version", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_count", b"device_count", "device_kind", b"device_kind", "jax_version", b"jax_version", "max_block_width", b"max_block_width", "max_calling_convention_version", b"max_calling_convention_version", "max_protocol", b"max_protocol", "min_calling_convention_version", b"min_calling_convention_version", "min_protocol", b"min_protocol", "platform", b"platform", "port", b"port", "stablehlo_version", b"stablehlo_version", "vector_port", b"vector_port", "version", b"version"]) -> None: ...
 
 Global___GetServerResponse: typing_extensions.TypeAlias = GetServerResponse
