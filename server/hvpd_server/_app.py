@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection
 
 import hvpd
 from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2
-from hvpd_server import _logs, _service, _tls, _tracing
+from hvpd_server import _config, _logs, _service, _tls, _tracing, _vector_port
 from hvpd_server._auth import Tokens
 from hvpd_server._board import Board
 from hvpd_server._calls import Arrivals, Calls, Stalls
@@ -43,6 +43,7 @@ from hvpd_server._quarantine import Quarantine
 from hvpd_server._status import Status
 from hvpd_server._store import Store
 from hvpd_server._tracing import Tracing
+from hvpd_server._vector_port import VectorPort
 from hvpd_server._web import Door, metrics_page
 
 _log = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ class App:
     def __init__(self, config: Config, board: Board | None = None, tracing: Tracing | None = None) -> None:
         self.config = config
         tokens = None if config.tokens is None else Tokens(config.tokens)
-        credentials = _credentials(config)
+        certificates = _certificates(config)
+        credentials = certificates.credentials() if certificates is not None else None
         store = Store(config.store)
         found = devices(store.cache)
         device = found[0]
@@ -114,15 +116,6 @@ class App:
             self.engine, most_streams, self.metrics, tracing, stalls=self._stalls, arrivals=arrivals
         )
         self.metrics.observe_streams(lambda: self._curvature.streams.count)
-        _service.add_to_server(self._server, blob_pb2, _service.BlobService(self.engine, self._stalls))
-        _service.add_to_server(self._server, objective_pb2, _service.ObjectiveService(self.engine))
-        _service.add_to_server(self._server, curvature_pb2, self._curvature)
-        _service.add_to_server(self._server, server_pb2, _service.ServerService(self.engine, tenants))
-        self._health = health.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        files = (blob_pb2, objective_pb2, curvature_pb2, server_pb2, health_pb2)
-        self._names = [service.full_name for file in files for service in file.DESCRIPTOR.services_by_name.values()]
-        reflection.enable_server_reflection([*self._names, reflection.SERVICE_NAME], self._server)
         host = f"[{config.host}]" if ":" in config.host.strip("[]") and not config.host.startswith("[") else config.host
         try:
             listen = f"{host}:{config.port}"
@@ -133,11 +126,49 @@ class App:
             self.address = f"{host}:{self.port}"
         except RuntimeError as error:
             raise OSError(f"cannot listen on {host}:{config.port}: is another server there? ({error})") from None
+        self._vector_port = self._curvature.vector_port = self._vectors(config, arrivals)
+        ports = {"port": self.port, "vector_port": self._vector_port.port if self._vector_port is not None else 0}
+        _service.add_to_server(self._server, blob_pb2, _service.BlobService(self.engine, self._stalls))
+        _service.add_to_server(self._server, objective_pb2, _service.ObjectiveService(self.engine))
+        _service.add_to_server(self._server, curvature_pb2, self._curvature)
+        _service.add_to_server(self._server, server_pb2, _service.ServerService(self.engine, tenants, **ports))
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        files = (blob_pb2, objective_pb2, curvature_pb2, server_pb2, health_pb2)
+        self._names = [service.full_name for file in files for service in file.DESCRIPTOR.services_by_name.values()]
+        reflection.enable_server_reflection([*self._names, reflection.SERVICE_NAME], self._server)
+
+    def _vectors(self, config: Config, arrivals: Arrivals) -> VectorPort | None:
+        """The vector port, where there is to be one.
+
+        Raises:
+            OSError: It cannot be listened on.
+        """
+        port = _config.vector_port(config)
+        if port is None or not _vector_port.available():
+            return None
+        certificates = _certificates(config)
+        try:
+            return VectorPort(
+                config.host,
+                port,
+                gate=self._gate,
+                engine=self.engine,
+                products=self._curvature.products,
+                streams=self._curvature.streams,
+                arrivals=arrivals,
+                metrics=self.metrics,
+                encryption=certificates.context if certificates is not None else None,
+            )
+        except OSError as error:
+            raise OSError(f"cannot listen on {config.host}:{port} for vectors ({error})") from None
 
     def start(self) -> None:
         """Listens, warms the stored objectives, then answers."""
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._server.start()
+        if self._vector_port is not None:
+            self._vector_port.start()
         threading.Thread(target=self._sweep, name="hvpd-gate", daemon=True).start()
         self.engine.warm_all()
         self._gate.open = True
@@ -155,7 +186,10 @@ class App:
         self._stopping.set()
         stopped = self._server.stop(self.config.drain)
         self._curvature.streams.drain()
-        stopped.wait(self.config.drain + 5)
+        ends = time.monotonic() + self.config.drain + 5
+        if self._vector_port is not None:
+            self._vector_port.stop(self.config.drain)
+        stopped.wait(max(ends - time.monotonic(), 0))
         self.engine.close()
         self.engine.store.close()
 
@@ -190,10 +224,10 @@ class App:
             self._health.set(name, status)
 
 
-def _credentials(config: Config) -> grpc.ServerCredentials | None:
+def _certificates(config: Config) -> _tls.Certificates | None:
     if config.tls_cert is None or config.tls_key is None:
         return None
-    return _tls.Certificates(_tls.Files(config.tls_cert, config.tls_key, config.tls_client_ca)).credentials()
+    return _tls.Certificates(_tls.Files(config.tls_cert, config.tls_key, config.tls_client_ca))
 
 
 def _door(config: Config, port: int, app: App) -> Door:

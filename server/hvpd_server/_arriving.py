@@ -68,6 +68,24 @@ class Vectors:
         self._received = end
         return self.complete
 
+    def room(self, size: int) -> memoryview:
+        """Memory for `size` bytes that come all at once, to be filled by whoever receives them.
+
+        Raises:
+            ServiceError: It is not as many as there must be, or there is no room for them.
+        """
+        self._received = size
+        if size != self.size:
+            raise ServiceError(
+                Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"the vectors have the wrong size: {self.progress}"
+            )
+        if self._arrivals is not None and size > _codec.CHUNK_BYTES:
+            self._arrivals.take(self._tenant, size)
+            self._counted = True
+        found: memoryview = _buffers.empty((size,), np.dtype(np.uint8)).data
+        self._buffer = found
+        return found
+
     def __del__(self) -> None:
         if self._counted and self._arrivals is not None:
             self._arrivals.give_back(self._tenant, self.size)

@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+AUTO, OFF = "auto", "off"
+"""Of --vector-port: where all are on this machine, a free one; none."""
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -30,6 +33,15 @@ def _port(text: str) -> int:
     if not text.isdecimal() or not 0 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
     return int(text)
+
+
+def _vector_port(text: str) -> str:
+    if text.lower() in (AUTO, OFF):
+        return text.lower()
+    try:
+        return str(_port(text))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, {AUTO} or {OFF}, got {text!r}") from None
 
 
 def _host(text: str) -> str:
@@ -105,6 +117,13 @@ class Config:
 
     host: str = _setting(str, "127.0.0.1", "address to listen on", "HOST")
     port: int = _setting(_port, 7070, "port to listen on; 0 picks a free one", "PORT")
+    vector_port: str = _setting(
+        _vector_port,
+        AUTO,
+        "port on which products go past gRPC, in a fraction of the time; 0 picks a free one; off: none. auto is 0 where --host is "
+        "loopback, and else off",
+        "PORT",
+    )
     store: Path = _setting(Path, _default_store, "directory for objectives, data and compiled programs", "DIR")
     metrics_host: str = _setting(
         _host, "127.0.0.1", "address for the metrics and the status page, plain HTTP without tokens", "HOST"
@@ -179,6 +198,13 @@ class Config:
     )
     log_level: str = _setting(_level, "INFO", "DEBUG, INFO, WARNING or ERROR", "LEVEL")
     log_format: str = _setting(_format, "text", "text or json: an object a line on stderr", "FORMAT")
+
+
+def vector_port(config: Config) -> int | None:
+    """The port for products past gRPC; 0: a free one; None: there is none."""
+    if config.vector_port == AUTO:
+        return 0 if _is_loopback(config.host) else None
+    return None if config.vector_port == OFF else int(config.vector_port)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -391,7 +391,7 @@ class Engine:
             raise ServiceError(
                 Code.INVALID_ARGUMENT, "UNKNOWN_OPERATOR", f"this server has no operator {spec.operator}: upgrade it"
             )
-        point = self._point(spec.point_id, tenant)
+        point = self.point(spec.point_id, tenant)
         program = program_of(spec)
         if not 0 <= spec.block < len(point.objective.sizes):
             raise ServiceError(
@@ -420,7 +420,12 @@ class Engine:
             )
         return point
 
-    def _point(self, identity: str, tenant: str) -> Point:
+    def point(self, identity: str, tenant: str = "") -> Point:
+        """A point that is resident, and the tenant's.
+
+        Raises:
+            ServiceError: NOT_FOUND with reason POINT_NOT_RESIDENT.
+        """
         for lane in self.lanes:
             found: Point | None = lane.residency.get(identity, tenant)
             if found is not None and self.owners.may_use(tenant, found.objective.digest):
@@ -441,7 +446,7 @@ class Engine:
         Raises:
             ServiceError: As for `resident`.
         """
-        point = self._point(identity, tenant)
+        point = self.point(identity, tenant)
         program = "kfac" if seed is None else "sampled_kfac"
         if program not in point.objective.bundle.programs:
             raise ServiceError(

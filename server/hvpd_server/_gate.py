@@ -2,6 +2,7 @@
 the method's right. Errors leave through here, too.
 """
 
+import contextlib
 import functools
 import logging
 import threading
@@ -37,6 +38,7 @@ RIGHT_OF: Mapping[str, str] = MappingProxyType(
         "/hvpd.v1.CurvatureService/CreatePoint": USE,
         "/hvpd.v1.CurvatureService/ComputeProduct": USE,
         "/hvpd.v1.CurvatureService/StreamProducts": USE,
+        "/hvpd.v1.CurvatureService/CreateVectorTicket": USE,
         "/hvpd.v1.CurvatureService/ComputeFactors": USE,
         "/hvpd.v1.ServerService/GetUsage": USE,
     }
@@ -59,6 +61,12 @@ def abort(context: grpc.ServicerContext, error: Exception, method: str = "") -> 
 def tenant_of(context: grpc.ServicerContext) -> str:
     """Who calls: the token's tenant, and without tokens the connection."""
     return owner_of(context) or str(context.peer())
+
+
+def caller_of(context: grpc.ServicerContext) -> "Caller | None":
+    """Who makes a call, where that is asked."""
+    found = getattr(context, "hvpd_caller", None)
+    return found if isinstance(found, Caller) else None
 
 
 class Gate(grpc.ServerInterceptor):
@@ -122,6 +130,7 @@ class Gate(grpc.ServerInterceptor):
                 # Where whoever serves the call looks for it: gRPC hands this object, and no other, from here to there.
                 context.hvpd_tenant = caller.grant.tenant  # type: ignore[attr-defined]
                 context.hvpd_rights = caller.grant.rights  # type: ignore[attr-defined]
+                context.hvpd_caller = caller  # type: ignore[attr-defined]
                 if streams:
                     self._watch(context, caller)
                 if caller.right and handler.request_streaming:
@@ -131,6 +140,30 @@ class Gate(grpc.ServerInterceptor):
             return call
 
         return wrapped(handler, wrap)
+
+    @contextlib.contextmanager
+    def admitted(self, connection: Any, caller: "Caller | None") -> Iterator[None]:
+        """Counts a connection past gRPC as a call of whoever has its ticket, while it lasts, and ends it when their token does.
+
+        Args:
+            connection: Has what `_watch` asks of a context.
+            caller: Of `caller_of`, when the ticket was made.
+
+        Raises:
+            ServiceError: There are too many calls, or the token is not good any more.
+        """
+        tenant = caller.grant.tenant if caller is not None else ""
+        if caller is not None:
+            caller.check()
+        if self._calls is not None:
+            self._calls.begin(tenant)
+        try:
+            if caller is not None:
+                self._watch(connection, caller)
+            yield
+        finally:
+            if self._calls is not None:
+                self._calls.end(tenant)
 
     def _watch(self, context: grpc.ServicerContext, caller: "Caller") -> None:
         key = id(context)

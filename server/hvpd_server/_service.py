@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import grpc
-import numpy as np
 from google.protobuf import timestamp_pb2
 
 import hvpd
@@ -21,13 +20,15 @@ from hvpd_server._arriving import Arriving, Product, Vectors, vectors_of, whole
 from hvpd_server._calls import Arrivals, Stalls
 from hvpd_server._engine import Engine
 from hvpd_server._errors import Code, ServiceError
-from hvpd_server._gate import abort, tenant_of
+from hvpd_server._gate import abort, caller_of, tenant_of
 from hvpd_server._metrics import Metrics
 from hvpd_server._objective import program_of
 from hvpd_server._pipeline import Pipeline, Task
-from hvpd_server._requests import Request, owner_of
+from hvpd_server._products import OnQueue, Products, nothing, quadratic_form
+from hvpd_server._requests import Failed, Request, owner_of
 from hvpd_server._streams import Stream, Streams
 from hvpd_server._tracing import Tracing
+from hvpd_server._vector_port import TICKET_SECONDS, VectorPort
 
 _log = logging.getLogger(__name__)
 
@@ -224,8 +225,9 @@ class CurvatureService:
         self._engine = engine
         self._stalls = stalls or Stalls()
         self._room = arrivals or Arrivals(1 << 62)
-        self._tracing = tracing
-        self._metrics = metrics or Metrics()
+        self.products = Products(engine, metrics or Metrics(), tracing)
+        self.vector_port: VectorPort | None = None
+        """Where products can go past this, once it is there."""
         self._workers = concurrent.futures.ThreadPoolExecutor(_WORKERS, thread_name_prefix="hvpd-product")
         self.streams = Streams(max_streams)
 
@@ -299,8 +301,27 @@ class CurvatureService:
         if call.span is not None:
             call.span.made(info, time.monotonic(), n=vectors.block.shape[1], k=request.spec.k)
         if request.spec.quadratic_form:
-            result = _quadratic_form(vectors.block, result)
+            result = quadratic_form(vectors.block, result)
         return curvature_pb2.ComputeProductResponse(vectors=bytes(_codec.payload(result)), info=info)
+
+    @_unary
+    def CreateVectorTicket(  # noqa: N802
+        self, request: curvature_pb2.CreateVectorTicketRequest, context: grpc.ServicerContext
+    ) -> curvature_pb2.CreateVectorTicketResponse:
+        if self.vector_port is None:
+            raise ServiceError(
+                Code.FAILED_PRECONDITION, "NO_VECTOR_PORT", "the server has no vector port: use StreamProducts"
+            )
+        ticket = self.vector_port.tickets.new(
+            caller_of(context), tenant_of(context), str(context.peer()), _requests.of(context).id
+        )
+        return curvature_pb2.CreateVectorTicketResponse(
+            port=self.vector_port.port,
+            id=ticket.id,
+            server_proof=ticket.server_proof,
+            client_proof=ticket.client_proof,
+            valid_seconds=TICKET_SECONDS,
+        )
 
     @_streaming
     def ComputeFactors(  # noqa: N802
@@ -352,13 +373,12 @@ class CurvatureService:
             try:
                 found = arriving.take(message, chunk)
             except Exception as error:  # noqa: BLE001 - one product's error, the stream goes on
-                found = self._refusal(
-                    request, message.tag, error, arrived, message.spec if message.HasField("spec") else None
-                )
+                spec = message.spec if message.HasField("spec") else None
+                found = _refusal(message.tag, self.products.refused(request, message.tag, error, arrived, spec))
             yield message.tag, found
             found = None  # Nobody knows for how long.
         for tag, early in arriving.unfinished():
-            yield tag, self._refusal(request, tag, early, time.monotonic())
+            yield tag, _refusal(tag, self.products.refused(request, tag, early, time.monotonic()))
 
     def _pipelined(
         self,
@@ -379,7 +399,7 @@ class CurvatureService:
                 if isinstance(found, Frame):
                     yield Task(0, functools.partial(list, [found]))
                 elif found is not None:
-                    cancels[tag] = _nothing
+                    cancels[tag] = nothing
                     compute = functools.partial(self._computed, tag, found, tenant, context, request, cancels)
                     yield Task(found.vectors.size, compute)
 
@@ -414,58 +434,21 @@ class CurvatureService:
     def _answer(
         self,
         tag: int,
-        product: "Product",
+        product: Product,
         tenant: str,
         context: grpc.ServicerContext,
         request: Request,
-        on_queue: Callable[[Callable[[], None]], object],
+        on_queue: OnQueue,
     ) -> Iterator[Frame[curvature_pb2.StreamProductsResponse]]:
-        spec, point, vectors = product
-        block = vectors.block
-        try:
-            result, info = self._engine.multiply(
-                point,
-                program_of(spec),
-                block,
-                seed=spec.seed,
-                tenant=tenant,
-                priority=spec.priority,
-                deadline=_deadline(context),
-                on_queue=on_queue,
-            )
-        except Exception as error:  # noqa: BLE001 - one product's error, the stream goes on
-            yield self._refusal(request, tag, error, vectors.arrived, spec, point.objective.digest)
+        answer = self.products.multiply(request, tag, product, tenant, _deadline(context), on_queue)
+        if isinstance(answer, Failed):
+            yield _refusal(tag, answer)
             return
-        finally:
-            on_queue(_nothing)
-        if spec.quadratic_form:
-            result = _quadratic_form(block, result)
-        computed = time.monotonic()
-        for index, chunk in enumerate(_codec.chunks(_codec.payload(result))):
-            yield Frame(curvature_pb2.StreamProductsResponse(tag=tag, info=None if index else info), chunk)
-        # Whoever takes the chunks comes back when the transport has the last.
-        sent = time.monotonic()
-        self._metrics.answered("StreamProducts", sent - vectors.arrived, vectors.receiving, sent - computed)
-        if self._tracing is not None:
-            digest, n = point.objective.digest, block.shape[1]
-            self._tracing.product(request, tag, spec, vectors.arrived, digest=digest, n=n, info=info, computed=computed)
-
-    def _refusal(
-        self,
-        request: Request,
-        tag: int,
-        error: Exception,
-        arrived: float,
-        spec: curvature_pb2.ProductSpec | None = None,
-        digest: str = "",
-    ) -> Frame[curvature_pb2.StreamProductsResponse]:
-        """What is answered to a product of a stream that failed."""
-        failed = _requests.failed(request, error, tag=tag, started=arrived, objective=digest)
-        self._metrics.failed(failed.status, request.method, request.tenant)
-        self._metrics.answered("StreamProducts", time.monotonic() - arrived)
-        if self._tracing is not None and spec is not None:
-            self._tracing.product(request, tag, spec, arrived, digest=digest, failed=failed)
-        return Frame(curvature_pb2.StreamProductsResponse(tag=tag, error=failed.status))
+        try:
+            for index, chunk in enumerate(_codec.chunks(_codec.payload(answer.result))):
+                yield Frame(curvature_pb2.StreamProductsResponse(tag=tag, info=None if index else answer.info), chunk)
+        finally:  # Whoever takes the chunks comes back when the transport has the last; or never, where the caller is content with that.
+            self.products.sent(request, tag, product, answer)
 
 
 class ServerService:
@@ -474,9 +457,18 @@ class ServerService:
     Args:
         engine: Whose.
         tenants: All there are; one without a name where they are not told apart.
+        port: Where it listens.
+        vector_port: Where products go past gRPC; 0: nowhere.
     """
 
-    def __init__(self, engine: Engine, tenants: Callable[[], Sequence[str]] = lambda: [""]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tenants: Callable[[], Sequence[str]] = lambda: [""],
+        *,
+        port: int = 0,
+        vector_port: int = 0,
+    ) -> None:
         self._engine = engine
         self._tenants = tenants
         device = engine.devices[0]
@@ -493,6 +485,8 @@ class ServerService:
             max_block_width=engine.limits.max_block_width,
             stablehlo_version=device.stablehlo_version,
             device_count=len(engine.devices),
+            port=port,
+            vector_port=vector_port,
         )
 
     def GetServer(  # noqa: N802
@@ -533,7 +527,7 @@ class _Cancel:
     """Cancels the product that waits when its call ends before its time."""
 
     def __init__(self, context: grpc.ServicerContext) -> None:
-        self._cancel: Callable[[], None] = lambda: None
+        self._cancel: Callable[[], None] = nothing
         context.add_callback(lambda: self._cancel())  # noqa: PLW0108 - looked up when it is called
 
     def instead(self, cancel: Callable[[], None]) -> None:
@@ -544,20 +538,15 @@ class _Cancel:
 _Arrival = tuple[int, Product | Frame[curvature_pb2.StreamProductsResponse] | None]
 
 
-def _nothing() -> None:
-    """Cancels what is not queued yet, or any more."""
+def _refusal(tag: int, failed: Failed) -> Frame[curvature_pb2.StreamProductsResponse]:
+    """What is answered to a product of a stream that failed."""
+    return Frame(curvature_pb2.StreamProductsResponse(tag=tag, error=failed.status))
 
 
 def _forget(frame: Frame[curvature_pb2.StreamProductsResponse]) -> None:
     """Lets go of what was sent: gRPC holds on to the frame until it takes the next one."""
     if isinstance(frame.chunk, memoryview):
         frame.chunk.release()
-
-
-def _quadratic_form(vectors: _codec.Array, products: _codec.Array) -> _codec.Array:
-    """V[k,n], HV[k,n] -> v'Hv for each row."""
-    form: _codec.Array = np.einsum("kn,kn->k", vectors, products)
-    return form
 
 
 def _deadline(context: grpc.ServicerContext) -> float:

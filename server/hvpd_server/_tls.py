@@ -44,7 +44,12 @@ class Certificates:
     def __init__(self, files: Files) -> None:
         self._files = files
         self._lock = threading.Lock()
-        self._seen, self._first = self._read()
+        self._seen, self._first, self._context = self._read()
+
+    def context(self) -> ssl.SSLContext:
+        """For a connection that is not gRPC's, likewise. Not to be mixed with `credentials`: who looks first is told of a change."""
+        self.changed()
+        return self._context
 
     def credentials(self) -> grpc.ServerCredentials:
         """For the server's port. Each connection is shown what the files hold when it begins."""
@@ -61,7 +66,7 @@ class Certificates:
             if now == self._seen:
                 return None
             try:
-                self._seen, found = self._read()
+                self._seen, found, self._context = self._read()
             except ValueError as error:
                 self._seen = now
                 _log.error("%s; connections are shown the certificate that was read before", error)
@@ -75,8 +80,8 @@ class Certificates:
     def _versions(self) -> _Version:
         return tuple(map(version, self._files.all))
 
-    def _read(self) -> "tuple[_Version, grpc.ServerCertificateConfiguration]":
-        """Of which version the files are, and what is in them."""
+    def _read(self) -> "tuple[_Version, grpc.ServerCertificateConfiguration, ssl.SSLContext]":
+        """Of which version the files are, and what is in them: for gRPC, and for Python's own TLS."""
         before = self._versions()  # What changes meanwhile is another version, and read with the next connection.
         try:
             content = [path.read_bytes() for path in self._files.all]
@@ -96,7 +101,10 @@ class Certificates:
                 context.load_verify_locations(cadata=ca[0].decode("ascii", "replace"))
             except (OSError, ValueError) as error:
                 raise ValueError(f"{self._files.client_ca} has no PEM certificates: {_why(error)}") from None
-        return before, grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=ca[0] if ca else None)
+            context.verify_mode = ssl.CERT_REQUIRED
+        context.num_tickets = 0  # Nobody resumes, and nothing is to come that is no answer.
+        found = grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=ca[0] if ca else None)
+        return before, found, context
 
 
 def _why(error: Exception) -> str:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvpd_server._config import Config, load, parse, parse_bytes
+from hvpd_server._config import Config, load, parse, parse_bytes, vector_port
 
 # Setting: two values as they are written, and what they mean.
 VALUES = {
@@ -31,6 +31,7 @@ VALUES = {
     "tls_key": ("a.key", Path("a.key"), "/srv/b.key", Path("/srv/b.key")),
     "tls_client_ca": ("a.pem", Path("a.pem"), "/srv/b.pem", Path("/srv/b.pem")),
     "tokens": ("a.json", Path("a.json"), "/srv/b.json", Path("/srv/b.json")),
+    "vector_port": ("7071", "7071", "OFF", "off"),
     "log_level": ("debug", "DEBUG", "ERROR", "ERROR"),
     "log_format": ("JSON", "json", "text", "text"),
 }
@@ -44,6 +45,7 @@ WITH = {
 
 BAD = {
     "port": ["-1", "65536", "http", "7070.0", "0x10"],
+    "vector_port": ["-1", "65536", "on", "7071.0"],
     "metrics_host": [" "],
     "metrics_port": ["-1", "99999"],
     "memory_budget": ["0", "-1G", "16X", "lots", "G", "nan", "inf"],
@@ -79,6 +81,21 @@ def test_the_defaults_listen_on_loopback_only():
     assert (Config().host, Config().port, Config().insecure) == ("127.0.0.1", 7070, False)
     assert (Config().metrics_host, Config().metrics_port) == ("127.0.0.1", None)
     assert config("--host", "0.0.0.0", "--insecure").metrics_host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], 0),
+        (["--host", "localhost"], 0),
+        (["--host", "0.0.0.0", "--insecure"], None),
+        (["--host", "0.0.0.0", "--insecure", "--vector-port", "7071"], 7071),
+        (["--host", "0.0.0.0", "--insecure", "--vector-port", "0"], 0),
+        (["--vector-port", "off"], None),
+    ],
+)
+def test_a_port_for_vectors_is_opened_to_others_only_where_somebody_says_so(flags, expected):
+    assert vector_port(config(*flags)) == expected
 
 
 def test_the_default_store_is_where_users_data_belongs(monkeypatch, tmp_path):
