@@ -14,6 +14,7 @@ from hvpd import _codec, _tracing
 from hvpd._errors import Failure, failure_of_status
 from hvpd._frames import Frame
 from hvpd._stream import Filling, RpcFailure, Stream
+from hvpd._vector_pool import VectorStream
 from hvpd.v1 import curvature_pb2
 
 ProductStream: TypeAlias = (
@@ -76,6 +77,33 @@ class Exchange:
             error.progress = len(self._missing) < len(tries)
             raise
         return None if failure is None else RpcFailure(failure, progress=len(self._missing) < len(tries))
+
+    @property
+    def single(self) -> bool:
+        """Whether it is one product, as mostly."""
+        return len(self._parts) == 1
+
+    def attempt_past(
+        self,
+        stream: VectorStream,
+        left: float | None,
+        on_info: Callable[[curvature_pb2.ProductInfo], None],
+        span: "_tracing.Span | None" = None,
+    ) -> RpcFailure | None:
+        """The same past gRPC, of a single product, within so many seconds; None: as long as it takes."""
+        if span is not None:
+            self._spec.traceparent = span.traceparent
+            span.sent(f"{stream.request_id}/{stream.tag + 1}")
+        self._spec.k = len(self._parts[0])
+        self._spec.priority = self._priority
+        found = stream.multiply(self._spec, self._parts[0], self.result, left)
+        if isinstance(found, Failure):
+            return RpcFailure(found)
+        on_info(found)
+        if span is not None:
+            span.made(found)
+        self._missing.clear()
+        return None
 
     def _run(
         self,

@@ -31,6 +31,7 @@ from hvpd._exchange import Exchange, ProductStream
 from hvpd._frames import Frame
 from hvpd._stream import Filling, RpcFailure, Stream, never_free
 from hvpd._tls import Tls, diagnose
+from hvpd._vector_pool import VectorPool
 from hvpd._version import __version__
 from hvpd.v1 import (
     blob_pb2,
@@ -52,6 +53,9 @@ _PATIENCE = 0.5
 """Seconds without an answer after which a client looks whether it is understood at all."""
 
 _NO_SPAN: "contextlib.nullcontext[None]" = contextlib.nullcontext()
+
+_ALIVE = 10.0
+"""Seconds within which a server that is there says so."""
 
 _PAUSE = 0.02
 """Seconds before a call is repeated for the first time."""
@@ -172,6 +176,7 @@ class Transport:
         self._streams: list[ProductStream] = []
         self._lock = threading.Lock()
         self._counts: dict[str, Any] = dataclasses.asdict(Statistics())
+        self._vectors = VectorPool(host, tls, self._ticket, self._alive)
         self._closed = False
         self._open_channel()
         try:
@@ -179,6 +184,8 @@ class Transport:
         except Exception:
             self.close()
             raise
+        # Past a proxy or a tunnel, which has a port of its own, nobody is to go.
+        self._vectors.offered = bool(self.server.vector_port) and address.endswith(f":{self.server.port}")
 
     def _open_channel(self) -> None:
         options = [
@@ -202,6 +209,7 @@ class Transport:
         self._upload = _call(self._channel, blob_pb2, "UploadBlob")
         self._create_point = _call(self._channel, curvature_pb2, "CreatePoint")
         self._stream_products = _call(self._channel, curvature_pb2, "StreamProducts")
+        self._create_vector_ticket = _call(self._channel, curvature_pb2, "CreateVectorTicket")
         self._compute_factors = _call(self._channel, curvature_pb2, "ComputeFactors")
         self.prune_blobs = _call(self._channel, blob_pb2, "PruneBlobs")
         self.get_usage = _call(self._channel, server_pb2, "GetUsage")
@@ -281,6 +289,7 @@ class Transport:
             streams, self._streams = self._streams, []
         if os.getpid() != self._owner:  # The channel is the parent's.
             return
+        self._vectors.close()
         for stream in streams:
             stream.close()
         self._channel.close()
@@ -499,8 +508,19 @@ class Transport:
         started = time.perf_counter()
 
         def attempt(left: float | None) -> None:
-            with self._stream(left) as stream:
-                refused = exchange.attempt(stream, self._counted, span)
+            past = self._vectors.take() if exchange.single else None
+            if past is None:
+                with self._stream(left) as stream:
+                    refused = exchange.attempt(stream, self._counted, span)
+            else:
+                try:
+                    refused = exchange.attempt_past(past, left, self._counted, span)
+                except BaseException:  # Nobody knows what is still on its way.
+                    past.close()
+                    raise
+                self._vectors.give_back(past)
+                if self._streams:
+                    self._end_streams()
             if refused is not None:
                 raise refused
 
@@ -554,6 +574,29 @@ class Transport:
             launched_vectors=info.batch_width,
         )
 
+    def _ticket(self, seconds: float) -> tuple[curvature_pb2.CreateVectorTicketResponse, str]:
+        """For a connection to the vector port; outside of `call`: without it, products go over streams."""
+        request_id = _request_id.new()
+        metadata = (*self._metadata, (_request_id.KEY, request_id))
+        request = curvature_pb2.CreateVectorTicketRequest()
+        return self._create_vector_ticket(request, metadata=metadata, timeout=seconds), request_id
+
+    def _alive(self) -> bool:
+        """Whether the server answers at all."""
+        request, stub = server_pb2.GetServerRequest(), server_pb2_grpc.ServerServiceStub(self._channel)
+        try:
+            stub.GetServer(request, metadata=self._metadata, timeout=_ALIVE)
+        except (grpc.RpcError, ValueError):  # The second of a channel that was closed meanwhile.
+            return False
+        return True
+
+    def _end_streams(self) -> None:
+        """Ends the streams that nobody uses: each takes a thread of the server."""
+        with self._lock:
+            streams, self._streams = self._streams, []
+        for stream in streams:
+            stream.close()
+
     @contextlib.contextmanager
     def _stream(self, left: float | None) -> "Iterator[ProductStream]":
         """A stream for one exchange. With a timeout it is a new one, whose deadline the server sees; else one of the pool."""
@@ -571,7 +614,7 @@ class Transport:
             stream.drop(error)
             raise
         with self._lock:
-            keep = left is None and not self._closed
+            keep = left is None and not self._closed and not self._vectors.ready
             if keep:
                 self._streams.append(stream)
         if not keep:

@@ -1,0 +1,431 @@
+"""Clients and servers that go past gRPC, and those that cannot: the products are the same, and nobody notices which way they came."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import trustme
+
+import hvpd
+from hvpd.v1 import curvature_pb2
+from hvpd_server import _auth
+
+N = 300
+X = np.linspace(0.5, 1.5, N)
+
+
+def quartic(x, w):
+    return jnp.sum(w * x**4) / 12
+
+
+W = np.linspace(1.0, 2.0, N)
+
+
+def registered(client, name=None):
+    return client.register(quartic, X, W, name=name).at(X).hessian()
+
+
+def until(condition):
+    ends = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < ends
+
+
+def past(client, H):
+    """Multiplies until products go past gRPC; says whether they do at all."""
+    pool = client._transport._vectors
+    check(H)
+    until(lambda: not pool._opening)
+    return pool.ready
+
+
+def check(H, k=None):
+    V = np.random.default_rng(0).normal(size=(N, k) if k else N)
+    np.testing.assert_allclose(H @ V, ((W * X**2) * V.T).T, rtol=1e-12)
+
+
+@pytest.fixture
+def client_of():
+    """Connects; all clients end with the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *args, **settings: stack.enter_context(hvpd.connect(*args, **settings))
+
+
+def lines(server, text):
+    return [line for line in server.lines if text in line]
+
+
+def test_products_go_past_grpc_and_are_what_they_were(serve, client_of):
+    server = serve()
+    client = client_of(server.address)
+    H = registered(client)
+    before = H @ np.ones(N)
+    assert past(client, H)
+    streams = server.metric("hvpd_open_streams")
+    for k in (None, 1, 3, 64):
+        check(H, k)
+    np.testing.assert_array_equal(H @ np.ones(N), before)
+    assert H.quadratic_form(np.ones(N)) == pytest.approx((W * X**2).sum(), rel=1e-12)
+    check(H, 200)  # Wider than a launch: as several products, over gRPC.
+    statistics = client.statistics()
+    assert (statistics.retries, statistics.vectors) == (0, 1 + 1 + 1 + 1 + 3 + 64 + 1 + 1 + 200)
+    assert 0 < statistics.compute_seconds < statistics.seconds
+    assert server.metric("hvpd_open_streams") >= streams >= 1
+    assert server.metric("hvpd_request_seconds_count") > 0
+
+
+def test_threads_of_one_client_do_not_wait_for_each_other(serve, client_of):
+    client = client_of(serve().address)
+    H = registered(client)
+    assert past(client, H)
+    failures = []
+
+    def solve():
+        for _ in range(50):
+            try:
+                check(H)
+            except BaseException as error:  # noqa: BLE001 - for the test
+                failures.append(error)
+
+    threads = [threading.Thread(target=solve) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    assert client.statistics().retries == 0
+
+
+def test_a_server_that_has_none_is_spoken_to_by_grpc(serve, client_of):
+    client = client_of(serve("--vector-port", "off").address)
+    assert client._transport.server.vector_port == 0
+    assert not past(client, registered(client))
+    check(client.objectives() and registered(client))
+
+
+def test_who_comes_through_something_that_stands_between_does_not_go_past_it(serve, client_of):
+    server = serve()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def pump(source, target):
+            with contextlib.suppress(OSError):
+                while piece := source.recv(1 << 16):
+                    target.sendall(piece)
+            for end in (source, target):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+        def forward():
+            with contextlib.suppress(OSError):
+                ours, _ = listener.accept()
+                theirs = socket.create_connection(("127.0.0.1", server.port))
+                with ours, theirs:
+                    back = threading.Thread(target=pump, args=(theirs, ours))
+                    back.start()
+                    pump(ours, theirs)
+                    back.join(30)
+
+        thread = threading.Thread(target=forward)
+        thread.start()
+        with hvpd.connect(f"127.0.0.1:{listener.getsockname()[1]}") as client:
+            assert not past(client, registered(client))
+            check(registered(client))
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_a_port_that_nobody_lets_through_costs_nobody_anything(serve, client_of, monkeypatch):
+    """The connection is tried beside, and then for a while not any more."""
+    client = client_of(serve().address)
+    H = registered(client)
+    tried = threading.Semaphore(0)
+    connect, blocked = socket.create_connection, threading.Event()
+
+    def black_hole(address, timeout):
+        tried.release()
+        assert blocked.wait(30)
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", black_hole)
+    for _ in range(20):
+        check(H)
+    assert tried.acquire(timeout=30)
+    blocked.set()
+    until(lambda: not client._transport._vectors._opening)
+    for _ in range(20):
+        check(H)
+    assert not tried.acquire(blocking=False)
+    assert client.statistics().retries == 0
+    monkeypatch.setattr(socket, "create_connection", connect)
+    client._transport._vectors._not_before = 0.0
+    assert past(client, H)
+
+
+def test_somebody_else_who_listens_there_gets_no_vectors(serve, client_of, monkeypatch):
+    client = client_of(serve().address)
+    H = registered(client)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        got = []
+
+        def listen():
+            other, _ = listener.accept()
+            with other:
+                other.settimeout(30)
+                other.sendall(bytes(16))
+                while piece := other.recv(1000):
+                    got.append(piece)
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        connect = socket.create_connection
+        monkeypatch.setattr(socket, "create_connection", lambda address, *rest: connect(listener.getsockname(), *rest))
+        assert not past(client, H)
+        thread.join(30)
+        assert not thread.is_alive()
+    assert len(b"".join(got)) == 24  # What it opens with, and not what proves who it is.
+
+
+def test_a_solve_rides_through_kill_9_and_finds_the_other_port(serve, client_of):
+    server = serve()
+    client = client_of(server.address)
+    H = registered(client)
+    assert past(client, H)
+    ports = {client._transport.server.vector_port}
+    b = np.random.default_rng(1).normal(size=N)
+    for _ in range(2):
+        server.kill()
+        started = threading.Thread(target=server.start)
+        started.start()
+        x, info = scipy.sparse.linalg.cg(H, b, rtol=1e-10)
+        started.join()
+        assert info == 0
+        np.testing.assert_allclose(x, b / (W * X**2), rtol=1e-8)
+        client._transport._vectors._not_before = 0.0
+        assert past(client, H)
+        ports.add(client._transport._vectors._idle[-1]._connection.socket.getpeername()[1])
+    assert client.statistics().retries > 0
+    assert len(ports) == 3
+
+
+def test_a_server_that_drains_answers_what_it_has_begun(serve, client_of):
+    server = serve()
+    client = client_of(server.address, retry_timeout=0.5)
+    H = registered(client)
+    assert past(client, H)
+    assert server.terminate() == 0
+    with pytest.raises(hvpd.UnavailableError):
+        H @ np.ones(N)
+
+
+def test_a_timeout_is_kept_and_the_next_product_is_made(serve, client_of, monkeypatch):
+    client = client_of(serve().address, timeout=60)
+
+    def slow(x, A):
+        return jnp.sum(jnp.linalg.matrix_power(A, 300) @ x) ** 2
+
+    H = client.register(slow, np.zeros(600), np.eye(600)).at(np.ones(600)).hessian()
+    until(lambda: np.allclose(H @ np.ones(600), 1200) and client._transport._vectors.ready)
+    stream = client._transport._vectors._idle[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(client._transport, "_timeout", 0.005)
+        with pytest.raises(hvpd.DeadlineError, match=r"did not answer within timeout=0\.005 s|deadline passed"):
+            H @ np.ones(600)
+    until(lambda: np.allclose(H @ np.ones(600), 1200) and client._transport._vectors.ready)
+    assert stream not in client._transport._vectors._idle
+
+
+def test_a_product_that_fails_says_which_it_was(serve, client_of):
+    server = serve()
+    client = client_of(server.address)
+    H = registered(client)
+    assert past(client, H)
+    point = H.point
+    with pytest.raises(hvpd.HvpdError, match=r"\[request [0-9a-f]+/\d+\]") as error:
+        point.multiply(np.ones((1, N)), 99)
+    assert error.value.reason == "UNKNOWN_OPERATOR"
+    assert error.value.request_id.split("/")[0] == client._transport._vectors._idle[-1].request_id
+    until(lambda: lines(server, error.value.request_id))
+    check(H)
+
+
+def test_an_evicted_point_comes_back(serve, client_of):
+    client = client_of(serve("--memory-budget", "30K").address)
+    objective = client.register(quartic, X, W)
+    H = objective.at(X).hessian()
+    assert past(client, H)
+    for step in range(1, 8):
+        objective.at(X + step).hessian() @ np.ones(N)
+    check(H)
+    assert client.statistics().retries > 0
+
+
+def test_ctrl_c_in_the_middle_costs_a_connection_and_nothing_else(serve, client_of, monkeypatch):
+    client = client_of(serve().address)
+    H = registered(client)
+    assert past(client, H)
+    stream = client._transport._vectors._idle[-1]
+
+    def struck(size):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream._connection, "receive", struck)
+    with pytest.raises(KeyboardInterrupt):
+        H @ np.ones(N)
+    assert stream._connection.socket.fileno() < 0
+    assert past(client, H)
+    check(H)
+
+
+# Who may come
+
+
+class Secured:
+    """The files of a server that encrypts and asks who calls."""
+
+    def __init__(self, root):
+        self.root, self.authority = root, trustme.CA()
+        self.ca, self.tokens = root / "ca.pem", root / "tokens.json"
+        self.authority.cert_pem.write_to_path(self.ca)
+        self.certify()
+
+    def certify(self, authority=None):
+        leaf = (authority or self.authority).issue_cert("127.0.0.1")
+        leaf.cert_chain_pems[0].write_to_path(self.root / "server.pem")
+        leaf.private_key_pem.write_to_path(self.root / "server.key")
+
+    @property
+    def flags(self):
+        tls = "--tls-cert", str(self.root / "server.pem"), "--tls-key", str(self.root / "server.key")
+        return *tls, "--tokens", str(self.tokens)
+
+    def token(self, tenant, *rights):
+        token, grant = _auth.create(self.tokens, tenant, rights or ("use", "publish"))
+        return token, grant.id
+
+
+@pytest.fixture
+def secured(tmp_path):
+    return Secured(tmp_path)
+
+
+def test_over_tls_with_a_token_it_is_the_same(secured, serve, client_of):
+    token, _ = secured.token("vision")
+    client = client_of(serve(*secured.flags).address, token=token, ca=secured.ca)
+    H = registered(client)
+    assert past(client, H)
+    sock = client._transport._vectors._idle[-1]._connection.socket
+    assert sock.version() == "TLSv1.3"
+    for k in (None, 64):
+        check(H, k)
+    big = np.random.default_rng(0).normal(size=200_000)
+    B = client.register(lambda x: jnp.sum(x**4) / 12, big).at(big).hessian()
+    np.testing.assert_allclose(B @ np.ones_like(big), big**2, rtol=1e-12)
+    assert client.statistics().retries == 0
+
+
+def test_clients_show_their_certificates_there_too(secured, serve, client_of):
+    leaf = secured.authority.issue_cert("solver.example")
+    leaf.cert_chain_pems[0].write_to_path(secured.root / "client.pem")
+    leaf.private_key_pem.write_to_path(secured.root / "client.key")
+    server = serve(*secured.flags[:4], "--tls-client-ca", str(secured.ca))
+    client = client_of(server.address, ca=secured.ca, cert=secured.root / "client.pem", key=secured.root / "client.key")
+    H = registered(client)
+    assert past(client, H)
+    check(H)
+
+
+def test_another_certificate_is_shown_from_the_next_connection_on(secured, serve, client_of):
+    token, _ = secured.token("vision")
+    server = serve(*secured.flags)
+    client = client_of(server.address, token=token, ca=secured.ca)
+    H = registered(client)
+    assert past(client, H)
+
+    def shown(client):
+        return client._transport._vectors._idle[-1]._connection.socket.getpeercert(binary_form=True)
+
+    before = shown(client)
+    secured.certify()
+    other = client_of(server.address, token=token, ca=secured.ca)
+    H = registered(other)
+    assert past(other, H)
+    assert shown(other) != before
+    check(H)
+
+
+def test_a_connection_ends_with_its_token(secured, serve, client_of):
+    """Products fail at once; who is idle is ended within seconds."""
+    (token, identity), (busy, other) = secured.token("vision"), secured.token("speech")
+    server = serve(*secured.flags)
+    client = client_of(server.address, token=token, ca=secured.ca)
+    idle = client_of(server.address, token=busy, ca=secured.ca)
+    H, J = registered(client), registered(idle)
+    assert past(client, H)
+    assert past(idle, J)
+    for each in (identity, other):
+        _auth.revoke(secured.tokens, each)
+    until(lambda: not idle._transport._vectors._idle[-1].quiet)
+    with pytest.raises(hvpd.AccessError):
+        check(H)
+
+
+def test_a_point_is_for_who_has_its_x_there_too(secured, serve, client_of):
+    vision, speech = secured.token("vision")[0], secured.token("speech")[0]
+    server = serve(*secured.flags)
+    client = client_of(server.address, token=vision, ca=secured.ca)
+    other = client_of(server.address, token=speech, ca=secured.ca)
+    H, J = registered(client), registered(other)
+    assert past(client, H)
+    assert past(other, J)
+    theirs = client.objective(H.point.objective.digest).at(X + 1)
+    spec = curvature_pb2.ProductSpec(point_id=theirs._id, operator=curvature_pb2.OPERATOR_HESSIAN)
+
+    def restore():
+        raise LookupError("it was said not to be there")
+
+    with pytest.raises(LookupError):
+        other._transport.multiply(spec, np.ones((1, N)), restore=restore)
+    assert client._transport.multiply(spec, np.ones((1, N)), restore=restore).shape == (1, N)
+
+
+def test_the_port_is_where_it_was_said_to_be(serve, client_of):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = serve("--vector-port", str(port))
+    client = client_of(server.address)
+    assert client._transport.server.vector_port == port
+    assert past(client, registered(client))
+    server.kill()
+    server.start()
+    check(registered(client_of(server.address)))
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_served(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "hvpd_server",
+                "--port",
+                "0",
+                "--vector-port",
+                str(port),
+                "--store",
+                str(tmp_path / "store"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port} for vectors" in done.stderr

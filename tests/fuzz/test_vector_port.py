@@ -1,0 +1,239 @@
+"""The vector port and what strangers, and callers gone wrong, may send to it. Others are served meanwhile, and nothing stays behind."""
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+import time
+from pathlib import Path
+
+import grpc
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import hvpd
+from hvpd import _vectors
+from hvpd._vectors import Connection
+from hvpd.v1 import curvature_pb2, curvature_pb2_grpc
+
+N = 30
+X = np.arange(1.0, N + 1)
+
+
+@pytest.fixture(scope="module")
+def server(serve_module):
+    """Of this module alone: what it opens is counted."""
+    return serve_module()
+
+
+@pytest.fixture(scope="module")
+def point(server):
+    with hvpd.connect(server.address) as client:
+        yield client.register(lambda x: jnp.sum(x**4) / 12, X).at(X)
+
+
+@pytest.fixture(scope="module")
+def neighbour(point):
+    """Multiplies past gRPC all the while."""
+    H, pool = point.hessian(), point.objective._transport._vectors
+    wait_for(lambda: np.array_equal(H @ np.ones(N), X**2) and pool.ready)
+
+    def check():
+        assert pool.ready
+        assert np.array_equal(H @ np.ones(N), X**2)
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def ticket(server):
+    """Gets tickets, as a caller does."""
+    with grpc.insecure_channel(server.address) as channel:
+        stub = curvature_pb2_grpc.CurvatureServiceStub(channel)
+        yield lambda: stub.CreateVectorTicket(curvature_pb2.CreateVectorTicketRequest())
+
+
+def wait_for(condition):
+    ends = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < ends
+
+
+def descriptors(server):
+    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+
+
+@contextlib.contextmanager
+def connected(ticket):
+    """A connection that is let in."""
+    given = ticket()
+    with socket.create_connection(("127.0.0.1", given.port), 30) as sock:
+        connection = Connection(sock, 30)
+        connection.send(_vectors.MAGIC + given.id)
+        assert connection.receive(_vectors.PROOF_BYTES) == given.server_proof
+        connection.send(given.client_proof)
+        yield connection
+
+
+def until_the_end(connection):
+    """Reads whatever is answered."""
+    connection.socket.shutdown(socket.SHUT_WR)
+    with contextlib.suppress(OSError):
+        while True:
+            connection.skip(1)
+
+
+@settings(settings.get_profile("fuzz-calls"))
+@given(said=st.one_of(st.binary(max_size=200), st.binary(max_size=60).map(lambda junk: _vectors.MAGIC + junk)))
+def test_strangers_may_say_anything(server, neighbour, ticket, tried, said):
+    tried("openings of the vector port of any bytes")
+    with socket.create_connection(("127.0.0.1", ticket().port), 30) as sock:
+        sock.sendall(said)
+        until_the_end(Connection(sock, 30))
+    neighbour()
+
+
+SPECS = st.one_of(
+    st.binary(max_size=80),
+    st.builds(
+        lambda **fields: curvature_pb2.ProductSpec(**fields).SerializeToString(),
+        point_id=st.sampled_from(["", "0" * 64, "?"]),
+        operator=st.integers(-1, 7),
+        k=st.sampled_from([-1, 0, 1, 2, 64, 65, 2**31 - 1]),
+        block=st.integers(-2, 2),
+        priority=st.sampled_from([0, 100, -101, 2**31 - 1]),
+        quadratic_form=st.booleans(),
+        seed=st.sampled_from([0, 2**64 - 1]),
+        traceparent=st.text(max_size=60),
+    ),
+)
+SIZES = st.sampled_from([0, 1, 8 * N - 1, 8 * N, 8 * N + 1, 1 << 20, 1 << 32, 2**64 - 1])
+
+
+@settings(settings.get_profile("fuzz-calls"))
+@given(
+    spec=SPECS,
+    real=st.booleans(),
+    announced=st.one_of(st.none(), st.integers(0, 2**32 - 1)),
+    reserved=st.integers(0, 2**32 - 1),
+    size=SIZES,
+    wait=st.sampled_from([0, 1, 10**9, 2**64 - 1]),
+    payload=st.binary(max_size=8 * N),
+)
+@example(spec=b"", real=True, announced=None, reserved=0, size=8 * N, wait=0, payload=bytes(8 * N))
+@example(spec=b"", real=True, announced=None, reserved=0, size=2**64 - 1, wait=1, payload=bytes(8 * N))
+def test_callers_may_ask_for_anything(
+    server, neighbour, ticket, point, tried, spec, real, announced, reserved, size, wait, payload
+):
+    """Also for what is nearly right, of a point that is there."""
+    tried("products of the vector port of any bytes")
+    if real:
+        spec += curvature_pb2.ProductSpec(point_id=point._id, operator=1, k=1).SerializeToString()
+    with connected(ticket) as connection, contextlib.suppress(OSError):
+        head = _vectors.REQUEST.pack(len(spec) if announced is None else announced, reserved, size, wait)
+        connection.send(head + spec, payload)
+        until_the_end(connection)
+    neighbour()
+    assert server.process.poll() is None
+
+
+@settings(settings.get_profile("fuzz-calls"))
+@given(said=st.binary(max_size=400))
+def test_callers_may_send_anything(server, neighbour, ticket, tried, said):
+    tried("products of the vector port of any bytes")
+    with connected(ticket) as connection, contextlib.suppress(OSError):
+        connection.send(said)
+        until_the_end(connection)
+    neighbour()
+
+
+def test_nothing_of_them_stays(server, neighbour, ticket, point, tried):
+    neighbour()
+    before = descriptors(server)
+    spec = curvature_pb2.ProductSpec(point_id=point._id, operator=1, k=1).SerializeToString()
+    for index in range(300):
+        with connected(ticket) as connection:
+            connection.send((_vectors.REQUEST.pack(len(spec), 0, 8 * N, 0) + spec + os.urandom(8 * N))[: 2 * index])
+    tried("products of the vector port that are broken off", 300)
+    wait_for(lambda: descriptors(server) <= before)
+    wait_for(lambda: server.metric("hvpd_open_streams") <= 2)
+    neighbour()
+
+
+def test_a_thousand_who_come_and_say_nothing(server, neighbour, ticket, tried):
+    before, port = descriptors(server), ticket().port
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 30)) for _ in range(1000)]
+        tried("connections that say nothing", len(opened))
+        for _ in range(20):
+            neighbour()
+        with connected(ticket):  # A newcomer is let in.
+            neighbour()
+        wait_for(lambda: descriptors(server) < before + 200)
+    wait_for(lambda: descriptors(server) <= before)
+    neighbour()
+
+
+class Lying:
+    """A server's vector port that answers products as it likes."""
+
+    def __init__(self, answer):
+        self._answer = answer
+        self.listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve(self, ticket):
+        with self.listener, contextlib.suppress(OSError):
+            sock, _ = self.listener.accept()
+            with sock:
+                connection = Connection(sock, 30)
+                connection.receive(_vectors.OPENING_BYTES)
+                connection.send(ticket.server_proof)
+                connection.receive(_vectors.PROOF_BYTES)
+                connection.receive(_vectors.REQUEST.size)
+                connection.send(self._answer)
+                until_the_end(connection)
+
+
+INFO = curvature_pb2.ProductInfo(batch_width=1).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (b"", None),
+        (b"\0" * 7, None),
+        (struct.pack("<IIQ", len(INFO), 0, 8 * N) + INFO + bytes(8 * N - 1), None),
+        (struct.pack("<IIQ", 2**32 - 1, 0, 8 * N), "240 bytes with 240, after a message of 4294967295"),
+        (struct.pack("<IIQ", len(INFO), 0, 2**64 - 1) + INFO, f"240 bytes with {2**64 - 1}"),
+        (struct.pack("<IIQ", len(INFO), 0, 0) + INFO, "240 bytes with 0"),
+        (struct.pack("<IIQ", 5, 7, 8 * N) + b"\xff" * 5 + bytes(8 * N), "240 bytes with 240"),
+        (struct.pack("<IIQ", 5, 0, 8 * N) + b"\xff" * 5 + bytes(8 * N), "answer cannot be read"),
+        (struct.pack("<IIQ", 5, 1, 0) + b"\xff" * 5, "answer cannot be read"),
+    ],
+)
+def test_a_server_that_lies_there_is_an_error_and_one_that_goes_away_is_asked_again(
+    server, tried, answer, says, monkeypatch
+):
+    tried("products of a server that lies")
+    lying = Lying(answer)
+    with hvpd.connect(server.address, retry_timeout=20) as client:
+        H, transport = client.register(lambda x: jnp.sum(x**4) / 12, X).at(X).hessian(), client._transport
+        create = transport._create_vector_ticket
+
+        def elsewhere(request, **settings):
+            given = create(request, **settings)
+            given.port = lying.listener.getsockname()[1]
+            threading.Thread(target=lying.serve, args=(given,), daemon=True).start()
+            monkeypatch.setattr(transport, "_create_vector_ticket", create)
+            return given
+
+        monkeypatch.setattr(transport, "_create_vector_ticket", elsewhere)
+        assert np.array_equal(H @ np.ones(N), X**2)
+        wait_for(lambda: transport._vectors.ready)
+        with pytest.raises(hvpd.HvpdError, match=says) if says else contextlib.nullcontext():
+            assert np.array_equal(H @ np.ones(N), X**2)
+        assert np.array_equal(H @ np.ones(N), X**2)
