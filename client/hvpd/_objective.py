@@ -123,7 +123,8 @@ class Objective:
 
     def hessp(self, x: Any, p: Any) -> _codec.Array:
         """The Hessian at x times p, both of shape (n,): `hessp` of scipy.optimize.minimize."""
-        return self.at(x).hessian() @ self._flat(p, "p", exact="")
+        product: _codec.Array = self.at(x).hessian() @ self._flat(p, "p", exact="")
+        return product
 
     def block_of(self, leaves: Sequence[str]) -> int:
         """Which principal block with programs of its own has these leaves, counted from 1; 0 where none has."""
@@ -131,7 +132,9 @@ class Objective:
 
     def size_of(self, block: int) -> int:
         """Number of elements of such a block; of 0, n."""
-        leaves = self._bundle.blocks[block - 1].leaves if block else range(len(self._bundle.x_leaves))
+        if not block:
+            return self.n
+        leaves = self._bundle.blocks[block - 1].leaves
         return sum(math.prod(self._bundle.x_leaves[leaf].shape) for leaf in leaves)
 
     def dense_layers(self) -> "list[DenseLayer]":

@@ -72,6 +72,9 @@ class CurvatureOperator(SymmetricOperator):
     def _matmat(self, X: Any) -> _codec.Array:
         return self._multiply(np.asarray(X).T).T
 
+    def _matvec(self, x: Any) -> _codec.Array:
+        return self._multiply(np.asarray(x).reshape(1, -1)).reshape(-1)
+
     # Products, of vectors that are rows
 
     def quadratic_form(self, V: Any) -> _codec.Array | float:
@@ -103,7 +106,7 @@ class CurvatureOperator(SymmetricOperator):
 
     def _block(self, rows: _codec.Array) -> _codec.Array:
         """V[k,n] in the objective's dtype."""
-        if not (_codec.is_real_floating(rows.dtype) or rows.dtype.kind in "iub"):
+        if rows.dtype != self.dtype and not (_codec.is_real_floating(rows.dtype) or rows.dtype.kind in "iub"):
             raise InvalidArgumentError(
                 f"a Hessian multiplies real vectors, got dtype {rows.dtype}"
                 + (": multiply the real and the imaginary part" if rows.dtype.kind == "c" else "")

@@ -20,6 +20,17 @@ class SymmetricOperator(LinearOperator):
     def _matvec(self, x: Any) -> _codec.Array:
         return self._matmat(np.asarray(x).reshape(-1, 1)).reshape(-1)
 
+    def matvec(self, x: Any) -> Any:
+        """This times a vector of shape (n,) or (n, 1); SciPy's, without what it asks of a plain vector."""
+        if type(x) is np.ndarray and x.shape == self.shape[:1]:
+            return self._matvec(x)
+        return super().matvec(x)
+
+    def __matmul__(self, other: Any) -> Any:
+        if type(other) is np.ndarray and other.shape == self.shape[:1]:
+            return self._matvec(other)
+        return super().__matmul__(other)
+
     def _rmatvec(self, x: Any) -> _codec.Array:
         return self._matvec(x)
 

@@ -76,6 +76,8 @@ class Batcher:
         self._pending = 0
         self._in_flight = 0
         self._flying: list[Hashable] = []  # The keys of the launches in flight.
+        self.begun = 0
+        """Launches that began, so far."""
         self._landed = 0.0  # When the last launch ended.
         self._led = False  # Whether somebody has the right to take the next launch.
         self._parked = False  # Whether that one waits for a launch in flight to end.
@@ -374,6 +376,7 @@ class Batcher:
 
     def _fly(self, batch: Sequence[Job]) -> None:
         """Notes that a launch begins."""
+        self.begun += 1
         self._flying.append(batch[0].key)
         self._in_flight += sum([len(job.block) for job in batch])
 

@@ -98,6 +98,8 @@ class Launches:
 
     def _ready(self, point: Point, program: str, width: int) -> None:
         """Waits until a product can be launched at all, and has the bucket for its width compiled in the background."""
+        if (program, width) in point.launchable:
+            return
         base, fixed, kernels = self.base(point.objective, program), self.bucket(point.objective), point.source.kernels
         if not fixed and isinstance(point.source, _sources.Streamed):
             # Waits for its own: narrower launches would each go through all the data, which takes longer.
@@ -111,8 +113,8 @@ class Launches:
             self._compiled_now(point, "prepare")
         if fixed:
             self._probe(point, program, fixed)
-        else:
-            self._have(point, base, width)
+        if fixed or self._have(point, base, width) is None:
+            point.launchable.add((program, width))
 
     def _compiled_now(self, point: Point, name: str, width: int = 0) -> None:
         """Waits for a program; where the device has no memory to compile it, caches give way."""
@@ -147,6 +149,14 @@ class Launches:
             return [fixed]
         return [width for width in point.source.kernels.widths(base) if width <= widest] or [1]
 
+    def _fitting(self, point: Point, base: str, total: int) -> int:
+        """The width of the launch, or the launches, for so many vectors."""
+        objective = point.objective
+        if not self.bucket(objective) and not objective.widest and point.source.kernels.ready(base, total):
+            return total
+        compiled = self._compiled(point, base)
+        return next((width for width in compiled if width >= total), compiled[-1])
+
     def _launch(self, key: Hashable, jobs: Sequence[_batcher.Job]) -> Sequence[tuple[_codec.Array, str]]:
         """Multiplies what shares a key.
 
@@ -163,6 +173,8 @@ class Launches:
 
     def _launch_shared(self, key: Shares, jobs: Sequence[_batcher.Job]) -> Sequence[tuple[_codec.Array, str]]:
         """Multiplies at several points of a small objective: as pairs, or one point after the other."""
+        if len(jobs) == 1:
+            return self._launch_blocks(jobs[0].point, "hvp", 0, [jobs[0].block])
         by_point: dict[Point, list[int]] = {}
         for index, job in enumerate(jobs):
             by_point.setdefault(job.point, []).append(index)
@@ -217,13 +229,13 @@ class Launches:
         self, point: Point, program: str, seed: int, blocks: Sequence[_codec.Array]
     ) -> list[tuple[_codec.Array, str]]:
         """Multiplies while another launch may be in flight; where the device has no memory for both, alone. Nothing where it was alone."""
-        others = self._batcher.launches > 1
+        others, begun = self._batcher.launches > 1, self._batcher.begun
         try:
             return self._as_memory_allows(point, program, seed, blocks, relieve=False)
         except ServiceError as error:
             if error.reason != _relief.REASON:
                 raise
-            if not others and self._batcher.launches == 1:
+            if not others and self._batcher.begun == begun:  # Also none that has come and gone.
                 return []
             _log.warning("the device is out of memory for two launches: one at a time from now on (%s)", error)
         with self._batcher.alone():  # What failed holds on to its arrays for as long as there is the error.
@@ -239,8 +251,7 @@ class Launches:
             self._have(point, base, min(total + self._batcher.pending, self._max_block_width))
         products: list[tuple[_codec.Array, str]] = []
         while not products:  # Once, unless the device's memory does not suffice.
-            compiled = self._compiled(point, base)
-            bucket = next((width for width in compiled if width >= total), compiled[-1])
+            bucket = self._fitting(point, base, total)
             try:
                 products = self._products(point, program, seed, blocks, bucket)
             except ServiceError as error:
@@ -255,6 +266,8 @@ class Launches:
         self, point: Point, program: str, seed: int, blocks: Sequence[_codec.Array], bucket: int
     ) -> list[tuple[_codec.Array, str]]:
         """Launches of one width, one after the other."""
+        if len(blocks) == 1 and len(blocks[0]) == bucket and not self.bucket(point.objective):
+            return [self._product(point, program, seed, blocks[0], 0)]
         total = sum(map(len, blocks))
         if not self.bucket(point.objective) or point.objective.steady.get((program, point.source.kernels.rows)):
             padded = _batcher.pad(blocks, -(-total // bucket) * bucket)
@@ -273,6 +286,7 @@ class Launches:
         if bucket == 1 or self.bucket(point.objective):
             return False
         _log.warning("the device is out of memory for %s: no more than half as many from now on", asked)
+        point.launchable.clear()
         point.objective.widest[base, point.source.kernels.rows] = bucket // 2
         return True
 

@@ -42,7 +42,7 @@ class TenantLimits:
     """Bytes of blobs in the store."""
 
     def __bool__(self) -> bool:
-        return self != _NONE
+        return self is not _NONE and self != _NONE
 
 
 _NONE = TenantLimits()

@@ -50,6 +50,8 @@ class Point:
     """Of the device's time, that value and gradient took."""
     launches: int = 0
     """So far: residuals pay from the second on."""
+    launchable: set[tuple[str, int]] = dataclasses.field(default_factory=set)
+    """Programs and widths of products for which all is compiled that they wait for, or want."""
     crowds: dict[str, Crowd] = dataclasses.field(default_factory=dict)
     """Who asks for products here, by program."""
 
