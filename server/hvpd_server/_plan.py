@@ -4,6 +4,7 @@
 the function, the width and the device, so it is timed here, on the products that are asked for anyway. Knows no jax, no gRPC.
 """
 
+import collections
 import threading
 
 from hvpd.v1 import objective_pb2
@@ -19,8 +20,8 @@ class Plan:
         fixed: Whether the choice must not depend on what is measured.
     """
 
-    SAMPLES = 3
-    """Launches of each before one is preferred."""
+    SAMPLES = 5
+    """Launches of each before one is preferred: the latest, since one may be launched for long before the other is compiled."""
 
     def __init__(self, mode: str, *, has_apply: bool, fits: bool, fixed: bool = False) -> None:
         self._mode = mode
@@ -30,7 +31,9 @@ class Plan:
         self._lock = threading.Lock()
         self._chosen: dict[int, str] = {}
         self._pairs_pay = True
-        self._seen: dict[tuple[str, int], tuple[int, float]] = {}
+        self._seen: dict[tuple[str, int], _Times] = {}
+        self._settled: dict[int, objective_pb2.Choice] = {}
+        """By block width, what was measured to be faster: from then on it stays, and so do a product's bits."""
 
     @property
     def needs_apply(self) -> bool:
@@ -38,13 +41,17 @@ class Plan:
         return self._mode == "linearized" and self._fits
 
     def add(self, program: str, width: int, seconds: float) -> None:
-        """Notes how long a launch took."""
+        """Notes how long a launch took; not where that decides nothing any more."""
+        if width in self._settled and program in ("hvp", "apply"):
+            return
         with self._lock:
-            count, least = self._seen.get((program, width), (0, float("inf")))
-            self._seen[program, width] = (count + 1, min(least, seconds))
-            if seconds < least or count <= self.SAMPLES:
-                self._chosen.pop(width, None)
+            times = self._seen.get((program, width))
+            if times is None:
+                times = self._seen[program, width] = _Times(self.SAMPLES)
+            if times.add(seconds):
                 self._judge_pairs()
+                if width not in self._settled:
+                    self._chosen.pop(width, None)
 
     def forgo_residuals(self) -> None:
         """From now on: the device's memory does not suffice for them."""
@@ -68,22 +75,20 @@ class Plan:
     def pairs(self, width: int, points: int) -> bool:
         """Whether a launch of pairs takes less than one launch for each of so many points, or that is not known yet."""
         with self._lock:
-            count, pairs = self._seen.get(("hvp_pairs", width), (0, 0.0))
+            pairs = self._seen.get(("hvp_pairs", width))
             single = self._single()
-            return count < self.SAMPLES or single is None or pairs < points * single
+            return pairs is None or not pairs.enough or single is None or pairs.least < points * single
 
     def _single(self) -> float | None:
         """Least time of a launch for one vector."""
-        seen = [self._seen[program, 1][1] for program in ("hvp", "apply") if (program, 1) in self._seen]
+        seen = [self._seen[program, 1].least for program in ("hvp", "apply") if (program, 1) in self._seen]
         return min(seen, default=None)
 
     def _judge_pairs(self) -> None:
         found = {width: seen for (program, width), seen in self._seen.items() if program == "hvp_pairs"}
         single = self._single()
         if single is not None and found:
-            self._pairs_pay = any(
-                count < self.SAMPLES or seconds < width * single for width, (count, seconds) in found.items()
-            )
+            self._pairs_pay = any(not times.enough or times.least < width * single for width, times in found.items())
 
     def choose(self, width: int) -> objective_pb2.Choice:
         """The same, and why."""
@@ -91,12 +96,6 @@ class Plan:
             return self._choice(width)
 
     def _choice(self, width: int) -> objective_pb2.Choice:
-        hvps, hvp = self._seen.get(("hvp", width), (0, 0.0))
-        applies, apply = self._seen.get(("apply", width), (0, 0.0))
-        program, reason = self._decide(width, hvps, hvp, applies, apply)
-        return objective_pb2.Choice(width=width, program=program, hvp_seconds=hvp, apply_seconds=apply, reason=reason)
-
-    def _decide(self, width: int, hvps: int, hvp: float, applies: int, apply: float) -> tuple[str, str]:
         rules = [
             (not self._has_apply, "hvp", f"mode {self._mode}"),
             (not self._fits, "hvp", "the residuals do not fit in a quarter of the memory budget, or not on the device"),
@@ -104,9 +103,48 @@ class Plan:
             (self._fixed, "hvp", "a fixed bucket: the choice depends on nothing that is measured"),
             (self._mode == "forward_over_reverse" and width > 1, "hvp", "a block shares what depends on x"),
         ]
-        for holds, program, reason in rules:
-            if holds:
-                return program, reason
-        if min(hvps, applies) < self.SAMPLES:
-            return "hvp" if hvps < self.SAMPLES else "apply", "not yet measured"
-        return "apply" if apply < hvp else "hvp", "measured to be faster"
+        found = self._settled.get(width)
+        given = next(((program, reason) for holds, program, reason in rules if holds), None)
+        if found is not None and given is None:
+            return found
+        hvp, apply = (self._seen.get((program, width), _Times(self.SAMPLES)) for program in ("hvp", "apply"))
+        choice = objective_pb2.Choice(width=width, hvp_seconds=hvp.latest, apply_seconds=apply.latest)
+        if given is not None:
+            choice.program, choice.reason = given
+        elif not (hvp.enough and apply.enough):
+            choice.program, choice.reason = "apply" if hvp.enough else "hvp", "not yet measured"
+        else:
+            choice.program = "apply" if apply.latest < hvp.latest else "hvp"
+            choice.reason = "measured to be faster"
+            self._settled[width] = choice
+        return choice
+
+
+class _Times:
+    """How long launches took, in seconds.
+
+    Args:
+        samples: How many are enough, and how many of the latest are looked at.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.least = float("inf")
+        """Of all."""
+        self._latest: collections.deque[float] = collections.deque(maxlen=samples)
+
+    def add(self, seconds: float) -> bool:
+        """Notes one; returns whether that is news."""
+        news = not self.enough or seconds < self.least
+        self.least = min(self.least, seconds)
+        self._latest.append(seconds)
+        return news
+
+    @property
+    def enough(self) -> bool:
+        """Whether there were as many as are looked at."""
+        return len(self._latest) == self._latest.maxlen
+
+    @property
+    def latest(self) -> float:
+        """The least of the latest; 0 where there were none."""
+        return min(self._latest, default=0.0)
