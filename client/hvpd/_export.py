@@ -28,7 +28,7 @@ from hvpd._dense import Factors
 from hvpd._derivatives import Stages, array_spec, curvatures_of, hvp_of, linearized, pairs_of
 from hvpd._errors import InvalidArgumentError
 from hvpd._layout import Layout, View
-from hvpd._lift import lift
+from hvpd._lift import forgetting, lift, trace
 from hvpd._pytree import Spec
 from hvpd.v1 import objective_pb2, tensor_pb2
 
@@ -89,6 +89,7 @@ class Target:
     """Of the symbolic sizes: k, the width of a block; m, the rows of data."""
 
 
+@forgetting()
 def export(
     fun: _Function,
     x: Any,
@@ -139,7 +140,8 @@ def export(
     if n == 0:
         raise InvalidArgumentError("x has no elements: there is nothing to differentiate by")
     flat_dtype = np.result_type(np.float32, *(np.float64 for array in x_arrays if array.dtype == np.float64))
-    x64 = bool(jax.dtypes.canonicalize_dtype(np.float64) == np.float64) or flat_dtype == np.float64
+    own = bool(jax.dtypes.canonicalize_dtype(np.float64) == np.float64)
+    x64 = own or flat_dtype == np.float64
     data_leaves, data_treedef = jax.tree.flatten(tuple(data))
     data_arrays = [
         data_array(leaf, f"data{path}", x_dtype=flat_dtype, x64=x64)
@@ -166,7 +168,9 @@ def export(
         ]
         leaf_specs = [*layout.leaves, *data_specs]
         if isinstance(fun, Composite):
-            captured, stages = _stages(fun, tree_of, arguments_of, leaf_specs, len(x_arrays), lift_bytes)
+            captured, stages = _stages(
+                fun, tree_of, arguments_of, leaf_specs, len(x_arrays), lift_bytes, widened=x64 and not own
+            )
             objective = stages.whole
         else:
             captured, objective = _trace(
@@ -174,6 +178,7 @@ def export(
                 fun,
                 leaf_specs,
                 lift_bytes,
+                widened=x64 and not own,
             )
             stages = None
         specs = [x_spec, *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in captured), *data_specs]
@@ -366,11 +371,11 @@ def _check_scalar(fun: _Function, out: Any) -> None:
 
 
 def _trace(
-    flat: _Function, fun: _Function, specs: Sequence[Any], lift_bytes: int
+    flat: _Function, fun: _Function, specs: Sequence[Any], lift_bytes: int, *, widened: bool
 ) -> tuple[list[_codec.Array], _Function]:
     """The large arrays that a scalar function closes over, and the function as fun(x, *arrays, *data)."""
     with _traced(fun):
-        closed, out = jax.make_jaxpr(flat, return_shape=True)(*specs)
+        closed, out = trace(flat, specs, widened=widened)
     _check_scalar(fun, out)
     _check_pure(fun, closed)
     captured, lifted = lift(closed, lift_bytes)
@@ -397,6 +402,8 @@ def _stages(
     specs: Sequence[Any],
     count: int,
     lift_bytes: int,
+    *,
+    widened: bool,
 ) -> tuple[list[_codec.Array], Stages]:
     """The large arrays that both stages close over, and the stages, traced apart; the first `count` specs are x's leaves."""
     takes = len(jax.eval_shape(lambda *leaves: arguments_of(leaves), *specs[count:]))
@@ -405,10 +412,11 @@ def _stages(
             f"the model takes {composite.inputs} data arguments (inputs={composite.inputs}), {takes} were given"
         )
     with _traced(composite.model):
-        closed, z = jax.make_jaxpr(
+        closed, z = trace(
             lambda *leaves: composite.model(tree_of(leaves[:count]), *arguments_of(leaves[count:])[: composite.inputs]),
-            return_shape=True,
-        )(*specs)
+            specs,
+            widened=widened,
+        )
     _check_pure(composite.model, closed)
     leaves, treedef = jax.tree.flatten(z)
     shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", z)
@@ -430,6 +438,7 @@ def _stages(
             composite.loss,
             [*leaves, *specs[count:]],
             lift_bytes,
+            widened=widened,
         )
     except InvalidArgumentError as error:
         raise InvalidArgumentError(f"the loss cannot take what the model returns, {shapes}: {error}") from error

@@ -4,6 +4,9 @@ Arrays that a function closes over are data, not constants of a program. jax kee
 such calls are inlined where they hold one.
 """
 
+import contextlib
+import gc
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +19,51 @@ from hvpd import _codec
 Lifted = Callable[[Sequence[Any], Sequence[Any]], list[Any]]
 """The outputs of a traced function, given the captured arrays and its own flat arguments."""
 
+_NARROW = ("float32", "complex64", "int32", "uint32")
+"""dtypes that jax may have made of one of twice the bits."""
+
 Tap = Callable[[Any, Sequence[Any], list[Any]], list[Any]]
 """(equation, operands, results) -> results."""
+
+
+_seen = threading.local()
+"""Whether arrays were closed over in 64 bits that whatever else jax traces takes in 32."""
+
+
+@contextlib.contextmanager
+def forgetting() -> Iterator[None]:
+    """Decorates what traces, so that nothing of it is left to whoever traces in 32 bits afterwards; see `trace`."""
+    _seen.widened = False
+    yield
+    if _seen.widened:
+        _forget()
+
+
+def _forget() -> None:
+    jax.clear_caches()
+    gc.collect()
+
+
+def trace(fun: Callable[..., Any], specs: Sequence[Any], *, widened: bool) -> tuple[Any, Any]:
+    """The jaxpr of a function for arguments of such specs, and what it returns, as shapes.
+
+    jax 0.10.2 converts a NumPy array that a function closes over once, and takes what it made again for as long as there is any jaxpr with it:
+    also in 64 bits where that was in 32, and the other way round. Digits are lost in silence then, or dtypes do not fit. So jax is made to forget
+    all that it traced: before this, where such an array is found in 32 bits, and after it (`forgetting`).
+
+    Args:
+        widened: Whether this is in 64 bits, and whatever else jax traces in 32.
+    """
+    found: tuple[Any, Any] = jax.make_jaxpr(fun, return_shape=True)(*specs)
+    arrays = (
+        [constant.dtype for constant in _constants(found[0]) if isinstance(constant, np.ndarray)] if widened else []
+    )
+    if any(dtype.name in _NARROW for dtype in arrays):
+        del found
+        _forget()
+        found = jax.make_jaxpr(fun, return_shape=True)(*specs)
+    _seen.widened |= bool(arrays)
+    return found
 
 
 def lift(closed: Any, lift_bytes: int) -> tuple[list[_codec.Array], Lifted]:

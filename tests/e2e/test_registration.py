@@ -95,6 +95,25 @@ def test_float64_is_never_cut_although_x64_is_off(client):
     assert np.allclose(objective.hessp(x, np.ones(2)), 6 * x, rtol=1e-15)
 
 
+@pytest.mark.parametrize("rows", [3, 400], ids=["baked in", "lifted"])
+@pytest.mark.parametrize("jitted", [True, False])
+def test_nor_are_arrays_that_were_closed_over_in_32_bits_before(client, rows, jitted):
+    """jax remembers what it made of an array for as long as there is anything traced with it, as here what the user has jitted."""
+    A = np.random.default_rng(0).normal(size=(rows, 6))
+
+    def fun(x):
+        return jnp.sum((A @ x) ** 4) / 12 + jnp.sum(A) * 1e-3 * x[0] ** 2
+
+    in_32_bits = jax.jit(jax.grad(fun))
+    assert in_32_bits(np.ones(6, np.float32)).dtype == np.float32
+    objective = client.register(jax.jit(fun) if jitted else fun, np.zeros(6))
+    x, v = np.random.default_rng(1).normal(size=(2, 6))
+    expected = A.T @ ((A @ x) ** 2 * (A @ v))
+    expected[0] += 2e-3 * A.sum() * v[0]
+    np.testing.assert_allclose(objective.hessp(x, v), expected, rtol=1e-12)
+    assert in_32_bits(np.ones(6, np.float32)).dtype == np.float32
+
+
 def test_data_is_taken_as_jax_takes_it(client):
     """With a float32 x and x64 off, 64-bit data is narrowed; integers that do not fit are refused, not wrapped."""
     X, labels = np.ones((3, 2)), np.array([0, 1, 1])
