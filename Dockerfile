@@ -28,7 +28,7 @@ ENV PATH=/opt/hvpd/bin:$PATH \
     HVPD_STORE=/data
 USER 10001:10001
 VOLUME /data
-EXPOSE 7070
+EXPOSE 7070 7071
 # Warming a large store takes a while; until then it is not serving.
 HEALTHCHECK --interval=10s --timeout=10s --start-period=10m CMD ["hvpd", "health", "--connect-timeout", "5"]
 STOPSIGNAL SIGTERM

@@ -2,6 +2,7 @@
 program called in process; and what the barest handler around that program makes of it.
 """
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -28,6 +29,9 @@ PREDICTED = {
         "stream echo": 0.42,
         "unary echo": 0.55,
         "in process": 0.3,
+        "over socket floor": 1.6,
+        "over floor by gRPC": 1.65,
+        "socket echo": 0.06,
     },
     269_322: {
         "over floor": 1.2,
@@ -36,6 +40,9 @@ PREDICTED = {
         "stream echo": 2.5,
         "unary echo": 4.0,
         "in process": 5.0,
+        "over socket floor": 1.15,
+        "over floor by gRPC": 1.35,
+        "socket echo": 0.8,
     },
     1_863_690: {
         "over floor": 1.15,
@@ -44,26 +51,36 @@ PREDICTED = {
         "stream echo": 8.0,
         "unary echo": 25.0,
         "in process": 22.0,
+        "over socket floor": 1.05,
+        "over floor by gRPC": 1.22,
+        "socket echo": 5.0,
     },
 }
 
 
 def run(*, quick: bool) -> Iterator[Figure]:
     """Yields the figures of one size after the other."""
-    with _floor.echoing() as echo, _processes.serving() as server, hvpd.connect(_processes.address(server)) as client:
+    with contextlib.ExitStack() as stack:
+        echo = stack.enter_context(_floor.echoing())
+        clients = []
+        for flags in ((), ("--vector-port", "off")):
+            server = stack.enter_context(_processes.serving(None, *flags))
+            clients.append(stack.enter_context(hvpd.connect(_processes.address(server))))
         for n, (sizes, rows) in list(_SIZES.items())[: 1 if quick else None]:
             problem = mlp(sizes, rows)
             assert problem.n == n
-            objective = _warm.registered(client, problem)
-            H = objective.at(problem.x).hessian()
-            program = _warm.vectors(objective, H)
+            objectives = [_warm.registered(client, problem) for client in clients]
+            H, by_grpc = (objective.at(problem.x).hessian() for objective in objectives)
+            program = _warm.vectors(objectives[0], H)
+            _warm.vectors(objectives[1], by_grpc)
             with _handler.handling(program, rows, sizes) as address, _floor.channel(address) as handler:
-                yield from _figures(problem, H, program, echo, handler, quick=quick)
+                yield from _figures(problem, H, by_grpc, program, echo, handler, quick=quick)
 
 
 def _figures(
     problem: Problem,
     H: hvpd.CurvatureOperator,
+    by_grpc: hvpd.CurvatureOperator,
     program: str,
     echo: _floor.Echo,
     handler: _floor.Channel,
@@ -72,19 +89,29 @@ def _figures(
 ) -> Iterator[Figure]:
     n, v = problem.n, normal(6, problem.n)
     with _floor.channel(echo.address) as channel:
+        socket = _floor.TcpEcho(echo.tcp, v.tobytes())
         contenders: dict[str, _timing.Call] = {
             "product": lambda: H @ v,
             "stream echo": _floor.StreamEcho(channel, v.tobytes()),
             "in process": Programs(problem).call(program, 1),
+            "by gRPC": lambda: by_grpc @ v,
             "handler": _floor.StreamEcho(handler, v.tobytes(), whole=True),
             "unary echo": _floor.UnaryEcho(channel, v.tobytes()),
+            "socket echo": socket,
         }
         times = _timing.interleave(contenders, rounds=3 if quick else 25, seconds=0.02 if quick else 0.2)
+        socket.close()
     found, predicted = {name: np.array(seconds) for name, seconds in times.items()}, PREDICTED[n]
-    floor, handled = found["stream echo"] + found["in process"], found.pop("handler")
-    over, bare = found["product"] / floor, handled / floor
-    yield measured(BENCH, "product over floor", "", over, n=n, k=1, predicted=predicted["over floor"], goal=GOAL)
-    yield measured(BENCH, "bare handler over floor", "", bare, n=n, k=1, predicted=predicted["handler over floor"])
+    floor, least = found["stream echo"] + found["in process"], found["socket echo"] + found["in process"]
+    over = {
+        "product over floor": (found["product"] / floor, "over floor"),
+        "product by gRPC over floor": (found.pop("by gRPC") / floor, "over floor by gRPC"),
+        "bare handler over floor": (found.pop("handler") / floor, "handler over floor"),
+        "product over socket and program": (found["product"] / least, "over socket floor"),
+    }
+    for figure, (ratio, name) in over.items():
+        goal = GOAL if name == "over floor" else None
+        yield measured(BENCH, figure, "", ratio, n=n, k=1, predicted=predicted[name], goal=goal)
     for name, seconds in found.items():
         figure = f"{name} ({program})" if name == "in process" else name
         yield measured(BENCH, figure, "ms", seconds * 1e3, n=n, k=1, predicted=predicted[name])

@@ -136,7 +136,13 @@ def test_a_quick_run_writes_its_figures(tmp_path):
     assert done.returncode == 0, done.stderr
     figures = _report.read(path)
     assert [figure["figure"].split(" (")[0] for figure in figures] == [
-        *("product over floor", "bare handler over floor", "product", "stream echo", "in process", "unary echo")
+        *(
+            "product over floor",
+            "product by gRPC over floor",
+            "bare handler over floor",
+            "product over socket and program",
+        ),
+        *("product", "stream echo", "in process", "unary echo", "socket echo"),
     ]
     for figure in figures:
         assert figure.keys() == _FIELDS

@@ -81,7 +81,7 @@ def test_the_settings_are_taken(overlay):
     """By `hvpd serve` itself, which asks for TLS and tokens on such a host."""
     variables = environment() | environment(load(f"overlays/{overlay}/resources.yaml"))
     config = _config.load(_config.parse([]), variables)
-    assert (config.host, config.port, config.metrics_port) == ("0.0.0.0", 7070, 9464)
+    assert (config.host, config.port, config.vector_port, config.metrics_port) == ("0.0.0.0", 7070, "7071", 9464)
     assert not config.insecure
     without = {name: value for name, value in variables.items() if name != "HVPD_TOKENS"}
     with pytest.raises(ValueError, match="--tokens"):
@@ -102,6 +102,7 @@ def test_ports_agree():
     ports = {port["name"]: port["containerPort"] for port in container()["ports"]}
     assert ports == {
         "hvpd": int(environment()["HVPD_PORT"]),
+        "vectors": int(environment()["HVPD_VECTOR_PORT"]),
         "metrics": int(environment()["HVPD_METRICS_PORT"]),
     }
     assert environment()["HVPD_ADDRESS"] == f"localhost:{ports['hvpd']}"

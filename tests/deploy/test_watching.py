@@ -166,7 +166,7 @@ def test_settings_of_the_server_are_ones_that_it_has():
 
 def test_nothing_listens_beyond_this_machine():
     published = re.findall(r"- (\S+:\d+:\d+)$", COMPOSE, re.MULTILINE)
-    assert len(published) == 4
+    assert len(published) == 5
     assert all(port.startswith("127.0.0.1:") for port in published)
 
 
