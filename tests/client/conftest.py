@@ -1,5 +1,6 @@
-"""A point whose curvature is a dense matrix, and which counts what is asked of it: no server, no jax."""
+"""Threads that end with their test; a point whose curvature is a dense matrix, and which counts what is asked of it: no server, no jax."""
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +29,21 @@ class DensePoint:
         assert block.shape[1:] == (self.n,)
         self.products.append(len(block))
         return block @ self.matrix
+
+
+@pytest.fixture
+def beside():
+    """Does something in a thread of its own, which has ended when the test ends."""
+    threads = []
+
+    def start(function, *args):
+        threads.append(threading.Thread(target=function, args=args))
+        threads[-1].start()
+
+    yield start
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 @pytest.fixture

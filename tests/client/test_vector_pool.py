@@ -3,7 +3,6 @@
 import gc
 import itertools
 import socket
-import threading
 import time
 import warnings
 
@@ -38,20 +37,6 @@ def ends():
     here, there = socket.socketpair()
     with here, there:
         yield here, Connection(there, 30)
-
-
-@pytest.fixture
-def beside():
-    threads = []
-
-    def start(function, *args):
-        threads.append(threading.Thread(target=function, args=args))
-        threads[-1].start()
-
-    yield start
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 def multiply(stream, left=None):

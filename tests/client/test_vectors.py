@@ -37,21 +37,6 @@ def pair(request):
         yield [Connection(end, 30) for end in ends]
 
 
-@pytest.fixture
-def beside():
-    """Does something in a thread of its own, which has ended when the test ends."""
-    threads = []
-
-    def start(function, *args):
-        threads.append(threading.Thread(target=function, args=args))
-        threads[-1].start()
-
-    yield start
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive()
-
-
 @pytest.mark.parametrize("size", [0, 1, 1000, 64 << 10, 65 << 10, 5 * MIB + 1])
 def test_head_and_payload_arrive_whatever_their_size(pair, beside, size):
     here, there = pair
