@@ -34,7 +34,9 @@ class Streams:
         with self._lock:
             self._open[stream] = None
             idle = next((other for other in self._open if not other.busy), None)
-            crowded = len(self._open) > self._limit
+            crowded, late = len(self._open) > self._limit, self._draining
+        if late:
+            context.cancel()
         if crowded and idle is not None and idle is not stream:
             idle.context.cancel()
         try:

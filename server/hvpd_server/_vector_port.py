@@ -167,7 +167,8 @@ class VectorPort:
 
     def stop(self, seconds: float) -> None:
         """Accepts no more, and waits for those that are open to end, which `Streams.drain` has them do."""
-        self._stopped = True
+        with self._lock:
+            self._stopped = True
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # Wakes who accepts.
         self._listener.close()
@@ -189,6 +190,9 @@ class VectorPort:
                 continue
             number = next(self._numbers)
             with self._lock:
+                if self._stopped:
+                    sock.close()
+                    return
                 self._opening[number] = sock
                 self._open += 1
                 if len(self._opening) > _OPENING:

@@ -600,6 +600,18 @@ def test_a_drain_ends_who_is_idle_and_waits_for_who_is_not(patient, waiting, str
         stopped.result(30)
 
 
+def test_who_comes_while_it_drains_is_sent_away(port, streams, start):
+    """With a ticket that was made before, and already connected."""
+    with connected(port) as connection:
+        until(lambda: port._opening)
+        ticket = port.tickets.new(None, "tenant", "peer", "request")
+        streams.drain()
+        with contextlib.suppress(OSError):
+            Caller(connection, ticket)
+        ends(connection)
+    start(port.stop, 30).result(10)
+
+
 def test_a_port_that_is_taken_is_an_error(port, engine, metrics, streams):
     with pytest.raises(OSError, match="in use"):
         VectorPort(
