@@ -116,6 +116,18 @@ class Step:
         return curvature_pb2.Move(base_id=self.base_id, alpha=self.alpha, direction_digest=digest)
 
 
+class _Interrupted(BaseException):
+    """An interrupt that struck outside of gRPC.
+
+    Args:
+        by: What it was.
+    """
+
+    def __init__(self, by: BaseException) -> None:
+        super().__init__()
+        self.by = by
+
+
 class Transport:
     """A connection to one server.
 
@@ -369,6 +381,8 @@ class Transport:
             raise RpcFailure(failure_of_rpc(error).sent_as(request_id)) from None
         except Exception:
             raise
+        except _Interrupted as error:
+            raise error.by from None
         except BaseException:
             self._abandon()
             raise
@@ -515,9 +529,13 @@ class Transport:
             else:
                 try:
                     refused = exchange.attempt_past(past, left, self._counted, span)
-                except BaseException:  # Nobody knows what is still on its way.
+                except Exception:  # Nobody knows what is still on its way.
                     past.close()
                     raise
+                except BaseException as error:  # noqa: BLE001 - raised again by `_try`
+                    past.close()
+                    self._vectors.replace()
+                    raise _Interrupted(error) from None
                 self._vectors.give_back(past)
                 if self._streams:
                     self._end_streams()

@@ -31,6 +31,9 @@ _OPENING_SECONDS = 5.0
 _SILENCE = 20.0
 """Seconds without an answer after which a caller asks by gRPC whether the server is there at all; within which it must take a request."""
 
+_REPLACED = 1.0
+"""Seconds for which a caller waits for the connection that replaces one which an interrupt cost."""
+
 _PAUSE, _MOST_PAUSE = 1.0, 300.0
 """Seconds after a connection that could not be opened before the next is tried: at first, and at most."""
 
@@ -146,6 +149,8 @@ class VectorPool:
         self._alive = alive
         self.offered = False
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._replacing = False
         self._idle: list[VectorStream] = []
         self._opening = False
         self._closed = False
@@ -162,16 +167,30 @@ class VectorPool:
         if not self.offered:
             return None
         with self._lock:
+            if self._replacing:
+                self._changed.wait_for(lambda: self._idle or not self._opening, _REPLACED)
+                self._replacing = False
             while self._idle:
                 stream = self._idle.pop()
                 if stream.quiet:
                     return stream
                 stream.close()
-            if self._opening or self._closed or time.monotonic() < self._not_before:
-                return None
-            self._opening = True
-        threading.Thread(target=self._open, name="hvpd-vectors", daemon=True).start()
+            self._begin()
         return None
+
+    def replace(self) -> None:
+        """Opens a connection in place of one that an interrupt has cost; the next caller waits for it, a moment. It would go over gRPC else, which
+        the next interrupt would cost more (see `Transport._abandon`).
+        """
+        with self._lock:
+            self._replacing = True
+            self._begin()
+
+    def _begin(self) -> None:
+        """Has a connection opened, unless one is, or none can be."""
+        if not (self._opening or self._closed or time.monotonic() < self._not_before):
+            self._opening = True
+            threading.Thread(target=self._open, name="hvpd-vectors", daemon=True).start()
 
     def give_back(self, stream: VectorStream) -> None:
         """Lets others have a connection, on which nothing is under way."""
@@ -198,12 +217,13 @@ class VectorPool:
         except (OSError, grpc.RpcError, ValueError) as error:
             _log.debug("no connection to the vector port, products go over gRPC: %s", error)
         finally:
+            if stream is not None:
+                self.give_back(stream)
             with self._lock:
                 self._opening = False
+                self._changed.notify_all()
                 self._pause = _PAUSE if stream is not None else min(4 * self._pause, _MOST_PAUSE)
                 self._not_before = time.monotonic() + (0 if stream is not None else self._pause)
-        if stream is not None:
-            self.give_back(stream)
 
     def _connected(self) -> VectorStream:
         ticket, request_id = self._ticket(_OPENING_SECONDS)

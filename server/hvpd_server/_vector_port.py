@@ -277,10 +277,13 @@ class VectorPort:
 
     def _answer(self, connection: Connection, call: "_Call", tag: int) -> None:
         """Takes one product, and answers it."""
-        spec_bytes, _, payload_bytes, timeout_ns = _vectors.REQUEST.unpack(connection.receive(_vectors.REQUEST.size))
+        spec_bytes, nothing_yet, payload_bytes, timeout_ns = _vectors.REQUEST.unpack(
+            connection.receive(_vectors.REQUEST.size)
+        )
         arrived, spec = time.monotonic(), None
-        if spec_bytes > _vectors.SPEC_BYTES:
-            raise ServiceError(Code.INVALID_ARGUMENT, "MALFORMED_MESSAGE", f"a spec of {spec_bytes} bytes")
+        if spec_bytes > _vectors.SPEC_BYTES or nothing_yet:
+            said = f"a spec of {spec_bytes} bytes, and {nothing_yet} where 0 is to be"
+            raise ServiceError(Code.INVALID_ARGUMENT, "MALFORMED_MESSAGE", said)
         encoded = bytes(connection.receive(spec_bytes))
         try:
             if call.caller is not None:
@@ -294,8 +297,8 @@ class VectorPort:
             room = product.vectors.room(payload_bytes)
         except Exception as error:  # noqa: BLE001 - one product's error, the connection goes on
             failed = self._products.refused(call.request, tag, error, arrived, spec)
+            _refuse(connection, failed)  # At once: nobody knows whether the rest ever comes.
             connection.skip(payload_bytes)
-            _refuse(connection, failed)
             return
         connection.receive_into(room)
         if payload_bytes > _codec.CHUNK_BYTES:

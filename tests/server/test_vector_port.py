@@ -282,6 +282,21 @@ def test_bytes_that_are_no_spec_are_refused_and_the_next_product_is_made(port):
         np.testing.assert_array_equal(caller.receive()[1], np.full((1, N), 2.0))
 
 
+@pytest.mark.parametrize("size", [1 << 20, 2**63, 2**64 - 1])
+def test_a_size_that_cannot_be_is_refused_before_it_has_come(port, size):
+    with calling(port) as caller:
+        caller.send(np.ones((1, N)), announced=size)
+        assert reason(caller.receive()) == "SIZE_MISMATCH"
+
+
+def test_what_is_to_be_0_is_0(port, engine):
+    with calling(port) as caller:
+        message = curvature_pb2.ProductSpec(operator=curvature_pb2.OPERATOR_HESSIAN, k=1).SerializeToString()
+        caller.connection.send(_vectors.REQUEST.pack(len(message), 1, 8 * N, 0) + message, bytes(8 * N))
+        ends(caller.connection)
+    assert not engine.asked
+
+
 def test_a_spec_of_any_size_is_not_waited_for(port):
     with calling(port) as caller:
         caller.connection.send(_vectors.REQUEST.pack(_vectors.SPEC_BYTES + 1, 0, 0, 0))
