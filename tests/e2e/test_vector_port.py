@@ -68,7 +68,7 @@ def test_products_go_past_grpc_and_are_what_they_were(serve, client_of):
     H = registered(client)
     before = H @ np.ones(N)
     assert past(client, H)
-    streams = server.metric("hvpd_open_streams")
+    until(lambda: server.metric("hvpd_open_streams") == 1)  # The one by gRPC has ended.
     for k in (None, 1, 3, 64):
         check(H, k)
     np.testing.assert_array_equal(H @ np.ones(N), before)
@@ -77,7 +77,6 @@ def test_products_go_past_grpc_and_are_what_they_were(serve, client_of):
     statistics = client.statistics()
     assert (statistics.retries, statistics.vectors) == (0, 1 + 1 + 1 + 1 + 3 + 64 + 1 + 1 + 200)
     assert 0 < statistics.compute_seconds < statistics.seconds
-    assert server.metric("hvpd_open_streams") >= streams >= 1
     assert server.metric("hvpd_request_seconds_count") > 0
 
 
