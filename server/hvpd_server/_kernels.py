@@ -38,6 +38,9 @@ Compiled = Callable[..., Any]
 _RETRY_SECONDS = 60.0
 """After which a compile that failed is tried again: each try may take minutes, and a GPU's time."""
 
+_DESCRIPTORS_SECONDS = 0.5
+"""After which somebody may have closed a file."""
+
 _DETERMINISTIC: dict[str, str | bool] = {
     "xla_gpu_deterministic_ops": True,
     "xla_gpu_exclude_nondeterministic_ops": True,
@@ -290,6 +293,17 @@ class Kernels:
             return self._device.run(compiled, args)
         except jax.errors.JaxRuntimeError as error:
             _tell(error)
+        except (
+            ValueError
+        ) as error:  # XLA opens a file in a thread that computes for the first time (std::random_device).
+            if "random_device" not in str(error):
+                raise
+            raise ServiceError(
+                Code.RESOURCE_EXHAUSTED,
+                "DESCRIPTORS",
+                f"the server has no file descriptor free ({error}): try again, or raise its limit (ulimit -n)",
+                retry_after=_DESCRIPTORS_SECONDS,
+            ) from error
 
     def _run(self, compile_: "_Compile", name: str, width: int) -> Compiled:
         started = compile_.started = time.perf_counter()

@@ -239,6 +239,26 @@ def test_a_device_that_does_nothing_any_more_ends_the_process(rosen, kernels_of,
     assert ended == [LOST]
 
 
+@pytest.mark.parametrize(
+    ("says", "expected"),
+    [("random_device::random_device(const std::string&): device not available", ServiceError), ("else", ValueError)],
+)
+def test_who_computes_without_descriptors_is_told_to_come_back(export, rosen, kernels_of, monkeypatch, says, expected):
+    """As libstdc++ says it, in a thread that computes for the first time."""
+    kernels = kernels_of(rosen.export)
+    kernels.request("value_and_grad").result()
+
+    def fails(compiled, args):
+        raise ValueError(says)
+
+    monkeypatch.setattr(kernels._device, "run", fails)
+    with pytest.raises(expected) as error:
+        kernels.call("value_and_grad", 0, rosen.x)
+    if expected is ServiceError:
+        assert (error.value.code, error.value.reason) == (Code.RESOURCE_EXHAUSTED, "DESCRIPTORS")
+        assert error.value.retry_after > 0
+
+
 def test_a_device_out_of_memory_is_an_answer_and_the_next_call_works(export, rosen, kernels_of):
     """256 TiB: the allocator itself says no."""
     wide = export(lambda x: jnp.sum(jnp.sort(jnp.arange(2**45, dtype=jnp.float64) * x[0])), np.ones(3))
