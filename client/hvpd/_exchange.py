@@ -39,13 +39,16 @@ class Exchange:
     """
 
     def __init__(self, spec: curvature_pb2.ProductSpec, block: _codec.Array, *, limit: int, priority: int) -> None:
+        spec.priority = priority
         self._spec = spec
-        self._parts = [block[row : row + limit] for row in range(0, len(block), limit)]
-        self._priority = priority
-        columns = () if spec.quadratic_form else block.shape[1:]
-        self.result: _codec.Array = np.empty((len(block), *columns), block.dtype)
-        self._targets = [self.result[row : row + limit] for row in range(0, len(block), limit)]
-        self._missing = set(range(len(self._parts)))  # Those that are not answered.
+        self._block = block
+        self._limit = limit
+        self.single = len(block) <= limit
+        """Whether it is one product, as mostly."""
+        self.result: _codec.Array = np.empty(block.shape[: 1 if spec.quadratic_form else 2], block.dtype)
+        self._missing = set(
+            range(-(-len(block) // limit))
+        )  # The products that are not answered: the n-th of `limit` vectors each.
 
     def attempt(
         self,
@@ -78,11 +81,6 @@ class Exchange:
             raise
         return None if failure is None else RpcFailure(failure, progress=len(self._missing) < len(tries))
 
-    @property
-    def single(self) -> bool:
-        """Whether it is one product, as mostly."""
-        return len(self._parts) == 1
-
     def attempt_past(
         self,
         stream: VectorStream,
@@ -94,9 +92,8 @@ class Exchange:
         if span is not None:
             self._spec.traceparent = span.traceparent
             span.sent(f"{stream.request_id}/{stream.tag + 1}")
-        self._spec.k = len(self._parts[0])
-        self._spec.priority = self._priority
-        found = stream.multiply(self._spec, self._parts[0], self.result, left)
+        self._spec.k = len(self._block)
+        found = stream.multiply(self._spec, self._block, self.result, left)
         if isinstance(found, Failure):
             return RpcFailure(found)
         on_info(found)
@@ -147,16 +144,18 @@ class Exchange:
         return failure
 
     def _answer(self, part: int) -> Filling:
-        target = self._targets[part]
+        target = self._part(self.result, part)
         return Filling(target.shape, target.dtype, target)
 
     def _messages(self, tag: int, part: int) -> Iterator[Frame[curvature_pb2.StreamProductsRequest]]:
-        block = self._parts[part]
+        block = self._part(self._block, part)
         message = curvature_pb2.StreamProductsRequest(tag=tag, spec=self._spec)
         message.spec.k = len(block)
-        message.spec.priority = self._priority
-        message.spec.pipelined = len(self._parts) > 1
+        message.spec.pipelined = not self.single
         for chunk in _codec.chunks(_codec.payload(block)):
             yield Frame(message, chunk)
             chunk.release()  # gRPC holds on to the last frame while the stream is idle, and would keep the caller's vector.
             message = curvature_pb2.StreamProductsRequest(tag=tag)
+
+    def _part(self, rows: _codec.Array, part: int) -> _codec.Array:
+        return rows[part * self._limit : (part + 1) * self._limit]

@@ -127,9 +127,11 @@ class CurvatureOperator(SymmetricOperator):
 
     def _curvature(self, block: _codec.Array) -> _codec.Array:
         """V[k,n] -> A V[k,n]: neither scaled, nor shifted, nor updated."""
+        if self._indices is None:
+            return self.point.multiply(block, self.kind, self.seed)
         embedded, own = self._embedded(block)
         product = self.point.multiply(embedded, self.kind, self.seed, own)
-        return product if self._indices is None or own else product[:, self._indices]
+        return product if own else product[:, self._indices]
 
     def _embedded(self, block: _codec.Array) -> tuple[_codec.Array, int]:
         """The rows as the server takes them, and which of the objective's blocks they belong to.

@@ -52,8 +52,6 @@ _INLINE_BYTES = 64 << 10
 _PATIENCE = 0.5
 """Seconds without an answer after which a client looks whether it is understood at all."""
 
-_NO_SPAN: "contextlib.nullcontext[None]" = contextlib.nullcontext()
-
 _ALIVE = 10.0
 """Seconds within which a server that is there says so."""
 
@@ -311,11 +309,6 @@ class Transport:
         with self._lock:
             return Statistics(**self._counts)
 
-    def _count(self, **increments: Any) -> None:
-        with self._lock:
-            for name, increment in increments.items():
-                self._counts[name] += increment
-
     # One call
 
     def call(
@@ -388,7 +381,8 @@ class Transport:
             raise
 
     def _repeats(self, failure: Failure) -> None:
-        self._count(retries=1)
+        with self._lock:
+            self._counts["retries"] += 1
         if self._tracing is not None:
             self._tracing.repeated(failure)
 
@@ -519,16 +513,18 @@ class Transport:
         Blocks wider than the server's limit are several products of one exchange. The digest of the objective is for the span.
         """
         exchange = Exchange(spec, block, limit=max(self.server.max_block_width, 1), priority=self._priority)
+        infos: list[curvature_pb2.ProductInfo] = []
+        span: _tracing.Span | None = None
         started = time.perf_counter()
 
         def attempt(left: float | None) -> None:
             past = self._vectors.take() if exchange.single else None
             if past is None:
                 with self._stream(left) as stream:
-                    refused = exchange.attempt(stream, self._counted, span)
+                    refused = exchange.attempt(stream, infos.append, span)
             else:
                 try:
-                    refused = exchange.attempt_past(past, left, self._counted, span)
+                    refused = exchange.attempt_past(past, left, infos.append, span)
                 except Exception:  # Nobody knows what is still on its way.
                     past.close()
                     raise
@@ -542,9 +538,16 @@ class Transport:
             if refused is not None:
                 raise refused
 
-        with self._product_span(spec, block, objective) as span:
-            self.call(attempt, restore=restore)
-        self._count(vectors=len(block), seconds=time.perf_counter() - started)
+        try:
+            if self._tracing is None:
+                self.call(attempt, restore=restore)
+            else:
+                with self._product_span(self._tracing, spec, block, objective) as span:
+                    self.call(attempt, restore=restore)
+        except BaseException:
+            self._count_products(infos)
+            raise
+        self._count_products(infos, len(block), time.perf_counter() - started)
         return exchange.result
 
     def factors(
@@ -569,28 +572,32 @@ class Transport:
         with self._sending(lambda: _tracing.method_of(request)) as (metadata, request_id):
             return self.call(attempt, restore=restore, request_id=request_id)
 
+    @staticmethod
     def _product_span(
-        self, spec: curvature_pb2.ProductSpec, block: _codec.Array, objective: str
-    ) -> "contextlib.AbstractContextManager[_tracing.Span | None]":
-        """Around a product, all tries; nothing where no spans are made."""
-        if self._tracing is None:
-            return _NO_SPAN
+        tracing: _tracing.Tracing, spec: curvature_pb2.ProductSpec, block: _codec.Array, objective: str
+    ) -> "contextlib.AbstractContextManager[_tracing.Span]":
+        """Around a product, all tries."""
         facts = {
             "objective": objective,
             "operator": curvature_pb2.Operator.Name(spec.operator).removeprefix("OPERATOR_").lower(),
             "n": block.shape[1],
             "k": len(block),
         }
-        return self._tracing.call(_tracing.PRODUCTS, name="hvpd.product", **facts)
+        return tracing.call(_tracing.PRODUCTS, name="hvpd.product", **facts)
 
-    def _counted(self, info: curvature_pb2.ProductInfo) -> None:
-        """Counts a product that was answered."""
-        self._count(
-            products=1,
-            queue_seconds=info.queue_duration_ns / 1e9,
-            compute_seconds=info.compute_duration_ns / 1e9,
-            launched_vectors=info.batch_width,
-        )
+    def _count_products(
+        self, infos: Sequence[curvature_pb2.ProductInfo], vectors: int = 0, seconds: float = 0.0
+    ) -> None:
+        """Counts products that were answered, and the vectors of a block that was as a whole."""
+        with self._lock:
+            counts = self._counts
+            for info in infos:
+                counts["products"] += 1
+                counts["queue_seconds"] += info.queue_duration_ns / 1e9
+                counts["compute_seconds"] += info.compute_duration_ns / 1e9
+                counts["launched_vectors"] += info.batch_width
+            counts["vectors"] += vectors
+            counts["seconds"] += seconds
 
     def _ticket(self, seconds: float) -> tuple[curvature_pb2.CreateVectorTicketResponse, str]:
         """For a connection to the vector port; outside of `call`: without it, products go over streams."""

@@ -4,13 +4,11 @@ or where there can be none, products go over gRPC's streams: nobody waits for a 
 
 import contextlib
 import logging
-import select
 import socket
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -59,14 +57,11 @@ class VectorStream:
         connection.be_patient(_SILENCE)
         # Also where nobody closes the client: Python warns of sockets that it finds open.
         self._end = weakref.finalize(self, connection.close)
-        self._poll: Any = select.poll() if hasattr(select, "poll") else None
-        if self._poll is not None:
-            self._poll.register(connection.socket, select.POLLIN)
 
     @property
     def quiet(self) -> bool:
         """Whether nothing has come, as must be while nothing was asked for: an end would have."""
-        return self._poll is None or not self._poll.poll(0)
+        return not self._connection.readable
 
     def multiply(
         self, spec: curvature_pb2.ProductSpec, block: _codec.Array, target: _codec.Array, left: float | None

@@ -12,11 +12,12 @@ docs/vector-port.md says it for those who write another client.
 """
 
 import contextlib
+import select
 import socket
 import struct
 import sys
 import time
-from typing import Final
+from typing import Any, Final
 
 from hvpd import _codec
 
@@ -68,6 +69,9 @@ class Connection:
         self.socket = sock
         self.deadline: float | None = None
         self._plain = type(sock) is socket.socket
+        self._poll: Any = select.poll() if hasattr(select, "poll") else None
+        if self._poll is not None:
+            self._poll.register(sock, select.POLLIN)
         self.be_patient(patience)
         self._room = memoryview(bytearray(_ROOM_BYTES))
         self._start = self._end = 0
@@ -88,32 +92,29 @@ class Connection:
         """Whether something came that was not asked for yet."""
         return self._start < self._end
 
+    @property
+    def readable(self) -> bool:
+        """Whether something came by now, be it the end; False where the system has no way to tell."""
+        return self._poll is not None and bool(self._poll.poll(0))
+
     def send(self, head: bytes, payload: _codec.Buffer = b"") -> None:
         """Sends all of both.
 
         Raises:
             OSError: The connection is broken, or nothing of it was taken within the timeout.
         """
+        parts: tuple[_codec.Buffer, ...] = (head, payload)
         if self._plain:
-            self._hurry()
-            try:
-                sent = self.socket.sendmsg((head, payload))
-            except BlockingIOError:
-                raise TimeoutError("timed out") from None
+            sent = self._write(parts)
+            if sent == len(head) + len(payload):
+                return
+            parts = (head[sent:], memoryview(payload)[max(sent - len(head), 0) :])
         elif len(payload) <= _JOINED_BYTES:
-            head, payload, sent = b"".join((head, payload)), b"", 0
-        else:
-            sent = 0
-        for part in (head, payload):
-            if sent < len(part):
-                rest = memoryview(part)[sent:]
-                while rest:
-                    self._hurry()
-                    try:
-                        rest = rest[self.socket.send(rest) :]
-                    except BlockingIOError:
-                        raise TimeoutError("timed out") from None
-            sent = max(sent - len(part), 0)
+            parts = (b"".join(parts),)
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
+                rest = rest[self._write(rest) :]
 
     def receive(self, size: int) -> memoryview:
         """The next bytes, at most what SPEC_BYTES or STATUS_BYTES are; good until the next call.
@@ -157,16 +158,24 @@ class Connection:
             with contextlib.suppress(TimeoutError):
                 self._end = self._read(self._room)
 
-    def _hurry(self) -> None:
-        """Lets the next step take what is left until the deadline."""
+    def _write(self, data: "memoryview | tuple[_codec.Buffer, ...]") -> int:
         if self.deadline is not None:
-            left = self.deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("timed out")
-            self.be_patient(left)
+            self._hurry(self.deadline)
+        try:
+            return self.socket.sendmsg(data) if isinstance(data, tuple) else self.socket.send(data)
+        except BlockingIOError:
+            raise TimeoutError("timed out") from None
+
+    def _hurry(self, deadline: float) -> None:
+        """Lets the next step take what is left until then."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self.be_patient(left)
 
     def _read(self, into: memoryview) -> int:
-        self._hurry()
+        if self.deadline is not None:
+            self._hurry(self.deadline)
         try:
             count = self.socket.recv_into(into)
         except BlockingIOError:

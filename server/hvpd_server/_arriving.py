@@ -68,8 +68,12 @@ class Vectors:
         self._received = end
         return self.complete
 
-    def room(self, size: int) -> memoryview:
+    def room(self, size: int, spare: memoryview | None = None) -> memoryview:
         """Memory for `size` bytes that come all at once, to be filled by whoever receives them.
+
+        Args:
+            size: How many.
+            spare: Memory to be used, where it is as much; nobody else uses it, or will.
 
         Raises:
             ServiceError: It is not as many as there must be, or there is no room for them.
@@ -82,8 +86,9 @@ class Vectors:
         if self._arrivals is not None and size > _codec.CHUNK_BYTES:
             self._arrivals.take(self._tenant, size)
             self._counted = True
-        found: memoryview = _buffers.empty((size,), np.dtype(np.uint8)).data
-        self._buffer = found
+        if spare is None or len(spare) != size:
+            spare = _buffers.empty((size,), np.dtype(np.uint8)).data
+        self._buffer = found = spare
         return found
 
     def __del__(self) -> None:

@@ -120,11 +120,7 @@ class Batcher:
                 job.leads = not self._led
                 self._led = True
         if alone:
-            try:
-                self._launch([job])
-            finally:
-                if not self._several:
-                    self._hand_on()
+            self._launch([job], hands_on=not self._several)
         leads = job.leads
         while not job.done:
             if leads:
@@ -391,7 +387,8 @@ class Batcher:
                 for ripe in gathering.add(job, room, now):
                     self._queue.add(ripe)
 
-    def _launch(self, batch: Sequence[Job]) -> None:
+    def _launch(self, batch: Sequence[Job], *, hands_on: bool = False) -> None:
+        """Multiplies, and lets those go on whose products these are; before that, it may have somebody else lead."""
         started = self._clock()
         width = sum([len(job.block) for job in batch])
         error: BaseException | None = None
@@ -404,7 +401,11 @@ class Batcher:
             error, results = raised, [None] * len(batch)
         finished = self._clock()
         with self._lock:
-            seconds = self._land(batch[0], width, started, finished, failed=error is not None)
+            try:
+                seconds = self._land(batch[0], width, started, finished, failed=error is not None)
+            finally:
+                if hands_on:
+                    self._appoint()
         for job, result in zip(batch, results, strict=True):
             job.result, job.width, job.started, job.finished = result, width, started, finished
             job.device_seconds = seconds * len(job.block) / width

@@ -165,6 +165,9 @@ class Launches:
         """
         slot = self._board.begin(jobs[0].point.objective.digest)
         try:
+            if len(jobs) == 1:
+                program, seed = ("hvp", 0) if isinstance(key, Shares) else _key(key)[1:]
+                return self._launch_blocks(jobs[0].point, program, seed, [jobs[0].block])
             if not isinstance(key, Shares):
                 return self._launch_blocks(*_key(key), [job.block for job in jobs])
             return self._launch_shared(key, jobs)
@@ -173,8 +176,6 @@ class Launches:
 
     def _launch_shared(self, key: Shares, jobs: Sequence[_batcher.Job]) -> Sequence[tuple[_codec.Array, str]]:
         """Multiplies at several points of a small objective: as pairs, or one point after the other."""
-        if len(jobs) == 1:
-            return self._launch_blocks(jobs[0].point, "hvp", 0, [jobs[0].block])
         by_point: dict[Point, list[int]] = {}
         for index, job in enumerate(jobs):
             by_point.setdefault(job.point, []).append(index)
@@ -245,14 +246,17 @@ class Launches:
         self, point: Point, program: str, seed: int, blocks: Sequence[_codec.Array], *, relieve: bool = True
     ) -> list[tuple[_codec.Array, str]]:
         """Multiplies; where the device is out of memory, again when caches gave way, and then by narrower launches."""
-        base = self.base(point.objective, program)
-        total = sum(map(len, blocks))
-        if self._batcher.pending:
-            self._have(point, base, min(total + self._batcher.pending, self._max_block_width))
+        base, total, pending = self.base(point.objective, program), sum(map(len, blocks)), self._batcher.pending
+        if pending:
+            self._have(point, base, min(total + pending, self._max_block_width))
+        as_is = program, total
         products: list[tuple[_codec.Array, str]] = []
         while not products:  # Once, unless the device's memory does not suffice.
-            bucket = self._fitting(point, base, total)
+            bucket = total
             try:
+                if len(blocks) == 1 and as_is in point.launched_as_is and not point.objective.widest:
+                    return [self._product(point, program, seed, blocks[0], 0)]
+                bucket = self._fitting(point, base, total)
                 products = self._products(point, program, seed, blocks, bucket)
             except ServiceError as error:
                 if error.reason != _relief.REASON or not relieve:
@@ -267,7 +271,9 @@ class Launches:
     ) -> list[tuple[_codec.Array, str]]:
         """Launches of one width, one after the other."""
         if len(blocks) == 1 and len(blocks[0]) == bucket and not self.bucket(point.objective):
-            return [self._product(point, program, seed, blocks[0], 0)]
+            product = self._product(point, program, seed, blocks[0], 0)
+            point.launched_as_is.add((program, bucket))
+            return [product]
         total = sum(map(len, blocks))
         if not self.bucket(point.objective) or point.objective.steady.get((program, point.source.kernels.rows)):
             padded = _batcher.pad(blocks, -(-total // bucket) * bucket)
@@ -287,6 +293,7 @@ class Launches:
             return False
         _log.warning("the device is out of memory for %s: no more than half as many from now on", asked)
         point.launchable.clear()
+        point.launched_as_is.clear()
         point.objective.widest[base, point.source.kernels.rows] = bucket // 2
         return True
 
@@ -347,7 +354,7 @@ class Launches:
         if objective.plan.program(width) != "apply":
             return None
         if not objective.plan.needs_apply:
-            if not (kernels.ready("prepare") and kernels.ready("apply", width)):
+            if not (kernels.ready("apply", width) and kernels.ready("prepare")):
                 kernels.request("prepare")
                 kernels.request("apply", width)
                 return None

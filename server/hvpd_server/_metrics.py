@@ -1,10 +1,11 @@
 """What an operator sees: Prometheus metrics. Names are a contract, listed in docs/metrics.md; durations are in seconds.
 
-Recording is on the path of every product, so it is a few additions under one lock; families are made of the numbers when they
-are scraped. Labels whose values clients choose have a bounded number of them (`_Usage`, `_Counter`).
+Recording is on the path of every product, so it is a few additions under one lock, and what is known before the answer leaves is only
+noted until then; families are made of the numbers when they are scraped. Labels whose values clients choose have a bounded number of them (`_Usage`, `_Counter`).
 """
 
 import bisect
+import collections
 import dataclasses
 import itertools
 import threading
@@ -174,6 +175,10 @@ class Metrics(Collector):
         self._transfers = {name: _Histogram(_SECONDS) for name in ("receive", "to_device", "send")}
         self._compile = _Histogram(_SECONDS)
         self._compiles = _Counter(("compiled",), ("cached",), ("failed",))
+        # What is noted and not counted yet: of a product objective, tenant, width, seconds, and the time; of a launch as `launched` has it.
+        self._noted_products: collections.deque[tuple[str, str, int, int, float, float, float, float]]
+        self._noted_products = collections.deque()
+        self._noted_launches: collections.deque[tuple[str, int, int]] = collections.deque()
         self._launches = _Counter(("hvp",), ("apply",))
         self._launched_columns = 0
         self._padding_columns = 0
@@ -193,17 +198,28 @@ class Metrics(Collector):
 
     def product(self, job: Job) -> None:
         """Counts a product that was answered."""
-        tenant = _called(job.tenant)
-        columns = len(job.block)
-        compute = job.finished - job.started
-        with self._lock:
-            account = self._usage.account(job.point.objective.digest, tenant, job.finished)
+        queue, compute = job.started - job.queued, job.finished - job.started
+        digest, columns = job.point.objective.digest, len(job.block)
+        self._noted_products.append(
+            (digest, job.tenant, columns, job.width, queue, compute, job.device_seconds, job.finished)
+        )
+
+    def _settle(self) -> None:
+        """Counts what was noted; under the lock, before anything is told or what is noted is much."""
+        while self._noted_products:
+            digest, tenant, columns, width, queue, compute, device, finished = self._noted_products.popleft()
+            account = self._usage.account(digest, _called(tenant), finished)
             account.products += 1
             account.columns += columns
-            account.device_seconds += job.device_seconds
-            account.queue.add(job.started - job.queued)
+            account.device_seconds += device
+            account.queue.add(queue)
             account.compute.add(compute)
-            self._width.add(job.width)
+            self._width.add(width)
+        while self._noted_launches:
+            program, columns, padding = self._noted_launches.popleft()
+            self._launches.add((program,))
+            self._launched_columns += columns
+            self._padding_columns += padding
 
     def answered(self, method: str, seconds: float, receive: float | None = None, send: float | None = None) -> None:
         """Counts a request that has its answer, be it an error.
@@ -215,6 +231,7 @@ class Metrics(Collector):
             send: Of these, from the result until the transport had taken it.
         """
         with self._lock:
+            self._settle()
             found = self._requests.get(method)
             if found is None:
                 found = self._requests[method] = _Histogram(_SECONDS)
@@ -237,10 +254,7 @@ class Metrics(Collector):
             columns: Its width.
             padding: Vectors among these that nobody asked for.
         """
-        with self._lock:
-            self._launches.add((program,))
-            self._launched_columns += columns
-            self._padding_columns += padding
+        self._noted_launches.append((program, columns, padding))
 
     def refused(self) -> None:
         """Counts a product that found the queue full."""
@@ -320,6 +334,7 @@ class Metrics(Collector):
     def named(self, digest: str, name: str) -> None:
         """Notes the name under which an objective is counted; of several the first."""
         with self._lock:
+            self._settle()
             self._usage.named(digest, name)
 
     def build(self, facts: Mapping[str, str]) -> None:
@@ -343,6 +358,7 @@ class Metrics(Collector):
     def totals(self) -> Totals:
         """What was counted so far. Products wait for the lock, so it is held for copies alone."""
         with self._lock:
+            self._settle()
             accounts = [
                 (
                     labels,
@@ -390,6 +406,7 @@ class Metrics(Collector):
         """All families. What may be many series is made of copies: products wait for the lock."""
         live, streams = self._live(), self._open_streams()
         with self._lock:
+            self._settle()
             usage, calls = self._usage.copy(), self._open_calls
             counted = list(self._counted())
         yield InfoMetricFamily("hvpd_build", "What this server is.", dict(self._build))

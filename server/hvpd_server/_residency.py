@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from hvpd_server._errors import Code, ServiceError
 
@@ -30,6 +30,8 @@ class _Entry:
     value: Any
     size_bytes: int
     needs: tuple[Hashable, ...]
+    used_with: "Mapping[Hashable, _Entry]"
+    """All that it needs, however indirectly, from the ground up: it is as recently used. None of these goes, or is replaced, before this."""
     needed_by: set[Hashable] = dataclasses.field(default_factory=set)
     leases: dict[str, float] = dataclasses.field(default_factory=dict)
     """By user, the seconds for which it is pinned after each use; empty where it is not, or was not used for so long."""
@@ -37,6 +39,9 @@ class _Entry:
     used: int = 0
     """The larger, the later."""
     users: set[str] = dataclasses.field(default_factory=set)
+
+
+_NO_ENTRY: Final = _Entry("", None, 0, (), {})
 
 
 class Residency:
@@ -62,6 +67,7 @@ class Residency:
         self._clock = clock
         self._lock = threading.Lock()
         self._entries: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
+        self._latest = _NO_ENTRY  # Used last.
         self._leased: set[Hashable] = set()
         # Also what is small takes memory of the host, some 12 KiB a point.
         self._most_entries = max(budget_bytes // _ENTRY_BYTES, _LEAST_ENTRIES)
@@ -88,7 +94,10 @@ class Residency:
             entry = self._entries.get(key)
             if entry is None or (user is not None and user not in entry.users):
                 return None
-            self._touch(key)
+            latest = self._latest
+            # Mostly it is what was used last, or what that needs.
+            if self._leased or not (entry is latest or key in latest.used_with):
+                self._touch(key)
             self._hits[entry.kind] += 1
             return entry.value
 
@@ -140,7 +149,11 @@ class Residency:
                 if oldest is None:
                     break
                 self._forget(oldest, evicted)
-            self._entries[key] = _Entry(kind, value, size_bytes, present, used=next(self._uses))
+            used_with: dict[Hashable, _Entry] = {}
+            for need in present:
+                used_with |= {**self._entries[need].used_with, need: self._entries[need]}
+            entry = _Entry(kind, value, size_bytes, present, used_with, used=next(self._uses))
+            self._latest = self._entries[key] = entry
             self._misses[kind] += 1
             for need in present:
                 self._entries[need].needed_by.add(key)
@@ -363,23 +376,33 @@ class Residency:
         return sum(self._entries[key].size_bytes for key in keys)
 
     def _touch(self, key: Hashable) -> None:
-        entry = self._entries[key]
-        entry.used = next(self._uses)
+        entries, used = self._entries, next(self._uses)
+        entry = entries[key]
+        for each, needed in entry.used_with.items():
+            needed.used = used
+            if needed.leases:
+                self._renew(each, needed)
+            entries.move_to_end(each)
+        self._latest, entry.used = entry, used
         if entry.leases:
-            now = self._clock()
-            if entry.pinned_until > now:
-                entry.pinned_until = now + max(entry.leases.values())
-            else:  # It has ended: others may have been pinned in its place.
-                entry.leases.clear()
-                self._leased.discard(key)
-        for need in entry.needs:
-            self._touch(need)
-        self._entries.move_to_end(key)
+            self._renew(key, entry)
+        entries.move_to_end(key)
+
+    def _renew(self, key: Hashable, entry: _Entry) -> None:
+        """Keeps what is pinned for as long again; not where that has ended: others may have been pinned in its place."""
+        now = self._clock()
+        if entry.pinned_until > now:
+            entry.pinned_until = now + max(entry.leases.values())
+        else:
+            entry.leases.clear()
+            self._leased.discard(key)
 
     def _forget(self, key: Hashable, dropped: list[str]) -> None:
         entry = self._entries.pop(key, None)
         if entry is None:
             return
+        if self._latest is entry:
+            self._latest = _NO_ENTRY
         self._leased.discard(key)
         for user in entry.users:
             self._joined[user].discard(key)

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import weakref
 
 import pytest
 from hypothesis import given, settings
@@ -38,6 +39,34 @@ def test_the_least_recently_used_goes_first(residency, evicted):
     residency.put("e", "data", "E", 6)
     assert evicted == ["kind of b", "kind of c", "kind of a"]
     assert keys(residency) == "de"
+
+
+@given(st.lists(st.integers(0, 2), max_size=8))
+def test_of_points_with_residuals_those_go_that_were_used_least_recently(asked):
+    residency = Residency(9)
+    for index in range(3):
+        residency.put(f"p{index}", "point", "P", 2)
+        residency.put(f"r{index}", "residuals", "R", 1, needs=[f"p{index}"])
+    for index in asked:
+        assert residency.get(f"p{index}") == "P"
+        assert residency.get(f"r{index}") == "R"
+    residency.put("new", "data", "N", 3)
+    oldest = min(range(3), key=lambda index: max((at for at, each in enumerate(asked) if each == index), default=-1))
+    gone = [index for index in range(3) if residency.get(f"p{index}") is None]
+    assert gone == [index for index in range(3) if residency.get(f"r{index}") is None] == [oldest]
+
+
+def test_what_is_dropped_is_let_go(residency):
+    class Array:
+        pass
+
+    array = Array()
+    seen = weakref.ref(array)
+    residency.put("a", "residuals", array, 5)
+    assert residency.get("a") is array
+    del array
+    residency.drop("a")
+    assert seen() is None
 
 
 def test_nothing_is_dropped_while_all_fits_exactly(residency, evicted):

@@ -1,6 +1,7 @@
 """The vector port by itself: real sockets, an engine that doubles, and whoever comes without a ticket, stops half way, or hangs up."""
 
 import contextlib
+import itertools
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from hvpd import _vectors
 from hvpd._vectors import ClosedError, Connection
 from hvpd.v1 import curvature_pb2
-from hvpd_server import _buffers
+from hvpd_server import _buffers, _vector_port
 from hvpd_server._calls import Arrivals, Calls
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._gate import Gate
@@ -447,10 +448,93 @@ def test_nothing_of_a_product_is_kept_when_it_is_answered(port, engine, monkeypa
     monkeypatch.setattr(engine, "multiply", noted)
     with calling(port) as caller:
         for _ in range(3):
-            caller.send(np.ones((1, N)))
-            caller.receive()
+            caller.send(np.ones((1, BIG)), block=1)
+            caller.receive((1, BIG))
             until(lambda: len(made) == 2 and not any(each() is not None for each in made))
             made.clear()
+
+
+def test_the_memory_of_a_small_product_is_the_next_ones_when_its_answer_has_left(port, engine, monkeypatch):
+    lay, multiply = [], engine.multiply
+
+    def noted(point, program, vectors, **settings):
+        lay.append(vectors.ctypes.data)
+        product, info = multiply(point, program, vectors, **settings)
+        return (vectors if len(lay) == 2 else product), info  # XLA, too, may give back what it was given, as it lies.
+
+    monkeypatch.setattr(engine, "multiply", noted)
+    with calling(port) as caller, calling(port) as other:
+        for value, factor in ((1, 2), (2, 1), (3, 2)):
+            caller.send(np.full((1, N), value, float))
+            np.testing.assert_array_equal(caller.receive()[1], np.full((1, N), factor * value))
+        other.send(np.ones((1, N)))
+        other.receive()
+        caller.send(-np.ones((1, N)))  # It is refused: nobody knows who still has its vectors.
+        assert caller.receive().code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        caller.send(np.ones((2, N)))
+        np.testing.assert_array_equal(caller.receive((2, N))[1], np.full((2, N), 2))
+    own, others = [*lay[:3], lay[4]], lay[3]
+    assert len(set(own)) == 1
+    assert others not in own
+
+
+# Waiting for the next product
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """How often a connection was looked at by somebody who stays awake, which is for half a minute here."""
+    count = itertools.count()
+    readable = Connection.readable.fget
+    monkeypatch.setattr(Connection, "readable", property(lambda self: (next(count), readable(self))[1]))
+    monkeypatch.setattr(_vector_port, "_AWAKE_SECONDS", 30.0)
+    return lambda: int(repr(count)[len("count(") : -1])
+
+
+def asked(caller):
+    caller.send(np.ones((1, N)))
+    np.testing.assert_array_equal(caller.receive()[1], np.full((1, N), 2))
+
+
+def test_the_next_product_of_a_lone_caller_who_is_quick_is_awaited_awake(port, looks):
+    with calling(port) as caller:
+        for _ in range(2):  # Quick, as is seen with the second.
+            asked(caller)
+        until(looks)
+        asked(caller)
+        seen = looks()
+        until(lambda: looks() > seen)
+
+
+def test_of_one_who_is_slow_it_is_not(port, looks, monkeypatch):
+    monkeypatch.setattr(_vector_port, "_AWAKE_SECONDS", 0.0)
+    with calling(port) as caller:
+        for _ in range(5):
+            asked(caller)
+    assert not looks()
+
+
+def test_nobody_stays_awake_while_somebody_else_asks(port, looks):
+    with calling(port) as caller, calling(port) as other:
+        asked(caller)
+        asked(caller)
+        until(looks)
+        asked(other)
+        seen = looks()
+        for _ in range(5):
+            asked(caller)
+            asked(other)
+        assert looks() <= seen + 1  # One look may have been under way.
+
+
+def test_a_drain_ends_who_is_awaited_awake(port, looks, streams):
+    with calling(port) as caller:
+        asked(caller)
+        asked(caller)
+        until(looks)
+        streams.drain()
+        with pytest.raises(ClosedError):
+            caller.connection.receive(1)
 
 
 # Who is let in
