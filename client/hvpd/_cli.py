@@ -299,7 +299,7 @@ def _info(arguments: argparse.Namespace) -> int:
         print(json.dumps(facts))
     else:
         for name, value in facts.items():
-            print(f"{name.replace('_', ' ')}: {value}")
+            print(f"{name.replace('_', ' ')}: {'none' if name == 'vector_port' and not value else value}")
     return 0
 
 

@@ -72,7 +72,11 @@ def test_register_and_list(serve, tmp_path):
     as_json = json.loads(command("objectives", "--json", "--address", server.address).stdout)
     assert as_json["digest"] == digest
     assert json.loads(command("info", "--json", "--address", server.address).stdout)["version"] == hvpd.__version__
-    assert "max block width: 64" in command("info", "--address", server.address).stdout
+    shown = command("info", "--address", server.address).stdout
+    assert "max block width: 64" in shown
+    assert "vector port: none" not in shown
+    without = serve("--vector-port", "off")
+    assert "vector port: none" in command("info", "--address", without.address).stdout
     for wrong, says in [
         ("nothing", "SOURCE is FILE.py:NAME"),
         (f"{source}:missing", "defines no function"),
