@@ -43,12 +43,11 @@ class Exchange:
         self._spec = spec
         self._block = block
         self._limit = limit
-        self.single = len(block) <= limit
+        count = -(-len(block) // limit)
+        self.single = count == 1
         """Whether it is one product, as mostly."""
         self.result: _codec.Array = np.empty(block.shape[: 1 if spec.quadratic_form else 2], block.dtype)
-        self._missing = set(
-            range(-(-len(block) // limit))
-        )  # The products that are not answered: the n-th of `limit` vectors each.
+        self._missing = set(range(count))  # The products that are not answered: the n-th of `limit` vectors each.
 
     def attempt(
         self,

@@ -72,7 +72,7 @@ class Statistics:
     """What a client's products were, since it connected. Durations are sums, in seconds."""
 
     products: int = 0
-    """Products answered."""
+    """Products answered, of calls that have ended: a wide block may be several."""
     vectors: int = 0
     """Vectors multiplied."""
     seconds: float = 0.0
@@ -545,7 +545,8 @@ class Transport:
                 with self._product_span(self._tracing, spec, block, objective) as span:
                     self.call(attempt, restore=restore)
         except BaseException:
-            self._count_products(infos)
+            if infos:
+                self._count_products(infos)
             raise
         self._count_products(infos, len(block), time.perf_counter() - started)
         return exchange.result

@@ -14,12 +14,16 @@ docs/vector-port.md says it for those who write another client.
 import contextlib
 import select
 import socket
+import ssl
 import struct
 import sys
 import time
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 from hvpd import _codec
+
+_T = TypeVar("_T")
 
 MAGIC: Final = b"hvpd/v1\n"
 PROOF_BYTES: Final = 16
@@ -95,6 +99,8 @@ class Connection:
     @property
     def readable(self) -> bool:
         """Whether something came by now, be it the end; False where the system has no way to tell."""
+        if self.pending or (isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()):
+            return True
         return self._poll is not None and bool(self._poll.poll(0))
 
     def send(self, head: bytes, payload: _codec.Buffer = b"") -> None:
@@ -105,7 +111,7 @@ class Connection:
         """
         parts: tuple[_codec.Buffer, ...] = (head, payload)
         if self._plain:
-            sent = self._write(parts)
+            sent = self._step(self.socket.sendmsg, parts)
             if sent == len(head) + len(payload):
                 return
             parts = (head[sent:], memoryview(payload)[max(sent - len(head), 0) :])
@@ -114,7 +120,7 @@ class Connection:
         for part in parts:
             rest = memoryview(part)
             while rest:
-                rest = rest[self._write(rest) :]
+                rest = rest[self._step(self.socket.send, rest) :]
 
     def receive(self, size: int) -> memoryview:
         """The next bytes, at most what SPEC_BYTES or STATUS_BYTES are; good until the next call.
@@ -158,28 +164,20 @@ class Connection:
             with contextlib.suppress(TimeoutError):
                 self._end = self._read(self._room)
 
-    def _write(self, data: "memoryview | tuple[_codec.Buffer, ...]") -> int:
+    def _step(self, call: Callable[[_T], int], argument: _T) -> int:
+        """One call of the socket's, which may take as long as a step may, and no longer than until the deadline."""
         if self.deadline is not None:
-            self._hurry(self.deadline)
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("timed out")
+            self.be_patient(left)
         try:
-            return self.socket.sendmsg(data) if isinstance(data, tuple) else self.socket.send(data)
+            return call(argument)
         except BlockingIOError:
             raise TimeoutError("timed out") from None
-
-    def _hurry(self, deadline: float) -> None:
-        """Lets the next step take what is left until then."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self.be_patient(left)
 
     def _read(self, into: memoryview) -> int:
-        if self.deadline is not None:
-            self._hurry(self.deadline)
-        try:
-            count = self.socket.recv_into(into)
-        except BlockingIOError:
-            raise TimeoutError("timed out") from None
+        count = self._step(self.socket.recv_into, into)
         if not count:
             raise ClosedError("the other end closed the connection")
         return count

@@ -237,11 +237,8 @@ class Batcher:
                 if batch:
                     self._launch(batch)
         finally:
-            self._hand_on()
-
-    def _hand_on(self) -> None:
-        with self._lock:
-            self._appoint()
+            with self._lock:
+                self._appoint()
 
     def _appoint(self) -> None:
         """Has somebody lead who waits; one who is not busy with a launch of others, where there is one."""

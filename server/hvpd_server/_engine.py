@@ -229,6 +229,11 @@ class Engine:
     def _used_bytes(self) -> Mapping[str, int]:
         return sum((collections.Counter(lane.residency.used_bytes()) for lane in self.lanes), collections.Counter())
 
+    @property
+    def busy(self) -> bool:
+        """Whether products are computed, or wait for that."""
+        return any(lane.in_flight or lane.pending for lane in self.lanes)
+
     def _pending(self) -> int:
         return sum(lane.pending for lane in self.lanes)
 

@@ -94,7 +94,7 @@ class Launches:
 
     def bucket(self, objective: Objective) -> int:
         """The only width of launches, where the objective asked for one; else 0."""
-        return min(objective.bundle.fixed_bucket, self._max_block_width)
+        return min(objective.fixed_bucket, self._max_block_width)
 
     def _ready(self, point: Point, program: str, width: int) -> None:
         """Waits until a product can be launched at all, and has the bucket for its width compiled in the background."""
@@ -152,7 +152,7 @@ class Launches:
     def _fitting(self, point: Point, base: str, total: int) -> int:
         """The width of the launch, or the launches, for so many vectors."""
         objective = point.objective
-        if not self.bucket(objective) and not objective.widest and point.source.kernels.ready(base, total):
+        if not objective.fixed_bucket and not objective.widest and point.source.kernels.ready(base, total):
             return total
         compiled = self._compiled(point, base)
         return next((width for width in compiled if width >= total), compiled[-1])
@@ -165,12 +165,11 @@ class Launches:
         """
         slot = self._board.begin(jobs[0].point.objective.digest)
         try:
-            if len(jobs) == 1:
-                program, seed = ("hvp", 0) if isinstance(key, Shares) else _key(key)[1:]
-                return self._launch_blocks(jobs[0].point, program, seed, [jobs[0].block])
             if not isinstance(key, Shares):
                 return self._launch_blocks(*_key(key), [job.block for job in jobs])
-            return self._launch_shared(key, jobs)
+            if len(jobs) > 1:
+                return self._launch_shared(key, jobs)
+            return self._launch_blocks(jobs[0].point, "hvp", 0, [jobs[0].block])
         finally:
             self._board.end(slot)
 
@@ -249,14 +248,10 @@ class Launches:
         base, total, pending = self.base(point.objective, program), sum(map(len, blocks)), self._batcher.pending
         if pending:
             self._have(point, base, min(total + pending, self._max_block_width))
-        as_is = program, total
         products: list[tuple[_codec.Array, str]] = []
         while not products:  # Once, unless the device's memory does not suffice.
-            bucket = total
+            bucket = self._fitting(point, base, total)
             try:
-                if len(blocks) == 1 and as_is in point.launched_as_is and not point.objective.widest:
-                    return [self._product(point, program, seed, blocks[0], 0)]
-                bucket = self._fitting(point, base, total)
                 products = self._products(point, program, seed, blocks, bucket)
             except ServiceError as error:
                 if error.reason != _relief.REASON or not relieve:
@@ -270,10 +265,8 @@ class Launches:
         self, point: Point, program: str, seed: int, blocks: Sequence[_codec.Array], bucket: int
     ) -> list[tuple[_codec.Array, str]]:
         """Launches of one width, one after the other."""
-        if len(blocks) == 1 and len(blocks[0]) == bucket and not self.bucket(point.objective):
-            product = self._product(point, program, seed, blocks[0], 0)
-            point.launched_as_is.add((program, bucket))
-            return [product]
+        if len(blocks) == 1 and len(blocks[0]) == bucket and not point.objective.fixed_bucket:
+            return [self._product(point, program, seed, blocks[0], 0)]
         total = sum(map(len, blocks))
         if not self.bucket(point.objective) or point.objective.steady.get((program, point.source.kernels.rows)):
             padded = _batcher.pad(blocks, -(-total // bucket) * bucket)
@@ -293,7 +286,6 @@ class Launches:
             return False
         _log.warning("the device is out of memory for %s: no more than half as many from now on", asked)
         point.launchable.clear()
-        point.launched_as_is.clear()
         point.objective.widest[base, point.source.kernels.rows] = bucket // 2
         return True
 

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import prometheus_client
 from google.rpc import error_details_pb2, status_pb2
@@ -160,6 +160,12 @@ class Totals:
     points_remade: int
 
 
+_NotedProduct: TypeAlias = tuple[str, str, int, int, float, float, float, float]
+"""What is counted of a product when its answer has left: digest, tenant, columns, width, queue, compute and device seconds, and when it ended."""
+_NotedLaunch: TypeAlias = tuple[str, int, int]
+"""Of a launch, likewise: program, columns, padding."""
+
+
 class Metrics(Collector):
     """The metrics of one server, in a registry of their own."""
 
@@ -175,10 +181,8 @@ class Metrics(Collector):
         self._transfers = {name: _Histogram(_SECONDS) for name in ("receive", "to_device", "send")}
         self._compile = _Histogram(_SECONDS)
         self._compiles = _Counter(("compiled",), ("cached",), ("failed",))
-        # What is noted and not counted yet: of a product objective, tenant, width, seconds, and the time; of a launch as `launched` has it.
-        self._noted_products: collections.deque[tuple[str, str, int, int, float, float, float, float]]
-        self._noted_products = collections.deque()
-        self._noted_launches: collections.deque[tuple[str, int, int]] = collections.deque()
+        self._noted_products: collections.deque[_NotedProduct] = collections.deque()
+        self._noted_launches: collections.deque[_NotedLaunch] = collections.deque()
         self._launches = _Counter(("hvp",), ("apply",))
         self._launched_columns = 0
         self._padding_columns = 0
@@ -205,7 +209,7 @@ class Metrics(Collector):
         )
 
     def _settle(self) -> None:
-        """Counts what was noted; under the lock, before anything is told or what is noted is much."""
+        """Counts what was noted. Under the lock: with every answer, and before anything is told."""
         while self._noted_products:
             digest, tenant, columns, width, queue, compute, device, finished = self._noted_products.popleft()
             account = self._usage.account(digest, _called(tenant), finished)
@@ -334,7 +338,7 @@ class Metrics(Collector):
     def named(self, digest: str, name: str) -> None:
         """Notes the name under which an objective is counted; of several the first."""
         with self._lock:
-            self._settle()
+            self._settle()  # By the digest, as they came.
             self._usage.named(digest, name)
 
     def build(self, facts: Mapping[str, str]) -> None:

@@ -65,6 +65,8 @@ class Objective:
         self.residual_bytes = sum(
             array_bytes(residual.spec) for residual in bundle.residuals if residual.WhichOneof("source") == "result"
         )
+        self.fixed_bucket = bundle.fixed_bucket
+        """The only width of launches that it asked for; 0: any."""
         self.plan = Plan(
             bundle.mode,
             has_apply="apply" in bundle.programs,

@@ -52,8 +52,6 @@ class Point:
     """So far: residuals pay from the second on."""
     launchable: set[tuple[str, int]] = dataclasses.field(default_factory=set)
     """Programs and widths of products for which all is compiled that they wait for, or want."""
-    launched_as_is: set[tuple[str, int]] = dataclasses.field(default_factory=set)
-    """Programs and widths of products that needed no padding, nor division: nor will the next ones."""
     crowds: dict[str, Crowd] = dataclasses.field(default_factory=dict)
     """Who asks for products here, by program."""
 

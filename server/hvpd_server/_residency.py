@@ -30,8 +30,8 @@ class _Entry:
     value: Any
     size_bytes: int
     needs: tuple[Hashable, ...]
-    used_with: "Mapping[Hashable, _Entry]"
-    """All that it needs, however indirectly, from the ground up: it is as recently used. None of these goes, or is replaced, before this."""
+    all_needs: "Mapping[Hashable, _Entry]"
+    """What it needs, however indirectly, from the ground up. When one of these goes, or is replaced, this goes, too."""
     needed_by: set[Hashable] = dataclasses.field(default_factory=set)
     leases: dict[str, float] = dataclasses.field(default_factory=dict)
     """By user, the seconds for which it is pinned after each use; empty where it is not, or was not used for so long."""
@@ -94,9 +94,7 @@ class Residency:
             entry = self._entries.get(key)
             if entry is None or (user is not None and user not in entry.users):
                 return None
-            latest = self._latest
-            # Mostly it is what was used last, or what that needs.
-            if self._leased or not (entry is latest or key in latest.used_with):
+            if entry is not self._latest or self._leased:  # What was used last is so still; leases count from each use.
                 self._touch(key)
             self._hits[entry.kind] += 1
             return entry.value
@@ -149,10 +147,10 @@ class Residency:
                 if oldest is None:
                     break
                 self._forget(oldest, evicted)
-            used_with: dict[Hashable, _Entry] = {}
+            all_needs: dict[Hashable, _Entry] = {}
             for need in present:
-                used_with |= {**self._entries[need].used_with, need: self._entries[need]}
-            entry = _Entry(kind, value, size_bytes, present, used_with, used=next(self._uses))
+                all_needs |= {**self._entries[need].all_needs, need: self._entries[need]}
+            entry = _Entry(kind, value, size_bytes, present, all_needs, used=next(self._uses))
             self._latest = self._entries[key] = entry
             self._misses[kind] += 1
             for need in present:
@@ -378,7 +376,7 @@ class Residency:
     def _touch(self, key: Hashable) -> None:
         entries, used = self._entries, next(self._uses)
         entry = entries[key]
-        for each, needed in entry.used_with.items():
+        for each, needed in entry.all_needs.items():
             needed.used = used
             if needed.leases:
                 self._renew(each, needed)

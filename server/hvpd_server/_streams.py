@@ -21,7 +21,7 @@ class Streams:
         self._lock = threading.Lock()
         self._open: dict[Stream, None] = {}
         self._draining = False
-        self.latest: Stream | None = None
+        self.last_asked: Stream | None = None
         """On which a message came last."""
 
     @property
@@ -46,8 +46,8 @@ class Streams:
         finally:
             with self._lock:
                 del self._open[stream]
-                if stream.is_latest:
-                    self.latest = None
+                if stream.asked_last:
+                    self.last_asked = None
 
     def rest(self, stream: "Stream") -> bool:
         """Notes that a stream is idle, as the last of all; returns whether it must end."""
@@ -77,12 +77,12 @@ class Stream:
     def begin(self) -> None:
         """A message came."""
         self.busy = True
-        self._streams.latest = self
+        self._streams.last_asked = self
 
     @property
-    def is_latest(self) -> bool:
-        """Whether none came on another since."""
-        return self._streams.latest is self
+    def asked_last(self) -> bool:
+        """Whether no message came on another since."""
+        return self._streams.last_asked is self
 
     def end(self) -> bool:
         """Everything was answered. Returns whether the stream must end."""

@@ -284,14 +284,14 @@ class VectorPort:
     def _await(self, connection: Connection, call: "_Call", stream: Stream) -> None:
         """Waits for the next product. Of a caller who is alone, and asked again at once the last time, it is looked for without going to
         sleep: a thread that is woken begins with cold caches, on a processor that had gone to sleep as well, which costs a small product a
-        tenth of its time. No longer than a moment, and only while nobody else asks, who could use the processor.
+        tenth of its time. No longer than a moment, and not while somebody else's product is computed, or comes, who could use the processor.
         """
         ends = call.answered + _AWAKE_SECONDS
-        if call.prompt:
-            while stream.is_latest and not connection.readable and time.monotonic() < ends:
+        if call.prompt and not self._engine.busy:
+            while stream.asked_last and not connection.readable and time.monotonic() < ends:
                 pass
         connection.wait()
-        call.prompt = stream.is_latest and time.monotonic() < ends
+        call.prompt = stream.asked_last and time.monotonic() < ends
 
     def _answer(self, connection: Connection, call: "_Call", tag: int) -> None:
         """Takes one product, and answers it."""

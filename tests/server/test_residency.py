@@ -56,6 +56,16 @@ def test_of_points_with_residuals_those_go_that_were_used_least_recently(asked):
     assert gone == [index for index in range(3) if residency.get(f"r{index}") is None] == [oldest]
 
 
+def test_residuals_that_nobody_uses_go_before_their_point_that_somebody_does(residency):
+    residency.put("d", "data", "D", 2)
+    residency.put("p", "point", "P", 2, needs=["d"])
+    residency.put("r", "residuals", "R", 4, needs=["p"])
+    for _ in range(3):
+        assert residency.get("p") == "P"
+    residency.put("q", "point", "Q", 4, needs=["d"])
+    assert keys(residency, "dpqr") == "dpq"
+
+
 def test_what_is_dropped_is_let_go(residency):
     class Array:
         pass

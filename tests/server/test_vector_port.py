@@ -41,6 +41,8 @@ class Point:
 class Engine:
     """Doubles, and notes for whom; refuses what begins with a negative number."""
 
+    busy = False
+
     def __init__(self):
         self.asked = []
 
@@ -512,6 +514,23 @@ def test_of_one_who_is_slow_it_is_not(port, looks, monkeypatch):
         for _ in range(5):
             asked(caller)
     assert not looks()
+
+
+def test_nobody_stays_awake_beside_the_products_of_others(port, engine, looks):
+    engine.busy = True
+    with calling(port) as caller:
+        for _ in range(5):
+            asked(caller)
+    assert not looks()
+
+
+def test_what_was_sent_ahead_is_not_looked_for(port, looks):
+    with calling(port) as caller:
+        for _ in range(20):
+            caller.send(np.ones((1, N)))
+        for _ in range(20):
+            caller.receive()
+        until(looks)  # Now there is nothing.
 
 
 def test_nobody_stays_awake_while_somebody_else_asks(port, looks):
