@@ -194,6 +194,7 @@ class Transport:
         except Exception:
             self.close()
             raise
+        self._widest = max(self.server.max_block_width, 1)
         # Past a proxy or a tunnel, which has a port of its own, nobody is to go.
         self._vectors.offered = bool(self.server.vector_port) and address.endswith(f":{self.server.port}")
 
@@ -512,7 +513,7 @@ class Transport:
 
         Blocks wider than the server's limit are several products of one exchange. The digest of the objective is for the span.
         """
-        exchange = Exchange(spec, block, limit=max(self.server.max_block_width, 1), priority=self._priority)
+        exchange = Exchange(spec, block, limit=self._widest, priority=self._priority)
         infos: list[curvature_pb2.ProductInfo] = []
         span: _tracing.Span | None = None
         started = time.perf_counter()

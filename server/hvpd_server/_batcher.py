@@ -113,7 +113,7 @@ class Batcher:
             alone = free and self._due(job, len(job.block), job.queued)[0] <= job.queued
             if alone:  # Nothing waits: the queue has no part in it.
                 self._alone = job
-                self._fly([job])
+                self._fly([job], len(job.block))
                 self._led = not self._several
             else:
                 self._enqueue(job)
@@ -363,15 +363,15 @@ class Batcher:
             if self._gathering is not None:
                 self._gather_rest(self._gathering, head.key, room, now)
             if batch:
-                self._fly(batch)
+                self._fly(batch, _width(batch))
             return batch
         return []
 
-    def _fly(self, batch: Sequence[Job]) -> None:
+    def _fly(self, batch: Sequence[Job], width: int) -> None:
         """Notes that a launch begins."""
         self.begun += 1
         self._flying.append(batch[0].key)
-        self._in_flight += sum([len(job.block) for job in batch])
+        self._in_flight += width
 
     def _gather_rest(self, gathering: Gathering, key: Hashable, room: int, now: float) -> None:
         """Lets those that a launch had no room for gather again, where they are neither a full block nor old."""
@@ -387,7 +387,7 @@ class Batcher:
     def _launch(self, batch: Sequence[Job], *, hands_on: bool = False) -> None:
         """Multiplies, and lets those go on whose products these are; before that, it may have somebody else lead."""
         started = self._clock()
-        width = sum([len(job.block) for job in batch])
+        width = _width(batch)
         error: BaseException | None = None
         results: Sequence[Any] = ()
         try:
@@ -455,6 +455,10 @@ def split(block: Block, widths: Sequence[int]) -> list[Block]:
         found.append(block[row : row + width])
         row += width
     return found
+
+
+def _width(batch: Sequence[Job]) -> int:
+    return len(batch[0].block) if len(batch) == 1 else sum([len(job.block) for job in batch])
 
 
 def _timeout(seconds: float) -> float:

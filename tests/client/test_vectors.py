@@ -77,6 +77,24 @@ def test_messages_that_come_byte_by_byte_are_put_together(pair, beside):
     assert found == said[30:]
 
 
+def test_whether_something_came_is_seen_wherever_it_lies(pair):
+    here, there = pair
+    assert not there.readable
+    here.send(b"123", b"4" * 100)
+    assert there.readable  # In the kernel.
+    assert bytes(there.receive(1)) == b"1"
+    assert there.readable  # Among what was not asked for yet.
+    there.receive_into(memoryview(bytearray(102)))
+    assert not there.readable
+    here.send(b"56", b"7" * 100)
+    there.receive_into(memoryview(bytearray(1)))
+    assert there.readable  # In the kernel, or with TLS decrypted already.
+    there.receive_into(memoryview(bytearray(101)))
+    assert not there.readable
+    here.close()
+    assert there.readable
+
+
 def test_what_does_not_fit_behind_what_came_before_is_moved(pair, beside):
     """A large message behind the rest of another: the room is used from its beginning again."""
     here, there = pair
