@@ -9,6 +9,7 @@ import dataclasses
 import ipaddress
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from hvpd._exchange import Exchange, ProductStream
 from hvpd._frames import Frame
 from hvpd._stream import Filling, RpcFailure, Stream, never_free
 from hvpd._tls import Tls, diagnose
-from hvpd._vector_pool import VectorPool
+from hvpd._vector_pool import VectorPool, VectorStream
 from hvpd._version import __version__
 from hvpd.v1 import (
     blob_pb2,
@@ -368,15 +369,22 @@ class Transport:
 
     def _try(self, attempt: Callable[[float | None], _T], left: float | None, request_id: str) -> _T:
         """One try; raises RpcFailure where the server, or the way there, did not let it succeed."""
+        before = sys.exc_info()[1]
         try:
             self._check_usable()
             return attempt(left)
         except grpc.RpcError as error:
             raise RpcFailure(failure_of_rpc(error).sent_as(request_id)) from None
-        except Exception:
+        except (RpcFailure, HvpdError):
             raise
         except _Interrupted as error:
             raise error.by from None
+        except Exception as error:
+            interrupt = _interrupt(error, before)
+            if interrupt is None:
+                raise
+            self._abandon()
+            raise interrupt from None
         except BaseException:
             self._abandon()
             raise
@@ -519,23 +527,10 @@ class Transport:
         started = time.perf_counter()
 
         def attempt(left: float | None) -> None:
-            past = self._vectors.take() if exchange.single else None
-            if past is None:
-                with self._stream(left) as stream:
-                    refused = exchange.attempt(stream, infos.append, span)
-            else:
-                try:
-                    refused = exchange.attempt_past(past, left, infos.append, span)
-                except Exception:  # Nobody knows what is still on its way.
-                    past.close()
-                    raise
-                except BaseException as error:  # noqa: BLE001 - raised again by `_try`
-                    past.close()
-                    self._vectors.replace()
-                    raise _Interrupted(error) from None
-                self._vectors.give_back(past)
-                if self._streams:
-                    self._end_streams()
+            if exchange.single and self._attempt_past(exchange, left, infos.append, span):
+                return
+            with self._stream(left) as stream:
+                refused = exchange.attempt(stream, infos.append, span)
             if refused is not None:
                 raise refused
 
@@ -551,6 +546,36 @@ class Transport:
             raise
         self._count_products(infos, len(block), time.perf_counter() - started)
         return exchange.result
+
+    def _attempt_past(
+        self,
+        exchange: Exchange,
+        left: float | None,
+        on_info: Callable[[curvature_pb2.ProductInfo], None],
+        span: _tracing.Span | None,
+    ) -> bool:
+        """One try past gRPC; returns whether there is a way at the moment."""
+        past: VectorStream | None = None
+        try:
+            past = self._vectors.take()
+            if past is None:
+                return False
+            refused = exchange.attempt_past(past, left, on_info, span)
+        except Exception:  # Nobody knows what is still on its way.
+            if past is not None:
+                past.close()
+            raise
+        except BaseException as error:  # noqa: BLE001 - raised again by `_try`
+            if past is not None:
+                past.close()
+            self._vectors.replace()
+            raise _Interrupted(error) from None
+        self._vectors.give_back(past)
+        if self._streams:
+            self._end_streams()
+        if refused is not None:
+            raise refused
+        return True
 
     def factors(
         self,
@@ -682,6 +707,18 @@ def _check_priority(priority: object) -> None:
     most = _protocol.MAX_PRIORITY
     if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > most:
         raise InvalidArgumentError(f"priority is a whole number from -{most} to {most}, got {priority!r}")
+
+
+def _interrupt(error: BaseException, before: BaseException | None) -> BaseException | None:
+    """The interrupt that an error took the place of: where one strikes in the middle of a `with`, Python's and gRPC's own conditions leave a lock
+    that is not held, and raise RuntimeError. What was being handled `before` is not looked at.
+    """
+    found: BaseException | None = error
+    while found is not None and found is not before:
+        if not isinstance(found, Exception):
+            return found
+        found = found.__context__
+    return None
 
 
 def _with_hint(failure: Failure, cut: int) -> Failure:

@@ -32,6 +32,9 @@ _SILENCE = 20.0
 _REPLACED = 1.0
 """Seconds for which a caller waits for the connection that replaces one which an interrupt cost."""
 
+_LOOK = 0.002
+"""Seconds after which it looks again whether there is one."""
+
 _PAUSE, _MOST_PAUSE = 1.0, 300.0
 """Seconds after a connection that could not be opened before the next is tried: at first, and at most."""
 
@@ -144,7 +147,6 @@ class VectorPool:
         self._alive = alive
         self.offered = False
         self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
         self._replacing = False
         self._idle: list[VectorStream] = []
         self._opening = False
@@ -161,10 +163,13 @@ class VectorPool:
         """A connection, to be given back, or closed; None where there is none yet, or can be none. Then one is opened, beside."""
         if not self.offered:
             return None
+        if self._replacing:
+            ends = time.monotonic() + _REPLACED
+            # Not by a condition: an interrupt in the middle of its wait would leave as a RuntimeError, of a lock that is not held.
+            while self._opening and not self._idle and time.monotonic() < ends:
+                time.sleep(_LOOK)
+            self._replacing = False
         with self._lock:
-            if self._replacing:
-                self._changed.wait_for(lambda: self._idle or not self._opening, _REPLACED)
-                self._replacing = False
             while self._idle:
                 stream = self._idle.pop()
                 if stream.quiet:
@@ -178,8 +183,9 @@ class VectorPool:
         the next interrupt would cost more (see `Transport._abandon`).
         """
         with self._lock:
-            self._replacing = True
-            self._begin()
+            if self.offered:
+                self._replacing = True
+                self._begin()
 
     def _begin(self) -> None:
         """Has a connection opened, unless one is, or none can be."""
@@ -216,7 +222,6 @@ class VectorPool:
                 self.give_back(stream)
             with self._lock:
                 self._opening = False
-                self._changed.notify_all()
                 self._pause = _PAUSE if stream is not None else min(4 * self._pause, _MOST_PAUSE)
                 self._not_before = time.monotonic() + (0 if stream is not None else self._pause)
 

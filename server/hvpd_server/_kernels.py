@@ -319,7 +319,8 @@ class Kernels:
         with self._lock:
             self._ready[name, width] = compiled
             self._widths[name] = sorted(width for program, width in self._ready if program == name)
-        _log.info("compiled %s, width %d, in %.2f s", name, width, compile_.seconds)
+        how = "found in the cache: " if outcome == "cached" else "compiled "
+        _log.info("%s%s, width %d, in %.2f s", how, name, width, compile_.seconds)
         return compiled
 
     def _compile(self, name: str, width: int) -> Compiled:

@@ -273,6 +273,8 @@ class Metrics(Collector):
             method: Of the service; empty where it is not known.
             tenant: Who asked.
         """
+        if status.code == Code.CANCELLED.value[0]:  # The caller went away.
+            return
         info, request = error_details_pb2.ErrorInfo(), error_details_pb2.RequestInfo()
         for detail in status.details:
             detail.Unpack(info) or detail.Unpack(request)

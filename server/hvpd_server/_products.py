@@ -85,7 +85,7 @@ class Products:
         return Answer(result, info, time.monotonic())
 
     def sent(self, request: Request, tag: int, product: Product, answer: Answer) -> None:
-        """Counts a product whose answer the transport has taken."""
+        """Counts a product whose answer the transport has taken, or never will."""
         spec, point, vectors = product
         now = time.monotonic()
         self._metrics.answered(METHOD, now - vectors.arrived, vectors.receiving, now - answer.computed)

@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -33,6 +34,9 @@ from hvpd_server._vector_port import TICKET_SECONDS, VectorPort
 _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+_ENDING_SECONDS = 0.1
+"""Within which gRPC says that a call has ended of which no more comes, if it has."""
 
 _PIPELINED = 64
 _PIPELINED_BYTES = 64 << 20
@@ -377,8 +381,11 @@ class CurvatureService:
                 found = _refusal(message.tag, self.products.refused(request, message.tag, error, arrived, spec))
             yield message.tag, found
             found = None  # Nobody knows for how long.
+        gone = bool(arriving) and _ends(stream.context)
         for tag, early in arriving.unfinished():
-            yield tag, _refusal(tag, self.products.refused(request, tag, early, time.monotonic()))
+            # Of one who is gone it is not known that too little was sent.
+            why = ServiceError(Code.CANCELLED, "CANCELLED", f"the caller went away: {early}") if gone else early
+            yield tag, _refusal(tag, self.products.refused(request, tag, why, time.monotonic()))
 
     def _pipelined(
         self,
@@ -449,6 +456,12 @@ class CurvatureService:
                 yield Frame(curvature_pb2.StreamProductsResponse(tag=tag, info=None if index else answer.info), chunk)
         finally:  # Whoever takes the chunks comes back when the transport has the last; or never, where the caller is content with that.
             self.products.sent(request, tag, product, answer)
+
+
+def _ends(context: grpc.ServicerContext) -> bool:
+    """Whether a call of which no more comes has ended, which gRPC says a moment later; else the caller waits for what it has asked for."""
+    ended = threading.Event()
+    return not context.add_callback(ended.set) or ended.wait(_ENDING_SECONDS)
 
 
 class ServerService:

@@ -328,9 +328,11 @@ class VectorPort:
             return
         payload, message = _codec.payload(answer.result), answer.info.SerializeToString()
         head = _vectors.RESPONSE.pack(len(message), _vectors.ANSWERED, len(payload))
-        connection.send(head + message, payload)
-        call.answered = time.monotonic()
-        self._products.sent(call.request, tag, product, answer)
+        try:
+            connection.send(head + message, payload)
+            call.answered = time.monotonic()
+        finally:  # Also where nobody takes it any more.
+            self._products.sent(call.request, tag, product, answer)
         if len(room) <= _SPARE_BYTES:
             call.spare = room
 

@@ -418,7 +418,7 @@ def test_an_objective_that_lost_a_part_says_what_brings_it_back(serve, spd):
         assert np.allclose(mended.hessp(np.ones(60), np.ones(60)), spd @ np.ones(60))
 
 
-@pytest.mark.parametrize("call", ["H @ v", "objective.at(rng.normal(size=20))", "client.objectives()"])
+@pytest.mark.parametrize("call", ["H @ v", "H @ wide", "objective.at(rng.normal(size=20))", "client.objectives()"])
 def test_a_client_goes_on_after_ctrl_c(server, client, call):
     """The interrupt strikes at times that nobody chose, many times over; each next call answers, and rightly."""
     client.register(lambda x: jnp.sum(x**4) / 12, np.zeros(20), name="interrupted")
@@ -427,7 +427,7 @@ def test_a_client_goes_on_after_ctrl_c(server, client, call):
         client = hvpd.connect(sys.argv[1], retry_timeout=30)
         objective = client.objective("interrupted")
         rng = np.random.default_rng(0)
-        x, v = np.arange(20.0), np.ones(20)
+        x, v, wide = np.arange(20.0), np.ones(20), np.ones((20, 100))
         H = objective.at(x).hessian()
         strikes = 0
         for strike in range(40):
@@ -436,9 +436,6 @@ def test_a_client_goes_on_after_ctrl_c(server, client, call):
                 while True:
                     CALL
             except KeyboardInterrupt:
-                strikes += 1
-            except RuntimeError as error:  # gRPC's own lock, interrupted between its two ends
-                assert "lock" in str(error), error
                 strikes += 1
             assert np.array_equal(H @ v, x**2)
             assert np.array_equal(objective.at(x + strike).hessian() @ v, (x + strike) ** 2)

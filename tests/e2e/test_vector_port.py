@@ -282,6 +282,34 @@ def test_ctrl_c_in_the_middle_costs_a_connection_and_nothing_else(serve, client_
     check(H)
 
 
+def test_an_interrupt_that_breaks_a_lock_is_still_one(serve, client_of, monkeypatch):
+    """As in the middle of threading.Condition.wait, of which gRPC's channels have many."""
+    client = client_of(serve().address)
+    H = registered(client)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def struck(size):
+        try:
+            interrupt()
+        finally:
+            raise RuntimeError("release unlocked lock")
+
+    def broken(size):
+        raise RuntimeError("something else")
+
+    for strikes, raised in ((struck, KeyboardInterrupt), (broken, RuntimeError)):
+        assert past(client, H)
+        monkeypatch.setattr(client._transport._vectors._idle[-1]._connection, "receive", strikes)
+        try:
+            interrupt()  # An earlier one, which whoever calls is still dealing with.
+        except KeyboardInterrupt:
+            with pytest.raises(raised):
+                H @ np.ones(N)
+    check(H)
+
+
 # Who may come
 
 

@@ -258,6 +258,33 @@ def test_a_stream_that_ends_in_the_middle_of_a_vector_says_so(point, stream, pip
         next(stream.incoming)
 
 
+@pytest.mark.parametrize("timeout", [None, 0.02])
+def test_who_leaves_in_the_middle_of_a_vector_has_made_no_mistake(serve, timeout):
+    """By cancelling, or since its time is over."""
+    server = serve("--metrics-port", "0")
+    with hvpd.connect(server.address) as client, grpc.insecure_channel(server.address) as channel:
+        point = client.register(lambda x: jnp.sum(x**4) / 12, np.zeros(N)).at(np.ones(N))
+        first = curvature_pb2.StreamProductsRequest(tag=1, spec=product_of(point), chunk=b"\0" * 80)
+        for _ in range(20):
+            outgoing = queue.SimpleQueue()
+            outgoing.put(first)
+            products = curvature_pb2_grpc.CurvatureServiceStub(channel).StreamProducts(
+                iter(outgoing.get, None), timeout=timeout
+            )
+            if timeout is None:
+                ends = time.monotonic() + 30
+                while server.metric("hvpd_open_streams") == 0:
+                    assert time.monotonic() < ends
+                products.cancel()
+            with pytest.raises(grpc.RpcError):
+                next(products)
+            outgoing.put(None)
+        ends = time.monotonic() + 30
+        while server.metric("hvpd_open_streams"):
+            assert time.monotonic() < ends
+        assert server.metric("hvpd_failures_total") == 0
+
+
 @pytest.fixture(scope="module")
 def small(client):
     x = np.arange(50.0)

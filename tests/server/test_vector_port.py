@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import socket
+import struct
 import threading
 import time
 import weakref
@@ -390,6 +391,17 @@ def test_all_of_one_who_dies_are_all_cancelled(opened, waiting, metrics, streams
             assert waiting.began.acquire(timeout=30)
         assert not waiting.cancelled
     until(lambda: waiting.cancelled == 64)
+
+
+def test_a_product_that_nobody_takes_any_more_is_a_request_all_the_same(patient, waiting, metrics):
+    with calling(patient) as caller:
+        caller.send(np.ones((1, N)))
+        assert waiting.began.acquire(timeout=30)
+        # What is closed so is reset at once: the answer cannot leave.
+        caller.connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    waiting.go_on()
+    until(lambda: not patient._open)
+    assert metrics.registry.get_sample_value("hvpd_request_seconds_count", {"method": "StreamProducts"}) == 1
 
 
 def test_a_product_that_was_answered_is_not_cancelled_any_more(patient, waiting):
