@@ -99,7 +99,7 @@ class Connection:
     @property
     def readable(self) -> bool:
         """Whether something came by now, be it the end; False where the system has no way to tell."""
-        if self.pending or (isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()):
+        if self._start < self._end or (isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()):
             return True
         return self._poll is not None and bool(self._poll.poll(0))
 

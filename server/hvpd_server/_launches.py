@@ -252,6 +252,8 @@ class Launches:
         while not products:  # Once, unless the device's memory does not suffice.
             bucket = self._fitting(point, base, total)
             try:
+                if len(blocks) == 1 and bucket == total and not point.objective.fixed_bucket:  # As it came.
+                    return [self._product(point, program, seed, blocks[0], 0)]
                 products = self._products(point, program, seed, blocks, bucket)
             except ServiceError as error:
                 if error.reason != _relief.REASON or not relieve:
@@ -265,8 +267,6 @@ class Launches:
         self, point: Point, program: str, seed: int, blocks: Sequence[_codec.Array], bucket: int
     ) -> list[tuple[_codec.Array, str]]:
         """Launches of one width, one after the other."""
-        if len(blocks) == 1 and len(blocks[0]) == bucket and not point.objective.fixed_bucket:
-            return [self._product(point, program, seed, blocks[0], 0)]
         total = sum(map(len, blocks))
         if not self.bucket(point.objective) or point.objective.steady.get((program, point.source.kernels.rows)):
             padded = _batcher.pad(blocks, -(-total // bucket) * bucket)

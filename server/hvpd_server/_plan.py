@@ -28,17 +28,14 @@ class Plan:
         self._has_apply = has_apply
         self._fits = fits
         self._fixed = fixed
+        self.needs_apply = mode == "linearized" and fits
+        """Whether products wait for `apply` to be compiled."""
         self._lock = threading.Lock()
         self._chosen: dict[int, str] = {}
         self._pairs_pay = True
         self._seen: dict[tuple[str, int], _Times] = {}
         self._settled: dict[int, objective_pb2.Choice] = {}
         """By block width, what was measured to be faster: from then on it stays, and so do a product's bits."""
-
-    @property
-    def needs_apply(self) -> bool:
-        """Whether products wait for `apply` to be compiled."""
-        return self._mode == "linearized" and self._fits
 
     def add(self, program: str, width: int, seconds: float) -> None:
         """Notes how long a launch took; not where that decides nothing any more."""
@@ -56,7 +53,7 @@ class Plan:
     def forgo_residuals(self) -> None:
         """From now on: the device's memory does not suffice for them."""
         with self._lock:
-            self._fits = False
+            self._fits = self.needs_apply = False
             self._chosen.clear()
 
     def program(self, width: int) -> str:

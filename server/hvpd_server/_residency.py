@@ -374,13 +374,14 @@ class Residency:
         return sum(self._entries[key].size_bytes for key in keys)
 
     def _touch(self, key: Hashable) -> None:
-        entries, used = self._entries, next(self._uses)
+        entries, used, latest = self._entries, next(self._uses), self._latest.used
         entry = entries[key]
         for each, needed in entry.all_needs.items():
-            needed.used = used
             if needed.leases:
                 self._renew(each, needed)
-            entries.move_to_end(each)
+            if needed.used != latest:  # Else it is last already, but for this.
+                needed.used = used
+                entries.move_to_end(each)
         self._latest, entry.used = entry, used
         if entry.leases:
             self._renew(key, entry)
