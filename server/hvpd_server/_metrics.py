@@ -201,7 +201,7 @@ class Metrics(Collector):
     # Products
 
     def product(self, job: Job) -> None:
-        """Counts a product that was answered."""
+        """Counts a product that was made: notes it, since its answer is yet to leave."""
         queue, compute = job.started - job.queued, job.finished - job.started
         digest, columns = job.point.objective.digest, len(job.block)
         self._noted_products.append(
@@ -251,7 +251,7 @@ class Metrics(Collector):
             self._transfers["to_device"].add(seconds)
 
     def launched(self, program: str, columns: int, padding: int) -> None:
-        """Counts a launch.
+        """Counts a launch, likewise.
 
         Args:
             program: What was launched.

@@ -283,8 +283,8 @@ class VectorPort:
 
     def _await(self, connection: Connection, call: "_Call", stream: Stream) -> None:
         """Waits for the next product. Of a caller who is alone, and asked again at once the last time, it is looked for without going to
-        sleep: a thread that is woken begins with cold caches, on a processor that had gone to sleep as well, which costs a small product a
-        tenth of its time. No longer than a moment, and not while somebody else's product is computed, or comes, who could use the processor.
+        sleep: a thread that is woken begins with cold caches, on a processor that had gone to sleep as well, which costs a small product up
+        to a tenth of its time. No longer than a moment, and not while somebody else's product is computed, or comes, who could use the processor.
         """
         ends = call.answered + _AWAKE_SECONDS
         if call.prompt and not self._engine.busy:
