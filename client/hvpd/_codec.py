@@ -6,6 +6,7 @@ Both ends use it. It knows no gRPC and no jax; what is sent where is decided els
 import functools
 import hashlib
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,11 @@ VECTOR_DTYPES = ("float32", "float64")
 Array = npt.NDArray[Any]
 Buffer = bytes | bytearray | memoryview
 
+
+BYTE = np.dtype(np.uint8)
+"""Of views of an array as what travels."""
+
+_LITTLE_ENDIAN = sys.byteorder == "little"
 
 _NUMPY = frozenset(
     ["bool", "float16", "float32", "float64", "complex64", "complex128"]
@@ -65,10 +71,9 @@ def is_real_floating(dtype: np.dtype[Any]) -> bool:
 
 def payload(array: Array) -> memoryview:
     """The elements of `array`, row-major and little-endian, as bytes without a copy where they already lie so."""
-    array = np.ascontiguousarray(array)
-    if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and np.little_endian is False):
+    if array.dtype.isnative is not _LITTLE_ENDIAN:
         array = array.astype(array.dtype.newbyteorder("<"))
-    return array.reshape(-1).view(np.uint8).data
+    return np.ascontiguousarray(array).reshape(-1).view(BYTE).data
 
 
 def array(data: Buffer, dtype_name: str, shape: Sequence[int]) -> Array:

@@ -3,9 +3,10 @@
 Knows the messages, and the stream that takes them; what is repeated, and when, is up to `Transport.call`.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import grpc
 import numpy as np
@@ -25,11 +26,21 @@ _AHEAD = 8
 """Products of one block that are sent before the first of them is answered: so many keep a device busy, and leave room for others."""
 
 
+class Asked(NamedTuple):
+    """What multiplies, as in ProductSpec."""
+
+    point_id: str
+    operator: int = curvature_pb2.OPERATOR_HESSIAN
+    quadratic_form: bool = False
+    seed: int = 0
+    block: int = 0
+
+
 class Exchange:
     """V[k,n] -> HV[k,n], or k numbers v'Hv for a quadratic form.
 
     Args:
-        spec: Of the product; the rest of it is filled in.
+        asked: What multiplies.
         block: V[k,n], at least one vector.
         limit: Most vectors of one product: a wider block is several, of which those that the server refuses are sent again, and no others.
         priority: Of all of them.
@@ -38,15 +49,15 @@ class Exchange:
         result: Whole when `attempt` has returned.
     """
 
-    def __init__(self, spec: curvature_pb2.ProductSpec, block: _codec.Array, *, limit: int, priority: int) -> None:
-        spec.priority = priority
-        self._spec = spec
+    def __init__(self, asked: Asked, block: _codec.Array, *, limit: int, priority: int) -> None:
+        self._asked = asked
+        self._priority = priority
         self._block = block
         self._limit = limit
         count = -(-len(block) // limit)
         self.single = count == 1
         """Whether it is one product, as mostly."""
-        self.result: _codec.Array = np.empty(block.shape[: 1 if spec.quadratic_form else 2], block.dtype)
+        self.result: _codec.Array = np.empty(block.shape[: 1 if asked.quadratic_form else 2], block.dtype)
         self._missing = set(range(count))  # The products that are not answered: the n-th of `limit` vectors each.
 
     def attempt(
@@ -70,11 +81,12 @@ class Exchange:
         """
         tries = sorted(self._missing)
         first = stream.reserve_tags(len(tries))
+        spec = _spec(self._asked, self._priority)
         if span is not None:
-            self._spec.traceparent = span.traceparent
+            spec.traceparent = span.traceparent
             span.sent(f"{stream.request_id}/{first}")
         try:
-            failure = self._run(stream, tries, first, on_info, span)
+            failure = self._run(stream, spec, tries, first, on_info, span)
         except RpcFailure as error:
             error.progress = len(self._missing) < len(tries)
             raise
@@ -88,11 +100,14 @@ class Exchange:
         span: "_tracing.Span | None" = None,
     ) -> RpcFailure | None:
         """The same past gRPC, of a single product, within so many seconds; None: as long as it takes."""
-        if span is not None:
-            self._spec.traceparent = span.traceparent
+        if span is None:
+            spec = _encoded(self._asked, self._priority, len(self._block))
+        else:
+            message = _spec(self._asked, self._priority, len(self._block))
+            message.traceparent = span.traceparent
+            spec = message.SerializeToString()
             span.sent(f"{stream.request_id}/{stream.tag + 1}")
-        self._spec.k = len(self._block)
-        found = stream.multiply(self._spec, self._block, self.result, left)
+        found = stream.multiply(spec, self._block, self.result, left)
         if isinstance(found, Failure):
             return RpcFailure(found)
         on_info(found)
@@ -104,6 +119,7 @@ class Exchange:
     def _run(
         self,
         stream: ProductStream,
+        spec: curvature_pb2.ProductSpec,
         tries: list[int],
         first: int,
         on_info: Callable[[curvature_pb2.ProductInfo], None],
@@ -115,7 +131,7 @@ class Exchange:
         unsent, awaited = iter(parts.items()), set[int]()
         failure: Failure | None = None
         for tag, part in itertools.islice(unsent, _AHEAD):
-            stream.send(self._messages(tag, part))
+            stream.send(self._messages(spec, tag, part))
             awaited.add(tag)
         while awaited:
             response, chunk = stream.receive()
@@ -138,7 +154,7 @@ class Exchange:
             awaited.remove(tag)
             following = next(unsent, None) if failure is None else None
             if following is not None:
-                stream.send(self._messages(*following))
+                stream.send(self._messages(spec, *following))
                 awaited.add(following[0])
         return failure
 
@@ -146,9 +162,11 @@ class Exchange:
         target = self._part(self.result, part)
         return Filling(target.shape, target.dtype, target)
 
-    def _messages(self, tag: int, part: int) -> Iterator[Frame[curvature_pb2.StreamProductsRequest]]:
+    def _messages(
+        self, spec: curvature_pb2.ProductSpec, tag: int, part: int
+    ) -> Iterator[Frame[curvature_pb2.StreamProductsRequest]]:
         block = self._part(self._block, part)
-        message = curvature_pb2.StreamProductsRequest(tag=tag, spec=self._spec)
+        message = curvature_pb2.StreamProductsRequest(tag=tag, spec=spec)
         message.spec.k = len(block)
         message.spec.pipelined = not self.single
         for chunk in _codec.chunks(_codec.payload(block)):
@@ -158,3 +176,13 @@ class Exchange:
 
     def _part(self, rows: _codec.Array, part: int) -> _codec.Array:
         return rows[part * self._limit : (part + 1) * self._limit]
+
+
+def _spec(asked: Asked, priority: int, k: int = 0) -> curvature_pb2.ProductSpec:
+    return curvature_pb2.ProductSpec(**asked._asdict(), priority=priority, k=k)
+
+
+@functools.lru_cache
+def _encoded(asked: Asked, priority: int, k: int) -> bytes:
+    """The same as bytes: a solver asks for the same again and again."""
+    return _spec(asked, priority, k).SerializeToString()

@@ -13,6 +13,7 @@ import numpy as np
 
 from hvpd import _blocks, _codec, _protocol, _pytree
 from hvpd._errors import HvpdError, InvalidArgumentError, OverloadedError
+from hvpd._exchange import Asked
 from hvpd._transport import Step, Transport
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
 
@@ -593,15 +594,9 @@ class Point:
             raise InvalidArgumentError(f"a block must be {self.dtype}[k, {n}], got {V.dtype}{list(V.shape)}")
         if len(V) == 0:
             return np.empty_like(V[:, 0] if quadratic_form else V)
-        spec = curvature_pb2.ProductSpec(
-            point_id=self._id,
-            operator=operator,  # type: ignore[arg-type]  # an open enum
-            quadratic_form=quadratic_form,
-            seed=seed,
-            block=block,
-        )
+        asked = Asked(self._id, operator, quadratic_form, seed, block)
         return self._transport.multiply(
-            spec, np.ascontiguousarray(V), restore=self._restore, objective=self.objective.digest
+            asked, np.ascontiguousarray(V), restore=self._restore, objective=self.objective.digest
         )
 
     def _create(self, pin: int | None, step: Step | None = None) -> tuple[curvature_pb2.Point, _codec.Array]:

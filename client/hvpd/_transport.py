@@ -28,7 +28,7 @@ from hvpd._errors import (
     failure_of_rpc,
     to_error,
 )
-from hvpd._exchange import Exchange, ProductStream
+from hvpd._exchange import Asked, Exchange, ProductStream
 from hvpd._frames import Frame
 from hvpd._stream import Filling, RpcFailure, Stream, never_free
 from hvpd._tls import Tls, diagnose
@@ -511,7 +511,7 @@ class Transport:
 
     def multiply(
         self,
-        spec: curvature_pb2.ProductSpec,
+        asked: Asked,
         block: _codec.Array,
         *,
         restore: Callable[[], None],
@@ -521,7 +521,7 @@ class Transport:
 
         Blocks wider than the server's limit are several products of one exchange. The digest of the objective is for the span.
         """
-        exchange = Exchange(spec, block, limit=self._widest, priority=self._priority)
+        exchange = Exchange(asked, block, limit=self._widest, priority=self._priority)
         infos: list[curvature_pb2.ProductInfo] = []
         span: _tracing.Span | None = None
         started = time.perf_counter()
@@ -538,7 +538,7 @@ class Transport:
             if self._tracing is None:
                 self.call(attempt, restore=restore)
             else:
-                with self._product_span(self._tracing, spec, block, objective) as span:
+                with self._product_span(self._tracing, asked, block, objective) as span:
                     self.call(attempt, restore=restore)
         except BaseException:
             if infos:
@@ -601,12 +601,12 @@ class Transport:
 
     @staticmethod
     def _product_span(
-        tracing: _tracing.Tracing, spec: curvature_pb2.ProductSpec, block: _codec.Array, objective: str
+        tracing: _tracing.Tracing, asked: Asked, block: _codec.Array, objective: str
     ) -> "contextlib.AbstractContextManager[_tracing.Span]":
         """Around a product, all tries."""
         facts = {
             "objective": objective,
-            "operator": curvature_pb2.Operator.Name(spec.operator).removeprefix("OPERATOR_").lower(),
+            "operator": curvature_pb2.Operator.Name(asked.operator).removeprefix("OPERATOR_").lower(),  # type: ignore[arg-type]  # an open enum
             "n": block.shape[1],
             "k": len(block),
         }

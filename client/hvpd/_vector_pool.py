@@ -67,12 +67,12 @@ class VectorStream:
         return not self._connection.readable
 
     def multiply(
-        self, spec: curvature_pb2.ProductSpec, block: _codec.Array, target: _codec.Array, left: float | None
+        self, spec: bytes, block: _codec.Array, target: _codec.Array, left: float | None
     ) -> "curvature_pb2.ProductInfo | Failure":
         """Fills `target` with the product of `block`, and tells how it was made, or why it was not.
 
         Args:
-            spec: Of the product.
+            spec: Of the product: a ProductSpec, encoded.
             block: V[k,n].
             target: HV[k,n], or v'Hv[k].
             left: Seconds that this may take; None: as long as it takes.
@@ -81,12 +81,12 @@ class VectorStream:
             RpcFailure: The connection broke, or time is over: it is of no use any more.
         """
         connection, self.tag = self._connection, self.tag + 1
-        message, payload = spec.SerializeToString(), _codec.payload(block)
+        payload = _codec.payload(block)
         if left is not None:
             connection.deadline = time.monotonic() + left
         try:
             wait = 0 if left is None else max(int(left * 1e9), 1)
-            connection.send(_vectors.REQUEST.pack(len(message), 0, len(payload), wait) + message, payload)
+            connection.send(_vectors.REQUEST.pack(len(spec), 0, len(payload), wait) + spec, payload)
             size, kind, count = _vectors.RESPONSE.unpack(self._awaited(_vectors.RESPONSE.size, left))
             if size > _vectors.STATUS_BYTES or count != (target.nbytes if kind == _vectors.ANSWERED else 0):
                 said = f"the server answers {target.nbytes} bytes with {count}, after a message of {size}"
@@ -94,7 +94,7 @@ class VectorStream:
             message = bytes(connection.receive(size))
             answer = curvature_pb2.ProductInfo.FromString(message) if kind == _vectors.ANSWERED else _failure(message)
             if count:
-                connection.receive_into(target.reshape(-1).view("uint8").data)
+                connection.receive_into(target.reshape(-1).view(_codec.BYTE).data)
         except DecodeError as error:
             raise RpcFailure(Failure(_CODE.DATA_LOSS, f"the server's answer cannot be read: {error}")) from None
         except TimeoutError as error:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from hvpd_server import _buffers
 from hvpd_server._crowd import Crowd
@@ -35,6 +35,17 @@ _EQUAL: Mapping[str, float] = MappingProxyType({})
 
 _MEMORY = 0.9
 """How much of the rate of launches is remembered from one launch to the next."""
+
+
+class _Ended(NamedTuple):
+    """A launch, as it is looked back at."""
+
+    key: Hashable
+    crowd: Crowd | None
+    width: int
+    started: float
+    finished: float
+    failed: bool
 
 
 class Batcher:
@@ -84,7 +95,10 @@ class Batcher:
         self._yielding = 0  # Launches in flight that do not run: they are in `alone`, and one of them has its turn.
         self._turn = threading.Lock()
         self._landing = threading.Condition(self._lock)
-        self._alone: Job | None = None
+        self._alone: tuple[str, int] | None = (
+            None  # Tenant and vectors of a launch in flight that never was in the queue.
+        )
+        self._ended: _Ended | None = None  # A launch whose end is not noted yet, and makes no difference to anybody.
         self._held: tuple[Crowd, int] | None = None
         self._launched_seconds = 0.0
         self._launched_columns = 0.0
@@ -97,7 +111,14 @@ class Batcher:
     @property
     def in_flight(self) -> int:
         """Vectors in launches."""
+        self.settle()
         return self._in_flight
+
+    def settle(self) -> None:
+        """Notes what was left until there is time for it: without this, the next who looks does."""
+        if self._ended is not None:
+            with self._lock:
+                self._note_end()
 
     def run(self, job: Job) -> Any:
         """Queues a product, waits for it, and perhaps leads. Returns what `execute` returned for it.
@@ -106,21 +127,22 @@ class Batcher:
             ServiceError: The queue is full, or the deadline passed, or the job was cancelled.
             BaseException: What `execute` raised for the launch that this product was in.
         """
-        job.gate.acquire()
         with self._lock:
+            self._note_end()
             self._admit(job)
             free = not self._led and not self._flying and self._gathering is None
             alone = free and self._due(job, len(job.block), job.queued)[0] <= job.queued
             if alone:  # Nothing waits: the queue has no part in it.
-                self._alone = job
-                self._fly([job], len(job.block))
+                self._alone = job.tenant, len(job.block)
+                self._fly(job.key, len(job.block))
                 self._led = not self._several
             else:
+                job.gate.acquire()
                 self._enqueue(job)
                 job.leads = not self._led
                 self._led = True
         if alone:
-            self._launch([job], hands_on=not self._several)
+            return self._launch_alone(job)
         leads = job.leads
         while not job.done:
             if leads:
@@ -135,6 +157,7 @@ class Batcher:
     @property
     def launches(self) -> int:
         """Launches in flight."""
+        self.settle()
         return len(self._flying)
 
     @property
@@ -183,7 +206,7 @@ class Batcher:
 
     def _enqueue(self, job: Job) -> None:
         if self._alone is not None:
-            self._queue.charge(self._alone.tenant, len(self._alone.block))
+            self._queue.charge(*self._alone)
             self._alone = None
         if self._gathering is None or self._queue.columns(job.key):
             self._queue.add(job)
@@ -363,14 +386,14 @@ class Batcher:
             if self._gathering is not None:
                 self._gather_rest(self._gathering, head.key, room, now)
             if batch:
-                self._fly(batch, _width(batch))
+                self._fly(batch[0].key, _width(batch))
             return batch
         return []
 
-    def _fly(self, batch: Sequence[Job], width: int) -> None:
+    def _fly(self, key: Hashable, width: int) -> None:
         """Notes that a launch begins."""
         self.begun += 1
-        self._flying.append(batch[0].key)
+        self._flying.append(key)
         self._in_flight += width
 
     def _gather_rest(self, gathering: Gathering, key: Hashable, room: int, now: float) -> None:
@@ -384,40 +407,63 @@ class Batcher:
                 for ripe in gathering.add(job, room, now):
                     self._queue.add(ripe)
 
-    def _launch(self, batch: Sequence[Job], *, hands_on: bool = False) -> None:
-        """Multiplies, and lets those go on whose products these are; before that, it may have somebody else lead."""
+    def _launch_alone(self, job: Job) -> Any:
+        """Multiplies what waits beside nothing else. Where nobody came meanwhile, its end is noted later: the answer goes first."""
+        width, failed, started = len(job.block), True, self._clock()
+        try:
+            results = self._execute(job.key, (job,))
+            _check_count(results, 1)
+            failed = False
+        finally:
+            finished = self._clock()
+            seconds = finished - started
+            with self._lock:
+                self._ended = _Ended(job.key, job.crowd, width, started, finished, failed)
+                if failed or self._several or self._alone is None:
+                    seconds = self._note_end()
+        job.width, job.started, job.finished, job.device_seconds = width, started, finished, seconds
+        return results[0]
+
+    def _note_end(self) -> float:
+        """Notes that a launch has ended, where that was left, and has somebody lead who waits. Returns what `_land` does."""
+        ended, self._ended = self._ended, None
+        if ended is None:
+            return 0.0
+        try:
+            return self._land(ended)
+        finally:
+            if not self._several:
+                self._appoint()
+
+    def _launch(self, batch: Sequence[Job]) -> None:
+        """Multiplies, and lets those go on whose products these are."""
         started = self._clock()
         width = _width(batch)
         error: BaseException | None = None
         results: Sequence[Any] = ()
         try:
             results = self._execute(batch[0].key, batch)
-            if len(results) != len(batch):
-                raise RuntimeError(f"{len(results)} results for {len(batch)} blocks")  # noqa: TRY301 - everybody must hear
+            _check_count(results, len(batch))
         except BaseException as raised:  # noqa: BLE001 - it is raised again, in each caller's own thread
             error, results = raised, [None] * len(batch)
         finished = self._clock()
         with self._lock:
-            try:
-                seconds = self._land(batch[0], width, started, finished, failed=error is not None)
-            finally:
-                if hands_on:
-                    self._appoint()
+            seconds = self._land(_Ended(batch[0].key, batch[0].crowd, width, started, finished, error is not None))
         for job, result in zip(batch, results, strict=True):
             job.result, job.width, job.started, job.finished = result, width, started, finished
             job.device_seconds = seconds * len(job.block) / width
             job.finish(error)
 
-    def _land(self, first: Job, width: int, started: float, finished: float, *, failed: bool) -> float:
+    def _land(self, ended: "_Ended") -> float:
         """Notes that a launch has ended. Returns the seconds that the device had for it."""
-        self._flying.remove(first.key)
+        key, crowd, width, started, finished, failed = ended
+        self._flying.remove(key)
         self._in_flight -= width
-        if self._alone is first:  # Nobody came meanwhile.
-            self._alone = None
+        self._alone = None
         seconds = max(finished - max(started, self._landed), 0.0)  # While another was computed, this one waited.
         self._landed = max(finished, self._landed)
-        if not failed and first.crowd is not None:
-            first.crowd.answered(width, finished - seconds, finished)
+        if not failed and crowd is not None:
+            crowd.answered(width, finished - seconds, finished)
         self._launched_seconds = _MEMORY * self._launched_seconds + seconds
         self._launched_columns = _MEMORY * self._launched_columns + width
         if self._parked:
@@ -459,6 +505,11 @@ def split(block: Block, widths: Sequence[int]) -> list[Block]:
 
 def _width(batch: Sequence[Job]) -> int:
     return len(batch[0].block) if len(batch) == 1 else sum([len(job.block) for job in batch])
+
+
+def _check_count(results: Sequence[Any], blocks: int) -> None:
+    if len(results) != blocks:
+        raise RuntimeError(f"{len(results)} results for {blocks} blocks")
 
 
 def _timeout(seconds: float) -> float:

@@ -496,6 +496,11 @@ class Engine:
             charge(job.device_seconds)
         return answer
 
+    def settle(self) -> None:
+        """For whoever has answered a product, and has time now: notes what was left of it."""
+        for lane in self.lanes:
+            lane.launches.settle()
+
     @contextlib.contextmanager
     def _metered(self, tenant: str, columns: int) -> Iterator[Callable[[float], None]]:
         """Counts vectors against the limits of a tenant, and the seconds of device time that the function is given.

@@ -61,6 +61,10 @@ class Launches:
         """Vectors in launches."""
         return self._batcher.in_flight
 
+    def settle(self) -> None:
+        """For whoever has answered a product, and has time now: notes what was left of it."""
+        self._batcher.settle()
+
     def multiply(
         self, job: _batcher.Job, on_queue: Callable[[Callable[[], None]], object]
     ) -> tuple[_codec.Array, curvature_pb2.ProductInfo]:

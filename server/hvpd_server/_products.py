@@ -88,6 +88,7 @@ class Products:
         """Counts a product whose answer the transport has taken, or never will."""
         spec, point, vectors = product
         now = time.monotonic()
+        self._engine.settle()
         self._metrics.answered(METHOD, now - vectors.arrived, vectors.receiving, now - answer.computed)
         if self._tracing is not None:
             digest, n = point.objective.digest, point.objective.sizes[spec.block]

@@ -304,6 +304,7 @@ class CurvatureService:
         )
         if call.span is not None:
             call.span.made(info, time.monotonic(), n=vectors.block.shape[1], k=request.spec.k)
+        self._engine.settle()
         if request.spec.quadratic_form:
             result = quadratic_form(vectors.block, result)
         return curvature_pb2.ComputeProductResponse(vectors=bytes(_codec.payload(result)), info=info)

@@ -8,7 +8,7 @@ import pytest
 from google.rpc import status_pb2
 
 from hvpd._errors import Failure
-from hvpd._exchange import Exchange
+from hvpd._exchange import Asked, Exchange
 from hvpd._frames import Frame
 from hvpd._stream import RpcFailure
 from hvpd.v1 import curvature_pb2
@@ -62,7 +62,7 @@ class Server:
 
 def exchange(rows, limit=2):
     block = np.arange(rows, dtype=np.float64)[:, None] * np.ones(N)
-    return block, Exchange(curvature_pb2.ProductSpec(point_id="p"), block, limit=limit, priority=0)
+    return block, Exchange(Asked("p"), block, limit=limit, priority=0)
 
 
 def attempt(exchange, server):

@@ -16,7 +16,7 @@ from hvpd._vector_pool import VectorPool, VectorStream
 from hvpd._vectors import Connection
 from hvpd.v1 import curvature_pb2
 
-SPEC = curvature_pb2.ProductSpec(point_id="p", operator=curvature_pb2.OPERATOR_HESSIAN, k=1)
+SPEC = curvature_pb2.ProductSpec(point_id="p", operator=curvature_pb2.OPERATOR_HESSIAN, k=1).SerializeToString()
 V = np.ones((1, 3))
 
 

@@ -5,11 +5,13 @@ The device is a fake that the test holds busy, and the clock a fake where time d
 """
 
 import collections
+import gc
 import itertools
 import queue
 import random
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -746,6 +748,40 @@ def test_a_launch_that_fails_tells_a_crowd_nothing(start):
     with pytest.raises(ZeroDivisionError):
         bench.run(bench.job(1, key="broken", crowd=crowd))
     assert crowd.launched == []
+
+
+def test_the_end_of_a_lone_launch_is_noted_when_there_is_time_or_somebody_looks(start):
+    bench = Bench(start)
+    crowd = Expecting(0)
+    bench.device.let_go()
+    ways = [bench.batcher.settle, lambda: bench.batcher.in_flight, lambda: bench.batcher.launches]
+    for number, look in enumerate(ways, 1):
+        bench.run(bench.job(number, crowd=crowd))
+        assert len(crowd.launched) == number - 1
+        look()
+        assert len(crowd.launched) == number
+    assert bench.batcher.in_flight == bench.batcher.launches == 0
+
+
+def test_the_next_product_finds_the_end_of_a_lone_launch_noted(start):
+    bench = Bench(start)
+    crowd = Expecting(0)
+    bench.device.let_go()
+    for number in range(3):
+        bench.run(bench.job(number, crowd=crowd))
+        assert len(crowd.launched) == number
+    assert bench.batcher.begun == 3
+
+
+def test_nothing_of_a_lone_product_is_kept_once_it_is_there(start):
+    bench = Bench(start)
+    bench.device.let_go()
+    job = bench.job(1)
+    kept = weakref.ref(job.block)
+    bench.run(job)
+    del job
+    gc.collect()
+    assert kept() is None
 
 
 class Runway:

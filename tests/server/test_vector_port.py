@@ -46,6 +46,10 @@ class Engine:
 
     def __init__(self):
         self.asked = []
+        self.settled = 0
+
+    def settle(self):
+        self.settled += 1
 
     def resident(self, spec, tenant):
         if spec.point_id == "nowhere":
@@ -176,6 +180,7 @@ def test_products_come_back_one_after_the_other(port, engine):
         ("tenant", 7),
         ("tenant", -100),
     ]
+    until(lambda: engine.settled == 3)
 
 
 def test_large_ones_do_too(port):
