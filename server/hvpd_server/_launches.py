@@ -349,15 +349,18 @@ class Launches:
         objective, kernels = point.objective, source.kernels
         if objective.plan.program(width) != "apply":
             return None
-        if not objective.plan.needs_apply:
-            if not (kernels.ready("apply", width) and kernels.ready("prepare")):
+        ready, waits = kernels.ready("apply", width), objective.plan.needs_apply
+        found: Sequence[Any] | None = self._residency.get(("residuals", point.id)) if ready or waits else None
+        if found is not None:
+            return found
+        if not waits:
+            if not (ready and kernels.ready("prepare")):
                 kernels.request("prepare")
                 kernels.request("apply", width)
                 return None
             if point.launches < 2:  # Whoever asks for one product alone pays for no residuals.
                 return None
-        found: Sequence[Any] | None = self._residency.get(("residuals", point.id))
-        return found if found is not None else self._make_residuals(point, source)
+        return self._make_residuals(point, source)
 
     def _make_residuals(self, point: Point, source: _sources.Resident) -> Sequence[Any] | None:
         """New residuals, resident where there is room. None: they pay only with room, and there is none.

@@ -35,6 +35,9 @@ class FakeEngine:
     def resident(self, spec, tenant):
         return FakePoint()
 
+    def settle(self):
+        pass
+
     def multiply(self, point, program, vectors, **settings):
         self.asked.append((settings["tenant"], settings["priority"]))
         return vectors, curvature_pb2.ProductInfo()
