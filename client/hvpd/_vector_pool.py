@@ -94,7 +94,7 @@ class VectorStream:
             message = bytes(connection.receive(size))
             answer = curvature_pb2.ProductInfo.FromString(message) if kind == _vectors.ANSWERED else _failure(message)
             if count:
-                connection.receive_into(target.reshape(-1).view(_codec.BYTE).data)
+                connection.receive_into(_codec.octets(target))
         except DecodeError as error:
             raise RpcFailure(Failure(_CODE.DATA_LOSS, f"the server's answer cannot be read: {error}")) from None
         except TimeoutError as error:

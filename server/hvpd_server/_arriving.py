@@ -106,8 +106,7 @@ class Vectors:
 
     @property
     def block(self) -> _codec.Array:
-        found: _codec.Array = np.frombuffer(self._buffer, self._dtype).reshape(self._shape)
-        return found
+        return np.ndarray(self._shape, self._dtype, self._buffer)
 
 
 def whole(vector: Vectors, chunks: Iterable[_codec.Buffer]) -> _codec.Array:
