@@ -11,7 +11,6 @@ Then, as often as the caller likes, one product after the other, all integers li
 docs/vector-port.md says it for those who write another client.
 """
 
-import contextlib
 import select
 import socket
 import ssl
@@ -161,8 +160,10 @@ class Connection:
     def wait(self) -> None:
         """Waits until something comes, for as long as it takes; raises as `receive` does."""
         while not self.pending:
-            with contextlib.suppress(TimeoutError):
+            try:
                 self._end = self._read(self._room)
+            except TimeoutError:
+                continue
 
     def _step(self, call: Callable[[_T], int], argument: _T) -> int:
         """One call of the socket's, which may take as long as a step may, and no longer than until the deadline."""

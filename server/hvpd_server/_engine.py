@@ -21,7 +21,7 @@ from hvpd_server._board import Board
 from hvpd_server._checks import Checks
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._lane import Lane
-from hvpd_server._limits import Limits, Meters
+from hvpd_server._limits import Limits, Meters, no_limits
 from hvpd_server._metrics import Live, Memory, Metrics
 from hvpd_server._objective import OPERATORS, Objective, program_of
 from hvpd_server._owners import Owners
@@ -489,7 +489,7 @@ class Engine:
         """
         job = _batcher.Job((point, program, seed), vectors, tenant, deadline, priority)
         launches = self.lane(point.objective).launches
-        if not self.limits.tenants(tenant):  # As mostly: nothing is to be counted.
+        if self.limits.tenants is no_limits or not self.limits.tenants(tenant):  # As mostly: nothing is to be counted.
             return launches.multiply(job, on_queue)
         with self._metered(tenant, len(vectors)) as charge:
             answer = launches.multiply(job, on_queue)

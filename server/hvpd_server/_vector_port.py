@@ -306,11 +306,15 @@ class VectorPort:
         try:
             if call.caller is not None:
                 call.caller.check()
-            again = encoded == call.encoded
-            spec = call.spec if again else _parsed(encoded)
-            # Mostly it is what was asked for before: that holds for the point by that name, if it is still there.
-            point = self._engine.point(spec.point_id, call.owner) if again else self._engine.resident(spec, call.owner)
-            call.encoded, call.spec = encoded, spec
+            if (
+                encoded == call.encoded
+            ):  # As mostly. What was found possible is so still, where the point is still there.
+                spec = call.spec
+                point = self._engine.point(spec.point_id, call.owner)
+            else:
+                spec = _parsed(encoded)
+                point = self._engine.resident(spec, call.owner)
+                call.encoded, call.spec = encoded, spec
             product = Product(spec, point, vectors_of(spec, point, self._arrivals, call.tenant))
             room, call.spare = product.vectors.room(payload_bytes, call.spare), None
         except Exception as error:  # noqa: BLE001 - one product's error, the connection goes on
@@ -366,7 +370,7 @@ class _Call:
         self._cancel = nothing
         self.encoded: bytes | None = None
         self.spec = curvature_pb2.ProductSpec()
-        """What was asked for last, as it came and as it is; it was found to be possible."""
+        """What was asked for last, as it came and as it is."""
         self.answered = 0.0
         """When the last product's answer had left, on time.monotonic's clock."""
         self.prompt = False
