@@ -67,7 +67,8 @@ class Residency:
         self._clock = clock
         self._lock = threading.Lock()
         self._entries: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
-        self._latest = _NO_ENTRY  # Used last.
+        self._latest = _NO_ENTRY  # Used last, but for what is put off.
+        self._put_off: Hashable | None = None  # Something that this needs: used since.
         self._leased: set[Hashable] = set()
         # Also what is small takes memory of the host, some 12 KiB a point.
         self._most_entries = max(budget_bytes // _ENTRY_BYTES, _LEAST_ENTRIES)
@@ -94,7 +95,13 @@ class Residency:
             entry = self._entries.get(key)
             if entry is None or (user is not None and user not in entry.users):
                 return None
-            if entry is not self._latest or self._leased:  # What was used last is so still; leases count from each use.
+            if self._leased:  # Leases count from each use.
+                self._touch(key)
+            elif entry is self._latest:  # It is so still, and what was put off is used with it.
+                self._put_off = None
+            elif self._put_off is None and key in self._latest.all_needs:
+                self._put_off = key  # Mostly a point, whose residuals come next, again.
+            else:
                 self._touch(key)
             self._hits[entry.kind] += 1
             return entry.value
@@ -135,6 +142,7 @@ class Residency:
             self._forget(key, [])
             present = tuple(need for need in dict.fromkeys(needs) if need in self._entries)
             self._check(size_bytes, kind, present)
+            self._catch_up()
             if not evict and sum(self._used.values()) + size_bytes > self.budget_bytes:
                 raise no_room(size_bytes)
             for need in present:
@@ -281,6 +289,7 @@ class Residency:
         excess = self._bytes(times) - limit
         if excess <= 0:
             return evicted
+        self._catch_up()
         staying = {keep, *self._pinned(user)}
         for key in sorted(had.keys() - staying, key=lambda key: self._entries[key].used):
             for part in had[key]:
@@ -373,15 +382,21 @@ class Residency:
     def _bytes(self, keys: Iterable[Hashable]) -> int:
         return sum(self._entries[key].size_bytes for key in keys)
 
+    def _catch_up(self) -> None:
+        """Notes the use that was put off, now that the order counts."""
+        key, self._put_off = self._put_off, None
+        if key is not None:
+            self._touch(key)
+
     def _touch(self, key: Hashable) -> None:
-        entries, used, latest = self._entries, next(self._uses), self._latest.used
+        self._catch_up()
+        entries, used = self._entries, next(self._uses)
         entry = entries[key]
         for each, needed in entry.all_needs.items():
             if needed.leases:
                 self._renew(each, needed)
-            if needed.used != latest:  # Else it is last already, but for this.
-                needed.used = used
-                entries.move_to_end(each)
+            needed.used = used
+            entries.move_to_end(each)
         self._latest, entry.used = entry, used
         if entry.leases:
             self._renew(key, entry)
@@ -401,7 +416,7 @@ class Residency:
         if entry is None:
             return
         if self._latest is entry:
-            self._latest = _NO_ENTRY
+            self._latest, self._put_off = _NO_ENTRY, None
         self._leased.discard(key)
         for user in entry.users:
             self._joined[user].discard(key)

@@ -66,6 +66,31 @@ def test_residuals_that_nobody_uses_go_before_their_point_that_somebody_does(res
     assert keys(residency, "dpqr") == "dpq"
 
 
+_NEEDED = {"d": "", "p": "d", "q": "d", "r": "dp", "s": "dq"}
+"""Data, points, and their residuals."""
+
+
+@given(st.text("".join(_NEEDED), max_size=12), st.integers(1, 10))
+def test_what_is_needed_is_used_whenever_what_needs_it_is(asked, room):
+    residency, order = Residency(10), list[str]()
+
+    def use(key):
+        for each in _NEEDED[key] + key:
+            order[:] = [*(other for other in order if other != each), each]
+
+    for key, needed in _NEEDED.items():
+        residency.put(key, "kind", key, 2, needs=needed[-1:])
+        use(key)
+    for key in asked:
+        assert residency.get(key) == key
+        use(key)
+    residency.put("new", "kind", "N", room)
+    while 2 * len(order) + room > 10:
+        oldest = order[0]
+        order = [key for key in order if key != oldest and oldest not in _NEEDED[key]]
+    assert keys(residency, _NEEDED) == "".join(sorted(order))
+
+
 def test_what_is_dropped_is_let_go(residency):
     class Array:
         pass
