@@ -9,6 +9,9 @@ import threading
 
 from hvpd.v1 import objective_pb2
 
+_GAIN = 1.1
+"""How many times as fast `apply` must be: each point's residuals take memory, and a `prepare`, for which some ten products pay then."""
+
 
 class Plan:
     """The choice for one objective, by block width.
@@ -35,7 +38,7 @@ class Plan:
         self._pairs_pay = True
         self._seen: dict[tuple[str, int], _Times] = {}
         self._settled: dict[int, objective_pb2.Choice] = {}
-        """By block width, what was measured to be faster: from then on it stays, and so do a product's bits."""
+        """By block width, what was chosen by what was measured: from then on it stays, and so do a product's bits."""
 
     def add(self, program: str, width: int, seconds: float) -> None:
         """Notes how long a launch took; not where that decides nothing any more."""
@@ -111,8 +114,13 @@ class Plan:
         elif not (hvp.enough and apply.enough):
             choice.program, choice.reason = "apply" if hvp.enough else "hvp", "not yet measured"
         else:
-            choice.program = "apply" if apply.latest < hvp.latest else "hvp"
-            choice.reason = "measured to be faster"
+            worth = _GAIN * apply.latest < hvp.latest
+            choice.program = "apply" if worth else "hvp"
+            choice.reason = (
+                "measured to be faster"
+                if worth or hvp.latest <= apply.latest
+                else "apply is hardly faster, and takes memory"
+            )
             self._settled[width] = choice
         return choice
 

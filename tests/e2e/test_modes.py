@@ -79,12 +79,13 @@ def test_the_plan_says_what_was_chosen_and_why(serve, problem):
             H @ np.ones(24)
             (choice,) = auto.plan()
             tried.add(choice.reason)
-            if choice.reason == "measured to be faster":
+            if choice.reason != "not yet measured":
                 break
-        assert tried >= {"measured to be faster", "not yet measured"}
-        faster = "hvp" if choice.hvp_seconds <= choice.apply_seconds else "apply"
-        assert choice.width == 1
-        assert choice.program == faster
+        assert "not yet measured" in tried
+        worth = 1.1 * choice.apply_seconds < choice.hvp_seconds
+        hardly = "apply is hardly faster, and takes memory"
+        faster = "measured to be faster" if worth or choice.hvp_seconds <= choice.apply_seconds else hardly
+        assert (choice.width, choice.program, choice.reason) == (1, "apply" if worth else "hvp", faster)
         fixed = client.register(softmax_regression, W, X, Y, mode="linearized")
         fixed.at(W).hessian() @ np.ones(24)
         assert [(c.width, c.program, c.reason) for c in fixed.plan()] == [(1, "apply", "mode linearized")]
