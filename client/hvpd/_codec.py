@@ -77,13 +77,10 @@ def payload(array: Array) -> memoryview:
 
 
 def octets(array: Array) -> memoryview:
-    """The memory of a contiguous array, as bytes."""
+    """The memory of a contiguous array, as bytes: mostly by a cast, which with cold caches takes a third of the time of a view."""
     try:
         return array.data.cast("B")
-    except (
-        TypeError,
-        ValueError,
-    ):  # It is empty, or Python does not know the dtype. Always so, it would take thrice as long.
+    except (TypeError, ValueError):  # It is empty, or Python does not know the dtype.
         return array.reshape(-1).view(np.uint8).data
 
 

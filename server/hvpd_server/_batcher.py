@@ -95,10 +95,8 @@ class Batcher:
         self._yielding = 0  # Launches in flight that do not run: they are in `alone`, and one of them has its turn.
         self._turn = threading.Lock()
         self._landing = threading.Condition(self._lock)
-        self._alone: tuple[str, int] | None = (
-            None  # Tenant and vectors of a launch in flight that never was in the queue.
-        )
-        self._ended: _Ended | None = None  # A launch whose end is not noted yet, and makes no difference to anybody.
+        self._alone: tuple[str, int] | None = None  # Tenant and vectors of a launch in flight that was in no queue.
+        self._ended: _Ended | None = None  # A launch whose end is not noted yet: nobody waited for it.
         self._held: tuple[Crowd, int] | None = None
         self._launched_seconds = 0.0
         self._launched_columns = 0.0
