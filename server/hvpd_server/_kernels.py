@@ -152,6 +152,13 @@ class Device:
         sharding = self._split if data and self.splits(shape) else self._whole
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
+    def run(self, compiled: Compiled, args: Sequence[Any]) -> Any:
+        """Runs a program. On several devices one at a time, to its end."""
+        if self._turn is None:
+            return compiled(*args)
+        with self._turn:
+            return jax.block_until_ready(compiled(*args))
+
     def compile(
         self, function: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct], *, deterministic: bool = False
     ) -> Compiled:
@@ -165,16 +172,7 @@ class Device:
             except _reading.Refused as error:
                 raise ServiceError(Code.INVALID_ARGUMENT, error.reason, f"a program {error}") from None
             compiled: Compiled = lowered.compile(compiler_options=options)
-        if self._turn is None:
-            return compiled
-        turn = self._turn
-
-        def in_turn(*args: Any) -> Any:
-            """On several devices one at a time, to its end."""
-            with turn:
-                return jax.block_until_ready(compiled(*args))
-
-        return in_turn
+        return compiled
 
 
 class Programs:
@@ -292,7 +290,7 @@ class Kernels:
         """Runs a program, waiting for its compile where it is not ready; results are on the device, perhaps not computed yet."""
         compiled = self._ready.get((name, width)) or self.request(name, width).result()
         try:
-            return compiled(*args)
+            return self._device.run(compiled, args)
         except jax.errors.JaxRuntimeError as error:
             _tell(error)
         except (

@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 
 import hvpd
 from hvpd import _request_id
+from hvpd._exchange import Asked
 from hvpd.v1 import curvature_pb2, curvature_pb2_grpc, objective_pb2, objective_pb2_grpc
 from hvpd_server import _auth
 
@@ -89,13 +90,13 @@ def test_the_id_in_an_error_is_the_one_in_the_log(logged, caller):
 
 def test_products_of_a_stream_have_the_streams_id_and_their_tag(logged, objective):
     point = objective.at(np.ones(3))
-    spec = curvature_pb2.ProductSpec(point_id=point._id, operator=curvature_pb2.OPERATOR_GGN)
+    asked = Asked(point._id, curvature_pb2.OPERATOR_GGN)
     ids = []
     pool = point._transport._vectors
     until(lambda: (point.hessian() @ np.ones(3)).any() and pool.ready)  # From then on they go past gRPC.
     for _ in range(2):
         with pytest.raises(hvpd.HvpdError) as error:
-            point._transport.multiply(spec, np.ones((1, 3)), restore=point._restore)
+            point._transport.multiply(asked, np.ones((1, 3)), restore=point._restore)
         ids.append(error.value.request_id)
     (stream, first), (other, second) = (each.split("/") for each in ids)
     assert stream == other
@@ -108,9 +109,9 @@ def test_products_of_a_stream_have_the_streams_id_and_their_tag(logged, objectiv
 
 def test_blocks_too_wide_for_one_launch_have_ids_too(objective, caller):
     point = objective.at(np.ones(3))
-    spec = curvature_pb2.ProductSpec(point_id=point._id, operator=curvature_pb2.OPERATOR_GGN)
+    asked = Asked(point._id, curvature_pb2.OPERATOR_GGN)
     with pytest.raises(hvpd.HvpdError) as error:
-        caller._transport.multiply(spec, np.ones((200, 3)), restore=point._restore)
+        caller._transport.multiply(asked, np.ones((200, 3)), restore=point._restore)
     assert error.value.request_id.count("/") == 1
 
 
@@ -124,7 +125,7 @@ def test_a_point_that_is_forgotten_is_no_news(logged, objective):
     point._id = "0" * 64
     with pytest.raises(hvpd.HvpdError):
         point._transport.multiply(
-            curvature_pb2.ProductSpec(point_id=point._id, operator=curvature_pb2.OPERATOR_HESSIAN),
+            Asked(point._id),
             np.ones((1, 3)),
             restore=lambda: (_ for _ in ()).throw(hvpd.HvpdError("once is enough")),
         )

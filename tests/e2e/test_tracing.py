@@ -18,6 +18,7 @@ import pytest
 
 import hvpd
 from hvpd import _tracing
+from hvpd._exchange import Asked
 from hvpd.v1 import curvature_pb2, curvature_pb2_grpc
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc", reason="pip install 'hvpd[otel]'")
@@ -243,9 +244,9 @@ def test_a_failure_is_in_both_spans_and_the_log_knows_the_trace(client, exporter
 
 def test_so_is_that_of_a_product_on_a_stream(point, exporter, collector):
     exporter.clear()
-    spec = curvature_pb2.ProductSpec(point_id=point._id, operator=curvature_pb2.OPERATOR_GGN)
+    asked = Asked(point._id, curvature_pb2.OPERATOR_GGN)
     with pytest.raises(hvpd.HvpdError) as error:
-        point._transport.multiply(spec, np.ones((1, 3)), restore=point._restore)
+        point._transport.multiply(asked, np.ones((1, 3)), restore=point._restore)
     (ours,) = named(exporter, "hvpd.product")
     assert ours.status.status_code is StatusCode.ERROR
     (theirs,) = collector.find(name="hvpd.product", parent=hex_ids(ours)[1])
@@ -253,16 +254,15 @@ def test_so_is_that_of_a_product_on_a_stream(point, exporter, collector):
     assert facts(theirs)["request_id"] == error.value.request_id == ours.attributes["hvpd.request_id"]
 
 
-def test_a_product_whose_point_was_forgotten_is_one_span_with_what_it_took(point, exporter):
+def test_a_product_whose_point_was_forgotten_is_one_span_with_what_it_took(client, exporter):
+    def registered():
+        return client.register(cubic, np.ones(3), np.full(3, 2.0), name="forgotten")
+
+    point = registered().at(np.ones(3))
+    assert client.delete("forgotten")  # With its points.
+    registered()
     exporter.clear()
-    spec = curvature_pb2.ProductSpec(point_id="0" * 64, operator=curvature_pb2.OPERATOR_HESSIAN)
-
-    def restore():
-        point._restore()
-        spec.point_id = point._id
-
-    found = point._transport.multiply(spec, np.ones((1, 3)), restore=restore)
-    np.testing.assert_allclose(found, np.full((1, 3), 6.0))
+    np.testing.assert_allclose(point.hessian() @ np.ones(3), np.full(3, 12.0))
     (ours,) = named(exporter, "hvpd.product")
     (event,) = ours.events
     assert (event.name, event.attributes["hvpd.reason"]) == ("retry", "POINT_NOT_RESIDENT")

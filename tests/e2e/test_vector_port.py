@@ -14,7 +14,7 @@ import scipy.sparse.linalg
 import trustme
 
 import hvpd
-from hvpd.v1 import curvature_pb2
+from hvpd._exchange import Asked
 from hvpd_server import _auth
 
 N = 300
@@ -413,14 +413,14 @@ def test_a_point_is_for_who_has_its_x_there_too(secured, serve, client_of):
     assert past(client, H)
     assert past(other, J)
     theirs = client.objective(H.point.objective.digest).at(X + 1)
-    spec = curvature_pb2.ProductSpec(point_id=theirs._id, operator=curvature_pb2.OPERATOR_HESSIAN)
+    asked = Asked(theirs._id)
 
     def restore():
         raise LookupError("it was said not to be there")
 
     with pytest.raises(LookupError):
-        other._transport.multiply(spec, np.ones((1, N)), restore=restore)
-    assert client._transport.multiply(spec, np.ones((1, N)), restore=restore).shape == (1, N)
+        other._transport.multiply(asked, np.ones((1, N)), restore=restore)
+    assert client._transport.multiply(asked, np.ones((1, N)), restore=restore).shape == (1, N)
 
 
 def test_the_port_is_where_it_was_said_to_be(serve, client_of):

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from grpc_status import rpc_status
 
 import hvpd
+from hvpd._exchange import Asked
 from hvpd.v1 import (
     blob_pb2,
     blob_pb2_grpc,
@@ -519,7 +520,7 @@ def test_all_products_of_a_client_have_its_priority():
     ]
     V = np.arange(6.0).reshape(3, 2)
     with serving(*services) as address, hvpd.connect(address, priority=-7) as client:
-        products = client._transport.multiply(curvature_pb2.ProductSpec(), V, restore=lambda: None)
+        products = client._transport.multiply(Asked("p"), V, restore=lambda: None)
     np.testing.assert_array_equal(products, V)
     assert asked == [(2, -7), (1, -7)]
 

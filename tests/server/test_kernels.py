@@ -225,7 +225,7 @@ def test_a_device_that_does_nothing_any_more_ends_the_process(rosen, kernels_of,
         raise error
 
     monkeypatch.setattr(_kernels.os, "_exit", ended.append)
-    monkeypatch.setattr(Device, "compile", lambda *args, **options: fail)
+    monkeypatch.setattr(Device, "run", fail)
     with pytest.raises(jax.errors.JaxRuntimeError):
         kernels.call("value_and_grad", 0, rosen.x)
     monkeypatch.setattr(jax, "local_devices", lambda: [Failing()])
@@ -246,11 +246,12 @@ def test_a_device_that_does_nothing_any_more_ends_the_process(rosen, kernels_of,
 def test_who_computes_without_descriptors_is_told_to_come_back(export, rosen, kernels_of, monkeypatch, says, expected):
     """As libstdc++ says it, in a thread that computes for the first time."""
     kernels = kernels_of(rosen.export)
+    kernels.request("value_and_grad").result()
 
-    def fails(*args):
+    def fails(compiled, args):
         raise ValueError(says)
 
-    monkeypatch.setattr(Device, "compile", lambda *args, **options: fails)
+    monkeypatch.setattr(kernels._device, "run", fails)
     with pytest.raises(expected) as error:
         kernels.call("value_and_grad", 0, rosen.x)
     if expected is ServiceError:

@@ -471,6 +471,9 @@ class Engine:
             objective=types.SimpleNamespace(digest="d" * 64, sizes=(4,), dtype=np.dtype("float64"), bundle=bundle)
         )
 
+    def settle(self):
+        pass
+
     def multiply(self, point, program, vectors, **settings):
         if len(vectors) == 2:
             raise ServiceError(Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "full", retry_after=0.1)
