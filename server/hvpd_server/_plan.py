@@ -114,13 +114,11 @@ class Plan:
         elif not (hvp.enough and apply.enough):
             choice.program, choice.reason = "apply" if hvp.enough else "hvp", "not yet measured"
         else:
-            worth = _GAIN * apply.latest < hvp.latest
-            choice.program = "apply" if worth else "hvp"
-            choice.reason = (
-                "measured to be faster"
-                if worth or hvp.latest <= apply.latest
-                else "apply is hardly faster, and takes memory"
-            )
+            choice.program, choice.reason = "hvp", "measured to be faster"
+            if hvp.latest > _GAIN * apply.latest:
+                choice.program = "apply"
+            elif hvp.latest > apply.latest:
+                choice.reason = "apply is hardly faster, and takes memory"
             self._settled[width] = choice
         return choice
 
