@@ -181,6 +181,7 @@ class Transport:
             *identity,
         )
         self._local = _is_local(host)
+        self._restoring = threading.local()  # `ends`: when the call must end for which this thread makes a point again.
         self._tls = tls
         self._tracing = _tracing.of(address)
         self._owner = os.getpid()
@@ -327,14 +328,16 @@ class Transport:
 
         Args:
             attempt: One try; raises grpc.RpcError or RpcFailure.
-            restore: Makes the point resident again, when the server has forgotten it.
+            restore: Makes the point resident again, when the server has forgotten it: by calls of its own, within the time of this one.
             request_id: What it is sent with; empty where a stream knows.
 
         Raises:
             HvpdError: The attempt failed for good, or for longer than the retry timeout.
         """
         started = time.monotonic()
-        ends = started + self._timeout if self._timeout is not None else float("inf")
+        ends = float("inf")
+        if self._timeout is not None:
+            ends = min(started + self._timeout, getattr(self._restoring, "ends", ends))
         gives_up: float | None = None
         pause, cut = _PAUSE, 0
         while True:
@@ -350,10 +353,21 @@ class Transport:
             cut += failure.code is _CODE.UNAVAILABLE and now - tried > _AT_WORK
             # Counted from the first failure: a product may have been under way for longer than that.
             gives_up = gives_up or min(now + self._retry_timeout, ends)
-            if failure.reason == "POINT_NOT_RESIDENT" and restore is not None and now < gives_up:
-                self._repeats(failure)
-                restore()
-                continue
+            if failure.reason == "POINT_NOT_RESIDENT" and restore is not None:
+                if now < gives_up:
+                    self._repeats(failure)
+                    self._restoring.ends = ends
+                    try:
+                        restore()
+                    finally:
+                        del self._restoring.ends
+                    continue
+                failure = dataclasses.replace(
+                    failure,
+                    code=_CODE.DEADLINE_EXCEEDED if now >= ends else _CODE.RESOURCE_EXHAUSTED,
+                    message=f"the server at {self.address} forgot the point as often as it was made again, for "
+                    f"retry_timeout={self._retry_timeout:g} s: it has too little memory for all that is asked of it",
+                )
             wait = failure.retry_after if failure.retry_after is not None else pause
             if failure.code is _CODE.DEADLINE_EXCEEDED and self._timeout is not None:
                 failure = dataclasses.replace(

@@ -70,6 +70,36 @@ def test_a_point_that_is_forgotten_after_a_long_wait_is_made_again(call):
     assert made == [1]
 
 
+def test_a_point_that_is_forgotten_again_and_again_is_no_name_that_is_not_there(call, clock):
+    """The server has too little memory; or the caller too little time."""
+    began = clock.now
+    with pytest.raises(
+        hvpd.OverloadedError, match="forgot the point as often as it was made again, for retry_timeout=60 s"
+    ) as error:
+        call(*[(1, FORGOTTEN)] * 1000, restore=lambda: None)
+    assert error.value.reason == "POINT_NOT_RESIDENT"
+    assert 59 < clock.now - began < 70
+
+
+def test_what_a_point_takes_to_be_made_again_counts(server, clock):
+    with hvpd.connect(server.address, timeout=5) as client:
+        lefts = []
+
+        def product(left):
+            lefts.append(left)
+            clock.now += 2
+            raise RpcFailure(FORGOTTEN)
+
+        def creation(left):
+            lefts.append(left)
+            clock.now += 1
+
+        with pytest.raises(hvpd.DeadlineError, match="did not answer within timeout=5 s"):
+            client._transport.call(product, restore=lambda: client._transport.call(creation))
+        assert lefts == [5, 3, 2]
+        assert client._transport.call(lambda left: left) == 5
+
+
 def test_after_the_retry_timeout_it_is_an_error(call, clock):
     began = clock.now
     with pytest.raises(hvpd.UnavailableError, match="the server is away") as error:
