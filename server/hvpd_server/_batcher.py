@@ -42,7 +42,7 @@ class _Ended(NamedTuple):
 
     key: Hashable
     crowd: Crowd | None
-    width: int
+    widths: Sequence[int]
     started: float
     finished: float
     failed: bool
@@ -384,7 +384,7 @@ class Batcher:
             if self._gathering is not None:
                 self._gather_rest(self._gathering, head.key, room, now)
             if batch:
-                self._fly(batch[0].key, _width(batch))
+                self._fly(batch[0].key, sum([len(job.block) for job in batch]))
             return batch
         return []
 
@@ -416,7 +416,7 @@ class Batcher:
             finished = self._clock()
             seconds = finished - started
             with self._lock:
-                self._ended = _Ended(job.key, job.crowd, width, started, finished, failed)
+                self._ended = _Ended(job.key, job.crowd, (width,), started, finished, failed)
                 if failed or self._several or self._alone is None:
                     seconds = self._note_end()
         job.width, job.started, job.finished, job.device_seconds = width, started, finished, seconds
@@ -436,7 +436,7 @@ class Batcher:
     def _launch(self, batch: Sequence[Job]) -> None:
         """Multiplies, and lets those go on whose products these are."""
         started = self._clock()
-        width = _width(batch)
+        widths = [len(job.block) for job in batch]
         error: BaseException | None = None
         results: Sequence[Any] = ()
         try:
@@ -446,22 +446,24 @@ class Batcher:
             error, results = raised, [None] * len(batch)
         finished = self._clock()
         with self._lock:
-            seconds = self._land(_Ended(batch[0].key, batch[0].crowd, width, started, finished, error is not None))
-        for job, result in zip(batch, results, strict=True):
-            job.result, job.width, job.started, job.finished = result, width, started, finished
-            job.device_seconds = seconds * len(job.block) / width
+            seconds = self._land(_Ended(batch[0].key, batch[0].crowd, widths, started, finished, error is not None))
+        total = sum(widths)
+        for job, width, result in zip(batch, widths, results, strict=True):
+            job.result, job.width, job.started, job.finished = result, total, started, finished
+            job.device_seconds = seconds * width / total
             job.finish(error)
 
     def _land(self, ended: "_Ended") -> float:
         """Notes that a launch has ended. Returns the seconds that the device had for it."""
-        key, crowd, width, started, finished, failed = ended
+        key, crowd, widths, started, finished, failed = ended
+        width = sum(widths)
         self._flying.remove(key)
         self._in_flight -= width
         self._alone = None
         seconds = max(finished - max(started, self._landed), 0.0)  # While another was computed, this one waited.
         self._landed = max(finished, self._landed)
         if not failed and crowd is not None:
-            crowd.answered(width, finished - seconds, finished)
+            crowd.answered(widths, finished - seconds, finished)
         self._launched_seconds = _MEMORY * self._launched_seconds + seconds
         self._launched_columns = _MEMORY * self._launched_columns + width
         if self._parked:
@@ -499,10 +501,6 @@ def split(block: Block, widths: Sequence[int]) -> list[Block]:
         found.append(block[row : row + width])
         row += width
     return found
-
-
-def _width(batch: Sequence[Job]) -> int:
-    return len(batch[0].block) if len(batch) == 1 else sum([len(job.block) for job in batch])
 
 
 def _check_count(results: Sequence[Any], blocks: int) -> None:

@@ -7,6 +7,7 @@ measured here, on what happens anyway. Knows no threads and no clock.
 """
 
 import collections
+from collections.abc import Sequence
 
 _GAIN = 1.1
 """How many times the vectors a second a wait, or a narrower launch, must promise."""
@@ -85,25 +86,28 @@ class Crowd:
         self.expected = 0
         """Vectors of those who were answered and have not asked again yet."""
 
-    def answered(self, columns: int, started: float, finished: float) -> None:
-        """Notes a launch whose callers are about to be answered."""
+    def answered(self, widths: Sequence[int], started: float, finished: float) -> None:
+        """Notes a launch whose callers are about to be answered, with so many vectors each."""
+        columns = sum(widths)
         self._habits.launched(columns, finished - started)
         if len(self._answered) == _RECORDS:
             self._give_up()
-        self._answered.append(_Answered(columns, finished))
+        self._answered.append(_Answered(list(widths), finished))
         self.expected += columns
 
     def arrived(self, columns: int, now: float) -> None:
-        """Notes that somebody asks, one of those, presumably, who were answered first."""
-        while columns and self._answered:
-            first = self._answered[0]
-            back = min(columns, first.missing)
-            first.missing -= back
-            self.expected -= back
-            columns -= back
-            if not first.missing:
-                self._answered.popleft()
-                self._habits.returned(now - first.time)
+        """Notes that somebody asks: presumably who was answered first of those who asked for as many vectors, or else of all."""
+        if not self._answered:
+            return
+        found, width = self._answered[0], columns
+        if columns not in found.missing:
+            found = next((answered for answered in self._answered if columns in answered.missing), found)
+            width = columns if columns in found.missing else found.missing[0]
+        found.missing.remove(width)
+        self.expected -= width
+        if not found.missing:
+            self._answered.remove(found)
+            self._habits.returned(now - found.time)
 
     def awaited(self, now: float) -> float:
         """Until when somebody is expected to ask again; `now` where nobody is. Who has taken too long is given up."""
@@ -153,16 +157,16 @@ class Crowd:
         return full
 
     def _give_up(self) -> None:
-        self.expected -= self._answered.popleft().missing
+        self.expected -= sum(self._answered.popleft().missing)
         self._habits.failed()
 
 
 class _Answered:
-    """A launch, and how many of its vectors' callers have not asked again."""
+    """A launch, and how many vectors each of its callers had who has not asked again."""
 
     __slots__ = ("missing", "time")
 
-    def __init__(self, missing: int, time: float) -> None:
+    def __init__(self, missing: list[int], time: float) -> None:
         self.missing = missing
         self.time = time
 

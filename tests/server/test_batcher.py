@@ -640,8 +640,8 @@ class Expecting:
     def arrived(self, columns, now):
         self.expected -= columns
 
-    def answered(self, columns, started, finished):
-        self.launched.append((columns, started, finished))
+    def answered(self, widths, started, finished):
+        self.launched.append((sum(widths), started, finished))
 
     def awaited(self, now):
         return float("inf") if self.expected > 0 else now

@@ -72,7 +72,7 @@ class Simulation:
                 self.crowd.arrived(1, time)
             self._waiting.append((caller, count))
         if self.crowd:
-            self.crowd.answered(width, started, self.now)
+            self.crowd.answered([1] * width, started, self.now)
         self.widths.append(width)
         for place, (caller, count) in enumerate(batch):
             self.answers += 1
@@ -176,7 +176,7 @@ def test_a_narrow_launch_does_not_fill_the_time_until_the_others_come(pause, hel
     for _ in range(20):
         habits.returned(pause)
     crowd = Crowd(habits)
-    crowd.answered(16, 1.0 - 8e-3, 1.0)
+    crowd.answered([1] * 16, 1.0 - 8e-3, 1.0)
     crowd.arrived(1, 1.002)
     assert (crowd.due(1, ROOM, 1.002) > 1.002) is held
     assert crowd.due(1, ROOM, 1.002) <= 1.002 + 8e-3
@@ -188,7 +188,7 @@ def test_who_has_left_is_awaited_for_a_while_and_not_for_ever():
         habits.returned(3e-3)
     crowd = Crowd(habits)
     assert crowd.awaited(1.0) == 1.0
-    crowd.answered(2, 0.99, 1.0)
+    crowd.answered([1] * 2, 0.99, 1.0)
     assert 1.003 < crowd.awaited(1.0) < 1.01
     assert crowd.awaited(1.0) == crowd.awaited(1.002)
     assert crowd.awaited(1.01) == 1.01
@@ -198,7 +198,7 @@ def test_who_has_left_is_awaited_for_a_while_and_not_for_ever():
 def test_nobody_is_awaited_of_whom_nothing_is_known_or_who_does_not_come_back():
     habits = Habits()
     crowd = Crowd(habits)
-    crowd.answered(2, 0.99, 1.0)
+    crowd.answered([1] * 2, 0.99, 1.0)
     assert crowd.awaited(1.0) == 1.0
     habits.returned(3e-3)
     assert crowd.awaited(1.0) > 1.0
@@ -212,24 +212,44 @@ def test_nothing_is_known_at_first():
     assert crowd.expected == 0
     assert crowd.due(1, ROOM, 5.0) == 5.0
     assert [crowd.width(columns, ROOM) for columns in (1, 3, 9, 100)] == [1, 3, 9, 64]
-    crowd.answered(4, 5.0, 6.0)
+    crowd.answered([1] * 4, 5.0, 6.0)
     assert crowd.expected == 4
     assert crowd.due(1, ROOM, 6.0) == 6.0
 
 
 def test_more_may_come_than_were_answered():
     crowd = Crowd(Habits())
-    crowd.answered(2, 0.0, 1.0)
-    crowd.arrived(5, 1.5)
-    assert crowd.expected == 0
-    crowd.arrived(1, 1.6)
-    assert crowd.expected == 0
+    crowd.answered([1, 1], 0.0, 1.0)
+    for expected in (1, 0, 0):
+        crowd.arrived(1, 1.5)
+        assert crowd.expected == expected
+
+
+def test_who_asks_for_more_or_fewer_vectors_than_before_is_one_caller_all_the_same():
+    crowd = Crowd(Habits())
+    crowd.answered([16, 1], 0.0, 1.0)
+    crowd.answered([4], 1.0, 2.0)
+    assert crowd.expected == 21
+    for columns, expected in ((4, 17), (1, 16), (2, 0), (8, 0)):
+        crowd.arrived(columns, 2.5)
+        assert crowd.expected == expected
+
+
+@pytest.mark.parametrize("widths", [(1,), (8, 1), (16, 1), (64, 1), (32, 8, 1), (2, 3)])
+def test_a_lone_caller_is_never_held_back_whatever_it_asks_for(widths):
+    crowd, now = Crowd(Habits()), 0.0
+    for columns in itertools.islice(itertools.cycle(widths), 300):
+        crowd.arrived(columns, now)
+        assert crowd.expected == 0
+        assert crowd.due(columns, ROOM, now) == now
+        crowd.answered([columns], now, now + memory_bound(columns))
+        now += memory_bound(columns) + 1e-4
 
 
 def test_only_so_many_launches_are_followed():
     crowd = Crowd(Habits())
     for launch in range(1000):
-        crowd.answered(3, launch, launch + 0.5)
+        crowd.answered([1] * 3, launch, launch + 0.5)
     assert crowd.expected == 3 * 8
 
 
@@ -243,7 +263,7 @@ def test_what_was_measured_long_ago_is_doubted_and_never_nothing():
     assert habits.seconds(1) > 0
     crowd = Crowd(habits)
     assert 1 <= crowd.width(9, 64) <= 9
-    crowd.answered(8, 0.0, 1e-3)
+    crowd.answered([1] * 8, 0.0, 1e-3)
     crowd.arrived(8, 2e-3)
-    crowd.answered(8, 3e-3, 4e-3)
+    crowd.answered([1] * 8, 3e-3, 4e-3)
     assert crowd.due(1, 64, 4e-3) >= 4e-3
