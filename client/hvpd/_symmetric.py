@@ -6,6 +6,7 @@ import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
 from hvpd import _codec
+from hvpd._errors import InvalidArgumentError
 
 
 class SymmetricOperator(LinearOperator):
@@ -24,7 +25,20 @@ class SymmetricOperator(LinearOperator):
         """This times a vector of shape (n,) or (n, 1); SciPy's, without what it asks of a plain vector."""
         if type(x) is np.ndarray and x.shape == self.shape[:1]:
             return self._matvec(x)
+        self._check(x)
         return super().matvec(x)
+
+    def matmat(self, X: Any) -> Any:
+        """This times a block of shape (n, k)."""
+        self._check(X)
+        return super().matmat(X)
+
+    def _check(self, operand: Any) -> None:
+        shape, n = np.shape(operand), self.shape[0]
+        if len(shape) not in (1, 2) or shape[0] != n:
+            raise InvalidArgumentError(
+                f"an operator of shape ({n}, {n}) multiplies vectors of shape ({n},) and blocks of shape ({n}, k), got {shape}"
+            )
 
     def __matmul__(self, other: Any) -> Any:
         if type(other) is np.ndarray and other.shape == self.shape[:1]:

@@ -194,7 +194,8 @@ class Batcher:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
                 "QUEUE_FULL",
-                f"{self._pending} vectors wait for the device, {self._max_pending} may: try again in a moment",
+                f"{self._pending} vectors wait for the device, and {len(job.block)} more would be over the limit of "
+                f"{self._max_pending}: try again in a moment",
                 retry_after=self._retry_after(),
             )
         if job.cancelled or job.deadline <= job.queued:

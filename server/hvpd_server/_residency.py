@@ -135,7 +135,7 @@ class Residency:
 
         Raises:
             ServiceError: It does not fit, even with nothing else resident but what it needs and what is pinned; or beside what is
-                resident, where nothing may be dropped. Then nothing was dropped.
+                resident, where nothing may be dropped. Then nothing was dropped, but for an entry of that key.
         """
         evicted: list[str] = []
         with self._lock:
@@ -317,6 +317,7 @@ class Residency:
             ServiceError: More than half of the budget would be pinned.
         """
         with self._lock:
+            self._catch_up()  # Or it would renew the lease when it comes.
             entry = self._entries.get(key)
             if entry is None:
                 return

@@ -126,6 +126,14 @@ def test_other_curvature_is_asked_for_by_its_kind(dense_point):
         (lambda H: H.updated(U * 1j), "U must hold finite real numbers"),
         (lambda H: H.updated(U, [np.nan, 1]), "C must hold finite real numbers"),
         (lambda H: H @ np.full(7, 1j), "multiply the real and the imaginary part"),
+        (
+            lambda H: H @ np.ones(6),
+            r"shape \(7, 7\) multiplies vectors of shape \(7,\) and blocks of shape \(7, k\), got \(6,\)",
+        ),
+        (lambda H: H @ [1, 2], r"got \(2,\)"),
+        (lambda H: H @ np.ones((6, 3)), r"got \(6, 3\)"),
+        (lambda H: H.matvec(np.ones(8)), r"got \(8,\)"),
+        (lambda H: H.matmat(np.ones((3, 7))), r"got \(3, 7\)"),
     ],
 )
 def test_bad_arguments(point, call, message):

@@ -292,7 +292,9 @@ def test_of_one_tenants_products_those_of_higher_priority_go_first(start):
 def test_a_full_queue_refuses_and_says_when_to_retry(start):
     bench = Bench(start, max_pending=4).occupy()
     queued, _ = bench.queue(1, width=3)
-    with pytest.raises(ServiceError, match="3 vectors wait") as refused:
+    with pytest.raises(
+        ServiceError, match="3 vectors wait for the device, and 2 more would be over the limit of 4"
+    ) as refused:
         bench.run(bench.job(2, width=2))
     fits, _ = bench.queue(3)
     bench.finish()

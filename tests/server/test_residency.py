@@ -398,6 +398,17 @@ def test_using_it_renews_its_lease(leased, clock):
     assert keys(leased, ["p", "new"]) == "pnew"
 
 
+def test_a_use_from_before_the_pin_does_not_renew_it_later(leased, clock):
+    leased.put("r", "residuals", "R", 1, needs=["p"])
+    assert leased.get("p") == "P"
+    leased.pin("p", 10)
+    clock.now += 9
+    assert leased.get("q") == "Q"
+    clock.now += 9
+    leased.put("new", "data", "N", 12)
+    assert keys(leased, ["p", "new"]) == "new"
+
+
 def test_using_what_needs_it_renews_its_lease(leased, clock):
     leased.put("r", "residuals", "R", 1, needs=["p"])
     leased.pin("p", 10)
