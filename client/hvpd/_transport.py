@@ -181,7 +181,9 @@ class Transport:
             *identity,
         )
         self._local = _is_local(host)
-        self._restoring = threading.local()  # `ends`: when the call must end for which this thread makes a point again.
+        self._restoring = (
+            threading.local()
+        )  # `ends`: when the call must end for which this thread makes a point again, if it does.
         self._tls = tls
         self._tracing = _tracing.of(address)
         self._owner = os.getpid()
@@ -356,11 +358,11 @@ class Transport:
             if failure.reason == "POINT_NOT_RESIDENT" and restore is not None:
                 if now < gives_up:
                     self._repeats(failure)
-                    self._restoring.ends = ends
                     try:
+                        self._restoring.ends = ends
                         restore()
-                    finally:
-                        del self._restoring.ends
+                    finally:  # Also where an interrupt comes first: a time that is over would end all later calls.
+                        self._restoring.ends = float("inf")
                     continue
                 failure = dataclasses.replace(
                     failure,

@@ -454,7 +454,7 @@ class Batcher:
             job.device_seconds = seconds * width / total
             job.finish(error)
 
-    def _land(self, ended: "_Ended") -> float:
+    def _land(self, ended: _Ended) -> float:
         """Notes that a launch has ended. Returns the seconds that the device had for it."""
         key, crowd, widths, started, finished, failed = ended
         width = sum(widths)

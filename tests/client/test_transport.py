@@ -100,6 +100,20 @@ def test_what_a_point_takes_to_be_made_again_counts(server, clock):
         assert client._transport.call(lambda left: left) == 5
 
 
+def test_an_interrupt_while_a_point_is_made_again_takes_no_time_from_later_calls(server, clock):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def forgotten(left):
+        raise RpcFailure(FORGOTTEN)
+
+    with hvpd.connect(server.address, timeout=5) as client:
+        with pytest.raises(KeyboardInterrupt):
+            client._transport.call(forgotten, restore=interrupted)
+        clock.now += 100
+        assert client._transport.call(lambda left: left) == 5
+
+
 def test_after_the_retry_timeout_it_is_an_error(call, clock):
     began = clock.now
     with pytest.raises(hvpd.UnavailableError, match="the server is away") as error:
