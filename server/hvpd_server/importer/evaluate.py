@@ -1,0 +1,120 @@
+"""Runs a graph operation by operation with the rules of `table`: under a jax trace this gives a jax function."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from hvpd_server import _rules
+from hvpd_server.importer import families
+from hvpd_server.importer.graph import Block, Module, Operation
+from hvpd_server.importer.table import TABLE, Call, Refused, Report, Value
+
+families.load()
+
+MAX_CALLS = 64
+"""Most functions that call each other in a chain."""
+
+
+def function(module: Module, *, platform: str = "cpu", report: Report | None = None) -> Callable[..., list[Value]]:
+    """The entry function of a module as a function of jax arrays.
+
+    Args:
+        module: Read by `reader.read`.
+        platform: Branch to take where the program has one for each platform: "cpu", "cuda", "rocm" or "tpu".
+        report: Where to note recognised and presumed derivative rules.
+
+    Returns:
+        (*arguments) -> results. Each call evaluates the operations; call it inside `jax.jit` or `jax.make_jaxpr`. NumPy arrays
+        among the arguments count as known: sizes may be computed from them.
+
+    Raises:
+        Refused: (from the returned function) An operation is not in the table, or not in a form that is served.
+    """
+    evaluator = _Evaluator(module, platform, report if report is not None else Report())
+
+    def evaluate(*args: Value) -> list[Value]:
+        return evaluator.call(module.entry, *args)
+
+    return evaluate
+
+
+@dataclasses.dataclass
+class _Evaluator:
+    module: Module
+    platform: str
+    report: Report
+    depth: int = 0
+
+    def call(self, symbol: str, *args: Value) -> list[Value]:
+        """The results of a function."""
+        if symbol not in self.module.functions:
+            raise Refused(_rules.BUNDLE_INVALID, f"calls {symbol[:80]}, which is not there")
+        if self.depth >= MAX_CALLS:
+            raise Refused(_rules.PROGRAM_TOO_LARGE, f"has more than {MAX_CALLS} functions that call each other")
+        self.depth += 1
+        try:
+            return self.run(self.module.functions[symbol], {}, args)
+        finally:
+            self.depth -= 1
+
+    def run(self, block: Block, around: dict[int, Value], args: Sequence[Value]) -> list[Value]:
+        """The results of a block, given the values around it."""
+        if len(args) != len(block.arguments):
+            raise Refused(_rules.BUNDLE_INVALID, f"passes {len(args)} values where {len(block.arguments)} are taken")
+        values = {**around, **dict(zip(block.arguments, args, strict=True))}
+        for each in block.operations:
+            results = self.operation(each, values)
+            values.update(zip(each.results, results, strict=True))
+        return [values[value] for value in block.returns]
+
+    def operation(self, operation: Operation, values: dict[int, Value]) -> Sequence[Value]:
+        """The results of an operation."""
+        entry = TABLE.get(operation.name)
+        call = Call(
+            operation,
+            [values[value] for value in operation.operands],
+            lambda block, *args: self.run(block, values, args),
+            self.call,
+            self._signature,
+            self.report,
+            self.platform,
+        )
+        if entry is None:
+            raise call.refuse("which is not served: the importer has no rule for it")
+        foreign = sorted(operation.attributes.keys() - entry.attributes)
+        if foreign:
+            raise call.refuse(f"with the attribute {foreign[0]}, which is not served")
+        if len(operation.regions) != entry.regions and not (entry.regions == -1 and operation.regions):
+            raise call.refuse(f"with {len(operation.regions)} regions", _rules.BUNDLE_INVALID)
+        try:
+            found = entry.rule(call)
+        except (Refused, MemoryError, RecursionError):
+            raise
+        except (TypeError, ValueError, IndexError, KeyError, NotImplementedError, AssertionError, OverflowError) as error:
+            raise call.refuse(f"that does not fit: {type(error).__name__}: {str(error)[:300]}") from error
+        results = list(found) if isinstance(found, (list, tuple)) else [found]
+        self._check(call, results)
+        return results
+
+    def _signature(self, symbol: str) -> Block:
+        if symbol not in self.module.functions:
+            raise Refused(_rules.BUNDLE_INVALID, f"refers to {symbol[:80]}, which is not there")
+        return self.module.functions[symbol]
+
+    def _check(self, call: Call, results: Sequence[Any]) -> None:
+        """Results are of the types that the program states."""
+        types = call.types
+        if len(results) != len(types):
+            raise call.refuse(f"with {len(types)} results, it has {len(results)}", _rules.BUNDLE_INVALID)
+        for result, type_ in zip(results, types, strict=True):
+            shape, dtype = np.shape(result), np.dtype(result.dtype).name
+            fits = len(shape) == len(type_.shape) and all(
+                want is None or want == got for want, got in zip(type_.shape, shape, strict=True)
+            )
+            if not fits or dtype != type_.dtype:
+                raise call.refuse(
+                    f"whose result is {dtype}{list(shape)}, the program says {type_.dtype}{list(type_.shape)}",
+                    _rules.BUNDLE_INVALID,
+                )

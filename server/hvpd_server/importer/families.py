@@ -1,0 +1,26 @@
+"""Loads every family of operations into the table."""
+
+import importlib
+from typing import Final
+
+FAMILIES: Final = (
+    "elementwise",
+    "shapes",
+    "reductions",
+    "sorting",
+    "linear_algebra",
+    "convolution",
+    "gather_scatter",
+    "control_flow",
+    "random_bits",
+    "fourier",
+    "composites",
+    "custom_calls",
+)
+"""Modules beside this one, each with the rules of one family."""
+
+
+def load() -> None:
+    """Imports all families; each registers its rules."""
+    for family in FAMILIES:
+        importlib.import_module(f"hvpd_server.importer.{family}")

@@ -1,0 +1,69 @@
+"""A StableHLO module as plain Python data. Knows neither MLIR nor jax.
+
+Values are numbered within a function. A region's operations may use the values of the operations around it.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorType:
+    """The type of an array."""
+
+    shape: tuple[int | None, ...]
+    """Extents; None for an extent that the program computes."""
+    dtype: str
+    """Name of a NumPy or ml_dtypes dtype, such as "float32", "bfloat16" or "bool"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """The body of a function, or of a region: operations in order, then the returned values."""
+
+    arguments: tuple[int, ...]
+    """Values of the arguments."""
+    types: tuple[TensorType, ...]
+    """Types of the arguments."""
+    operations: Sequence["Operation"]
+    """Operations without the final return."""
+    returns: tuple[int, ...]
+    """Returned values."""
+    result_types: tuple[TensorType, ...]
+    """Types of the returned values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation."""
+
+    name: str
+    """Name with its dialect, such as "stablehlo.add"."""
+    operands: tuple[int, ...]
+    """Values that the operation takes."""
+    results: tuple[int, ...]
+    """Values that the operation makes."""
+    types: tuple[TensorType, ...]
+    """Types of the results."""
+    attributes: Mapping[str, Any]
+    """Attributes as plain Python; see `attributes.plain`."""
+    regions: tuple[Block, ...] = ()
+    """Regions, of one block each."""
+    location: str = ""
+    """Place in the source, where the program says it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A program: functions that call each other, without recursion."""
+
+    functions: Mapping[str, Block]
+    """Bodies by the function's symbol, without "@"."""
+    entry: str = "main"
+    """Symbol of the function that is the program."""
+
+    @property
+    def main(self) -> Block:
+        """The body of the entry function."""
+        return self.functions[self.entry]

@@ -1,0 +1,165 @@
+"""The table of operations: how each is rebuilt through jax, and which attributes and regions it may have.
+
+A rule takes a `Call` and returns the results. Every attribute that a program may set is named where the rule is registered;
+an operation with any other attribute is refused before its rule runs.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import jax
+import numpy as np
+
+from hvpd_server import _rules
+from hvpd_server.importer.graph import Block, Operation, TensorType
+
+Value = Any
+"""A jax array, or a NumPy array where the value is known while the program is read."""
+
+Rule = Callable[["Call"], Sequence[Value] | Value]
+"""Rebuilds one operation: returns its result, or the sequence of its results."""
+
+FOLD_ELEMENTS: Final = 1 << 10
+"""Largest array of integers that is computed while the program is read: sizes and indices are, data is not."""
+
+
+class Refused(Exception):  # noqa: N818 - a verdict
+    """A program is not served.
+
+    Args:
+        reason: Constant of `_rules.REASONS`.
+        message: Operation, what arrived, and what is expected.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclasses.dataclass
+class Report:
+    """What the importer found out about a program that its author may want to know."""
+
+    recognised: "collections.Counter[str]" = dataclasses.field(default_factory=collections.Counter)
+    """Derivative rules that were put back, by description."""
+    presumed: "collections.Counter[str]" = dataclasses.field(default_factory=collections.Counter)
+    """Derivative rules that the program does not state and that were chosen as jax would, by description."""
+
+
+@dataclasses.dataclass
+class Call:
+    """One operation with its operands, as a rule sees it."""
+
+    operation: Operation
+    operands: Sequence[Value]
+    """Values of the operands."""
+    run: Callable[..., list[Value]]
+    """run(block, *args): results of a region's block, which may use the values around it."""
+    call: Callable[..., list[Value]]
+    """call(symbol, *args): results of another function of the module."""
+    signature: Callable[[str], Block]
+    """signature(symbol): the body of another function, for its types."""
+    report: Report
+    """Where to note recognised and presumed rules."""
+    platform: str = "cpu"
+    """Platform whose branch is taken where a program has one for each."""
+
+    @property
+    def name(self) -> str:
+        """Name of the operation."""
+        return self.operation.name
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """Attributes as plain Python."""
+        return self.operation.attributes
+
+    @property
+    def types(self) -> tuple[TensorType, ...]:
+        """Types of the results."""
+        return self.operation.types
+
+    @property
+    def regions(self) -> tuple[Block, ...]:
+        """Regions."""
+        return self.operation.regions
+
+    def region(self, index: int = 0) -> Callable[..., list[Value]]:
+        """A region as a function: (*arguments) -> results."""
+        block = self.regions[index]
+        return lambda *args: self.run(block, *args)
+
+    def refuse(self, why: str, reason: str = _rules.OPERATION_REFUSED) -> Refused:
+        """The refusal of this operation; `why` completes "has a stablehlo.add ..."."""
+        where = f" at {self.operation.location}" if self.operation.location else ""
+        return Refused(reason, f"has a {self.name}{where} {why}")
+
+    def concrete(self, index: int, what: str) -> np.ndarray[Any, Any]:
+        """An operand that must be known while the program is read, such as a shape.
+
+        Raises:
+            Refused: The operand depends on x or on data.
+        """
+        value = self.operands[index]
+        if not isinstance(value, np.ndarray):
+            raise self.refuse(f"whose {what} depends on x or on data: sizes must follow from shapes")
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A row of the table."""
+
+    rule: Rule
+    attributes: frozenset[str]
+    """Attributes that the operation may have."""
+    regions: int
+    """Regions that the operation has; -1: one or more."""
+
+
+TABLE: Final[dict[str, Entry]] = {}
+"""Every operation that may be in a program, by name."""
+
+
+def operation(*names: str, attributes: Sequence[str] = (), regions: int = 0) -> Callable[[Rule], Rule]:
+    """Registers a rule for operations.
+
+    Args:
+        names: Names with their dialect.
+        attributes: Names of the attributes that the operation may have.
+        regions: Regions that the operation has; -1: one or more.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for name in names:
+            assert name not in TABLE, name
+            TABLE[name] = Entry(rule, frozenset(attributes), regions)
+        return rule
+
+    return register
+
+
+def known(*values: Value) -> bool:
+    """Whether all values are small, integral or boolean, and known while the program is read."""
+    return all(
+        isinstance(value, np.ndarray) and value.dtype.kind in "iub" and value.size <= FOLD_ELEMENTS for value in values
+    )
+
+
+def static_shape(call: Call, index: int = 0) -> tuple[int, ...]:
+    """The shape of a result whose type states it.
+
+    Raises:
+        Refused: An extent is computed.
+    """
+    shape = call.types[index].shape
+    if any(extent is None for extent in shape):
+        raise call.refuse("whose result has a size that cannot be known")
+    return tuple(extent for extent in shape if extent is not None)
+
+
+def dtype_of(type_: TensorType) -> np.dtype[Any]:
+    """The NumPy dtype of an array type."""
+    return np.dtype(jax.numpy.dtype(type_.dtype))
