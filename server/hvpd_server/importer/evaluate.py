@@ -1,7 +1,7 @@
 """Runs a graph operation by operation with the rules of `table`: under a jax trace this gives a jax function."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,16 @@ MAX_CALLS = 64
 """Most functions that call each other in a chain."""
 
 
-def function(module: Module, *, platform: str = "cpu", report: Report | None = None) -> Callable[..., list[Value]]:
+def function(
+    module: Module, *, platform: str = "cpu", precision: str = "highest", report: Report | None = None
+) -> Callable[..., list[Value]]:
     """The entry function of a module as a function of jax arrays.
 
     Args:
         module: Read by `reader.read`.
         platform: Branch to take where the program has one for each platform: "cpu", "cuda", "rocm" or "tpu".
+        precision: Precision of matrix products and convolutions for which the program states none: "default", "high" or
+            "highest".
         report: Where to note recognised and presumed derivative rules.
 
     Returns:
@@ -32,7 +36,7 @@ def function(module: Module, *, platform: str = "cpu", report: Report | None = N
     Raises:
         Refused: (from the returned function) An operation is not in the table, or not in a form that is served.
     """
-    evaluator = _Evaluator(module, platform, report if report is not None else Report())
+    evaluator = _Evaluator(module, platform, precision, report if report is not None else Report())
 
     def evaluate(*args: Value) -> list[Value]:
         return evaluator.call(module.entry, *args)
@@ -44,8 +48,10 @@ def function(module: Module, *, platform: str = "cpu", report: Report | None = N
 class _Evaluator:
     module: Module
     platform: str
+    precision: str
     report: Report
     depth: int = 0
+    definitions: dict[int, dict[int, Operation]] = dataclasses.field(default_factory=dict)
 
     def call(self, symbol: str, *args: Value) -> list[Value]:
         """The results of a function."""
@@ -65,12 +71,12 @@ class _Evaluator:
             raise Refused(_rules.BUNDLE_INVALID, f"passes {len(args)} values where {len(block.arguments)} are taken")
         values = {**around, **dict(zip(block.arguments, args, strict=True))}
         for each in block.operations:
-            results = self.operation(each, values)
+            results = self.operation(each, values, block)
             values.update(zip(each.results, results, strict=True))
         return [values[value] for value in block.returns]
 
-    def operation(self, operation: Operation, values: dict[int, Value]) -> Sequence[Value]:
-        """The results of an operation."""
+    def operation(self, operation: Operation, values: dict[int, Value], within: Block) -> Sequence[Value]:
+        """The results of an operation of a block."""
         entry = TABLE.get(operation.name)
         call = Call(
             operation,
@@ -80,6 +86,8 @@ class _Evaluator:
             self._signature,
             self.report,
             self.platform,
+            values=values,
+            definition=lambda value: self._definition(within, value),
         )
         if entry is None:
             raise call.refuse("which is not served: the importer has no rule for it")
@@ -92,11 +100,25 @@ class _Evaluator:
             found = entry.rule(call)
         except (Refused, MemoryError, RecursionError):
             raise
-        except (TypeError, ValueError, IndexError, KeyError, NotImplementedError, AssertionError, OverflowError) as error:
+        except (
+            TypeError,
+            ValueError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+            AssertionError,
+            OverflowError,
+        ) as error:
             raise call.refuse(f"that does not fit: {type(error).__name__}: {str(error)[:300]}") from error
         results = list(found) if isinstance(found, (list, tuple)) else [found]
         self._check(call, results)
         return results
+
+    def _definition(self, block: Block, value: int) -> Operation | None:
+        """The operation of a block that makes a value. Reads each block once."""
+        if id(block) not in self.definitions:
+            self.definitions[id(block)] = {result: each for each in block.operations for result in each.results}
+        return self.definitions[id(block)].get(value)
 
     def _signature(self, symbol: str) -> Block:
         if symbol not in self.module.functions:

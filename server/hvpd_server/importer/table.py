@@ -65,6 +65,10 @@ class Call:
     """Where to note recognised and presumed rules."""
     platform: str = "cpu"
     """Platform whose branch is taken where a program has one for each."""
+    values: Mapping[int, Value] = dataclasses.field(default_factory=dict)
+    """Values that the operation's regions can use."""
+    definition: Callable[[int], Operation | None] = lambda value: None
+    """definition(value): the operation of the same block that makes a value, or None."""
 
     @property
     def name(self) -> str:
