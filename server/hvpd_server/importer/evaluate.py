@@ -1,7 +1,7 @@
 """Runs a graph operation by operation with the rules of `table`: under a jax trace this gives a jax function."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,7 @@ class _Evaluator:
             self._signature,
             self.report,
             self.platform,
+            self.precision,
             values=values,
             definition=lambda value: self._definition(within, value),
         )

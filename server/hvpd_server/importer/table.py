@@ -65,6 +65,8 @@ class Call:
     """Where to note recognised and presumed rules."""
     platform: str = "cpu"
     """Platform whose branch is taken where a program has one for each."""
+    precision: str = "highest"
+    """Precision of matrix products and convolutions for which the program states none: "default", "high" or "highest"."""
     values: Mapping[int, Value] = dataclasses.field(default_factory=dict)
     """Values that the operation's regions can use."""
     definition: Callable[[int], Operation | None] = lambda value: None
