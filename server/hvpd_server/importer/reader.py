@@ -1,0 +1,549 @@
+"""MLIR to `graph`: reads a serialized program once, within limits. Does not know what operations mean.
+
+Reading is not safe: bytes may be made to crash MLIR's parser, or to fill the memory. Read foreign bytes in a process that may end.
+
+Guarantees for a module that was read: it has one entry function; every called function is there; no function calls itself; its
+operations, counted as often as their function is called, are within the limits; every value is an array within the limits; no
+attribute says where or in whose memory a value lives.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import jax
+import jax.export
+import jax.extend.mlir
+import jax.interpreters.mlir
+from jaxlib.mlir import ir
+
+from hvpd_server import _rules
+from hvpd_server._rules import Limits
+from hvpd_server.importer import attributes
+from hvpd_server.importer.attributes import short
+from hvpd_server.importer.graph import Block, Module, Operation, TensorType
+from hvpd_server.importer.table import Refused
+
+_BYTECODE: Final = b"ML\xefR"
+"""First bytes of MLIR's bytecode, portable or not."""
+
+_DIALECTS: Final = ("stablehlo.", "chlo.", "func.call", "func.return")
+"""First characters of the names of operations."""
+
+_RETURNS: Final = frozenset(["func.return", "stablehlo.return", "chlo.return"])
+
+_MODULE: Final[Mapping[str, str | None]] = {
+    "sym_name": None,
+    "jax.uses_shape_polymorphism": None,
+    "mhlo.num_partitions": "1 : i32",
+    "mhlo.num_replicas": "1 : i32",
+    "mhlo.cross_program_prefetches": "[]",
+    "mhlo.is_dynamic": None,
+    "mhlo.use_auto_spmd_partitioning": "false",
+    "mhlo.xla_entry_computation_parameter_layouts": None,
+    "mhlo.xla_entry_computation_parameter_tiles": None,
+    "mhlo.xla_entry_computation_result_layout": None,
+    "mhlo.xla_entry_computation_result_tiles": None,
+}
+"""Attributes of a module that change nothing on one device; the text that one must be, None for any."""
+
+_FUNCTION: Final = frozenset(
+    ["sym_name", "function_type", "sym_visibility", "arg_attrs", "res_attrs", "no_inline", "tf.entry_function"]
+)
+"""Attributes of a function that do not change its meaning."""
+
+_ARGUMENT: Final[Mapping[str, frozenset[str] | None]] = {
+    "jax.global_constant": None,
+    "jax.arg_info": None,
+    "jax.result_info": None,
+    "mhlo.layout_mode": frozenset(['"default"', '"auto"']),
+    "mhlo.sharding": frozenset(['""', '"{replicated}"', '"{maximal device=0}"']),
+}
+"""Attributes of arguments and results that change nothing on one device, and the texts that they may be."""
+
+_EXPORT_PLAIN: Final = (
+    "export a function of one device, without donated arguments, aliases, shardings or other memories"
+)
+
+_DROPPED: Final[Mapping[str, frozenset[str] | None]] = {
+    "mhlo.sharding": _ARGUMENT["mhlo.sharding"],
+    "sdy.sharding_rule": None,
+    "mhlo.layout_mode": None,
+    "operandSegmentSizes": None,
+    "resultSegmentSizes": None,
+}
+"""Attributes of operations that change no value on one device, and the texts that they may be."""
+
+_FRONTEND: Final = "mhlo.frontend_attributes"
+_FRONTEND_DROPPED: Final = frozenset(["num_batch_dims", "xla.sdy.sharding_rule"])
+"""Keys of the compiler's settings that only say how to divide an operation among devices."""
+
+_EFFECTS: Final = frozenset(
+    [
+        *("stablehlo.send", "stablehlo.recv", "stablehlo.infeed", "stablehlo.outfeed"),
+        *("stablehlo.after_all", "stablehlo.create_token"),
+        *("stablehlo.all_reduce", "stablehlo.all_gather", "stablehlo.all_to_all", "stablehlo.reduce_scatter"),
+        *("stablehlo.collective_permute", "stablehlo.collective_broadcast"),
+        *("stablehlo.partition_id", "stablehlo.replica_id", "stablehlo.cross-replica-sum"),
+        *("stablehlo.async_start", "stablehlo.async_done"),
+    ]
+)
+"""Operations that talk to the host or to other devices."""
+
+
+def read(blob: bytes | str, limits: Limits | None = None, *, context: ir.Context | None = None) -> Module:
+    """The program of a serialized module.
+
+    Args:
+        blob: StableHLO as a portable artifact, MLIR bytecode, or MLIR text; or a `jax.export.Exported` of any number of
+            derivatives, serialized, whose derivatives are ignored.
+        limits: What the program may be.
+        context: To read in; a context keeps the memory of what was read, so the default is a fresh one.
+
+    Raises:
+        Refused: The bytes are no program that this jax reads, or the program is not served. The message says what arrived and
+            what to do, and completes "the program ...".
+    """
+    limits = limits if limits is not None else Limits()
+    if len(blob) > limits.bundle_bytes:
+        raise Refused(
+            _rules.PROGRAM_TOO_LARGE,
+            f"has {len(blob)} bytes, more than {limits.bundle_bytes}: pass large constants as data",
+        )
+    context = context if context is not None else jax.interpreters.mlir.make_ir_context()
+    with context, ir.Location.unknown():
+        return _Reader(_parse(blob), limits).module()
+
+
+def _parse(blob: bytes | str) -> ir.Module:
+    try:
+        if isinstance(blob, str):
+            return ir.Module.parse(blob)
+        if not blob.startswith(_BYTECODE) and b"\0" in blob[:64]:
+            blob = _exported(blob)
+        if not blob.startswith(_BYTECODE):
+            return ir.Module.parse(blob.decode())
+        return _bytecode(blob)
+    except (MemoryError, Refused):
+        raise
+    except RecursionError:
+        raise Refused(_rules.PROGRAM_TOO_LARGE, "is nested too deeply to be read") from None
+    except Exception as error:  # noqa: BLE001 - the parsers raise many kinds
+        raise Refused(
+            _rules.BUNDLE_INCOMPATIBLE,
+            f"cannot be read by this server (jax {jax.__version__}): {type(error).__name__}: {short(error)}. Expected StableHLO "
+            "as a portable artifact, bytecode or text, or a serialized jax.export.Exported",
+        ) from None
+
+
+def _exported(blob: bytes) -> bytes:
+    """The module of a serialized `jax.export.Exported`."""
+    exported = jax.export.deserialize(bytearray(blob))
+    if exported.nr_devices != 1 or any(
+        sharding is not None for sharding in (*exported.in_shardings_hlo, *exported.out_shardings_hlo)
+    ):
+        raise Refused(
+            _rules.OPERATION_REFUSED, f"is for {exported.nr_devices} devices or says where arrays are: {_EXPORT_PLAIN}"
+        )
+    if exported.ordered_effects or exported.unordered_effects:
+        raise Refused(
+            _rules.OPERATION_REFUSED, "has effects such as callbacks: export a function whose results are all it does"
+        )
+    return exported.mlir_module_serialized
+
+
+def _bytecode(blob: bytes) -> ir.Module:
+    """A portable artifact, or bytecode of StableHLO that was never made portable."""
+    try:
+        module: ir.Module = jax.extend.mlir.deserialize_portable_artifact(blob)
+    except Exception as error:  # noqa: BLE001 - the parser raises many kinds
+        try:
+            return ir.Module.parse(blob)
+        except Exception:  # noqa: BLE001 - the first error is the one to tell
+            raise error from None
+    return module
+
+
+_Values = dict[Any, int]
+"""Numbers of MLIR's values, which jaxlib's stubs type incompletely."""
+
+
+@dataclasses.dataclass
+class _Size:
+    """What a function is made of, without what it calls."""
+
+    operations: int
+    calls: list[str]
+
+
+@dataclasses.dataclass
+class _Pending:
+    """An operation whose regions are being read."""
+
+    operation: ir.Operation
+    regions: Iterator[ir.Region]
+    blocks: list[Block] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class _Frame:
+    """A block that is being read."""
+
+    arguments: tuple[int, ...]
+    types: tuple[TensorType, ...]
+    rest: Iterator[Any]
+    pending: _Pending | None
+    """The operation that the block belongs to; None for a function."""
+    operations: list[Operation] = dataclasses.field(default_factory=list)
+    returns: tuple[int, ...] | None = None
+    result_types: tuple[TensorType, ...] = ()
+
+    def block(self) -> Block:
+        """The finished block."""
+        if self.returns is None:
+            raise Refused(_rules.BUNDLE_INVALID, "has a block without a return at its end")
+        return Block(self.arguments, self.types, self.operations, self.returns, self.result_types)
+
+
+class _Reader:
+    """One module.
+
+    Args:
+        module: Parsed.
+        limits: What it may be.
+    """
+
+    def __init__(self, module: ir.Module, limits: Limits) -> None:
+        self._module = module
+        self._limits = limits
+        self._constants = 0
+        self._operations = 0
+        self._types: dict[ir.Type, TensorType] = {}
+        self._locations: dict[ir.Location, str] = {}
+
+    def module(self) -> Module:
+        """The module as plain Python."""
+        self._check_module()
+        functions: dict[str, Block] = {}
+        sizes: dict[str, _Size] = {}
+        public: list[str] = []
+        for view in self._module.body.operations:
+            operation = view.operation
+            if operation.name != "func.func":
+                raise self._refused(operation, f"beside its functions: {_EXPORT_PLAIN}")
+            symbol = ir.StringAttr(operation.attributes["sym_name"]).value
+            visibility = operation.attributes.get("sym_visibility")
+            if visibility is None or ir.StringAttr(visibility).value == "public":
+                public.append(symbol)
+            self._check_function(operation)
+            functions[symbol], sizes[symbol] = self._function(operation)
+        entry = self._entry(public, functions)
+        reached = self._check_calls(entry, sizes)
+        others = [symbol for symbol in public if symbol not in reached]
+        if others:
+            raise Refused(
+                _rules.OPERATION_REFUSED,
+                f"has several entry points: {short(entry)} and {short(', '.join(others))}. Make all but one of them private, or "
+                "register each as a program of its own",
+            )
+        return Module(functions, entry)
+
+    def _entry(self, public: list[str], functions: Mapping[str, Block]) -> str:
+        if "main" in functions:
+            return "main"
+        if len(public) == 1:
+            return public[0]
+        what = (
+            f"has {len(public)} public functions ({short(', '.join(public))})" if public else "has no public function"
+        )
+        raise Refused(_rules.BUNDLE_INVALID, f"{what}: expected one, or one that is called main")
+
+    def _check_module(self) -> None:
+        for name, value in self._attributes(self._module.operation):
+            if name not in _MODULE or _MODULE[name] not in (None, str(value)):
+                raise Refused(
+                    _rules.OPERATION_REFUSED,
+                    f"has the attribute {short(name)} = {short(value)} on its module, which is not served: {_EXPORT_PLAIN}",
+                )
+
+    def _check_function(self, function: ir.Operation) -> None:
+        symbol = short(ir.StringAttr(function.attributes["sym_name"]).value)
+        for name in function.attributes:
+            if name not in _FUNCTION:
+                raise Refused(
+                    _rules.OPERATION_REFUSED,
+                    f"has the attribute {short(name)} on the function {symbol}, which is not served: {_EXPORT_PLAIN}",
+                )
+        for part in ("arg_attrs", "res_attrs"):
+            if part not in function.attributes:
+                continue
+            for index, dictionary in enumerate(ir.ArrayAttr(function.attributes[part])):
+                for name, value in attributes.items(ir.DictAttr(dictionary)):
+                    if not _allowed(_ARGUMENT, name, value):
+                        kind = "argument" if part == "arg_attrs" else "result"
+                        raise Refused(
+                            _rules.OPERATION_REFUSED,
+                            f"has the attribute {short(name)} = {short(value)} on {kind} {index} of the function {symbol}, "
+                            f"which is not served: {_EXPORT_PLAIN}",
+                        )
+
+    def _function(self, function: ir.Operation) -> tuple[Block, _Size]:
+        """The body of a function, and its size."""
+        values: _Values = {}
+        size = _Size(0, [])
+        (region,) = function.regions
+        frames = [self._frame(function, region, values, None)]
+        while True:
+            frame = frames[-1]
+            view = next(frame.rest, None)
+            if view is None:
+                frames.pop()
+                pending = frame.pending
+                if pending is None:
+                    return frame.block(), size
+                pending.blocks.append(frame.block())
+                self._regions(pending, frames, values, size)
+                continue
+            operation = view.operation
+            if frame.returns is not None:
+                raise self._refused(operation, "behind the return of its block", _rules.BUNDLE_INVALID)
+            self._count(size)
+            name = operation.name
+            if name in _RETURNS:
+                frame.returns = tuple(self._operands(operation, values))
+                frame.result_types = tuple(self._type(operand.type, operation) for operand in operation.operands)
+                continue
+            if not name.startswith(_DIALECTS) or name in _EFFECTS:
+                raise self._refused(
+                    operation,
+                    "which is not served: expected pure operations of StableHLO or CHLO, on one device, and calls of functions",
+                )
+            self._regions(_Pending(operation, iter(operation.regions)), frames, values, size)
+
+    def _regions(self, pending: _Pending, frames: list[_Frame], values: _Values, size: _Size) -> None:
+        """Opens the next region of an operation, or adds the operation if there is none."""
+        region = next(pending.regions, None)
+        if region is None:
+            frames[-1].operations.append(self._operation(pending, values, size))
+            return
+        if len(frames) >= self._limits.nesting:
+            raise self._refused(
+                pending.operation,
+                f"more than {self._limits.nesting} regions deep: move inner parts into functions",
+                _rules.PROGRAM_TOO_LARGE,
+            )
+        frames.append(self._frame(pending.operation, region, values, pending))
+
+    def _frame(self, operation: ir.Operation, region: ir.Region, values: _Values, pending: _Pending | None) -> _Frame:
+        blocks = list(region.blocks)
+        if len(blocks) != 1:
+            raise self._refused(
+                operation,
+                f"with a region of {len(blocks)} blocks: expected one block, and control flow by stablehlo.if, case or while",
+            )
+        (block,) = blocks
+        arguments = tuple(self._number(argument, values) for argument in block.arguments)
+        types = tuple(self._type(argument.type, operation) for argument in block.arguments)
+        return _Frame(arguments, types, iter(block.operations), pending)
+
+    def _operation(self, pending: _Pending, values: _Values, size: _Size) -> Operation:
+        operation = pending.operation
+        operands = self._operands(operation, values)
+        types = tuple(self._type(result.type, operation) for result in operation.results)
+        results = tuple(self._number(result, values) for result in operation.results)
+        if operation.name == "stablehlo.constant":
+            found = self._constant(operation, types[0])
+        else:
+            found = self._plain(operation, size)
+        return Operation(
+            operation.name, tuple(operands), results, types, found, tuple(pending.blocks), self._location(operation)
+        )
+
+    def _constant(self, operation: ir.Operation, type_: TensorType) -> dict[str, Any]:
+        self._constants += _bytes(type_)
+        if self._constants > self._limits.constant_bytes:
+            raise self._refused(
+                operation,
+                f"with which its constants take more than {self._limits.constant_bytes} bytes: pass arrays as data",
+                _rules.PROGRAM_TOO_LARGE,
+            )
+        try:
+            return {"value": attributes.constant(operation, type_)}
+        except Refused as refused:
+            raise self._refused(operation, str(refused), refused.reason) from None
+
+    def _plain(self, operation: ir.Operation, size: _Size) -> dict[str, Any]:
+        """The attributes that have a meaning."""
+        found: dict[str, Any] = {}
+        for name in operation.attributes:
+            try:
+                value = operation.attributes[name]
+            except TypeError as error:
+                raise self._refused(
+                    operation, f"whose attribute {short(name)} cannot be read: {short(error)}"
+                ) from None
+            if _allowed(_DROPPED, name, value) or _is_default(name, value):
+                continue
+            try:
+                found[name] = attributes.plain(value)
+            except Refused as refused:
+                raise self._refused(operation, f"with an attribute {short(name)} {refused}", refused.reason) from None
+            except TypeError as error:
+                raise self._refused(
+                    operation, f"whose attribute {short(name)} cannot be read: {short(error)}"
+                ) from None
+            _symbols(value, size.calls)
+        if _FRONTEND in found and found[_FRONTEND].keys() <= _FRONTEND_DROPPED:
+            del found[_FRONTEND]
+        return found
+
+    def _operands(self, operation: ir.Operation, values: _Values) -> list[int]:
+        return [values[operand] for operand in operation.operands]
+
+    def _number(self, value: Any, values: _Values) -> int:
+        return values.setdefault(value, len(values))
+
+    def _count(self, size: _Size) -> None:
+        size.operations += 1
+        self._operations += 1
+        if self._operations > self._limits.operations:
+            raise self._too_many()
+
+    def _type(self, type_: ir.Type, operation: ir.Operation) -> TensorType:
+        """A value's type, within the limits."""
+        found = self._types.get(type_)
+        if found is not None:
+            return found
+        try:
+            found = attributes.tensor_type(type_)
+        except Refused as refused:
+            raise self._refused(operation, f"with a value {refused}", refused.reason) from None
+        if len(found.shape) > self._limits.rank:
+            raise self._refused(
+                operation,
+                f"with an array of {len(found.shape)} axes, more than {self._limits.rank}",
+                _rules.PROGRAM_TOO_LARGE,
+            )
+        if any(extent is not None and extent < 0 for extent in found.shape):
+            raise self._refused(operation, f"with a negative extent: {short(type_)}", _rules.BUNDLE_INVALID)
+        if _bytes(found) > self._limits.array_bytes:
+            raise self._refused(
+                operation,
+                f"with an array of more than {self._limits.array_bytes >> 40} TiB: {short(type_)}",
+                _rules.PROGRAM_TOO_LARGE,
+            )
+        self._types[type_] = found
+        return found
+
+    def _location(self, operation: ir.Operation) -> str:
+        location = operation.location
+        found = self._locations.get(location)
+        if found is None:
+            found = self._locations[location] = _place(location)
+        return found
+
+    def _check_calls(self, entry: str, functions: Mapping[str, _Size]) -> frozenset[str]:
+        """Functions that the entry calls, itself included.
+
+        Raises:
+            Refused: A function calls itself, or the program is too large once calls are replaced by what they call.
+        """
+        sizes: dict[str, int] = {}
+        depths: dict[str, int] = {}
+        pending = [entry]
+        under_way: set[str] = set()
+        while pending:
+            name = pending[-1]
+            if name in sizes:
+                pending.pop()
+                continue
+            if name not in functions:
+                raise Refused(_rules.BUNDLE_INVALID, f"calls the function {short(name)}, which is not there")
+            calls = functions[name].calls
+            missing = [called for called in dict.fromkeys(calls) if called not in sizes]
+            if missing:
+                if name in under_way:
+                    raise Refused(
+                        _rules.OPERATION_REFUSED,
+                        f"has functions that call themselves, such as {short(name)}: expected loops by stablehlo.while",
+                    )
+                under_way.add(name)
+                pending += missing
+                continue
+            sizes[name] = functions[name].operations + sum(sizes[called] for called in calls)
+            depths[name] = 1 + max((depths[called] for called in calls), default=0)
+            if sizes[name] > self._limits.operations:
+                raise self._too_many()
+            if depths[name] > self._limits.calls:
+                raise Refused(
+                    _rules.PROGRAM_TOO_LARGE,
+                    f"has more than {self._limits.calls} functions that call each other in a chain: inline some of them",
+                )
+            pending.pop()
+        return frozenset(sizes)
+
+    def _too_many(self) -> Refused:
+        return Refused(
+            _rules.PROGRAM_TOO_LARGE,
+            f"has more than {self._limits.operations} operations, counted as often as they are called: use loops",
+        )
+
+    def _refused(self, operation: ir.Operation, why: str, reason: str = _rules.OPERATION_REFUSED) -> Refused:
+        """The refusal of an operation; `why` completes "has a stablehlo.add ..."."""
+        place = self._location(operation)
+        return Refused(reason, f"has a {short(operation.name)}{f' at {place}' if place else ''} {why}")
+
+    @staticmethod
+    def _attributes(operation: ir.Operation) -> Iterator[tuple[str, Any]]:
+        for name in operation.attributes:
+            yield name, operation.attributes[name]
+
+
+def _allowed(table: Mapping[str, frozenset[str] | None], name: str, value: Any) -> bool:
+    if name not in table:
+        return False
+    texts = table[name]
+    return texts is None or str(value) in texts
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """Whether an attribute says what holds without it."""
+    return name == "result_accuracy" and "mode<DEFAULT>" in str(value)
+
+
+def _symbols(attribute: Any, found: list[str]) -> None:
+    """Adds the functions that an attribute names."""
+    if isinstance(attribute, ir.FlatSymbolRefAttr):
+        found.append(attribute.value)
+    elif isinstance(attribute, ir.ArrayAttr):
+        for each in attribute:
+            _symbols(each, found)
+    elif isinstance(attribute, ir.DictAttr):
+        for _, each in attributes.items(attribute):
+            _symbols(each, found)
+
+
+def _bytes(type_: TensorType) -> int:
+    """The size of an array, its symbolic extents taken as 1."""
+    size = math.prod(extent for extent in type_.shape if extent is not None)
+    return size * attributes.dtype(type_.dtype).itemsize
+
+
+def _place(location: Any) -> str:
+    """A short form of a location: "file:line", else the name that the program gives."""
+    name = ""
+    for _ in range(64):  # Locations may be nested without end.
+        match location:
+            case ir.FileLineColLoc():
+                return f"{short(location.filename)[-60:]}:{location.start_line}"
+            case ir.NameLoc():
+                name = name or short(location.name_str)[-60:]
+                location = location.child_loc
+            case ir.CallSiteLoc():
+                location = location.callee
+            case ir.FusedLoc() if location.locations:
+                location = location.locations[0]
+            case _:
+                break
+    return name
