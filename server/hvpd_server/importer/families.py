@@ -6,6 +6,7 @@ from typing import Final
 FAMILIES: Final = (
     "elementwise",
     "shapes",
+    "dynamic_shapes",
     "reductions",
     "sorting",
     "linear_algebra",
