@@ -1,0 +1,1 @@
+"""Registration: from a Python function to the StableHLO program that a server differentiates."""

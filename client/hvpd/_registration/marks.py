@@ -1,0 +1,475 @@
+"""Lowers jax constructs with a derivative rule of their own so that the rule survives in StableHLO.
+
+StableHLO states values, not derivative rules. `rules()` gives lowering rules for `jax.export.export(...,
+_override_lowering_rules=rules())`. A construct with a rule becomes a `stablehlo.composite` named "hvpd.<construct>". Its
+decomposition computes the plain value, so every reader gets the right value. Its attribute "mark" is strict JSON. The JSON
+names the functions of the rule by their symbols. The server's importer puts the rule back.
+
+Two kinds of marks exist. Structural marks carry functions: custom_jvp, custom_vjp, checkpoint, linear_solve, scan, and
+stop_gradient. Generic marks "hvpd.jax.<primitive>" carry the parameters of a primitive whose lowering has several operations,
+or loses the rule.
+
+Every primitive that jax can differentiate is in one of the tables below. A primitive in none of them is refused, because its
+derivative could be silently wrong on the server.
+
+Not kept: the policy of `jax.checkpoint` (the server saves nothing of the body); the choice that a `custom_vjp` with
+`symbolic_zeros=True` makes by unperturbed arguments (all arguments count as perturbed).
+"""
+
+import dataclasses
+import enum
+import itertools
+import json
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import jax
+import jax.api_util
+import jax.extend.core
+import jax.extend.linear_util
+import jax.interpreters.ad
+import jax.interpreters.mlir as lowering
+import jax.interpreters.partial_eval
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Primitive
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import func
+
+VERSION: Final = 1
+"""Version of all marks."""
+
+ORDERS: Final = 3
+"""Derivatives that a rule of its own survives: rules inside rules are kept to this depth."""
+
+_PATTERNS: Final = 3
+"""Most arguments for which a rule with symbolic zeros is kept for each choice of zero tangents."""
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_LOOKS_ALIKE: Final = _names(
+    """
+    abs add add_any and atan2 bitcast_convert_type broadcast_in_dim cbrt ceil clamp complex concatenate cond conj
+    conv_general_dilated convert_element_type copy cos device_put div dot_general dynamic_slice dynamic_update_slice
+    dynamic_slice eq eq_to exp expm1 fft floor ge gt imag is_finite jit layout_constraint le le_to log log1p logistic
+    lt lt_to max min mul mulhi name ne neg not optimization_barrier or pad real reduce reduce_max reduce_min
+    reduce_precision reduce_prod reduce_sum reduce_window_max reduce_window_min reduce_window_sum rem reshape rev round
+    rsqrt scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub select_and_scatter_add select_n
+    sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin slice split sqrt squeeze stack
+    sub tan tanh tile transpose unstack while xor
+    custom_vmap_call random_bits random_fold_in random_seed random_split random_unwrap random_wrap remat_opt
+    """
+)
+"""Differentiable primitives that need no mark: the importer finds the primitive, and so its rule, by the operation alone."""
+
+MARKED: Final = _names(
+    """
+    acos acosh asin asinh atan atanh cosh sinh exp2 square integer_pow nextafter
+    erf erfc erf_inv lgamma digamma polygamma zeta igamma igammac igamma_grad_a bessel_i0e bessel_i1e
+    regularized_incomplete_beta random_gamma threefry2x32
+    argmax argmin sort top_k approx_top_k gather
+    cumsum cumprod cummax cummin cumlogsumexp select_and_gather_add
+    cholesky eigh eig svd qr lu lu_pivots_to_permutation householder_product geqrf geqp3 ormqr triangular_solve
+    tridiagonal tridiagonal_solve schur hessenberg
+    """
+)
+"""Primitives that get a generic mark with their parameters."""
+
+_INTEGER_EXPONENT: Final = "pow"
+"""The primitive that is marked only for an integer exponent, because its lowering converts the exponent."""
+
+_STRUCTURAL: Final = frozenset(
+    ["custom_jvp_call", "custom_vjp_call", "custom_linear_solve", "remat2", "scan", "stop_gradient"]
+)
+
+_Results = Sequence[Any]
+_Rule = Callable[..., _Results]
+
+
+class UnmarkableError(NotImplementedError):
+    """A construct whose derivative rule the server could not put back."""
+
+
+def rules() -> tuple[tuple[Primitive, _Rule], ...]:
+    """Return lowering rules for one export.
+
+    Returns:
+        Pairs for `_override_lowering_rules` of `jax.export.export`. Make them anew for each export.
+    """
+    return tuple(_Marks().rules(0, None))
+
+
+def _registered() -> Mapping[str, Primitive]:
+    """Return jax's primitives by name, as far as they can be lowered or differentiated."""
+    tables: list[Mapping[Primitive, Any]] = [
+        lowering._lowerings,  # noqa: SLF001 - jax has no public list of its primitives
+        *lowering._platform_specific_lowerings.values(),  # noqa: SLF001 - likewise
+        jax.interpreters.ad.primitive_jvps,
+        jax.interpreters.ad.primitive_transposes,
+    ]
+    return {primitive.name: primitive for primitive in itertools.chain.from_iterable(tables)}
+
+
+_CALL: Final = Primitive("hvpd_call")
+"""Calls a function of the module by its symbol, so that a decomposition shares the body with the mark."""
+_CALL.multiple_results = True
+_CALL.def_abstract_eval(lambda *_, symbol, results: list(results))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Marks:
+    """The lowering rules of one export, and what they lowered."""
+
+    caches: dict[Any, tuple[ir.SymbolTable, dict[Any, Any], dict[Any, Any]]] = dataclasses.field(default_factory=dict)
+    """Caches of jax's lowering, one pair for each module, order, and primitive that is left plain."""
+
+    def rules(self, order: int | None, plain: str | None) -> list[tuple[Primitive, _Rule]]:
+        """Return the rules for functions inside `order` rules; for None, the rules that mark nothing.
+
+        Args:
+            order: Rules around the function that is lowered.
+            plain: Primitive that is lowered as jax does.
+        """
+        found: list[tuple[Primitive, _Rule]] = [(_CALL, _call)]
+        if order is None:
+            return found
+        structural: Mapping[str, Callable[..., _Results]] = {
+            "custom_jvp_call": self.custom_jvp,
+            "custom_vjp_call": self.custom_vjp,
+            "custom_linear_solve": self.linear_solve,
+            "remat2": self.checkpoint,
+            "scan": self.scan,
+            "stop_gradient": self.stop_gradient,
+        }
+        registered = _registered()
+        for name, primitive in registered.items():
+            if name == plain:
+                continue
+            if name in structural:
+                found.append((primitive, _bound(structural[name], order)))
+            elif name in MARKED or name == _INTEGER_EXPONENT:
+                found.append((primitive, _bound(self.generic, order)))
+            elif name not in _LOOKS_ALIKE and _differentiable(primitive):
+                found.append((primitive, _refused))
+        return found
+
+    def context(
+        self, ctx: lowering.LoweringRuleContext, order: int | None, plain: str | None = None
+    ) -> lowering.ModuleContext:
+        """Return the module's context with the rules of an order. Its caches are apart, because its lowerings differ."""
+        module = ctx.module_context
+        key = (id(module.symbol_table), order, plain, tuple(module.platforms))
+        _, primitives, functions = self.caches.setdefault(key, (module.symbol_table, {}, {}))
+        parameters = dataclasses.replace(
+            module.lowering_parameters,
+            override_lowering_rules=tuple(self.rules(order, plain)),  # type: ignore[arg-type]
+        )
+        return dataclasses.replace(
+            module, lowering_parameters=parameters, lowering_cache=primitives, cached_primitive_lowerings=functions
+        )
+
+    def plain(
+        self, ctx: lowering.LoweringRuleContext, order: int | None, primitive: Primitive, params: Mapping[str, Any]
+    ) -> str:
+        """Lower one primitive as jax does into a function, and return the function's symbol."""
+        jaxpr = _traced(lambda *args: primitive.bind(*args, **params), ctx.avals_in)
+        return _function(self.context(ctx, order, primitive.name), f"hvpd.plain.{primitive.name}", jaxpr)
+
+    def unmarked(
+        self, ctx: lowering.LoweringRuleContext, order: int, args: Sequence[Any], params: Mapping[str, Any]
+    ) -> _Results:
+        """Lower one primitive without a mark, but with marks inside."""
+        assert ctx.primitive is not None
+        symbol = self.plain(ctx, order, ctx.primitive, params)
+        return _emit_call(ctx, symbol, args, ctx.avals_out)
+
+    def generic(self, order: int, ctx: lowering.LoweringRuleContext, *args: Any, **params: Any) -> _Results:
+        """Mark a primitive with its parameters."""
+        primitive = ctx.primitive
+        assert primitive is not None
+        if primitive.name == _INTEGER_EXPONENT and _floating(ctx.avals_in[1]):
+            return self.unmarked(ctx, order, args, params)
+        try:
+            facts = {"parameters": _parameters(primitive, params, ctx.avals_in)}
+        except UnmarkableError:
+            if _differentiable(primitive) and primitive.name != "gather":
+                raise
+            # A gather's own lowering has the same derivatives: only its sizes may not be plain numbers.
+            return self.unmarked(ctx, order, args, params)
+        symbol = self.plain(ctx, None, primitive, params)
+        return _composite(ctx, f"jax.{primitive.name}", symbol, facts, args)
+
+    def stop_gradient(self, order: int, ctx: lowering.LoweringRuleContext, x: Any) -> _Results:
+        """Mark the identity without derivative."""
+        symbol = _function(ctx.module_context, "hvpd.identity", _traced(lambda x: [x], ctx.avals_in))
+        return _composite(ctx, "stop_gradient", symbol, {}, [x])
+
+    def checkpoint(
+        self,
+        order: int,
+        ctx: lowering.LoweringRuleContext,
+        *args: Any,
+        jaxpr: Any,
+        prevent_cse: bool | tuple[bool, ...],
+        differentiated: bool,
+        policy: Any,
+    ) -> _Results:
+        """Mark a function whose values are computed again for its derivative."""
+        symbol = _function(ctx.module_context, "hvpd.checkpoint", ClosedJaxpr(jaxpr, ()))
+        facts = {"prevent_cse": prevent_cse if isinstance(prevent_cse, bool) else list(prevent_cse)}
+        return _composite(ctx, "checkpoint", symbol, facts, args)
+
+    def scan(self, order: int, ctx: lowering.LoweringRuleContext, *args: Any, **params: Any) -> _Results:
+        """Mark a loop with a fixed number of steps."""
+        jaxpr, length = params["jaxpr"], params["length"]
+        scanned = len(args) - params["num_consts"] - params["num_carry"]
+        symbolic = not isinstance(length, (int, np.integer))
+        if jaxpr.effects or (symbolic and not scanned):
+            return self.unmarked(ctx, order, args, params)
+        body = _function(ctx.module_context, "hvpd.body", jaxpr)
+        called = _traced(_calls(body, jaxpr.out_avals), jaxpr.in_avals)
+        assert ctx.primitive is not None
+        symbol = self.plain(ctx, None, ctx.primitive, params | {"jaxpr": called})
+        facts = {
+            "body": body,
+            "length": None if symbolic else operator.index(length),
+            "reverse": bool(params["reverse"]),
+            "consts": params["num_consts"],
+            "carry": params["num_carry"],
+            "unroll": operator.index(params["unroll"]),
+        }
+        return _composite(ctx, "scan", symbol, facts, args)
+
+    def linear_solve(
+        self, order: int, ctx: lowering.LoweringRuleContext, *args: Any, const_lengths: Any, jaxprs: Any
+    ) -> _Results:
+        """Mark a linear solve whose derivative is another linear solve."""
+        names = ("matvec", "vecmat", "solve", "transpose_solve")
+        symbols: dict[str, str | None] = {}
+        for name in names:
+            jaxpr = getattr(jaxprs, name)
+            symbols[name] = None if jaxpr is None else _function(ctx.module_context, f"hvpd.{name}", jaxpr)
+        if jaxprs.vecmat is jaxprs.matvec:
+            symbols["vecmat"] = symbols["matvec"]
+        first = const_lengths.matvec + const_lengths.vecmat
+        last = sum(const_lengths)
+
+        def solve(*args: Any) -> Any:
+            taken = [*args[first : first + const_lengths.solve], *args[last:]]
+            return _CALL.bind(*taken, symbol=symbols["solve"], results=tuple(jaxprs.solve.out_avals))
+
+        symbol = _function(self.context(ctx, None), "hvpd.solution", _traced(solve, ctx.avals_in))
+        facts = {
+            **symbols,
+            "consts": [getattr(const_lengths, name) for name in names],
+            "auxiliary": len(jaxprs.solve.out_avals) - len(jaxprs.matvec.out_avals),
+        }
+        return _composite(ctx, "linear_solve", symbol, facts, args)
+
+    def custom_jvp(
+        self,
+        order: int,
+        ctx: lowering.LoweringRuleContext,
+        *args: Any,
+        call_jaxpr: ClosedJaxpr,
+        jvp_jaxpr_fun: Any,
+        num_consts: int,
+        symbolic_zeros: bool,
+    ) -> _Results:
+        """Mark a function with a forward rule."""
+        symbol = _function(ctx.module_context, "hvpd.primal", call_jaxpr)
+        primals = ctx.avals_in[num_consts:]
+        floats = [_floating(aval) for aval in primals]
+        found: dict[str, Any] = {}
+        if order < ORDERS and any(floats):
+            inner = self.context(ctx, order + 1)
+            for pattern in _patterns(sum(floats), symbolic_zeros):
+                perturbed = iter(pattern)
+                # An integer's tangent is float0: no zero for jax, and no argument of the rule's function.
+                zeros = [not next(perturbed) if floating else symbolic_zeros for floating in floats]
+                jaxpr, consts, out_zeros = jvp_jaxpr_fun.call_wrapped(*zeros)
+                reduced = _without_float0(jaxpr, consts, "custom_jvp")
+                name = "".join("1" if each else "0" for each in pattern)
+                found[name] = {"function": _function(inner, "hvpd.jvp", reduced), "zeros": [bool(z) for z in out_zeros]}
+        facts = {"consts": num_consts, "symbolic_zeros": bool(symbolic_zeros), "rules": found}
+        return _composite(ctx, "custom_jvp", symbol, facts, args)
+
+    def custom_vjp(
+        self,
+        order: int,
+        ctx: lowering.LoweringRuleContext,
+        *args: Any,
+        call_jaxpr: ClosedJaxpr,
+        fwd_jaxpr_thunk: Any,
+        num_consts: int,
+        bwd: Any,
+        out_trees: Callable[[], Any],
+        symbolic_zeros: bool,
+    ) -> _Results:
+        """Mark a function with a backward rule."""
+        symbol = _function(ctx.module_context, "hvpd.primal", call_jaxpr)
+        facts: dict[str, Any] = {"consts": num_consts, "forward": None}
+        if order < ORDERS:
+            inner = self.context(ctx, order + 1)
+            primals = ctx.avals_in[num_consts:]
+            forward, consts = fwd_jaxpr_thunk.call_wrapped(*[True] * len(primals))
+            _, residual_tree, forwarded = out_trees()
+            computed = len(forward.outvars) - len(ctx.avals_out)
+            pruned = iter([variable.aval for variable in forward.outvars[:computed]])
+            residuals = [next(pruned) if index is None else ctx.avals_in[index] for index in forwarded]
+            assert len(residuals) == residual_tree.num_leaves
+            cotangents = [aval.to_ct_aval() for aval in ctx.avals_out]
+            zeros: list[bool] = []
+
+            def backward(*args: Any) -> list[Any]:
+                found = bwd.call_wrapped(*args)
+                zeros[:] = [isinstance(each, jax.interpreters.ad.Zero) for each in found]
+                return [each for each, zero in zip(found, zeros, strict=True) if not zero]
+
+            jaxpr = _traced(backward, [*residuals, *cotangents])
+            facts |= {
+                "forward": _function(inner, "hvpd.forward", ClosedJaxpr(forward, consts)),
+                "residuals": [None if index is None else index - num_consts for index in forwarded],
+                "backward": _function(inner, "hvpd.backward", _without_float0(jaxpr.jaxpr, jaxpr.consts, "custom_vjp")),
+                "zeros": list(zeros),
+            }
+        return _composite(ctx, "custom_vjp", symbol, facts, args)
+
+
+def _bound(rule: Callable[..., _Results], order: int) -> _Rule:
+    return lambda ctx, *args, **params: rule(order, ctx, *args, **params)
+
+
+def _refused(ctx: lowering.LoweringRuleContext, *args: Any, **params: Any) -> _Results:
+    raise UnmarkableError(
+        f"the function uses jax's primitive {ctx.primitive}, whose derivative rule hvpd cannot send to the server: "
+        "write this part of the function with other jax operations"
+    )
+
+
+def _differentiable(primitive: Primitive) -> bool:
+    ad = jax.interpreters.ad
+    return primitive in ad.primitive_jvps or primitive in ad.primitive_transposes
+
+
+def _floating(aval: Any) -> bool:
+    return bool(aval.to_tangent_aval().dtype != jax.dtypes.float0)
+
+
+def _patterns(count: int, symbolic_zeros: bool) -> list[tuple[bool, ...]]:
+    """Return the choices of perturbed arguments for which a rule is kept, all of them perturbed first."""
+    full = (True,) * count
+    if not symbolic_zeros or not 1 < count <= _PATTERNS:
+        return [full]
+    return [pattern for pattern in itertools.product([True, False], repeat=count) if any(pattern)]
+
+
+def _traced(fun: Callable[..., Any], avals: Sequence[Any]) -> ClosedJaxpr:
+    """Trace a function of flat arrays, which may have symbolic shapes."""
+    debug = jax.api_util.debug_info("hvpd mark", fun, tuple(avals), {})
+    wrapped = jax.extend.linear_util.wrap_init(lambda *args: _listed(fun(*args)), debug_info=debug)
+    jaxpr, _, consts = jax.interpreters.partial_eval.trace_to_jaxpr_dynamic(wrapped, list(avals))
+    return ClosedJaxpr(jaxpr, consts)
+
+
+def _listed(results: Any) -> list[Any]:
+    return list(results) if isinstance(results, (list, tuple)) else [results]
+
+
+def _calls(symbol: str, results: Sequence[Any]) -> Callable[..., Any]:
+    return lambda *args: _CALL.bind(*args, symbol=symbol, results=tuple(results))
+
+
+def _without_float0(jaxpr: Any, consts: Sequence[Any], what: str) -> ClosedJaxpr:
+    """Drop the float0 arguments and results of a rule: an integer's tangent has no value to send.
+
+    Raises:
+        UnmarkableError: The rule computes with such a tangent.
+    """
+    kept = [variable.aval.dtype != jax.dtypes.float0 for variable in jaxpr.outvars]
+    values = [variable.aval.dtype != jax.dtypes.float0 for variable in jaxpr.invars]
+    reduced, used_consts, used = jax.interpreters.partial_eval.dce_jaxpr_consts(jaxpr, kept, values)
+    if any(use and not value for use, value in zip(used, values, strict=True)):
+        raise UnmarkableError(
+            f"the rule of a {what} uses the tangent of an integer, which has no value: ignore this tangent in the rule"
+        )
+    return ClosedJaxpr(reduced, [const for const, use in zip(consts, used_consts, strict=True) if use])
+
+
+def _function(module: lowering.ModuleContext, name: str, jaxpr: ClosedJaxpr) -> str:
+    """Lower a jaxpr into a private function of the module, and return its symbol.
+
+    The function's leading arguments are the dimension variables, as in every function that jax lowers.
+    """
+    lowered = lowering.lower_jaxpr_to_fun(module, name, jaxpr, (), num_const_args=0, in_avals=jaxpr.in_avals)
+    return str(ir.StringAttr(lowered.attributes["sym_name"]).value)
+
+
+def _result_types(ctx: lowering.LoweringRuleContext, avals: Sequence[Any]) -> list[ir.Type]:
+    return lowering.flatten_ir_types([lowering.aval_to_ir_type(ctx.module_context, aval) for aval in avals])
+
+
+def _composite(
+    ctx: lowering.LoweringRuleContext, name: str, decomposition: str, facts: Mapping[str, Any], args: Sequence[Any]
+) -> _Results:
+    """Emit the operation of a mark. Its operands are the dimension variables, then the arguments."""
+    mark = json.dumps({"dimensions": len(ctx.dim_var_values), **facts}, allow_nan=False, sort_keys=True)
+    operation = ir.Operation.create(
+        "stablehlo.composite",
+        _result_types(ctx, ctx.avals_out),
+        [*ctx.dim_var_values, *lowering.flatten_ir_values(args)],
+        {
+            "name": ir.StringAttr.get(f"hvpd.{name}"),
+            "decomposition": ir.FlatSymbolRefAttr.get(decomposition),
+            "composite_attributes": ir.DictAttr.get({"mark": ir.StringAttr.get(mark)}),
+            "version": lowering.i32_attr(VERSION),
+        },
+    )
+    return list(operation.results)
+
+
+def _emit_call(ctx: lowering.LoweringRuleContext, symbol: str, args: Sequence[Any], results: Sequence[Any]) -> _Results:
+    operands = [*ctx.dim_var_values, *lowering.flatten_ir_values(args)]
+    call = func.CallOp(_result_types(ctx, results), ir.FlatSymbolRefAttr.get(symbol), operands)
+    return list(call.results)
+
+
+def _call(ctx: lowering.LoweringRuleContext, *args: Any, symbol: str, results: Sequence[Any]) -> _Results:
+    """Lower `_CALL`."""
+    return _emit_call(ctx, symbol, args, results)
+
+
+def _parameters(primitive: Primitive, params: Mapping[str, Any], avals: Sequence[Any]) -> dict[str, Any]:
+    """Return a primitive's parameters as JSON.
+
+    Raises:
+        UnmarkableError: A parameter is not plain data, such as a size that depends on symbolic shapes.
+    """
+    found = {name: _plain(value, f"{primitive}'s {name}") for name, value in params.items() if name != "slice_sizes"}
+    if primitive.name == "gather":
+        whole = avals[0].shape
+        found["slice_sizes"] = [
+            None if not isinstance(size, (int, np.integer)) and size == extent else _plain(size, "gather's slice_sizes")
+            for size, extent in zip(params["slice_sizes"], whole, strict=True)
+        ]
+    if primitive.name == "random_gamma":
+        found["impl"] = avals[0].dtype._impl.name  # noqa: SLF001 - jax tells an abstract key's generator nowhere else
+    return found
+
+
+def _plain(value: Any, what: str) -> Any:
+    if value is None or isinstance(value, (bool, str, int)):
+        return value
+    if isinstance(value, (np.generic, float)) and math.isfinite(value):
+        return np.asarray(value).item()
+    if isinstance(value, (enum.Enum, np.dtype, Primitive)):
+        return value.name
+    if hasattr(value, "_asdict"):
+        return {name: _plain(each, what) for name, each in value._asdict().items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(each, what) for each in value]
+    raise UnmarkableError(f"{what} is {value!r}, which is not plain data: give it as a number")
