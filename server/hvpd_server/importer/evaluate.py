@@ -51,7 +51,7 @@ class _Evaluator:
     precision: str
     report: Report
     depth: int = 0
-    definitions: dict[int, dict[int, Operation]] = dataclasses.field(default_factory=dict)
+    definitions: dict[int, tuple[Block, dict[int, Operation]]] = dataclasses.field(default_factory=dict)
 
     def call(self, symbol: str, *args: Value) -> list[Value]:
         """The results of a function."""
@@ -118,8 +118,10 @@ class _Evaluator:
     def _definition(self, block: Block, value: int) -> Operation | None:
         """The operation of a block that makes a value. Reads each block once."""
         if id(block) not in self.definitions:
-            self.definitions[id(block)] = {result: each for each in block.operations for result in each.results}
-        return self.definitions[id(block)].get(value)
+            # The entry keeps the block, because a rule may make blocks, and an id is used again after its object is gone.
+            found = {result: each for each in block.operations for result in each.results}
+            self.definitions[id(block)] = (block, found)
+        return self.definitions[id(block)][1].get(value)
 
     def _signature(self, symbol: str) -> Block:
         if symbol not in self.module.functions:
