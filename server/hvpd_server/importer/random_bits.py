@@ -1,6 +1,6 @@
 """Random bits from a state that the program holds. The same state gives the same bits, so that derivatives are well defined."""
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from jax import lax
@@ -18,13 +18,17 @@ _ALGORITHMS: Final = {
 @operation("stablehlo.rng_bit_generator", attributes=["rng_algorithm"])
 def _rng_bit_generator(call: Call) -> list[Value]:
     (state,) = call.operands
+    dtype = dtype_of(call.types[1])
+    return generate(call, state, shapes.fits(call, static_shape(call, 1), dtype), dtype)
+
+
+def generate(call: Call, state: Value, shape: tuple[int, ...], dtype: np.dtype[Any]) -> list[Value]:
+    """Return the next state and random bits of a shape and dtype, by the algorithm that the operation states."""
     algorithm = call.attributes["rng_algorithm"]
     if algorithm not in _ALGORITHMS:
         raise call.refuse(f"with the algorithm {algorithm}: expected one of {', '.join(_ALGORITHMS)}")
     if state.dtype != np.uint64 or state.shape != (2,):
         raise call.refuse(f"with a state of {state.dtype}{list(state.shape)}: expected uint64[2]")
-    dtype = dtype_of(call.types[1])
-    shape = shapes.fits(call, static_shape(call, 1), dtype)
     if dtype.kind != "u":
         # XLA gives a signed integer the bits of the unsigned one.
         state, bits = lax.rng_bit_generator(state, shape, np.dtype(f"uint{dtype.itemsize * 8}"), _ALGORITHMS[algorithm])
