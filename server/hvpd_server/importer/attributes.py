@@ -46,10 +46,11 @@ DTYPES: Final = {
 _BUFFERS: Final = frozenset(["bool", "float16", "float32", "float64"])
 """Dtypes, besides integers, whose constants the bindings convert."""
 
-_ENUM: Final = re.compile(r"#(?:stablehlo|chlo)<(?:\w+) ([\w.]+)>")
+_ENUM: Final = re.compile(r"#(?:stablehlo|chlo)(?:<\w+ (\w+)>|\.\w+_mode<(\w+)>)")
 _STRUCT: Final = re.compile(r"#(?:stablehlo|chlo)\.(\w+)<(.*)>", re.DOTALL)
 _FIELD: Final = re.compile(r"(\w+) = (\[[-\d, ]*\]|[^,\[\]<>]+|#stablehlo[.\w]*<[^<>]*>)(?:, |$)")
 _INTEGER: Final = re.compile(r"-?\d+")
+_REAL: Final = re.compile(r"-?\d+\.\d+e[-+]\d+")
 _CONVOLUTION: Final = re.compile(r"\[([^\]]*)\]x\[([^\]]*)\]->\[([^\]]*)\]")
 _DENSE: Final = re.compile(r"dense<(.*)> : tensor<[^<>]*(?:<\w+>)?>", re.DOTALL)
 _HIDDEN: Final = re.compile(r"value = (dense<.*> : tensor<.*?>)\}>", re.DOTALL)
@@ -125,7 +126,7 @@ def plain(attribute: Any) -> Any:  # noqa: C901, PLR0911 - one case for each kin
             return True
     printed = str(attribute)
     if enum := _ENUM.fullmatch(printed):
-        return enum[1]
+        return enum[1] or enum[2]
     if (struct := _STRUCT.fullmatch(printed)) and (found := _structure(struct[1], struct[2])) is not None:
         return found
     if printed.startswith("dense_resource<"):
@@ -162,7 +163,9 @@ def _field(printed: str) -> Any:
     if _INTEGER.fullmatch(printed):
         return int(printed)
     if enum := _ENUM.fullmatch(printed):
-        return enum[1]
+        return enum[1] or enum[2]
+    if _REAL.fullmatch(printed):
+        return float(printed)
     return {"true": True, "false": False}.get(printed, printed)
 
 

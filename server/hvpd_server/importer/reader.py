@@ -9,6 +9,7 @@ attribute says where or in whose memory a value lives.
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -27,6 +28,12 @@ from hvpd_server.importer.table import Refused
 
 _BYTECODE: Final = b"ML\xefR"
 """First bytes of MLIR's bytecode, portable or not."""
+
+_DIAGNOSTICS: Final = 4
+"""Messages of MLIR's parser that a refusal repeats."""
+
+_QUANTIZED: Final = re.compile(r'!"?quant\b|uniform_(de)?quantize')
+"""Traces of quantized types in a message of MLIR's."""
 
 _DIALECTS: Final = ("stablehlo.", "chlo.", "func.call", "func.return")
 """First characters of the names of operations."""
@@ -92,7 +99,7 @@ _EFFECTS: Final = frozenset(
 """Operations that talk to the host or to other devices."""
 
 
-def read(blob: bytes | str, limits: Limits | None = None, *, context: ir.Context | None = None) -> Module:
+def read(blob: bytes | bytearray | str, limits: Limits | None = None, *, context: ir.Context | None = None) -> Module:
     """The program of a serialized module.
 
     Args:
@@ -111,12 +118,23 @@ def read(blob: bytes | str, limits: Limits | None = None, *, context: ir.Context
             _rules.PROGRAM_TOO_LARGE,
             f"has {len(blob)} bytes, more than {limits.bundle_bytes}: pass large constants as data",
         )
+    if not blob.strip():
+        raise Refused(_rules.BUNDLE_INVALID, "is empty: expected StableHLO")
     context = context if context is not None else jax.interpreters.mlir.make_ir_context()
+    context.allow_unregistered_dialects = True  # So that the refusal of a foreign operation can name it.
     with context, ir.Location.unknown():
-        return _Reader(_parse(blob), limits).module()
+        return _Reader(_parse(blob if isinstance(blob, str) else bytes(blob), context), limits).module()
 
 
-def _parse(blob: bytes | str) -> ir.Module:
+def _parse(blob: bytes | str, context: ir.Context) -> ir.Module:
+    said: list[str] = []
+
+    def listen(diagnostic: Any) -> bool:
+        if len(said) < _DIAGNOSTICS:
+            said.append(short(diagnostic.message))
+        return True
+
+    handler: Any = context.attach_diagnostic_handler(listen)
     try:
         if isinstance(blob, str):
             return ir.Module.parse(blob)
@@ -130,11 +148,19 @@ def _parse(blob: bytes | str) -> ir.Module:
     except RecursionError:
         raise Refused(_rules.PROGRAM_TOO_LARGE, "is nested too deeply to be read") from None
     except Exception as error:  # noqa: BLE001 - the parsers raise many kinds
+        words = short(" ".join([*said, str(error)]).replace("\n", " "))
+        if _QUANTIZED.search(words):
+            raise Refused(
+                _rules.OPERATION_REFUSED,
+                f"has quantized types, which are not served: {words}. Expected floating-point numbers in their place",
+            ) from None
         raise Refused(
             _rules.BUNDLE_INCOMPATIBLE,
-            f"cannot be read by this server (jax {jax.__version__}): {type(error).__name__}: {short(error)}. Expected StableHLO "
+            f"cannot be read by this server (jax {jax.__version__}): {type(error).__name__}: {words}. Expected StableHLO "
             "as a portable artifact, bytecode or text, or a serialized jax.export.Exported",
         ) from None
+    finally:
+        handler.detach()
 
 
 def _exported(blob: bytes) -> bytes:
@@ -145,10 +171,6 @@ def _exported(blob: bytes) -> bytes:
     ):
         raise Refused(
             _rules.OPERATION_REFUSED, f"is for {exported.nr_devices} devices or says where arrays are: {_EXPORT_PLAIN}"
-        )
-    if exported.ordered_effects or exported.unordered_effects:
-        raise Refused(
-            _rules.OPERATION_REFUSED, "has effects such as callbacks: export a function whose results are all it does"
         )
     return exported.mlir_module_serialized
 
@@ -394,6 +416,7 @@ class _Reader:
                     operation, f"whose attribute {short(name)} cannot be read: {short(error)}"
                 ) from None
             _symbols(value, size.calls)
+        size.calls += _marked(found)
         if _FRONTEND in found and found[_FRONTEND].keys() <= _FRONTEND_DROPPED:
             del found[_FRONTEND]
         return found
@@ -524,6 +547,15 @@ def _symbols(attribute: Any, found: list[str]) -> None:
             _symbols(each, found)
 
 
+def _marked(found: Mapping[str, Any]) -> list[str]:
+    """The functions that a mark of hvpd names. A portable artifact keeps them as text."""
+    given = found.get("composite_attributes")
+    if not str(found.get("name", "")).startswith("hvpd.") or not isinstance(given, dict):
+        return []
+    functions = given.get("functions")
+    return [each for each in functions if isinstance(each, str)] if isinstance(functions, list) else []
+
+
 def _bytes(type_: TensorType) -> int:
     """The size of an array, its symbolic extents taken as 1."""
     size = math.prod(extent for extent in type_.shape if extent is not None)
@@ -536,7 +568,8 @@ def _place(location: Any) -> str:
     for _ in range(64):  # Locations may be nested without end.
         match location:
             case ir.FileLineColLoc():
-                return f"{short(location.filename)[-60:]}:{location.start_line}"
+                file = short(location.filename)[-60:]
+                return f"line {location.start_line}" if file == "-" else f"{file}:{location.start_line}"
             case ir.NameLoc():
                 name = name or short(location.name_str)[-60:]
                 location = location.child_loc
