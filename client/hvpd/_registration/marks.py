@@ -2,8 +2,9 @@
 
 StableHLO states values, not derivative rules. `rules()` gives lowering rules for `jax.export.export(...,
 _override_lowering_rules=rules())`. A construct with a rule becomes a `stablehlo.composite` named "hvpd.<construct>". Its
-decomposition computes the plain value, so every reader gets the right value. Its attribute "mark" is strict JSON. The JSON
-names the functions of the rule by their symbols. The server's importer puts the rule back.
+decomposition computes the plain value, so every reader gets the right value. Its attribute "mark" is strict JSON, which
+names the functions of the rule by their symbols. Its attribute "functions" refers to these functions. The server's importer
+puts the rule back.
 
 Two kinds of marks exist. Structural marks carry functions: custom_jvp, custom_vjp, checkpoint, linear_solve, scan, and
 stop_gradient. Generic marks "hvpd.jax.<primitive>" carry the parameters of a primitive whose lowering has several operations,
@@ -40,8 +41,8 @@ from jaxlib.mlir.dialects import func
 VERSION: Final = 1
 """Version of all marks."""
 
-ORDERS: Final = 3
-"""Derivatives that a rule of its own survives: rules inside rules are kept to this depth."""
+ORDERS: Final = 2
+"""Derivatives that a rule survives: a Hessian needs two, and each more repeats all rules inside rules once."""
 
 _PATTERNS: Final = 3
 """Most arguments for which a rule with symbolic zeros is kept for each choice of zero tangents."""
@@ -73,7 +74,7 @@ MARKED: Final = _names(
     regularized_incomplete_beta random_gamma threefry2x32
     argmax argmin sort top_k approx_top_k gather
     cumsum cumprod cummax cummin cumlogsumexp select_and_gather_add
-    cholesky eigh eig svd qr lu lu_pivots_to_permutation householder_product geqrf geqp3 ormqr triangular_solve
+    symmetric_product cholesky eigh eig svd qr lu lu_pivots_to_permutation householder_product geqrf geqp3 ormqr triangular_solve
     tridiagonal tridiagonal_solve schur hessenberg
     """
 )
@@ -242,7 +243,7 @@ class _Marks:
             "carry": params["num_carry"],
             "unroll": operator.index(params["unroll"]),
         }
-        return _composite(ctx, "scan", symbol, facts, args)
+        return _composite(ctx, "scan", symbol, facts, args, [body])
 
     def linear_solve(
         self, order: int, ctx: lowering.LoweringRuleContext, *args: Any, const_lengths: Any, jaxprs: Any
@@ -268,7 +269,9 @@ class _Marks:
             "consts": [getattr(const_lengths, name) for name in names],
             "auxiliary": len(jaxprs.solve.out_avals) - len(jaxprs.matvec.out_avals),
         }
-        return _composite(ctx, "linear_solve", symbol, facts, args)
+        return _composite(
+            ctx, "linear_solve", symbol, facts, args, [symbol for symbol in symbols.values() if symbol is not None]
+        )
 
     def custom_jvp(
         self,
@@ -296,7 +299,7 @@ class _Marks:
                 name = "".join("1" if each else "0" for each in pattern)
                 found[name] = {"function": _function(inner, "hvpd.jvp", reduced), "zeros": [bool(z) for z in out_zeros]}
         facts = {"consts": num_consts, "symbolic_zeros": bool(symbolic_zeros), "rules": found}
-        return _composite(ctx, "custom_jvp", symbol, facts, args)
+        return _composite(ctx, "custom_jvp", symbol, facts, args, [rule["function"] for rule in found.values()])
 
     def custom_vjp(
         self,
@@ -312,7 +315,7 @@ class _Marks:
     ) -> _Results:
         """Mark a function with a backward rule."""
         symbol = _function(ctx.module_context, "hvpd.primal", call_jaxpr)
-        facts: dict[str, Any] = {"consts": num_consts, "forward": None}
+        facts: dict[str, Any] = {"consts": num_consts, "forward": None, "backward": None}
         if order < ORDERS:
             inner = self.context(ctx, order + 1)
             primals = ctx.avals_in[num_consts:]
@@ -337,7 +340,9 @@ class _Marks:
                 "backward": _function(inner, "hvpd.backward", _without_float0(jaxpr.jaxpr, jaxpr.consts, "custom_vjp")),
                 "zeros": list(zeros),
             }
-        return _composite(ctx, "custom_vjp", symbol, facts, args)
+        return _composite(
+            ctx, "custom_vjp", symbol, facts, args, [facts[name] for name in ("forward", "backward") if facts[name]]
+        )
 
 
 def _bound(rule: Callable[..., _Results], order: int) -> _Rule:
@@ -414,10 +419,18 @@ def _result_types(ctx: lowering.LoweringRuleContext, avals: Sequence[Any]) -> li
 
 
 def _composite(
-    ctx: lowering.LoweringRuleContext, name: str, decomposition: str, facts: Mapping[str, Any], args: Sequence[Any]
+    ctx: lowering.LoweringRuleContext,
+    name: str,
+    decomposition: str,
+    facts: Mapping[str, Any],
+    args: Sequence[Any],
+    symbols: Sequence[str] = (),
 ) -> _Results:
     """Emit the operation of a mark. Its operands are the dimension variables, then the arguments."""
     mark = json.dumps({"dimensions": len(ctx.dim_var_values), **facts}, allow_nan=False, sort_keys=True)
+    # The references keep the functions of the rule alive in every pass, and let a reader count them.
+    functions = [ir.FlatSymbolRefAttr.get(symbol) for symbol in sorted(set(symbols))]
+    attributes = {"mark": ir.StringAttr.get(mark), "functions": ir.ArrayAttr.get(functions)}
     operation = ir.Operation.create(
         "stablehlo.composite",
         _result_types(ctx, ctx.avals_out),
@@ -425,7 +438,7 @@ def _composite(
         {
             "name": ir.StringAttr.get(f"hvpd.{name}"),
             "decomposition": ir.FlatSymbolRefAttr.get(decomposition),
-            "composite_attributes": ir.DictAttr.get({"mark": ir.StringAttr.get(mark)}),
+            "composite_attributes": ir.DictAttr.get(attributes),
             "version": lowering.i32_attr(VERSION),
         },
     )
