@@ -140,7 +140,7 @@ _ARITHMETIC: Final[Mapping[str, tuple[Callable[..., Value], Fold | None]]] = {
     "negate": (lax.neg, np.negative),
     "not": (lax.bitwise_not, np.bitwise_not),
     "or": (lax.bitwise_or, np.bitwise_or),
-    "popcnt": (lax.population_count, np.bitwise_count),
+    "popcnt": (lax.population_count, lambda x: np.bitwise_count(_bits(x, "u"))),
     "power": (_power, None),
     "real": (_real, None),
     "remainder": (lax.rem, remainder),

@@ -43,6 +43,9 @@ def fits(call: Call, shape: Sequence[int], dtype: np.dtype[Any]) -> tuple[int, .
 def reshape(call: Call, x: Value, shape: Sequence[int]) -> Value:
     """Reshape to known extents."""
     shape = fits(call, shape, np.dtype(x.dtype))
+    # jax makes no such check of its own while it traces.
+    if math.prod(shape) != math.prod(x.shape):
+        raise call.refuse(f"from shape {list(x.shape)} to shape {list(shape)}: expected as many elements")
     return x.reshape(shape) if stays_known(shape, x) else lax.reshape(x, shape)
 
 
