@@ -406,7 +406,7 @@ class _Indices:
 
 def _constant_line(constant: "np.ndarray[Any, Any]") -> _Linear:
     exact = constant.astype(object)
-    return _Linear(exact * 0, exact)
+    return _Linear(_object(exact * 0), exact)
 
 
 _Line = Callable[[Operation, Sequence[_Linear], int], "_Linear | None"]
