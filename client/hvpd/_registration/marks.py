@@ -414,8 +414,13 @@ def _function(module: lowering.ModuleContext, name: str, jaxpr: ClosedJaxpr) -> 
     return str(ir.StringAttr(lowered.attributes["sym_name"]).value)
 
 
+def _flat(values: Sequence[Any]) -> list[Any]:
+    """Return MLIR values or types in one list: an array can have several."""
+    return list(lowering.ir_tree_registry.flatten(list(values))[0])
+
+
 def _result_types(ctx: lowering.LoweringRuleContext, avals: Sequence[Any]) -> list[ir.Type]:
-    return lowering.flatten_ir_types([lowering.aval_to_ir_type(ctx.module_context, aval) for aval in avals])
+    return _flat([lowering.aval_to_ir_type(ctx.module_context, aval) for aval in avals])
 
 
 def _composite(
@@ -434,7 +439,7 @@ def _composite(
     operation = ir.Operation.create(
         "stablehlo.composite",
         _result_types(ctx, ctx.avals_out),
-        [*ctx.dim_var_values, *lowering.flatten_ir_values(args)],
+        [*ctx.dim_var_values, *_flat(args)],
         {
             "name": ir.StringAttr.get(f"hvpd.{name}"),
             "decomposition": ir.FlatSymbolRefAttr.get(decomposition),
@@ -446,7 +451,7 @@ def _composite(
 
 
 def _emit_call(ctx: lowering.LoweringRuleContext, symbol: str, args: Sequence[Any], results: Sequence[Any]) -> _Results:
-    operands = [*ctx.dim_var_values, *lowering.flatten_ir_values(args)]
+    operands = [*ctx.dim_var_values, *_flat(args)]
     call = func.CallOp(_result_types(ctx, results), ir.FlatSymbolRefAttr.get(symbol), operands)
     return list(call.results)
 
