@@ -9,13 +9,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from hvpd_server.importer import shapes
-from hvpd_server.importer.elementwise import Array, converted
+from hvpd_server.importer.elementwise import converted
 from hvpd_server.importer.graph import Block
 from hvpd_server.importer.table import Call, Value, dtype_of, known, operation
 from hvpd_server.importer.value_numbering import ValueNumbering
@@ -98,12 +97,23 @@ def monoids(call: Call, block: Block) -> list[Monoid] | None:
     found = []
     for index, number in enumerate(returned):
         x, y = numbering.argument(index), numbering.argument(count + index)
-        names = [name for name in _MONOIDS if number == numbering.apply(name, x, y)]
+        bodies = {name: numbering.apply(name, x, y) for name in _MONOIDS}
+        if block.types[index].dtype.startswith("complex"):
+            bodies |= {name: _lexicographic(numbering, name, x, y) for name in ("maximum", "minimum")}
+        names = [name for name, body in bodies.items() if body == number]
         if not names:
             return None
         is_bool = block.types[index].dtype == "bool"
         found.append(_LOGICAL.get(names[0], _MONOIDS[names[0]]) if is_bool else _MONOIDS[names[0]])
     return found
+
+
+def _lexicographic(numbering: ValueNumbering, name: str, x: int, y: int) -> int:
+    """Return the number of an extreme of complex numbers, which compares real parts and then imaginary parts."""
+    apply, direction = numbering.apply, "GT" if name == "maximum" else "LT"
+    real, imag = ((apply(part, x), apply(part, y)) for part in ("real", "imag"))
+    by_part = (numbering.compare(direction, *imag), numbering.compare(direction, *real))
+    return apply("select", apply("select", numbering.compare("EQ", *real), *by_part), x, y)
 
 
 def is_identity(monoid: Monoid, start: Value) -> bool:
@@ -268,10 +278,6 @@ def _windowed(call: Call, monoid: Monoid, x: Value, start: Value, window: Window
     running = window.running(x.shape)
     if running and is_identity(monoid, start) and monoid.cumulative is not None and math.prod(shape):
         return monoid.cumulative(x, *running)
-    return _pooled(monoid, x, start, window)
-
-
-def _pooled(monoid: Monoid, x: Value, start: Value, window: Window) -> Value:
     # jax finds the derivative rule of a sum or extreme only if the start is concrete and neutral.
     at = np.asarray(monoid.identity(x.dtype)).astype(x.dtype) if is_identity(monoid, start) else start
     return lax.reduce_window(
@@ -317,28 +323,33 @@ def _is_logaddexp(call: Call, body: Block) -> bool:
 def _select_and_scatter(call: Call) -> Value:
     """Add each source element to the place of its window's extreme: the transpose of a reduction to that extreme."""
     x, source, start = call.operands
-    extreme = _selected(call, call.regions[0])
+    select = _selection(call, call.regions[0])
     scattered = monoids(call, call.regions[1])
-    if extreme is None or scattered is None or scattered[0] is not _MONOIDS["add"]:
+    sum_ = _OR if x.dtype == np.bool_ else _MONOIDS["add"]
+    if select is None or scattered is None or scattered[0] is not sum_:
         raise call.refuse("with bodies that are not recognised: expected a selection by GE or LE, and a scatter by add")
     window = _window(call, x.ndim)
     if _windows(call, x, window) != source.shape:
         raise call.refuse(f"whose source is of shape {list(source.shape)}, which is not the number of windows")
-    at: Array = np.asarray(extreme.identity(x.dtype)).astype(x.dtype)
-    _, transpose = jax.vjp(lambda x: _pooled(extreme, x, at, window), jnp.asarray(x))
-    (result,) = transpose(jnp.asarray(source))
-    if is_identity(_MONOIDS["add"], start):
-        return result
-    return lax.add(result, lax.broadcast(start, result.shape))
+    result = lax.select_and_scatter_add_p.bind(
+        source,
+        x,
+        select_prim=select,
+        window_dimensions=window.sizes,
+        window_strides=window.strides,
+        padding=window.padding,
+    )
+    return result if is_identity(sum_, start) else sum_.combine(result, lax.broadcast(start, result.shape))
 
 
-def _selected(call: Call, body: Block) -> Monoid | None:
-    """Return the monoid whose extreme a body selects."""
+def _selection(call: Call, body: Block) -> Any:
+    """Return jax's primitive for the comparison by which a body selects, or None for any other body."""
     numbering = ValueNumbering(call)
     returned = numbering.block(body)
     if len(body.arguments) != 2:
         return None
     x, y = numbering.argument(0), numbering.argument(1)
-    directions = {"GE": "maximum", "LE": "minimum"}
-    names = [name for direction, name in directions.items() if returned == (numbering.compare(direction, x, y),)]
-    return _MONOIDS[names[0]] if names else None
+    for direction, primitive in (("GE", lax.ge_p), ("LE", lax.le_p)):
+        if returned == (numbering.compare(direction, x, y),):
+            return primitive
+    return None
