@@ -10,6 +10,7 @@ without expected results are only traced, with all unknown extents and sizes equ
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
 import re
 import sys
@@ -147,28 +148,31 @@ def _with_expected(module: Module) -> Outcome:
     return min(outcomes, key=lambda outcome: order.index(outcome.verdict))
 
 
-def _argument(type_: TensorType, size: int) -> Any:
-    """An array of ones; a lone integer is taken for a size, which is known."""
-    if not type_.shape and type_.dtype.startswith("int"):
+def _argument(type_: TensorType, size: int, *, known: bool) -> Any:
+    """An array, or a known size."""
+    if known:
         return np.asarray(size, type_.dtype)
     return jax.ShapeDtypeStruct([size if extent is None else extent for extent in type_.shape], dtype(type_.dtype))
 
 
 def _traced(module: Module) -> Outcome:
+    """Traces with several sizes. Lone integers are sizes: all of them, or those before the first array."""
     run: Callable[..., Any] = evaluate.function(module)
-    first: BaseException | None = None
-    for size in SIZES:
-        arguments = [_argument(type_, size) for type_ in module.main.types]
-        known = {index: value for index, value in enumerate(arguments) if isinstance(value, np.ndarray)}
-        data = [value for value in arguments if not isinstance(value, np.ndarray)]
+    types = module.main.types
+    lone = [not type_.shape and type_.dtype.startswith("int") for type_ in types]
+    leading = [all(lone[: index + 1]) for index in range(len(lone))]
+    first: Exception | None = None
+    for sizes, size in itertools.product([lone, leading], SIZES):
+        arguments = [_argument(type_, size, known=known) for type_, known in zip(types, sizes, strict=True)]
+        data = [value for value, known in zip(arguments, sizes, strict=True) if not known]
 
-        def traced(*rest: Any, known: dict[int, Any] = known, count: int = len(arguments)) -> Any:
+        def traced(*rest: Any, arguments: list[Any] = arguments, sizes: list[bool] = sizes) -> Any:
             remaining = iter(rest)
-            return run(*[known[index] if index in known else next(remaining) for index in range(count)])
+            return run(*[v if known else next(remaining) for v, known in zip(arguments, sizes, strict=True)])
 
         try:
             jax.make_jaxpr(traced)(*data)
-        except Exception as error:  # noqa: BLE001 - reported below
+        except Exception as error:  # noqa: BLE001 - raised below if no size is better
             first = first or error
         else:
             return Outcome("traced")

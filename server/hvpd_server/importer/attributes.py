@@ -5,7 +5,6 @@ MLIR writes so that each element can be recovered bit by bit: short decimals, he
 """
 
 import fractions
-import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -260,5 +259,7 @@ def _number(printed: str, want: np.dtype[Any]) -> Any:
 
 def short(what: object) -> str:
     """At most 200 printable characters, because words of a program go into logs and on terminals."""
-    text = "".join(character if character.isprintable() else "?" for character in itertools.islice(str(what), 201))
+    text = str(what)[:201]
+    if not text.isprintable():
+        text = "".join(character if character.isprintable() else "?" for character in text)
     return text if len(text) <= 200 else text[:200] + "..."

@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from hvpd_server import _rules
+from hvpd_server.importer import chlo
 from hvpd_server.importer.graph import TensorType
 from hvpd_server.importer.table import Call, Refused, Value, known, operation
 
@@ -653,12 +654,16 @@ PRIMITIVES: Final[Mapping[str, _Primitive]] = {
         name: _Primitive(2)
         for name in (
             *("nextafter", "polygamma", "zeta", "igamma", "igammac", "igamma_grad_a", "pow"),
+            *("max", "min"),
             "householder_product",
         )
     },
     "regularized_incomplete_beta": _Primitive(3),
     "threefry2x32": _Primitive(4),
-    "exp2": _Primitive(1, {"accuracy": _absent}),
+    **{
+        name: _Primitive(1, {"accuracy": _absent})
+        for name in ("exp2", "logistic", "cos", "exp", "log", "log1p", "sin", "sqrt")
+    },
     "integer_pow": _Primitive(1, {"y": _integer(-_LARGE, _LARGE)}),
     "random_gamma": _Primitive(
         2,
@@ -749,47 +754,11 @@ PRIMITIVES: Final[Mapping[str, _Primitive]] = {
 """Every primitive that a mark may bind, with every parameter's check."""
 
 
-_CHLO: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
-    "acos": (1, lax.acos),
-    "acosh": (1, lax.acosh),
-    "asin": (1, lax.asin),
-    "asinh": (1, lax.asinh),
-    "atan": (1, lax.atan),
-    "atanh": (1, lax.atanh),
-    "bessel_i1e": (1, lax.bessel_i1e),
-    "conj": (1, lambda x: lax.conj(x) if jnp.iscomplexobj(x) else x),
-    "cosh": (1, lax.cosh),
-    "digamma": (1, lax.digamma),
-    "erf": (1, lax.erf),
-    "erf_inv": (1, lax.erf_inv),
-    "erfc": (1, lax.erfc),
-    "is_inf": (1, jnp.isinf),
-    "is_neg_inf": (1, jnp.isneginf),
-    "is_pos_inf": (1, jnp.isposinf),
-    "lgamma": (1, lax.lgamma),
-    "next_after": (2, lax.nextafter),
-    "polygamma": (2, lax.polygamma),
-    "sinh": (1, lax.sinh),
-    "square": (1, lax.square),
-    "tan": (1, lax.tan),
-    "zeta": (2, lax.zeta),
-}
-"""Functions of CHLO, with their number of operands, as jax functions with the same derivatives as jax's own."""
-
-
 def _chlo(call: Call, name: str) -> Sequence[Value]:
     given = call.attributes.get("composite_attributes", {})
-    if name == "top_k" and len(call.operands) == 1 and isinstance(given, Mapping) and given.keys() == {"k"}:
-        (x,) = call.operands
-        k = given["k"]
-        if type(k) is not int or not np.ndim(x) or not 0 <= k <= np.shape(x)[-1]:
-            raise call.refuse(f"chlo.top_k whose k is {str(k)[:40]}: expected an integer up to the last extent")
-        return list(lax.top_k(x, k))
-    found = _CHLO.get(name)
-    if found is None or given:
-        call.report.presumed[f"the composite chlo.{name[:80]} has the derivatives of its decomposition"] += 1
-        return call.call(call.attributes["decomposition"], *call.operands)
-    count, function = found
-    if len(call.operands) != count:
-        raise call.refuse(f"chlo.{name} with {len(call.operands)} operands: expected {count}", _rules.BUNDLE_INVALID)
-    return [function(*_arrays(call.operands))]
+    if name == "top_k" and isinstance(given, Mapping) and given.keys() == {"k"}:
+        return chlo.top_k(call, given["k"])
+    if name in chlo.FUNCTIONS and not given:
+        return [chlo.apply(call, name)]
+    call.report.presumed[f"the composite chlo.{name[:80]} has the derivatives of its decomposition"] += 1
+    return call.call(call.attributes["decomposition"], *call.operands)

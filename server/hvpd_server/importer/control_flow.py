@@ -28,7 +28,7 @@ RAISED_LOOP: Final = "a loop that counts, as a scan"
 """Noted for each loop that becomes a scan."""
 
 
-@operation("func.call", "call", attributes=["callee"])
+@operation("func.call", attributes=["callee"])
 def _call(call: Call) -> Sequence[Value]:
     return call.call(call.attributes["callee"], *call.operands)
 
@@ -151,7 +151,7 @@ def _with_small_functions(call: Call, body: Block) -> Block:
     """Put functions that only compute indices and slices in place of their calls, so that a loop's rows can be seen."""
     operations: list[Operation] = []
     for each in body.operations:
-        callee = call.signature(each.attributes["callee"]) if each.name in ("func.call", "call") else None
+        callee = call.signature(each.attributes["callee"]) if each.name == "func.call" else None
         made = {result for inner in callee.operations for result in inner.results} if callee else set()
         fits = (
             callee is not None

@@ -3,6 +3,8 @@
 `jax.export` writes these operations for programs with symbolic shapes.
 """
 
+from typing import Final
+
 import numpy as np
 from jax import lax
 
@@ -51,6 +53,10 @@ def _real_dynamic_slice(call: Call) -> Value:
     return lax.dynamic_slice(x, first, sizes, allow_negative_indices=False)
 
 
+_MOST_COMPARED: Final = 64
+"""Pairs of values that are compared to find two values equal."""
+
+
 def _slice_sizes(call: Call) -> tuple[int, ...]:
     """Return the sizes of a slice that starts at an index that depends on data.
 
@@ -58,9 +64,31 @@ def _slice_sizes(call: Call) -> tuple[int, ...]:
     """
     _, start, limit, _ = call.operation.operands
     made = call.definition(limit)
-    if made is not None and made.name == "stablehlo.add" and start in made.operands:
-        one, other = made.operands
-        size = call.values[other if one == start else one]
-        if isinstance(size, np.ndarray) and size.ndim == 1:
-            return tuple(int(each) for each in size)
+    if made is not None and made.name == "stablehlo.add":
+        for first, second in (made.operands, made.operands[::-1]):
+            size = call.values[second]
+            if isinstance(size, np.ndarray) and size.ndim == 1 and _is_same(call, start, first):
+                return tuple(int(each) for each in size)
     raise call.refuse("whose start depends on data and whose limit is not the start plus a known size")
+
+
+def _is_same(call: Call, one: int, other: int) -> bool:
+    """Whether two values are equal because equal operations make them of equal values."""
+    pending = [(one, other)]
+    for _ in range(_MOST_COMPARED):
+        if not pending:
+            return True
+        one, other = pending.pop()
+        if one == other:
+            continue
+        first, second = call.definition(one), call.definition(other)
+        if first is None or second is None:
+            return False
+        # The results of a few operations are of two equal values; those with regions may be of more.
+        same = first.name == second.name and first.types == second.types and not (first.regions or second.regions)
+        if not same or len(first.results) != 1 or first.attributes.keys() != second.attributes.keys():
+            return False
+        if not all(np.array_equal(value, second.attributes[name]) for name, value in first.attributes.items()):
+            return False
+        pending += zip(first.operands, second.operands, strict=True)
+    return False

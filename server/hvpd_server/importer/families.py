@@ -15,6 +15,7 @@ FAMILIES: Final = (
     "control_flow",
     "random_bits",
     "fourier",
+    "chlo",
     "composites",
     "custom_calls",
 )

@@ -270,7 +270,45 @@ def reduce_window(
     if running and len(values) == 1 and _is_logaddexp(call, body) and np.array_equal(starts[0], -np.inf):
         call.report.recognised["cumlogsumexp"] += 1
         return [lax.cumlogsumexp(values[0], *running)]
+    gathered = _gathered(call, body) if len(values) == 2 else None
+    if gathered is not None:
+        return _select_and_gather(call, gathered, values, starts, window)
     raise call.refuse(f"with a body that is not recognised: expected {BODIES}, or logaddexp along a whole axis")
+
+
+def _gathered(call: Call, body: Block) -> str | None:
+    """Return the comparison by which a body keeps one of two pairs, or None for any other body."""
+    numbering = ValueNumbering(call)
+    returned = numbering.block(body)
+    if len(body.arguments) != 4:
+        return None
+    x, tangent, y, other = (numbering.argument(index) for index in range(4))
+    for direction in ("GE", "LE"):
+        take = numbering.compare(direction, x, y)
+        if returned == (numbering.apply("select", take, x, y), numbering.apply("select", take, tangent, other)):
+            return direction
+    return None
+
+
+def _select_and_gather(
+    call: Call, direction: str, values: Sequence[Value], starts: Sequence[Value], window: Window
+) -> list[Value]:
+    """Return each window's extreme, and the element of the second array at the extreme's place."""
+    x, tangents = values
+    extreme = _MONOIDS["maximum" if direction == "GE" else "minimum"]
+    if not is_identity(extreme, starts[0]) or not is_identity(_MONOIDS["add"], starts[1]):
+        raise call.refuse("that selects elements at the extremes, with a start other than the neutral element and 0")
+    gathered = lax.select_and_gather_add_p.bind(
+        jnp.asarray(tangents),
+        jnp.asarray(x),
+        select_prim=lax.ge_p if direction == "GE" else lax.le_p,
+        window_dimensions=window.sizes,
+        window_strides=window.strides,
+        padding=window.padding,
+        base_dilation=window.base_dilations,
+        window_dilation=window.window_dilations,
+    )
+    return [_windowed(call, extreme, x, starts[0], window), gathered]
 
 
 def _windowed(call: Call, monoid: Monoid, x: Value, start: Value, window: Window) -> Value:
