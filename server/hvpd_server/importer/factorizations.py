@@ -256,20 +256,23 @@ def _is_corner(custom: CustomCall, value: int, whole: int) -> bool:
     maker = custom.call.definition(value)
     if maker is None or not maker.operands or maker.operands[0] != whole:
         return False
-    nothing: dict[str, Any] = {
-        "stablehlo.pad": ("edge_padding_low", "interior_padding"),
-        "stablehlo.slice": ("start_indices",),
-    }
-    if maker.name in nothing:
-        is_dense = maker.name == "stablehlo.pad" or not np.any(np.asarray(maker.attributes.get("strides", 1)) != 1)
-        return is_dense and not any(np.any(np.asarray(maker.attributes[name])) for name in nothing[maker.name])
-    # Operands: array, (start, limit, strides); or array, fill, (low, high, interior).
-    zeros = {"stablehlo.real_dynamic_slice": (1,), "stablehlo.dynamic_pad": (2, 4)}.get(maker.name, ())
-    found = [custom.call.values[maker.operands[index]] for index in zeros]
-    if maker.name == "stablehlo.real_dynamic_slice":
-        strides = custom.call.values[maker.operands[3]]
-        found.append(strides - 1 if isinstance(strides, np.ndarray) else strides)
-    return bool(found) and all(isinstance(each, np.ndarray) and not np.any(each) for each in found)
+    attributes, known = maker.attributes, [custom.call.values[each] for each in maker.operands[1:]]
+    match maker.name:
+        case "stablehlo.pad":
+            offsets = [attributes["edge_padding_low"], attributes["interior_padding"]]
+        case "stablehlo.slice":
+            offsets = [attributes["start_indices"], np.asarray(attributes["strides"]) - 1]
+        case "stablehlo.dynamic_pad":
+            offsets = [known[1], known[3]]
+        case "stablehlo.real_dynamic_slice":
+            offsets = [known[0], known[2] - 1]
+        case "stablehlo.gather" | "stablehlo.dynamic_gather":
+            # With symbolic sizes, jax writes a slice as the gather of one window.
+            axes = attributes["dimension_numbers"].get("offset_dims", ())
+            offsets = [known[0], len(axes) - len(maker.types[0].shape)]
+        case _:
+            return False
+    return not any(isinstance(each, jax.Array) or np.any(np.asarray(each)) for each in offsets)
 
 
 # Systems of equations.
