@@ -28,6 +28,9 @@ _MIRRORED: Final = {"GT": "LT", "GE": "LE"}
 MAX_OPERATIONS: Final = 256
 """Most operations of a body, with those of called functions: jax's longest comparator has 13 for each key."""
 
+MAX_CALLS: Final = 8
+"""Most functions that call each other in a region: jax's bodies call at most one."""
+
 Node = tuple[Any, ...]
 """What has a number: ("argument", index), ("constant", dtype, bytes), or (name, attributes, *numbers of operands)."""
 
@@ -60,7 +63,7 @@ class ValueNumbering:
         return self._number(("constant", scalar.dtype.name, b"NaN" if is_nan else scalar.tobytes()))
 
     def apply(self, name: str, *operands: int) -> int:
-        """Return the number of an operation of StableHLO, which has no attributes."""
+        """Return the number of an operation of StableHLO that has no attributes."""
         return self._apply(f"stablehlo.{name}", (), list(operands))
 
     def compare(self, direction: str, x: int, y: int, *, total: bool = False) -> int:
@@ -80,30 +83,33 @@ class ValueNumbering:
 
     def block(self, block: Block) -> tuple[int, ...]:
         """Return the numbers of the values that a region returns."""
-        return self._block(block, [self.argument(index) for index in range(len(block.arguments))], outer=True)
+        return self._block(block, [self.argument(index) for index in range(len(block.arguments))], depth=0)
 
-    def _block(self, block: Block, arguments: Sequence[int], *, outer: bool) -> tuple[int, ...]:
+    def _block(self, block: Block, arguments: Sequence[int], *, depth: int) -> tuple[int, ...]:
+        if depth > MAX_CALLS:
+            raise self._call.refuse(f"with a region in which more than {MAX_CALLS} functions call each other")
         numbers = dict(zip(block.arguments, arguments, strict=True))
         for each in block.operations:
             self._operations += 1
             if self._operations > MAX_OPERATIONS:
                 raise self._call.refuse(f"with a region of more than {MAX_OPERATIONS} operations")
-            operands = [self._look_up(value, numbers, outer=outer) for value in each.operands]
-            numbers.update(zip(each.results, self._results(each, operands), strict=True))
-        return tuple(self._look_up(value, numbers, outer=outer) for value in block.returns)
+            operands = [self._look_up(value, numbers, depth) for value in each.operands]
+            numbers.update(zip(each.results, self._results(each, operands, depth), strict=True))
+        return tuple(self._look_up(value, numbers, depth) for value in block.returns)
 
-    def _look_up(self, value: int, numbers: dict[int, int], *, outer: bool) -> int:
+    def _look_up(self, value: int, numbers: dict[int, int], depth: int) -> int:
         if value in numbers:
             return numbers[value]
-        known = self._call.values.get(value) if outer else None
+        # A called function cannot use the values around the region.
+        known = self._call.values.get(value) if depth == 0 else None
         if isinstance(known, np.ndarray) and known.size == 1:
             return self.constant(known.reshape(()))
         return self._unknown()
 
-    def _results(self, operation: Operation, operands: list[int]) -> Sequence[int]:
+    def _results(self, operation: Operation, operands: list[int], depth: int) -> Sequence[int]:
         attributes = operation.attributes
         if operation.name == "func.call":
-            return self._block(self._call.signature(attributes["callee"]), operands, outer=False)
+            return self._block(self._call.signature(attributes["callee"]), operands, depth=depth + 1)
         if operation.regions or len(operation.results) != 1 or any(type_.shape for type_ in operation.types):
             return [self._unknown() for _ in operation.results]
         if operation.name == "stablehlo.constant":
@@ -113,9 +119,9 @@ class ValueNumbering:
             return [self.compare(attributes["comparison_direction"], *operands, total=is_total)]
         if operation.name in _UNCHANGED:
             return operands
-        # The type of a conversion's result is the only other thing that a scalar operation without attributes depends on.
+        # The result of a conversion also depends on its type.
         types = (operation.types[0].dtype,) if operation.name.endswith("convert") else ()
-        return [self._apply(operation.name, types + _plain(operation), operands)]
+        return [self._unknown() if attributes else self._apply(operation.name, types, operands)]
 
     def _apply(self, name: str, attributes: tuple[Any, ...], operands: list[int]) -> int:
         return self._number((name, attributes, *(sorted(operands) if name in _COMMUTATIVE else operands)))
@@ -128,7 +134,3 @@ class ValueNumbering:
             self._numbers[node] = len(self._nodes)
             self._nodes.append(node)
         return self._numbers[node]
-
-
-def _plain(operation: Operation) -> tuple[Any, ...]:
-    return tuple((name, str(value)[:200]) for name, value in sorted(operation.attributes.items()))
