@@ -56,7 +56,7 @@ _LOOKS_ALIKE: Final = _names(
     """
     abs add add_any and atan2 bitcast_convert_type broadcast_in_dim cbrt ceil clamp complex concatenate cond conj
     conv_general_dilated convert_element_type copy cos device_put div dot_general dynamic_slice dynamic_update_slice
-    dynamic_slice eq eq_to exp expm1 fft floor ge gt imag is_finite jit layout_constraint le le_to log log1p logistic
+    dynamic_slice eq eq_to exp expm1 fft floor ge gt imag is_finite jit layout_constraint le le_to log log1p
     lt lt_to max min mul mulhi name ne neg not optimization_barrier or pad real reduce reduce_max reduce_min
     reduce_precision reduce_prod reduce_sum reduce_window_max reduce_window_min reduce_window_sum rem reshape rev round
     rsqrt scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub select_and_scatter_add select_n
@@ -72,7 +72,7 @@ MARKED: Final = _names(
     acos acosh asin asinh atan atanh cosh sinh exp2 square integer_pow nextafter
     erf erfc erf_inv lgamma digamma polygamma zeta igamma igammac igamma_grad_a bessel_i0e bessel_i1e
     regularized_incomplete_beta random_gamma threefry2x32
-    argmax argmin sort top_k approx_top_k gather
+    logistic argmax argmin sort top_k approx_top_k gather
     cumsum cumprod cummax cummin cumlogsumexp select_and_gather_add
     symmetric_product cholesky eigh eig svd qr lu lu_pivots_to_permutation householder_product geqrf geqp3 ormqr triangular_solve
     tridiagonal tridiagonal_solve schur hessenberg
@@ -80,8 +80,8 @@ MARKED: Final = _names(
 )
 """Primitives that get a generic mark with their parameters."""
 
-_INTEGER_EXPONENT: Final = "pow"
-"""The primitive that is marked only for an integer exponent, because its lowering converts the exponent."""
+_COMPLEX: Final = _names("cos exp log log1p max min sin sqrt")
+"""Primitives that are marked for complex numbers, because jax.export writes these out in real arithmetic."""
 
 _STRUCTURAL: Final = frozenset(
     ["custom_jvp_call", "custom_vjp_call", "custom_linear_solve", "remat2", "scan", "stop_gradient"]
@@ -152,7 +152,7 @@ class _Marks:
                 continue
             if name in structural:
                 found.append((primitive, _bound(structural[name], order)))
-            elif name in MARKED or name == _INTEGER_EXPONENT:
+            elif name in MARKED or name in _COMPLEX or name == "pow":
                 found.append((primitive, _bound(self.generic, order)))
             elif name not in _LOOKS_ALIKE and _differentiable(primitive):
                 found.append((primitive, _refused))
@@ -184,15 +184,17 @@ class _Marks:
         self, ctx: lowering.LoweringRuleContext, order: int, args: Sequence[Any], params: Mapping[str, Any]
     ) -> _Results:
         """Lower one primitive without a mark, but with marks inside."""
-        assert ctx.primitive is not None
-        symbol = self.plain(ctx, order, ctx.primitive, params)
-        return _emit_call(ctx, symbol, args, ctx.avals_out)
+        primitive = ctx.primitive
+        assert primitive is not None
+        inlined = lowering.lower_fun(lambda *args: _listed(primitive.bind(*args, **params)))
+        result: _Results = inlined(ctx.replace(module_context=self.context(ctx, order, primitive.name)), *args)
+        return result
 
     def generic(self, order: int, ctx: lowering.LoweringRuleContext, *args: Any, **params: Any) -> _Results:
         """Mark a primitive with its parameters."""
         primitive = ctx.primitive
         assert primitive is not None
-        if primitive.name == _INTEGER_EXPONENT and _floating(ctx.avals_in[1]):
+        if not _needs_mark(primitive.name, ctx.avals_in):
             return self.unmarked(ctx, order, args, params)
         try:
             facts = {"parameters": _parameters(primitive, params, ctx.avals_in)}
@@ -356,6 +358,13 @@ def _refused(ctx: lowering.LoweringRuleContext, *args: Any, **params: Any) -> _R
     )
 
 
+def _needs_mark(name: str, avals: Sequence[Any]) -> bool:
+    if name == "pow":
+        # The lowering converts an integer exponent to the base's dtype, and with it the derivative rule.
+        return not _floating(avals[1])
+    return name not in _COMPLEX or np.issubdtype(avals[0].dtype, np.complexfloating)
+
+
 def _differentiable(primitive: Primitive) -> bool:
     ad = jax.interpreters.ad
     return primitive in ad.primitive_jvps or primitive in ad.primitive_transposes
@@ -397,7 +406,9 @@ def _without_float0(jaxpr: Any, consts: Sequence[Any], what: str) -> ClosedJaxpr
     """
     kept = [variable.aval.dtype != jax.dtypes.float0 for variable in jaxpr.outvars]
     values = [variable.aval.dtype != jax.dtypes.float0 for variable in jaxpr.invars]
-    reduced, used_consts, used = jax.interpreters.partial_eval.dce_jaxpr_consts(jaxpr, kept, values)
+    reduced, used_consts, used = jax.interpreters.partial_eval.dce_jaxpr_consts(
+        jaxpr, kept, [False] * len(jaxpr.constvars) + values
+    )
     if any(use and not value for use, value in zip(used, values, strict=True)):
         raise UnmarkableError(
             f"the rule of a {what} uses the tangent of an integer, which has no value: ignore this tangent in the rule"
