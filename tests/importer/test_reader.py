@@ -415,7 +415,7 @@ def test_refusals(text, reason, words):
 def test_shardings_that_say_nothing_are_dropped():
     text = program(
         arguments='%a: tensor<3xf32> {mhlo.sharding = "{replicated}", mhlo.layout_mode = "default", jax.arg_info = "x"}',
-        module="attributes {mhlo.num_partitions = 1 : i32, jax.uses_shape_polymorphism = true}",
+        module="attributes {mhlo.num_partitions = 1 : i64, jax.uses_shape_polymorphism = true, mhlo.input_output_alias = []}",
     )
     assert reader.read(text).main.operations == []
 
@@ -443,12 +443,13 @@ def test_functions_that_call_each_other_in_a_circle():
     assert refused.value.reason == _rules.OPERATION_REFUSED
 
 
-def test_a_rule_in_an_attribute_counts_as_a_call():
-    rule = """func.func private @rule(%a: tensor<3xf32>) -> tensor<3xf32> {
-      %b = stablehlo.composite "x.y" %a {composite_attributes = {rule = @rule}, decomposition = @plain}
+@pytest.mark.parametrize("named", ["@rule", '"rule"', '["rule"]'])
+def test_a_rule_in_an_attribute_counts_as_a_call(named):
+    rule = f"""func.func private @rule(%a: tensor<3xf32>) -> tensor<3xf32> {{
+      %b = stablehlo.composite "x.y" %a {{composite_attributes = {{rule = {named}}}, decomposition = @plain}}
         : (tensor<3xf32>) -> tensor<3xf32>
-      return %b : tensor<3xf32> }
-      func.func private @plain(%a: tensor<3xf32>) -> tensor<3xf32> { return %a : tensor<3xf32> }"""
+      return %b : tensor<3xf32> }}
+      func.func private @plain(%a: tensor<3xf32>) -> tensor<3xf32> {{ return %a : tensor<3xf32> }}"""
     text = program("%b = call @rule(%a) : (tensor<3xf32>) -> tensor<3xf32>", before=rule)
     with pytest.raises(Refused, match="call themselves"):
         reader.read(text)

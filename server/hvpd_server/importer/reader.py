@@ -40,20 +40,23 @@ _DIALECTS: Final = ("stablehlo.", "chlo.", "func.call", "func.return")
 
 _RETURNS: Final = frozenset(["func.return", "stablehlo.return", "chlo.return"])
 
-_MODULE: Final[Mapping[str, str | None]] = {
+_ONE: Final = frozenset(["1 : i32", "1 : i64"])
+_EMPTY: Final = frozenset(["[]", "{}"])
+
+_MODULE: Final[Mapping[str, frozenset[str] | None]] = {
     "sym_name": None,
     "jax.uses_shape_polymorphism": None,
-    "mhlo.num_partitions": "1 : i32",
-    "mhlo.num_replicas": "1 : i32",
-    "mhlo.cross_program_prefetches": "[]",
+    "mhlo.num_partitions": _ONE,
+    "mhlo.num_replicas": _ONE,
+    # As other exporters write them.
+    "mhlo.cross_program_prefetches": _EMPTY,
+    "mhlo.input_output_alias": _EMPTY,
+    "mhlo.frontend_attributes": _EMPTY,
     "mhlo.is_dynamic": None,
-    "mhlo.use_auto_spmd_partitioning": "false",
-    "mhlo.xla_entry_computation_parameter_layouts": None,
-    "mhlo.xla_entry_computation_parameter_tiles": None,
-    "mhlo.xla_entry_computation_result_layout": None,
-    "mhlo.xla_entry_computation_result_tiles": None,
+    "mhlo.use_auto_spmd_partitioning": frozenset(["false"]),
+    "tf.versions": None,
 }
-"""Attributes of a module that change nothing on one device; the text that one must be, None for any."""
+"""Attributes of a module that change nothing on one device, and the texts that they may be; None for any."""
 
 _FUNCTION: Final = frozenset(
     ["sym_name", "function_type", "sym_visibility", "arg_attrs", "res_attrs", "no_inline", "tf.entry_function"]
@@ -64,6 +67,7 @@ _ARGUMENT: Final[Mapping[str, frozenset[str] | None]] = {
     "jax.global_constant": None,
     "jax.arg_info": None,
     "jax.result_info": None,
+    "tf._user_specified_name": None,
     "mhlo.layout_mode": frozenset(['"default"', '"auto"']),
     "mhlo.sharding": frozenset(['""', '"{replicated}"', '"{maximal device=0}"']),
 }
@@ -195,8 +199,11 @@ _Values = dict[Any, int]
 class _Size:
     """What a function is made of, without what it calls."""
 
-    operations: int
-    calls: list[str]
+    operations: int = 0
+    calls: list[str] = dataclasses.field(default_factory=list)
+    """Functions that it calls, as often as it does."""
+    named: list[str] = dataclasses.field(default_factory=list)
+    """Strings that may name more functions."""
 
 
 @dataclasses.dataclass
@@ -260,6 +267,8 @@ class _Reader:
                 public.append(symbol)
             self._check_function(operation)
             functions[symbol], sizes[symbol] = self._function(operation)
+        for size in sizes.values():
+            size.calls += [name for name in size.named if name in functions]
         entry = self._entry(public, functions)
         reached = self._check_calls(entry, sizes)
         others = [symbol for symbol in public if symbol not in reached]
@@ -283,7 +292,7 @@ class _Reader:
 
     def _check_module(self) -> None:
         for name, value in self._attributes(self._module.operation):
-            if name not in _MODULE or _MODULE[name] not in (None, str(value)):
+            if not _allowed(_MODULE, name, value):
                 raise Refused(
                     _rules.OPERATION_REFUSED,
                     f"has the attribute {short(name)} = {short(value)} on its module, which is not served: {_EXPORT_PLAIN}",
@@ -313,7 +322,7 @@ class _Reader:
     def _function(self, function: ir.Operation) -> tuple[Block, _Size]:
         """The body of a function, and its size."""
         values: _Values = {}
-        size = _Size(0, [])
+        size = _Size()
         (region,) = function.regions
         frames = [self._frame(function, region, values, None)]
         while True:
@@ -415,7 +424,9 @@ class _Reader:
                 raise self._refused(
                     operation, f"whose attribute {short(name)} cannot be read: {short(error)}"
                 ) from None
-            _symbols(value, size.calls)
+            # A rule gets strings for both symbols and strings, so both may name functions.
+            is_rule = name == "composite_attributes"
+            _symbols(value, size.named if is_rule else size.calls, strings=is_rule)
         size.calls += _marked(found)
         if _FRONTEND in found and found[_FRONTEND].keys() <= _FRONTEND_DROPPED:
             del found[_FRONTEND]
@@ -535,16 +546,16 @@ def _is_default(name: str, value: Any) -> bool:
     return name == "result_accuracy" and "mode<DEFAULT>" in str(value)
 
 
-def _symbols(attribute: Any, found: list[str]) -> None:
-    """Adds the functions that an attribute names."""
-    if isinstance(attribute, ir.FlatSymbolRefAttr):
+def _symbols(attribute: Any, found: list[str], *, strings: bool) -> None:
+    """Adds the functions that an attribute names, by symbols or, if `strings`, by strings."""
+    if isinstance(attribute, ir.FlatSymbolRefAttr) or (strings and isinstance(attribute, ir.StringAttr)):
         found.append(attribute.value)
     elif isinstance(attribute, ir.ArrayAttr):
         for each in attribute:
-            _symbols(each, found)
+            _symbols(each, found, strings=strings)
     elif isinstance(attribute, ir.DictAttr):
         for _, each in attributes.items(attribute):
-            _symbols(each, found)
+            _symbols(each, found, strings=strings)
 
 
 def _marked(found: Mapping[str, Any]) -> list[str]:
