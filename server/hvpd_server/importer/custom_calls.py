@@ -192,14 +192,18 @@ def _dynamic_reduce_window(custom: CustomCall) -> Sequence[Value]:
             f"with {len(custom.operands)} operands: expected pairs of an array and a start, and 5 sizes"
         )
     first = len(custom.operands) - 5
-    sizes, strides, base, window, padding = (call.concrete(first + each, "window") for each in range(5))
+    *steps, padding = (call.concrete(first + each, "window") for each in range(5))
+    sizes, strides, base, dilations = (tuple(int(size) for size in each) for each in steps)
     return reductions.reduce_window(
         call,
         call.signature(_only(custom)),
         custom.operands[:count],
         custom.operands[count : 2 * count],
         reductions.Window(
-            *(tuple(int(size) for size in each) for each in (sizes, strides, base, window)),
+            sizes,
+            strides,
+            base,
+            dilations,
             tuple((int(low), int(high)) for low, high in padding.reshape(-1, 2)),
         ),
     )
