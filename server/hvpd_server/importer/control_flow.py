@@ -386,7 +386,8 @@ class _Indices:
         name = maker.name.removeprefix("stablehlo.")
         if name == "constant":
             return self._fixed(maker.results[0])
-        if name == "get_dimension_size" or name not in _LINES:
+        # Arithmetic of booleans is another one.
+        if name not in _LINES or (maker.types[0].dtype == "bool" and name != "compare"):
             return None
         parts = [self(value) for value in maker.operands]
         if any(part is None for part in parts) or any(extent is None for extent in maker.types[0].shape):

@@ -6,7 +6,7 @@ factorization fails, so that the program's selection of NaN by `info` has nothin
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -126,9 +126,8 @@ def _gesdd(custom: CustomCall) -> Sequence[Value]:
     vectors, full = custom.option("mode", {ord("A"): (True, True), ord("S"): (True, False), ord("N"): (False, True)})
     if not vectors:
         # Nothing reads the singular vectors, which have space in one of two sizes.
-        left, right = (custom.call.types[index].shape[-2:] for index in (2, 3))
-        batch = a.shape[:-2]
-        nothing = [jnp.zeros((*batch, *_stated(custom, shape)), a.dtype) for shape in (left, right)]
+        sizes = [custom.call.types[index].shape[-2:] for index in (2, 3)]
+        nothing = [jnp.zeros((*a.shape[:-2], *_stated(custom, each)), a.dtype) for each in sizes]
         return [a, lax.linalg.svd(a, compute_uv=False), *nothing, _success(a)]
     left, values, right = lax.linalg.svd(a, full_matrices=full)
     return [a, values, left, right, _success(a)]
