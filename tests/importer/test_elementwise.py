@@ -199,7 +199,8 @@ def test_conversions_of_complex_numbers():
         return %0, %1 : tensor<3xf64>, tensor<3xi1> }"""
     parts, nonzero = text(module, z)
     np.testing.assert_array_equal(parts, [1, 0, 0])
-    np.testing.assert_array_equal(nonzero, [True, False, True])
+    # The specification ignores the imaginary part. jax writes a comparison where all of the number counts.
+    np.testing.assert_array_equal(nonzero, [True, False, False])
 
 
 def test_map_applies_its_region_to_each_element():

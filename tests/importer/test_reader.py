@@ -358,6 +358,7 @@ def test_short_decimals_are_rounded_once():
             _rules.OPERATION_REFUSED,
             ["encoding", "bounds"],
         ),
+        (program(arguments="%a: tensor<3xf32>, %b: !stablehlo.token"), _rules.OPERATION_REFUSED, ["token", "effects"]),
         (program(arguments="%a: tensor<3xf32>, %b: tensor<*xf32>"), _rules.OPERATION_REFUSED, ["tensor<*xf32>"]),
         (program(arguments="%a: tensor<3xf32>, %b: memref<3xf32>"), _rules.OPERATION_REFUSED, ["memref<3xf32>"]),
         (program(arguments="%a: tensor<3xf32>, %b: tensor<-3xf32>"), _rules.BUNDLE_INCOMPATIBLE, ["cannot be read"]),

@@ -74,6 +74,11 @@ def tensor_type(type_: ir.Type) -> TensorType:
         Refused: It is another kind of value, or its elements or extents are not served. The message completes "has a
             value ...".
     """
+    if str(type_) == "!stablehlo.token":
+        raise Refused(
+            _rules.OPERATION_REFUSED,
+            "that is a token, which orders effects: export a function whose results are all that it does",
+        )
     if not isinstance(type_, ir.RankedTensorType):
         raise Refused(
             _rules.OPERATION_REFUSED,

@@ -221,13 +221,11 @@ def _select(call: Call) -> Value:
 
 
 def converted(x: Value, dtype: np.dtype[Any]) -> Value:
-    """Convert elements: a complex number loses its imaginary part, and any number but zero becomes true."""
+    """Convert elements: a complex number loses its imaginary part, then any number but zero becomes true."""
     if known(x):
         with np.errstate(all="ignore"):
             return x.astype(dtype)
     if jnp.issubdtype(x.dtype, jnp.complexfloating) and not jnp.issubdtype(dtype, jnp.complexfloating):
-        if dtype == np.bool_:
-            return lax.ne(x, lax.full_like(x, 0))
         x = lax.real(x)
     return lax.convert_element_type(x, dtype)
 
