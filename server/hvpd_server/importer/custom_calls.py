@@ -1,4 +1,4 @@
-"""Custom calls: looks each up in `targets`. Has the rules of targets that are no factorizations; see `factorizations`."""
+"""Custom calls, each looked up in `targets`. Factorizations have their rules in `factorizations`, all others have them here."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

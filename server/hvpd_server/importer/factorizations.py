@@ -53,7 +53,7 @@ def _matrix(custom: CustomCall, index: int = 0) -> Value:
 
 
 def _is_lower(custom: CustomCall) -> bool:
-    """Return which triangle a routine reads: LAPACK has a letter, a GPU's routine a flag."""
+    """Return whether a routine reads the lower triangle: LAPACK has a letter, a GPU's routine a flag."""
     if "uplo" in custom.options:
         return bool(custom.option("uplo", {ord("L"): True, ord("U"): False}))
     return bool(custom.options["lower"])
@@ -143,7 +143,7 @@ def _stated(custom: CustomCall, shape: Sequence[int | None]) -> tuple[int, ...]:
     *gpu("gesvdj"), *gpu("gesvdp"), what=_SVD, operands=1, options=["compute_uv", "full_matrices"], column_major=True
 )
 def _gesvdj(custom: CustomCall) -> Sequence[Value]:
-    """Return V instead of its adjoint, and vectors of one of two sizes even where none are asked for."""
+    """Factorize; these routines return V instead of its adjoint, and have space for vectors that are not asked for."""
     a = _matrix(custom)
     *batch, rows, columns = a.shape
     full = custom.options["full_matrices"]
@@ -199,7 +199,7 @@ def _complement(vectors: Value) -> Value:
 
 @_complement.defjvp
 def _complement_jvp(primals: tuple[Value], tangents: tuple[Value]) -> tuple[Value, Value]:
-    """Move the complement as little as possible; any function of the space that it spans has this derivative."""
+    """Move the complement as little as possible: a function of the spanned space alone has this derivative."""
     (vectors,), (moved,) = primals, tangents
     rest = _complement(vectors)
     return rest, -jnp.matmul(vectors, jnp.matmul(adjoint(moved), rest, precision="highest"), precision="highest")
@@ -213,7 +213,7 @@ _QR: Final = "QR factorization"
 
 @target(*_GEQRF, what=_QR, operands=1, options=[], column_major=True)
 def _geqrf(custom: CustomCall) -> Sequence[Value]:
-    """Return R above NaN, and NaN: the reflectors have no derivative in jax, and only `_orgqr` may read them."""
+    """Return R, with NaN in place of the reflectors: jax has no derivative of them, and `_orgqr` does not need them."""
     a = _matrix(custom)
     rows, columns = a.shape[-2:]
     _, upper = lax.linalg.qr(a, full_matrices=False)

@@ -1,4 +1,4 @@
-"""Matrix products, Cholesky factors and triangular systems of StableHLO. Factorizations by LAPACK are in `custom_calls`."""
+"""Matrix products, Cholesky factors and triangular systems of StableHLO. LAPACK's routines are in `factorizations`."""
 
 from collections.abc import Sequence
 from typing import Any, Final

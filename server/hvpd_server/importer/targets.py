@@ -29,11 +29,11 @@ class CustomCall:
     """Options from the call's configuration."""
 
     def refuse(self, why: str) -> Refused:
-        """The refusal of this call; `why` completes "has a stablehlo.custom_call of NAME ..."."""
+        """Return the refusal of this call; `why` completes "has a stablehlo.custom_call of NAME ..."."""
         return self.call.refuse(f"of {self.name} {why}")
 
     def option(self, name: str, values: Mapping[int, Any]) -> Any:
-        """The meaning of an option.
+        """Return the meaning of an option.
 
         Raises:
             Refused: The option has none of the values.
