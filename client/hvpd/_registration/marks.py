@@ -13,6 +13,9 @@ or loses the rule.
 Every primitive that jax can differentiate is in one of the tables below. A primitive in none of them is refused, because its
 derivative could be silently wrong on the server.
 
+XLA's refinement of symbolic shapes does not enter composites. Another reader of a program with symbolic shapes must first
+turn composites into calls of their decompositions.
+
 Not kept: the policy of `jax.checkpoint` (the server saves nothing of the body); the choice that a `custom_vjp` with
 `symbolic_zeros=True` makes by unperturbed arguments (all arguments count as perturbed).
 """
@@ -74,7 +77,7 @@ MARKED: Final = _names(
     regularized_incomplete_beta random_gamma threefry2x32
     logistic argmax argmin sort top_k approx_top_k gather
     cumsum cumprod cummax cummin cumlogsumexp select_and_gather_add
-    symmetric_product cholesky eigh eig svd qr lu lu_pivots_to_permutation householder_product geqrf geqp3 ormqr triangular_solve
+    symmetric_product cholesky eigh eig svd qr lu lu_pivots_to_permutation householder_product ormqr triangular_solve
     tridiagonal tridiagonal_solve schur hessenberg
     """
 )

@@ -39,7 +39,11 @@ def function(
     evaluator = _Evaluator(module, platform, precision, report if report is not None else Report())
 
     def evaluate(*args: Value) -> list[Value]:
-        return evaluator.call(module.entry, *args)
+        try:
+            return evaluator.call(module.entry, *args)
+        except RecursionError:
+            message = "has operations inside each other that are too deep for Python: use fewer functions in functions"
+            raise Refused(_rules.PROGRAM_TOO_LARGE, message) from None
 
     return evaluate
 
@@ -110,6 +114,8 @@ class _Evaluator:
             AssertionError,
             OverflowError,
         ) as error:
+            if isinstance(error, TypeError) and "custom_vjp" in str(error):
+                raise  # The program fits. jax has no forward mode for it, and the caller chooses another mode.
             raise call.refuse(f"that does not fit: {type(error).__name__}: {str(error)[:300]}") from error
         results = list(found) if isinstance(found, (list, tuple)) else [found]
         self._check(call, results)
