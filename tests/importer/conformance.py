@@ -1,10 +1,11 @@
 """Runs a folder of StableHLO files through the importer: `python -m tests.importer.conformance DIR`.
 
-Made for the folder stablehlo/testdata of the repository openxla/stablehlo, of which it fetches nothing. A file is a module without
-arguments that makes inputs, runs one operation, and compares the results with expected ones by custom calls
-(`check.expect_eq`, `check.expect_close`, `check.expect_almost_eq`). These calls are the comparison, so this command takes them out
-of the module and compares. The inputs are passed under `jax.jit`, as data of a registration is. Files with arguments and
-without expected results are only traced, with all unknown extents and sizes equal.
+Made for the folders stablehlo/testdata and stablehlo/tests/interpret of the repository openxla/stablehlo, of which it fetches
+nothing. A program makes inputs, runs one operation, and compares the results with expected ones, by custom calls
+(`check.expect_eq`, `check.expect_close`, `check.expect_almost_eq`) or by operations of a dialect of the same name, which this
+command makes custom calls. These calls are the comparison, so this command takes them out of the program and compares. The
+inputs are passed under `jax.jit`, as data of a registration is. Programs with arguments and without expected results are only
+traced, with all unknown extents and sizes equal.
 """
 
 import argparse
@@ -137,12 +138,13 @@ def split(module: Module) -> tuple[Module, list[str], list[Operation]]:
     return dataclasses.replace(module, functions={**module.functions, module.entry: block}), checks, inputs
 
 
-def _with_expected(module: Module) -> Outcome:
+def _with_expected(module: Module, *, known: bool) -> Outcome:
     changed, checks, inputs = split(module)
     values: list[Any] = []
     for each in inputs:
         values += evaluate.function(dataclasses.replace(module, entry=str(each.attributes["callee"])))()
-    results = jax.jit(evaluate.function(changed))(*values)
+    run = evaluate.function(changed)
+    results = run(*map(np.asarray, values)) if known else jax.jit(run)(*values)
     outcomes = [compare(how, results[2 * i], results[2 * i + 1]) for i, how in enumerate(checks)]
     order = ("failed", "differs", "near", "passed")
     return min(outcomes, key=lambda outcome: order.index(outcome.verdict))
@@ -180,14 +182,44 @@ def _traced(module: Module) -> Outcome:
     raise first
 
 
-def outcome(text: str) -> Outcome:
-    """What comes of a module in text."""
+_CHECK: Final = re.compile(
+    r"check\.(expect_eq|expect_almost_eq)_const (?P<got>%[\w#]+),\s*(?P<want>dense<[^%]*?>)(, tolerance = [^:]*: f64)?"
+    r"\s*:\s*(?P<type>tensor<[^\n]*>)"
+)
+
+
+def programs(text: str) -> list[str]:
+    """The programs of a file that compare something, or the one program of the file.
+
+    Args:
+        text: Programs that are divided by comments of dashes.
+    """
+    numbers = itertools.count()
+
+    def custom_call(check: re.Match[str]) -> str:
+        want, type_ = f"%expected_{next(numbers)}", check["type"]
+        return (
+            f"{want} = stablehlo.constant {check['want']} : {type_}\n"
+            f"stablehlo.custom_call @check.{check[1]}({check['got']}, {want}) : ({type_}, {type_}) -> ()"
+        )
+
+    parts = re.split(r"^// -----.*$", text, flags=re.MULTILINE)
+    return [_CHECK.sub(custom_call, part) for part in parts if "check." in part or len(parts) == 1]
+
+
+def outcome(text: str, *, known: bool = False) -> Outcome:
+    """What comes of a module in text.
+
+    Args:
+        text: The module.
+        known: Whether the inputs are known while the program is read, as sizes are, and not data.
+    """
     try:
         module = reader.read(text)
         expected = any(
             str(each.attributes.get("call_target_name", "")).startswith("check.") for each in module.main.operations
         )
-        return _with_expected(module) if expected else _traced(module)
+        return _with_expected(module, known=known) if expected else _traced(module)
     except Refused as refused:
         quantized = "!quant" in str(refused) or "uniform_quantize" in str(refused)
         return Outcome("quantized" if quantized else "refused", f"{refused.reason}: {refused}")
@@ -207,6 +239,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--match", default="", help="regular expression that the file's name must contain")
     parser.add_argument("--part", default="0/1", help="I/N: only the I-th of N parts")
+    parser.add_argument(
+        "--known", action="store_true", help="pass inputs as sizes are: known while the program is read"
+    )
     parser.add_argument("--json", type=Path, help="file to write all outcomes to")
     options = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
@@ -214,9 +249,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = [path for path in sorted(options.folder.glob("*.mlir")) if re.search(options.match, path.name)]
     outcomes: dict[str, Outcome] = {}
     for index, path in enumerate(files[part::parts]):
-        found = outcomes[path.name] = outcome(path.read_text(encoding="utf-8"))
-        if found.verdict not in ("passed", "traced"):
-            print(f"{path.name}: {found.verdict}: {found.reason}", flush=True)  # noqa: T201
+        for number, text in enumerate(programs(path.read_text(encoding="utf-8"))):
+            name = f"{path.name}/{number}" if number else path.name
+            found = outcomes[name] = outcome(text, known=options.known)
+            if found.verdict not in ("passed", "traced"):
+                print(f"{name}: {found.verdict}: {found.reason}", flush=True)  # noqa: T201
         if index % 100 == 99:
             jax.clear_caches()
     counts = collections.Counter(each.verdict for each in outcomes.values())
@@ -227,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for reason, count in reasons.most_common():
         print(f"{count:5} {reason}")  # noqa: T201
-    print(f"{len(outcomes)} files: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()))  # noqa: T201
+    print(f"{len(outcomes)} programs: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common()))  # noqa: T201
     if options.json:
         options.json.write_text(json.dumps({name: dataclasses.astuple(each) for name, each in outcomes.items()}))
     return 0 if counts.keys() <= {"passed", "near", "traced", "quantized"} else 1
