@@ -14,6 +14,7 @@ from typing import Final
 import jax.numpy as jnp
 from jax import lax
 
+from hvpd_server.importer import recognise
 from hvpd_server.importer.loops import Loop, counting, with_small_functions
 from hvpd_server.importer.scans import Plan
 from hvpd_server.importer.table import Call, Value, known, operation
@@ -27,7 +28,9 @@ RAISED_LOOP: Final = "a loop that counts, as a scan"
 
 @operation("func.call", attributes=["callee"])
 def _call(call: Call) -> Sequence[Value]:
-    return call.call(call.attributes["callee"], *call.operands)
+    symbol = call.attributes["callee"]
+    known_rule = recognise.rule_of(call, symbol)
+    return known_rule(*call.operands) if known_rule is not None else call.call(symbol, *call.operands)
 
 
 @operation("stablehlo.if", regions=2)

@@ -1,0 +1,89 @@
+"""Functions of jax in programs without marks: recognised by name and operations together, and by neither alone."""
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import nn
+
+from hvpd_server.importer import evaluate, reader
+from hvpd_server.importer.table import Report
+
+POINTS = np.array([-np.inf, -800.0, -1.0, 0.0, 0.5, 800.0, np.inf, np.nan])
+
+
+@pytest.fixture(autouse=True)
+def _wide():
+    with jax.enable_x64(True):
+        yield
+
+
+def unmarked(fun, dtype=np.float64):
+    """The function and the report of a program that plain jax exported."""
+    exported = jax.export.export(jax.jit(fun))(jax.ShapeDtypeStruct(POINTS.shape, dtype))
+    report = Report()
+    function = evaluate.function(reader.read(exported.mlir_module_serialized), report=report)
+    return lambda *args: function(*args)[0], report
+
+
+FUNCTIONS = {
+    "relu": nn.relu,
+    "softplus": nn.softplus,
+    "silu": nn.silu,
+    "sinc": jnp.sinc,
+    "logaddexp": lambda x: jax.jit(jnp.logaddexp)(x, -x),
+    "log_sigmoid": nn.log_sigmoid,
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_of_jax_gets_its_rule(name, dtype):
+    fun = FUNCTIONS[name]
+    found, report = unmarked(fun, dtype)
+    x = jnp.asarray(POINTS, dtype)
+
+    def derivatives(fun):
+        gradient = jax.grad(lambda x: jnp.sum(fun(x)))
+        return jax.jit(lambda x: (fun(x), gradient(x), jax.jvp(gradient, (x,), (jnp.ones_like(x),))[1]))(x)
+
+    for left, right in zip(derivatives(found), derivatives(fun), strict=True):
+        np.testing.assert_array_equal(np.asarray(left, np.float64), np.asarray(right, np.float64))
+    assert sum(report.recognised.values()) > 0
+
+
+def program(symbol, body):
+    return f"""module {{
+      func.func public @main(%arg0: tensor<3xf64>) -> tensor<3xf64> {{
+        %0 = call @{symbol}(%arg0) : (tensor<3xf64>) -> tensor<3xf64>
+        return %0 : tensor<3xf64>
+      }}
+      func.func private @{symbol}(%arg0: tensor<3xf64>) -> tensor<3xf64> {{
+        %cst = stablehlo.constant dense<0.0> : tensor<f64>
+        %one = stablehlo.constant dense<1.0> : tensor<f64>
+        %0 = stablehlo.broadcast_in_dim %cst, dims = [] : (tensor<f64>) -> tensor<3xf64>
+        %1 = stablehlo.broadcast_in_dim %one, dims = [] : (tensor<f64>) -> tensor<3xf64>
+        {body}
+        return %2 : tensor<3xf64>
+      }}
+    }}"""
+
+
+@pytest.mark.parametrize(
+    ("symbol", "body", "slope"),
+    [
+        ("relu", "%2 = stablehlo.maximum %arg0, %0 : tensor<3xf64>", [0, 0, 1]),
+        ("relu_17", "%2 = stablehlo.maximum %0, %arg0 : tensor<3xf64>", [0, 0, 1]),
+        # The name alone, and the operations alone, have the derivatives of the operations.
+        ("relu", "%2 = stablehlo.maximum %arg0, %1 : tensor<3xf64>", [0, 0, 1]),
+        ("relu", "%2 = stablehlo.minimum %arg0, %0 : tensor<3xf64>", [1, 0.5, 0]),
+        ("ramp", "%2 = stablehlo.maximum %arg0, %0 : tensor<3xf64>", [0, 0.5, 1]),
+    ],
+)
+def test_neither_a_name_nor_operations_are_enough(symbol, body, slope):
+    report = Report()
+    function = evaluate.function(reader.read(program(symbol, body)), report=report)
+    found = jax.grad(lambda x: jnp.sum(function(x)[0]))(jnp.array([-1.0, 0.0, 2.0]))
+    np.testing.assert_array_equal(found, slope)
+    assert bool(report.recognised) == (symbol.startswith("relu") and "%0" in body and "maximum" in body)
