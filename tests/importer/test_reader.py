@@ -221,6 +221,13 @@ def test_attributes_are_plain():
     }
 
 
+def test_layouts():
+    layouts = "[dense<1> : tensor<2xindex>, dense<[1, 0]> : tensor<2xindex>, dense<> : tensor<0xindex>]"
+    text = program(f"%b = stablehlo.add %a, %a {{x = {layouts}}} : tensor<3xf32>")
+    (operation,) = reader.read(text).main.operations
+    assert [each.tolist() for each in operation.attributes["x"]] == [[1, 1], [1, 0], []]
+
+
 def bits(array):
     return np.ascontiguousarray(array).tobytes()
 
@@ -393,6 +400,17 @@ def test_short_decimals_are_rounded_once():
             _rules.OPERATION_REFUSED,
             ["stablehlo.add at line 4", "attribute where"],
         ),
+        (
+            program(f"%b = stablehlo.add %a, %a {{x = dense<1> : tensor<{1 << 62}xi8>}} : tensor<3xf32>"),
+            _rules.PROGRAM_TOO_LARGE,
+            ["stablehlo.add at line 4", "attribute x", "more than 65536 elements"],
+        ),
+        (
+            program(f"%b = stablehlo.add %a, %a {{x = {'[' * 900}1{']' * 900}}} : tensor<3xf32>"),
+            _rules.PROGRAM_TOO_LARGE,
+            ["nested too deeply"],
+        ),
+        (program('%b = stablehlo.add %a, %a {x = "\\FF"} : tensor<3xf32>'), _rules.BUNDLE_INVALID, ["cannot be read"]),
         (
             program("cf.br ^next(%a: tensor<3xf32>)\n^next(%b: tensor<3xf32>):"),
             _rules.OPERATION_REFUSED,

@@ -42,6 +42,9 @@ DTYPES: Final = {
 }
 """Names of NumPy or ml_dtypes dtypes, by the element type in MLIR."""
 
+ATTRIBUTE_ELEMENTS: Final = 1 << 16
+"""Most elements of an array in an attribute, constants excepted."""
+
 _BUFFERS: Final = frozenset(["bool", "float16", "float32", "float64"])
 """Dtypes, besides integers, whose constants the bindings convert."""
 
@@ -179,9 +182,16 @@ def dense(attribute: ir.DenseElementsAttr) -> np.ndarray[Any, Any]:
     Raises:
         Refused: The elements are of a type that is not served.
     """
-    element = str(ir.ShapedType(attribute.type).element_type)
-    if element == "index":  # Layouts of custom calls.
-        return np.array([int(each) for each in _INTEGER.findall(str(attribute).partition(" : ")[0])], np.int64)
+    shaped = ir.ShapedType(attribute.type)
+    shape = [shaped.get_dim_size(axis) for axis in range(shaped.rank)]
+    if math.prod(shape) > ATTRIBUTE_ELEMENTS:
+        raise Refused(
+            _rules.PROGRAM_TOO_LARGE,
+            f"with more than {ATTRIBUTE_ELEMENTS} elements: {short(attribute.type)}",
+        )
+    if str(shaped.element_type) == "index":  # Layouts of custom calls, which the bindings cannot convert.
+        found = [int(each) for each in _INTEGER.findall(str(attribute).partition(" : ")[0])]
+        return np.array(found * math.prod(shape) if attribute.is_splat else found, np.int64).reshape(shape)
     return _elements(attribute, tensor_type(attribute.type))
 
 

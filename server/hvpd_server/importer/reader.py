@@ -127,7 +127,16 @@ def read(blob: bytes | bytearray | str, limits: Limits | None = None, *, context
     context = context if context is not None else jax.interpreters.mlir.make_ir_context()
     context.allow_unregistered_dialects = True  # So that the refusal of a foreign operation can name it.
     with context, ir.Location.unknown():
-        return _Reader(_parse(blob if isinstance(blob, str) else bytes(blob), context), limits).module()
+        module = _parse(blob if isinstance(blob, str) else bytes(blob), context)
+        try:
+            return _Reader(module, limits).module()
+        except RecursionError:
+            raise Refused(_rules.PROGRAM_TOO_LARGE, "has attributes that are nested too deeply to be read") from None
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise Refused(
+                _rules.BUNDLE_INVALID,
+                f"has names or attributes that cannot be read: {type(error).__name__}: {short(error)}",
+            ) from None
 
 
 def _parse(blob: bytes | str, context: ir.Context) -> ir.Module:
