@@ -12,7 +12,7 @@ import pytest
 from jax import lax, nn
 
 from hvpd._registration import marks
-from hvpd_server.importer import composites, evaluate, reader
+from hvpd_server.importer import evaluate, primitives, reader, structural
 from hvpd_server.importer.graph import Block, Module, Operation
 from hvpd_server.importer.table import Refused, Report
 from tests.importer.marked import artifact, imported
@@ -114,10 +114,10 @@ REFUSED = {
 
 
 def test_the_server_binds_what_the_client_marks():
-    assert marks.MARKED | marks._COMPLEX | {"pow"} == composites.PRIMITIVES.keys()
-    for name, entry in composites.PRIMITIVES.items():
+    assert marks.MARKED | marks._COMPLEX | {"pow"} == primitives.PRIMITIVES.keys()
+    for name, entry in primitives.PRIMITIVES.items():
         if entry.rebuild is None:
-            assert composites._bound(name)
+            assert primitives.bound(name)
 
 
 def test_a_primitive_without_a_mark_is_refused_on_the_client():
@@ -185,7 +185,7 @@ def test_marks_are_the_same_bytes_each_time():
 
 def test_names_of_all_structural_marks_are_there():
     found = {each.attributes["name"] for each in composites_of(read())}
-    assert composites._STRUCTURAL.keys() <= found
+    assert structural.STRUCTURAL.keys() <= found
 
 
 # Derivatives that the rules allow.
