@@ -29,9 +29,6 @@ from hvpd_server.importer.table import Refused
 _BYTECODE: Final = b"ML\xefR"
 """First bytes of MLIR's bytecode, portable or not."""
 
-_DIAGNOSTICS: Final = 4
-"""Messages of MLIR's parser that a refusal repeats."""
-
 _QUANTIZED: Final = re.compile(r'!"?quant\b|uniform_(de)?quantize')
 """Traces of quantized types in a message of MLIR's."""
 
@@ -127,7 +124,7 @@ def read(blob: bytes | bytearray | str, limits: Limits | None = None, *, context
     context = context if context is not None else jax.interpreters.mlir.make_ir_context()
     context.allow_unregistered_dialects = True  # So that the refusal of a foreign operation can name it.
     with context, ir.Location.unknown():
-        module = _parse(blob if isinstance(blob, str) else bytes(blob), context)
+        module = _parse(blob if isinstance(blob, str) else bytes(blob))
         try:
             return _Reader(module, limits).module()
         except RecursionError:
@@ -139,15 +136,7 @@ def read(blob: bytes | bytearray | str, limits: Limits | None = None, *, context
             ) from None
 
 
-def _parse(blob: bytes | str, context: ir.Context) -> ir.Module:
-    said: list[str] = []
-
-    def listen(diagnostic: Any) -> bool:
-        if len(said) < _DIAGNOSTICS:
-            said.append(short(diagnostic.message))
-        return True
-
-    handler: Any = context.attach_diagnostic_handler(listen)
+def _parse(blob: bytes | str) -> ir.Module:
     try:
         if isinstance(blob, str):
             return ir.Module.parse(blob)
@@ -161,7 +150,7 @@ def _parse(blob: bytes | str, context: ir.Context) -> ir.Module:
     except RecursionError:
         raise Refused(_rules.PROGRAM_TOO_LARGE, "is nested too deeply to be read") from None
     except Exception as error:  # noqa: BLE001 - the parsers raise many kinds
-        words = short(" ".join([*said, str(error)]).replace("\n", " "))
+        words = short(str(error).replace("\n", " "))
         if _QUANTIZED.search(words):
             raise Refused(
                 _rules.OPERATION_REFUSED,
@@ -172,8 +161,6 @@ def _parse(blob: bytes | str, context: ir.Context) -> ir.Module:
             f"cannot be read by this server (jax {jax.__version__}): {type(error).__name__}: {words}. Expected StableHLO "
             "as a portable artifact, bytecode or text, or a serialized jax.export.Exported",
         ) from None
-    finally:
-        handler.detach()
 
 
 def _exported(blob: bytes) -> bytes:
@@ -192,11 +179,12 @@ def _bytecode(blob: bytes) -> ir.Module:
     """A portable artifact, or bytecode of StableHLO that was never made portable."""
     try:
         module: ir.Module = jax.extend.mlir.deserialize_portable_artifact(blob)
-    except Exception as error:  # noqa: BLE001 - the parser raises many kinds
-        try:
-            return ir.Module.parse(blob)
-        except Exception:  # noqa: BLE001 - the first error is the one to tell
-            raise error from None
+    except Exception:  # noqa: BLE001 - the parser raises many kinds
+        # Says what is wrong, which the error above does not; a handler of diagnostics there crashes jaxlib 0.11.
+        module = ir.Module.parse(blob)
+        for view in module.body.operations:
+            if view.operation.name.startswith("vhlo."):
+                raise ValueError("the portable artifact has operations of a later version of StableHLO") from None
     return module
 
 
