@@ -23,6 +23,8 @@ from tests.importer.marked import artifact, imported
 
 INF, NAN = np.inf, np.nan
 POINTS = (-2.5, -1.0, -0.0, 0.0, 1e-3, 0.5, 1.0, 2.0, 7.0)
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Options of the compiler: the programs are small, and compiling them takes the time."""
 ENDS = (-INF, -800.0, 0.0, 800.0, INF, NAN)
 
 
@@ -477,14 +479,14 @@ def test_derivatives_equal_native_jax(name):
     x = jnp.asarray(case.x, case.dtype)
     data = [jnp.asarray(array) for array in case.data]
     specs = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (x, *data)]
-    native = jax.jit(derivatives(case.fun, case.mode))(x, *data)
+    native = jax.jit(derivatives(case.fun, case.mode)).lower(x, *data).compile(QUICKLY)(x, *data)
     seen = set()
 
     def check(fun):
         traced = jax.jit(derivatives(fun, case.mode)).trace(x, *data)
         if str(traced.jaxpr) not in seen:  # Equal programs are compiled once: most are the same for all platforms.
             seen.add(str(traced.jaxpr))
-            compare(traced.lower().compile()(x, *data), native, case.tolerance)
+            compare(traced.lower().compile(QUICKLY)(x, *data), native, case.tolerance)
 
     for platform in ("cpu", "cuda"):
         check(imported(reader.read(artifact(case.fun, specs, (platform,)))))

@@ -104,7 +104,7 @@ def rules() -> tuple[tuple[Primitive, _Rule], ...]:
     Returns:
         Pairs for `_override_lowering_rules` of `jax.export.export`. Make them anew for each export.
     """
-    return tuple(_Marks().rules(0, None))
+    return _Marks().rules(0, None)
 
 
 def _registered() -> Mapping[str, Primitive]:
@@ -130,14 +130,23 @@ class _Marks:
 
     caches: dict[Any, tuple[ir.SymbolTable, dict[Any, Any], dict[Any, Any]]] = dataclasses.field(default_factory=dict)
     """Caches of jax's lowering, one pair for each module, order, and primitive that is left plain."""
+    tables: dict[tuple[int | None, str | None], tuple[tuple[Primitive, _Rule], ...]] = dataclasses.field(
+        default_factory=dict
+    )
+    """Rules that were made, by the arguments of `rules`."""
 
-    def rules(self, order: int | None, plain: str | None) -> list[tuple[Primitive, _Rule]]:
+    def rules(self, order: int | None, plain: str | None) -> tuple[tuple[Primitive, _Rule], ...]:
         """Return the rules for functions inside `order` rules; for None, the rules that mark nothing.
 
         Args:
             order: Rules around the function that is lowered.
             plain: Primitive that is lowered as jax does.
         """
+        if (order, plain) not in self.tables:
+            self.tables[order, plain] = tuple(self._rules(order, plain))
+        return self.tables[order, plain]
+
+    def _rules(self, order: int | None, plain: str | None) -> list[tuple[Primitive, _Rule]]:
         found: list[tuple[Primitive, _Rule]] = [(_CALL, _call)]
         if order is None:
             return found
@@ -166,11 +175,12 @@ class _Marks:
     ) -> lowering.ModuleContext:
         """Return the module's context with the rules of an order. Its caches are apart, because its lowerings differ."""
         module = ctx.module_context
+        plain = None if order is None else plain
         key = (id(module.symbol_table), order, plain, tuple(module.platforms))
         _, primitives, functions = self.caches.setdefault(key, (module.symbol_table, {}, {}))
         parameters = dataclasses.replace(
             module.lowering_parameters,
-            override_lowering_rules=tuple(self.rules(order, plain)),  # type: ignore[arg-type]
+            override_lowering_rules=self.rules(order, plain),  # type: ignore[arg-type]
         )
         return dataclasses.replace(
             module, lowering_parameters=parameters, lowering_cache=primitives, cached_primitive_lowerings=functions
