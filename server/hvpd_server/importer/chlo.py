@@ -3,6 +3,7 @@
 A portable artifact has composites in their place. `composites` gives these the same functions.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -12,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from hvpd_server import _rules
+from hvpd_server.importer import reductions
 from hvpd_server.importer.table import Call, Value, operation
 
 FUNCTIONS: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
@@ -71,3 +73,27 @@ for _name in FUNCTIONS:
 @operation("chlo.top_k", attributes=["k"])
 def _top_k(call: Call) -> list[Value]:
     return top_k(call, call.attributes["k"])
+
+
+def scan(call: Call) -> list[Value] | None:
+    """Return the running reduction and its last value, for a composite chlo.scan that jax 0.11 writes for GPUs.
+
+    Returns:
+        None for any other scan, which is done by its decomposition.
+    """
+    given = call.attributes.get("composite_attributes", {})
+    fields = {"dimension", "is_associative", "is_reverse", "operandSegmentSizes", "resultSegmentSizes"}
+    if len(call.regions) != 1 or len(call.operands) != 2 or not isinstance(given, Mapping) or given.keys() != fields:
+        return None
+    (body,), (x, start) = call.regions, call.operands
+    axis, is_reverse = given["dimension"], given["is_reverse"]
+    returned = set(body.returns)
+    if len(body.returns) != 2 or len(returned) != 1 or type(axis) is not int or not 0 <= axis < np.ndim(x):
+        return None
+    if type(is_reverse) is not bool or np.ndim(start) or not np.shape(x)[axis]:
+        return None
+    found = reductions.running(call, dataclasses.replace(body, returns=body.returns[:1]), start)
+    if found is None:
+        return None
+    result = found(jnp.asarray(x), axis, is_reverse)
+    return [result, lax.index_in_dim(result, 0 if is_reverse else -1, axis, keepdims=False)]

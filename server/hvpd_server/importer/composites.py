@@ -13,12 +13,16 @@ from hvpd_server.importer import chlo, mark, primitives, structural
 from hvpd_server.importer.table import Call, Value, operation
 
 
-@operation("stablehlo.composite", attributes=["name", "decomposition", "composite_attributes", "version"])
+@operation("stablehlo.composite", attributes=["name", "decomposition", "composite_attributes", "version"], regions=-2)
 def _composite(call: Call) -> Sequence[Value]:
     name = call.attributes.get("name")
     if type(name) is not str:
         raise call.refuse("without a name", _rules.BUNDLE_INVALID)
+    if name == "chlo.scan" and (found := chlo.scan(call)) is not None:
+        return found
     if name.startswith("hvpd."):
+        if call.regions:
+            raise call.refuse(f"{name[:80]} with regions: expected none in a mark", _rules.BUNDLE_INVALID)
         return _marked(call, name)
     if name.startswith("chlo."):
         return _chlo(call, name.removeprefix("chlo."))

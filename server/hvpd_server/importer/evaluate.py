@@ -99,7 +99,8 @@ class _Evaluator:
         foreign = sorted(operation.attributes.keys() - entry.attributes)
         if foreign:
             raise call.refuse(f"with the attribute {foreign[0]}, which is not served")
-        if len(operation.regions) != entry.regions and not (entry.regions == -1 and operation.regions):
+        any_regions = entry.regions == -2 or (entry.regions == -1 and operation.regions)
+        if len(operation.regions) != entry.regions and not any_regions:
             raise call.refuse(f"with {len(operation.regions)} regions", _rules.BUNDLE_INVALID)
         try:
             found = entry.rule(call)

@@ -276,6 +276,20 @@ def reduce_window(
     raise call.refuse(f"with a body that is not recognised: expected {BODIES}, or logaddexp along a whole axis")
 
 
+def running(call: Call, body: Block, start: Value) -> Callable[..., Value] | None:
+    """Return the running reduction (x, axis, reverse) of a body with one result, or None if jax has none for it.
+
+    Args:
+        call: The operation, for messages.
+        body: Combines two elements.
+        start: Scalar from which the reduction starts; it must be neutral.
+    """
+    found = monoids(call, body)
+    if found is not None:
+        return found[0].cumulative if is_identity(found[0], start) else None
+    return lax.cumlogsumexp if _is_logaddexp(call, body) and np.array_equal(start, -np.inf) else None
+
+
 def _gathered(call: Call, body: Block) -> str | None:
     """Return the comparison by which a body keeps one of two pairs, or None for any other body."""
     numbering = ValueNumbering(call)

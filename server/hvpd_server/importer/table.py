@@ -122,7 +122,7 @@ class Entry:
     attributes: frozenset[str]
     """Attributes that the operation may have."""
     regions: int
-    """Regions that the operation has; -1: one or more."""
+    """Regions that the operation has; -1: one or more; -2: any number."""
 
 
 TABLE: Final[dict[str, Entry]] = {}
@@ -135,7 +135,7 @@ def operation(*names: str, attributes: Sequence[str] = (), regions: int = 0) -> 
     Args:
         names: Names with their dialect.
         attributes: Names of the attributes that the operation may have.
-        regions: Regions that the operation has; -1: one or more.
+        regions: Regions that the operation has; -1: one or more; -2: any number.
     """
 
     def register(rule: Rule) -> Rule:
