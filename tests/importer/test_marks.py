@@ -109,7 +109,7 @@ REFUSED = {
     *("eval_jaxpr", "from_edtype", "to_edtype", "stage", "tie"),
     # With rules that no mark carries.
     *("call_exported", "composite", "linear_call", "ragged_dot_general", "reduce_window"),
-    "xla_metadata_value",
+    *("global_array_to_host_local_array", "host_local_array_to_global_array", "xla_metadata_value"),
 }
 
 
