@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from hvpd import _codec
+from hvpd import _codec, _pytree
 from hvpd._check import REGISTRATION_BYTES, verdict_of
 from hvpd._errors import (
     HvpdError,
@@ -27,7 +28,7 @@ from hvpd._usage import Usage, usage
 from hvpd.v1 import blob_pb2, objective_pb2, server_pb2
 
 if TYPE_CHECKING:
-    from hvpd._export import Export
+    from hvpd._registration.bundle import Export
 
 DEFAULT_ADDRESS = "localhost:7070"
 
@@ -220,23 +221,69 @@ class Client:
             )
             return self._store(export, name, shared=shared)
 
+    def register_stablehlo(
+        self,
+        module: Any,
+        x: Any,
+        *data: Any,
+        name: str | None = None,
+        mode: str = "forward_over_reverse",
+        precision: str = "highest",
+        shared: bool = False,
+    ) -> Objective:
+        """Register f(x, *data) -> scalar that any framework wrote as StableHLO; the server differentiates it.
+
+        The entry function of the module takes the leaves of x, then the leaves of data, in flattening order (dicts by sorted
+        keys), and returns one real floating scalar. StableHLO has no derivative rules. The server recognises functions and
+        patterns whose rule it knows, and presumes jax's rule for everything else, such as the gradient of a maximum at a tie:
+        `objective.derivative_rules()` lists both. `objective.registration_check()` compares products with central differences,
+        at x and beside it.
+
+        Args:
+            module: A StableHLO portable artifact or MLIR bytecode as bytes; MLIR text; the bytes of a `jax.export.Exported`, of any
+                vjp_order; or an object whose `str` is MLIR. All but portable artifacts need jax here, which converts them.
+            x: A pytree of floating arrays: gives structure, shapes and dtypes. The server checks the products at its values.
+            data: Values for each further argument, as for `register`.
+            name: As for `register`.
+            mode: As for `register`.
+            precision: As for `register`, for matrix products that state none; "exported" leaves them as the module has them.
+            shared: As for `register`.
+
+        Raises:
+            InvalidArgumentError: The module cannot be read, has an operation that is not served, does not take x and data, or is
+                not differentiable. The message names the operation and its place.
+            MissingExtraError: jax is needed to convert the module, and is not installed.
+
+        Example:
+            >>> with tf.device("CPU"):
+            ...     ir = tf.function(loss, jit_compile=True).experimental_get_compiler_ir(w, X)
+            >>> objective = client.register_stablehlo(ir(stage="stablehlo_serialized"), w0, X)
+        """
+        from hvpd._registration import stablehlo
+
+        with self._transport.inside("hvpd.register", name=name):
+            export = stablehlo.export(
+                module, x, data, mode=mode, precision=precision, stablehlo_version=self.server.stablehlo_version
+            )
+            return self._store(export, name, _pytree.flatten(x)[1], shared=shared)
+
     def _exporting(self) -> Any:
         """The module that needs jax."""
         try:
             import flatbuffers  # type: ignore[import-untyped]  # noqa: F401 - jax.export needs it, and says so only later
 
-            from hvpd import _export
+            from hvpd._registration import export
         except ImportError as error:
             raise MissingExtraError(
                 f"registering needs jax here (the server's is not enough): pip install 'hvpd[jax]' ({error})"
             ) from error
-        return _export
+        return export
 
     def _store(
         self, export: "Export", name: str | None, x_leaves: Sequence[Any] = (), *, shared: bool = False
     ) -> Objective:
         """Uploads what the server does not have, and has it registered, and checked where there is an x."""
-        self._check_server_reads(export.bundle)
+        self._check_platform(export.bundle)
         request = objective_pb2.CreateObjectiveRequest(digest=export.digest, name=name or "", shared=shared)
         blobs = dict(export.blobs)
         if x_leaves and export.bundle.n * np.dtype(export.bundle.dtype).itemsize <= REGISTRATION_BYTES:
@@ -264,21 +311,22 @@ class Client:
             except HvpdError as error:
                 if last or error.reason not in ("BLOBS_MISSING", "BLOB_CORRUPT"):
                     raise
+        mode = response.objective.derivation.mode
+        if mode and mode != export.bundle.mode:
+            warnings.warn(
+                f"jax forbids mode {export.bundle.mode!r} for this function, which has a custom_vjp inside: it is registered with "
+                f"mode {mode!r}",
+                stacklevel=3,
+            )
         return self._objective(response.objective, export.unflatten)
 
-    def _check_server_reads(self, bundle: objective_pb2.Bundle) -> None:
+    def _check_platform(self, bundle: objective_pb2.Bundle) -> None:
+        """Raise IncompatibleError if a program with branches for some platforms has none for the server's."""
         server = self._transport.server
-        oldest, newest = server.min_calling_convention_version, server.max_calling_convention_version
-        if not oldest <= bundle.calling_convention_version <= newest:
+        if bundle.platforms and server.platform not in bundle.platforms:
             raise IncompatibleError(
-                f"jax {bundle.jax_version} here exports calling convention {bundle.calling_convention_version}; the server at "
-                f"{self.address} runs jax {server.jax_version}, which reads {oldest} to {newest}: install a nearer version",
-                reason="BUNDLE_INCOMPATIBLE",
-            )
-        if server.platform not in bundle.platforms:
-            raise IncompatibleError(
-                f"the server at {self.address} computes on {server.platform}, the objective would be lowered for "
-                f"{', '.join(bundle.platforms)}: register it with platforms=({server.platform!r}, ...)",
+                f"the server at {self.address} computes on {server.platform}, and the objective has branches for "
+                f"{', '.join(bundle.platforms)} only: register it with platforms=({server.platform!r}, ...)",
                 reason="BUNDLE_INCOMPATIBLE",
             )
 
@@ -400,7 +448,7 @@ def _listing(message: objective_pb2.Objective) -> Listing:
         n=bundle.n,
         dtype=bundle.dtype,
         precision=bundle.precision,
-        mode=bundle.mode,
+        mode=message.derivation.mode or bundle.mode,
         platforms=tuple(bundle.platforms),
         data_bytes=sum(math.prod(tensor.shape) * _codec.dtype(tensor.dtype).itemsize for tensor in bundle.data),
         created=message.create_time.ToDatetime(datetime.UTC),
