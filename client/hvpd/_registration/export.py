@@ -34,7 +34,7 @@ LIFT_BYTES = 16 << 10
 PRECISIONS = ("highest", "high", "default")
 
 EXPORTED = "exported"
-"""Precision of a function that somebody else exported: whatever they had."""
+"""Precision of a function that came exported: its matrix products keep the precision that they have."""
 
 MODES = (
     "forward_over_reverse",
@@ -194,7 +194,7 @@ def _check_bucket(fixed_bucket: int | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
-    """An objective that somebody else exported, as a function to register."""
+    """An exported objective, as a function to register."""
 
     fun: _Function
     """fun(x, *data), differentiable by reverse mode twice."""
@@ -359,7 +359,7 @@ class _Subject:
         return captured, {"objective": self._stage(lifted, closed, self.specs, self.count, captured, 0, len(captured))}
 
     def composite(self, composite: Composite) -> tuple[list[_codec.Array], dict[str, _Stage]]:
-        """Trace both stages of a composite, apart; return likewise."""
+        """Trace both stages of a composite, apart; return the large arrays that they close over, and their programs."""
         takes = len(jax.eval_shape(lambda *leaves: self.arguments_of(leaves), *self.specs[self.count :]))
         if composite.inputs > takes:
             raise InvalidArgumentError(

@@ -27,7 +27,7 @@ def portable(module: bytes | str, version: str) -> bytes:
 
 
 def portable_of(exported: jax.export.Exported, version: str) -> bytes:
-    """Return the portable artifact of an exported function, likewise."""
+    """Return the portable artifact of an exported function, without source locations."""
     with jax.interpreters.mlir.make_ir_context() as context:
         module = jax.extend.mlir.deserialize_portable_artifact(exported.mlir_module_serialized)
         parsed = ir.Module.parse(module, context) if isinstance(module, str | bytes) else module

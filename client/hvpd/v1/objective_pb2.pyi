@@ -484,11 +484,11 @@ class Derivation(google.protobuf.message.Message):
           prepare                (x, *captured, *data) -> (value, gradient[n], *residuals); together with apply
           apply                  (V[k,n], *residuals) -> HV[k,n]
           ggn                    (x, V[k,n], *captured, *data) -> GV[k,n]; of composites, like the next three
-          fisher                 likewise, if the model's output parametrizes a distribution
+          fisher                 the same arguments and result, if the model's output parametrizes a distribution
           sampled_fisher         (x, V[k,n], key uint32[2], *captured, *data) -> FV[k,n]; wherever fisher is
-          empirical_fisher       likewise, if the model's output has a row for each example
+          empirical_fisher       the same arguments and result, if the model's output has a row for each example
           kfac                   (x, *captured, *data) -> (A_0, G_0, A_1, G_1, ...), two factors for each of dense_layers
-          sampled_kfac           (x, key uint32[2], *captured, *data) -> likewise, with targets drawn from the model's distribution
+          sampled_kfac           (x, key uint32[2], *captured, *data) -> the factors of kfac, with targets drawn from the model's distribution
         Of hvp, ggn and the Fisher matrices there is each principal block, too, such as "hvp[0,2]" of the leaves 0 and 2:
         (x, V[k,m], *captured, *data) -> [k,m], where the block has m elements.
         """
