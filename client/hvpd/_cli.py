@@ -156,7 +156,11 @@ def _add_register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     register.add_argument("--fixed-bucket", type=int, help="the only width of launches, for bits that never change")
     register.add_argument("--name", help="name for the objective, such as digits/mlp")
     register.add_argument("--shared", action="store_true", help="let other tenants use it")
-    register.add_argument("--platforms", default="cpu,cuda", help="platforms to lower for (default: cpu,cuda)")
+    register.add_argument(
+        "--platforms",
+        default="cpu,cuda",
+        help="platforms whose branches a function keeps that has some (default: cpu,cuda)",
+    )
     register.add_argument("--precision", default="highest", help="highest, high or default (default: highest)")
     connection(register)
     register.set_defaults(run=_register)
@@ -251,7 +255,7 @@ def _objectives(arguments: argparse.Namespace) -> int:
             listing.dtype,
             listing.precision,
             listing.mode,
-            ",".join(listing.platforms),
+            ",".join(listing.platforms) or "any",
             show_bytes(listing.data_bytes),
             listing.check or "-",
             listing.created.strftime("%Y-%m-%d %H:%M"),

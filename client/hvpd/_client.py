@@ -50,7 +50,7 @@ class Listing:
     mode: str
     """How products are made."""
     platforms: tuple[str, ...]
-    """What it was lowered for."""
+    """Platforms that it has branches for; empty if it is the same on every platform."""
     data_bytes: int
     """Size of the data it was registered with."""
     created: datetime.datetime
@@ -115,10 +115,10 @@ class Client:
         sharded: bool = False,
         shared: bool = False,
     ) -> Objective:
-        """Registers f(x, *data) -> scalar with the server, with its derivative programs and its data.
+        """Registers f(x, *data) -> scalar with the server, with its data.
 
-        `fun` is traced once for these shapes, differentiated forward over reverse, and lowered for all platforms; nothing runs
-        here. Closed-over arrays above 16 KiB are stored like data. Registering the same again uploads and compiles nothing.
+        The client traces `fun` once for these shapes and lowers it to StableHLO; nothing runs here. The server differentiates it.
+        Closed-over arrays above 16 KiB are stored like data. Registering the same again uploads and compiles nothing.
         The server then multiplies a few vectors at x, in the background: `objective.registration_check()` has the verdict.
 
         A float64 x is traced with 64-bit types whatever jax's x64 mode. With a float32 x and x64 off, 64-bit data is narrowed
@@ -131,7 +131,7 @@ class Client:
             data: One pytree of arrays for each further argument of `fun`; integers and booleans are allowed.
             name: Points at the objective from now on, for teammates; letters, digits, `._-`, parts joined by `/`. Where the server
                 tells tenants apart it is the tenant's own, called `tenant/name` by others.
-            platforms: Of "cpu", "cuda", "rocm", "tpu".
+            platforms: Of "cpu", "cuda", "rocm", "tpu": whose branches are kept, if `fun` has some (`jax.lax.platform_dependent`).
             precision: "highest", "high" or "default", for matrix products that do not say their own. On GPUs anything but
                 "highest" means TF32, and errors of 1e-3.
             mode: How products are made:
@@ -151,7 +151,7 @@ class Client:
                 no row has part in (a penalty); or a sum over rows, and nothing else. Then data that is larger than the server's
                 memory budget stays on its disk, and each product goes through it in chunks. The result is that of all rows at once.
                 The server tries it on some rows first, and refuses what is no such mean or sum.
-            blocks: Principal blocks that get programs of their own, so that products of `H.block(...)` cost what the block costs: each
+            blocks: Principal blocks that the server compiles at once, so that the first product of `H.block(...)` need not wait: each
                 the name of a leaf of x or of what stands above several, or several names. See `CurvatureOperator.block`.
             fixed_bucket: The only width of blocks that are launched, a power of two: then the bits of a product do not depend on who
                 else was asking, nor on what was measured. Wider ones share more work, and waste more where nobody shares.
@@ -163,7 +163,7 @@ class Client:
         Raises:
             InvalidArgumentError: `fun`, `x`, `data` or `name` cannot be registered.
             MissingExtraError: jax is not installed here.
-            IncompatibleError: The server cannot run what this version of jax exports, or is of another platform.
+            IncompatibleError: The server cannot read what this version of jax writes, or `fun` has no branch for its device.
         """
         _export = self._exporting()
         if name is not None and not isinstance(name, str):
@@ -205,7 +205,7 @@ class Client:
         Raises:
             InvalidArgumentError: It is no exported function, or has not both derivatives, or data does not fit it.
             MissingExtraError: jax is not installed here.
-            IncompatibleError: It was lowered for other platforms than the server's.
+            IncompatibleError: It was exported for several platforms, and the server's is none of them.
         """
         _export = self._exporting()
         with self._transport.inside("hvpd.register", name=name):

@@ -80,7 +80,7 @@ class Objective:
         dtype: float32 or float64: of flat vectors, gradients and products.
         digest: SHA-256 of what was registered, in hexadecimal: its identity.
         name: The name it was found by; empty where it has none.
-        platforms: What it was lowered for.
+        platforms: Platforms that it has branches for; empty if it is the same on every platform.
         precision: Matrix-multiplication precision that it was traced with.
         mode: How its products are made; see `Client.register`.
         blocks: Names of the leaves of each principal block that the server compiled at registration; see `Client.register`.

@@ -25,6 +25,8 @@ from hvpd_server.importer.table import LOOP_BYTES, Refused, Report
 PAIRS_BYTES: Final = 64 << 10
 """Largest x, in bytes, whose products at many points share a launch: a larger x fills a launch by itself."""
 
+_ARRAY_BYTES: Final = _rules.Limits().array_bytes
+
 Batched = Callable[[Function], Function]
 """A product of a block, given how to batch the product of one vector."""
 
@@ -57,16 +59,19 @@ class Program:
 
 
 def _check_sizes(jaxpr: Any) -> None:
-    """Check every array that a program makes, those of loops and branches too: XLA aborts if a size overflows."""
+    """Check every array that a program makes, those of loops and branches too: XLA aborts if a size overflows.
+
+    What a scan stacks is in memory. Any other array may exist only in part, so its limit is far above any memory.
+    """
     pending = [jaxpr]
     while pending:
         for equation in pending.pop().eqns:
+            limit = LOOP_BYTES if equation.primitive.name == "scan" else _ARRAY_BYTES
             for variable in equation.outvars:
-                size = math.prod(variable.aval.shape) * variable.aval.dtype.itemsize
-                if size > LOOP_BYTES:
+                if math.prod(variable.aval.shape) * variable.aval.dtype.itemsize > limit:
                     raise Refused(
                         _rules.PROGRAM_TOO_LARGE,
-                        f"makes an array of {variable.aval.str_short()} in {equation.primitive}, and {LOOP_BYTES >> 40} TiB are "
+                        f"makes an array of {variable.aval.str_short()} in {equation.primitive}, and {limit >> 40} TiB are "
                         "allowed: a derivative keeps the values of all rounds of a loop",
                     )
             values = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns"))
