@@ -17,18 +17,18 @@ class DensePoint:
         self.n, self.dtype = len(self.matrix), self.matrix.dtype
         self.products = []
         self.kind = kind
-        self.objective = SimpleNamespace(label="dense", slices=lambda: slices or {"": slice(0, self.n)})
+        self.objective = SimpleNamespace(
+            label="dense", slices=lambda: slices or {"": slice(0, self.n)}, block_of=lambda leaves: 0
+        )
 
-    def multiply(self, block, operator=curvature_pb2.OPERATOR_HESSIAN, seed=0, leaves=(), mode="", precision=""):
+    def multiply(self, block, operator=curvature_pb2.OPERATOR_HESSIAN, seed=0, principal_block=0):
         assert operator == self.kind
-        assert (mode, precision) == ("", "")
-        spans = list(self.objective.slices().values())
-        kept = np.concatenate([np.arange(spans[leaf].start, spans[leaf].stop) for leaf in leaves or range(len(spans))])
+        assert principal_block == 0
         assert block.dtype == self.dtype
         assert block.flags.c_contiguous
-        assert block.shape[1:] == kept.shape
+        assert block.shape[1:] == (self.n,)
         self.products.append(len(block))
-        return block @ self.matrix[np.ix_(kept, kept)]
+        return block @ self.matrix
 
 
 @pytest.fixture

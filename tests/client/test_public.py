@@ -10,7 +10,6 @@ Client
 Composite
 CurvatureOperator
 DeadlineError
-DerivativeRules
 Diagonal
 HessianOperator
 HvpdError
