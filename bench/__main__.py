@@ -8,10 +8,11 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from bench import _report
 
-BENCHMARKS = ("latency", "coalescing", "transfer", "modes", "restart", "growth")
+BENCHMARKS = ("register", "latency", "coalescing", "transfer", "modes", "restart", "growth")
 _FOLDER = Path(__file__).parent
 
 
@@ -28,6 +29,9 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="whether it runs, not how fast: few sizes, few rounds")
     parser.add_argument(
+        "--before", metavar="DIR", type=Path, help="with register: another checkout of hvpd to measure beside this one"
+    )
+    parser.add_argument(
         "--write", action="store_true", help="with report: into bench/README.md, in place of what is there"
     )
     arguments = parser.parse_args()
@@ -38,15 +42,16 @@ def main() -> int:
     # Two processes share an accelerator here: neither may take all of its memory beforehand.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     for name in BENCHMARKS if arguments.name == "all" else (arguments.name,):
-        _run(name, arguments.json, quick=arguments.quick)
+        options = {"before": arguments.before} if name == "register" else {}
+        _run(name, arguments.json, quick=arguments.quick, **options)
     return 0
 
 
-def _run(name: str, path: Path | None, *, quick: bool) -> None:
+def _run(name: str, path: Path | None, **options: Any) -> None:
     benchmark = importlib.import_module(f"bench.{name}")
     environment = _report.environment()
     found = []
-    with contextlib.closing(benchmark.run(quick=quick)) as figures:
+    with contextlib.closing(benchmark.run(**options)) as figures:
         for figure in figures:
             if _told:
                 sys.exit(128 + _told[0])

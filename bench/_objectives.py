@@ -112,6 +112,27 @@ def transformer(rows: int, length: int = 32, width: int = 64, blocks: int = 2, h
     return Problem("transformer", fun, x, (_labels(rows * (length + 1), vocabulary).reshape(rows, length + 1),))
 
 
+def gaussian_process(rows: int, features: int) -> Problem:
+    """The negative log marginal likelihood of a Gaussian process in its hyperparameters: a Cholesky factor and two solves."""
+
+    def fun(x: Any, X: Any, y: Any) -> Any:
+        scaled = X * jnp.exp(x["log_scales"])
+        squares = jnp.sum(scaled**2, axis=1)
+        distances = squares[:, None] + squares[None, :] - 2 * scaled @ scaled.T
+        covariance = jnp.exp(x["log_variance"] - 0.5 * distances) + jnp.exp(x["log_noise"]) * jnp.eye(rows)
+        factor = jnp.linalg.cholesky(covariance)
+        half = jax.scipy.linalg.solve_triangular(factor, y, lower=True)
+        return 0.5 * jnp.sum(half**2) + jnp.sum(jnp.log(jnp.diag(factor)))
+
+    x = {
+        "log_scales": np.zeros(features, np.float32),
+        "log_variance": np.zeros((), np.float32),
+        "log_noise": np.full((), -1.0, np.float32),
+    }
+    X = normal(6, rows, features)
+    return Problem("Gaussian process", fun, x, (X, np.sin(X[:, 0])))
+
+
 def identity(n: int) -> Problem:
     """0.5 |x|^2, whose product is its vector: nothing but transport."""
 

@@ -1,18 +1,20 @@
-"""The programs of an objective compiled and called in this process, as the server compiles and calls them: what the device
-alone costs. They are what `client.register` would send, serialized and read back.
+"""The programs of an objective in this process: traced by the client, imported, differentiated and compiled as the server does.
+They show the cost of the device alone.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.export
 import numpy as np
 import numpy.typing as npt
 
 from bench._objectives import Problem, Vector, normal
-from hvpd import _codec, _export
+from hvpd import _codec
+from hvpd._registration import export as _export
 from hvpd.v1 import tensor_pb2
+from hvpd_server.derivation.programs import Derivation
+from hvpd_server.importer import reader
 
 # As on the server: in the thread that asks. Must come before jax finds its devices.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -27,6 +29,13 @@ class Programs:
             problem.fun, problem.x, problem.data, platforms=("cpu", "cuda"), precision="highest", mode=mode
         )
         bundle = self._export.bundle
+        derivation = Derivation(
+            bundle,
+            lambda name: reader.read(bytes(self._export.blobs[bundle.programs[name].digest])),
+            jax.default_backend().replace("gpu", "cuda"),
+        )
+        self._sized = derivation.for_rows(0)
+        self._described = self._sized.describe()
         self._x = jax.device_put(problem.flat())
         self._args = [jax.device_put(self._array(tensor)) for tensor in (*bundle.captured, *bundle.data)]
         self._compiled: dict[tuple[str, int], Any] = {}
@@ -63,14 +72,10 @@ class Programs:
     def compiled(self, name: str, k: int) -> Any:
         """The compiled program."""
         if (name, k) not in self._compiled:
-            blob = self._export.blobs[self._export.bundle.programs[name].digest]
-            exported = jax.export.deserialize(bytearray(blob))
-            with jax.enable_x64(True):
-                specs = [
-                    jax.ShapeDtypeStruct([size if isinstance(size, int) else k for size in aval.shape], aval.dtype)
-                    for aval in exported.in_avals
-                ]
-                self._compiled[name, k] = jax.jit(exported.call, keep_unused=True).lower(*specs).compile()
+            with self._sized.tracing():
+                program = self._sized.program(name, k)
+                lowered = jax.jit(program.ways[0], keep_unused=True).lower(*program.specs)
+                self._compiled[name, k] = lowered.compile()
         return self._compiled[name, k]
 
     def _residuals(self) -> Sequence[Any]:
@@ -78,7 +83,7 @@ class Programs:
         results = self.compiled("prepare", 0)(*arguments)[2:]
         return [
             results[residual.result] if residual.WhichOneof("source") == "result" else arguments[residual.argument]
-            for residual in self._export.bundle.residuals
+            for residual in self._described.residuals
         ]
 
     def _array(self, tensor: tensor_pb2.Tensor) -> npt.NDArray[Any]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     )
     from hvpd._local import local
     from hvpd._lowrank import LowRankOperator, NystromPreconditioner, nystrom
-    from hvpd._objective import Choice, Objective, Point
+    from hvpd._objective import Choice, DerivativeRules, Objective, Point
     from hvpd._operator import CurvatureOperator, HessianOperator
     from hvpd._transport import Statistics
     from hvpd._usage import Usage
@@ -45,6 +45,7 @@ __all__ = [
     "Composite",
     "CurvatureOperator",
     "DeadlineError",
+    "DerivativeRules",
     "Diagonal",
     "HessianOperator",
     "HvpdError",
@@ -77,7 +78,7 @@ _HOMES = {
     "_errors": tuple(name for name in __all__ if name.endswith("Error")),
     "_local": ("local",),
     "_lowrank": ("LowRankOperator", "NystromPreconditioner", "nystrom"),
-    "_objective": ("Choice", "Objective", "Point"),
+    "_objective": ("Choice", "DerivativeRules", "Objective", "Point"),
     "_operator": ("CurvatureOperator", "HessianOperator"),
     "_transport": ("Statistics",),
     "_usage": ("Usage",),

@@ -15,7 +15,7 @@ from hvpd._errors import HvpdError, InvalidArgumentError, MissingExtraError
 from hvpd._version import __version__
 
 if TYPE_CHECKING:
-    pass
+    from hvpd._objective import DerivativeRules
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,42 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _config.add_arguments(serve)
     serve.set_defaults(run=_serve)
 
-    register = commands.add_parser(
-        "register",
-        help="register an objective that a Python file defines",
-        description="Register the objective of a Python file. SOURCE is FILE.py:NAME; NAME is a function without arguments that "
-        "returns (fun, x, *data), as for client.register(fun, x, *data).",
-    )
-    register.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="FILE.py:NAME; with --exported, NAME returns data alone, or SOURCE is left out where there is none",
-        nargs="?",
-    )
-    register.add_argument(
-        "--exported", metavar="FILE", help="the bytes of a jax.export.Exported, serialized with vjp_order=2"
-    )
-    register.add_argument(
-        "--mode", default="forward_over_reverse", help="how products are made (default: forward_over_reverse)"
-    )
-    register.add_argument("--any-rows", action="store_true", help="allow data of any number of rows")
-    register.add_argument(
-        "--row-reduction", help="mean or sum: how it goes over rows; then data may be larger than the device"
-    )
-    register.add_argument(
-        "--block",
-        action="append",
-        default=[],
-        metavar="LEAF[,LEAF]",
-        help="a principal block with programs of its own; repeatable",
-    )
-    register.add_argument("--fixed-bucket", type=int, help="the only width of launches, for bits that never change")
-    register.add_argument("--name", help="name for the objective, such as digits/mlp")
-    register.add_argument("--shared", action="store_true", help="let other tenants use it")
-    register.add_argument("--platforms", default="cpu,cuda", help="platforms to lower for (default: cpu,cuda)")
-    register.add_argument("--precision", default="highest", help="highest, high or default (default: highest)")
-    connection(register)
-    register.set_defaults(run=_register)
+    _add_register(commands)
 
     objectives = commands.add_parser("objectives", help="list the registered objectives")
     objectives.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -152,17 +117,77 @@ def _serve(arguments: argparse.Namespace) -> int:
     return _supervisor.run(config)
 
 
+def _add_register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    register = commands.add_parser(
+        "register",
+        help="register an objective that a Python file defines",
+        description="Register the objective of a Python file. SOURCE is FILE.py:NAME; NAME is a function without arguments that "
+        "returns (fun, x, *data), as for client.register(fun, x, *data).",
+    )
+    register.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="FILE.py:NAME; with --exported, NAME returns data alone, or SOURCE is left out if there is none",
+        nargs="?",
+    )
+    register.add_argument(
+        "--exported", metavar="FILE", help="the bytes of a jax.export.Exported, serialized with vjp_order=2"
+    )
+    register.add_argument(
+        "--stablehlo",
+        metavar="FILE",
+        help="a StableHLO module of any framework: portable artifact, MLIR bytecode or text, or a jax.export.Exported; with it, "
+        "SOURCE returns (x, *data)",
+    )
+    register.add_argument(
+        "--mode", default="forward_over_reverse", help="how products are made (default: forward_over_reverse)"
+    )
+    register.add_argument("--any-rows", action="store_true", help="allow data of any number of rows")
+    register.add_argument(
+        "--row-reduction", help="mean or sum: how it goes over rows; then data may be larger than the device"
+    )
+    register.add_argument(
+        "--block",
+        action="append",
+        default=[],
+        metavar="LEAF[,LEAF]",
+        help="a principal block with programs of its own; repeatable",
+    )
+    register.add_argument("--fixed-bucket", type=int, help="the only width of launches, for bits that never change")
+    register.add_argument("--name", help="name for the objective, such as digits/mlp")
+    register.add_argument("--shared", action="store_true", help="let other tenants use it")
+    register.add_argument(
+        "--platforms",
+        default="cpu,cuda",
+        help="platforms whose branches a function keeps that has some (default: cpu,cuda)",
+    )
+    register.add_argument("--precision", default="highest", help="highest, high or default (default: highest)")
+    connection(register)
+    register.set_defaults(run=_register)
+
+
 def _register(arguments: argparse.Namespace) -> int:
-    if arguments.source is None and arguments.exported is None:
+    if arguments.source is None and (arguments.exported is None or arguments.stablehlo is not None):
         raise InvalidArgumentError("say SOURCE (FILE.py:NAME), or --exported FILE")
+    if arguments.exported is not None and arguments.stablehlo is not None:
+        raise InvalidArgumentError("say --exported FILE or --stablehlo FILE, not both")
     made = () if arguments.source is None else _made_by(arguments.source)
     with connect(arguments) as client:
         if arguments.exported is not None:
-            try:
-                exported = Path(arguments.exported).read_bytes()
-            except OSError as error:
-                raise InvalidArgumentError(f"cannot read {arguments.exported}: {error.strerror}") from None
+            exported = _content(arguments.exported)
             objective = client.register_exported(exported, *made, name=arguments.name, shared=arguments.shared)
+        elif arguments.stablehlo is not None:
+            if not made:
+                raise InvalidArgumentError(f"{arguments.source} must return (x, *data)")
+            objective = client.register_stablehlo(
+                _content(arguments.stablehlo),
+                *made,
+                name=arguments.name,
+                mode=arguments.mode,
+                precision=arguments.precision,
+                shared=arguments.shared,
+            )
+            _print_rules(objective.derivative_rules())
         else:
             if len(made) < 2 or not callable(made[0]):
                 raise InvalidArgumentError(f"{arguments.source} must return (fun, x, *data)")
@@ -182,6 +207,20 @@ def _register(arguments: argparse.Namespace) -> int:
         facts = f"n={objective.n} {objective.dtype} {objective.mode} check={check or '-'}"
         print(f"{objective.name or '-'} {objective.digest} {facts}")
     return 0
+
+
+def _content(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _print_rules(rules: "DerivativeRules") -> None:
+    """Say on stderr which derivative rules were recognised and which were presumed."""
+    for what, found in [("recognised", rules.recognised), ("presumed", rules.presumed)]:
+        for rule, count in sorted(found.items()):
+            print(f"hvpd: {what} {count} time{'s' * (count != 1)}: {rule}", file=sys.stderr)
 
 
 def _made_by(source: str) -> tuple[Any, ...]:
@@ -216,7 +255,7 @@ def _objectives(arguments: argparse.Namespace) -> int:
             listing.dtype,
             listing.precision,
             listing.mode,
-            ",".join(listing.platforms),
+            ",".join(listing.platforms) or "any",
             show_bytes(listing.data_bytes),
             listing.check or "-",
             listing.created.strftime("%Y-%m-%d %H:%M"),

@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from hvpd import _codec
+from hvpd import _codec, _pytree
 from hvpd._check import REGISTRATION_BYTES, verdict_of
 from hvpd._errors import (
     HvpdError,
@@ -27,7 +28,7 @@ from hvpd._usage import Usage, usage
 from hvpd.v1 import blob_pb2, objective_pb2, server_pb2
 
 if TYPE_CHECKING:
-    from hvpd._export import Export
+    from hvpd._registration.bundle import Export
 
 DEFAULT_ADDRESS = "localhost:7070"
 
@@ -49,7 +50,7 @@ class Listing:
     mode: str
     """How products are made."""
     platforms: tuple[str, ...]
-    """What it was lowered for."""
+    """Platforms that it has branches for; empty if it is the same on every platform."""
     data_bytes: int
     """Size of the data it was registered with."""
     created: datetime.datetime
@@ -114,10 +115,10 @@ class Client:
         sharded: bool = False,
         shared: bool = False,
     ) -> Objective:
-        """Registers f(x, *data) -> scalar with the server, with its derivative programs and its data.
+        """Registers f(x, *data) -> scalar with the server, with its data.
 
-        `fun` is traced once for these shapes, differentiated forward over reverse, and lowered for all platforms; nothing runs
-        here. Closed-over arrays above 16 KiB are stored like data. Registering the same again uploads and compiles nothing.
+        The client traces `fun` once for these shapes and lowers it to StableHLO; nothing runs here. The server differentiates it.
+        Closed-over arrays above 16 KiB are stored like data. Registering the same again uploads and compiles nothing.
         The server then multiplies a few vectors at x, in the background: `objective.registration_check()` has the verdict.
 
         A float64 x is traced with 64-bit types whatever jax's x64 mode. With a float32 x and x64 off, 64-bit data is narrowed
@@ -130,7 +131,7 @@ class Client:
             data: One pytree of arrays for each further argument of `fun`; integers and booleans are allowed.
             name: Points at the objective from now on, for teammates; letters, digits, `._-`, parts joined by `/`. Where the server
                 tells tenants apart it is the tenant's own, called `tenant/name` by others.
-            platforms: Of "cpu", "cuda", "rocm", "tpu".
+            platforms: Of "cpu", "cuda", "rocm", "tpu": whose branches are kept, if `fun` has some (`jax.lax.platform_dependent`).
             precision: "highest", "high" or "default", for matrix products that do not say their own. On GPUs anything but
                 "highest" means TF32, and errors of 1e-3.
             mode: How products are made:
@@ -150,7 +151,7 @@ class Client:
                 no row has part in (a penalty); or a sum over rows, and nothing else. Then data that is larger than the server's
                 memory budget stays on its disk, and each product goes through it in chunks. The result is that of all rows at once.
                 The server tries it on some rows first, and refuses what is no such mean or sum.
-            blocks: Principal blocks that get programs of their own, so that products of `H.block(...)` cost what the block costs: each
+            blocks: Principal blocks that the server compiles at once, so that the first product of `H.block(...)` need not wait: each
                 the name of a leaf of x or of what stands above several, or several names. See `CurvatureOperator.block`.
             fixed_bucket: The only width of blocks that are launched, a power of two: then the bits of a product do not depend on who
                 else was asking, nor on what was measured. Wider ones share more work, and waste more where nobody shares.
@@ -162,7 +163,7 @@ class Client:
         Raises:
             InvalidArgumentError: `fun`, `x`, `data` or `name` cannot be registered.
             MissingExtraError: jax is not installed here.
-            IncompatibleError: The server cannot run what this version of jax exports, or is of another platform.
+            IncompatibleError: The server cannot read what this version of jax writes, or `fun` has no branch for its device.
         """
         _export = self._exporting()
         if name is not None and not isinstance(name, str):
@@ -204,7 +205,7 @@ class Client:
         Raises:
             InvalidArgumentError: It is no exported function, or has not both derivatives, or data does not fit it.
             MissingExtraError: jax is not installed here.
-            IncompatibleError: It was lowered for other platforms than the server's.
+            IncompatibleError: It was exported for several platforms, and the server's is none of them.
         """
         _export = self._exporting()
         with self._transport.inside("hvpd.register", name=name):
@@ -220,23 +221,69 @@ class Client:
             )
             return self._store(export, name, shared=shared)
 
+    def register_stablehlo(
+        self,
+        module: Any,
+        x: Any,
+        *data: Any,
+        name: str | None = None,
+        mode: str = "forward_over_reverse",
+        precision: str = "highest",
+        shared: bool = False,
+    ) -> Objective:
+        """Register f(x, *data) -> scalar that any framework wrote as StableHLO; the server differentiates it.
+
+        The entry function of the module takes the leaves of x, then the leaves of data, in flattening order (dicts by sorted
+        keys), and returns one real floating scalar. StableHLO has no derivative rules. The server recognises functions and
+        patterns whose rule it knows, and presumes jax's rule for everything else, such as the gradient of a maximum at a tie:
+        `objective.derivative_rules()` lists both. `objective.registration_check()` compares products with central differences,
+        at x and beside it.
+
+        Args:
+            module: A StableHLO portable artifact or MLIR bytecode as bytes; MLIR text; the bytes of a `jax.export.Exported`, of any
+                vjp_order; or an object whose `str` is MLIR. All but portable artifacts need jax here, which converts them.
+            x: A pytree of floating arrays: gives structure, shapes and dtypes. The server checks the products at its values.
+            data: Values for each further argument, as for `register`.
+            name: As for `register`.
+            mode: As for `register`.
+            precision: As for `register`, for matrix products that state none; "exported" leaves them as the module has them.
+            shared: As for `register`.
+
+        Raises:
+            InvalidArgumentError: The module cannot be read, has an operation that is not served, does not take x and data, or is
+                not differentiable. The message names the operation and its place.
+            MissingExtraError: jax is needed to convert the module, and is not installed.
+
+        Example:
+            >>> with tf.device("CPU"):
+            ...     ir = tf.function(loss, jit_compile=True).experimental_get_compiler_ir(w, X)
+            >>> objective = client.register_stablehlo(ir(stage="stablehlo_serialized"), w0, X)
+        """
+        from hvpd._registration import stablehlo
+
+        with self._transport.inside("hvpd.register", name=name):
+            export = stablehlo.export(
+                module, x, data, mode=mode, precision=precision, stablehlo_version=self.server.stablehlo_version
+            )
+            return self._store(export, name, _pytree.flatten(x)[1], shared=shared)
+
     def _exporting(self) -> Any:
         """The module that needs jax."""
         try:
             import flatbuffers  # type: ignore[import-untyped]  # noqa: F401 - jax.export needs it, and says so only later
 
-            from hvpd import _export
+            from hvpd._registration import export
         except ImportError as error:
             raise MissingExtraError(
                 f"registering needs jax here (the server's is not enough): pip install 'hvpd[jax]' ({error})"
             ) from error
-        return _export
+        return export
 
     def _store(
         self, export: "Export", name: str | None, x_leaves: Sequence[Any] = (), *, shared: bool = False
     ) -> Objective:
         """Uploads what the server does not have, and has it registered, and checked where there is an x."""
-        self._check_server_reads(export.bundle)
+        self._check_platform(export.bundle)
         request = objective_pb2.CreateObjectiveRequest(digest=export.digest, name=name or "", shared=shared)
         blobs = dict(export.blobs)
         if x_leaves and export.bundle.n * np.dtype(export.bundle.dtype).itemsize <= REGISTRATION_BYTES:
@@ -264,21 +311,22 @@ class Client:
             except HvpdError as error:
                 if last or error.reason not in ("BLOBS_MISSING", "BLOB_CORRUPT"):
                     raise
+        mode = response.objective.derivation.mode
+        if mode and mode != export.bundle.mode:
+            warnings.warn(
+                f"jax forbids mode {export.bundle.mode!r} for this function, which has a custom_vjp inside: it is registered with "
+                f"mode {mode!r}",
+                stacklevel=3,
+            )
         return self._objective(response.objective, export.unflatten)
 
-    def _check_server_reads(self, bundle: objective_pb2.Bundle) -> None:
+    def _check_platform(self, bundle: objective_pb2.Bundle) -> None:
+        """Raise IncompatibleError if a program with branches for some platforms has none for the server's."""
         server = self._transport.server
-        oldest, newest = server.min_calling_convention_version, server.max_calling_convention_version
-        if not oldest <= bundle.calling_convention_version <= newest:
+        if bundle.platforms and server.platform not in bundle.platforms:
             raise IncompatibleError(
-                f"jax {bundle.jax_version} here exports calling convention {bundle.calling_convention_version}; the server at "
-                f"{self.address} runs jax {server.jax_version}, which reads {oldest} to {newest}: install a nearer version",
-                reason="BUNDLE_INCOMPATIBLE",
-            )
-        if server.platform not in bundle.platforms:
-            raise IncompatibleError(
-                f"the server at {self.address} computes on {server.platform}, the objective would be lowered for "
-                f"{', '.join(bundle.platforms)}: register it with platforms=({server.platform!r}, ...)",
+                f"the server at {self.address} computes on {server.platform}, and the objective has branches for "
+                f"{', '.join(bundle.platforms)} only: register it with platforms=({server.platform!r}, ...)",
                 reason="BUNDLE_INCOMPATIBLE",
             )
 
@@ -400,7 +448,7 @@ def _listing(message: objective_pb2.Objective) -> Listing:
         n=bundle.n,
         dtype=bundle.dtype,
         precision=bundle.precision,
-        mode=bundle.mode,
+        mode=message.derivation.mode or bundle.mode,
         platforms=tuple(bundle.platforms),
         data_bytes=sum(math.prod(tensor.shape) * _codec.dtype(tensor.dtype).itemsize for tensor in bundle.data),
         created=message.create_time.ToDatetime(datetime.UTC),

@@ -33,7 +33,9 @@ class Asked(NamedTuple):
     operator: int = curvature_pb2.OPERATOR_HESSIAN
     quadratic_form: bool = False
     seed: int = 0
-    block: int = 0
+    leaves: tuple[int, ...] = ()
+    mode: str = ""
+    precision: str = ""
 
 
 class Exchange:

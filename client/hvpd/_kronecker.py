@@ -7,13 +7,13 @@ import copy
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 
 from hvpd import _codec
-from hvpd._errors import InvalidArgumentError
+from hvpd._errors import HvpdError, InvalidArgumentError
 from hvpd._symmetric import SymmetricOperator
 from hvpd.v1 import objective_pb2
 
@@ -41,13 +41,27 @@ class KroneckerBlock(DenseLayer):
     """Curvature in y, summed over the rows, of shape (q, q)."""
 
 
-def dense_layers(bundle: objective_pb2.Bundle, slices: Mapping[str, slice]) -> list[DenseLayer]:
-    """The dense layers of a bundle, given where the leaves of x lie."""
+def dense_layers(
+    bundle: objective_pb2.Bundle, layers: Sequence[objective_pb2.DenseLayer], slices: Mapping[str, slice]
+) -> list[DenseLayer]:
+    """Return the dense layers that the server found, given where the leaves of x lie.
+
+    Raises:
+        HvpdError: A layer is not of leaves of x that fit each other.
+    """
     names, spans = list(slices), list(slices.values())
     found = []
-    for layer in bundle.dense_layers:
+    for layer in layers:
+        used = [layer.kernel, *([layer.bias] if layer.HasField("bias") else [])]
+        shapes = [tuple(bundle.x_leaves[leaf].shape) for leaf in used if 0 <= leaf < len(spans)]
+        outputs = [shape[0 if layer.transposed else 1] for shape in shapes[:1] if len(shape) == 2]
+        if len(shapes) != len(used) or not outputs or shapes[1:] not in ([], [(outputs[0],)]):
+            raise HvpdError(
+                f"the server answered with a dense layer of the leaves {used}, which do not make one: client and server may "
+                "be of versions that do not fit"
+            )
         span = spans[layer.kernel]
-        kernel = np.arange(span.start, span.stop).reshape(tuple(bundle.x_leaves[layer.kernel].shape))
+        kernel = np.arange(span.start, span.stop).reshape(shapes[0])
         elements, bias = kernel.T if layer.transposed else kernel, None
         if layer.HasField("bias"):
             bias, span = names[layer.bias], spans[layer.bias]

@@ -58,6 +58,17 @@ class Compile:
     """Why it failed."""
 
 
+@dataclasses.dataclass(frozen=True)
+class DerivativeRules:
+    """Derivative rules that StableHLO does not state, in `Objective.derivative_rules`."""
+
+    recognised: Mapping[str, int]
+    """Rules that the server put back, and how often: from marks that the client left, or from forms that the server knows."""
+    presumed: Mapping[str, int]
+    """Rules that the server chose as jax would, since the program states none, and how often. Compare them with the framework
+    that wrote the program."""
+
+
 class Objective:
     """A registered f(x, *data). Made by `Client.register` and `Client.objective`.
 
@@ -69,10 +80,10 @@ class Objective:
         dtype: float32 or float64: of flat vectors, gradients and products.
         digest: SHA-256 of what was registered, in hexadecimal: its identity.
         name: The name it was found by; empty where it has none.
-        platforms: What it was lowered for.
+        platforms: Platforms that it has branches for; empty if it is the same on every platform.
         precision: Matrix-multiplication precision that it was traced with.
         mode: How its products are made; see `Client.register`.
-        blocks: Names of the leaves of each principal block that has programs of its own; see `Client.register`.
+        blocks: Names of the leaves of each principal block that the server compiled at registration; see `Client.register`.
     """
 
     def __init__(
@@ -97,7 +108,8 @@ class Objective:
         self.name: str = message.name
         self.platforms: tuple[str, ...] = tuple(bundle.platforms)
         self.precision: str = bundle.precision
-        self.mode: str = bundle.mode
+        self._derivation = message.derivation
+        self.mode: str = message.derivation.mode or bundle.mode
 
     @property
     def label(self) -> str:
@@ -127,26 +139,24 @@ class Objective:
         product: _codec.Array = self.at(x).hessian() @ self._flat(p, "p", exact="")
         return product
 
-    def block_of(self, leaves: Sequence[str]) -> int:
-        """Which principal block with programs of its own has these leaves, counted from 1; 0 where none has."""
-        return self.blocks.index(tuple(leaves)) + 1 if tuple(leaves) in self.blocks else 0
-
-    def size_of(self, block: int) -> int:
-        """Number of elements of such a block; of 0, n."""
-        if not block:
-            return self.n
-        leaves = self._bundle.blocks[block - 1].leaves
-        return sum(math.prod(self._bundle.x_leaves[leaf].shape) for leaf in leaves)
+    def size_of(self, leaves: Sequence[int]) -> int:
+        """Return the number of elements of some leaves of x, by position; n for none."""
+        return sum(math.prod(self._bundle.x_leaves[leaf].shape) for leaf in leaves) if leaves else self.n
 
     def dense_layers(self) -> "list[DenseLayer]":
         """The dense layers of a composite's model that `Point.kfac` covers; empty for other objectives."""
         from hvpd import _kronecker
 
-        return _kronecker.dense_layers(self._bundle, self.slices())
+        return _kronecker.dense_layers(self._bundle, self._derivation.dense_layers, self.slices())
 
     def has(self, program: str) -> bool:
         """Whether it was registered with a program, such as "ggn"."""
-        return program in self._bundle.programs
+        return program in self._derivation.programs
+
+    def derivative_rules(self) -> DerivativeRules:
+        """Return where the server's derivatives of this objective come from."""
+        found = self._derivation
+        return DerivativeRules(dict(found.recognised), dict(found.presumed))
 
     def plan(self) -> list[Choice]:
         """Which program multiplies blocks of which width on this server now, and what that rests on; ascending by width."""
@@ -381,9 +391,9 @@ class Objective:
             return _pytree.leaves(spec, tree)
         except _pytree.StructureError as error:
             if "jax" in sys.modules:  # A container of the user's own: jax knows how to flatten it.
-                from hvpd import _export
+                from hvpd._registration import export
 
-                structure, leaves = _export.flatten(tree)
+                structure, leaves = export.flatten(tree)
                 if structure == spec:
                     return leaves
             raise InvalidArgumentError(f"{what} has another structure than the registered one: {error}") from None
@@ -472,42 +482,59 @@ class Point:
         self._transport.create_point(self._spec, self.x, pin_seconds=pin)
         self._pin = pin
 
-    def hessian(self, shift: float = 0.0) -> "HessianOperator":
-        """The Hessian plus `shift` times the identity, as a symmetric scipy.sparse.linalg.LinearOperator of shape (n, n)."""
+    def hessian(self, shift: float = 0.0, *, mode: str = "", precision: str = "") -> "HessianOperator":
+        """The Hessian plus `shift` times the identity, as a symmetric scipy.sparse.linalg.LinearOperator of shape (n, n).
+
+        Args:
+            shift: Added to the diagonal.
+            mode: How products are made: "forward_over_reverse", "reverse_over_forward", "reverse_over_reverse", "linearized" or
+                "finite_difference". Empty: as the objective was registered; see `Client.register`. The first product in another
+                mode waits until the server has compiled it.
+            precision: Of matrix products that state none: "highest", "high" or "default". Empty: as the objective was registered.
+        """
         from hvpd._operator import HessianOperator
 
-        return HessianOperator(self, shift)
+        return HessianOperator(self, shift, mode=mode, precision=precision)
 
-    def ggn(self, shift: float = 0.0) -> "CurvatureOperator":
+    def ggn(self, shift: float = 0.0, *, precision: str = "") -> "CurvatureOperator":
         """The Gauss-Newton matrix of a composite objective plus `shift` times the identity, as a LinearOperator like `hessian`.
+
+        Args:
+            shift: Added to the diagonal.
+            precision: As for `hessian`.
 
         Raises:
             InvalidArgumentError: The objective was registered as one function.
         """
-        return self._curvature("ggn", curvature_pb2.OPERATOR_GGN, shift)
+        return self._curvature("ggn", curvature_pb2.OPERATOR_GGN, shift, precision=precision)
 
-    def fisher(self, shift: float = 0.0, *, seed: int | None = None) -> "CurvatureOperator":
+    def fisher(self, shift: float = 0.0, *, seed: int | None = None, precision: str = "") -> "CurvatureOperator":
         """The Fisher matrix of the model's own distribution plus `shift` times the identity, likewise; see `hvpd.composite`.
 
         Args:
             shift: Added to the diagonal.
             seed: From 0 to 2**64 - 1: an unbiased Monte-Carlo estimate in place of the exact matrix, from targets drawn with this
                 seed. The same seed is the same matrix.
+            precision: As for `hessian`.
 
         Raises:
             InvalidArgumentError: The objective is no composite, or has no distribution.
         """
         if seed is None:
-            return self._curvature("fisher", curvature_pb2.OPERATOR_FISHER, shift)
-        return self._curvature("fisher", curvature_pb2.OPERATOR_SAMPLED_FISHER, shift, _seed(seed))
+            return self._curvature("fisher", curvature_pb2.OPERATOR_FISHER, shift, precision=precision)
+        return self._curvature("fisher", curvature_pb2.OPERATOR_SAMPLED_FISHER, shift, _seed(seed), precision)
 
-    def empirical_fisher(self, shift: float = 0.0) -> "CurvatureOperator":
+    def empirical_fisher(self, shift: float = 0.0, *, precision: str = "") -> "CurvatureOperator":
         """The empirical Fisher matrix, of the gradients at the targets, plus `shift` times the identity, likewise.
+
+        Args:
+            shift: Added to the diagonal.
+            precision: As for `hessian`.
 
         Raises:
             InvalidArgumentError: The objective is no composite, or its model's output is not one array with a row an example.
         """
-        return self._curvature("empirical_fisher", curvature_pb2.OPERATOR_EMPIRICAL_FISHER, shift)
+        return self._curvature("empirical_fisher", curvature_pb2.OPERATOR_EMPIRICAL_FISHER, shift, precision=precision)
 
     def kfac(self, shift: float = 0.0, *, seed: int | None = None) -> "KroneckerOperator":
         """The Kronecker-factored approximation (K-FAC) of the Gauss-Newton matrix, plus `shift` times the identity.
@@ -545,7 +572,9 @@ class Point:
         )
         return KroneckerOperator(blocks, self.dtype, self.n, _blocks.finite(shift, "shift"))
 
-    def _curvature(self, program: str, kind: int, shift: float, seed: int = 0) -> "CurvatureOperator":
+    def _curvature(
+        self, program: str, kind: int, shift: float, seed: int = 0, precision: str = ""
+    ) -> "CurvatureOperator":
         from hvpd._operator import CurvatureOperator
 
         if not self.objective.has(program):
@@ -554,10 +583,16 @@ class Point:
                 f"{self.objective.label} was registered without {program}: register hvpd.composite(model, loss{wants})"
                 + (", with a model that returns one array [rows, ...]" if program != "ggn" else "")
             )
-        return CurvatureOperator(self, kind, seed=seed, shift=shift)
+        return CurvatureOperator(self, kind, seed=seed, shift=shift, precision=precision)
 
     def multiply(
-        self, V: _codec.Array, operator: int = curvature_pb2.OPERATOR_HESSIAN, seed: int = 0, block: int = 0
+        self,
+        V: _codec.Array,
+        operator: int = curvature_pb2.OPERATOR_HESSIAN,
+        seed: int = 0,
+        leaves: Sequence[int] = (),
+        mode: str = "",
+        precision: str = "",
     ) -> _codec.Array:
         """V[k,n] -> HV[k,n], row-major, in the objective's dtype: what the operators are made of.
 
@@ -565,15 +600,24 @@ class Point:
             V: One vector a row.
             operator: Which curvature H is: a value of `hvpd.v1.curvature_pb2.Operator`.
             seed: Of operators that are drawn.
-            block: Which principal block of it, of `Objective.block_of`: vectors have its elements only. 0: the whole.
+            leaves: Positions of leaves of x, ascending: the principal block of these, whose vectors have its elements only. Empty:
+                the whole.
+            mode: How the product is made; empty for the objective's mode.
+            precision: Precision of matrix products that state none; empty for the objective's.
 
         Raises:
-            InvalidArgumentError: V has another shape or dtype.
+            InvalidArgumentError: V has another shape or dtype, or mode or precision are none that there is.
         """
-        return self._ask(V, operator, seed, block, quadratic_form=False)
+        return self._ask(V, Asked(self._id, operator, False, seed, tuple(leaves), mode, precision))
 
     def quadratic_form(
-        self, V: _codec.Array, operator: int = curvature_pb2.OPERATOR_HESSIAN, seed: int = 0, block: int = 0
+        self,
+        V: _codec.Array,
+        operator: int = curvature_pb2.OPERATOR_HESSIAN,
+        seed: int = 0,
+        leaves: Sequence[int] = (),
+        mode: str = "",
+        precision: str = "",
     ) -> _codec.Array:
         """V[k,n] -> v'Hv for each row, of shape (k,), in the objective's dtype; only these numbers come back.
 
@@ -581,20 +625,21 @@ class Point:
             V: As for `multiply`.
             operator: As for `multiply`.
             seed: As for `multiply`.
-            block: As for `multiply`.
+            leaves: As for `multiply`.
+            mode: As for `multiply`.
+            precision: As for `multiply`.
 
         Raises:
             InvalidArgumentError: V has another shape or dtype.
         """
-        return self._ask(V, operator, seed, block, quadratic_form=True)
+        return self._ask(V, Asked(self._id, operator, True, seed, tuple(leaves), mode, precision))
 
-    def _ask(self, V: _codec.Array, operator: int, seed: int, block: int, *, quadratic_form: bool) -> _codec.Array:
-        n = self.objective.size_of(block)
+    def _ask(self, V: _codec.Array, asked: Asked) -> _codec.Array:
+        n = self.objective.size_of(asked.leaves)
         if V.ndim != 2 or V.shape[1] != n or V.dtype != self.dtype:
             raise InvalidArgumentError(f"a block must be {self.dtype}[k, {n}], got {V.dtype}{list(V.shape)}")
         if len(V) == 0:
-            return np.empty_like(V[:, 0] if quadratic_form else V)
-        asked = Asked(self._id, operator, quadratic_form, seed, block)
+            return np.empty_like(V[:, 0] if asked.quadratic_form else V)
         return self._transport.multiply(
             asked, np.ascontiguousarray(V), restore=self._restore, objective=self.objective.digest
         )

@@ -42,6 +42,8 @@ class CurvatureOperator(SymmetricOperator):
         point: Where the curvature is taken.
         kind: Which curvature: a value of `hvpd.v1.curvature_pb2.Operator`.
         seed: Of curvature that is drawn.
+        mode: How products of a Hessian are made; empty for the objective's mode.
+        precision: Precision of matrix products that state none; empty for the objective's.
         scale: Multiplies the curvature.
         shift: Added to the diagonal, on the client.
         update: The low-rank term, an `(U, C)`; None where there is none.
@@ -56,15 +58,20 @@ class CurvatureOperator(SymmetricOperator):
         seed: int = 0,
         scale: float = 1.0,
         shift: float = 0.0,
+        mode: str = "",
+        precision: str = "",
     ) -> None:
         super().__init__(point.dtype, point.n)
         self.point = point
         self.kind = kind
         self.seed = seed
+        self.mode = mode
+        self.precision = precision
         self.scale = _blocks.finite(scale, "scale")
         self.shift = _blocks.finite(shift, "shift")
         self.update: Update | None = None
         self.leaves: tuple[str, ...] = ()
+        self._positions: tuple[int, ...] = ()
         self._indices: _codec.Array | None = None
 
     # What SciPy calls
@@ -95,8 +102,7 @@ class CurvatureOperator(SymmetricOperator):
                 f"directions must have the shape ({self.shape[0]},) or ({self.shape[0]}, k), got {directions.shape}"
             )
         block = self._block(directions.reshape(self.shape[0], -1).T)
-        embedded, own = self._embedded(block)
-        form = self.point.quadratic_form(embedded, self.kind, self.seed, own) * self.dtype.type(self.scale)
+        form = self.point.quadratic_form(block, *self.asked) * self.dtype.type(self.scale)
         if self.shift:
             form += self.dtype.type(self.shift) * np.einsum("kn,kn->k", block, block)
         if self.update is not None:
@@ -127,25 +133,12 @@ class CurvatureOperator(SymmetricOperator):
 
     def _curvature(self, block: _codec.Array) -> _codec.Array:
         """V[k,n] -> A V[k,n]: neither scaled, nor shifted, nor updated."""
-        if self._indices is None:
-            return self.point.multiply(block, self.kind, self.seed)
-        embedded, own = self._embedded(block)
-        product = self.point.multiply(embedded, self.kind, self.seed, own)
-        return product if own else product[:, self._indices]
+        return self.point.multiply(block, *self.asked)
 
-    def _embedded(self, block: _codec.Array) -> tuple[_codec.Array, int]:
-        """The rows as the server takes them, and which of the objective's blocks they belong to.
-
-        A principal block without programs of its own is 0: vectors of the whole x, zero outside.
-        """
-        if self._indices is None:
-            return block, 0
-        own = self.point.objective.block_of(self.leaves)
-        if own:
-            return block, own
-        whole = np.zeros((len(block), self.point.n), self.dtype)
-        whole[:, self._indices] = block
-        return whole, 0
+    @property
+    def asked(self) -> tuple[int, int, tuple[int, ...], str, str]:
+        """The curvature, as `Point.multiply` takes it."""
+        return self.kind, self.seed, self._positions, self.mode, self.precision
 
     # Arithmetic that stays one operator
 
@@ -228,8 +221,7 @@ class CurvatureOperator(SymmetricOperator):
         return (-self).__radd__(other)
 
     def _same_curvature(self, other: "CurvatureOperator") -> bool:
-        mine, theirs = ((op.kind, op.seed, op.leaves) for op in (self, other))
-        return self.point is other.point and mine == theirs
+        return self.point is other.point and self.asked == other.asked
 
     # Principal blocks
 
@@ -241,9 +233,9 @@ class CurvatureOperator(SymmetricOperator):
     def block(self, *names: str) -> Self:
         """The principal block of some leaves of x: rows and columns of all others are left out.
 
-        A product is one round trip. Where the objective was registered with this block (`register(blocks=...)`), it costs what the
-        block costs: only its elements travel, and nothing is differentiated by the others. Else the vector is embedded into
-        zeros and multiplied by the whole.
+        A product is one round trip and costs what the block costs: only its elements travel, and nothing is differentiated by the
+        others. The first product of a block waits until the server has compiled it, unless the objective was registered with it
+        (`register(blocks=...)`).
 
         Args:
             names: Keys, indices and fields of the registered pytree joined by slashes, such as "hidden/w" or "layers/0"; a name
@@ -254,11 +246,15 @@ class CurvatureOperator(SymmetricOperator):
             InvalidArgumentError: No such leaf; the message lists those that there are.
         """
         slices = self.point.objective.slices()
-        known = self.leaves or tuple(slices)
+        every = tuple(slices)
+        known = self.leaves or every
         kept = tuple(known[position] for position in _pytree.select(known, names))
+        positions = tuple(every.index(leaf) for leaf in kept)
         indices = np.concatenate([np.arange(slices[leaf].start, slices[leaf].stop) for leaf in kept])
         update = self.update and Update(self.update.U[np.isin(self.indices, indices)], self.update.C)
-        return self._changed(shape=(len(indices),) * 2, leaves=kept, _indices=indices, update=update)
+        return self._changed(
+            shape=(len(indices),) * 2, leaves=kept, _positions=positions, _indices=indices, update=update
+        )
 
     # What is made of many products
 
@@ -365,8 +361,8 @@ class CurvatureOperator(SymmetricOperator):
 class HessianOperator(CurvatureOperator):
     """scale H + shift I + U C U^T, where H is the Hessian at a point. Made by `Point.hessian`; see `CurvatureOperator`."""
 
-    def __init__(self, point: Point, shift: float = 0.0) -> None:
-        super().__init__(point, curvature_pb2.OPERATOR_HESSIAN, shift=shift)
+    def __init__(self, point: Point, shift: float = 0.0, *, mode: str = "", precision: str = "") -> None:
+        super().__init__(point, curvature_pb2.OPERATOR_HESSIAN, shift=shift, mode=mode, precision=precision)
 
 
 def _real(array: Any, what: str) -> _codec.Array:

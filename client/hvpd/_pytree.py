@@ -19,6 +19,40 @@ class StructureError(ValueError):
     """A tree that does not have the structure of a spec."""
 
 
+def flatten(tree: Any) -> tuple[Spec, list[Any]]:
+    """Return structure and leaves of a tree of dicts, lists, tuples, named tuples and None; all else is a leaf.
+
+    Raises:
+        InvalidArgumentError: A dict has keys that are neither all strings nor all integers, or an OrderedDict is not sorted.
+    """
+    found: list[Any] = []
+    return _structure(tree, found), found
+
+
+def _structure(tree: Any, found: list[Any]) -> Spec:
+    if tree is None:
+        return Spec(kind=Spec.KIND_NONE)
+    if isinstance(tree, dict):
+        if {type(key) for key in tree} not in ({str}, {int}, set()):
+            raise InvalidArgumentError(f"a dict in x or data must have strings or integers as keys, got {list(tree)!r}")
+        keys = sorted(tree)
+        if isinstance(tree, collections.OrderedDict) and list(tree) != keys:
+            raise InvalidArgumentError(
+                f"an OrderedDict in x or data has the order {list(tree)!r}, and leaves go by sorted keys: pass a dict"
+            )
+        children = [_structure(tree[key], found) for key in keys]
+        named = [Spec.Key(number=key) if isinstance(key, int) else Spec.Key(text=key) for key in keys]
+        return Spec(kind=Spec.KIND_DICT, children=children, keys=named)
+    if isinstance(tree, (list, tuple)):
+        children = [_structure(child, found) for child in tree]
+        if hasattr(tree, "_fields"):
+            named = [Spec.Key(text=field) for field in tree._fields]
+            return Spec(kind=Spec.KIND_NAMED_TUPLE, children=children, keys=named, type_name=type(tree).__name__)
+        return Spec(kind=Spec.KIND_LIST if isinstance(tree, list) else Spec.KIND_TUPLE, children=children)
+    found.append(tree)
+    return Spec(kind=Spec.KIND_LEAF)
+
+
 def leaves(spec: Spec, tree: Any, path: str = "") -> list[Any]:
     """The leaves of `tree`, in flattening order.
 

@@ -1,11 +1,7 @@
-"""What a bundle must be before anything of it is used: complete, consistent, and of programs that fit its signature.
+"""What a bundle must be before anything of it is used: complete and consistent. Looks at messages only: neither jax nor gRPC."""
 
-Looks at messages and signatures only: neither jax nor gRPC.
-"""
-
-import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -15,14 +11,8 @@ from hvpd._composite import REDUCTIONS
 from hvpd.v1 import objective_pb2, tensor_pb2
 from hvpd_server._errors import Code, ServiceError
 
-CURVATURES: Final = ("hvp", "ggn", "fisher", "empirical_fisher")
-"""Programs that multiply from x and the data: (x, V[k,n], *args) -> [k,n]."""
-
-MULTIPLYING: Final = ("sampled_fisher", *CURVATURES)
-"""Programs that there may be for principal blocks, too, by the name followed by the block's position in brackets."""
-
-PROGRAMS: Final = frozenset(["value_and_grad", "hvp_pairs", "prepare", "apply", "kfac", "sampled_kfac", *MULTIPLYING])
-"""The programs that this server knows, by name; those of blocks aside."""
+MULTIPLYING: Final = ("hvp", "ggn", "fisher", "sampled_fisher", "empirical_fisher")
+"""Programs that multiply from x and the data. Each exists for principal blocks, too."""
 
 MODES: Final = {
     "forward_over_reverse": False,
@@ -32,10 +22,10 @@ MODES: Final = {
     "linearized": True,
     "auto": True,
 }
-"""Modes that this server knows, and whether they need `apply`."""
+"""Modes that this server knows, and whether they keep residuals."""
 
-FORMATS = (1,)
-"""Values of Bundle.format that this server understands."""
+FORMAT: Final = 2
+"""Value of Bundle.format that this server understands."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
@@ -46,21 +36,28 @@ PRECISIONS: Final = ("highest", "high", "default", "exported")
 MAX_FIXED_BUCKET: Final = 1024
 """Most vectors of a launch whose width an objective fixes."""
 
-WIDTH: Final = "k"
-"""The symbolic width of a block."""
+STAGES: Final = (frozenset(["objective"]), frozenset(["model", "loss"]))
+"""Names of the programs of a bundle: of one function, and of a composite."""
 
-ROWS: Final = "m"
-"""The symbolic number of rows of data."""
+DISTRIBUTIONS: Final = ("", "categorical", "normal")
+"""Distributions that a composite's model may parametrize; empty for none."""
 
-_Spec = tuple[tuple[int | str, ...], str]
+PLATFORMS: Final = ("cpu", "cuda", "rocm", "tpu")
+"""Platforms that a program may have branches for."""
 
+MAX_SAMPLES: Final = 1 << 16
+"""Most draws for a row of the Monte-Carlo Fisher matrix."""
 
-@dataclasses.dataclass(frozen=True)
-class Signature:
-    """Shapes and dtypes of a program's arguments and results; a symbolic extent is its expression, such as `WIDTH`."""
+MAX_LEAVES: Final = 1 << 16
+"""Most leaves of x, of data, and of captured arrays."""
 
-    arguments: tuple[_Spec, ...]
-    results: tuple[_Spec, ...]
+LEAF_DTYPES: Final = ("float16", "bfloat16", "float32", "float64")
+"""Dtypes of leaves of x."""
+
+MAX_TEXT: Final = 80
+"""Longest version in a bundle, in characters."""
+
+_Spec = tuple[tuple[int, ...], str]
 
 
 def check_name(name: str) -> None:
@@ -79,11 +76,15 @@ def parse(serialized: bytes) -> objective_pb2.Bundle:
         bundle = objective_pb2.Bundle.FromString(serialized)
     except DecodeError as error:
         raise _invalid("BUNDLE_INVALID", f"the blob is no bundle: {error}") from None
-    if bundle.format not in FORMATS:
+    if bundle.format != FORMAT:
+        older = bundle.format < FORMAT
         raise ServiceError(
             Code.FAILED_PRECONDITION,
             "BUNDLE_INCOMPATIBLE",
-            f"the bundle has format {bundle.format}, this server reads {FORMATS[0]} to {FORMATS[-1]}: upgrade the server",
+            f"the bundle has format {bundle.format}"
+            + (", of derivative programs that the client made" if older else "")
+            + f"; this server reads format {FORMAT}: "
+            + ("register the objective again with a newer client" if older else "upgrade the server"),
         )
     _check_arrays(bundle)
     _check_programs(bundle)
@@ -100,26 +101,44 @@ def _check_programs(bundle: objective_pb2.Bundle) -> None:
         )
     if bundle.dtype == "float64" and not bundle.x64:
         raise _invalid("BUNDLE_INVALID", "x is float64, and the bundle says that it was traced without 64-bit types")
-    of_blocks = {f"{name}[{index}]" for index in range(len(bundle.blocks)) for name in MULTIPLYING}
-    unknown = sorted(bundle.programs.keys() - PROGRAMS - of_blocks)
-    if unknown:
-        raise ServiceError(
-            Code.FAILED_PRECONDITION,
-            "BUNDLE_INCOMPATIBLE",
-            f"the bundle has programs that this server does not know: {', '.join(unknown)[:200]}; upgrade the server",
+    if bundle.programs.keys() not in STAGES:
+        raise _invalid(
+            "BUNDLE_INVALID",
+            f"a bundle has the program objective, or model and loss; it has {', '.join(sorted(bundle.programs))[:200] or 'none'}",
         )
-    if not bundle.programs.keys() >= {"value_and_grad", "hvp"}:
-        raise _invalid("BUNDLE_INVALID", "value_and_grad and hvp are required")
-    if ("prepare" in bundle.programs) != ("apply" in bundle.programs):
-        raise _invalid("BUNDLE_INVALID", "prepare and apply go together")
+    _check_composite(bundle)
     if bundle.mode not in MODES:
         raise _invalid(
             "BUNDLE_INVALID", f"the bundle's mode is {bundle.mode[:40]!r}, this server knows {', '.join(MODES)}"
         )
-    if MODES[bundle.mode] and "apply" not in bundle.programs:
-        raise _invalid("BUNDLE_INVALID", f"mode {bundle.mode} needs prepare and apply")
-    if bundle.residuals and "apply" not in bundle.programs:
-        raise _invalid("BUNDLE_INVALID", "there are residuals, and no apply that takes them")
+    if MODES[bundle.mode] and (bundle.row_leaves or bundle.sharded):
+        raise _invalid(
+            "BUNDLE_INVALID",
+            f"mode {bundle.mode} keeps residuals, whose size must be known: it does not go with any number of rows, nor with "
+            "data that is split over devices",
+        )
+    if len(set(bundle.platforms)) != len(bundle.platforms) or not set(bundle.platforms) <= set(PLATFORMS):
+        raise _invalid("BUNDLE_INVALID", f"platforms must be of {', '.join(PLATFORMS)}, each once")
+    for name, text in [("jax_version", bundle.jax_version), ("stablehlo_version", bundle.stablehlo_version)]:
+        if len(text) > MAX_TEXT:
+            raise _invalid("BUNDLE_INVALID", f"{name} has {len(text)} characters, {MAX_TEXT} are allowed")
+
+
+def _check_composite(bundle: objective_pb2.Bundle) -> None:
+    """The stages of a composite go with its fields."""
+    if bundle.HasField("composite") != ("model" in bundle.programs):
+        raise _invalid("BUNDLE_INVALID", "a composite has the programs model and loss, and only a composite has them")
+    if not bundle.HasField("composite"):
+        return
+    stages = bundle.composite
+    if stages.distribution not in DISTRIBUTIONS or stages.reduction not in REDUCTIONS:
+        raise _invalid(
+            "BUNDLE_INVALID",
+            f"a composite's distribution is one of {', '.join(DISTRIBUTIONS[1:])} or empty, its reduction one of "
+            f"{', '.join(REDUCTIONS)}; got {stages.distribution[:40]!r} and {stages.reduction[:40]!r}",
+        )
+    if not 1 <= stages.samples <= MAX_SAMPLES:
+        raise _invalid("BUNDLE_INVALID", f"a composite's samples are 1 to {MAX_SAMPLES}, got {stages.samples}")
 
 
 def _check_arrays(bundle: objective_pb2.Bundle) -> None:
@@ -133,17 +152,37 @@ def _check_arrays(bundle: objective_pb2.Bundle) -> None:
             raise _invalid("BUNDLE_INVALID", str(error)) from None
     if _pytree.count(bundle.x_tree) != len(bundle.x_leaves) or _pytree.count(bundle.data_tree) != len(bundle.data):
         raise _invalid("BUNDLE_INVALID", "the structures of x and data do not have as many leaves as are listed")
-    if sum(_size(leaf.shape) for leaf in bundle.x_leaves) != bundle.n:
-        raise _invalid("BUNDLE_INVALID", f"the leaves of x do not have n = {bundle.n} elements together")
-    for dtype in {
-        array.dtype
-        for arrays in (bundle.x_leaves, bundle.data, bundle.captured, (r.spec for r in bundle.residuals))
-        for array in arrays
-    }:
+    _check_shapes("x", bundle.x_leaves)
+    _check_shapes("data", bundle.data)
+    _check_shapes("captured", bundle.captured)
+    _check_x(bundle)
+    for dtype in {array.dtype for arrays in (bundle.data, bundle.captured) for array in arrays}:
         try:
             _codec.dtype(dtype)
         except TypeError as error:
             raise _invalid("BUNDLE_INVALID", str(error)) from None
+
+
+def _check_shapes(name: str, arrays: Sequence[tensor_pb2.Tensor] | Sequence[tensor_pb2.ArraySpec]) -> None:
+    """Arrays are not too many, and no extent is negative."""
+    if len(arrays) > MAX_LEAVES:
+        raise _invalid("BUNDLE_INVALID", f"{name} has {len(arrays)} leaves, {MAX_LEAVES} are allowed")
+    for array in arrays:
+        _size(array.shape)
+
+
+def _check_x(bundle: objective_pb2.Bundle) -> None:
+    """The leaves of x make the flat x."""
+    if sum(_size(leaf.shape) for leaf in bundle.x_leaves) != bundle.n:
+        raise _invalid("BUNDLE_INVALID", f"the leaves of x do not have n = {bundle.n} elements together")
+    for leaf in bundle.x_leaves:
+        # The derivatives by other leaves are zero or not real, and a narrower x loses digits, both without a word.
+        if leaf.dtype not in LEAF_DTYPES or (leaf.dtype == "float64" and bundle.dtype != "float64"):
+            raise _invalid(
+                "BUNDLE_INVALID",
+                f"x is {bundle.dtype}, and a leaf of x is {leaf.dtype[:40] or 'of no dtype'}: leaves are of "
+                f"{', '.join(LEAF_DTYPES)}, and x is float64 if a leaf is",
+            )
 
 
 def _check_rows(bundle: objective_pb2.Bundle) -> None:
@@ -154,48 +193,43 @@ def _check_rows(bundle: objective_pb2.Bundle) -> None:
         raise _invalid(
             "BUNDLE_INVALID", f"row_reduction {bundle.row_reduction[:40]!r} of {len(bundle.row_leaves)} leaves"
         )
-    if bundle.sharded and bundle.residuals:
-        raise _invalid("BUNDLE_INVALID", "data that is split over devices does not go with residuals")
-    if bundle.row_leaves and bundle.residuals:
-        raise _invalid(
-            "BUNDLE_INVALID", "data of any number of rows does not go with residuals, whose size must be known"
-        )
     if not 0 <= bundle.fixed_bucket <= MAX_FIXED_BUCKET or bundle.fixed_bucket & (bundle.fixed_bucket - 1):
-        raise _invalid("BUNDLE_INVALID", f"fixed_bucket must be a power of two, got {bundle.fixed_bucket}")
+        raise _invalid(
+            "BUNDLE_INVALID", f"fixed_bucket must be a power of two up to {MAX_FIXED_BUCKET}, got {bundle.fixed_bucket}"
+        )
 
 
 def _check_parts(bundle: objective_pb2.Bundle) -> None:
-    """Blocks and dense layers are made of leaves of x, and have their programs."""
-    leaves = range(len(bundle.x_leaves))
+    """Blocks are made of leaves of x."""
     for index, block in enumerate(bundle.blocks):
-        if sorted(set(block.leaves)) != list(block.leaves) or not set(block.leaves) <= set(leaves) or not block.leaves:
-            raise _invalid("BUNDLE_INVALID", f"blocks[{index}] must be of ascending leaves of x, it is {block.leaves}")
-        if f"hvp[{index}]" not in bundle.programs or not block_size(bundle, block):
-            raise _invalid("BUNDLE_INVALID", f"blocks[{index}] has no program hvp[{index}], or no elements")
-    factored = "kfac" in bundle.programs
-    if bool(bundle.dense_layers) != factored or (not factored and "sampled_kfac" in bundle.programs):
-        raise _invalid("BUNDLE_INVALID", "dense layers and kfac go together")
-    taken: list[int] = []
-    for layer in bundle.dense_layers:
-        parts = [layer.kernel, *([layer.bias] if layer.HasField("bias") else [])]
-        shapes = [tuple(bundle.x_leaves[leaf].shape) for leaf in parts if leaf in leaves]
-        kernel = shapes[0] if len(shapes) == len(parts) else ()
-        if len(kernel) != 2 or shapes[1:] not in ([], [(kernel[0 if layer.transposed else 1],)]):
-            raise _invalid("BUNDLE_INVALID", f"a dense layer is of the leaves {parts} of x, whose shapes are {shapes}")
-        taken += parts
-    if len(set(taken)) != len(taken):
-        raise _invalid("BUNDLE_INVALID", f"a leaf of x is in one dense layer only, they are of the leaves {taken}")
+        check_leaves(bundle, block.leaves, f"blocks[{index}]")
 
 
-def block_size(bundle: objective_pb2.Bundle, block: objective_pb2.Block) -> int:
-    """Number of elements of a principal block."""
-    return sum(_size(bundle.x_leaves[leaf].shape) for leaf in block.leaves)
+def check_leaves(bundle: objective_pb2.Bundle, leaves: Sequence[int], what: str) -> None:
+    """Raise ServiceError unless leaves of x make a principal block."""
+    known = range(len(bundle.x_leaves))
+    if (
+        not leaves
+        or sorted(set(leaves)) != list(leaves)
+        or not set(leaves) <= set(known)
+        or not block_size(bundle, leaves)
+    ):
+        raise _invalid(
+            "UNKNOWN_BLOCK",
+            f"{what} must be of ascending positions of leaves of x, 0 to {len(known) - 1}, that have elements; "
+            f"got {list(leaves)[:20]}",
+        )
 
 
-def factor_shapes(bundle: objective_pb2.Bundle) -> list[tuple[int, int]]:
-    """The shapes of A_0, G_0, A_1, ... of the dense layers."""
+def block_size(bundle: objective_pb2.Bundle, leaves: Sequence[int]) -> int:
+    """Return the number of elements of some leaves of x."""
+    return sum(_size(bundle.x_leaves[leaf].shape) for leaf in leaves)
+
+
+def factor_shapes(bundle: objective_pb2.Bundle, layers: Sequence[objective_pb2.DenseLayer]) -> list[tuple[int, int]]:
+    """Return the shapes of A_0, G_0, A_1, ... of the dense layers."""
     shapes = []
-    for layer in bundle.dense_layers:
+    for layer in layers:
         kernel = tuple(bundle.x_leaves[layer.kernel].shape)
         inputs, outputs = reversed(kernel) if layer.transposed else kernel
         shapes += [(inputs + layer.HasField("bias"),) * 2, (outputs,) * 2]
@@ -208,48 +242,6 @@ def references(bundle: objective_pb2.Bundle) -> Iterator[str]:
         yield program.digest
     for tensor in [*bundle.captured, *bundle.data]:
         yield tensor.digest
-
-
-def check_signatures(bundle: objective_pb2.Bundle, signatures: Mapping[str, Signature]) -> None:
-    """Raises ServiceError where a program does not take or return what the bundle says."""
-    x = ((bundle.n,), bundle.dtype)
-    block = ((WIDTH, bundle.n), bundle.dtype)
-    data: list[_Spec] = [
-        ((ROWS, *tensor.shape[1:]), tensor.dtype) if index in bundle.row_leaves else _spec(tensor)
-        for index, tensor in enumerate(bundle.data)
-    ]
-    args = (*map(_spec, bundle.captured), *data)
-    value = signatures["value_and_grad"].results[:1]
-    if len(value) != 1 or value[0][0] != ():
-        raise _invalid("BUNDLE_INVALID", f"value_and_grad must return a scalar first, it returns {value}")
-    kept = tuple(_spec(residual.spec) for residual in bundle.residuals if residual.WhichOneof("source") == "result")
-    key: _Spec = ((2,), "uint32")
-    factors = tuple((shape, bundle.dtype) for shape in factor_shapes(bundle))
-    expected = {
-        "value_and_grad": Signature((x, *args), (*value, x)),
-        **dict.fromkeys(CURVATURES, Signature((x, block, *args), (block,))),
-        "sampled_fisher": Signature((x, block, key, *args), (block,)),
-        "hvp_pairs": Signature((block, block, *args), (block,)),
-        "kfac": Signature((x, *args), factors),
-        "sampled_kfac": Signature((x, key, *args), factors),
-        "prepare": Signature((x, *args), (*value, x, *kept)),
-        "apply": Signature((block, *(_spec(residual.spec) for residual in bundle.residuals)), (block,)),
-    }
-    for index, part in enumerate(bundle.blocks):
-        small = ((WIDTH, block_size(bundle, part)), bundle.dtype)
-        for name in CURVATURES:
-            expected[f"{name}[{index}]"] = Signature((x, small, *args), (small,))
-        expected[f"sampled_fisher[{index}]"] = Signature((x, small, key, *args), (small,))
-    for name, signature in signatures.items():
-        if signature != expected[name]:
-            raise _invalid("BUNDLE_INVALID", f"{name} is {signature}, the bundle says {expected[name]}")
-    results = [residual.result for residual in bundle.residuals if residual.WhichOneof("source") == "result"]
-    arguments = [residual for residual in bundle.residuals if residual.WhichOneof("source") != "result"]
-    if results != list(range(len(results))) or any(
-        not 0 <= residual.argument <= len(args) or _spec(residual.spec) != (x, *args)[residual.argument]
-        for residual in arguments
-    ):
-        raise _invalid("BUNDLE_INVALID", "the residuals do not refer to results of prepare, or to arguments, in order")
 
 
 def check_data(bundle: objective_pb2.Bundle, data: Sequence[tensor_pb2.Tensor]) -> None:

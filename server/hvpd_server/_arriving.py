@@ -13,6 +13,7 @@ from hvpd_server import _buffers
 from hvpd_server._calls import Arrivals
 from hvpd_server._engine import Engine
 from hvpd_server._errors import Code, ServiceError
+from hvpd_server._objective import program_of
 from hvpd_server._point import Point
 
 _ARRIVING = 16
@@ -122,7 +123,9 @@ def vectors_of(
     spec: curvature_pb2.ProductSpec, point: Point, arrivals: Arrivals | None = None, tenant: str = ""
 ) -> Vectors:
     """For the vectors of a product."""
-    return Vectors(spec.k, point.objective.sizes[spec.block], point.objective.dtype, arrivals, tenant)
+    objective = point.objective
+    columns = objective.columns(program_of(spec, objective.bundle))
+    return Vectors(spec.k, columns, objective.dtype, arrivals, tenant)
 
 
 class Product(NamedTuple):

@@ -6,6 +6,7 @@ nothing for its own sake, and lets products that wait go first. Nothing fails wi
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import logging
 import math
 import threading
@@ -18,7 +19,7 @@ import numpy as np
 from hvpd import _check, _codec
 from hvpd._errors import HvpdError
 from hvpd.v1 import curvature_pb2, objective_pb2
-from hvpd_server import _kernels, _sources
+from hvpd_server import _kernels, _probes, _sources
 from hvpd_server._errors import ServiceError
 from hvpd_server._store import Store
 
@@ -184,7 +185,10 @@ class Checks:
             raise HvpdError(f"the x that came with the registration is none of this objective: {error}") from error
         at = points(self._turn)
         eps = _check.resolution([leaf.dtype for leaf in bundle.x_leaves], bundle.precision)
-        items = _check.brief(at(x), at, eps=eps, mode=bundle.mode)
+        items = list(_check.brief(at(x), at, eps=eps, mode=bundle.mode))
+        if not bundle.jax_version:  # The rules at kinks are presumed: look where x may have none, too.
+            beside = _check.brief(at(_probes.nearby(x)), at, eps=eps, mode=bundle.mode)
+            items += [dataclasses.replace(item, name=f"{item.name} beside x") for item in beside]
         verdicts = {item.passed for item in items}
         worst = next(passed for passed in (False, None, True) if passed in verdicts)
         return objective_pb2.RegistrationCheck(

@@ -23,7 +23,7 @@ from hvpd_server._errors import Code, ServiceError
 from hvpd_server._lane import Lane
 from hvpd_server._limits import Limits, Meters, no_limits
 from hvpd_server._metrics import Live, Memory, Metrics
-from hvpd_server._objective import OPERATORS, Objective, program_of
+from hvpd_server._objective import OPERATORS, PRODUCT_MODES, PRODUCT_PRECISIONS, Objective, program_of
 from hvpd_server._owners import Owners
 from hvpd_server._point import Point, point_id
 from hvpd_server._quarantine import Quarantine
@@ -67,7 +67,7 @@ class Engine:
         if vetter is None:
             vetter = self._stack.enter_context(contextlib.closing(Vetter()))
         self.vetter = vetter
-        self._vetting = Vetting(store, vetter)
+        self._vetting = Vetting(store, vetter, devices[0].platform)
         self.devices = devices
         self.limits = limits
         self.metrics = metrics
@@ -192,19 +192,24 @@ class Engine:
             return found
         bundle = self.bundle(digest)
         read = functools.partial(self._part, digest)
-        _kernels.check_version(bundle, self.devices[0])
-        self._vetting.admit(digest, bundle, read)
+        described = self._vetting.admit(digest, bundle, read)
         with self._objectives_lock:
             lane = self._lane_of.get(digest)
             if lane is None:
                 lane = self._lane_of[digest] = self._choose_lane(bundle)
                 lane.expect(bundle)
         compiling = functools.partial(self._board.working, digest, compiling=True)
-        with compiling():
-            programs = _kernels.Programs(bundle, lane.device, read, self._compiler, self.metrics.compiled, compiling)
-        _admission.check_signatures(bundle, programs.signatures())
+        programs = _kernels.Programs(
+            bundle, described, lane.device, read, self._compiler, self.metrics.compiled, compiling
+        )
         with self._objectives_lock:
             return self._objectives.setdefault(digest, lane.objective(digest, bundle, programs))
+
+    def derivation(self, digest: str) -> objective_pb2.Derivation | None:
+        """Return what was derived from a stored bundle; None if this version of the server has not read it yet."""
+        with self._objectives_lock:
+            found = self._objectives.get(digest)
+        return self._vetting.known(digest) if found is None else found.described
 
     def lane(self, objective: Objective) -> Lane:
         """Where an objective is served.
@@ -397,18 +402,22 @@ class Engine:
                 Code.INVALID_ARGUMENT, "UNKNOWN_OPERATOR", f"this server has no operator {spec.operator}: upgrade it"
             )
         point = self.point(spec.point_id, tenant)
-        program = program_of(spec)
-        if not 0 <= spec.block < len(point.objective.sizes):
+        objective = point.objective
+        if not 0 <= spec.block <= len(objective.bundle.blocks) or (spec.block and spec.leaves):
             raise ServiceError(
                 Code.INVALID_ARGUMENT,
                 "UNKNOWN_BLOCK",
-                f"objective {point.objective.digest[:12]} has {len(point.objective.sizes) - 1} blocks, got {spec.block}",
+                f"objective {objective.digest[:12]} has {len(objective.bundle.blocks)} blocks, got {spec.block}",
             )
-        if program not in point.objective.bundle.programs:
+        if spec.mode or spec.precision:
+            _check_choices(spec, objective)
+        program = program_of(spec, objective.bundle)
+        objective.columns(program)
+        if OPERATORS[spec.operator] not in objective.described.programs:
             raise ServiceError(
                 Code.FAILED_PRECONDITION,
                 "NO_SUCH_OPERATOR",
-                f"objective {point.objective.digest[:12]} was registered without {program}: "
+                f"objective {objective.digest[:12]} has no {OPERATORS[spec.operator]}: "
                 "register hvpd.composite(model, loss), for Fisher with a distribution",
             )
         if not 1 <= spec.k <= self.limits.max_block_width:
@@ -453,11 +462,11 @@ class Engine:
         """
         point = self.point(identity, tenant)
         program = "kfac" if seed is None else "sampled_kfac"
-        if program not in point.objective.bundle.programs:
+        if program not in point.objective.described.programs:
             raise ServiceError(
                 Code.FAILED_PRECONDITION,
                 "NO_SUCH_OPERATOR",
-                f"objective {point.objective.digest[:12]} was registered without {program}: register "
+                f"objective {point.objective.digest[:12]} has no {program}: register "
                 "hvpd.composite(model, loss) with a model of dense layers, with a distribution where targets are to be drawn",
             )
         with self._metered(tenant, 1) as charge:
@@ -529,6 +538,37 @@ class Engine:
             choices=[objective.plan.choose(width) for width in widths],
             residual_bytes=objective.residual_bytes,
             compiles=kernels.compiles(),
+        )
+
+
+def _check_choices(spec: curvature_pb2.ProductSpec, objective: Objective) -> None:
+    """Raise ServiceError unless the mode and the precision that a product asks for can be had."""
+    if spec.precision not in ("", *PRODUCT_PRECISIONS):
+        raise ServiceError(
+            Code.INVALID_ARGUMENT,
+            "UNKNOWN_PRECISION",
+            f"a product's precision is one of {', '.join(PRODUCT_PRECISIONS)}, got {spec.precision[:40]!r}",
+        )
+    if not spec.mode or spec.mode == objective.bundle.mode:
+        return
+    if spec.mode not in PRODUCT_MODES:
+        raise ServiceError(
+            Code.INVALID_ARGUMENT,
+            "UNKNOWN_MODE",
+            f"a product's mode is one of {', '.join(PRODUCT_MODES)}, got {spec.mode[:40]!r}",
+        )
+    if spec.operator != curvature_pb2.OPERATOR_HESSIAN:
+        raise ServiceError(
+            Code.INVALID_ARGUMENT, "UNKNOWN_MODE", f"only products of the Hessian have a mode, got mode {spec.mode}"
+        )
+    if spec.mode == "linearized" and (
+        spec.leaves or spec.block or spec.precision or "apply" not in objective.described.programs
+    ):
+        raise ServiceError(
+            Code.INVALID_ARGUMENT,
+            "UNKNOWN_MODE",
+            "mode linearized keeps residuals: it is for the whole Hessian, in the objective's precision, of an objective that is "
+            "neither sharded nor for any number of rows",
         )
 
 

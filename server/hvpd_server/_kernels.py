@@ -1,6 +1,6 @@
-"""Compiled programs and the device that they run on. The only file of the server that imports jax; it knows no gRPC.
+"""Compiled programs and the device that they run on. Knows no gRPC.
 
-A program of a bundle is compiled once for each block width (a bucket: 1, 2, 4, ...), on threads of its own, so that a compile
+A program of an objective is compiled once for each block width (a bucket: 1, 2, 4, ...), on threads of its own, so that a compile
 never stalls somebody else's product; but a GPU is the compiler's, too, while it tries which of its own kernels is quickest. What was
 compiled stays in jax's persistent cache across restarts.
 """
@@ -13,22 +13,22 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import jax.export
 import jax.monitoring
 import numpy as np
 from jaxlib.mlir.dialects import stablehlo
 
 from hvpd import _codec
 from hvpd.v1 import objective_pb2
-from hvpd_server import _reading
-from hvpd_server._admission import ROWS, WIDTH, Signature
 from hvpd_server._board import LOST
 from hvpd_server._errors import Code, ServiceError
+from hvpd_server.derivation.programs import Derivation, Sized
+from hvpd_server.importer.reader import read as read_module
+from hvpd_server.importer.table import Refused
 
 _log = logging.getLogger(__name__)
 
@@ -98,10 +98,6 @@ class Device:
         self.kind = first.device_kind
         self.jax_version = jax.__version__
         self.stablehlo_version: str = stablehlo.get_current_version()
-        self.calling_conventions = (
-            jax.export.minimum_supported_calling_convention_version,
-            jax.export.maximum_supported_calling_convention_version,
-        )
         mesh = jax.sharding.Mesh(np.array(parts), ("rows",))
         alone = jax.sharding.SingleDeviceSharding(first)
         self._whole = alone if len(parts) == 1 else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -166,32 +162,27 @@ class Device:
         options = _DETERMINISTIC if deterministic and self.platform == "cuda" else None
         jitted = jax.jit(function, keep_unused=True, out_shardings=self._whole)
         with _device_errors():
-            lowered = jitted.lower(*specs)
-            try:
-                _reading.check_routines(lowered.compiler_ir("stablehlo"))  # type: ignore[arg-type] # It has one.
-            except _reading.Refused as error:
-                raise ServiceError(Code.INVALID_ARGUMENT, error.reason, f"a program {error}") from None
-            compiled: Compiled = lowered.compile(compiler_options=options)
+            compiled: Compiled = jitted.lower(*specs).compile(compiler_options=options)
         return compiled
 
 
 class Programs:
-    """The programs of one objective, read.
+    """The programs of one objective.
 
     Args:
         bundle: What was registered.
+        described: What the vetting process derived from the bundle.
+        device: Where the programs run.
         read: The bytes of a blob by digest.
         compiler: Where compiles run.
         on_compile: Told the seconds that each compile took, and whether it was "compiled", "cached" or "failed".
         compiling: What to be in while something is compiled.
-
-    Raises:
-        ServiceError: A program is not what the bundle says, or not for this server's platform or version of jax.
     """
 
     def __init__(
         self,
         bundle: objective_pb2.Bundle,
+        described: objective_pb2.Derivation,
         device: Device,
         read: Callable[[str], bytes],
         compiler: concurrent.futures.Executor,
@@ -203,17 +194,14 @@ class Programs:
         self._on_compile = on_compile
         self._compiling = compiling
         self._lock = threading.Lock()
+        self.described = described
         self._data = len(bundle.captured) + len(bundle.data)
         self._fixed = bundle.fixed_bucket > 0
         # Each number of rows is compiled for itself, and forgotten with the last point that has it.
         self._kernels: weakref.WeakValueDictionary[int, Kernels] = weakref.WeakValueDictionary()
-        self._exported = {
-            name: _deserialize(name, read(program.digest), device, bundle) for name, program in bundle.programs.items()
-        }
-
-    def signatures(self) -> Mapping[str, Signature]:
-        """What each program takes and returns."""
-        return {name: Signature(_specs(e.in_avals), _specs(e.out_avals)) for name, e in self._exported.items()}
+        self._derivation = Derivation(
+            bundle, lambda name: read_module(read(bundle.programs[name].digest)), device.platform, described
+        )
 
     def for_rows(self, rows: int) -> "Kernels":
         """The programs to be compiled for data of this many rows, where that is symbolic; 0 where nothing is."""
@@ -221,7 +209,7 @@ class Programs:
             found = self._kernels.get(rows)
             if found is None:
                 found = self._kernels[rows] = Kernels(
-                    self._exported,
+                    self._derivation.for_rows(rows),
                     self._device,
                     rows,
                     self._data,
@@ -238,7 +226,7 @@ class Kernels:
 
     def __init__(
         self,
-        exported: Mapping[str, jax.export.Exported],
+        sized: Sized,
         device: Device,
         rows: int,
         data: int,
@@ -250,7 +238,7 @@ class Kernels:
     ) -> None:
         self.rows = rows
         self._deterministic = deterministic
-        self._exported = exported
+        self._sized = sized
         self._device = device
         self._data = data
         self._compiler = compiler
@@ -324,22 +312,25 @@ class Kernels:
         return compiled
 
     def _compile(self, name: str, width: int) -> Compiled:
-        exported = self._exported[name]
-        sizes = {WIDTH: width, ROWS: self.rows}
-        # Captured arrays and data are last, in all programs but `apply`, whose residuals are whole.
-        first = len(exported.in_avals) - (self._data if name != "apply" else 0)
-        specs = [
-            self._device.spec(
-                [size if isinstance(size, int) else sizes[str(size)] for size in aval.shape],
-                aval.dtype,
-                data=position >= first,
-            )
-            for position, aval in enumerate(exported.in_avals)
-        ]
         try:
-            return self._device.compile(exported.call, specs, deterministic=self._deterministic)
+            with self._sized.tracing(name):
+                program = self._sized.program(name, width)
+                # Captured arrays and data are last, in all programs but `apply`, whose residuals are whole.
+                first = len(program.specs) - (self._data if name != "apply" else 0)
+                specs = [
+                    self._device.spec(spec.shape, spec.dtype, data=position >= first)
+                    for position, spec in enumerate(program.specs)
+                ]
+                for way in program.ways[:-1]:
+                    try:
+                        return self._device.compile(way, specs, deterministic=self._deterministic)
+                    except (TypeError, ValueError, NotImplementedError) as error:
+                        _log.info("%s cannot be vectorized, so it goes vector by vector: %s", name, error)
+                return self._device.compile(program.ways[-1], specs, deterministic=self._deterministic)
         except ServiceError:
             raise
+        except Refused as refused:
+            raise ServiceError(Code.INVALID_ARGUMENT, refused.reason, f"the program {refused}") from None
         except Exception as error:
             _log.exception("compiling %s for width %d failed", name, width)
             raise ServiceError(
@@ -355,10 +346,10 @@ class _Compile:
     seconds: float | None = None
 
     def may_be_repeated(self, now: float) -> bool:
-        """Whether it failed, and can go better now: another program's memory may be free, all else takes some time."""
+        """Whether it failed, and can go better now: memory may be free, a lost part may be back, all else takes some time."""
         if not self.future.done() or (error := self.future.exception()) is None:
             return False
-        if isinstance(error, ServiceError) and error.code is Code.RESOURCE_EXHAUSTED:
+        if isinstance(error, ServiceError) and error.code in (Code.RESOURCE_EXHAUSTED, Code.DATA_LOSS):
             return True
         return now - (self.started or 0.0) - (self.seconds or 0.0) > _RETRY_SECONDS
 
@@ -405,61 +396,6 @@ def host(result: Any) -> _codec.Array:
         return np.asarray(result)
     except jax.errors.JaxRuntimeError as error:
         _tell(error)
-
-
-def check_version(bundle: objective_pb2.Bundle, device: Device) -> None:
-    """Raises ServiceError where jax cannot read the programs of a bundle, as it says itself."""
-    oldest, newest = device.calling_conventions
-    if not oldest <= bundle.calling_convention_version <= newest:
-        raise ServiceError(
-            Code.FAILED_PRECONDITION,
-            "BUNDLE_INCOMPATIBLE",
-            f"the bundle was exported by jax {bundle.jax_version} with calling convention {bundle.calling_convention_version}; "
-            f"this server runs jax {device.jax_version}, which reads {oldest} to {newest}: "
-            "use a version of jax on the client that is nearer to the server's",
-        )
-
-
-def _deserialize(name: str, blob: bytes, device: Device, bundle: objective_pb2.Bundle) -> jax.export.Exported:
-    check_version(bundle, device)
-    oldest, newest = device.calling_conventions
-    try:
-        exported = jax.export.deserialize(bytearray(blob))
-        version = exported.calling_convention_version
-    except Exception as error:
-        raise ServiceError(
-            Code.INVALID_ARGUMENT,
-            "BUNDLE_INCOMPATIBLE",
-            f"{name} is no program that this server (jax {device.jax_version}) can read; the bundle says that jax "
-            f"{bundle.jax_version} exported it: {type(error).__name__}: {error}",
-        ) from error
-    if device.platform not in exported.platforms or not oldest <= version <= newest:
-        raise ServiceError(
-            Code.FAILED_PRECONDITION,
-            "BUNDLE_INCOMPATIBLE",
-            f"{name} was lowered for {', '.join(exported.platforms)} (calling convention {version}), and this server's device "
-            f"is {device.platform}: register with platforms=({device.platform!r},)",
-        )
-    if tuple(bundle.platforms) != tuple(exported.platforms):
-        raise ServiceError(
-            Code.INVALID_ARGUMENT,
-            "BUNDLE_INVALID",
-            f"{name} was lowered for {', '.join(exported.platforms)}, the bundle says {', '.join(bundle.platforms)}",
-        )
-    if exported.ordered_effects or exported.unordered_effects or exported.nr_devices != 1:
-        raise ServiceError(
-            Code.INVALID_ARGUMENT,
-            "BUNDLE_INVALID",
-            f"{name} has side effects or is partitioned: only pure programs are served",
-        )
-    return exported
-
-
-def _specs(avals: Sequence[Any]) -> tuple[tuple[tuple[int | str, ...], str], ...]:
-    return tuple(
-        (tuple(size if isinstance(size, int) else str(size) for size in aval.shape), np.dtype(aval.dtype).name)
-        for aval in avals
-    )
 
 
 @contextlib.contextmanager

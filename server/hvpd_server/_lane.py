@@ -91,6 +91,10 @@ class Lane:
         first = [("value_and_grad", 0), (self.launches.base(objective, "hvp"), self.launches.bucket(objective) or 1)]
         if objective.plan.needs_apply:
             first.append(("prepare", 0))
+        for block in objective.bundle.blocks:
+            program = f"hvp[{','.join(map(str, block.leaves))}]"
+            objective.columns(program)
+            first.append((program, self.launches.bucket(objective) or 1))
         return [objective.kernels.request(name, width) for name, width in first]
 
     def objective(self, digest: str, bundle: objective_pb2.Bundle, programs: _kernels.Programs) -> Objective:
@@ -234,7 +238,7 @@ class Lane:
                 source.kernels.request("apply" if resident else "hvp", len(block)).result()
                 with self._board.working(objective.digest):
                     if resident:
-                        residuals = resident.residuals(objective.bundle.residuals, on_device)
+                        residuals = resident.residuals(objective.described.residuals, on_device)
                         return _kernels.host(resident.kernels.call("apply", len(block), block, *residuals))[:1]
                     return _kernels.host(source.call("hvp", len(block), on_device, block))[:1]
 

@@ -16,7 +16,8 @@ from hvpd_server._board import Board
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._limits import Limits
 from hvpd_server._metrics import Metrics
-from hvpd_server._objective import Objective
+from hvpd_server._objective import LINEARIZED, Objective
+from hvpd_server._plan import Plan
 from hvpd_server._point import Point, Shares
 from hvpd_server._relief import relieving
 from hvpd_server._residency import Residency
@@ -94,7 +95,7 @@ class Launches:
 
     def base(self, objective: Objective, program: str) -> str:
         """The program whose compiled widths decide how wide a launch can be."""
-        return "apply" if program == "hvp" and objective.plan.needs_apply else program
+        return "apply" if objective.plan_of(program).needs_apply else program
 
     def bucket(self, objective: Objective) -> int:
         """The only width of launches, where the objective asked for one; else 0."""
@@ -330,26 +331,26 @@ class Launches:
         point.launches += 1
         started = time.perf_counter()
         product, made_by = self._multiplied(point, program, seed, block)
-        point.objective.plan.add(made_by, len(block), time.perf_counter() - started)
+        point.objective.plan_of(program).add(made_by, len(block), time.perf_counter() - started)
         self._metrics.launched(made_by, len(block), padding)
         return product, made_by
 
     def _multiplied(self, point: Point, program: str, seed: int, block: _codec.Array) -> tuple[_codec.Array, str]:
         """One launch, for Hessians of the program that the plan chose; the product is in the host's memory."""
         source, width = point.source, len(block)
-        if program == "hvp" and isinstance(source, _sources.Resident):
-            residuals = self._residuals(point, source, width)
+        if program in ("hvp", LINEARIZED) and isinstance(source, _sources.Resident):
+            residuals = self._residuals(point, source, width, point.objective.plan_of(program))
             if residuals is not None:
                 return _kernels.host(source.kernels.call("apply", width, block, *residuals)), "apply"
         drawn = seed if program.startswith("sampled_") else None
         return _kernels.host(source.call(program, width, point.x, block, seed=drawn)), program
 
-    def _residuals(self, point: Point, source: _sources.Resident, width: int) -> Sequence[Any] | None:
+    def _residuals(self, point: Point, source: _sources.Resident, width: int, plan: Plan) -> Sequence[Any] | None:
         """The residuals of a point, where its plan wants `apply` for this width and they can be had now; else None."""
-        objective, kernels = point.objective, source.kernels
-        if objective.plan.program(width) != "apply":
+        kernels = source.kernels
+        if plan.program(width) != "apply":
             return None
-        ready, waits = kernels.ready("apply", width), objective.plan.needs_apply
+        ready, waits = kernels.ready("apply", width), plan.needs_apply
         found: Sequence[Any] | None = self._residency.get(("residuals", point.id)) if ready or waits else None
         if found is not None:
             return found
@@ -360,9 +361,9 @@ class Launches:
                 return None
             if point.launches < 2:  # Whoever asks for one product alone pays for no residuals.
                 return None
-        return self._make_residuals(point, source)
+        return self._make_residuals(point, source, plan)
 
-    def _make_residuals(self, point: Point, source: _sources.Resident) -> Sequence[Any] | None:
+    def _make_residuals(self, point: Point, source: _sources.Resident, plan: Plan) -> Sequence[Any] | None:
         """New residuals, resident where there is room. None: they pay only with room, and there is none.
 
         Of a fixed bucket the program is fixed, too: residuals that cannot stay are made for one product alone.
@@ -371,7 +372,7 @@ class Launches:
         fixed, stay = self.bucket(objective) > 0, True
 
         def make() -> Sequence[Any]:
-            made: Sequence[Any] = _kernels.computed(source.residuals(objective.bundle.residuals, point.x))
+            made: Sequence[Any] = _kernels.computed(source.residuals(objective.described.residuals, point.x))
             return made
 
         try:
@@ -387,7 +388,7 @@ class Launches:
         except ServiceError as error:
             if fixed or error.reason != _relief.REASON:
                 raise
-            objective.plan.forgo_residuals()
+            plan.forgo_residuals()
             return None
         if stay:
             with contextlib.suppress(ServiceError):  # Something else was pinned meanwhile.

@@ -258,7 +258,8 @@ class Metrics(Collector):
             columns: Its width.
             padding: Vectors among these that nobody asked for.
         """
-        self._noted_launches.append((program, columns, padding))
+        base, block, _ = program.partition("[")  # One series for all blocks: any leaves of any x can be one.
+        self._noted_launches.append((f"{base}[]" if block else base, columns, padding))
 
     def refused(self) -> None:
         """Counts a product that found the queue full."""

@@ -9,7 +9,9 @@ from hvpd import _codec
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
 from hvpd_server import _admission, _kernels, _sources
 from hvpd_server._crowd import Crowd, Habits
+from hvpd_server._errors import Code, ServiceError
 from hvpd_server._plan import Plan
+from hvpd_server.derivation.names import Name
 
 OPERATORS: Mapping[int, str] = {
     curvature_pb2.OPERATOR_HESSIAN: "hvp",
@@ -21,10 +23,34 @@ OPERATORS: Mapping[int, str] = {
 """The program that multiplies by an operator."""
 
 
-def program_of(spec: curvature_pb2.ProductSpec) -> str:
-    """The program that multiplies by an operator, or by a principal block of it."""
+PRODUCT_MODES = (
+    "forward_over_reverse",
+    "reverse_over_forward",
+    "reverse_over_reverse",
+    "linearized",
+    "finite_difference",
+)
+"""Modes that a product of the Hessian can have."""
+
+PRODUCT_PRECISIONS = ("highest", "high", "default")
+"""Precisions that a product can have."""
+
+LINEARIZED = "hvp@linearized"
+"""Products of the Hessian by `apply`, of an objective whose own mode is another."""
+
+MAX_BLOCKS = 256
+"""Most principal blocks of one objective that have programs of their own, since each is compiled."""
+
+
+def program_of(spec: curvature_pb2.ProductSpec, bundle: objective_pb2.Bundle) -> str:
+    """Return the program that multiplies by an operator, or by a principal block of it, such as "ggn[0,2]"."""
     program = OPERATORS[spec.operator]
-    return f"{program}[{spec.block - 1}]" if spec.block else program
+    if not (spec.block or spec.leaves or spec.mode or spec.precision):  # As mostly.
+        return program
+    leaves = bundle.blocks[spec.block - 1].leaves if spec.block else spec.leaves
+    mode = "" if spec.mode == bundle.mode else spec.mode
+    precision = "" if spec.precision == bundle.precision else spec.precision
+    return str(Name(program, mode, precision, tuple(leaves)))
 
 
 class Objective:
@@ -61,18 +87,20 @@ class Objective:
         """Of a vector of n elements on the device."""
         self.kernels = self.kernels_for(bundle.data)
         """For the data that it was registered with."""
-        self.sizes = (bundle.n, *(_admission.block_size(bundle, block) for block in bundle.blocks))
+        self.described = programs.described
+        """What the server derived from the bundle."""
+        self._sizes: dict[str, int] = {}
         self.residual_bytes = sum(
-            array_bytes(residual.spec) for residual in bundle.residuals if residual.WhichOneof("source") == "result"
+            array_bytes(residual.spec)
+            for residual in self.described.residuals
+            if residual.WhichOneof("source") == "result"
         )
         self.fixed_bucket = bundle.fixed_bucket
         """The only width of launches that it asked for; 0: any."""
-        self.plan = Plan(
-            bundle.mode,
-            has_apply="apply" in bundle.programs,
-            fits=self.residual_bytes <= memory_budget_bytes // 4,
-            fixed=bundle.fixed_bucket > 0,
-        )
+        self.plan = self._plan_of(self.described.mode)
+        """For products in the objective's own mode."""
+        self._linearized = self._plan_of("linearized")
+        self._fused = self._plan_of("")
         self.goes_by_rows = threading.Event()
         """Whether it was seen to be a mean, or a sum, over rows, as its bundle says."""
         self.steady: dict[Hashable, bool] = {}
@@ -86,14 +114,46 @@ class Objective:
         """Who asks for products that can go as pairs, at any of its points."""
         self._habits: dict[str, Habits] = {}
 
+    def _plan_of(self, mode: str) -> Plan:
+        return Plan(
+            mode,
+            has_apply=bool(mode) and "apply" in self.described.programs,
+            fits=self.residual_bytes <= self._memory_budget_bytes // 4,
+            fixed=self.fixed_bucket > 0,
+        )
+
+    def plan_of(self, program: str) -> Plan:
+        """Return the plan for products by a program, which may be in another mode than the objective's."""
+        if program == "hvp":
+            return self.plan
+        return self._linearized if program == LINEARIZED else self._fused
+
     def habits(self, program: str) -> Habits:
         """What was seen of those who ask for a program's products at one point."""
         return self._habits.setdefault(program, Habits())
 
     def columns(self, program: str) -> int:
-        """How many elements the vectors have that a program multiplies."""
-        _, _, index = program.rstrip("]").partition("[")
-        return self.sizes[int(index) + 1 if index else 0]
+        """Return how many elements the vectors have that a program multiplies.
+
+        Raises:
+            ServiceError: The program is of a principal block that x does not have, or of one block too many.
+        """
+        _, _, leaves = program.rstrip("]").partition("[")
+        if not leaves:
+            return self.n
+        size = self._sizes.get(leaves)
+        if size is None:
+            positions = list(map(int, leaves.split(",")))
+            _admission.check_leaves(self.bundle, positions, "a block")
+            if len(self._sizes) >= MAX_BLOCKS:
+                raise ServiceError(
+                    Code.RESOURCE_EXHAUSTED,
+                    "TOO_MANY_BLOCKS",
+                    f"objective {self.digest[:12]} has products of {MAX_BLOCKS} principal blocks already: multiply by the "
+                    "whole operator, with zeros outside of the block",
+                )
+            size = self._sizes[leaves] = _admission.block_size(self.bundle, positions)
+        return size
 
     def placement(self, data: Sequence[tensor_pb2.Tensor]) -> "Placement":
         """Where data goes: on the device, or, where it does not fit and can be gone through in chunks, in the store."""

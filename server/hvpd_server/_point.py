@@ -58,8 +58,9 @@ class Point:
     @functools.cached_property
     def shares(self) -> Shares | None:
         """What others must share to be multiplied in one launch with this point; None where the objective has no pairs."""
-        bundle, source = self.objective.bundle, self.source
-        if "hvp_pairs" not in bundle.programs or bundle.fixed_bucket or not isinstance(source, _sources.Resident):
+        objective, source = self.objective, self.source
+        pairs = "hvp_pairs" in objective.described.programs
+        if not pairs or objective.fixed_bucket or not isinstance(source, _sources.Resident):
             return None
         return Shares(source.kernels, source.args)
 

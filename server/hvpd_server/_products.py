@@ -68,7 +68,7 @@ class Products:
         try:
             result, info = self._engine.multiply(
                 point,
-                program_of(spec),
+                program_of(spec, point.objective.bundle),
                 block,
                 seed=spec.seed,
                 tenant=tenant,
@@ -91,7 +91,8 @@ class Products:
         self._engine.settle()
         self._metrics.answered(METHOD, now - vectors.arrived, vectors.receiving, now - answer.computed)
         if self._tracing is not None:
-            digest, n = point.objective.digest, point.objective.sizes[spec.block]
+            objective = point.objective
+            digest, n = objective.digest, objective.columns(program_of(spec, objective.bundle))
             self._tracing.product(
                 request, tag, spec, vectors.arrived, digest=digest, n=n, info=answer.info, computed=answer.computed
             )

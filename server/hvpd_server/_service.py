@@ -159,8 +159,10 @@ class ObjectiveService:
             except ServiceError as error:
                 _log.error("objective %s cannot be listed: %s", name or digest, error)
                 continue
-            for structure in ("x_tree", "x_leaves", "data_tree", "residuals"):
+            for structure in ("x_tree", "x_leaves", "data_tree"):
                 objective.bundle.ClearField(structure)
+            for long in ("residuals", "dense_layers", "recognised", "presumed"):
+                objective.derivation.ClearField(long)
             response.objectives.append(objective)
         if start + size < len(known):
             response.next_page_token = str(start + size)
@@ -201,7 +203,14 @@ class ObjectiveService:
         created_at.FromNanoseconds(created)
         bundle = self._engine.bundle(digest)
         check = self._engine.checks.found(digest, bundle)
-        return objective_pb2.Objective(name=name, digest=digest, bundle=bundle, create_time=created_at, check=check)
+        return objective_pb2.Objective(
+            name=name,
+            digest=digest,
+            bundle=bundle,
+            create_time=created_at,
+            check=check,
+            derivation=self._engine.derivation(digest),
+        )
 
 
 class CurvatureService:
@@ -294,7 +303,7 @@ class CurvatureService:
         cancel = _Cancel(context)
         result, info = self._engine.multiply(
             point,
-            program_of(request.spec),
+            program_of(request.spec, point.objective.bundle),
             vectors.block,
             seed=request.spec.seed,
             tenant=tenant_of(context),
@@ -486,14 +495,11 @@ class ServerService:
         self._engine = engine
         self._tenants = tenants
         device = engine.devices[0]
-        oldest, newest = device.calling_conventions
         self._response = server_pb2.GetServerResponse(
             version=hvpd.__version__,
             min_protocol=_protocol.OLDEST,
             max_protocol=_protocol.NEWEST,
             jax_version=device.jax_version,
-            min_calling_convention_version=oldest,
-            max_calling_convention_version=newest,
             platform=device.platform,
             device_kind=device.kind,
             max_block_width=engine.limits.max_block_width,

@@ -4,7 +4,7 @@
     STORE/objectives/DIGEST    JSON: when it was registered
     STORE/checks/DIGEST        JSON: what was found when the objective was checked after its registration
     STORE/owners/              who has uploaded and registered what; see _owners
-    STORE/vetted/DIGEST        JSON: by which rules the bundle was admitted
+    STORE/derived/DIGEST       JSON: what the server derived from the bundle, and by which version
     STORE/names/SHA256         JSON: a name, and the digest that it points at; the file is named by the name's own digest
     STORE/corrupt/             blobs whose bytes did not match their name, set aside
     STORE/incoming/            uploads under way; emptied at start
@@ -62,7 +62,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for part in ("blobs", "objectives", "checks", "vetted", "names", "corrupt", "incoming", "cache"):
+        for part in ("blobs", "objectives", "checks", "derived", "names", "corrupt", "incoming", "cache"):
             (root / part).mkdir(parents=True, exist_ok=True)
         self._lock_file = (root / "lock").open("a")
         try:
@@ -290,7 +290,7 @@ class Store:
 
     def remove_objective(self, digest: str) -> None:
         """Takes an objective out, with what was recorded of it; its names and blobs are others' business."""
-        for part in ("objectives", "checks", "vetted"):  # In this order: what is no objective is not served.
+        for part in ("objectives", "checks", "derived"):  # In this order: what is no objective is not served.
             (self.root / part / digest).unlink(missing_ok=True)
 
     def remove_blob(self, digest: str) -> None:
@@ -326,14 +326,23 @@ class Store:
             _log.error("%s is damaged, and left aside: %s", path, error)
             return None
 
-    def add_vetted(self, digest: str, version: str) -> None:
-        """Records that a bundle was admitted, by which version of the rules."""
-        self._write(self.root / "vetted" / digest, {"version": version})
+    def add_derivation(self, digest: str, version: str, found: objective_pb2.Derivation) -> None:
+        """Keep what was derived from a bundle, with the version of the code that derived it."""
+        content = json_format.MessageToDict(found, preserving_proto_field_name=True)
+        self._write(self.root / "derived" / digest, {"version": version, "derivation": content})
 
-    def vetted(self, digest: str) -> str:
-        """The version of the rules by which a bundle was admitted; empty where it was not, or that is damaged."""
-        version = read_record(self.root / "vetted" / digest).get("version")
-        return version if isinstance(version, str) else ""
+    def derivation(self, digest: str, version: str) -> objective_pb2.Derivation | None:
+        """Return what this version of the code derived from a bundle; None if nothing was kept, or it is damaged."""
+        path = self.root / "derived" / digest
+        record = read_record(path)
+        content = record.get("derivation")
+        if record.get("version") != version or not isinstance(content, dict):
+            return None
+        try:
+            return json_format.ParseDict(content, objective_pb2.Derivation())
+        except json_format.ParseError as error:
+            _log.error("%s is damaged, and left aside: %s", path, error)
+            return None
 
     def _names(self) -> Mapping[str, str]:
         found: dict[str, str] = {}
@@ -503,7 +512,7 @@ def read_record(path: Path) -> Mapping[str, Any]:
     """The JSON object of a file; empty, with a line in the log, where there is none: one damaged file is nobody else's loss."""
     try:
         record = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if not isinstance(error, FileNotFoundError):
             _log.error("%s is damaged, and left aside: %s", path, error)
         return {}

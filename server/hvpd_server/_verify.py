@@ -59,7 +59,7 @@ def verify(root: Path) -> Found:
         if digest not in objectives and (root / "names" / _codec.digest(name.encode())).exists()
     ]
     _owners(root, problems)
-    for part in ("checks", "vetted", "quarantine"):
+    for part in ("checks", "derived", "quarantine"):
         for path in _files(root / part):
             _record(root, path, problems)
     sizes, damaged = _blobs(root, problems)

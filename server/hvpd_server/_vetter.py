@@ -1,9 +1,11 @@
-"""The process that reads programs before the server does: `python -m hvpd_server._vetter`, started by `_vetting`.
+"""The process that reads and differentiates programs before the server does: `python -m hvpd_server._vetter`.
 
-It imports jax once, and forks for each bundle: the fork takes limits on itself, reads the programs, says what it found and ends. A
-program that crashes the parser, or fills the memory, or takes for ever, ends the fork. It knows neither gRPC nor the store.
+`_vetting` starts it. It imports jax once, and forks for each bundle. The fork takes limits on itself, reads the programs,
+differentiates the objective without compiling, tells what it found, and ends. A program that crashes the parser, fills the
+memory, or takes for ever, ends the fork only. Knows neither gRPC nor the store.
 """
 
+import base64
 import contextlib
 import ctypes
 import gc
@@ -19,15 +21,20 @@ import warnings
 from typing import Final, NoReturn
 
 import jax
-import jax.interpreters.mlir
-from jaxlib.mlir import ir
 
+from hvpd.v1 import objective_pb2
 from hvpd_server import _rules
-from hvpd_server._reading import Refused, vet
 from hvpd_server._rules import Limits
+from hvpd_server.derivation.programs import Derivation
+from hvpd_server.importer import reader
+from hvpd_server.importer.graph import Module
+from hvpd_server.importer.table import Refused
 
-_MOST = 1 << 16
-"""Bytes of a verdict."""
+_MOST = 1 << 23
+"""Most bytes of a verdict, which lists the residuals and dense layers of an objective."""
+
+BUNDLE: Final = "bundle"
+"""Name of the bundle among the programs that are sent."""
 
 _LINE = 1 << 12
 """Bytes of a request, whose programs come as a file."""
@@ -37,8 +44,7 @@ _PR_SET_PDEATHSIG: Final = 1
 
 def serve(control: socket.socket) -> None:
     """Vets what comes, one bundle after the other, until the other end of the socket is closed."""
-    context = jax.interpreters.mlir.make_ir_context()
-    context.enable_multithreading(False)  # A fork has no threads but its own.
+    _import_all()
     gc.collect()
     gc.freeze()
     while True:
@@ -50,9 +56,10 @@ def serve(control: socket.socket) -> None:
             request += piece
             descriptors += more
         (programs,) = descriptors
-        limits = Limits(**json.loads(request))
+        asked = json.loads(request)
+        platform, limits = asked["platform"], Limits(**asked["limits"])
         try:
-            verdict = _ask_a_fork(control, programs, limits, context)
+            verdict = _ask_a_fork(control, programs, platform, limits)
         finally:
             os.close(programs)
         try:
@@ -61,7 +68,13 @@ def serve(control: socket.socket) -> None:
             return
 
 
-def _ask_a_fork(control: socket.socket, programs: int, limits: Limits, context: ir.Context) -> dict[str, str]:
+def _import_all() -> None:
+    """Trace a small derivative, so that the forks need not import what jax imports late."""
+    gradient = jax.grad(lambda x: jax.numpy.sum(x**3))
+    jax.eval_shape(lambda x: jax.jvp(gradient, (x,), (x,)), jax.ShapeDtypeStruct((2,), "float32"))
+
+
+def _ask_a_fork(control: socket.socket, programs: int, platform: str, limits: Limits) -> dict[str, str]:
     """Forks, and waits for the verdict, or the fork's end, or that of its time, or that of the server."""
     ours, theirs = os.pipe()
     child = os.fork()
@@ -70,7 +83,7 @@ def _ask_a_fork(control: socket.socket, programs: int, limits: Limits, context: 
             os.close(ours)
             control.close()
             _confine(limits)
-            _tell(theirs, programs, limits, context)
+            _tell(theirs, programs, platform, limits)
         os._exit(1)
     os.close(theirs)
     said, late = b"", False
@@ -145,11 +158,12 @@ def _limit(which: int, most: int) -> None:
     resource.setrlimit(which, (most, most))
 
 
-def _tell(pipe: int, programs: int, limits: Limits, context: ir.Context) -> NoReturn:
-    """Vets, writes the verdict, and ends the process; nobody cleans up after it."""
+def _tell(pipe: int, programs: int, platform: str, limits: Limits) -> NoReturn:
+    """Derive, write the verdict, and end the process without cleaning up."""
     verdict = {}
     try:
-        vet(_programs(programs), limits, context)
+        found = derive(_programs(programs), platform, limits)
+        verdict = {"derivation": base64.b64encode(found.SerializeToString(deterministic=True)).decode()}
     except Refused as refused:
         verdict = {"reason": refused.reason, "message": str(refused)[:2000]}
     except MemoryError:
@@ -160,10 +174,35 @@ def _tell(pipe: int, programs: int, limits: Limits, context: ir.Context) -> NoRe
     except Exception as error:  # noqa: BLE001 - a program that reading fails of is refused, whatever it was
         verdict = {
             "reason": _rules.VETTING_FAILED,
-            "message": f"a program cannot be read: {type(error).__name__}: {error}"[:2000],
+            "message": f"a program cannot be read or differentiated: {type(error).__name__}: {error}"[:2000],
         }
-    os.write(pipe, json.dumps(verdict).encode())
+    answer = memoryview(json.dumps(verdict).encode())
+    while answer:
+        answer = answer[os.write(pipe, answer) :]
     os._exit(0)
+
+
+def derive(parts: dict[str, bytes], platform: str, limits: Limits) -> objective_pb2.Derivation:
+    """Read the programs of a bundle and differentiate the objective, without compiling.
+
+    Args:
+        parts: The bundle, as `BUNDLE`, and its programs, by name.
+        platform: Platform of the server's device.
+        limits: How large programs may be.
+
+    Raises:
+        Refused: A program is not served; the message begins with its name.
+    """
+    bundle = objective_pb2.Bundle.FromString(parts[BUNDLE])
+
+    def read(name: str) -> Module:
+        try:
+            return reader.read(parts[name], limits)
+        except Refused as refused:
+            raise Refused(refused.reason, f"{name} {refused}") from None
+
+    rows = bundle.data[bundle.row_leaves[0]].shape[0] if bundle.row_leaves else 0
+    return Derivation(bundle, read, platform).for_rows(rows).describe()
 
 
 def _programs(descriptor: int) -> dict[str, bytes]:

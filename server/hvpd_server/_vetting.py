@@ -1,9 +1,10 @@
-"""Admits bundles: their programs are read, in a process of their own, before anything here parses, compiles or runs them.
+"""Admits bundles: a process of its own reads and differentiates their programs before the server uses them.
 
-The process is `_vetter`, what it allows is in `_rules`. What was admitted is remembered in the store, for as long as neither the rules
-nor jax change. No jax, no gRPC's wire.
+The process is `_vetter`; `importer.table` lists the operations that it allows. The store keeps what it derived, until the importer,
+the derivation, or jax change. No jax, no gRPC's wire.
 """
 
+import base64
 import contextlib
 import dataclasses
 import json
@@ -34,8 +35,11 @@ _PATIENCE = 120.0
 _END = 10.0
 """Seconds that it has to end."""
 
-_MOST = 1 << 17
+_MOST = 1 << 24
 """Bytes of its answer."""
+
+_PIECE = 1 << 16
+"""Bytes to take from the socket at a time."""
 
 _KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
 """The environment that it gets. What else is there is none of its business, credentials for instance."""
@@ -82,26 +86,27 @@ class Vetter:
                 self._control = ours
             return self._control
 
-    def vet(self, programs: Mapping[str, bytes]) -> None:
-        """Returns where every program may be used.
+    def vet(self, programs: Mapping[str, bytes], platform: str = "cpu") -> objective_pb2.Derivation:
+        """Return what a bundle's programs give when they are differentiated.
 
         Args:
-            programs: Serialized, by name.
+            programs: The serialized bundle, as "bundle", and its programs, by name.
+            platform: Platform of the server's device.
 
         Raises:
             ServiceError: INVALID_ARGUMENT with a reason of `_rules.REASONS`, and a message that names program and operation;
-                UNAVAILABLE where the process cannot be had.
+                UNAVAILABLE if the process cannot be had.
         """
         size = sum(map(len, programs.values()))
         if size > self.limits.bundle_bytes:
             raise too_large(size, self.limits)
         with self._asking, _file(programs) as file:
             try:
-                verdict = self._ask(file)
+                verdict = self._ask(file, platform)
             except OSError:  # Somebody has ended it since.
                 self._end()
                 try:
-                    verdict = self._ask(file)
+                    verdict = self._ask(file, platform)
                 except OSError as error:
                     self._end()
                     raise ServiceError(
@@ -110,13 +115,14 @@ class Vetter:
                         f"the process that reads programs before they are used does not run on the server: {error}",
                         retry_after=1.0,
                     ) from error
-        if verdict:
+        if "derivation" not in verdict:
             reason = verdict.get("reason")
             raise ServiceError(
                 Code.INVALID_ARGUMENT,
                 reason if reason in _rules.REASONS else _rules.VETTING_FAILED,
-                f"the bundle is refused: {verdict.get('message', '')[:2000]}",
+                f"the bundle is refused: {_printable(verdict.get('message', ''))[:2000]}",
             )
+        return objective_pb2.Derivation.FromString(base64.b64decode(verdict["derivation"]))
 
     def close(self) -> None:
         """Ends the process."""
@@ -124,14 +130,14 @@ class Vetter:
             self._closed = True
         self._end()
 
-    def _ask(self, file: IO[bytes]) -> Mapping[str, str]:
+    def _ask(self, file: IO[bytes], platform: str) -> Mapping[str, str]:
         control = self.start()
         control.settimeout(self.limits.seconds + _PATIENCE)
-        line = json.dumps(dataclasses.asdict(self.limits)).encode() + b"\n"
+        line = json.dumps({"platform": platform, "limits": dataclasses.asdict(self.limits)}).encode() + b"\n"
         socket.send_fds(control, [line], [file.fileno()])
         answer = b""
         while not answer.endswith(b"\n"):
-            piece = control.recv(_MOST)
+            piece = control.recv(_PIECE)
             if not piece or len(answer) > _MOST:
                 raise ConnectionError("it is gone")
             answer += piece
@@ -158,17 +164,21 @@ class Vetting:
     """Admits the bundles of a store.
 
     Args:
-        store: Remembers what was admitted.
-        vetter: Reads programs.
+        store: Keeps what was derived.
+        vetter: Reads and differentiates programs.
+        platform: Platform of the server's device.
     """
 
-    def __init__(self, store: Store, vetter: Vetter) -> None:
+    def __init__(self, store: Store, vetter: Vetter, platform: str) -> None:
         self._store = store
         self._vetter = vetter
-        self._version = _rules.version()
+        self._platform = platform
+        self._version = f"{_rules.version()} {platform}"
 
-    def admit(self, digest: str, bundle: objective_pb2.Bundle, read: Callable[[str], bytes]) -> None:
-        """Returns where the programs of a bundle may be used.
+    def admit(
+        self, digest: str, bundle: objective_pb2.Bundle, read: Callable[[str], bytes]
+    ) -> objective_pb2.Derivation:
+        """Return what the server derives from a bundle, whose programs may be used from then on.
 
         Args:
             digest: Of the bundle.
@@ -178,8 +188,9 @@ class Vetting:
         Raises:
             ServiceError: As for `Vetter.vet`.
         """
-        if self._store.vetted(digest) == self._version:
-            return
+        known = self.known(digest)
+        if known is not None:
+            return known
         size = sum(self._store.size(program.digest) for program in bundle.programs.values())
         if size > self._vetter.limits.bundle_bytes:
             raise too_large(size, self._vetter.limits)
@@ -191,8 +202,13 @@ class Vetting:
                     _rules.BUNDLE_INVALID,
                     f"{name} has {len(programs[name])} bytes, the bundle says {program.size_bytes}",
                 )
-        self._vetter.vet(programs)
-        self._store.add_vetted(digest, self._version)
+        found = self._vetter.vet({"bundle": bundle.SerializeToString()} | programs, self._platform)
+        self._store.add_derivation(digest, self._version, found)
+        return found
+
+    def known(self, digest: str) -> objective_pb2.Derivation | None:
+        """Return what was derived from a bundle before; None if this version has not read the bundle yet."""
+        return self._store.derivation(digest, self._version)
 
 
 def too_large(size: int, limits: _rules.Limits) -> ServiceError:
@@ -203,6 +219,11 @@ def too_large(size: int, limits: _rules.Limits) -> ServiceError:
         f"the bundle is refused: its programs have {size >> 20} MiB, {limits.bundle_bytes >> 20} MiB are taken; "
         "pass large arrays as data",
     )
+
+
+def _printable(text: str) -> str:
+    """Return one line without control characters, because words of a program go into logs and on terminals."""
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
 
 
 @contextlib.contextmanager

@@ -17,18 +17,18 @@ class DensePoint:
         self.n, self.dtype = len(self.matrix), self.matrix.dtype
         self.products = []
         self.kind = kind
-        self.objective = SimpleNamespace(
-            label="dense", slices=lambda: slices or {"": slice(0, self.n)}, block_of=lambda leaves: 0
-        )
+        self.objective = SimpleNamespace(label="dense", slices=lambda: slices or {"": slice(0, self.n)})
 
-    def multiply(self, block, operator=curvature_pb2.OPERATOR_HESSIAN, seed=0, principal_block=0):
+    def multiply(self, block, operator=curvature_pb2.OPERATOR_HESSIAN, seed=0, leaves=(), mode="", precision=""):
         assert operator == self.kind
-        assert principal_block == 0
+        assert (mode, precision) == ("", "")
+        spans = list(self.objective.slices().values())
+        kept = np.concatenate([np.arange(spans[leaf].start, spans[leaf].stop) for leaf in leaves or range(len(spans))])
         assert block.dtype == self.dtype
         assert block.flags.c_contiguous
-        assert block.shape[1:] == (self.n,)
+        assert block.shape[1:] == kept.shape
         self.products.append(len(block))
-        return block @ self.matrix
+        return block @ self.matrix[np.ix_(kept, kept)]
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ Client
 Composite
 CurvatureOperator
 DeadlineError
+DerivativeRules
 Diagonal
 HessianOperator
 HvpdError

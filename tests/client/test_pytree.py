@@ -1,12 +1,16 @@
 """Flattening without jax gives what jax gives, for any tree of plain containers."""
 
+import collections
+from typing import Any, NamedTuple
+
 import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvpd import _export, _pytree
+from hvpd import InvalidArgumentError, _pytree
+from hvpd._registration import export as _export
 
 keys = st.text(max_size=5) | st.integers(-5, 5)
 leaves = st.floats(allow_nan=False).map(np.float64)
@@ -20,6 +24,72 @@ trees = st.recursive(
     ),
     max_leaves=10,
 )
+
+
+class Layer(NamedTuple):
+    kernel: Any
+    bias: Any
+
+
+named_trees = st.recursive(
+    trees,
+    lambda children: (
+        st.builds(Layer, children, children)
+        | st.lists(children, max_size=2)
+        | st.tuples(children)
+        | st.dictionaries(st.text(max_size=5), children, max_size=2)
+    ),
+    max_leaves=10,
+)
+
+
+@given(named_trees)
+def test_structure_and_leaves_are_those_of_jax(tree):
+    spec, found = _pytree.flatten(tree)
+    assert found == jax.tree.leaves(tree)
+    assert spec == _export.tree_spec(tree)
+    assert _pytree.leaves(spec, tree) == found
+
+
+@pytest.mark.parametrize(
+    ("tree", "kind", "count"),
+    [
+        ({}, "DICT", 0),
+        ([], "LIST", 0),
+        ((), "TUPLE", 0),
+        (None, "NONE", 0),
+        (Layer(None, ()), "NAMED_TUPLE", 0),
+        (np.ones((2, 2)), "LEAF", 1),
+        (1.5, "LEAF", 1),
+        ("text", "LEAF", 1),
+        ({2: 0.0, 10: 1.0, -1: 2.0}, "DICT", 3),
+        (collections.OrderedDict(a=1.0, b=2.0), "DICT", 2),
+        (collections.defaultdict(float, {"b": 1.0, "a": 2.0}), "DICT", 2),
+    ],
+    ids=str,
+)
+def test_kinds_of_containers(tree, kind, count):
+    spec, found = _pytree.flatten(tree)
+    assert spec.kind == getattr(_pytree.Spec, f"KIND_{kind}")
+    assert len(found) == count == _pytree.count(spec)
+    assert all(one is other for one, other in zip(found, jax.tree.leaves(tree), strict=True))
+    _pytree.check(spec)
+
+
+@pytest.mark.parametrize(
+    "tree", [{1: 0.0, "a": 1.0}, {(1, 2): 0.0}, {True: 0.0}, {None: 0.0}, [{"a": {1.5: 0.0}}]], ids=str
+)
+def test_keys_that_cannot_be_sent_are_refused(tree):
+    with pytest.raises(InvalidArgumentError, match="must have strings or integers as keys"):
+        _pytree.flatten(tree)
+
+
+def test_an_order_of_its_own_is_refused():
+    """jax would take the leaves in this order. A silent change of the order would exchange arguments of equal shape."""
+    with pytest.raises(
+        InvalidArgumentError, match=r"has the order \['b', 'a'\], and leaves go by sorted keys: pass a dict"
+    ):
+        _pytree.flatten([collections.OrderedDict(b=1.0, a=2.0)])
 
 
 @given(trees)

@@ -15,9 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 import hvpd
 from hvpd import _protocol
+from hvpd.v1 import objective_pb2
 
 HERE = Path(__file__).parent
 FROZEN = sorted(path.stem for path in HERE.glob("*.binpb"))
@@ -246,27 +249,6 @@ def matrix():
     return A + A.T
 
 
-def programs():
-    """value_and_grad and hvp of x'Ax/2 as a client exports them, by name."""
-    x, A = jax.ShapeDtypeStruct((N,), jnp.float64), jax.ShapeDtypeStruct((N, N), jnp.float64)
-    (k,) = jax.export.symbolic_shape("k")
-    V = jax.ShapeDtypeStruct((k, N), jnp.float64)
-
-    def value_and_grad(x, A):
-        return jax.value_and_grad(lambda x: x @ A @ x / 2)(x)
-
-    def hvp(x, V, A):
-        return jax.vmap(lambda v: jax.jvp(jax.grad(lambda x: x @ A @ x / 2), (x,), (v,))[1])(V)
-
-    with jax.enable_x64(True):
-        found = {
-            "value_and_grad": jax.export.export(jax.jit(value_and_grad, keep_unused=True), platforms=["cpu"])(x, A),
-            "hvp": jax.export.export(jax.jit(hvp, keep_unused=True), platforms=["cpu"])(x, V, A),
-        }
-    version = found["hvp"].calling_convention_version
-    return {name: bytes(exported.serialize()) for name, exported in found.items()}, version
-
-
 def upload(old, *contents):
     digests = [digest(content) for content in contents]
     asked = old.FindMissingBlobsRequest(digests=digests)
@@ -279,17 +261,15 @@ def upload(old, *contents):
 
 
 def bundle(old):
-    """A bundle of the fields that there were at first, its programs uploaded."""
-    blobs, version = programs()
-    A = matrix().tobytes()
-    upload(old, A, *blobs.values())
-    leaf = {"dtype": "float64", "shape": [N]}
+    """A bundle of the fields that there were at first, with programs of derivatives, all of it uploaded."""
+    A, program = matrix().tobytes(), b"a program of jax.export"
+    upload(old, A, program)
     made = old.Bundle(
         format=1,
         n=N,
         dtype="float64",
         x_tree={"kind": 1},
-        x_leaves=[leaf],
+        x_leaves=[{"dtype": "float64", "shape": [N]}],
         data_tree={"kind": 5, "children": [{"kind": 1}]},
         data=[{"dtype": "float64", "shape": [N, N], "digest": digest(A)}],
         mode="forward_over_reverse",
@@ -297,53 +277,39 @@ def bundle(old):
         precision="highest",
         x64=True,
         jax_version=jax.__version__,
-        calling_convention_version=version,
+        calling_convention_version=10,
     )
-    for name, content in blobs.items():
-        made.programs[name].digest, made.programs[name].size_bytes = digest(content), len(content)
+    for name in ("value_and_grad", "hvp"):
+        made.programs[name].digest, made.programs[name].size_bytes = digest(program), len(program)
     return made
 
 
-def test_an_older_client_registers_and_multiplies(old):
-    server = old.call("ServerService", "GetServer", old.GetServerRequest())
-    assert server.version == hvpd.__version__
-    assert server.min_protocol <= 1 <= server.max_protocol
-
-    made = bundle(old)
-    content = made.SerializeToString(deterministic=True)
+def test_an_older_client_cannot_register_and_is_told_why(old, client):
+    """Before the server differentiated, clients sent the derivatives."""
+    content = bundle(old).SerializeToString(deterministic=True)
     upload(old, content)
     asked = old.CreateObjectiveRequest(digest=digest(content), name="compat/old")
-    created = old.call("ObjectiveService", "CreateObjective", asked).objective
-    assert created.digest == digest(content)
-    assert created.bundle == made
-    found = old.call("ObjectiveService", "GetObjective", old.GetObjectiveRequest(name="compat/old")).objective
-    assert found.bundle == made
-    listed = old.call("ObjectiveService", "ListObjectives", old.ListObjectivesRequest()).objectives
-    assert "compat/old" in [objective.name for objective in listed]
+    with pytest.raises(grpc.RpcError) as error:
+        old.call("ObjectiveService", "CreateObjective", asked)
+    assert error.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    info = error_details_pb2.ErrorInfo()
+    assert any(detail.Unpack(info) for detail in rpc_status.from_call(error.value).details)
+    assert info.reason == "BUNDLE_INCOMPATIBLE"
+    for says in ("has format 1", "this server reads format 2", "register the objective again with a newer client"):
+        assert says in error.value.details()
+    for name in ("compat/old", digest(content)):
+        with pytest.raises(hvpd.NotFoundError):
+            client.objective(name)
 
-    x = np.arange(1.0, N + 1)
-    spec = old.PointSpec(objective_digest=created.digest, default_data=True, x_digest=digest(x.tobytes()))
-    answers = list(
-        old.call("CurvatureService", "CreatePoint", iter([old.CreatePointRequest(spec=spec, inline_x=x.tobytes())]))
-    )
-    point = next(answer.point for answer in answers if answer.HasField("point"))
-    gradient = np.frombuffer(b"".join(answer.chunk for answer in answers))
-    assert point.value == pytest.approx(x @ matrix() @ x / 2, rel=1e-12)
-    np.testing.assert_allclose(gradient, matrix() @ x, rtol=1e-12)
 
-    V = np.random.default_rng(1).normal(size=(3, N))
-    product = old.ProductSpec(point_id=point.id, operator=1, k=3)
-    reply = old.call("CurvatureService", "ComputeProduct", old.ComputeProductRequest(spec=product, vectors=V.tobytes()))
-    np.testing.assert_allclose(np.frombuffer(reply.vectors).reshape(3, N), V @ matrix(), rtol=1e-12)
-    assert reply.info.program == "hvp"
-
-    messages = [old.StreamProductsRequest(tag=tag, spec=product, chunk=V.tobytes()) for tag in (1, 2)]
-    chunks = {1: b"", 2: b""}
-    for answer in old.call("CurvatureService", "StreamProducts", iter(messages)):
-        assert not answer.HasField("error")
-        chunks[answer.tag] += answer.chunk
-    for chunk in chunks.values():
-        np.testing.assert_allclose(np.frombuffer(chunk).reshape(3, N), V @ matrix(), rtol=1e-12)
+def test_a_bundle_of_today_is_one_of_another_format_for_an_older_server(old):
+    """An older server refuses a format that it does not know: the field has kept its number and its meaning."""
+    new = objective_pb2.Bundle(format=2, n=N, dtype="float64", composite={"reduction": "mean", "samples": 1})
+    new.programs["objective"].size_bytes = 1
+    seen = old.Bundle.FromString(new.SerializeToString())
+    assert (seen.format, seen.n, seen.dtype) == (2, N, "float64")
+    assert not {"value_and_grad", "hvp"} & set(seen.programs)
+    assert seen.SerializeToString(deterministic=True)
 
 
 def test_an_older_client_is_told_what_is_wrong(old):
@@ -358,39 +324,72 @@ def test_an_older_client_is_told_what_is_wrong(old):
     assert answer.error.code == grpc.StatusCode.NOT_FOUND.value[0]
 
 
-def test_todays_client_multiplies_at_what_an_older_one_registered(old, client):
-    content = bundle(old).SerializeToString(deterministic=True)
-    upload(old, content)
-    old.call("ObjectiveService", "CreateObjective", old.CreateObjectiveRequest(digest=digest(content)))
-    objective = client.objective(digest(content))
-    point = objective.at(np.ones(N))
-    np.testing.assert_allclose(point.gradient, matrix() @ np.ones(N), rtol=1e-12)
-    np.testing.assert_allclose(point.hessian(shift=0.5) @ np.eye(N), matrix() + 0.5 * np.eye(N), rtol=1e-12)
+def open_point(old, objective, x):
+    """The point and its gradient."""
+    spec = old.PointSpec(objective_digest=objective.digest, default_data=True, x_digest=digest(x.tobytes()))
+    opening = iter([old.CreatePointRequest(spec=spec, inline_x=x.tobytes())])
+    answers = list(old.call("CurvatureService", "CreatePoint", opening))
+    point = next(answer.point for answer in answers if answer.HasField("point"))
+    return point, np.frombuffer(b"".join(answer.chunk for answer in answers))
 
 
 def test_an_older_client_multiplies_at_what_todays_registered(old, client):
-    """With all that came since: what it does not know it skips."""
+    A = matrix()
+    registered = client.register(lambda x, A: x @ A @ x / 2, np.zeros(N), A, name="compat/new")
+    server = old.call("ServerService", "GetServer", old.GetServerRequest())
+    assert server.version == hvpd.__version__
+    assert server.min_protocol <= 1 <= server.max_protocol
+    found = old.call("ObjectiveService", "GetObjective", old.GetObjectiveRequest(name="compat/new")).objective
+    assert (found.digest, found.bundle.n, found.bundle.dtype) == (registered.digest, N, "float64")
+    assert (found.bundle.mode, found.bundle.precision) == ("forward_over_reverse", "highest")
+    listed = old.call("ObjectiveService", "ListObjectives", old.ListObjectivesRequest()).objectives
+    assert "compat/new" in [objective.name for objective in listed]
+
+    x = np.arange(1.0, N + 1)
+    point, gradient = open_point(old, found, x)
+    assert point.value == pytest.approx(x @ A @ x / 2, rel=1e-12)
+    np.testing.assert_allclose(gradient, A @ x, rtol=1e-12)
+
+    V = np.random.default_rng(1).normal(size=(3, N))
+    product = old.ProductSpec(point_id=point.id, operator=1, k=3)
+    reply = old.call("CurvatureService", "ComputeProduct", old.ComputeProductRequest(spec=product, vectors=V.tobytes()))
+    np.testing.assert_allclose(np.frombuffer(reply.vectors).reshape(3, N), V @ A, rtol=1e-12)
+    assert reply.info.program == "hvp"
+
+    messages = [old.StreamProductsRequest(tag=tag, spec=product, chunk=V.tobytes()) for tag in (1, 2)]
+    chunks = {1: b"", 2: b""}
+    for answer in old.call("CurvatureService", "StreamProducts", iter(messages)):
+        assert not answer.HasField("error")
+        chunks[answer.tag] += answer.chunk
+    for chunk in chunks.values():
+        np.testing.assert_allclose(np.frombuffer(chunk).reshape(3, N), V @ A, rtol=1e-12)
+
+
+def test_an_older_client_multiplies_at_what_has_all_that_came_since(old, client):
+    """What it does not know it skips. A block that it names by number is the one of the registration."""
     A = matrix()
     objective = client.register(
         lambda params, A: (params["w"] @ A @ params["w"] + params["b"] ** 2) / 2,
         {"w": np.zeros(N), "b": np.zeros(())},
         A,
-        name="compat/new",
+        name="compat/newer",
         blocks=["w"],
         fixed_bucket=4,
     )
-    found = old.call("ObjectiveService", "GetObjective", old.GetObjectiveRequest(name="compat/new")).objective
+    found = old.call("ObjectiveService", "GetObjective", old.GetObjectiveRequest(name="compat/newer")).objective
     assert (found.digest, found.bundle.n, found.bundle.dtype) == (objective.digest, N + 1, "float64")
-    assert {"value_and_grad", "hvp"} <= set(found.bundle.programs)
     assert digest(found.bundle.SerializeToString(deterministic=True)) != ""
     x = np.ones(N + 1)
-    spec = old.PointSpec(objective_digest=found.digest, default_data=True, x_digest=digest(x.tobytes()))
-    opening = iter([old.CreatePointRequest(spec=spec, inline_x=x.tobytes())])
-    point = next(a.point for a in old.call("CurvatureService", "CreatePoint", opening) if a.HasField("point"))
+    point, _ = open_point(old, found, x)
     product = old.ProductSpec(point_id=point.id, operator=1, k=1)
     reply = old.call("CurvatureService", "ComputeProduct", old.ComputeProductRequest(spec=product, vectors=x.tobytes()))
     expected = np.block([[np.ones((1, 1)), np.zeros((1, N))], [np.zeros((N, 1)), A]]) @ x  # "b" before "w".
     np.testing.assert_allclose(np.frombuffer(reply.vectors), expected, rtol=1e-12)
+    if "block" in old.ProductSpec.DESCRIPTOR.fields_by_name:
+        product.block = 1
+        asked = old.ComputeProductRequest(spec=product, vectors=x[1:].tobytes())
+        reply = old.call("CurvatureService", "ComputeProduct", asked)
+        np.testing.assert_allclose(np.frombuffer(reply.vectors), A @ x[1:], rtol=1e-12)
 
 
 # Revisions

@@ -175,7 +175,7 @@ def records(store, digest):
     """The files of an objective, in the order in which they are written, its own blobs aside."""
     named = [path for path in (store / "names").iterdir() if digest in path.read_text()]
     owned = list(store.glob(f"owners/*/objectives/{digest}"))
-    return [store / "vetted" / digest, *owned, store / "objectives" / digest, *named]
+    return [store / "derived" / digest, *owned, store / "objectives" / digest, *named]
 
 
 @pytest.mark.parametrize("gap", range(1, len(ORDER)))

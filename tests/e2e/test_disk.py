@@ -13,6 +13,7 @@ import pytest
 import scipy.sparse.linalg
 
 import hvpd
+from hvpd.v1 import objective_pb2
 from hvpd_server import _auth
 from hvpd_server._quarantine import Quarantine
 from hvpd_server._store import Store
@@ -129,7 +130,7 @@ def test_a_restart_on_a_full_disk_serves_what_was_registered(place, fill):
 
 
 def test_records_on_a_full_disk_are_the_old_ones_or_the_new(disk, fill, tmp_path):
-    """Tokens, quarantine, names, what was vetted, checks: each is written aside and renamed."""
+    """Tokens, quarantine, names, what was derived, checks: each is written aside and renamed."""
     store = Store(disk / "records")
     try:
         quarantine = Quarantine(store.root, 3)
@@ -137,14 +138,14 @@ def test_records_on_a_full_disk_are_the_old_ones_or_the_new(disk, fill, tmp_path
         _auth.create(tokens, "vision", ["use"])
         quarantine.strike("0" * 64, "before")
         store.add_objective("0" * 64, "a")
-        store.add_vetted("0" * 64, "1")
+        store.add_derivation("0" * 64, "1", objective_pb2.Derivation(mode="auto"))
         kept = {path: path.read_bytes() for path in [tokens, *tree(store.root)]}
         empty = fill()
         for write in (
             lambda: _auth.create(tokens, "vision", ["use"]),
             lambda: quarantine.strike("0" * 64, "on a full disk"),
             lambda: store.add_objective("0" * 64, "b"),
-            lambda: store.add_vetted("0" * 64, "2"),
+            lambda: store.add_derivation("0" * 64, "2", objective_pb2.Derivation(mode="linearized")),
         ):
             with pytest.raises(OSError, match="No space left"):
                 write()

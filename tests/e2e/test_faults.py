@@ -408,7 +408,7 @@ def test_an_objective_that_lost_a_part_says_what_brings_it_back(serve, spd):
     with hvpd.connect(server.address) as client:
         bundle = client.register(quadratic, np.zeros(60), spd, name="parts")._bundle
     server.kill()
-    digest = bundle.programs["hvp"].digest
+    digest = bundle.programs["objective"].digest
     (server.store / "blobs" / digest[:2] / digest).write_bytes(b"")
     server.start()
     with hvpd.connect(server.address) as client:

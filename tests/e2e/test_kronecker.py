@@ -373,7 +373,7 @@ def test_objectives_without_factors_name_the_registration_that_has_them(client, 
     no_layers = client.register(
         hvpd.composite(lambda w, X: X @ jnp.exp(w), squared_error), np.ones((2, 3)), X[:, :2], X[:, :3]
     )
-    tree = hvpd.composite(lambda w, X: [X @ w], lambda z, Y: squared_error(z[0], Y))
+    tree = hvpd.composite(lambda w, X: [X @ w, X], lambda z, Y: squared_error(z[0], Y))
     several = client.register(tree, np.ones((2, 3)), X[:, :2], X[:, :3])
     for point in (plain, no_layers.at(np.ones((2, 3))), several.at(np.ones((2, 3)))):
         assert point.objective.dense_layers() == []

@@ -211,7 +211,7 @@ def test_a_function_with_no_second_derivative_can_be_differenced(client):
 
     fourth.defvjp(lambda x: (fourth(x), x), lambda x, g: (g * 4 * cube(x),))
     x = np.arange(1.0, 4.0)
-    with pytest.raises(hvpd.InvalidArgumentError, match="no derivative of the derivative"):
+    with pytest.raises(hvpd.InvalidArgumentError, match="whose rule is differentiated again"):
         client.register(fourth, x)
     objective = client.register(fourth, x, mode="finite_difference")
     assert np.allclose(objective.hessp(x, np.ones(3)), 12 * x**2, rtol=1e-8)
@@ -285,9 +285,83 @@ def test_the_precision_of_a_foreign_blob_is_its_own(client):
 
 
 def test_a_foreign_blob_for_another_platform_and_with_other_data(client):
-    with pytest.raises(hvpd.IncompatibleError, match=r"computes on cpu.*lowered for tpu"):
+    with pytest.raises(hvpd.IncompatibleError, match=r"computes on cpu.*branches for tpu"):
         client.register_exported(exported(platforms=("tpu",)), np.ones((5, 5)))
     with pytest.raises(hvpd.InvalidArgumentError, match="jax cannot trace"):
         client.register_exported(exported(), np.ones((4, 4)))
     with pytest.raises(hvpd.InvalidArgumentError, match="jax cannot trace"):
         client.register_exported(exported())
+
+
+# Modes and precisions of a product
+
+
+def test_a_product_can_have_another_mode_than_the_objective(server, client, problem_of_modes):
+    objective, x, expected = problem_of_modes
+    for mode in ("forward_over_reverse", "reverse_over_forward", "reverse_over_reverse", "linearized"):
+        H = objective.at(x).hessian(mode=mode)
+        assert H.mode == mode
+        np.testing.assert_allclose(H @ np.eye(len(x)), expected, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(H @ np.ones(len(x)), expected @ np.ones(len(x)), rtol=1e-10, atol=1e-12)
+    H = objective.at(x).hessian(mode="finite_difference")
+    np.testing.assert_allclose(H @ np.eye(len(x)), expected, rtol=1e-6, atol=1e-8)
+    assert server.metric('hvpd_launches_total{program="hvp@reverse_over_forward"') > 0
+    assert server.metric('hvpd_launches_total{program="apply"') > 0
+
+
+@pytest.fixture(scope="module")
+def problem_of_modes(client):
+    x = np.linspace(-1.0, 1.0, 5)
+    X = np.random.default_rng(3).normal(size=(20, 5))
+
+    def fun(x, X):
+        return jnp.sum(jnp.tanh(X @ x) ** 2) + jnp.sum(x**4)
+
+    with jax.enable_x64(True):
+        expected = np.asarray(jax.hessian(fun)(jnp.asarray(x), jnp.asarray(X)))
+    return client.register(fun, x, X), x, expected
+
+
+def test_a_block_can_have_a_mode_and_a_precision(client):
+    x = {"a": np.arange(1.0, 3.0), "b": np.arange(3.0, 6.0)}
+    X = np.random.default_rng(3).normal(size=(20, 3))
+    objective = client.register(lambda x, X: jnp.sum((X @ x["b"]) ** 2) * jnp.sum(x["a"]), x, X)
+    point = objective.at(x)
+    expected = 2 * np.sum(x["a"]) * X.T @ X
+    for mode, precision in [("reverse_over_reverse", ""), ("", "default"), ("reverse_over_forward", "high")]:
+        H = point.hessian(mode=mode, precision=precision).block("b")
+        np.testing.assert_allclose(H @ np.eye(3), expected, rtol=1e-10)
+    assert "hvp@reverse_over_forward~high[1]" in {compile_.program for compile_ in objective.compiles()}
+
+
+def test_operators_of_different_modes_stay_apart(problem_of_modes):
+    objective, x, expected = problem_of_modes
+    point = objective.at(x)
+    both = point.hessian() + point.hessian(mode="reverse_over_reverse")
+    np.testing.assert_allclose(both @ np.eye(5), 2 * expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"mode": "sideways"}, "a product's mode is one of forward_over_reverse"),
+        ({"mode": "auto"}, "a product's mode is one of forward_over_reverse"),
+        ({"precision": "exact"}, "a product's precision is one of highest"),
+        ({"mode": "linearized", "precision": "high"}, "mode linearized keeps residuals"),
+    ],
+)
+def test_modes_and_precisions_that_are_none(problem_of_modes, options, says):
+    objective, x, _ = problem_of_modes
+    with pytest.raises(hvpd.InvalidArgumentError, match=says):
+        objective.at(x).hessian(**options) @ np.ones(5)
+
+
+def test_only_hessians_have_modes(client):
+    from hvpd.v1 import curvature_pb2
+
+    stages = hvpd.composite(lambda w, X: X @ w, lambda z, y: jnp.mean((z - y) ** 2))
+    point = client.register(stages, np.ones(3), np.ones((4, 3)), np.ones(4)).at(np.ones(3))
+    expected = point.ggn() @ np.ones(3)
+    np.testing.assert_allclose(point.ggn(precision="default") @ np.ones(3), expected, rtol=1e-12)
+    with pytest.raises(hvpd.InvalidArgumentError, match="only products of the Hessian have a mode"):
+        point.multiply(np.ones((1, 3)), curvature_pb2.OPERATOR_GGN, mode="reverse_over_reverse")

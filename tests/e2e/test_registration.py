@@ -44,7 +44,7 @@ def test_the_digest_does_not_depend_on_the_checkout_and_no_path_travels(tmp_path
             hidden = jax.nn.relu(X @ params["w"])
             return jnp.mean(jax.nn.logsumexp(hidden, axis=1)) + jnp.sum(params["b"] ** 4)
         def bundle():
-            from hvpd import _export
+            from hvpd._registration import export as _export
             params = {"b": np.zeros(3), "w": np.ones((4, 3))}
             return _export.export(loss, params, (np.ones((5, 4)),), platforms=("cpu", "cuda"), precision="highest")
     """)
@@ -56,7 +56,10 @@ def test_the_digest_does_not_depend_on_the_checkout_and_no_path_travels(tmp_path
         program = (
             "import model; e = model.bundle(); print(e.digest, any(b'checkout' in bytes(b) for b in e.blobs.values()))"
         )
-        environment = os.environ | {"PYTHONHASHSEED": str(number), "PYTHONPATH": str(checkout)}
+        environment = os.environ | {
+            "PYTHONHASHSEED": str(number),
+            "PYTHONPATH": os.pathsep.join([str(checkout), *sys.path]),
+        }
         done = subprocess.run(
             [sys.executable, "-c", program], cwd=checkout, env=environment, capture_output=True, text=True, check=True
         )
@@ -225,8 +228,13 @@ def test_options_that_are_none(client, argument, value):
 
 
 def test_another_platform_than_the_servers(client):
-    with pytest.raises(hvpd.IncompatibleError, match=r"computes on cpu.*lowered for tpu"):
-        client.register(lambda x: jnp.sum(x), np.ones(2), platforms=("tpu",))
+    """A program without branches is the same everywhere; one with branches needs one for the server's device."""
+    objective = client.register(lambda x: jnp.sum(x**2), np.ones(2), platforms=("tpu",))
+    assert objective.platforms == ()
+    assert np.allclose(objective.at(np.ones(2)).hessian() @ np.eye(2), 2 * np.eye(2))
+    branches = lambda x: jax.lax.platform_dependent(x, tpu=jnp.sum, cuda=jnp.prod)  # noqa: E731
+    with pytest.raises(hvpd.IncompatibleError, match=r"computes on cpu.*branches for tpu"):
+        client.register(branches, np.ones(2), platforms=("tpu",))
 
 
 @pytest.fixture(scope="module")

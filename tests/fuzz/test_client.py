@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hvpd
-from hvpd import _export
+from hvpd._registration import export as _export
 from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2
 from tests.fuzz import wire
 
@@ -23,7 +23,8 @@ N = 4
 X = np.arange(1.0, N + 1)
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 EXPORT = _export.export(lambda x: jnp.sum(x**4) / 12, X, (), platforms=("cpu",), precision="highest")
-OBJECTIVE = objective_pb2.Objective(name="quartic", digest=EXPORT.digest, bundle=EXPORT.bundle)
+DERIVATION = objective_pb2.Derivation(mode="forward_over_reverse", programs=["value_and_grad", "hvp", "hvp_pairs"])
+OBJECTIVE = objective_pb2.Objective(name="quartic", digest=EXPORT.digest, bundle=EXPORT.bundle, derivation=DERIVATION)
 POINT = curvature_pb2.Point(id="0" * 64, value=float(np.sum(X**4) / 12))
 
 
@@ -110,6 +111,8 @@ CALLS = {
     ).close(),
     "GetObjective": lambda client: (
         client.objective("quartic").slices(),
+        client.objective("quartic").dense_layers(),
+        client.objective("quartic").derivative_rules(),
         client.objective("quartic").registration_check(),
     ),
     "ListObjectives": lambda client: client.objectives(),
@@ -189,6 +192,19 @@ def test_answers_of_any_bytes(liar, tried, method, data):
     with talking(liar, {method: (sent, data.draw(ends(whole=False)))}) as client:
         fails_well(CALLS[method], client)
         liar[0].lies = {}
+        np.testing.assert_array_equal(client.objective("quartic").at(X).hessian() @ np.ones(N), X**2)
+
+
+@settings(settings.get_profile("fuzz"))
+@given(derivation=wire.message(objective_pb2.Derivation))
+def test_derivations_of_any_content(liar, tried, derivation):
+    """Layers of leaves that x does not have, modes and programs that nobody knows."""
+    tried("derivations of a server that lies")
+    objective = objective_pb2.Objective(digest=EXPORT.digest, bundle=EXPORT.bundle, derivation=derivation)
+    sent = [objective_pb2.GetObjectiveResponse(objective=objective).SerializeToString()]
+    with talking(liar, {"GetObjective": (sent, None)}) as client:
+        fails_well(lambda client: client.objective("quartic").dense_layers(), client)
+        fails_well(lambda client: client.objective("quartic").at(X).kfac(), client)
         np.testing.assert_array_equal(client.objective("quartic").at(X).hessian() @ np.ones(N), X**2)
 
 

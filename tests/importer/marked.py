@@ -8,15 +8,16 @@ import numpy as np
 from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import stablehlo
 
-from hvpd._registration import marks
+from hvpd._registration import hijax, marks
 from hvpd_server.importer import evaluate
 
 
 def artifact(fun, specs, platforms):
     """The bytes that a client sends: a portable artifact of the oldest version that servers read, without locations."""
-    exported = jax.export.export(
-        jax.jit(fun, keep_unused=True), platforms=platforms, _override_lowering_rules=marks.rules()
-    )(*specs)
+    with hijax.kept_rules():
+        exported = jax.export.export(
+            jax.jit(fun, keep_unused=True), platforms=platforms, _override_lowering_rules=marks.rules()
+        )(*specs)
     with jax.interpreters.mlir.make_ir_context() as context:
         module = jax.extend.mlir.deserialize_portable_artifact(exported.mlir_module_serialized)
         parsed = ir.Module.parse(module, context) if isinstance(module, str | bytes) else module

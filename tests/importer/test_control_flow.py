@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import export, lax
+from jax import export, lax, nn
 
+from hvpd._registration import marks
 from hvpd_server.importer import control_flow, evaluate, reader
 from hvpd_server.importer.table import Refused, Report
 from tests.importer import round_trip
@@ -32,12 +33,13 @@ def _scans(function: Callable[..., Any], *args: Any) -> list[Any]:
 def _layout(scan: Any) -> tuple[int, bool, int, int, int]:
     """Length, direction, and the numbers of xs, ys and carried floats of a scan."""
     parameters = scan.params
-    carried = parameters["jaxpr"].out_avals[: parameters["num_carry"]]
+    consts, carry = marks._scan_counts(parameters)
+    carried = parameters["jaxpr"].out_avals[:carry]
     return (
         parameters["length"],
         parameters["reverse"],
-        len(scan.invars) - parameters["num_consts"] - parameters["num_carry"],
-        len(scan.outvars) - parameters["num_carry"],
+        len(scan.invars) - consts - carry,
+        len(scan.outvars) - carry,
         sum(jnp.issubdtype(each.dtype, jnp.floating) for each in carried),
     )
 
@@ -336,6 +338,182 @@ def test_memory_of_a_recurrent_network_grows_as_natively() -> None:
         specs = jax.ShapeDtypeStruct((8, 8), jnp.float64), jax.ShapeDtypeStruct((rounds, 8), jnp.float64)
         again = round_trip.imported(_rnn, *specs)
         assert hvp(again, rounds) <= 1.2 * hvp(_rnn, rounds)
+
+
+# Loops as TensorFlow writes them: regions that only call functions, and reshapes that change nothing.
+
+_STATE = "tensor<i32>, tensor<i32>, tensor<i32>, tensor<3xf64>, tensor<3x3xf64>, tensor<5x3xf64>"
+_ARGUMENTS = (
+    "%i: tensor<i32>, %n: tensor<i32>, %k: tensor<i32>, %s: tensor<3xf64>, %w: tensor<3x3xf64>, %y: tensor<5x3xf64>"
+)
+
+
+def _sweep(rounds: int, condition: str, body: str) -> str:
+    """A loop over two counters from 0, a limit and three arrays, whose regions only call functions. Its state is %r#3."""
+    return f"""
+      %zero = stablehlo.constant dense<0> : tensor<i32>
+      %limit = stablehlo.constant dense<{rounds}> : tensor<i32>
+      %r:6 = stablehlo.while(%i = %zero, %n = %limit, %k = %zero, %s = %h, %v = %w, %z = %y) : {_STATE}
+      cond {{
+        %t = func.call @{condition}(%i, %n, %k, %s, %v, %z) : ({_STATE}) -> tensor<i1>
+        stablehlo.return %t : tensor<i1>
+      }} do {{
+        %o:6 = func.call @{body}(%i, %n, %k, %s, %v, %z) : ({_STATE}) -> ({_STATE})
+        stablehlo.return %o#0, %o#1, %o#2, %o#3, %o#4, %o#5 : {_STATE}
+      }}
+    """
+
+
+def _condition(name: str, rounds: int) -> str:
+    return f"""
+    func.func private @{name}_limits({_ARGUMENTS}) -> tensor<i1> {{
+      %limit = stablehlo.constant dense<{rounds}> : tensor<i32>
+      %a = stablehlo.compare LT, %i, %n : (tensor<i32>, tensor<i32>) -> tensor<i1>
+      %b = stablehlo.compare LT, %k, %limit : (tensor<i32>, tensor<i32>) -> tensor<i1>
+      %c = stablehlo.and %a, %b : tensor<i1>
+      %t = stablehlo.reshape %c : (tensor<i1>) -> tensor<i1>
+      return %t : tensor<i1>
+    }}
+    func.func private @{name}({_ARGUMENTS}) -> tensor<i1> {{
+      %t = call @{name}_limits(%i, %n, %k, %s, %w, %y) : ({_STATE}) -> tensor<i1>
+      return %t : tensor<i1>
+    }}
+    """
+
+
+def _body(name: str, step: str) -> str:
+    return f"""
+    func.func private @{name}({_ARGUMENTS}) -> ({_STATE}) {{
+      %one = stablehlo.constant dense<1> : tensor<i32>
+      %i1 = stablehlo.add %i, %one : tensor<i32>
+      %k1 = stablehlo.add %one, %k : tensor<i32>
+      {step}
+      %a = stablehlo.reshape %i1 : (tensor<i32>) -> tensor<i32>
+      %b = stablehlo.reshape %n : (tensor<i32>) -> tensor<i32>
+      %c = stablehlo.convert %k1 : tensor<i32>
+      %d = stablehlo.reshape %s1 : (tensor<3xf64>) -> tensor<3xf64>
+      %e = stablehlo.reshape %w : (tensor<3x3xf64>) -> tensor<3x3xf64>
+      %f = stablehlo.reshape %y : (tensor<5x3xf64>) -> tensor<5x3xf64>
+      return %a, %b, %c, %d, %e, %f : {_STATE}
+    }}
+    """
+
+
+_CELL = (
+    "%s1 = call @cell(%k, %s, %w, %y) : (tensor<i32>, tensor<3xf64>, tensor<3x3xf64>, tensor<5x3xf64>) -> tensor<3xf64>"
+)
+_SWEEP = "call @sweep({state}, %w, %y) : (tensor<3xf64>, tensor<3x3xf64>, tensor<5x3xf64>) -> tensor<3xf64>"
+_PASSES = f"""
+      %s0 = {_SWEEP.format(state="%s")}
+      {_CELL.replace("%s,", "%s0,")}
+"""
+
+
+def _framed(main: str) -> str:
+    """A recurrent network. @sweep runs @cell for all rows of %y, and @passes runs @sweep and one more @cell."""
+    return f"""
+    func.func private @row(%k: tensor<i32>, %y: tensor<5x3xf64>) -> tensor<3xf64> {{
+      %zero = stablehlo.constant dense<0> : tensor<i32>
+      %rows = stablehlo.constant dense<5> : tensor<i32>
+      %a = stablehlo.reshape %k : (tensor<i32>) -> tensor<1xi32>
+      %b = stablehlo.reshape %zero : (tensor<i32>) -> tensor<1xi32>
+      %c = stablehlo.concatenate %a, %b, dim = 0 : (tensor<1xi32>, tensor<1xi32>) -> tensor<2xi32>
+      %d = stablehlo.slice %c [0:1] : (tensor<2xi32>) -> tensor<1xi32>
+      %e = stablehlo.reshape %d : (tensor<1xi32>) -> tensor<i32>
+      %negative = stablehlo.compare LT, %e, %zero : (tensor<i32>, tensor<i32>) -> tensor<i1>
+      %f = stablehlo.add %rows, %e : tensor<i32>
+      %g = stablehlo.select %negative, %f, %e : tensor<i1>, tensor<i32>
+      %x = stablehlo.dynamic_slice %y, %g, %zero, sizes = [1, 3]
+        : (tensor<5x3xf64>, tensor<i32>, tensor<i32>) -> tensor<1x3xf64>
+      %z = stablehlo.reshape %x : (tensor<1x3xf64>) -> tensor<3xf64>
+      return %z : tensor<3xf64>
+    }}
+    func.func private @squares(%s: tensor<3xf64>) -> tensor<f64> {{
+      %zero = stablehlo.constant dense<0.0> : tensor<f64>
+      %p = stablehlo.multiply %s, %s : tensor<3xf64>
+      %q = stablehlo.reduce(%p init: %zero) applies stablehlo.add across dimensions = [0]
+        : (tensor<3xf64>, tensor<f64>) -> tensor<f64>
+      return %q : tensor<f64>
+    }}
+    func.func private @relu(%s: tensor<3xf64>) -> tensor<3xf64> {{
+      %zero = stablehlo.constant dense<0.0> : tensor<3xf64>
+      %r = stablehlo.maximum %s, %zero : tensor<3xf64>
+      return %r : tensor<3xf64>
+    }}
+    func.func private @cell(%k: tensor<i32>, %s: tensor<3xf64>, %w: tensor<3x3xf64>, %y: tensor<5x3xf64>) -> tensor<3xf64> {{
+      %x = call @row(%k, %y) : (tensor<i32>, tensor<5x3xf64>) -> tensor<3xf64>
+      %a = stablehlo.dot %w, %s : (tensor<3x3xf64>, tensor<3xf64>) -> tensor<3xf64>
+      %b = stablehlo.add %a, %x : tensor<3xf64>
+      %c = stablehlo.tanh %b : tensor<3xf64>
+      %d = call @relu(%s) : (tensor<3xf64>) -> tensor<3xf64>
+      %p = call @squares(%s) : (tensor<3xf64>) -> tensor<f64>
+      %q = call @squares(%x) : (tensor<3xf64>) -> tensor<f64>
+      %m = stablehlo.multiply %p, %q : tensor<f64>
+      %n = stablehlo.broadcast_in_dim %m, dims = [] : (tensor<f64>) -> tensor<3xf64>
+      %e = stablehlo.add %c, %d : tensor<3xf64>
+      %f = stablehlo.add %e, %n : tensor<3xf64>
+      %g = stablehlo.sine %f : tensor<3xf64>
+      return %g : tensor<3xf64>
+    }}
+    {_condition("five", 5)} {_body("step", _CELL)}
+    func.func private @sweep(%h: tensor<3xf64>, %w: tensor<3x3xf64>, %y: tensor<5x3xf64>) -> tensor<3xf64> {{
+      {_sweep(5, "five", "step")}
+      return %r#3 : tensor<3xf64>
+    }}
+    {_condition("two", 2)} {_body("passes", _PASSES)}
+    func.func @main(%w: tensor<3x3xf64>, %y: tensor<5x3xf64>) -> tensor<f64> {{
+      %h = stablehlo.constant dense<0.0> : tensor<3xf64>
+      {main}
+      %l = call @squares(%last) : (tensor<3xf64>) -> tensor<f64>
+      return %l : tensor<f64>
+    }}
+    """
+
+
+def _take(name: str) -> str:
+    return f"%last = stablehlo.reshape {name} : (tensor<3xf64>) -> tensor<3xf64>"
+
+
+FRAMED = {
+    "in the entry": (_framed(f"{_sweep(5, 'five', 'step')} {_take('%r#3')}"), [0, 1, 2, 3, 4], 1),
+    "in a function": (_framed(f"%a = {_SWEEP.format(state='%h')} {_take('%a')}"), [0, 1, 2, 3, 4], 1),
+    "one after the other": (
+        _framed(f"%a = {_SWEEP.format(state='%h')} %b = {_SWEEP.format(state='%a')} {_take('%b')}"),
+        [0, 1, 2, 3, 4] * 2,
+        2,
+    ),
+    "nested": (_framed(f"{_sweep(2, 'two', 'passes')} {_take('%r#3')}"), [0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 4, 1], 2),
+}
+
+
+@pytest.mark.parametrize("name", FRAMED)
+def test_loops_whose_regions_only_call_functions(name: str) -> None:
+    """Such a loop becomes a scan that reads its rows. @relu stays a call, because it has a derivative rule by its name."""
+    module, rows, loops = FRAMED[name]
+    report = Report()
+    run = evaluate.function(reader.read(module), report=report)
+
+    def expected(w: jax.Array, y: jax.Array) -> jax.Array:
+        def cell(s: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
+            return jnp.sin(jnp.tanh(w @ s + x) + nn.relu(s) + jnp.sum(s**2) * jnp.sum(x**2)), None
+
+        return jnp.sum(lax.scan(cell, jnp.zeros(3), y[np.array(rows)])[0] ** 2)
+
+    w, y = jnp.asarray(_normal(3, 3)) / 3, jnp.asarray(_normal(5, 3, seed=1)) / 3
+    for derivative in (lambda f: f, jax.grad, jax.hessian):
+        found, want = jax.jit(derivative(lambda w: run(w, y)[0]))(w), jax.jit(derivative(lambda w: expected(w, y)))(w)
+        np.testing.assert_allclose(found, want, rtol=1e-10, atol=1e-12)
+    assert report.recognised[control_flow.RAISED_LOOP] == 3 * loops
+    assert any("@relu" in each for each in report.recognised)
+    assert not report.presumed
+    scans = _scans(run, w, y)
+    inner = scans if name != "nested" else _inside(scans[0])
+    assert {_layout(each)[0] for each in inner} == {5}
+    assert {_layout(each)[2] for each in inner} == {1}
+
+
+def _inside(scan: Any) -> list[Any]:
+    return [each for each in scan.params["jaxpr"].jaxpr.eqns if each.primitive.name == "scan"]
 
 
 # Branches.

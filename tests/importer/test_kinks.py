@@ -196,6 +196,24 @@ def root(x):
     )
 
 
+@jax.custom_jvp
+def steep_root(x):
+    return root(x)
+
+
+steep_root.defjvp(lambda primals, tangents: (steep_root(*primals), 7 * jnp.sum(tangents[0]) * root(*primals)))
+
+
+def roots_of_a_system(x):
+    a = jnp.array([[3.0, 1.0], [1.0, 2.0]])
+    return lax.custom_root(
+        lambda y: a @ y + 0.1 * y**3 - x,
+        x,
+        lambda f, start: lax.fori_loop(0, 60, lambda _, y: y - 0.2 * f(y), start),
+        lambda g, y: jnp.linalg.solve(jax.jacobian(g)(y), y),
+    )
+
+
 def krylov(x):
     a = definite(x)
     return jnp.sum(jsp.sparse.linalg.cg(lambda v: a @ v, jnp.sin(x), tol=1e-14)[0] ** 2)
@@ -293,6 +311,10 @@ CASES = {
     "kl_div": each(lambda x: special.kl_div(x, jnp.abs(x) + 0.1)),
     "rel_entr": each(lambda x: special.rel_entr(0.5, x)),
     "sinc": each(jnp.sinc),
+    "log2": each(jnp.log2),
+    "log2_complex": each(lambda x: jnp.abs(jnp.log2(x + 2j)) ** 2, *POINTS),
+    "tanh_slope": each(jax.vmap(jax.grad(jnp.tanh))),
+    "tanh_slope_tiny": each(jax.vmap(jax.grad(jnp.tanh)), 1e-300, -1e-20, 1e-9),
     "erf": each(special.erf),
     "erfc": each(special.erfc),
     "erf_inv": each(special.erfinv, -1.0, -0.5, 0.0, 0.3, 1.0, 1.5),
@@ -339,6 +361,12 @@ CASES = {
         jax.checkpoint(lambda x: jnp.sum(jnp.sin(matrix(x) @ x)), policy=jax.checkpoint_policies.dots_saveable), VECTOR
     ),
     "custom_root": Case(root, (2.0, 3.0), tolerance=1e-11),
+    "custom_root_in_scan": Case(
+        lambda x: lax.scan(lambda c, a: (root(jnp.stack([c, a])), c), x[0], x)[0], (2.0, 3.0), tolerance=1e-11
+    ),
+    "custom_root_in_rule": Case(steep_root, (2.0, 3.0), tolerance=1e-11),
+    "custom_root_of_gradients": Case(jax.grad(root), (2.0, 3.0), tolerance=1e-11),
+    "custom_root_of_vectors": Case(roots_of_a_system, (2.0, 3.0), tolerance=1e-11),
     "conjugate_gradients": Case(krylov, VECTOR, tolerance=1e-9),
     # Linear algebra.
     "solve": Case(lambda x: jnp.linalg.solve(matrix(x), jnp.sin(x)), VECTOR),

@@ -217,7 +217,6 @@ def test_attributes_are_plain():
     assert default == {}
     assert accurate == {
         "result_accuracy": {"atol": 1.0, "ulps": 3, "mode": "TOLERANCE"},
-        "mhlo.frontend_attributes": {"other": "1"},
     }
 
 
@@ -493,7 +492,7 @@ def test_nested_calls_count_as_often_as_they_are_made():
 
 def test_long_chains_of_calls():
     assert len(reader.read(chain(60, 1)).functions) == 62
-    with pytest.raises(Refused, match=r"more than 128 functions that call each other") as refused:
+    with pytest.raises(Refused, match=r"more than 64 functions that call each other") as refused:
         reader.read(chain(200, 1))
     assert refused.value.reason == _rules.PROGRAM_TOO_LARGE
 
@@ -544,7 +543,8 @@ def test_an_export_for_two_devices():
 def test_an_export_for_two_platforms_takes_the_platform_first():
     both = export.export(jax.jit(jnp.sin), platforms=["cpu", "cuda"])(jax.ShapeDtypeStruct((3,), "float32"))
     module = reader.read(bytes(both.serialize()))
-    assert module.main.types[0] == TensorType((), "int32")
+    # jax 0.11 makes it 64 bits wide if 64 bits are enabled.
+    assert module.main.types[0] in (TensorType((), "int32"), TensorType((), "int64"))
 
 
 def test_words_of_a_program_are_printable_and_short():

@@ -50,7 +50,9 @@ def test_a_function_of_jax_gets_its_rule(name, dtype):
 
     for left, right in zip(derivatives(found), derivatives(fun), strict=True):
         np.testing.assert_array_equal(np.asarray(left, np.float64), np.asarray(right, np.float64))
-    assert sum(report.recognised.values()) > 0
+    # jax 0.11 writes sinc as a series without a rule of its own, so that there is nothing to recognise.
+    has_rule = any(what in str(jax.make_jaxpr(fun)(x)) for what in ("custom_jvp_call", "logistic"))
+    assert (sum(report.recognised.values()) > 0) == has_rule
 
 
 def program(symbol, body):

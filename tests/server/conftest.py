@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hvpd import _codec, _export
+from hvpd import _codec
+from hvpd._registration import export as _export
 from hvpd_server._engine import Engine
 from hvpd_server._kernels import devices
 from hvpd_server._limits import Limits

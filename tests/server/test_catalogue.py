@@ -66,7 +66,7 @@ def test_a_listing_that_has_not_changed_is_not_read_again(opened, rosen, monkeyp
 
 def test_a_lost_part_is_damage_and_is_found_without_being_asked_for(opened, rosen, logistic, clock):
     engine, _, catalogue = opened(rosen, logistic)
-    program = rosen.bundle.programs["hvp"].digest
+    program = rosen.bundle.programs["objective"].digest
     engine.store._blob(program).unlink()
     found = catalogue.troubled()
     assert list(found) == [rosen.export.digest]
@@ -88,7 +88,7 @@ def test_a_corrupt_bundle_is_damage_and_is_left_where_it_is(opened, rosen):
 
 def test_damage_is_seen_when_what_is_known_is_old_and_its_mending_too(opened, rosen, clock, upload):
     engine, _, catalogue = opened(rosen)
-    digest, program = rosen.export.digest, rosen.bundle.programs["hvp"].digest
+    digest, program = rosen.export.digest, rosen.bundle.programs["objective"].digest
     assert not catalogue.facts(digest).trouble
     engine.store._blob(program).unlink()
     assert not catalogue.facts(digest).trouble

@@ -44,7 +44,10 @@ BUNDLE = objective_pb2.Bundle(
     precision="highest",
     mode="forward_over_reverse",
     x_leaves=[{"dtype": "float64", "shape": [3]}],
+    jax_version="0.10.2",
 )
+FOREIGN = objective_pb2.Bundle.FromString(BUNDLE.SerializeToString())
+FOREIGN.ClearField("jax_version")
 
 
 def right(turn):
@@ -63,9 +66,9 @@ class Setting:
         self.counted = []
         self.checks = Checks(store, waiting, self.counted.append)
 
-    def start(self, points, *, x=(1.0, 2.0, 3.0), digest=DIGEST, label="team/quartic"):
+    def start(self, points, *, x=(1.0, 2.0, 3.0), digest=DIGEST, label="team/quartic", bundle=BUNDLE):
         blob = self.upload(self.store, np.array(x).tobytes())
-        self.checks.start(digest, BUNDLE, blob, points, label)
+        self.checks.start(digest, bundle, blob, points, label)
 
     def found(self, digest=DIGEST):
         return self.checks.found(digest, BUNDLE)
@@ -93,6 +96,18 @@ def test_what_is_right_passes(setting):
     assert found.items[1].threshold == 1e-12
     assert found.reason == ""
     assert setting.counted == ["passed"]
+
+
+@pytest.mark.parametrize(("off", "verdict"), [(1.0, PASSED), (1.01, FAILED)])
+def test_a_foreign_objective_is_looked_at_beside_x_too(setting, off, verdict):
+    """The rules at its kinks are presumed, and x may lie on one."""
+    x = (1.0, 2.0, 3.0)
+    setting.start(lambda turn: lambda at: Quartic(at, 1.0 if np.linalg.norm(at - x) < 1e-2 else off), bundle=FOREIGN)
+    found = setting.finish()
+    names = ("finite", "symmetry", "linearity", "difference")
+    assert [item.name for item in found.items] == [*names, *(f"{name} beside x" for name in names)]
+    assert all(item.verdict == PASSED for item in found.items[:4])
+    assert (found.verdict, found.items[-1].verdict) == (verdict, verdict)
 
 
 def test_what_is_wrong_fails_and_the_log_names_it(setting, caplog):

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hvpd import _codec, _export
+from hvpd import _codec
+from hvpd._registration import export as _export
 from hvpd.v1 import curvature_pb2, tensor_pb2
 from hvpd_server import _engine, _kernels, _lane, _store
 from hvpd_server._board import Board
@@ -619,7 +620,7 @@ def test_what_failed_holds_nothing_on_the_device_when_it_is_tried_again(crowded,
     found = engine.lanes[0].residency.get(("residuals", other.id))
     made = [
         weakref.ref(array)
-        for array, residual in zip(found, other.objective.bundle.residuals, strict=True)
+        for array, residual in zip(found, other.objective.described.residuals, strict=True)
         if residual.WhichOneof("source") == "result"
     ]
     del found

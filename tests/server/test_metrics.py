@@ -171,11 +171,17 @@ def test_a_name_that_stands_for_the_rest_is_counted_with_it(metrics):
 
 def test_programs_and_reasons_are_bounded(metrics):
     for number in range(1000):
-        metrics.launched(f"hvp[{number}]", 1, 0)
+        metrics.launched(f"program{number}", 1, 0)
         metrics.failed(to_status(ServiceError(Code.NOT_FOUND, f"REASON_{number}", "")))
     for name in ("hvpd_launches_total", "hvpd_failures_total"):
         assert len(series(metrics, name)) == 101
         assert total(metrics, name) == 1000
+
+
+def test_all_blocks_of_an_operator_are_one_series(metrics):
+    for block in ("[0]", "[0,2]", "[1]"):
+        metrics.launched(f"ggn{block}", 1, 0)
+    assert value(metrics, "hvpd_launches_total", program="ggn[]") == 3
 
 
 def test_points_that_were_made_before_are_told_and_few_are_remembered(metrics, monkeypatch):
@@ -468,7 +474,9 @@ class Engine:
     def resident(self, spec, *owner):
         bundle = types.SimpleNamespace(dtype="float64")
         return types.SimpleNamespace(
-            objective=types.SimpleNamespace(digest="d" * 64, sizes=(4,), dtype=np.dtype("float64"), bundle=bundle)
+            objective=types.SimpleNamespace(
+                digest="d" * 64, columns=lambda program: 4, dtype=np.dtype("float64"), bundle=bundle
+            )
         )
 
     def settle(self):

@@ -1,19 +1,23 @@
 """Where the data of a point goes, by its size and the budget: no device, no programs."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
-from hvpd.v1 import objective_pb2, tensor_pb2
+from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
 from hvpd_server import _kernels, _sources
-from hvpd_server._objective import Objective, tensor_key
+from hvpd_server._errors import Code, ServiceError
+from hvpd_server._objective import MAX_BLOCKS, Objective, program_of, tensor_key
 
 N = 10
 X_BYTES = 8 * N
 
 
 class Programs:
-    """Hands out what tells the number of rows."""
+    """Hands out what tells the number of rows, and what was derived."""
+
+    described = objective_pb2.Derivation(mode="forward_over_reverse", programs=["value_and_grad", "hvp"])
 
     def for_rows(self, rows):
         found = object.__new__(_kernels.Kernels)
@@ -30,7 +34,9 @@ CAPTURED = tensor(7, digest="captured")
 ROW = 5 * 8
 
 
-def objective(budget, *, reduction="mean", data=(FEATURES, LABELS, TABLE), row_leaves=(0, 1), captured=(), **rest):
+def objective(
+    budget, *, reduction="mean", data=(FEATURES, LABELS, TABLE), row_leaves=(0, 1), captured=(), programs=None, **rest
+):
     bundle = objective_pb2.Bundle(
         n=N,
         dtype="float64",
@@ -40,7 +46,7 @@ def objective(budget, *, reduction="mean", data=(FEATURES, LABELS, TABLE), row_l
         row_leaves=row_leaves,
         row_reduction=reduction,
     )
-    return Objective("0" * 64, bundle, Programs(), budget, **rest)
+    return Objective("0" * 64, bundle, programs or Programs(), budget, **rest)
 
 
 def lengths(placement):
@@ -171,3 +177,80 @@ def test_chunks_are_such_as_the_devices_divide_and_what_is_left_is_on_each():
     assert not any(length % 4 for length in lengths(found)[:-1])
     assert found.needs[found.room_key] == 2 * max(lengths(found)[0], 3 * 4) * ROW
     assert math.gcd(*lengths(found)[:-1]) >= 4
+
+
+# What was derived
+
+
+def derived(**fields):
+    return SimpleNamespace(
+        for_rows=Programs().for_rows,
+        described=objective_pb2.Derivation(**{"mode": "auto", "programs": ["value_and_grad", "hvp"], **fields}),
+    )
+
+
+def residual(shape, **source):
+    return objective_pb2.Residual(spec=tensor_pb2.ArraySpec(dtype="float64", shape=shape), **source)
+
+
+def test_residuals_count_as_far_as_they_are_no_arguments():
+    kept = [residual([7, 2], result=0), residual([1000, 4], argument=1), residual([], result=1)]
+    found = objective(ALL, programs=derived(residuals=kept, programs=["hvp", "prepare", "apply"]))
+    assert found.residual_bytes == 8 * (7 * 2 + 1)
+
+
+def test_the_mode_is_the_one_that_was_derived_and_not_the_one_that_was_asked_for():
+    """jax forbids forward mode for some objectives."""
+    found = objective(ALL, programs=derived(mode="reverse_over_reverse"))
+    assert found.bundle.mode == "forward_over_reverse"
+    assert found.described.mode == "reverse_over_reverse"
+    assert found.plan.choose(1).program == "hvp"
+
+
+# Principal blocks
+
+
+def with_leaves(*shapes):
+    found = objective(ALL)
+    found.bundle.x_leaves.extend(tensor_pb2.ArraySpec(dtype="float64", shape=shape) for shape in shapes)
+    return found
+
+
+def test_the_vectors_of_a_block_have_its_elements():
+    found = with_leaves([2, 3], [], [3])
+    assert found.columns("hvp") == N
+    assert [found.columns(f"hvp[{leaves}]") for leaves in ("0", "1", "0,2", "0,1,2")] == [6, 1, 9, 10]
+
+
+@pytest.mark.parametrize("leaves", ["3", "1,0", "1,1"])
+def test_a_block_that_x_does_not_have_is_refused(leaves):
+    with pytest.raises(ServiceError, match="a block must be of ascending positions of leaves of x, 0 to 2") as error:
+        with_leaves([2, 3], [], [3]).columns(f"ggn[{leaves}]")
+    assert (error.value.code, error.value.reason) == (Code.INVALID_ARGUMENT, "UNKNOWN_BLOCK")
+
+
+def test_blocks_have_a_largest_number_and_known_ones_go_on():
+    found = with_leaves(*[[1]] * 10)
+    subsets = [[leaf for leaf in range(10) if number >> leaf & 1] for number in range(1, MAX_BLOCKS + 2)]
+    names = [",".join(map(str, leaves)) for leaves in subsets]
+    for name in names[:-1]:
+        found.columns(f"hvp[{name}]")
+    with pytest.raises(ServiceError, match=f"has products of {MAX_BLOCKS} principal blocks already") as error:
+        found.columns(f"hvp[{names[-1]}]")
+    assert (error.value.code, error.value.reason) == (Code.RESOURCE_EXHAUSTED, "TOO_MANY_BLOCKS")
+    assert found.columns(f"ggn[{names[0]}]") == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "program"),
+    [
+        ({}, "hvp"),
+        ({"block": 2}, "hvp[1,3]"),
+        ({"leaves": [0, 2]}, "hvp[0,2]"),
+        ({"operator": curvature_pb2.OPERATOR_SAMPLED_FISHER, "block": 1}, "sampled_fisher[0]"),
+    ],
+)
+def test_a_product_of_a_block_is_of_the_program_of_its_leaves(spec, program):
+    bundle = objective_pb2.Bundle(blocks=[{"leaves": [0]}, {"leaves": [1, 3]}])
+    asked = curvature_pb2.ProductSpec(**{"operator": curvature_pb2.OPERATOR_HESSIAN, **spec})
+    assert program_of(asked, bundle) == program

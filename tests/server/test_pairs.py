@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hvpd import _codec, _export
+from hvpd import _codec
+from hvpd._registration import export as _export
 from hvpd.v1 import curvature_pb2
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._plan import Plan
+from hvpd_server._rules import Limits
+from hvpd_server._vetter import derive
+from hvpd_server.derivation.programs import PAIRS_BYTES
 
 WAIT = 60
 
@@ -143,11 +147,12 @@ def test_objectives_whose_launches_are_fixed_have_no_pairs(serve, make_example, 
     assert create_point(serve(example), example, example.x).shares is None
 
 
-def test_large_points_have_no_pairs():
-    large = np.ones(_export.PAIRS_BYTES // 8 + 1)
-    assert (
-        "hvp_pairs" not in _export.export(jnp.sum, large, (), platforms=("cpu",), precision="highest").bundle.programs
-    )
+@pytest.mark.parametrize(("more", "pairs"), [(0, True), (1, False)])
+def test_large_points_have_no_pairs(export, more, pairs):
+    made = export(jnp.sum, np.ones(PAIRS_BYTES // 8 + more))
+    parts = {name: bytes(made.blobs[program.digest]) for name, program in made.bundle.programs.items()}
+    derived = derive({"bundle": made.bundle.SerializeToString(), **parts}, "cpu", Limits())
+    assert ("hvp_pairs" in derived.programs) == pairs
 
 
 @pytest.mark.parametrize(("pairs", "worth"), [(3.9, True), (4.1, False)])

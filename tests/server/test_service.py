@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hvpd._frames import Frame
-from hvpd.v1 import curvature_pb2
+from hvpd.v1 import curvature_pb2, objective_pb2
 from hvpd_server import _buffers
 from hvpd_server._service import CurvatureService
 
@@ -15,11 +15,11 @@ N = 3
 
 class FakeObjective:
     digest = "d" * 64
-    sizes = (N,)
     dtype = np.dtype("float64")
+    bundle = objective_pb2.Bundle(dtype="float64")
 
-    class bundle:  # noqa: N801 - a field of the real one
-        dtype = "float64"
+    def columns(self, program):
+        return N
 
 
 class FakePoint:

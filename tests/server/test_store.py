@@ -301,8 +301,67 @@ def test_an_unknown_name_is_not_found(store, name):
 
 
 def test_the_stored_bundle_is_parsed(store, upload):
-    bundle = objective_pb2.Bundle(format=1, n=3, dtype="float64")
+    bundle = objective_pb2.Bundle(format=2, n=3, dtype="float64")
     assert store.bundle(upload(store, bundle.SerializeToString())) == bundle
+
+
+# What was derived
+
+
+DERIVATION = objective_pb2.Derivation(
+    mode="reverse_over_reverse",
+    programs=["value_and_grad", "hvp"],
+    residuals=[
+        objective_pb2.Residual(result=0, spec=tensor_pb2.ArraySpec(dtype="float64", shape=[3, 1 << 40])),
+        objective_pb2.Residual(argument=0, spec=tensor_pb2.ArraySpec(dtype="float32")),
+    ],
+    dense_layers=[
+        objective_pb2.DenseLayer(kernel=1, bias=0, transposed=True),
+        objective_pb2.DenseLayer(kernel=0),
+    ],
+    recognised={"custom_jvp @relu": 3},
+    presumed={"maximum": 1},
+)
+
+
+def test_what_was_derived_is_kept_for_the_version_that_derived_it(tmp_path, store):
+    store.add_derivation(DIGEST, "one", DERIVATION)
+    assert store.derivation(DIGEST, "one") == DERIVATION
+    assert store.derivation(DIGEST, "two") is None
+    assert store.derivation(OTHER, "one") is None
+    store.add_derivation(DIGEST, "two", objective_pb2.Derivation(mode="auto"))
+    assert store.derivation(DIGEST, "one") is None
+    assert store.derivation(DIGEST, "two") == objective_pb2.Derivation(mode="auto")
+    store.close()
+    again = Store(tmp_path / "store")
+    assert again.derivation(DIGEST, "two") == objective_pb2.Derivation(mode="auto")
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[]", b"\0" * 100, b"[" * 100_000, b'{"version": "one"}'),
+        *(b'{"version": "one", "derivation": %s}' % found for found in (b"[]", b"null", b'"hvp"', b"7")),
+        *(b'{"version": "one", "derivation": {%s}}' % found for found in (b'"mode": 3', b'"colour": "red"')),
+        b'{"version": "one", "derivation": {"residuals": [{"spec": {"shape": ["x"]}}]}}',
+    ],
+    ids=lambda content: content[:60].decode(),
+)
+def test_a_derivation_that_is_damaged_is_none(store, content):
+    (store.root / "derived" / DIGEST).write_bytes(content)
+    assert store.derivation(DIGEST, "one") is None
+    store.add_derivation(DIGEST, "one", DERIVATION)
+    assert store.derivation(DIGEST, "one") == DERIVATION
+
+
+def test_what_was_derived_goes_with_the_objective(store):
+    store.add_objective(DIGEST, "a")
+    store.add_derivation(DIGEST, "one", DERIVATION)
+    store.add_derivation(OTHER, "one", DERIVATION)
+    store.remove_objective(DIGEST)
+    assert store.derivation(DIGEST, "one") is None
+    assert store.derivation(OTHER, "one") == DERIVATION
 
 
 ESCAPES = [

@@ -15,7 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from hvpd import _vectors
 from hvpd._vectors import ClosedError, Connection
-from hvpd.v1 import curvature_pb2
+from hvpd.v1 import curvature_pb2, objective_pb2
 from hvpd_server import _buffers, _vector_port
 from hvpd_server._calls import Arrivals, Calls
 from hvpd_server._errors import Code, ServiceError
@@ -33,6 +33,10 @@ class Objective:
     digest = "d" * 64
     sizes = (N, BIG)
     dtype = np.dtype("float64")
+    bundle = objective_pb2.Bundle(blocks=[objective_pb2.Block(leaves=[0])])
+
+    def columns(self, program):
+        return self.sizes["[" in program]
 
 
 class Point:

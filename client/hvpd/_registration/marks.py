@@ -16,17 +16,19 @@ derivative could be silently wrong on the server.
 XLA's refinement of symbolic shapes does not enter composites. Another reader of a program with symbolic shapes must first
 turn composites into calls of their decompositions.
 
-Not kept: the policy of `jax.checkpoint` (the server saves nothing of the body); the choice that a `custom_vjp` with
-`symbolic_zeros=True` makes by unperturbed arguments (all arguments count as perturbed).
+Not kept: the policy of `jax.checkpoint` (the server saves nothing of the body). Refused: a `custom_vjp` with
+`symbolic_zeros=True`, whose rule can depend on which arguments are perturbed.
 """
 
+import contextlib
 import dataclasses
 import enum
+import inspect
 import itertools
 import json
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import jax
@@ -40,6 +42,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Primitive
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
+
+from hvpd._registration.hijax import is_high
 
 VERSION: Final = 1
 """Version of all marks."""
@@ -65,6 +69,7 @@ _LOOKS_ALIKE: Final = _names(
     rsqrt scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub select_and_scatter_add select_n
     sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin slice split sqrt squeeze stack
     sub tan tanh tile transpose unstack while xor
+    eval_jaxpr program_order with_memory_space_constraint
     custom_vmap_call random_bits random_fold_in random_seed random_split random_unwrap random_wrap remat_opt
     """
 )
@@ -72,7 +77,7 @@ _LOOKS_ALIKE: Final = _names(
 
 MARKED: Final = _names(
     """
-    acos acosh asin asinh atan atanh cosh sinh exp2 square integer_pow nextafter
+    acos acosh asin asinh atan atanh cosh sinh exp2 log2 square one_minus_square integer_pow nextafter
     erf erfc erf_inv lgamma digamma polygamma zeta igamma igammac igamma_grad_a bessel_i0e bessel_i1e
     regularized_incomplete_beta random_gamma threefry2x32
     logistic argmax argmin sort top_k approx_top_k gather
@@ -191,6 +196,9 @@ class _Marks:
     ) -> str:
         """Lower one primitive as jax does into a function, and return the function's symbol."""
         jaxpr = _traced(lambda *args: primitive.bind(*args, **params), ctx.avals_in)
+        if primitive.name == "cumsum":
+            # For GPUs, jax 0.11 writes an operation with a region that older StableHLO cannot state.
+            ctx = ctx.replace(module_context=ctx.module_context.replace(platforms=("cpu",)))
         return _function(self.context(ctx, order, primitive.name), f"hvpd.plain.{primitive.name}", jaxpr)
 
     def unmarked(
@@ -242,7 +250,8 @@ class _Marks:
     def scan(self, order: int, ctx: lowering.LoweringRuleContext, *args: Any, **params: Any) -> _Results:
         """Mark a loop with a fixed number of steps."""
         jaxpr, length = params["jaxpr"], params["length"]
-        scanned = len(args) - params["num_consts"] - params["num_carry"]
+        consts, carry = _scan_counts(params)
+        scanned = len(args) - consts - carry
         symbolic = not isinstance(length, (int, np.integer))
         if jaxpr.effects or (symbolic and not scanned):
             return self.unmarked(ctx, order, args, params)
@@ -254,8 +263,8 @@ class _Marks:
             "body": body,
             "length": None if symbolic else operator.index(length),
             "reverse": bool(params["reverse"]),
-            "consts": params["num_consts"],
-            "carry": params["num_carry"],
+            "consts": consts,
+            "carry": carry,
             "unroll": operator.index(params["unroll"]),
         }
         return _composite(ctx, "scan", symbol, facts, args, [body])
@@ -309,10 +318,11 @@ class _Marks:
                 perturbed = iter(pattern)
                 # An integer's tangent is float0: no zero for jax, and no argument of the rule's function.
                 zeros = [not next(perturbed) if floating else symbolic_zeros for floating in floats]
-                jaxpr, consts, out_zeros = jvp_jaxpr_fun.call_wrapped(*zeros)
-                reduced = _without_float0(jaxpr, consts, "custom_jvp")
-                name = "".join("1" if each else "0" for each in pattern)
-                found[name] = {"function": _function(inner, "hvpd.jvp", reduced), "zeros": [bool(z) for z in out_zeros]}
+                with _may_end(order):
+                    jaxpr, consts, out_zeros = jvp_jaxpr_fun.call_wrapped(*zeros)
+                    reduced = _without_float0(jaxpr, consts, "custom_jvp")
+                    rule = {"function": _function(inner, "hvpd.jvp", reduced), "zeros": [bool(z) for z in out_zeros]}
+                    found["".join("1" if each else "0" for each in pattern)] = rule
         facts = {"consts": num_consts, "symbolic_zeros": bool(symbolic_zeros), "rules": found}
         return _composite(ctx, "custom_jvp", symbol, facts, args, [rule["function"] for rule in found.values()])
 
@@ -328,10 +338,21 @@ class _Marks:
         out_trees: Callable[[], Any],
         symbolic_zeros: bool,
     ) -> _Results:
-        """Mark a function with a backward rule."""
+        """Mark a function with a backward rule.
+
+        Raises:
+            UnmarkableError: The rule may depend on which arguments are perturbed, which is not known here.
+        """
+        if symbolic_zeros:
+            raise UnmarkableError(
+                "a custom_vjp with symbolic_zeros=True may have another rule for each choice of perturbed arguments, which hvpd "
+                "cannot send to the server: define it without symbolic_zeros"
+            )
         symbol = _function(ctx.module_context, "hvpd.primal", call_jaxpr)
         facts: dict[str, Any] = {"consts": num_consts, "forward": None, "backward": None}
-        if order < ORDERS:
+        if order >= ORDERS:
+            return _composite(ctx, "custom_vjp", symbol, facts, args)
+        with _may_end(order):
             inner = self.context(ctx, order + 1)
             primals = ctx.avals_in[num_consts:]
             forward, consts = fwd_jaxpr_thunk.call_wrapped(*[True] * len(primals))
@@ -345,6 +366,8 @@ class _Marks:
 
             def backward(*args: Any) -> list[Any]:
                 found = bwd.call_wrapped(*args)
+                # jax 0.11 returns a pair with the logs of the rule, which a derivative drops.
+                found = found[0] if isinstance(found, tuple) else found
                 zeros[:] = [isinstance(each, jax.interpreters.ad.Zero) for each in found]
                 return [each for each, zero in zip(found, zeros, strict=True) if not zero]
 
@@ -358,6 +381,30 @@ class _Marks:
         return _composite(
             ctx, "custom_vjp", symbol, facts, args, [facts[name] for name in ("forward", "backward") if facts[name]]
         )
+
+
+def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many constants and how many carried values a scan has."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    # jax 0.11 states the groups of the operands instead of their numbers.
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+@contextlib.contextmanager
+def _may_end(order: int) -> Iterator[None]:
+    """Let a rule inside another rule raise: then the mark has no rule, and the server has one derivative fewer.
+
+    A product by differences of gradients needs the first derivative only.
+    """
+    try:
+        yield
+    except UnmarkableError:
+        raise
+    except Exception:
+        if not order:
+            raise
 
 
 def _bound(rule: Callable[..., _Results], order: int) -> _Rule:
@@ -417,6 +464,8 @@ def _without_float0(jaxpr: Any, consts: Sequence[Any], what: str) -> ClosedJaxpr
     Raises:
         UnmarkableError: The rule computes with such a tangent.
     """
+    # jax 0.11 tells constants from arguments only while their values are attached.
+    jaxpr = ClosedJaxpr(jaxpr, consts).jaxpr
     kept = [variable.aval.dtype != jax.dtypes.float0 for variable in jaxpr.outvars]
     values = [variable.aval.dtype != jax.dtypes.float0 for variable in jaxpr.invars]
     reduced, used_consts, used = jax.interpreters.partial_eval.dce_jaxpr_consts(
@@ -429,12 +478,23 @@ def _without_float0(jaxpr: Any, consts: Sequence[Any], what: str) -> ClosedJaxpr
     return ClosedJaxpr(reduced, [const for const, use in zip(consts, used_consts, strict=True) if use])
 
 
+_ASKS_FOR_RESULTS: Final = "out_avals" in inspect.signature(lowering.lower_jaxpr_to_fun).parameters
+"""Whether jax's function that lowers a jaxpr takes the types of its results."""
+
+
 def _function(module: lowering.ModuleContext, name: str, jaxpr: ClosedJaxpr) -> str:
     """Lower a jaxpr into a private function of the module, and return its symbol.
 
     The function's leading arguments are the dimension variables, as in every function that jax lowers.
     """
-    lowered = lowering.lower_jaxpr_to_fun(module, name, jaxpr, (), num_const_args=0, in_avals=jaxpr.in_avals)
+    if is_high(jaxpr):
+        raise UnmarkableError(
+            "the function has a derivative rule with a jitted function that jax traced before, and that uses custom_root or "
+            "jax.experimental.hijax: register the function before it is called, or take jax.jit away from this part"
+        )
+    # Only jax 0.11 asks for the results' types, which the jaxpr has.
+    results = {"out_avals": jaxpr.out_avals} if _ASKS_FOR_RESULTS else {}
+    lowered = lowering.lower_jaxpr_to_fun(module, name, jaxpr, (), num_const_args=0, in_avals=jaxpr.in_avals, **results)
     return str(ir.StringAttr(lowered.attributes["sym_name"]).value)
 
 
@@ -498,6 +558,9 @@ def _parameters(primitive: Primitive, params: Mapping[str, Any], avals: Sequence
             None if not isinstance(size, (int, np.integer)) and size == extent else _plain(size, "gather's slice_sizes")
             for size, extent in zip(params["slice_sizes"], whole, strict=True)
         ]
+    if primitive.name == "top_k":
+        # jax 0.10 has no such parameter: its top_k is stable, and a stable order is allowed where any order is.
+        found.pop("is_stable", None)
     if primitive.name == "random_gamma":
         found["impl"] = avals[0].dtype._impl.name  # noqa: SLF001 - jax tells an abstract key's generator nowhere else
     return found

@@ -26,15 +26,15 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from hvpd.v1 import tensor_pb2 as hvpd_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hvpd/v1/curvature.proto\x12\x07hvpd.v1\x1a\x17google/rpc/status.proto\x1a\x14hvpd/v1/tensor.proto\"l\n\tPointSpec\x12\x18\n\x10objective_digest\x18\x01 \x01(\t\x12\x1d\n\x04\x64\x61ta\x18\x02 \x03(\x0b\x32\x0f.hvpd.v1.Tensor\x12\x14\n\x0c\x64\x65\x66\x61ult_data\x18\x03 \x01(\x08\x12\x10\n\x08x_digest\x18\x04 \x01(\t\"\xad\x01\n\x12\x43reatePointRequest\x12\"\n\x04spec\x18\x01 \x01(\x0b\x32\x12.hvpd.v1.PointSpecH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x12\x10\n\x08inline_x\x18\x02 \x01(\x0c\x12\x1b\n\x04move\x18\x04 \x01(\x0b\x32\r.hvpd.v1.Move\x12\x18\n\x0bpin_seconds\x18\x05 \x01(\x05H\x01\x88\x01\x01\x42\t\n\x07\x63ontentB\x0e\n\x0c_pin_seconds\"@\n\x04Move\x12\x0f\n\x07\x62\x61se_id\x18\x01 \x01(\t\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x18\n\x10\x64irection_digest\x18\x03 \x01(\t\"l\n\x05Point\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x13\n\x0bnonfinite_x\x18\x03 \x01(\x03\x12\x17\n\x0fnonfinite_value\x18\x04 \x01(\x08\x12\x1a\n\x12nonfinite_gradient\x18\x05 \x01(\x03\"\x82\x01\n\x13\x43reatePointResponse\x12\x12\n\x08x_wanted\x18\x01 \x01(\x08H\x00\x12\x1f\n\x05point\x18\x02 \x01(\x0b\x32\x0e.hvpd.v1.PointH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x12\x1a\n\x10\x64irection_wanted\x18\x04 \x01(\x08H\x00\x42\t\n\x07\x63ontent\"\xbe\x01\n\x0bProductSpec\x12\x10\n\x08point_id\x18\x01 \x01(\t\x12#\n\x08operator\x18\x02 \x01(\x0e\x32\x11.hvpd.v1.Operator\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x16\n\x0equadratic_form\x18\x04 \x01(\x08\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\r\n\x05\x62lock\x18\x06 \x01(\x05\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x11\n\tpipelined\x18\x08 \x01(\x08\x12\x13\n\x0btraceparent\x18\t \x01(\t\"k\n\x0bProductInfo\x12\x19\n\x11queue_duration_ns\x18\x01 \x01(\x03\x12\x1b\n\x13\x63ompute_duration_ns\x18\x02 \x01(\x03\x12\x13\n\x0b\x62\x61tch_width\x18\x03 \x01(\x05\x12\x0f\n\x07program\x18\x04 \x01(\t\"L\n\x15\x43omputeProductRequest\x12\"\n\x04spec\x18\x01 \x01(\x0b\x32\x14.hvpd.v1.ProductSpec\x12\x0f\n\x07vectors\x18\x02 \x01(\x0c\"M\n\x16\x43omputeProductResponse\x12\x0f\n\x07vectors\x18\x01 \x01(\x0c\x12\"\n\x04info\x18\x02 \x01(\x0b\x32\x14.hvpd.v1.ProductInfo\"W\n\x15StreamProductsRequest\x12\x0b\n\x03tag\x18\x01 \x01(\x04\x12\"\n\x04spec\x18\x02 \x01(\x0b\x32\x14.hvpd.v1.ProductSpec\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\"{\n\x16StreamProductsResponse\x12\x0b\n\x03tag\x18\x01 \x01(\x04\x12\"\n\x04info\x18\x02 \x01(\x0b\x32\x14.hvpd.v1.ProductInfo\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"\x1b\n\x19\x43reateVectorTicketRequest\"y\n\x1a\x43reateVectorTicketResponse\x12\x0c\n\x04port\x18\x01 \x01(\x05\x12\n\n\x02id\x18\x02 \x01(\x0c\x12\x14\n\x0cserver_proof\x18\x03 \x01(\x0c\x12\x14\n\x0c\x63lient_proof\x18\x04 \x01(\x0c\x12\x15\n\rvalid_seconds\x18\x05 \x01(\x05\"E\n\x15\x43omputeFactorsRequest\x12\x10\n\x08point_id\x18\x01 \x01(\t\x12\x11\n\x04seed\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"\'\n\x16\x43omputeFactorsResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c*\x9d\x01\n\x08Operator\x12\x18\n\x14OPERATOR_UNSPECIFIED\x10\x00\x12\x14\n\x10OPERATOR_HESSIAN\x10\x01\x12\x10\n\x0cOPERATOR_GGN\x10\x02\x12\x13\n\x0fOPERATOR_FISHER\x10\x03\x12\x1d\n\x19OPERATOR_EMPIRICAL_FISHER\x10\x04\x12\x1b\n\x17OPERATOR_SAMPLED_FISHER\x10\x05\x32\xbe\x03\n\x10\x43urvatureService\x12L\n\x0b\x43reatePoint\x12\x1b.hvpd.v1.CreatePointRequest\x1a\x1c.hvpd.v1.CreatePointResponse(\x01\x30\x01\x12Q\n\x0e\x43omputeProduct\x12\x1e.hvpd.v1.ComputeProductRequest\x1a\x1f.hvpd.v1.ComputeProductResponse\x12U\n\x0eStreamProducts\x12\x1e.hvpd.v1.StreamProductsRequest\x1a\x1f.hvpd.v1.StreamProductsResponse(\x01\x30\x01\x12]\n\x12\x43reateVectorTicket\x12\".hvpd.v1.CreateVectorTicketRequest\x1a#.hvpd.v1.CreateVectorTicketResponse\x12S\n\x0e\x43omputeFactors\x12\x1e.hvpd.v1.ComputeFactorsRequest\x1a\x1f.hvpd.v1.ComputeFactorsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hvpd/v1/curvature.proto\x12\x07hvpd.v1\x1a\x17google/rpc/status.proto\x1a\x14hvpd/v1/tensor.proto\"l\n\tPointSpec\x12\x18\n\x10objective_digest\x18\x01 \x01(\t\x12\x1d\n\x04\x64\x61ta\x18\x02 \x03(\x0b\x32\x0f.hvpd.v1.Tensor\x12\x14\n\x0c\x64\x65\x66\x61ult_data\x18\x03 \x01(\x08\x12\x10\n\x08x_digest\x18\x04 \x01(\t\"\xad\x01\n\x12\x43reatePointRequest\x12\"\n\x04spec\x18\x01 \x01(\x0b\x32\x12.hvpd.v1.PointSpecH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x12\x10\n\x08inline_x\x18\x02 \x01(\x0c\x12\x1b\n\x04move\x18\x04 \x01(\x0b\x32\r.hvpd.v1.Move\x12\x18\n\x0bpin_seconds\x18\x05 \x01(\x05H\x01\x88\x01\x01\x42\t\n\x07\x63ontentB\x0e\n\x0c_pin_seconds\"@\n\x04Move\x12\x0f\n\x07\x62\x61se_id\x18\x01 \x01(\t\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x18\n\x10\x64irection_digest\x18\x03 \x01(\t\"l\n\x05Point\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x13\n\x0bnonfinite_x\x18\x03 \x01(\x03\x12\x17\n\x0fnonfinite_value\x18\x04 \x01(\x08\x12\x1a\n\x12nonfinite_gradient\x18\x05 \x01(\x03\"\x82\x01\n\x13\x43reatePointResponse\x12\x12\n\x08x_wanted\x18\x01 \x01(\x08H\x00\x12\x1f\n\x05point\x18\x02 \x01(\x0b\x32\x0e.hvpd.v1.PointH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x12\x1a\n\x10\x64irection_wanted\x18\x04 \x01(\x08H\x00\x42\t\n\x07\x63ontent\"\xef\x01\n\x0bProductSpec\x12\x10\n\x08point_id\x18\x01 \x01(\t\x12#\n\x08operator\x18\x02 \x01(\x0e\x32\x11.hvpd.v1.Operator\x12\t\n\x01k\x18\x03 \x01(\x05\x12\x16\n\x0equadratic_form\x18\x04 \x01(\x08\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\r\n\x05\x62lock\x18\x06 \x01(\x05\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x11\n\tpipelined\x18\x08 \x01(\x08\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x0e\n\x06leaves\x18\n \x03(\x05\x12\x0c\n\x04mode\x18\x0b \x01(\t\x12\x11\n\tprecision\x18\x0c \x01(\t\"k\n\x0bProductInfo\x12\x19\n\x11queue_duration_ns\x18\x01 \x01(\x03\x12\x1b\n\x13\x63ompute_duration_ns\x18\x02 \x01(\x03\x12\x13\n\x0b\x62\x61tch_width\x18\x03 \x01(\x05\x12\x0f\n\x07program\x18\x04 \x01(\t\"L\n\x15\x43omputeProductRequest\x12\"\n\x04spec\x18\x01 \x01(\x0b\x32\x14.hvpd.v1.ProductSpec\x12\x0f\n\x07vectors\x18\x02 \x01(\x0c\"M\n\x16\x43omputeProductResponse\x12\x0f\n\x07vectors\x18\x01 \x01(\x0c\x12\"\n\x04info\x18\x02 \x01(\x0b\x32\x14.hvpd.v1.ProductInfo\"W\n\x15StreamProductsRequest\x12\x0b\n\x03tag\x18\x01 \x01(\x04\x12\"\n\x04spec\x18\x02 \x01(\x0b\x32\x14.hvpd.v1.ProductSpec\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\"{\n\x16StreamProductsResponse\x12\x0b\n\x03tag\x18\x01 \x01(\x04\x12\"\n\x04info\x18\x02 \x01(\x0b\x32\x14.hvpd.v1.ProductInfo\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"\x1b\n\x19\x43reateVectorTicketRequest\"y\n\x1a\x43reateVectorTicketResponse\x12\x0c\n\x04port\x18\x01 \x01(\x05\x12\n\n\x02id\x18\x02 \x01(\x0c\x12\x14\n\x0cserver_proof\x18\x03 \x01(\x0c\x12\x14\n\x0c\x63lient_proof\x18\x04 \x01(\x0c\x12\x15\n\rvalid_seconds\x18\x05 \x01(\x05\"E\n\x15\x43omputeFactorsRequest\x12\x10\n\x08point_id\x18\x01 \x01(\t\x12\x11\n\x04seed\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"\'\n\x16\x43omputeFactorsResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c*\x9d\x01\n\x08Operator\x12\x18\n\x14OPERATOR_UNSPECIFIED\x10\x00\x12\x14\n\x10OPERATOR_HESSIAN\x10\x01\x12\x10\n\x0cOPERATOR_GGN\x10\x02\x12\x13\n\x0fOPERATOR_FISHER\x10\x03\x12\x1d\n\x19OPERATOR_EMPIRICAL_FISHER\x10\x04\x12\x1b\n\x17OPERATOR_SAMPLED_FISHER\x10\x05\x32\xbe\x03\n\x10\x43urvatureService\x12L\n\x0b\x43reatePoint\x12\x1b.hvpd.v1.CreatePointRequest\x1a\x1c.hvpd.v1.CreatePointResponse(\x01\x30\x01\x12Q\n\x0e\x43omputeProduct\x12\x1e.hvpd.v1.ComputeProductRequest\x1a\x1f.hvpd.v1.ComputeProductResponse\x12U\n\x0eStreamProducts\x12\x1e.hvpd.v1.StreamProductsRequest\x1a\x1f.hvpd.v1.StreamProductsResponse(\x01\x30\x01\x12]\n\x12\x43reateVectorTicket\x12\".hvpd.v1.CreateVectorTicketRequest\x1a#.hvpd.v1.CreateVectorTicketResponse\x12S\n\x0e\x43omputeFactors\x12\x1e.hvpd.v1.ComputeFactorsRequest\x1a\x1f.hvpd.v1.ComputeFactorsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hvpd.v1.curvature_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OPERATOR']._serialized_start=1616
-  _globals['_OPERATOR']._serialized_end=1773
+  _globals['_OPERATOR']._serialized_start=1665
+  _globals['_OPERATOR']._serialized_end=1822
   _globals['_POINTSPEC']._serialized_start=83
   _globals['_POINTSPEC']._serialized_end=191
   _globals['_CREATEPOINTREQUEST']._serialized_start=194
@@ -46,25 +46,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEPOINTRESPONSE']._serialized_start=546
   _globals['_CREATEPOINTRESPONSE']._serialized_end=676
   _globals['_PRODUCTSPEC']._serialized_start=679
-  _globals['_PRODUCTSPEC']._serialized_end=869
-  _globals['_PRODUCTINFO']._serialized_start=871
-  _globals['_PRODUCTINFO']._serialized_end=978
-  _globals['_COMPUTEPRODUCTREQUEST']._serialized_start=980
-  _globals['_COMPUTEPRODUCTREQUEST']._serialized_end=1056
-  _globals['_COMPUTEPRODUCTRESPONSE']._serialized_start=1058
-  _globals['_COMPUTEPRODUCTRESPONSE']._serialized_end=1135
-  _globals['_STREAMPRODUCTSREQUEST']._serialized_start=1137
-  _globals['_STREAMPRODUCTSREQUEST']._serialized_end=1224
-  _globals['_STREAMPRODUCTSRESPONSE']._serialized_start=1226
-  _globals['_STREAMPRODUCTSRESPONSE']._serialized_end=1349
-  _globals['_CREATEVECTORTICKETREQUEST']._serialized_start=1351
-  _globals['_CREATEVECTORTICKETREQUEST']._serialized_end=1378
-  _globals['_CREATEVECTORTICKETRESPONSE']._serialized_start=1380
-  _globals['_CREATEVECTORTICKETRESPONSE']._serialized_end=1501
-  _globals['_COMPUTEFACTORSREQUEST']._serialized_start=1503
-  _globals['_COMPUTEFACTORSREQUEST']._serialized_end=1572
-  _globals['_COMPUTEFACTORSRESPONSE']._serialized_start=1574
-  _globals['_COMPUTEFACTORSRESPONSE']._serialized_end=1613
-  _globals['_CURVATURESERVICE']._serialized_start=1776
-  _globals['_CURVATURESERVICE']._serialized_end=2222
+  _globals['_PRODUCTSPEC']._serialized_end=918
+  _globals['_PRODUCTINFO']._serialized_start=920
+  _globals['_PRODUCTINFO']._serialized_end=1027
+  _globals['_COMPUTEPRODUCTREQUEST']._serialized_start=1029
+  _globals['_COMPUTEPRODUCTREQUEST']._serialized_end=1105
+  _globals['_COMPUTEPRODUCTRESPONSE']._serialized_start=1107
+  _globals['_COMPUTEPRODUCTRESPONSE']._serialized_end=1184
+  _globals['_STREAMPRODUCTSREQUEST']._serialized_start=1186
+  _globals['_STREAMPRODUCTSREQUEST']._serialized_end=1273
+  _globals['_STREAMPRODUCTSRESPONSE']._serialized_start=1275
+  _globals['_STREAMPRODUCTSRESPONSE']._serialized_end=1398
+  _globals['_CREATEVECTORTICKETREQUEST']._serialized_start=1400
+  _globals['_CREATEVECTORTICKETREQUEST']._serialized_end=1427
+  _globals['_CREATEVECTORTICKETRESPONSE']._serialized_start=1429
+  _globals['_CREATEVECTORTICKETRESPONSE']._serialized_end=1550
+  _globals['_COMPUTEFACTORSREQUEST']._serialized_start=1552
+  _globals['_COMPUTEFACTORSREQUEST']._serialized_end=1621
+  _globals['_COMPUTEFACTORSRESPONSE']._serialized_start=1623
+  _globals['_COMPUTEFACTORSRESPONSE']._serialized_end=1662
+  _globals['_CURVATURESERVICE']._serialized_start=1825
+  _globals['_CURVATURESERVICE']._serialized_end=2271
 # @@protoc_insertion_point(module_scope)

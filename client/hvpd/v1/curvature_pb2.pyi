@@ -243,6 +243,9 @@ class ProductSpec(google.protobuf.message.Message):
     PRIORITY_FIELD_NUMBER: builtins.int
     PIPELINED_FIELD_NUMBER: builtins.int
     TRACEPARENT_FIELD_NUMBER: builtins.int
+    LEAVES_FIELD_NUMBER: builtins.int
+    MODE_FIELD_NUMBER: builtins.int
+    PRECISION_FIELD_NUMBER: builtins.int
     point_id: builtins.str
     """Point.id."""
     operator: Global___Operator.ValueType
@@ -254,7 +257,7 @@ class ProductSpec(google.protobuf.message.Message):
     seed: builtins.int
     """Seed of operators that are drawn; ignored by the others. The same seed is the same matrix."""
     block: builtins.int
-    """0 for the whole operator; i for the principal block Bundle.blocks[i - 1], whose vectors have the block's elements only."""
+    """0 for the whole operator; i for the principal block Bundle.blocks[i - 1]. Older clients say so; newer ones set `leaves`."""
     priority: builtins.int
     """Among the products of one tenant that wait, those of higher priority go first. From -100 to 100."""
     pipelined: builtins.bool
@@ -265,6 +268,18 @@ class ProductSpec(google.protobuf.message.Message):
     """In StreamProducts, whose metadata is older than the product: the caller's span, as a W3C Trace Context traceparent
     (https://www.w3.org/TR/trace-context/). Unset where the caller traces nothing; one that is malformed is ignored.
     """
+    mode: builtins.str
+    """How a product of the Hessian is made: "forward_over_reverse", "reverse_over_forward", "reverse_over_reverse", "linearized" or
+    "finite_difference". Empty: as the objective says. Other operators have no modes.
+    """
+    precision: builtins.str
+    """Precision of the program's matrix products that state none: "highest", "high" or "default". Empty: as the objective says."""
+    @property
+    def leaves(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The principal block of these leaves of x, by position, ascending: its vectors have the block's elements only. Empty: the whole
+        operator, or `block`.
+        """
+
     def __init__(
         self,
         *,
@@ -277,8 +292,11 @@ class ProductSpec(google.protobuf.message.Message):
         priority: builtins.int = ...,
         pipelined: builtins.bool = ...,
         traceparent: builtins.str = ...,
+        leaves: collections.abc.Iterable[builtins.int] | None = ...,
+        mode: builtins.str = ...,
+        precision: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["block", b"block", "k", b"k", "operator", b"operator", "pipelined", b"pipelined", "point_id", b"point_id", "priority", b"priority", "quadratic_form", b"quadratic_form", "seed", b"seed", "traceparent", b"traceparent"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block", b"block", "k", b"k", "leaves", b"leaves", "mode", b"mode", "operator", b"operator", "pipelined", b"pipelined", "point_id", b"point_id", "precision", b"precision", "priority", b"priority", "quadratic_form", b"quadratic_form", "seed", b"seed", "traceparent", b"traceparent"]) -> None: ...
 
 Global___ProductSpec: typing_extensions.TypeAlias = ProductSpec
 

@@ -135,22 +135,13 @@ Global___ReleaseObjectiveResponse: typing_extensions.TypeAlias = ReleaseObjectiv
 
 @typing.final
 class Program(google.protobuf.message.Message):
-    """One exported function: a blob that jax.export serialized. All arguments and results are arrays (no pytrees), x is flat.
-
-    By name, with k symbolic:
-      value_and_grad         (x, *captured, *data) -> (value, gradient[n]); required
-      hvp                    (x, V[k,n], *captured, *data) -> HV[k,n]; required
-      hvp_pairs              (X[k,n], V[k,n], *captured, *data) -> [k,n]: each vector's product at a point of its own
-      prepare                (x, *captured, *data) -> (value, gradient[n], *residuals); together with apply
-      apply                  (V[k,n], *residuals) -> HV[k,n]
-      ggn                    (x, V[k,n], *captured, *data) -> GV[k,n]; of composite objectives, like the next two
-      fisher                 likewise, where the model's output parametrizes a distribution
-      sampled_fisher         (x, V[k,n], key uint32[2], *captured, *data) -> FV[k,n]; wherever fisher is
-      empirical_fisher       likewise, where it has a row for each example
-      kfac                   (x, *captured, *data) -> (A_0, G_0, A_1, G_1, ...), two factors for each of Bundle.dense_layers
-      sampled_kfac           (x, key uint32[2], *captured, *data) -> likewise, with targets drawn from the model's distribution
-      hvp[i], ggn[i], ...    (x, V[k,m], *captured, *data) -> [k,m]: the principal block of Bundle.blocks[i], of m elements, of the
-                             program that is so called without [i]; sampled_fisher[i] takes its key as sampled_fisher does
+    """A function as StableHLO: a blob that holds a portable artifact (https://openxla.org/stablehlo/compatibility), whose function `main`
+    takes and returns arrays. An objective that is one function has one program, a composite has two:
+      objective   (leaves of x, *captured, *data) -> value
+      model       (leaves of x, *captured, *data) -> leaves of z
+      loss        (leaves of z, *captured, *data) -> value
+    The server differentiates them. Where the client's framework had derivative rules of its own, the program carries marks:
+    `stablehlo.composite` operations whose names begin with `hvpd.`, which compute the plain values for any other reader.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -158,9 +149,9 @@ class Program(google.protobuf.message.Message):
     DIGEST_FIELD_NUMBER: builtins.int
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     digest: builtins.str
-    """Digest of the serialized jax.export.Exported."""
+    """Digest of the artifact."""
     size_bytes: builtins.int
-    """Size of the serialized program, in bytes."""
+    """Size of the artifact, in bytes."""
     def __init__(
         self,
         *,
@@ -203,7 +194,7 @@ Global___Residual: typing_extensions.TypeAlias = Residual
 
 @typing.final
 class Block(google.protobuf.message.Message):
-    """The principal block of some leaves of x, for which the bundle has programs of its own."""
+    """The principal block of some leaves of x."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -220,6 +211,34 @@ class Block(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["leaves", b"leaves"]) -> None: ...
 
 Global___Block: typing_extensions.TypeAlias = Block
+
+@typing.final
+class Composite(google.protobuf.message.Message):
+    """The two stages of an objective: f(x, *data) = loss(model(x, ...), ...)."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DISTRIBUTION_FIELD_NUMBER: builtins.int
+    REDUCTION_FIELD_NUMBER: builtins.int
+    SAMPLES_FIELD_NUMBER: builtins.int
+    distribution: builtins.str
+    """What the model's output parametrizes: "categorical" (logits[rows, classes]) or "normal" (means[rows, ...] of variance 1).
+    Empty: no distribution, and no Fisher matrix.
+    """
+    reduction: builtins.str
+    """How the loss goes over rows: "mean" or "sum"."""
+    samples: builtins.int
+    """Draws for each row of the Monte-Carlo Fisher matrix; 1 at least."""
+    def __init__(
+        self,
+        *,
+        distribution: builtins.str = ...,
+        reduction: builtins.str = ...,
+        samples: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["distribution", b"distribution", "reduction", b"reduction", "samples", b"samples"]) -> None: ...
+
+Global___Composite: typing_extensions.TypeAlias = Composite
 
 @typing.final
 class DenseLayer(google.protobuf.message.Message):
@@ -255,8 +274,8 @@ Global___DenseLayer: typing_extensions.TypeAlias = DenseLayer
 
 @typing.final
 class Bundle(google.protobuf.message.Message):
-    """What is registered: an objective f(x, *data) with its derivative programs. The digest of an objective is the SHA-256 of
-    the serialized bundle. In the signatures, x is f's first argument raveled to `dtype`[n], `captured` and `data` are leaves.
+    """What is registered: an objective f(x, *data). The digest of an objective is the SHA-256 of the serialized bundle. Below, x is f's
+    first argument raveled to `dtype`[n]; `captured` and `data` are leaves.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -289,39 +308,38 @@ class Bundle(google.protobuf.message.Message):
     ROW_LEAVES_FIELD_NUMBER: builtins.int
     CAPTURED_FIELD_NUMBER: builtins.int
     PROGRAMS_FIELD_NUMBER: builtins.int
+    COMPOSITE_FIELD_NUMBER: builtins.int
     MODE_FIELD_NUMBER: builtins.int
-    RESIDUALS_FIELD_NUMBER: builtins.int
     PLATFORMS_FIELD_NUMBER: builtins.int
     PRECISION_FIELD_NUMBER: builtins.int
     X64_FIELD_NUMBER: builtins.int
     JAX_VERSION_FIELD_NUMBER: builtins.int
-    CALLING_CONVENTION_VERSION_FIELD_NUMBER: builtins.int
+    STABLEHLO_VERSION_FIELD_NUMBER: builtins.int
     BLOCKS_FIELD_NUMBER: builtins.int
-    DENSE_LAYERS_FIELD_NUMBER: builtins.int
     FIXED_BUCKET_FIELD_NUMBER: builtins.int
     ROW_REDUCTION_FIELD_NUMBER: builtins.int
     SHARDED_FIELD_NUMBER: builtins.int
     format: builtins.int
-    """Revision of this message's meaning; 1 today. A server refuses those that it does not know."""
+    """Revision of this message's meaning; 2 today. A server refuses revisions that it does not know. Revision 1 held derivative
+    programs that the client had made.
+    """
     n: builtins.int
     """Number of elements of the flat x."""
     dtype: builtins.str
     """dtype of the flat x, of the gradient and of products: "float32" or "float64"."""
     mode: builtins.str
-    """How `hvp` was made, and when `apply` is used instead: "forward_over_reverse" (where it pays, for single vectors),
-    "reverse_over_forward", "reverse_over_reverse", "finite_difference" (never), "linearized" (always),
-    "auto" (for each block width, whichever the server has measured to be faster).
+    """How products are made unless a product says otherwise, and when `apply` is used: "forward_over_reverse" (where it pays, for
+    single vectors), "reverse_over_forward", "reverse_over_reverse", "finite_difference" (never), "linearized" (always), "auto"
+    (for each block width, whichever the server has measured to be faster).
     """
     precision: builtins.str
-    """Matrix-multiplication precision that the programs were traced with: "highest", "high" or "default";
-    "exported" for a function that came exported, with whatever it had.
-    """
+    """Precision of matrix products that state none: "highest", "high" or "default"; "exported": as the program has it."""
     x64: builtins.bool
     """Whether the programs were traced with 64-bit types enabled. Without, 64-bit data is narrowed as jax itself does it."""
     jax_version: builtins.str
-    """Version of jax that exported the programs, for messages."""
-    calling_convention_version: builtins.int
-    """jax.export calling convention of the programs."""
+    """Version of jax that traced the programs, for messages; empty where another framework made them."""
+    stablehlo_version: builtins.str
+    """StableHLO version of the programs, such as "1.14.0"."""
     fixed_bucket: builtins.int
     """The only block width that launches have, a power of two, so that the bits of a product do not depend on who else was asking.
     0: any.
@@ -350,7 +368,7 @@ class Bundle(google.protobuf.message.Message):
 
     @property
     def row_leaves(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Which leaves of data, by position, may have any number of rows, the same for all: their first axis is symbolic, as "m".
+        """Which leaves of data, by position, may have any number of rows, the same for all: their first axis is symbolic.
         The mode of such an objective uses no residuals.
         """
 
@@ -360,23 +378,23 @@ class Bundle(google.protobuf.message.Message):
 
     @property
     def programs(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, Global___Program]:
-        """The derivative programs by name; see Program."""
+        """The programs by name: "objective"; or "model" and "loss". See Program."""
 
     @property
-    def residuals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Residual]:
-        """The residuals of `apply`, in the order of its arguments."""
+    def composite(self) -> Global___Composite:
+        """The two stages, if there are two."""
 
     @property
     def platforms(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Platforms that the programs were lowered for: "cpu", "cuda", "rocm", "tpu"."""
+        """Platforms between whose branches the programs choose by their first argument, an integer: "cpu", "cuda", "rocm", "tpu". Empty
+        for programs that are the same everywhere, which have no such argument.
+        """
 
     @property
     def blocks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Block]:
-        """Principal blocks that have programs of their own, at the cost of the block."""
-
-    @property
-    def dense_layers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DenseLayer]:
-        """The layers whose Kronecker factors the program `kfac` computes, in its order."""
+        """Principal blocks that are compiled when the objective is registered. Products of any other block are compiled when they
+        are first asked for.
+        """
 
     def __init__(
         self,
@@ -391,23 +409,120 @@ class Bundle(google.protobuf.message.Message):
         row_leaves: collections.abc.Iterable[builtins.int] | None = ...,
         captured: collections.abc.Iterable[hvpd.v1.tensor_pb2.Tensor] | None = ...,
         programs: collections.abc.Mapping[builtins.str, Global___Program] | None = ...,
+        composite: Global___Composite | None = ...,
         mode: builtins.str = ...,
-        residuals: collections.abc.Iterable[Global___Residual] | None = ...,
         platforms: collections.abc.Iterable[builtins.str] | None = ...,
         precision: builtins.str = ...,
         x64: builtins.bool = ...,
         jax_version: builtins.str = ...,
-        calling_convention_version: builtins.int = ...,
+        stablehlo_version: builtins.str = ...,
         blocks: collections.abc.Iterable[Global___Block] | None = ...,
-        dense_layers: collections.abc.Iterable[Global___DenseLayer] | None = ...,
         fixed_bucket: builtins.int = ...,
         row_reduction: builtins.str = ...,
         sharded: builtins.bool = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["data_tree", b"data_tree", "x_tree", b"x_tree"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "calling_convention_version", b"calling_convention_version", "captured", b"captured", "data", b"data", "data_tree", b"data_tree", "dense_layers", b"dense_layers", "dtype", b"dtype", "fixed_bucket", b"fixed_bucket", "format", b"format", "jax_version", b"jax_version", "mode", b"mode", "n", b"n", "platforms", b"platforms", "precision", b"precision", "programs", b"programs", "residuals", b"residuals", "row_leaves", b"row_leaves", "row_reduction", b"row_reduction", "sharded", b"sharded", "x64", b"x64", "x_leaves", b"x_leaves", "x_tree", b"x_tree"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["composite", b"composite", "data_tree", b"data_tree", "x_tree", b"x_tree"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "captured", b"captured", "composite", b"composite", "data", b"data", "data_tree", b"data_tree", "dtype", b"dtype", "fixed_bucket", b"fixed_bucket", "format", b"format", "jax_version", b"jax_version", "mode", b"mode", "n", b"n", "platforms", b"platforms", "precision", b"precision", "programs", b"programs", "row_leaves", b"row_leaves", "row_reduction", b"row_reduction", "sharded", b"sharded", "stablehlo_version", b"stablehlo_version", "x64", b"x64", "x_leaves", b"x_leaves", "x_tree", b"x_tree"]) -> None: ...
 
 Global___Bundle: typing_extensions.TypeAlias = Bundle
+
+@typing.final
+class Derivation(google.protobuf.message.Message):
+    """What the server derived from the programs of a bundle."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class RecognisedEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    @typing.final
+    class PresumedEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    MODE_FIELD_NUMBER: builtins.int
+    PROGRAMS_FIELD_NUMBER: builtins.int
+    RESIDUALS_FIELD_NUMBER: builtins.int
+    DENSE_LAYERS_FIELD_NUMBER: builtins.int
+    RECOGNISED_FIELD_NUMBER: builtins.int
+    PRESUMED_FIELD_NUMBER: builtins.int
+    REVERSE_STAGES_FIELD_NUMBER: builtins.int
+    mode: builtins.str
+    """The bundle's mode; "reverse_over_reverse" where jax forbids forward mode for the objective (a custom_vjp)."""
+    reverse_stages: builtins.bool
+    """Whether a composite's products use reverse mode only, because jax forbids forward mode for a stage (a custom_vjp)."""
+    @property
+    def programs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Programs that the server can compile, by name, with k the block width:
+          value_and_grad         (x, *captured, *data) -> (value, gradient[n])
+          hvp                    (x, V[k,n], *captured, *data) -> HV[k,n]
+          hvp_pairs              (X[k,n], V[k,n], *captured, *data) -> [k,n]: each vector's product at a point of its own
+          prepare                (x, *captured, *data) -> (value, gradient[n], *residuals); together with apply
+          apply                  (V[k,n], *residuals) -> HV[k,n]
+          ggn                    (x, V[k,n], *captured, *data) -> GV[k,n]; of composites, like the next three
+          fisher                 the same arguments and result, if the model's output parametrizes a distribution
+          sampled_fisher         (x, V[k,n], key uint32[2], *captured, *data) -> FV[k,n]; wherever fisher is
+          empirical_fisher       the same arguments and result, if the model's output has a row for each example
+          kfac                   (x, *captured, *data) -> (A_0, G_0, A_1, G_1, ...), two factors for each of dense_layers
+          sampled_kfac           (x, key uint32[2], *captured, *data) -> the factors of kfac, with targets drawn from the model's distribution
+        Of hvp, ggn and the Fisher matrices there is each principal block, too, such as "hvp[0,2]" of the leaves 0 and 2:
+        (x, V[k,m], *captured, *data) -> [k,m], where the block has m elements.
+        """
+
+    @property
+    def residuals(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Residual]:
+        """The residuals of `apply`, in the order of its arguments."""
+
+    @property
+    def dense_layers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DenseLayer]:
+        """The layers whose Kronecker factors the program `kfac` computes, in its order."""
+
+    @property
+    def recognised(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """Derivative rules that the server put back, and how often: from the program's marks, or from forms that it recognises."""
+
+    @property
+    def presumed(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """Derivative rules that the program does not state, which the server chose as jax would, and how often."""
+
+    def __init__(
+        self,
+        *,
+        mode: builtins.str = ...,
+        programs: collections.abc.Iterable[builtins.str] | None = ...,
+        residuals: collections.abc.Iterable[Global___Residual] | None = ...,
+        dense_layers: collections.abc.Iterable[Global___DenseLayer] | None = ...,
+        recognised: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        presumed: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
+        reverse_stages: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dense_layers", b"dense_layers", "mode", b"mode", "presumed", b"presumed", "programs", b"programs", "recognised", b"recognised", "residuals", b"residuals", "reverse_stages", b"reverse_stages"]) -> None: ...
+
+Global___Derivation: typing_extensions.TypeAlias = Derivation
 
 @typing.final
 class CheckItem(google.protobuf.message.Message):
@@ -421,7 +536,7 @@ class CheckItem(google.protobuf.message.Message):
     VERDICT_FIELD_NUMBER: builtins.int
     MEANING_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """"finite", "symmetry", "linearity", "difference"."""
+    """"finite", "symmetry", "linearity", "difference"; for programs of other frameworks also "finite beside x", ..., at a point close by."""
     measured: builtins.float
     """What was measured: a relative error. NaN where there was nothing to measure."""
     threshold: builtins.float
@@ -482,6 +597,7 @@ class Objective(google.protobuf.message.Message):
     BUNDLE_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
     CHECK_FIELD_NUMBER: builtins.int
+    DERIVATION_FIELD_NUMBER: builtins.int
     name: builtins.str
     """The name by which it was found, or one of its names; empty where it has none."""
     digest: builtins.str
@@ -498,6 +614,10 @@ class Objective(google.protobuf.message.Message):
     def check(self) -> Global___RegistrationCheck:
         """The cheap check that runs after registration, off the product path."""
 
+    @property
+    def derivation(self) -> Global___Derivation:
+        """What the server derived from the bundle. Listings come without it."""
+
     def __init__(
         self,
         *,
@@ -506,9 +626,10 @@ class Objective(google.protobuf.message.Message):
         bundle: Global___Bundle | None = ...,
         create_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         check: Global___RegistrationCheck | None = ...,
+        derivation: Global___Derivation | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["bundle", b"bundle", "check", b"check", "create_time", b"create_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bundle", b"bundle", "check", b"check", "create_time", b"create_time", "digest", b"digest", "name", b"name"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["bundle", b"bundle", "check", b"check", "create_time", b"create_time", "derivation", b"derivation"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bundle", b"bundle", "check", b"check", "create_time", b"create_time", "derivation", b"derivation", "digest", b"digest", "name", b"name"]) -> None: ...
 
 Global___Objective: typing_extensions.TypeAlias = Objective
 

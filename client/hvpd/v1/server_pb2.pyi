@@ -143,8 +143,6 @@ class GetServerResponse(google.protobuf.message.Message):
     MIN_PROTOCOL_FIELD_NUMBER: builtins.int
     MAX_PROTOCOL_FIELD_NUMBER: builtins.int
     JAX_VERSION_FIELD_NUMBER: builtins.int
-    MIN_CALLING_CONVENTION_VERSION_FIELD_NUMBER: builtins.int
-    MAX_CALLING_CONVENTION_VERSION_FIELD_NUMBER: builtins.int
     PLATFORM_FIELD_NUMBER: builtins.int
     DEVICE_KIND_FIELD_NUMBER: builtins.int
     MAX_BLOCK_WIDTH_FIELD_NUMBER: builtins.int
@@ -160,10 +158,6 @@ class GetServerResponse(google.protobuf.message.Message):
     """Newest protocol revision that is served."""
     jax_version: builtins.str
     """Version of jax that compiles the programs."""
-    min_calling_convention_version: builtins.int
-    """Oldest jax.export calling convention that can be read."""
-    max_calling_convention_version: builtins.int
-    """Newest jax.export calling convention that can be read."""
     platform: builtins.str
     """Platform of the device: "cpu", "cuda", "rocm" or "tpu"."""
     device_kind: builtins.str
@@ -185,8 +179,6 @@ class GetServerResponse(google.protobuf.message.Message):
         min_protocol: builtins.int = ...,
         max_protocol: builtins.int = ...,
         jax_version: builtins.str = ...,
-        min_calling_convention_version: builtins.int = ...,
-        max_calling_convention_version: builtins.int = ...,
         platform: builtins.str = ...,
         device_kind: builtins.str = ...,
         max_block_width: builtins.int = ...,
@@ -195,6 +187,6 @@ class GetServerResponse(google.protobuf.message.Message):
         vector_port: builtins.int = ...,
         port: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device_count", b"device_count", "device_kind", b"device_kind", "jax_version", b"jax_version", "max_block_width", b"max_block_width", "max_calling_convention_version", b"max_calling_convention_version", "max_protocol", b"max_protocol", "min_calling_convention_version", b"min_calling_convention_version", "min_protocol", b"min_protocol", "platform", b"platform", "port", b"port", "stablehlo_version", b"stablehlo_version", "vector_port", b"vector_port", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_count", b"device_count", "device_kind", b"device_kind", "jax_version", b"jax_version", "max_block_width", b"max_block_width", "max_protocol", b"max_protocol", "min_protocol", b"min_protocol", "platform", b"platform", "port", b"port", "stablehlo_version", b"stablehlo_version", "vector_port", b"vector_port", "version", b"version"]) -> None: ...
 
 Global___GetServerResponse: typing_extensions.TypeAlias = GetServerResponse

@@ -4,6 +4,4 @@ A program's way: bytes -> `reader` (MLIR, in a process that may crash) -> `graph
 each operation in `table` -> a function that jax can trace, differentiate and compile. Each family of operations has a file of
 its own. An operation, attribute, or region that the table does not know is refused by name, so that nothing of the program
 reaches XLA unless jax itself wrote it.
-
-Experimental: the server does not use the importer yet. Registration switches to it when a restart is as fast with it as without.
 """

@@ -32,6 +32,7 @@ def _composite(call: Call) -> Sequence[Value]:
 
 def _marked(call: Call, name: str) -> Sequence[Value]:
     found = mark.read(call)
+    call.report.recognised[f"the mark {name[:80]}"] += 1
     dimensions = found.integer("dimensions", 0, len(call.operands))
     sizes, args = call.operands[:dimensions], call.operands[dimensions:]
     if not all(isinstance(size, np.ndarray) and size.shape == () and size.dtype.kind in "iu" for size in sizes):

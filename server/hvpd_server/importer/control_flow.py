@@ -1,7 +1,7 @@
 """Calls, branches and loops. A loop that counts becomes a scan, so that reverse mode can differentiate the loop.
 
 A loop is raised in these steps. The loop stays a while loop if the second step fails:
-1. Small functions that only compute indices and slices are put in place of their calls (`loops`).
+1. Functions are put in place of their calls, and operations that change nothing are left out (`loops`).
 2. The counter, its step and its limit are found; all have to be known while the program is read (`loops`).
 3. The integers that depend linearly on the counter are followed (`indices`).
 4. Rows that are read (xs) and rows that are written (ys) at such integers are taken out of the body (`scans`).
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hvpd_server.importer import recognise
-from hvpd_server.importer.loops import Loop, counting, with_small_functions
+from hvpd_server.importer.loops import Loop, counting, flat
 from hvpd_server.importer.scans import Plan
 from hvpd_server.importer.table import Call, Value, known, operation
 
@@ -64,8 +64,7 @@ def _while(call: Call) -> Sequence[Value]:
     condition, body = call.regions
     if not len(call.operands) == len(body.arguments) == len(body.returns) == len(condition.arguments):
         raise call.refuse("whose regions do not take and return the values of the loop")
-    body = with_small_functions(call, body)
-    loop = Loop(call, condition, body)
+    loop = Loop(call, flat(call, condition), flat(call, body))
     counter = counting(loop)
     if counter is None:
         return _dynamic(loop)

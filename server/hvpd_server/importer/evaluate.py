@@ -9,16 +9,23 @@ import numpy as np
 from hvpd_server import _rules
 from hvpd_server.importer import families
 from hvpd_server.importer.graph import Block, Module, Operation
-from hvpd_server.importer.table import TABLE, Call, Refused, Report, Value
+from hvpd_server.importer.table import KINKS, TABLE, Call, Refused, Report, Value, known
 
 families.load()
+
+_FLOATING = ("float", "bfloat", "complex")
 
 MAX_CALLS = 64
 """Most functions that call each other in a chain."""
 
 
 def function(
-    module: Module, *, platform: str = "cpu", precision: str = "highest", report: Report | None = None
+    module: Module,
+    *,
+    platform: str = "cpu",
+    precision: str = "highest",
+    report: Report | None = None,
+    marked: bool = False,
 ) -> Callable[..., list[Value]]:
     """The entry function of a module as a function of jax arrays.
 
@@ -28,6 +35,8 @@ def function(
         precision: Precision of matrix products and convolutions for which the program states none: "default", "high" or
             "highest".
         report: Where to note recognised and presumed derivative rules.
+        marked: Whether the program states each derivative rule by marks. Then no function is recognised by its name: a user's own
+            `relu` keeps its own derivatives.
 
     Returns:
         (*arguments) -> results. Each call evaluates the operations; call it inside `jax.jit` or `jax.make_jaxpr`. NumPy arrays
@@ -36,7 +45,7 @@ def function(
     Raises:
         Refused: (from the returned function) An operation is not in the table, or not in a form that is served.
     """
-    evaluator = _Evaluator(module, platform, precision, report if report is not None else Report())
+    evaluator = _Evaluator(module, platform, precision, report if report is not None else Report(), marked=marked)
 
     def evaluate(*args: Value) -> list[Value]:
         try:
@@ -55,6 +64,7 @@ class _Evaluator:
     precision: str
     report: Report
     depth: int = 0
+    marked: bool = False
     definitions: dict[int, tuple[Block, dict[int, Operation]]] = dataclasses.field(default_factory=dict)
 
     def call(self, symbol: str, *args: Value) -> list[Value]:
@@ -89,8 +99,9 @@ class _Evaluator:
             self.call,
             self._signature,
             self.report,
-            self.platform,
-            self.precision,
+            platform=self.platform,
+            precision=self.precision,
+            recognises=not self.marked,
             values=values,
             definition=lambda value: self._definition(within, value),
         )
@@ -120,6 +131,8 @@ class _Evaluator:
             raise call.refuse(f"that does not fit: {type(error).__name__}: {str(error)[:300]}") from error
         results = list(found) if isinstance(found, (list, tuple)) else [found]
         self._check(call, results)
+        if operation.name in KINKS and not known(*results) and operation.types[0].dtype.startswith(_FLOATING):
+            self.report.presumed[KINKS[operation.name]] += 1
         return results
 
     def _definition(self, block: Block, value: int) -> Operation | None:

@@ -142,6 +142,12 @@ def _reshape(maker: Operation, parts: Sequence[Linear], rounds: int) -> Linear:
     return parts[0].map(lambda array: integers(array).reshape(maker.types[0].shape))
 
 
+def _slice(maker: Operation, parts: Sequence[Linear], rounds: int) -> Linear:
+    bounds = (maker.attributes[name] for name in ("start_indices", "limit_indices", "strides"))
+    cut = tuple(slice(*each) for each in zip(*bounds, strict=True))
+    return parts[0].map(lambda array: integers(array[cut]))
+
+
 def _broadcast(maker: Operation, parts: Sequence[Linear], rounds: int) -> Linear | None:
     # Only scalars become index vectors of one element.
     shape = maker.types[0].shape
@@ -166,5 +172,6 @@ _LINES: Final[Mapping[str, _Line]] = {
     "negate": lambda maker, parts, rounds: parts[0].map(lambda array: integers(-array)),
     "reshape": _reshape,
     "select": _choice,
+    "slice": _slice,
     "subtract": _difference,
 }

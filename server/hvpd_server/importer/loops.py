@@ -7,8 +7,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from hvpd_server.importer.graph import Block, Operation
-from hvpd_server.importer.table import Call, Value, known
+from hvpd_server.importer import recognise
+from hvpd_server.importer.graph import Block, Operation, TensorType
+from hvpd_server.importer.table import TABLE, Call, Value, known
 
 
 @dataclasses.dataclass
@@ -30,72 +31,87 @@ class Loop:
         return {argument: value for argument, value, invariant in pairs if invariant}
 
 
-_SMALL: Final = frozenset(
-    f"stablehlo.{name}"
-    for name in (
-        "add",
-        "broadcast_in_dim",
-        "clamp",
-        "compare",
-        "concatenate",
-        "constant",
-        "convert",
-        "dynamic_broadcast_in_dim",
-        "dynamic_reshape",
-        "dynamic_slice",
-        "dynamic_update_slice",
-        "get_dimension_size",
-        "maximum",
-        "minimum",
-        "multiply",
-        "negate",
-        "real_dynamic_slice",
-        "reshape",
-        "select",
-        "slice",
-        "subtract",
-    )
-)
-"""Operations of functions that may be put in place of their calls; none has a derivative rule that a name could choose."""
-
 INDEXING: Final = frozenset(
     ["stablehlo.dynamic_slice", "stablehlo.dynamic_update_slice", "stablehlo.real_dynamic_slice"]
 )
 """Operations that read or write a part of an array."""
 
+_MAX_CALLS: Final = 64
+"""Most functions inside each other that are put in place of their calls."""
+
+_KEEPING: Final = frozenset(f"stablehlo.{name}" for name in ("concatenate", "convert", "reshape", "slice"))
+"""Operations that return their only operand if the types of operand and result are the same."""
+
 _fresh: Final[Iterator[int]] = itertools.count(-1, -1)
 """Numbers of values that no program has, because a program's numbers are not negative."""
 
 
-def with_small_functions(call: Call, body: Block) -> Block:
-    """Put functions that only compute indices and slices in place of their calls, so that a loop's rows can be seen."""
+def flat(call: Call, block: Block) -> Block:
+    """Put functions in place of their calls, and leave out operations that change nothing.
+
+    A function that has a derivative rule by its name stays a call.
+    """
+    types = dict(zip(block.arguments, block.types, strict=True))
     operations: list[Operation] = []
-    for each in body.operations:
-        callee = call.signature(each.attributes["callee"]) if each.name == "func.call" else None
-        made = {result for inner in callee.operations for result in inner.results} if callee else set()
-        fits = (
-            callee is not None
-            and {inner.name for inner in callee.operations} <= _SMALL
-            and any(inner.name in INDEXING for inner in callee.operations)
-            and set(callee.returns) <= made
-            and len(set(callee.returns)) == len(callee.returns) == len(each.results)
-            and len(callee.arguments) == len(each.operands)
-        )
-        if not fits or callee is None:
-            operations.append(each)
-            continue
-        names = dict(zip(callee.arguments, each.operands, strict=True))
-        names |= dict(zip(callee.returns, each.results, strict=True))
-        names |= {value: next(_fresh) for value in made - set(callee.returns)}
-        operations += [
+
+    def add(part: Block, names: dict[int, int], calls: int) -> None:
+        """Add the operations of a block; `names` says which value each value of the block becomes."""
+        for each in part.operations:
+            operands = [names.get(value, value) for value in each.operands]
+            callee = _callee(call, each) if calls else None
+            if callee is not None:
+                inner = dict(zip(callee.arguments, operands, strict=True))
+                add(callee, inner, calls - 1)
+                names.update(zip(each.results, [inner[value] for value in callee.returns], strict=True))
+            elif _keeps(each, [types.get(value) for value in operands]):
+                names[each.results[0]] = operands[0]
+            else:
+                operations.append(_renamed(each, names))
+                types.update(zip(operations[-1].results, each.types, strict=True))
+
+    names: dict[int, int] = {}
+    add(block, names, _MAX_CALLS)
+    returns = tuple(names.get(value, value) for value in block.returns)
+    return dataclasses.replace(block, operations=operations, returns=returns)
+
+
+def _callee(call: Call, each: Operation) -> Block | None:
+    """Return the body that can take the place of an operation, or None if the operation is no such call."""
+    if each.name != "func.call" or each.attributes.keys() != {"callee"}:
+        return None
+    symbol = each.attributes["callee"]
+    callee = call.signature(symbol)
+    fits = len(callee.arguments) == len(each.operands) and len(callee.returns) == len(each.results)
+    return callee if fits and not recognise.has_rule(call, symbol) else None
+
+
+def _keeps(each: Operation, operands: Sequence[TensorType | None]) -> bool:
+    """Return whether the result of an operation is its operand."""
+    return (
+        each.name in _KEEPING
+        and [*operands] == [*each.types]
+        and None not in each.types[0].shape
+        and each.attributes.keys() <= TABLE[each.name].attributes
+    )
+
+
+def _renamed(each: Operation, names: dict[int, int]) -> Operation:
+    """Return an operation with fresh numbers for the values that the operation and its regions make."""
+    regions = []
+    for region in each.regions:
+        names.update((value, next(_fresh)) for value in region.arguments)
+        regions.append(
             dataclasses.replace(
-                inner,
-                operands=tuple(names[value] for value in inner.operands),
-                results=tuple(names[value] for value in inner.results),
+                region,
+                arguments=tuple(names[value] for value in region.arguments),
+                operations=[_renamed(inner, names) for inner in region.operations],
+                returns=tuple(names.get(value, value) for value in region.returns),
             )
-            for inner in callee.operations
-        ]
-    return dataclasses.replace(body, operations=operations)
+        )
+    operands = tuple(names.get(value, value) for value in each.operands)
+    names.update((value, next(_fresh)) for value in each.results)
+    results = tuple(names[value] for value in each.results)
+    return dataclasses.replace(each, operands=operands, results=results, regions=tuple(regions))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,7 +60,40 @@ def bound(name: str) -> Callable[..., Any]:
         primitive = getattr(module, f"{name}_p", None)
         if primitive is not None:
             return lambda *args, **params: primitive.bind(*arrays(args), **params)
+    if name in _NEWER:
+        newer = _NEWER[name]
+        return lambda *args, **params: newer(*arrays(args))
     raise NotImplementedError(f"this version of jax has no {name}")
+
+
+@jax.custom_jvp
+def _log2(x: Value) -> Value:
+    found = lax.log(x)
+    factor = found.real.dtype.type(1 / math.log(2))
+    if np.issubdtype(found.dtype, np.complexfloating):
+        return lax.complex(lax.real(found) * factor, lax.imag(found) * factor)
+    return found * factor
+
+
+@_log2.defjvp
+def _log2_jvp(primals: Sequence[Value], tangents: Sequence[Value]) -> tuple[Value, Value]:
+    (x,), (tangent,) = primals, tangents
+    return _log2(x), tangent / (x * lax.log(x.dtype.type(2)))
+
+
+@jax.custom_jvp
+def _one_minus_square(x: Value) -> Value:
+    return (x.dtype.type(1) + x) * (x.dtype.type(1) - x)
+
+
+@_one_minus_square.defjvp
+def _one_minus_square_jvp(primals: Sequence[Value], tangents: Sequence[Value]) -> tuple[Value, Value]:
+    (x,), (tangent,) = primals, tangents
+    return _one_minus_square(x), tangent * (x.dtype.type(-2) * x)
+
+
+_NEWER: Final[Mapping[str, Callable[..., Any]]] = {"log2": _log2, "one_minus_square": _one_minus_square}
+"""Primitives of jax 0.11 that jax 0.10 lacks, with the values and the derivative rules that jax 0.11 gives them."""
 
 
 def _flag(value: Any, mark: Mark, args: Sequence[Value]) -> bool:
@@ -197,6 +230,11 @@ def _permutation_size(value: Any, mark: Mark, args: Sequence[Value]) -> int:
     return mark.checked_integer(value, "permutation_size", max(np.shape(args[0])[-1:], default=0), _LARGE)
 
 
+def _top_k(x: Value, *, k: int, axis: int) -> Any:
+    # The primitive of jax 0.11 has one more parameter, which the function sets.
+    return lax.top_k(x, k, axis=axis)
+
+
 def _random_gamma(key: Value, shape: Value, *, impl: str, log_space: bool) -> Any:
     wrapped = jax.random.wrap_key_data(key, impl=impl)
     return _bound_key("random_gamma")(wrapped, shape, log_space=log_space)
@@ -219,7 +257,7 @@ PRIMITIVES: Final[Mapping[str, _Primitive]] = {
     **{
         name: _Primitive(1)
         for name in (
-            *("acos", "acosh", "asin", "asinh", "atan", "atanh", "cosh", "sinh", "square"),
+            *("acos", "acosh", "asin", "asinh", "atan", "atanh", "cosh", "sinh", "square", "one_minus_square"),
             *("erf", "erfc", "erf_inv", "lgamma", "digamma", "bessel_i0e", "bessel_i1e"),
             *("cholesky", "lu", "hessenberg"),
         )
@@ -236,7 +274,7 @@ PRIMITIVES: Final[Mapping[str, _Primitive]] = {
     "threefry2x32": _Primitive(4),
     **{
         name: _Primitive(1, {"accuracy": _absent})
-        for name in ("exp2", "logistic", "cos", "exp", "log", "log1p", "sin", "sqrt")
+        for name in ("exp2", "log2", "logistic", "cos", "exp", "log", "log1p", "sin", "sqrt")
     },
     "integer_pow": _Primitive(1, {"y": _integer(-_LARGE, _LARGE)}),
     "random_gamma": _Primitive(
@@ -252,7 +290,7 @@ PRIMITIVES: Final[Mapping[str, _Primitive]] = {
     "cummin": _CUMULATIVE,
     "cumlogsumexp": _CUMULATIVE,
     "sort": _Primitive(None, {"dimension": _axis, "is_stable": _flag, "num_keys": _keys}),
-    "top_k": _Primitive(1, {"k": _leading, "axis": _axis}),
+    "top_k": _Primitive(1, {"k": _leading, "axis": _axis}, _top_k),
     "approx_top_k": _Primitive(
         1,
         {

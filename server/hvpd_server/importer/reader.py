@@ -85,7 +85,7 @@ _DROPPED: Final[Mapping[str, frozenset[str] | None]] = {
 
 _FRONTEND: Final = "mhlo.frontend_attributes"
 _FRONTEND_DROPPED: Final = frozenset(["num_batch_dims", "xla.sdy.sharding_rule"])
-"""Keys of the compiler's settings that only say how to divide an operation among devices."""
+"""Keys of a custom call's settings that only say how to divide the call among devices."""
 
 _EFFECTS: Final = frozenset(
     [
@@ -425,8 +425,8 @@ class _Reader:
             is_rule = name == "composite_attributes"
             _symbols(value, size.named if is_rule else size.calls, strings=is_rule)
         size.calls += _marked(found)
-        if _FRONTEND in found and found[_FRONTEND].keys() <= _FRONTEND_DROPPED:
-            del found[_FRONTEND]
+        if _FRONTEND in found and (name != "stablehlo.custom_call" or found[_FRONTEND].keys() <= _FRONTEND_DROPPED):
+            del found[_FRONTEND]  # Hints for a compiler, such as TensorFlow's grad_x. They never reach XLA.
         return found
 
     def _operands(self, operation: ir.Operation, values: _Values) -> list[int]:

@@ -76,18 +76,26 @@ def rule_of(call: Call, symbol: str) -> Callable[..., list[Value]] | None:
         call: The call; its report gets a note when the function is recognised.
         symbol: The function that is called.
     """
-    name = _NUMBERED.sub("", symbol)
-    found = _FUNCTIONS.get(name)
-    if found is None:
+    if not has_rule(call, symbol):
         return None
-    block = call.signature(symbol)
-    if (
-        not _elementwise(block)
-        or _formula(call, block, ("x", "y")[: len(block.arguments)], _CALLS) not in found.formulas
-    ):
-        return None
+    name = _name(symbol)
     call.report.recognised[f"@{name}, by its name and its operations, has the derivatives of jax's {name}"] += 1
-    return lambda *args: [found.function(*map(jnp.asarray, args))]
+    return lambda *args: [_FUNCTIONS[name].function(*map(jnp.asarray, args))]
+
+
+def has_rule(call: Call, symbol: str) -> bool:
+    """Return whether a private function is recognised as one of jax's functions."""
+    found = _FUNCTIONS.get(_name(symbol)) if call.recognises else None
+    if found is None:
+        return False
+    block = call.signature(symbol)
+    arguments = ("x", "y")[: len(block.arguments)]
+    return _elementwise(block) and _formula(call, block, arguments, _CALLS) in found.formulas
+
+
+def _name(symbol: str) -> str:
+    """Return a function's name without the number that MLIR adds."""
+    return _NUMBERED.sub("", symbol)
 
 
 def _elementwise(block: Block) -> bool:
@@ -133,11 +141,7 @@ def _term(call: Call, each: Operation, taken: list[str], calls: int) -> str | No
     """Return an operation's text."""
     name = each.name.removeprefix("stablehlo.")
     if each.name == "stablehlo.constant":
-        value = np.asarray(each.attributes.get("value"))
-        if value.size != 1 or not jnp.issubdtype(value.dtype, jnp.floating):
-            return None
-        number = value.reshape(())
-        return "pi" if number == np.asarray(np.pi).astype(value.dtype) else repr(float(number))
+        return _number(np.asarray(each.attributes.get("value")))
     if each.name in _ALIKE:
         return taken[0]
     if each.name == "func.call":
@@ -150,3 +154,10 @@ def _term(call: Call, each: Operation, taken: list[str], calls: int) -> str | No
     if name in _COMMUTATIVE:
         taken = sorted(taken)
     return f"{name}({','.join(taken)})"
+
+
+def _number(value: "np.ndarray[Any, Any]") -> str | None:
+    """Return a constant's text: a floating number, or an array of one floating number; else None."""
+    if not value.size or not jnp.issubdtype(value.dtype, jnp.floating) or (value != value.flat[0]).any():
+        return None
+    return "pi" if value.flat[0] == np.asarray(np.pi).astype(value.dtype) else repr(float(value.flat[0]))

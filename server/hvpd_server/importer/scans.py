@@ -171,6 +171,7 @@ class Plan:
             return following, [jnp.squeeze(each, 0) for each in returned[count:]]
 
         start = [jnp.asarray(call.operands[index]) for index in (*self._carried, counter.index)]
+        call.check_rounds(counter.rounds, start)
         (*carried, _), written = lax.scan(step, start, xs, length=counter.rounds, reverse=reverse)
         for index, value in zip(self._carried, carried, strict=True):
             results[index] = value

@@ -68,6 +68,7 @@ def _scan(mark: Mark, sizes: Sequence[Value], args: Sequence[Value]) -> Sequence
 
     # Copies of the body beyond a few make programs larger, not faster. Zero means all of a loop, as in jax.
     unroll = min(unroll or max(length, 1), _UNROLLED)
+    call.check_rounds(length, carry)
     last, stacked = lax.scan(step, arrays(carry), arrays(rows), length=length, reverse=reverse, unroll=unroll)
     return [*last, *stacked]
 
@@ -235,8 +236,8 @@ def _symbolic_zero(value: Value) -> Any:
 
 def _exhausted(mark: Mark) -> Refused:
     return mark.call.refuse(
-        f"{mark.call.attributes['name']} whose rule is differentiated again: its derivatives were kept only as far as a Hessian "
-        "needs them"
+        f"{mark.call.attributes['name']} whose rule is differentiated again: rules are kept for the two derivatives of a Hessian, "
+        "and for fewer where a rule raised an error when the client traced it"
     )
 
 

@@ -6,6 +6,7 @@ an operation with any other attribute is refused before its rule runs.
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -23,6 +24,10 @@ Rule = Callable[["Call"], Sequence[Value] | Value]
 
 FOLD_ELEMENTS: Final = 1 << 10
 """Largest array of integers that is computed while the program is read: sizes and indices are, data is not."""
+
+
+LOOP_BYTES: Final = 1 << 40
+"""Most bytes that all rounds of a loop carry together. XLA aborts the process if such a size overflows."""
 
 
 class Refused(Exception):  # noqa: N818 - a verdict
@@ -63,6 +68,8 @@ class Call:
     """signature(symbol): the body of another function, for its types."""
     report: Report
     """Where to note recognised and presumed rules."""
+    recognises: bool = True
+    """Whether functions are recognised by their names and operations, because the program has no marks."""
     platform: str = "cpu"
     """Platform whose branch is taken where a program has one for each."""
     precision: str = "highest"
@@ -102,6 +109,19 @@ class Call:
         where = f" at {self.operation.location}" if self.operation.location else ""
         return Refused(reason, f"has a {self.name}{where} {why}")
 
+    def check_rounds(self, rounds: int, carried: Sequence[Value]) -> None:
+        """Check that a loop can keep what it carries in each round, as its derivative must.
+
+        Raises:
+            Refused: That is more than `LOOP_BYTES`.
+        """
+        size = sum(np.dtype(each.dtype).itemsize * math.prod(np.shape(each)) for each in carried)
+        if rounds * max(size, 1) > LOOP_BYTES:
+            raise self.refuse(
+                f"of {rounds} rounds that carry {size} bytes: its derivative keeps them all, and {LOOP_BYTES >> 40} TiB are allowed",
+                _rules.PROGRAM_TOO_LARGE,
+            )
+
     def concrete(self, index: int, what: str) -> np.ndarray[Any, Any]:
         """An operand that must be known while the program is read, such as a shape.
 
@@ -124,6 +144,14 @@ class Entry:
     regions: int
     """Regions that the operation has; -1: one or more; -2: any number."""
 
+
+KINKS: Final = {
+    "stablehlo.abs": "abs: derivative 0 at 0",
+    "stablehlo.clamp": "clamp: derivative 0 at both ends",
+    "stablehlo.maximum": "maximum: half of each side's derivative at a tie",
+    "stablehlo.minimum": "minimum: half of each side's derivative at a tie",
+}
+"""Derivatives that jax chooses where an operation has a kink, and other frameworks may choose otherwise."""
 
 TABLE: Final[dict[str, Entry]] = {}
 """Every operation that may be in a program, by name."""

@@ -15,11 +15,10 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from hvpd._composite import Composite
-from hvpd._derivatives import Stages, drawn_gradient, keys_of, loss_hessian
-from hvpd._layout import Layout
-from hvpd._lift import evaluate, inlined
 from hvpd.v1 import objective_pb2
+from hvpd_server.derivation.jaxprs import evaluate, inlined
+from hvpd_server.derivation.layout import Layout
+from hvpd_server.derivation.products import Stages, drawn_gradient, keys_of, loss_hessian, row_scale
 
 Function = Callable[..., Any]
 
@@ -190,7 +189,7 @@ def _bias(uses: _Uses, layer: Dense, biases: dict[tuple[Any, tuple[int, ...]], i
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """The Kronecker factors of a composite's dense layers, as functions to export.
+    """The Kronecker factors of a composite's dense layers, as functions to compile.
 
     Of each layer A = mean over rows of a'a, and G = sum over rows of J'MJ, with J the derivative of the model's output in y. M is the
     loss's Hessian in that output; or it is drawn: then G is the Fisher matrix's, with targets from the model's distribution.
@@ -202,7 +201,7 @@ class Factors:
     """The composite in the leaves of x, its model's output one array with a row for each example."""
     layout: Layout
     """Of those leaves."""
-    composite: Composite
+    composite: objective_pb2.Composite
     """For its distribution."""
     closed: Any
     """The model, traced, without nested jits."""
@@ -210,7 +209,7 @@ class Factors:
     """What was found in it."""
 
     @classmethod
-    def of(cls, stages: Stages, layout: Layout, args: Sequence[Any], composite: Composite) -> "Factors":
+    def of(cls, stages: Stages, layout: Layout, args: Sequence[Any], composite: objective_pb2.Composite) -> "Factors":
         """Traces the model for arguments of these shapes and dtypes."""
         count = len(layout.leaves)
         closed = inlined(
@@ -222,7 +221,7 @@ class Factors:
         """By name; none where there is no dense layer."""
         if not self.layers:
             return {}
-        if self.composite.distribution is None:
+        if not self.composite.distribution:
             return {"kfac": self.kfac}
         return {"kfac": self.kfac, "sampled_kfac": self.sampled_kfac}
 
@@ -242,7 +241,7 @@ class Factors:
     def sampled_kfac(self, x: jax.Array, key: jax.Array, *args: jax.Array) -> tuple[jax.Array, ...]:
         """A and G of each layer, from targets that are drawn."""
         z, backward, rows = self._linearized(x, args)
-        weight = self.composite.scale(z.shape[0]) / self.composite.samples
+        weight = row_scale(self.composite, z.shape[0]) / self.composite.samples
 
         def draw(key: jax.Array) -> list[jax.Array]:
             return [weight * g.T @ g for g in backward(drawn_gradient(self.composite, z, key))]

@@ -1,4 +1,4 @@
-"""Jaxprs, evaluated with changes: constants that become arguments, nested jits inlined, results tapped. Needs jax.
+"""Large arrays that a function closes over, made arguments of its jaxpr. Needs jax.
 
 Arrays that a function closes over are data, not constants of a program. jax keeps those of a nested jit inside its jaxpr, so
 such calls are inlined where they hold one.
@@ -15,16 +15,13 @@ import jax.extend.core as jex
 import numpy as np
 
 from hvpd import _codec
+from hvpd._registration.hijax import is_high
 
 Lifted = Callable[[Sequence[Any], Sequence[Any]], list[Any]]
 """The outputs of a traced function, given the captured arrays and its own flat arguments."""
 
 _NARROW = ("float32", "complex64", "int32", "uint32")
 """dtypes that jax may have made of one of twice the bits."""
-
-Tap = Callable[[Any, Sequence[Any], list[Any]], list[Any]]
-"""(equation, operands, results) -> results."""
-
 
 _seen = threading.local()
 """Whether arrays were closed over in 64 bits that whatever else jax traces takes in 32."""
@@ -58,7 +55,8 @@ def trace(fun: Callable[..., Any], specs: Sequence[Any], *, widened: bool) -> tu
     arrays = (
         [constant.dtype for constant in _constants(found[0]) if isinstance(constant, np.ndarray)] if widened else []
     )
-    if any(dtype.name in _NARROW for dtype in arrays):
+    # A nested jit that jax traced before this export can have high-level primitives, whose rules `kept_rules` did not see.
+    if any(dtype.name in _NARROW for dtype in arrays) or is_high(found[0]):
         del found
         _forget()
         found = jax.make_jaxpr(fun, return_shape=True)(*specs)
@@ -73,25 +71,16 @@ def lift(closed: Any, lift_bytes: int) -> tuple[list[_codec.Array], Lifted]:
     captured = [np.asarray(constant, jax.dtypes.canonicalize_dtype(constant.dtype)) for constant in found.values()]
 
     def lifted(arrays: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-        return evaluate(closed, arguments, replaced=dict(zip(found, arrays, strict=True)))
+        return _evaluate(closed, arguments, dict(zip(found, arrays, strict=True)))
 
     return captured, lifted
 
 
-def inlined(closed: Any) -> Any:
-    """The same traced function without nested jits and checkpoints."""
-    return jax.make_jaxpr(lambda *args: evaluate(closed, args, flat=True))(*closed.in_avals)
-
-
-def _calls(closed: Any, *, checkpoints: bool = False) -> Iterator[tuple[Any, Any]]:
-    """The equations that are calls of a nested jit, or of a `jax.checkpoint`, with its jaxpr. Loops and branches take what they
-    close over as operands.
-    """
+def _calls(closed: Any) -> Iterator[tuple[Any, Any]]:
+    """The equations that call a nested jit, with its jaxpr. Loops and branches take what they close over as operands."""
     for equation in closed.jaxpr.eqns:
         if equation.primitive.name in ("jit", "pjit"):
             yield equation, equation.params["jaxpr"]
-        elif checkpoints and equation.primitive.name in ("checkpoint", "remat2"):
-            yield equation, jex.ClosedJaxpr(equation.params["jaxpr"], ())
 
 
 def _constants(closed: Any) -> Iterator[Any]:
@@ -100,28 +89,12 @@ def _constants(closed: Any) -> Iterator[Any]:
         yield from _constants(inner)
 
 
-def evaluate(
-    closed: Any,
-    args: Sequence[Any],
-    *,
-    replaced: Mapping[int, Any] | None = None,
-    flat: bool = False,
-    tap: Tap = lambda equation, operands, outputs: outputs,
-) -> list[Any]:
-    """Evaluates a jaxpr.
-
-    Args:
-        closed: What `jax.make_jaxpr` gave.
-        args: Its arguments.
-        replaced: Values in place of constants, by the constants' id. Nested jits that hold one of them are inlined.
-        flat: Whether all other nested jits are inlined, too, and checkpoints.
-        tap: Given each equation with its operands and results; returns what to go on with as the results.
-    """
-    replaced = replaced or {}
+def _evaluate(closed: Any, args: Sequence[Any], replaced: Mapping[int, Any]) -> list[Any]:
+    """Evaluate a jaxpr with values in place of constants, by the constants' id. Nested jits that hold one are inlined."""
     opened = {
         id(equation): inner
-        for equation, inner in _calls(closed, checkpoints=flat)
-        if flat or any(id(constant) in replaced for constant in _constants(inner))
+        for equation, inner in _calls(closed)
+        if any(id(constant) in replaced for constant in _constants(inner))
     }
     constants = [replaced.get(id(constant), constant) for constant in closed.consts]
     values = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*constants, *args], strict=True))
@@ -132,7 +105,7 @@ def evaluate(
     for equation in closed.jaxpr.eqns:
         inner = opened.get(id(equation))
         if inner is not None:
-            outputs = evaluate(inner, [read(atom) for atom in equation.invars], replaced=replaced, flat=flat)
+            outputs = _evaluate(inner, [read(atom) for atom in equation.invars], replaced)
             values.update(zip(equation.outvars, outputs, strict=True))
         else:
             variables = list(dict.fromkeys(atom for atom in equation.invars if not isinstance(atom, jex.Literal)))
@@ -140,5 +113,5 @@ def evaluate(
             names = jex.DebugInfo("eval", "equation", ("",) * len(variables), ("",) * len(kept))
             single = jex.Jaxpr([], variables, kept, [equation], equation.effects, names)
             outputs = jex.jaxpr_as_fun(jex.ClosedJaxpr(single, ()))(*map(read, variables))
-            values.update(zip(kept, tap(equation, list(map(read, equation.invars)), outputs), strict=True))
+            values.update(zip(kept, outputs, strict=True))
     return [read(atom) for atom in closed.jaxpr.outvars]

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import hvpd
-from hvpd import _dense, _derivatives, _kronecker, _layout
+from hvpd import _kronecker
 from hvpd.v1 import objective_pb2, tensor_pb2
+from hvpd_server.derivation import dense_layers as _dense
+from hvpd_server.derivation import layout as _layout
+from hvpd_server.derivation import products as _derivatives
 
 SIZE = 4  # Of rows, inputs and outputs: no extent tells which axis is which.
 CLASSES = 3
@@ -44,7 +46,7 @@ def trace(model, params, X, labels=None, loss=cross_entropy, **options):
         rows=jax.eval_shape(model, params, X).shape[0],
     )
     layout = _layout.Layout([jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves])
-    composite = hvpd.composite(model, loss, **options)
+    composite = objective_pb2.Composite(**{"reduction": "mean", "samples": 1} | options)
     factors = _dense.Factors.of(
         stages, layout, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (X, labels)], composite
     )
@@ -54,13 +56,10 @@ def trace(model, params, X, labels=None, loss=cross_entropy, **options):
     for name, leaf in zip(names, leaves, strict=True):
         slices[name] = slice(start, start + leaf.size)
         start += leaf.size
-    bundle = objective_pb2.Bundle(
-        x_leaves=[tensor_pb2.ArraySpec(shape=leaf.shape) for leaf in leaves],
-        dense_layers=[layer.message for layer in factors.layers],
-    )
+    bundle = objective_pb2.Bundle(x_leaves=[tensor_pb2.ArraySpec(shape=leaf.shape) for leaf in leaves])
     return SimpleNamespace(
         factors=factors,
-        layers=_kronecker.dense_layers(bundle, slices),
+        layers=_kronecker.dense_layers(bundle, [layer.message for layer in factors.layers], slices),
         transposed=[layer.message.transposed for layer in factors.layers],
         flat=flat,
         kfac=lambda: [np.asarray(factor) for factor in jax.jit(factors.kfac)(flat, X, labels)],
@@ -531,7 +530,7 @@ def test_with_any_number_of_rows_layers_are_those_that_have_them(positions):
         hidden = (X.reshape(-1, SIZE) @ W).reshape(-1, positions, SIZE) + b + jnp.mean(table @ P, axis=0)
         return jnp.mean(jnp.tanh(hidden), axis=1) @ V
 
-    composite = hvpd.composite(model, cross_entropy, inputs=2)
+    composite = objective_pb2.Composite(reduction="mean", samples=1)
     stages = _derivatives.Stages(model, lambda z, X, table: jnp.sum(z**2), arguments=2, rows=m)
     args = [jax.ShapeDtypeStruct((m, positions * SIZE), np.float64), jax.ShapeDtypeStruct((12, SIZE), np.float64)]
     factors = _dense.Factors.of(stages, layout, args, composite)

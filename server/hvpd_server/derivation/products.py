@@ -1,6 +1,7 @@
-"""The mathematics of the programs: how products come from a function, in jax. Nothing here exports or sends anything.
+"""The mathematics of the programs: how products come from a function, in jax.
 
-Each product is written for one vector, or given how to batch it (`jax.vmap`, or a loop where an operation cannot be vectorized).
+Each product is written for one vector and takes the way to batch it (`jax.vmap`, or a loop for operations that cannot be
+vectorized).
 """
 
 import dataclasses
@@ -12,7 +13,6 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from hvpd._composite import Composite
 from hvpd.v1 import objective_pb2, tensor_pb2
 
 Function = Callable[..., Any]
@@ -162,7 +162,7 @@ Middle = Callable[[Any, Any, Sequence[jax.Array]], Any]
 """A symmetric linear map in the space of the model's output: (z, J v, args) -> M J v."""
 
 
-def curvatures_of(stages: Stages, composite: Composite) -> dict[str, Callable[[Function], Function]]:
+def curvatures_of(stages: Stages, composite: objective_pb2.Composite) -> dict[str, Callable[[Function], Function]]:
     """The Gauss-Newton and Fisher products of a composite, by program name: each (x, V[k,n], *args) -> [k,n], given how to batch.
 
     With z = model(x) and J its Jacobian, each is J' M J with a symmetric M in the space of z: for Gauss-Newton the loss's Hessian
@@ -174,7 +174,7 @@ def curvatures_of(stages: Stages, composite: Composite) -> dict[str, Callable[[F
     middles: dict[str, Middle] = {"ggn": loss_hessian(stages)}
     if stages.rows is not None:
         middles["empirical_fisher"] = _empirical(stages, composite)
-    if composite.distribution is not None:
+    if composite.distribution:
         middles["fisher"] = _categorical(composite) if composite.distribution == "categorical" else _normal(composite)
         middles["sampled_fisher"] = _sampled(composite)
     return {name: _around(stages, middle) for name, middle in middles.items()}
@@ -210,38 +210,43 @@ def loss_hessian(stages: Stages) -> Middle:
     return lambda z, Jv, args: jax.jvp(jax.grad(lambda z: stages.loss(z, *args)), (z,), (Jv,))[1]
 
 
-def _outer(composite: Composite, z: jax.Array, Jv: jax.Array, gradients: jax.Array) -> jax.Array:
+def _outer(composite: objective_pb2.Composite, z: jax.Array, Jv: jax.Array, gradients: jax.Array) -> jax.Array:
     """Row by row s g (g . Jv)."""
     inner: jax.Array = jnp.sum(gradients * Jv, axis=tuple(range(1, z.ndim)), keepdims=True)
-    return composite.scale(z.shape[0]) * gradients * inner
+    return row_scale(composite, z.shape[0]) * gradients * inner
 
 
-def _empirical(stages: Stages, composite: Composite) -> Middle:
+def _empirical(stages: Stages, composite: objective_pb2.Composite) -> Middle:
     def middle(z: jax.Array, Jv: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
-        gradients = jax.grad(lambda z: stages.loss(z, *args))(z) / composite.scale(z.shape[0])
+        gradients = jax.grad(lambda z: stages.loss(z, *args))(z) / row_scale(composite, z.shape[0])
         return _outer(composite, z, Jv, gradients)
 
     return middle
 
 
-def _categorical(composite: Composite) -> Middle:
+def _categorical(composite: objective_pb2.Composite) -> Middle:
     def middle(z: jax.Array, Jv: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
         p: jax.Array = jax.nn.softmax(z, axis=-1)
-        return composite.scale(z.shape[0]) * p * (Jv - jnp.sum(p * Jv, axis=-1, keepdims=True))
+        return row_scale(composite, z.shape[0]) * p * (Jv - jnp.sum(p * Jv, axis=-1, keepdims=True))
 
     return middle
 
 
-def _normal(composite: Composite) -> Middle:
-    return lambda z, Jv, args: composite.scale(z.shape[0]) * Jv
+def _normal(composite: objective_pb2.Composite) -> Middle:
+    return lambda z, Jv, args: row_scale(composite, z.shape[0]) * Jv
 
 
-def keys_of(composite: Composite, key: jax.Array) -> jax.Array:
+def row_scale(composite: objective_pb2.Composite, rows: int) -> float:
+    """Return the factor of each row's share in the loss: 1 over the rows for a mean, else 1."""
+    return 1.0 / rows if composite.reduction == "mean" else 1.0
+
+
+def keys_of(composite: objective_pb2.Composite, key: jax.Array) -> jax.Array:
     """One key for each sample, from the data of a threefry key."""
     return jax.random.split(jax.random.wrap_key_data(key, impl="threefry2x32"), composite.samples)
 
 
-def drawn_gradient(composite: Composite, z: jax.Array, key: jax.Array) -> jax.Array:
+def drawn_gradient(composite: objective_pb2.Composite, z: jax.Array, key: jax.Array) -> jax.Array:
     """Row by row the gradient of -log p in z, at targets drawn from the model's own distribution p."""
     if composite.distribution == "normal":
         return jax.random.normal(key, z.shape, z.dtype)
@@ -249,7 +254,7 @@ def drawn_gradient(composite: Composite, z: jax.Array, key: jax.Array) -> jax.Ar
     return jax.nn.softmax(z) - jax.nn.one_hot(labels, z.shape[-1], dtype=z.dtype)
 
 
-def _sampled(composite: Composite) -> Middle:
+def _sampled(composite: objective_pb2.Composite) -> Middle:
     def middle(z: jax.Array, Jv: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
         def draw(key: jax.Array) -> jax.Array:
             return _outer(composite, z, Jv, drawn_gradient(composite, z, key))

@@ -1,0 +1,81 @@
+"""MLIR in any form to a StableHLO portable artifact. Needs jax."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.export
+import jax.extend.mlir
+import jax.interpreters.mlir
+from jaxlib.mlir import ir, passmanager
+from jaxlib.mlir.dialects import stablehlo
+
+from hvpd._errors import InvalidArgumentError
+
+
+def oldest_reader(newest: str) -> str:
+    """Return the StableHLO version to write: what servers up to four weeks older read, or the server's own if that is older."""
+    weeks: str = stablehlo.get_version_from_compatibility_requirement(
+        stablehlo.StablehloCompatibilityRequirement.WEEK_4
+    )
+    return min(weeks, newest or weeks, key=lambda version: [int(part) for part in version.split(".")])
+
+
+def portable(module: bytes | str, version: str) -> bytes:
+    """Return the portable artifact of MLIR bytecode or text, without source locations: no path travels."""
+    with jax.interpreters.mlir.make_ir_context() as context:
+        return _written(ir.Module.parse(module, context), version)
+
+
+def portable_of(exported: jax.export.Exported, version: str) -> bytes:
+    """Return the portable artifact of an exported function, without source locations."""
+    with jax.interpreters.mlir.make_ir_context() as context:
+        module = jax.extend.mlir.deserialize_portable_artifact(exported.mlir_module_serialized)
+        parsed = ir.Module.parse(module, context) if isinstance(module, str | bytes) else module
+        return _written(parsed, version)
+
+
+def _written(module: ir.Module, version: str) -> bytes:
+    passmanager.PassManager.parse("builtin.module(strip-debuginfo)").run(module.operation)
+    artifact: bytes = jax.extend.mlir.serialize_portable_artifact(module, version)
+    return artifact
+
+
+def artifact(content: bytes, newest: str, *, is_text: bool) -> tuple[bytes, Sequence[str]]:
+    """Return the portable artifact of bytecode, text, or the bytes of a `jax.export.Exported`, and the platforms of its branches.
+
+    Args:
+        content: The module.
+        newest: Newest StableHLO version that the server reads.
+        is_text: Whether the content does not begin as bytecode does.
+
+    Raises:
+        InvalidArgumentError: It is none of these, or an exported function that lost arguments or is partitioned.
+    """
+    version = oldest_reader(newest)
+    if not is_text:
+        return _converted(content, version), ()
+    try:
+        exported = jax.export.deserialize(bytearray(content))
+        module = portable_of(exported, version)
+    except Exception:  # noqa: BLE001 - whatever jax says of bytes that are not its own
+        return _converted(content.decode(errors="replace"), version), ()
+    if list(exported.module_kept_var_idx) != list(range(len(exported.in_avals))):
+        raise InvalidArgumentError(
+            f"{exported.fun_name} was exported without its unused arguments: jax.export.export(jax.jit(f, keep_unused=True))"
+        )
+    if exported.nr_devices != 1 or exported.ordered_effects or exported.unordered_effects:
+        raise InvalidArgumentError(
+            f"{exported.fun_name} is partitioned or has side effects: export a pure function of one device"
+        )
+    platforms = tuple(exported.platforms)
+    return module, platforms if len(platforms) > 1 else ()
+
+
+def _converted(module: bytes | str, version: str) -> bytes:
+    try:
+        return portable(module, version)
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"the module is no StableHLO that jax {jax.__version__} here can read (up to {stablehlo.get_current_version()}): "
+            f"{type(error).__name__}: {str(error)[:500]}"
+        ) from error

@@ -1,0 +1,309 @@
+"""The programs of an objective, by name, for one size of data and one block width each."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+import jax
+import numpy as np
+
+from hvpd.v1 import objective_pb2
+from hvpd_server import _rules
+from hvpd_server.derivation.dense_layers import Factors
+from hvpd_server.derivation.layout import View
+from hvpd_server.derivation.names import Name
+from hvpd_server.derivation.objective import Traced, trace, tracing
+from hvpd_server.derivation.products import Function, curvatures_of, hvp_of, linearized, pairs_of
+from hvpd_server.importer.graph import Module
+from hvpd_server.importer.table import LOOP_BYTES, Refused, Report
+
+PAIRS_BYTES: Final = 64 << 10
+"""Largest x, in bytes, whose products at many points share a launch: a larger x fills a launch by itself."""
+
+_ARRAY_BYTES: Final = _rules.Limits().array_bytes
+
+Batched = Callable[[Function], Function]
+"""A product of a block, given how to batch the product of one vector."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program to compile."""
+
+    ways: Sequence[Function]
+    """The program, written in the ways to try in order: vectorized, then one vector after the other."""
+    specs: Sequence[jax.ShapeDtypeStruct]
+    """Arguments."""
+
+    def check(self) -> None:
+        """Trace the program in the first way that jax can; raise the last way's error if there is none.
+
+        Raises:
+            Refused: The program has an array that no device can hold.
+        """
+        for way in self.ways[:-1]:
+            try:
+                closed = jax.make_jaxpr(way)(*self.specs)
+            except Exception as error:
+                if forbids_forward_mode(error):  # A loop would raise this only when it is lowered.
+                    raise
+            else:
+                _check_sizes(closed.jaxpr)
+                return
+        _check_sizes(jax.make_jaxpr(self.ways[-1])(*self.specs).jaxpr)
+
+
+def _check_sizes(jaxpr: Any) -> None:
+    """Check every array that a program makes, those of loops and branches too: XLA aborts if a size overflows.
+
+    What a scan stacks is in memory. Any other array may exist only in part, so its limit is far above any memory.
+    """
+    pending = [jaxpr]
+    while pending:
+        for equation in pending.pop().eqns:
+            limit = LOOP_BYTES if equation.primitive.name == "scan" else _ARRAY_BYTES
+            for variable in equation.outvars:
+                if math.prod(variable.aval.shape) * variable.aval.dtype.itemsize > limit:
+                    raise Refused(
+                        _rules.PROGRAM_TOO_LARGE,
+                        f"makes an array of {variable.aval.str_short()} in {equation.primitive}, and {limit >> 40} TiB are "
+                        "allowed: a derivative keeps the values of all rounds of a loop",
+                    )
+            values = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns"))
+            inner = [getattr(value, "jaxpr", value) for value in values]
+            pending += [each for each in inner if hasattr(each, "eqns")]
+
+
+def forbids_forward_mode(error: Exception) -> bool:
+    """Whether jax says that there is no forward mode, because of a custom_vjp."""
+    return "custom_vjp" in str(error) or "custom_lin" in str(error)
+
+
+class Derivation:
+    """The programs of one objective.
+
+    Args:
+        bundle: What was registered.
+        read: Reads the bundle's program of a name; called for each size of data and each precision.
+        platform: Platform that the programs are for.
+        described: What `Sized.describe` returned for the objective; None in the process that calls it.
+    """
+
+    def __init__(
+        self,
+        bundle: objective_pb2.Bundle,
+        read: Callable[[str], Module],
+        platform: str,
+        described: objective_pb2.Derivation | None = None,
+    ) -> None:
+        self.bundle = bundle
+        self.described = described or objective_pb2.Derivation(mode=bundle.mode)
+        self._read = read
+        self._platform = platform
+        self._lock = threading.Lock()
+        # Programs of one size of data share a trace; it is forgotten with the last point of that size.
+        self._sized: weakref.WeakValueDictionary[int, Sized] = weakref.WeakValueDictionary()
+
+    def for_rows(self, rows: int) -> "Sized":
+        """Return the programs for data of this many rows if their number is symbolic, or for 0 otherwise."""
+        with self._lock:
+            found = self._sized.get(rows)
+            if found is None:
+                found = self._sized[rows] = Sized(self, rows)
+            return found
+
+    def traced(self, rows: int, precision: str, report: Report | None = None) -> Traced:
+        """Read and trace the objective. Call this within `tracing`."""
+        modules = {name: self._read(name) for name in sorted(self.bundle.programs)}
+        precision = "default" if precision == "exported" else precision
+        return trace(self.bundle, modules, rows=rows, platform=self._platform, precision=precision, report=report)
+
+
+class Sized:
+    """The programs of an objective for data of one size, and one precision unless a program's name has another."""
+
+    def __init__(self, derivation: Derivation, rows: int, precision: str = "") -> None:
+        self._derivation = derivation
+        self._rows = rows
+        self._precision = precision or derivation.bundle.precision
+        self._lock = threading.RLock()
+        self._precise: dict[str, Sized] = {}
+
+    def _at(self, precision: str) -> "Sized":
+        """Return the programs in a precision; empty for this one."""
+        if precision in ("", self._precision):
+            return self
+        if precision not in self._precise:
+            self._precise[precision] = Sized(self._derivation, self._rows, precision)
+        return self._precise[precision]
+
+    @functools.cached_property
+    def traced(self) -> Traced:
+        """The objective."""
+        return self._derivation.traced(self._rows, self._precision)
+
+    @functools.cached_property
+    def _linearized(self) -> tuple[Function, Batched, list[objective_pb2.Residual]]:
+        return linearized(self.traced.fun, [self.traced.x, *self.traced.args])
+
+    @functools.cached_property
+    def _factors(self) -> Factors | None:
+        traced = self.traced
+        if traced.stages is None or traced.composite is None or traced.stages.rows is None:
+            return None
+        return Factors.of(traced.stages, traced.layout, traced.args, traced.composite)
+
+    @contextlib.contextmanager
+    def tracing(self, name: str = "") -> Iterator[None]:
+        """Set jax up to trace and lower a program."""
+        with tracing((Name.parse(name).precision if name else "") or self._precision):
+            yield
+
+    def program(self, name: str, width: int) -> Program:
+        """Return a program for a block width, to be traced and lowered within `tracing(name)`.
+
+        Raises:
+            LookupError: There is no program of this name.
+            Refused: The objective's program is not served.
+        """
+        parsed = Name.parse(name)
+        with self._lock, self.tracing(name):
+            return self._at(parsed.precision)._program(parsed, width)  # noqa: SLF001 - another of this class
+
+    def _program(self, name: Name, width: int) -> Program:
+        traced = self.traced
+        x, args = traced.x, traced.args
+        base, leaves = name.base, name.leaves
+        if not leaves:
+            if base == "value_and_grad":
+                return Program([jax.value_and_grad(traced.fun)], [x, *args])
+            if base == "prepare":
+                return Program([self._linearized[0]], [x, *args])
+            block = jax.ShapeDtypeStruct((width, x.size), x.dtype)
+            if base == "apply":
+                residuals = [
+                    jax.ShapeDtypeStruct(tuple(r.spec.shape), np.dtype(jax.numpy.dtype(r.spec.dtype)))
+                    for r in self._linearized[2]
+                ]
+                return _batched(self._linearized[1], [block, *residuals])
+            if base == "hvp_pairs":
+                return _batched(pairs_of(traced.fun, self._derivation.described.mode), [block, block, *args])
+            if base in ("kfac", "sampled_kfac"):
+                if self._factors is None:
+                    raise LookupError(str(name))
+                return Program([self._factors.programs()[base]], [x, *_drawn(base), *args])
+        layout = traced.layout
+        size = layout.size(leaves or None)
+        block = jax.ShapeDtypeStruct((width, size), x.dtype)
+        view: View = layout.block(leaves) if leaves else layout.whole
+        product = self._product(name, view, extra=1 if leaves else 0)
+        drawn = _drawn(base)
+        if leaves:
+            product = _restricted(product, functools.partial(layout.take, positions=leaves), len(drawn))
+        return _batched(product, [x, block, *drawn, *args])
+
+    def _product(self, name: Name, view: View, extra: int) -> Batched:
+        """Return the product of an operator in a view of x."""
+        traced, described = self.traced, self._derivation.described
+        if name.base == "hvp":
+            return hvp_of(lambda y, *args: traced.objective(*view(y, *args)), name.mode or described.mode)
+        if traced.stages is None or traced.composite is None:
+            raise LookupError(str(name))
+        stages = dataclasses.replace(traced.stages, reverse=described.reverse_stages)
+        return curvatures_of(stages.through(view, extra), traced.composite)[name.base]
+
+    # What the vetting process finds out
+
+    def describe(self) -> objective_pb2.Derivation:
+        """Find which programs there are, in which mode, and with which residuals. Traces each kind of derivative once.
+
+        Raises:
+            Refused: jax cannot differentiate the objective, or the program is not served.
+        """
+        with self._lock, self.tracing():
+            return self._describe()
+
+    def _describe(self) -> objective_pb2.Derivation:
+        bundle, described, report = self._derivation.bundle, self._derivation.described, Report()
+        self.traced = traced = self._derivation.traced(self._rows, self._precision, report)
+        described.recognised.update(report.recognised)
+        if not bundle.jax_version:  # A jax client marks every rule, so nothing is presumed for it.
+            described.presumed.update(report.presumed)
+        described.mode = mode = self._differentiable(bundle.mode)
+        described.programs[:] = ["value_and_grad", "hvp"]
+        if mode != "linearized" and traced.x.size * traced.x.dtype.itemsize <= PAIRS_BYTES:
+            described.programs.append("hvp_pairs")
+        if not bundle.row_leaves and not bundle.sharded and mode in ("forward_over_reverse", "linearized", "auto"):
+            described.programs.extend(["prepare", "apply"])
+            described.residuals.extend(self._linearized[2])
+        if traced.stages is not None and traced.composite is not None:
+            curvatures = curvatures_of(traced.stages, traced.composite)
+            described.programs.extend(curvatures)
+            described.reverse_stages = not all(map(self._has_forward_mode, curvatures))
+            if self._factors is not None:
+                described.programs.extend(self._factors.programs())
+                described.dense_layers.extend(layer.message for layer in self._factors.layers)
+        return described
+
+    def _differentiable(self, mode: str) -> str:
+        """Return the mode, or reverse over reverse if jax forbids forward mode for the objective (a custom_vjp)."""
+        traced = self.traced
+        block = jax.ShapeDtypeStruct((1, traced.x.size), traced.x.dtype)
+        for each in dict.fromkeys([mode, "reverse_over_reverse"]):
+            product = _batched(self._hessian(each), [traced.x, block, *traced.args])
+            try:
+                product.check()
+            except (TypeError, NotImplementedError) as error:
+                if forbids_forward_mode(error) and each != "reverse_over_reverse":
+                    continue
+                raise _not_differentiable(error) from error
+            except Refused:  # It says more than that jax cannot.
+                raise
+            except Exception as error:
+                raise _not_differentiable(error) from error
+            return each
+        raise AssertionError
+
+    def _has_forward_mode(self, base: str) -> bool:
+        """Whether jax allows forward mode for a product of a composite: it does not if a stage has a custom_vjp."""
+        try:
+            self._program(Name(base), 1).check()
+        except (TypeError, NotImplementedError) as error:
+            if not forbids_forward_mode(error):
+                raise _not_differentiable(error) from error
+            return False
+        return True
+
+    def _hessian(self, mode: str) -> Batched:
+        return hvp_of(self.traced.fun, mode)
+
+
+def _not_differentiable(error: Exception) -> Refused:
+    return Refused(
+        _rules.NOT_DIFFERENTIABLE,
+        f"cannot be differentiated twice by jax on the server: {type(error).__name__}: {str(error)[:600]}",
+    )
+
+
+def _drawn(base: str) -> list[jax.ShapeDtypeStruct]:
+    """Return the spec of the random key that some programs take."""
+    return [jax.ShapeDtypeStruct((2,), np.dtype(np.uint32))] if base.startswith("sampled_") else []
+
+
+def _batched(product: Batched, specs: Sequence[jax.ShapeDtypeStruct]) -> Program:
+    return Program([product(jax.vmap), product(lambda f: lambda V: jax.lax.map(f, V))], specs)
+
+
+def _restricted(product: Batched, take: Function, drawn: int) -> Batched:
+    """(x, V, *drawn, *args) from a product of a block, (y, V, *drawn, x, *args)."""
+
+    def batched(batch: Function) -> Function:
+        multiply = product(batch)
+        return lambda x, V, *args: multiply(take(x), V, *args[:drawn], x, *args[drawn:])
+
+    return batched
