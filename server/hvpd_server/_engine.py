@@ -20,6 +20,7 @@ from hvpd_server import _admission, _batcher, _kernels, _lane
 from hvpd_server._board import Board
 from hvpd_server._checks import Checks
 from hvpd_server._errors import Code, ServiceError
+from hvpd_server._executables import Executables
 from hvpd_server._lane import Lane
 from hvpd_server._limits import Limits, Meters, no_limits
 from hvpd_server._metrics import Live, Memory, Metrics
@@ -198,10 +199,9 @@ class Engine:
             if lane is None:
                 lane = self._lane_of[digest] = self._choose_lane(bundle)
                 lane.expect(bundle)
-        compiling = functools.partial(self._board.working, digest, compiling=True)
-        programs = _kernels.Programs(
-            bundle, described, lane.device, read, self._compiler, self.metrics.compiled, compiling
-        )
+        loading = functools.partial(self._board.working, digest, compiling=True)
+        build = Executables(digest, bundle, described, lane.device.parts, read, self.vetter, self.store.cache, loading)
+        programs = _kernels.Programs(described, lane.device, build, self._compiler, self.metrics.compiled)
         with self._objectives_lock:
             return self._objectives.setdefault(digest, lane.objective(digest, bundle, programs))
 

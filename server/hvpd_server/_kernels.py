@@ -1,8 +1,7 @@
 """Compiled programs and the device that they run on. Knows no gRPC.
 
-A program of an objective is compiled once for each block width (a bucket: 1, 2, 4, ...), on threads of its own, so that a compile
-never stalls somebody else's product; but a GPU is the compiler's, too, while it tries which of its own kernels is quickest. What was
-compiled stays in jax's persistent cache across restarts.
+A program of an objective is compiled once for each block width (a bucket: 1, 2, 4, ...). `_executables` has that done in another
+process, and keeps what was compiled across restarts.
 """
 
 import concurrent.futures
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import jax.monitoring
 import numpy as np
 from jaxlib.mlir.dialects import stablehlo
 
@@ -26,39 +24,18 @@ from hvpd import _codec
 from hvpd.v1 import objective_pb2
 from hvpd_server._board import LOST
 from hvpd_server._errors import Code, ServiceError
-from hvpd_server.derivation.programs import Derivation, Sized
-from hvpd_server.importer.reader import read as read_module
-from hvpd_server.importer.table import Refused
+from hvpd_server._executables import Build
+from hvpd_server.derivation.compiling import Compiled, Target
 
 _log = logging.getLogger(__name__)
 
 DeviceArray = jax.Array
-Compiled = Callable[..., Any]
 
 _RETRY_SECONDS = 60.0
 """After which a compile that failed is tried again: each try may take minutes, and a GPU's time."""
 
 _DESCRIPTORS_SECONDS = 0.5
 """After which somebody may have closed a file."""
-
-_DETERMINISTIC: dict[str, str | bool] = {
-    "xla_gpu_deterministic_ops": True,
-    "xla_gpu_exclude_nondeterministic_ops": True,
-}
-"""Options of XLA with which a GPU adds in the same order every time, and a program that cannot be made so is refused.
-https://openxla.org/xla/determinism
-"""
-
-_seen = threading.local()
-"""Whether the compile that this thread is at was found in jax's persistent cache."""
-
-
-def _on_event(event: str, **facts: str | int) -> None:
-    if event == "/jax/compilation_cache/cache_hits":
-        _seen.cached = True
-
-
-jax.monitoring.register_event_listener(_on_event)
 
 
 def devices(cache: Path) -> "list[Device]":
@@ -94,14 +71,11 @@ class Device:
     def __init__(self, parts: Sequence[jax.Device]) -> None:
         self.parts = parts
         first = parts[0]
-        self.platform = {"gpu": "cuda"}.get(first.platform, first.platform)
+        self.target = Target(parts)
+        self.platform = self.target.platform
         self.kind = first.device_kind
         self.jax_version = jax.__version__
         self.stablehlo_version: str = stablehlo.get_current_version()
-        mesh = jax.sharding.Mesh(np.array(parts), ("rows",))
-        alone = jax.sharding.SingleDeviceSharding(first)
-        self._whole = alone if len(parts) == 1 else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
         # Programs that talk between devices must not overtake each other on some of them.
         self._turn = threading.Lock() if len(parts) > 1 else None
         self.overlaps = self._turn is None and self.platform != "cpu"
@@ -125,28 +99,18 @@ class Device:
         in_use, limit = found.get("bytes_in_use"), found.get("bytes_limit")
         return None if in_use is None or limit is None else (in_use, limit)
 
-    def splits(self, shape: Sequence[Any]) -> bool:
-        """Whether data of this shape is split by rows."""
-        rows = shape[0] if shape else 0
-        return len(self.parts) > 1 and rows >= len(self.parts) and rows % len(self.parts) == 0
-
     def copies(self, shape: Sequence[Any], *, data: bool = False) -> int:
         """How many times an array of this shape is on the parts together."""
-        return 1 if data and self.splits(shape) else len(self.parts)
+        return 1 if data and self.target.splits(shape) else len(self.parts)
 
     def put(self, array: _codec.Array, *, data: bool = False, owned: bool = False) -> DeviceArray:
         """Copies an array to the device; data by rows, where it is several. One that is owned is nobody else's, and may stay in use."""
-        sharding = self._split if data and self.splits(array.shape) else self._whole
+        sharding = self.target.split if data and self.target.splits(array.shape) else self.target.whole
         with _device_errors():
             if self.platform == "cpu" and not owned:  # It would be used where it lies.
                 array = np.array(array, copy=True)
             placed: DeviceArray = jax.block_until_ready(jax.device_put(array, sharding))
             return placed
-
-    def spec(self, shape: Sequence[int], dtype: Any, *, data: bool) -> jax.ShapeDtypeStruct:
-        """An argument of a program that is compiled for this device."""
-        sharding = self._split if data and self.splits(shape) else self._whole
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def run(self, compiled: Compiled, args: Sequence[Any]) -> Any:
         """Runs a program. On several devices one at a time, to its end."""
@@ -155,69 +119,41 @@ class Device:
         with self._turn:
             return jax.block_until_ready(compiled(*args))
 
-    def compile(
-        self, function: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct], *, deterministic: bool = False
-    ) -> Compiled:
-        """The program for arguments of such specs, its results whole on each part; deterministic, with the same bits each time."""
-        options = _DETERMINISTIC if deterministic and self.platform == "cuda" else None
-        jitted = jax.jit(function, keep_unused=True, out_shardings=self._whole)
-        with _device_errors():
-            compiled: Compiled = jitted.lower(*specs).compile(compiler_options=options)
-        return compiled
-
 
 class Programs:
     """The programs of one objective.
 
     Args:
-        bundle: What was registered.
         described: What the vetting process derived from the bundle.
         device: Where the programs run.
-        read: The bytes of a blob by digest.
+        build: Gives the programs compiled.
         compiler: Where compiles run.
         on_compile: Told the seconds that each compile took, and whether it was "compiled", "cached" or "failed".
-        compiling: What to be in while something is compiled.
     """
 
     def __init__(
         self,
-        bundle: objective_pb2.Bundle,
         described: objective_pb2.Derivation,
         device: Device,
-        read: Callable[[str], bytes],
+        build: Build,
         compiler: concurrent.futures.Executor,
         on_compile: Callable[[float, str], None] = lambda seconds, outcome: None,
-        compiling: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
+        self.described = described
         self._device = device
+        self._build = build
         self._compiler = compiler
         self._on_compile = on_compile
-        self._compiling = compiling
         self._lock = threading.Lock()
-        self.described = described
-        self._data = len(bundle.captured) + len(bundle.data)
-        self._fixed = bundle.fixed_bucket > 0
         # Each number of rows is compiled for itself, and forgotten with the last point that has it.
         self._kernels: weakref.WeakValueDictionary[int, Kernels] = weakref.WeakValueDictionary()
-        self._derivation = Derivation(
-            bundle, lambda name: read_module(read(bundle.programs[name].digest)), device.platform, described
-        )
 
     def for_rows(self, rows: int) -> "Kernels":
         """The programs to be compiled for data of this many rows, where that is symbolic; 0 where nothing is."""
         with self._lock:
             found = self._kernels.get(rows)
             if found is None:
-                found = self._kernels[rows] = Kernels(
-                    self._derivation.for_rows(rows),
-                    self._device,
-                    rows,
-                    self._data,
-                    self._compiler,
-                    self._on_compile,
-                    self._compiling,
-                    deterministic=self._fixed,
-                )
+                found = self._kernels[rows] = Kernels(rows, self._device, self._build, self._compiler, self._on_compile)
             return found
 
 
@@ -226,24 +162,17 @@ class Kernels:
 
     def __init__(
         self,
-        sized: Sized,
-        device: Device,
         rows: int,
-        data: int,
+        device: Device,
+        build: Build,
         compiler: concurrent.futures.Executor,
         on_compile: Callable[[float, str], None],
-        compiling: Callable[[], contextlib.AbstractContextManager[None]],
-        *,
-        deterministic: bool = False,
     ) -> None:
         self.rows = rows
-        self._deterministic = deterministic
-        self._sized = sized
         self._device = device
-        self._data = data
+        self._build = build
         self._compiler = compiler
         self._on_compile = on_compile
-        self._compiling = compiling
         self._lock = threading.Lock()
         self._compiles: dict[tuple[str, int], _Compile] = {}
         self._ready: dict[tuple[str, int], Compiled] = {}
@@ -295,12 +224,9 @@ class Kernels:
 
     def _run(self, compile_: "_Compile", name: str, width: int) -> Compiled:
         started = compile_.started = time.perf_counter()
-        _seen.cached = False
         outcome = "failed"
         try:
-            with self._compiling():
-                compiled = self._compile(name, width)
-            outcome = "cached" if _seen.cached else "compiled"
+            compiled, outcome = self._compile(name, width)
         finally:
             compile_.seconds = time.perf_counter() - started
             self._on_compile(compile_.seconds, outcome)
@@ -311,31 +237,9 @@ class Kernels:
         _log.info("%s%s, width %d, in %.2f s", how, name, width, compile_.seconds)
         return compiled
 
-    def _compile(self, name: str, width: int) -> Compiled:
-        try:
-            with self._sized.tracing(name):
-                program = self._sized.program(name, width)
-                # Captured arrays and data are last, in all programs but `apply`, whose residuals are whole.
-                first = len(program.specs) - (self._data if name != "apply" else 0)
-                specs = [
-                    self._device.spec(spec.shape, spec.dtype, data=position >= first)
-                    for position, spec in enumerate(program.specs)
-                ]
-                for way in program.ways[:-1]:
-                    try:
-                        return self._device.compile(way, specs, deterministic=self._deterministic)
-                    except (TypeError, ValueError, NotImplementedError) as error:
-                        _log.info("%s cannot be vectorized, so it goes vector by vector: %s", name, error)
-                return self._device.compile(program.ways[-1], specs, deterministic=self._deterministic)
-        except ServiceError:
-            raise
-        except Refused as refused:
-            raise ServiceError(Code.INVALID_ARGUMENT, refused.reason, f"the program {refused}") from None
-        except Exception as error:
-            _log.exception("compiling %s for width %d failed", name, width)
-            raise ServiceError(
-                Code.INVALID_ARGUMENT, "COMPILE_FAILED", f"the server cannot compile {name} (width {width}): {error}"
-            ) from error
+    def _compile(self, name: str, width: int) -> tuple[Compiled, str]:
+        with _device_errors():
+            return self._build(self.rows, name, width)
 
 
 class _Compile:

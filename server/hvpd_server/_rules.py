@@ -27,6 +27,12 @@ BUNDLE_INVALID: Final = "BUNDLE_INVALID"
 NOT_DIFFERENTIABLE: Final = "NOT_DIFFERENTIABLE"
 """Reason: jax cannot take the second derivative of the objective."""
 
+COMPILE_FAILED: Final = "COMPILE_FAILED"
+"""Reason: XLA cannot compile a program, or crashed over it."""
+
+DEVICE_MEMORY: Final = "DEVICE_MEMORY"
+"""Reason: the device has too little memory to compile a program now."""
+
 REASONS: Final = frozenset(
     [
         OPERATION_REFUSED,
@@ -36,8 +42,25 @@ REASONS: Final = frozenset(
         BUNDLE_INCOMPATIBLE,
         BUNDLE_INVALID,
         NOT_DIFFERENTIABLE,
+        COMPILE_FAILED,
+        DEVICE_MEMORY,
     ]
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowance:
+    """What one process may take, and how its end is told."""
+
+    did: str
+    """What it does, such as "read"."""
+    failed: str
+    """Reason if it crashes."""
+    late: str
+    """Reason if it takes too long."""
+    memory_bytes: int
+    cpu_seconds: int
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +73,12 @@ class Limits:
     """Seconds of computing."""
     seconds: float = 300.0
     """Seconds in all."""
+    compile_memory_bytes: int = 16 << 30
+    """Address space for compiling one program on a CPU, beyond what the process has before it reads."""
+    compile_cpu_seconds: int = 7200
+    """Seconds of computing for compiling one program."""
+    compile_seconds: float = 1800.0
+    """Seconds in all for compiling one program."""
     bundle_bytes: int = 512 << 20
     """Size of all serialized programs."""
     operations: int = 1_000_000
@@ -64,6 +93,21 @@ class Limits:
     """One array, its symbolic extents taken as 1. It need never be in memory as a whole; but arithmetic with such sizes overflows."""
     rank: int = 64
     """Axes of an array."""
+
+    def reading(self) -> Allowance:
+        """Return what reading a bundle may take."""
+        return Allowance("read", VETTING_FAILED, VETTING_TIMEOUT, self.memory_bytes, self.cpu_seconds, self.seconds)
+
+    def compiling(self) -> Allowance:
+        """Return what compiling a program may take."""
+        return Allowance(
+            "compiled",
+            COMPILE_FAILED,
+            COMPILE_FAILED,
+            self.compile_memory_bytes,
+            self.compile_cpu_seconds,
+            self.compile_seconds,
+        )
 
 
 def version() -> str:

@@ -1,14 +1,21 @@
-"""The process that reads and differentiates programs before the server does: `python -m hvpd_server._vetter`.
+"""The process that reads, differentiates and compiles programs: `python -m hvpd_server._vetter`.
 
-`_vetting` starts it. It imports jax once, and forks for each bundle. The fork takes limits on itself, reads the programs,
-differentiates the objective without compiling, tells what it found, and ends. A program that crashes the parser, fills the
-memory, or takes for ever, ends the fork only. Knows neither gRPC nor the store.
+`_vetting` starts it. It imports jax once and forks for each bundle: a *session*. The session takes limits on itself, reads the
+bundle's programs, traces their derivatives, and forks again for each program that is to be compiled:
+
+    this process -> keeper -> session (reads and traces) -> keeper -> worker (compiles one program, answers, ends)
+
+A program that crashes the parser or the compiler, fills the memory, or never ends, ends its own fork only. A keeper waits for its
+fork's end, tells the server if that end was a bad one, and kills the fork when the server hangs up. Knows neither gRPC nor the store.
 """
 
 import base64
 import contextlib
 import ctypes
+import functools
 import gc
+import hashlib
+import itertools
 import json
 import os
 import resource
@@ -16,16 +23,17 @@ import select
 import signal
 import socket
 import sys
-import time
 import warnings
-from typing import Final, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, NoReturn
 
 import jax
 
 from hvpd.v1 import objective_pb2
 from hvpd_server import _rules
-from hvpd_server._rules import Limits
-from hvpd_server.derivation.programs import Derivation
+from hvpd_server._rules import Allowance, Limits
+from hvpd_server.derivation import compiling
+from hvpd_server.derivation.programs import Derivation, Sized
 from hvpd_server.importer import reader
 from hvpd_server.importer.graph import Module
 from hvpd_server.importer.table import Refused
@@ -36,36 +44,52 @@ _MOST = 1 << 23
 BUNDLE: Final = "bundle"
 """Name of the bundle among the programs that are sent."""
 
+DERIVATION: Final = "derivation"
+"""Name of what an earlier session derived from the bundle, among the programs that are sent."""
+
 _LINE = 1 << 12
 """Bytes of a request, whose programs come as a file."""
+
+_SIZES = 4
+"""Most numbers of rows whose traces a session keeps."""
+
+_NICE = 10
+"""By how much these processes yield the CPU to the server."""
 
 _PR_SET_PDEATHSIG: Final = 1
 
 
 def serve(control: socket.socket) -> None:
-    """Vets what comes, one bundle after the other, until the other end of the socket is closed."""
+    """Fork a session for each request, until the other end of the socket is closed."""
     _import_all()
     gc.collect()
     gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # The kernel reaps the keepers.
+    for request, (programs, answer) in _requests(control, 2):
+        limits = Limits(**request["limits"])
+        with socket.socket(fileno=answer) as orders:
+            _guard(orders, _session_of(request["platform"], programs, limits, orders), limits.reading(), control)
+        os.close(programs)
+
+
+def _session_of(platform: str, programs: int, limits: Limits, orders: socket.socket) -> Callable[[], None]:
+    return lambda: _Session(platform, _programs(programs), limits, orders).run()
+
+
+def _requests(control: socket.socket, descriptors: int) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Yield each line of JSON that arrives, with its file descriptors."""
     while True:
-        request, descriptors = b"", []
-        while not request.endswith(b"\n"):
-            piece, more, *_ = socket.recv_fds(control, _LINE, 1)
+        line, found = b"", []
+        while not line.endswith(b"\n"):
+            try:
+                piece, more, *_ = socket.recv_fds(control, _LINE, descriptors)
+            except ConnectionError:  # The server is gone.
+                return
             if not piece:
                 return
-            request += piece
-            descriptors += more
-        (programs,) = descriptors
-        asked = json.loads(request)
-        platform, limits = asked["platform"], Limits(**asked["limits"])
-        try:
-            verdict = _ask_a_fork(control, programs, platform, limits)
-        finally:
-            os.close(programs)
-        try:
-            control.sendall(json.dumps(verdict).encode() + b"\n")
-        except OSError:  # The server is gone.
-            return
+            line += piece
+            found += more
+        yield json.loads(line), found
 
 
 def _import_all() -> None:
@@ -74,124 +98,261 @@ def _import_all() -> None:
     jax.eval_shape(lambda x: jax.jvp(gradient, (x,), (x,)), jax.ShapeDtypeStruct((2,), "float32"))
 
 
-def _ask_a_fork(control: socket.socket, programs: int, platform: str, limits: Limits) -> dict[str, str]:
-    """Forks, and waits for the verdict, or the fork's end, or that of its time, or that of the server."""
-    ours, theirs = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(BaseException):
-            os.close(ours)
-            control.close()
-            _confine(limits)
-            _tell(theirs, programs, platform, limits)
-        os._exit(1)
-    os.close(theirs)
-    said, late = b"", False
-    ends = time.monotonic() + limits.seconds
-    with os.fdopen(ours, "rb", buffering=0) as pipe:
-        while len(said) <= _MOST:
-            ready, _, _ = select.select([ours, control.fileno()], [], [], max(ends - time.monotonic(), 0.0))
-            late = not ready
-            if late or control.fileno() in ready:  # The server sends nothing while it waits: this is its end.
-                ends = 0.0
-                break
-            piece = pipe.read(_MOST)
-            if not piece:
-                break
-            said += piece
-    ended = 0
-    while not ended:  # At once, as a rule; but one that was taken over may have closed its pipe, and live on.
-        if time.monotonic() > ends or len(said) > _MOST:
-            late |= len(said) <= _MOST
-            os.kill(child, signal.SIGKILL)
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if not ended:
-            time.sleep(0.001)
-    return _verdict(said, os.waitstatus_to_exitcode(status), late=late, limits=limits)
+class _Session:
+    """One bundle in a fork: derive what it gives, then compile its programs, each in a fork of its own.
+
+    Args:
+        platform: Platform of the server's device.
+        parts: The bundle and its programs by name, and `DERIVATION` if it is known already.
+        limits: What programs may be, and may take.
+        orders: Where orders to compile come from; the derivation goes out there first, unless it is known.
+    """
+
+    def __init__(self, platform: str, parts: Mapping[str, bytes], limits: Limits, orders: socket.socket) -> None:
+        self._platform = platform
+        self._parts = parts
+        self._limits = limits
+        self._orders = orders
+        self._derivation: Derivation | None = None
+        self._sized: dict[int, Sized] = {}
+
+    def run(self) -> None:
+        """Serve until the server hangs up."""
+        _confine(self._limits, self._platform)
+        if DERIVATION not in self._parts:
+            signal.setitimer(signal.ITIMER_REAL, self._limits.seconds)
+            verdict = self._verdict()
+            _send(self._orders, json.dumps(verdict).encode() + b"\n")
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if DERIVATION not in verdict:
+                return
+        for order, (answer,) in _requests(self._orders, 1):
+            with socket.socket(fileno=answer) as reply:
+                self._compile(order, reply)
+
+    def _verdict(self) -> dict[str, str]:
+        def found() -> dict[str, str]:
+            # Kept until the session ends, with its traces, for the programs that are compiled next.
+            self._derivation = derivation_of(self._parts, self._platform, self._limits)
+            derived = derive(self._parts, self._platform, self._limits, self._derivation)
+            answer = base64.b64encode(derived.SerializeToString(deterministic=True)).decode()
+            if len(answer) > _MOST:
+                raise Refused(_rules.VETTING_FAILED, f"gives a derivation of more than {_MOST >> 20} MiB")
+            return {DERIVATION: answer}
+
+        return _refusal_of(found, self._limits)
+
+    def _compile(self, order: Mapping[str, Any], reply: socket.socket) -> None:
+        """Trace the objective here, where all its programs find it, and compile one of them in a fork."""
+
+        def traced() -> dict[str, str]:
+            rows = order["rows"]
+            if rows not in self._sized:
+                while len(self._sized) >= _SIZES:
+                    del self._sized[next(iter(self._sized))]
+                if self._derivation is None:
+                    self._derivation = derivation_of(self._parts, self._platform, self._limits)
+                    self._derivation.described = objective_pb2.Derivation.FromString(self._parts[DERIVATION])
+                self._sized[rows] = sized = self._derivation.for_rows(rows)
+                with sized.tracing():
+                    _ = sized.traced
+            return {}
+
+        refusal = _refusal_of(traced, self._limits)
+        if refusal:
+            _send(reply, json.dumps(refusal).encode() + b"\n")
+            return
+        sized = self._sized[order["rows"]]
+        work = functools.partial(_work, sized, order, self._platform, self._limits, reply)
+        if _threads() > 1:  # A fork would wait for ever for those threads. If this crashes, the session ends with it.
+            work()
+        else:
+            _guard(reply, work, self._limits.compiling(), self._orders)
 
 
-def _verdict(said: bytes, code: int, *, late: bool, limits: Limits) -> dict[str, str]:
-    if late or code == -signal.SIGXCPU:
-        took = f"{limits.seconds:g} s" if late else f"{limits.cpu_seconds} s of computing"
-        return {"reason": _rules.VETTING_TIMEOUT, "message": f"reading the programs took more than {took}"}
-    if code != 0:
-        names = {each.value: each.name for each in signal.Signals}
-        how = f"signal {names.get(-code, -code)}" if code < 0 else f"code {code}"
-        return {
-            "reason": _rules.VETTING_FAILED,
-            "message": f"the process that read the programs ended with {how}: they are damaged, or made to crash whoever reads "
-            f"them, or take more than {limits.memory_bytes >> 20} MiB to read",
-        }
+def _work(sized: Sized, order: Mapping[str, Any], platform: str, limits: Limits, reply: socket.socket) -> None:
+    """Compile one program and send its executable: a line that gives its size and SHA-256, then its bytes."""
+    _compile_limits(limits, platform)
+    blob = b""
+
+    def found() -> dict[str, Any]:
+        nonlocal blob
+        jax.config.update("jax_platforms", platform if platform == "cpu" else f"{platform},cpu")
+        by_id = {device.id: device for device in jax.local_devices()}
+        target = compiling.Target([by_id[identity] for identity in order["devices"]])
+        deterministic, data = order["deterministic"], order["data"]
+        compiled = compiling.compile_program(
+            sized, order["name"], order["width"], target, data, deterministic=deterministic
+        )
+        try:
+            blob = compiling.dump(compiled)
+        except Exception as error:  # noqa: BLE001 - a backend says in its own way that it cannot do this
+            return {"unsupported": f"{type(error).__name__}: {error}"[:500]}
+        return {"size": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
+
+    header = _refusal_of(found, limits, _rules.COMPILE_FAILED)
+    _send(reply, json.dumps(header).encode() + b"\n")
+    _send(reply, blob)
+
+
+def _refusal_of(
+    work: Callable[[], dict[str, Any]], limits: Limits, reason: str = _rules.VETTING_FAILED
+) -> dict[str, Any]:
+    """Return what `work` returns, or why it failed: a reason, and a message."""
     try:
-        verdict = json.loads(said)
-    except (ValueError, RecursionError):
-        verdict = None
-    if not isinstance(verdict, dict) or not all(isinstance(value, str) for value in verdict.values()):
-        return {"reason": _rules.VETTING_FAILED, "message": "the process that read the programs said nothing"}
-    return verdict
-
-
-def _confine(limits: Limits) -> None:
-    """Takes the limits on this process, for ever: no more memory, time, files, core dumps; no life after its parent's."""
-    silent = os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):
-        os.dup2(silent, stream)
-    if sys.platform == "linux":
-        parent = os.getppid()
-        libc = ctypes.CDLL(None)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:  # noqa: PTH123 - as below
-            score.write("1000")  # Where the machine runs out of memory, this process goes first, and not the server.
-        with open("/proc/self/statm", encoding="ascii") as statm:  # noqa: PTH123 - no pathlib in what is confined
-            used = int(statm.read().split()[0]) * resource.getpagesize()
-        _limit(resource.RLIMIT_AS, used + limits.memory_bytes)
-    resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_seconds, limits.cpu_seconds + 1))
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_FSIZE, 0)
-
-
-def _limit(which: int, most: int) -> None:
-    _, hard = resource.getrlimit(which)
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(which, (most, most))
-
-
-def _tell(pipe: int, programs: int, platform: str, limits: Limits) -> NoReturn:
-    """Derive, write the verdict, and end the process without cleaning up."""
-    verdict = {}
-    try:
-        found = derive(_programs(programs), platform, limits)
-        verdict = {"derivation": base64.b64encode(found.SerializeToString(deterministic=True)).decode()}
+        return work()
     except Refused as refused:
-        verdict = {"reason": refused.reason, "message": str(refused)[:2000]}
+        return {"reason": refused.reason, "message": str(refused)[:2000]}
     except MemoryError:
-        verdict = {
-            "reason": _rules.VETTING_FAILED,
+        return {
+            "reason": reason,
             "message": f"reading the programs takes more than {limits.memory_bytes >> 20} MiB of memory",
         }
-    except Exception as error:  # noqa: BLE001 - a program that reading fails of is refused, whatever it was
-        verdict = {
-            "reason": _rules.VETTING_FAILED,
-            "message": f"a program cannot be read or differentiated: {type(error).__name__}: {error}"[:2000],
-        }
-    answer = memoryview(json.dumps(verdict).encode())
-    while answer:
-        answer = answer[os.write(pipe, answer) :]
+    except Exception as error:  # noqa: BLE001 - a program that cannot be read is refused, whatever the error was
+        if reason == _rules.COMPILE_FAILED and "RESOURCE_EXHAUSTED" in str(error):
+            reason = _rules.DEVICE_MEMORY
+        what = "compiled" if reason in (_rules.COMPILE_FAILED, _rules.DEVICE_MEMORY) else "read or differentiated"
+        return {"reason": reason, "message": f"a program cannot be {what}: {type(error).__name__}: {error}"[:2000]}
+
+
+# Processes
+
+
+def _guard(answer: socket.socket, work: Callable[[], None], allowance: Allowance, closing: socket.socket) -> None:
+    """Do `work` in a fork, with a keeper that answers for the fork if it ends badly. Returns at once."""
+    if os.fork():
+        return
+    with contextlib.suppress(BaseException):
+        closing.close()
+        _die_with_parent()
+        _keep(answer, work, allowance)
     os._exit(0)
 
 
-def derive(parts: dict[str, bytes], platform: str, limits: Limits) -> objective_pb2.Derivation:
-    """Read the programs of a bundle and differentiate the objective, without compiling.
+def _keep(answer: socket.socket, work: Callable[[], None], allowance: Allowance) -> None:
+    """Fork, wait for the fork's end, and say how it ended if it did not end well. Kill it when the server hangs up."""
+    ended, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    child = os.fork()
+    if child == 0:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        os.close(ended)
+        os.close(write)
+        _run_and_exit(work)
+    needed = sorted([2, answer.fileno(), ended, write, os.sysconf("SC_OPEN_MAX")])
+    for before, after in itertools.pairwise(needed):  # The programs' file and memory, for instance, are the fork's.
+        os.closerange(before + 1, min(after, before + 256))
+    poll = select.poll()
+    poll.register(answer, 0)  # Only whether it is hung up.
+    poll.register(ended, select.POLLIN)
+    finished = 0
+    while not finished:
+        if any(descriptor != ended for descriptor, _ in poll.poll()):
+            os.kill(child, signal.SIGKILL)
+            return
+        os.read(ended, 16)
+        finished, status = os.waitpid(child, os.WNOHANG)
+    # If the fork has answered, the server does not read this.
+    _send(answer, json.dumps(_verdict_on(os.waitstatus_to_exitcode(status), allowance)).encode() + b"\n")
+
+
+def _run_and_exit(work: Callable[[], None]) -> NoReturn:
+    code = 1
+    with contextlib.suppress(BaseException):
+        work()
+        code = 0
+    os._exit(code)
+
+
+def _verdict_on(code: int, allowance: Allowance) -> dict[str, str]:
+    """Return the reason and the message for a fork that ended with such a code before it had answered."""
+    if code == 0:
+        return {"reason": allowance.failed, "message": f"the process that {allowance.did} the programs said nothing"}
+    if code in (-signal.SIGXCPU, -signal.SIGALRM):
+        took = f"{allowance.seconds:g} s" if code == -signal.SIGALRM else f"{allowance.cpu_seconds} s of computing"
+        return {"reason": allowance.late, "message": f"it took more than {took}"}
+    names = {each.value: each.name for each in signal.Signals}
+    how = f"signal {names.get(-code, -code)}" if code < 0 else f"code {code}"
+    return {
+        "reason": allowance.failed,
+        "message": f"the process that {allowance.did} the programs ended with {how}: they are damaged, or made to crash their "
+        f"reader, or take more than {allowance.memory_bytes >> 20} MiB",
+    }
+
+
+def _send(answer: socket.socket, content: bytes) -> None:
+    """Send all bytes, unless the server hangs up."""
+    with contextlib.suppress(OSError):
+        answer.sendall(content)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _confine(limits: Limits, platform: str) -> None:
+    """Take the limits on this process for ever: memory, time, files, core dumps, and no life after its parent's."""
+    silent = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(silent, stream)
+    _die_with_parent()
+    os.nice(_NICE)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:  # noqa: PTH123 - as below
+            score.write("1000")  # If the machine runs out of memory, the kernel ends this process and not the server.
+        with open("/proc/self/statm", encoding="ascii") as statm:  # noqa: PTH123 - no pathlib in what is confined
+            used = int(statm.read().split()[0]) * resource.getpagesize()
+        _limit(resource.RLIMIT_AS, used + limits.memory_bytes, _address_space(used, limits, platform))
+    _limit(resource.RLIMIT_CPU, limits.cpu_seconds, limits.compile_cpu_seconds)
+    _limit(resource.RLIMIT_CORE, 0, 0)
+    _limit(resource.RLIMIT_FSIZE, 0, 0 if platform == "cpu" else resource.RLIM_INFINITY)
+
+
+def _address_space(used: int, limits: Limits, platform: str) -> int:
+    """Return the most that a compile may map. A GPU's driver maps far more than it uses, so that nothing is limited there."""
+    return used + limits.compile_memory_bytes if platform == "cpu" else resource.RLIM_INFINITY
+
+
+def _compile_limits(limits: Limits, platform: str) -> None:
+    """Change the limits of reading to those of compiling."""
+    _die_with_parent()
+    for which in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE):
+        _, hard = resource.getrlimit(which)
+        resource.setrlimit(which, (hard, hard))
+    signal.setitimer(signal.ITIMER_REAL, limits.compile_seconds)
+
+
+def _limit(which: int, soft: int, hard: int) -> None:
+    _, most = resource.getrlimit(which)
+    if most != resource.RLIM_INFINITY:
+        soft = min(soft, most)
+        hard = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    if hard != resource.RLIM_INFINITY:
+        soft = min(soft, hard)
+    resource.setrlimit(which, (soft, hard))
+
+
+def _threads() -> int:
+    return len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 1  # noqa: PTH208 - no pathlib in what is confined
+
+
+# Programs
+
+
+def derivation_of(parts: Mapping[str, bytes], platform: str, limits: Limits) -> Derivation:
+    """Return the programs of a bundle, to be read when they are traced.
 
     Args:
         parts: The bundle, as `BUNDLE`, and its programs, by name.
         platform: Platform of the server's device.
         limits: How large programs may be.
-
-    Raises:
-        Refused: A program is not served; the message begins with its name.
     """
     bundle = objective_pb2.Bundle.FromString(parts[BUNDLE])
 
@@ -201,22 +362,40 @@ def derive(parts: dict[str, bytes], platform: str, limits: Limits) -> objective_
         except Refused as refused:
             raise Refused(refused.reason, f"{name} {refused}") from None
 
+    return Derivation(bundle, read, platform)
+
+
+def derive(
+    parts: Mapping[str, bytes], platform: str, limits: Limits, derivation: Derivation | None = None
+) -> objective_pb2.Derivation:
+    """Read the programs of a bundle and differentiate the objective, without compiling.
+
+    Raises:
+        Refused: A program is not served; the message begins with its name.
+    """
+    derivation = derivation or derivation_of(parts, platform, limits)
+    bundle = derivation.bundle
     rows = bundle.data[bundle.row_leaves[0]].shape[0] if bundle.row_leaves else 0
-    return Derivation(bundle, read, platform).for_rows(rows).describe()
+    return derivation.for_rows(rows).describe()
 
 
 def _programs(descriptor: int) -> dict[str, bytes]:
-    """The programs of a file: a line that lists [name, size] of each, then their bytes."""
+    """Return the programs of a file: a line that lists [name, size] of each, then their bytes."""
     with os.fdopen(os.dup(descriptor), "rb") as file:
         file.seek(0)
-        return {name: file.read(size) for name, size in json.loads(file.readline())}
+        found = {name: file.read(size) for name, size in json.loads(file.readline())}
+    os.close(descriptor)
+    return found
 
 
 def main() -> None:
-    """Serves on the socket that is this process's standard input."""
+    """Serve on the socket that is this process's standard input."""
     warnings.simplefilter("ignore")  # Of forks: this process has one thread.
     jax.config.update("jax_enable_x64", True)
-    serve(socket.socket(fileno=os.dup(0)))
+    control = socket.socket(fileno=os.dup(0))
+    with open(os.devnull, "rb") as silent:  # noqa: PTH123 - as above
+        os.dup2(silent.fileno(), 0)  # Forks that inherit the socket there would keep it open.
+    serve(control)
 
 
 if __name__ == "__main__":

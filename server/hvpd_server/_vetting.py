@@ -1,4 +1,4 @@
-"""Admits bundles: a process of its own reads and differentiates their programs before the server uses them.
+"""Admits bundles, and has their programs compiled: a process of its own reads, differentiates and compiles them.
 
 The process is `_vetter`; `importer.table` lists the operations that it allows. The store keeps what it derived, until the importer,
 the derivation, or jax change. No jax, no gRPC's wire.
@@ -7,6 +7,7 @@ the derivation, or jax change. No jax, no gRPC's wire.
 import base64
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -15,9 +16,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import hvpd
 from hvpd.v1 import objective_pb2
@@ -26,6 +28,8 @@ from hvpd_server._errors import Code, ServiceError
 from hvpd_server._store import Store
 
 _log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _COMMAND = ["-m", "hvpd_server._vetter"]
 
@@ -38,30 +42,131 @@ _END = 10.0
 _MOST = 1 << 24
 """Bytes of its answer."""
 
+_MOST_EXECUTABLE = 2 << 30
+"""Bytes of an executable."""
+
 _PIECE = 1 << 16
 """Bytes to take from the socket at a time."""
 
+_IDLE = 10.0
+"""Seconds after which a session that compiles nothing is ended."""
+
+_MOST_SESSIONS = 2
+"""Sessions that stay open while they compile nothing."""
+
+_AT_ONCE = 2
+"""Bundles that are read at the same time."""
+
 _KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
-"""The environment that it gets. What else is there is none of its business, credentials for instance."""
+"""The environment that the process gets, with variables that begin as `_KEPT_PREFIXES` say. Credentials are not among them."""
+
+_KEPT_PREFIXES = ("XLA_", "CUDA_", "NVIDIA_", "ROCR_", "HIP_", "TPU_")
+
+
+class UnsupportedError(Exception):
+    """The device's backend cannot move executables between processes."""
+
+
+class Session:
+    """A fork that has read one bundle and compiles its programs.
+
+    Args:
+        control: Socket to the fork.
+        limits: What programs may take.
+    """
+
+    def __init__(self, control: socket.socket, limits: _rules.Limits) -> None:
+        self._control = control
+        self._limits = limits
+        self._sending = threading.Lock()
+        self.users = 0
+        """Compiles that are under way."""
+        self.used = time.monotonic()
+        """When the last one ended."""
+
+    def derivation(self) -> objective_pb2.Derivation:
+        """Return what the bundle's programs give when they are differentiated.
+
+        Raises:
+            ServiceError: The programs are refused.
+            OSError: The process is gone.
+        """
+        self._control.settimeout(self._limits.seconds + _PATIENCE)
+        try:
+            verdict = _read_line(self._control)
+        except TimeoutError:
+            verdict = {"reason": _rules.VETTING_TIMEOUT, "message": "the process that reads programs does not answer"}
+        if "derivation" not in verdict:
+            raise _refused(verdict, "the bundle is refused")
+        return objective_pb2.Derivation.FromString(base64.b64decode(verdict["derivation"]))
+
+    def compile(self, order: Mapping[str, object]) -> bytes:
+        """Return the executable of a program, as `derivation.compiling.load` takes it.
+
+        Args:
+            order: rows, name, width, devices, data and deterministic; see `_vetter`.
+
+        Raises:
+            ServiceError: The program cannot be compiled.
+            UnsupportedError: The backend cannot serialize it.
+            OSError: The session is gone.
+        """
+        what = f"the server cannot compile {order['name']} (width {order['width']})"
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs, self._sending:
+                socket.send_fds(self._control, [json.dumps(order).encode() + b"\n"], [theirs.fileno()])
+            ours.settimeout(self._limits.compile_seconds + _PATIENCE)
+            try:
+                try:
+                    header = _read_line(ours)
+                except ConnectionError:  # The session itself ended; its keeper says why.
+                    self._control.settimeout(_END)
+                    header = _read_line(self._control)
+                if "unsupported" in header:
+                    raise UnsupportedError(header["unsupported"])
+                if "size" not in header:
+                    raise _refused(header, what)
+                blob = _read(ours, min(int(header["size"]), _MOST_EXECUTABLE))
+            except TimeoutError:
+                verdict = {
+                    "reason": _rules.COMPILE_FAILED,
+                    "message": f"it takes more than {self._limits.compile_seconds:g} s",
+                }
+                raise _refused(verdict, what) from None
+        if hashlib.sha256(blob).hexdigest() != header["sha256"]:
+            verdict = {
+                "reason": _rules.COMPILE_FAILED,
+                "message": "the process that compiled it ended before it had sent all of it",
+            }
+            raise _refused(verdict, what)
+        return blob
+
+    def end(self) -> None:
+        """End the fork."""
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
+        self._control.close()
 
 
 class Vetter:
-    """The process that reads programs: started when it is first needed, started again when it has died, one bundle at a time.
+    """The process that reads and compiles programs: started when it is first needed, and again when it has died.
 
     Args:
-        limits: What programs may be, and may take to be read.
+        limits: What programs may be, and may take.
     """
 
     def __init__(self, limits: _rules.Limits | None = None) -> None:
         self.limits = limits or _rules.Limits()
-        self._asking = threading.Lock()
+        self._reading = threading.BoundedSemaphore(_AT_ONCE)
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._closed = False
+        self._sessions: dict[str, Session] = {}
 
     def start(self) -> socket.socket:
-        """Starts the process unless it runs, without waiting for it; returns the socket to it.
+        """Start the process unless it runs, without waiting for it; return the socket to it.
 
         Raises:
             ServiceError: The server is closing.
@@ -87,7 +192,7 @@ class Vetter:
             return self._control
 
     def vet(self, programs: Mapping[str, bytes], platform: str = "cpu") -> objective_pb2.Derivation:
-        """Return what a bundle's programs give when they are differentiated.
+        """Return what a bundle's programs give when they are differentiated. Its session stays open for compiles.
 
         Args:
             programs: The serialized bundle, as "bundle", and its programs, by name.
@@ -100,54 +205,128 @@ class Vetter:
         size = sum(map(len, programs.values()))
         if size > self.limits.bundle_bytes:
             raise too_large(size, self.limits)
-        with self._asking, _file(programs) as file:
-            try:
-                verdict = self._ask(file, platform)
-            except OSError:  # Somebody has ended it since.
-                self._end()
+        with self._reading:
+
+            def attempt() -> objective_pb2.Derivation:
+                session = self._open(programs, platform)
                 try:
-                    verdict = self._ask(file, platform)
-                except OSError as error:
-                    self._end()
-                    raise ServiceError(
-                        Code.UNAVAILABLE,
-                        "VETTING_UNAVAILABLE",
-                        f"the process that reads programs before they are used does not run on the server: {error}",
-                        retry_after=1.0,
-                    ) from error
-        if "derivation" not in verdict:
-            reason = verdict.get("reason")
-            raise ServiceError(
-                Code.INVALID_ARGUMENT,
-                reason if reason in _rules.REASONS else _rules.VETTING_FAILED,
-                f"the bundle is refused: {_printable(verdict.get('message', ''))[:2000]}",
-            )
-        return objective_pb2.Derivation.FromString(base64.b64decode(verdict["derivation"]))
+                    found = session.derivation()
+                except BaseException:
+                    session.end()
+                    raise
+                self._keep(_key(programs), session)
+                return found
+
+            return self._twice(attempt)
+
+    def compile(
+        self,
+        key: str,
+        read: Callable[[], Mapping[str, bytes]],
+        derivation: objective_pb2.Derivation,
+        platform: str,
+        order: Mapping[str, object],
+    ) -> bytes:
+        """Return the executable of a program, as `Session.compile` does.
+
+        Args:
+            key: SHA-256 of the serialized bundle.
+            read: Returns what `vet` takes.
+            derivation: What `vet` returned for it.
+            platform: Platform of the server's device.
+            order: The program; see `Session.compile`.
+        """
+
+        def attempt() -> bytes:
+            with self._lock:
+                session = self._sessions.get(key)
+                if session is not None:
+                    session.users += 1
+            if session is None:
+                parts = {**read(), "derivation": derivation.SerializeToString()}
+                session = self._open(parts, platform)
+                session.users = 1
+                self._keep(key, session)
+            try:
+                return session.compile(order)
+            except (OSError, ServiceError):
+                with self._lock:
+                    if self._sessions.get(key) is session:  # It may be what failed.
+                        del self._sessions[key]
+                raise
+            finally:
+                with self._lock:
+                    session.users -= 1
+                    session.used = time.monotonic()
+                    gone = not session.users and self._sessions.get(key) is not session
+                if gone:
+                    session.end()
+
+        return self._twice(attempt)
+
+    def sweep(self, idle: float = _IDLE) -> None:
+        """End the sessions that have compiled nothing for so many seconds."""
+        now = time.monotonic()
+        with self._lock:
+            ended = {key: each for key, each in self._sessions.items() if not each.users and now - each.used > idle}
+            for key in ended:
+                del self._sessions[key]
+        for session in ended.values():
+            session.end()
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         with self._lock:
             self._closed = True
         self._end()
 
-    def _ask(self, file: IO[bytes], platform: str) -> Mapping[str, str]:
+    def _open(self, programs: Mapping[str, bytes], platform: str) -> Session:
         control = self.start()
-        control.settimeout(self.limits.seconds + _PATIENCE)
         line = json.dumps({"platform": platform, "limits": dataclasses.asdict(self.limits)}).encode() + b"\n"
-        socket.send_fds(control, [line], [file.fileno()])
-        answer = b""
-        while not answer.endswith(b"\n"):
-            piece = control.recv(_PIECE)
-            if not piece or len(answer) > _MOST:
-                raise ConnectionError("it is gone")
-            answer += piece
-        found: Mapping[str, str] = json.loads(answer)
-        return found
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs, _file(programs) as file, self._lock:
+                socket.send_fds(control, [line], [file.fileno(), theirs.fileno()])
+        except BaseException:
+            ours.close()
+            raise
+        return Session(ours, self.limits)
+
+    def _keep(self, key: str, session: Session) -> None:
+        """Keep a session for the compiles that follow, and end those idle ones that are too many."""
+        with self._lock:
+            ended = [self._sessions.pop(key)] if key in self._sessions else []
+            self._sessions[key] = session
+            idle = [key for key, each in self._sessions.items() if not each.users and each is not session]
+            ended += [self._sessions.pop(key) for key in idle[: max(len(self._sessions) - _MOST_SESSIONS, 0)]]
+            ended = [each for each in ended if not each.users]
+        for each in ended:
+            each.end()
+
+    def _twice(self, attempt: "Callable[[], _T]") -> "_T":
+        """Return what an attempt returns; try once more, with a new process, if the process is gone."""
+        try:
+            return attempt()
+        except OSError:
+            self._end()
+            try:
+                return attempt()
+            except OSError as error:
+                self._end()
+                raise ServiceError(
+                    Code.UNAVAILABLE,
+                    "VETTING_UNAVAILABLE",
+                    f"the process that reads programs before they are used does not run on the server: {error}",
+                    retry_after=1.0,
+                ) from error
 
     def _end(self) -> None:
         with self._lock:
             process, control = self._process, self._control
             self._process = self._control = None
+            sessions, self._sessions = list(self._sessions.values()), {}
+        for session in sessions:
+            session.end()
         if process is None or control is None:
             return
         with contextlib.suppress(OSError):
@@ -211,6 +390,53 @@ class Vetting:
         return self._store.derivation(digest, self._version)
 
 
+def _key(programs: Mapping[str, bytes]) -> str:
+    return hashlib.sha256(programs["bundle"]).hexdigest()
+
+
+def _read_line(control: socket.socket) -> Mapping[str, str]:
+    """Return a line of JSON from a process.
+
+    Raises:
+        ConnectionError: The process is gone.
+        TimeoutError: It says nothing.
+    """
+    answer = bytearray()
+    while not answer.endswith(b"\n"):
+        # A line of an order's answer is followed by bytes that are no line, so it is read to its end and no further.
+        waiting = control.recv(_PIECE, socket.MSG_PEEK)
+        end = waiting.find(b"\n") + 1
+        piece = control.recv(end or len(waiting))
+        if not piece or len(answer) > _MOST:
+            raise ConnectionError("the process is gone")
+        answer += piece
+    try:
+        found = json.loads(answer)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        return {"reason": _rules.VETTING_FAILED, "message": "the process that read the programs said nothing"}
+    return found
+
+
+def _read(control: socket.socket, size: int) -> bytes:
+    """Return so many bytes from a process, or fewer if it ends before."""
+    found = bytearray()
+    while len(found) < size and (piece := control.recv(min(size - len(found), _PIECE))):
+        found += piece
+    return bytes(found)
+
+
+def _refused(verdict: Mapping[str, str], what: str) -> ServiceError:
+    reason = verdict.get("reason")
+    reason = reason if reason in _rules.REASONS else _rules.VETTING_FAILED
+    return ServiceError(
+        Code.RESOURCE_EXHAUSTED if reason == _rules.DEVICE_MEMORY else Code.INVALID_ARGUMENT,
+        reason,
+        f"{what}: {_printable(str(verdict.get('message', '')))[:2000]}",
+    )
+
+
 def too_large(size: int, limits: _rules.Limits) -> ServiceError:
     """The refusal of programs of so many bytes."""
     return ServiceError(
@@ -239,13 +465,13 @@ def _file(programs: Mapping[str, bytes]) -> Iterator[IO[bytes]]:
 
 
 def _environment() -> dict[str, str]:
-    found = {name: os.environ[name] for name in _KEPT if name in os.environ}
+    found = {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
     roots = dict.fromkeys(str(Path(module).parents[1]) for module in (hvpd.__file__, __file__))
     paths = [*roots, *filter(None, [found.get("PYTHONPATH")])]
-    # The device is not this process's, and it has nothing to compute.
     return found | {
         "PYTHONPATH": os.pathsep.join(paths),
-        "JAX_PLATFORMS": "cpu",
+        "JAX_PLATFORMS": "cpu",  # Only a fork that compiles opens the device.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # The device's memory is the server's.
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
     }

@@ -564,6 +564,14 @@ def _corrupt_bundle(engine, example):
     damage(engine.store, example.export.digest)
 
 
+def uncached(engine):
+    """Drop the compiled programs, so that the next start needs the objectives' own."""
+    engine._compiler.shutdown()
+    engine.vetter.sweep(-1.0)
+    for path in engine.store.cache.iterdir():
+        path.unlink()
+
+
 def _corrupt_program(engine, example):
     damage(engine.store, example.bundle.programs["objective"].digest)
 
@@ -582,7 +590,9 @@ def _unreadable_program(engine, example):
 
 @pytest.mark.parametrize("break_", [_corrupt_bundle, _corrupt_program, _lost_program, _unreadable_program])
 def test_a_store_with_a_broken_objective_serves_the_rest(serve, rosen, logistic, assert_product, caplog, break_):
-    break_(serve(rosen, logistic), rosen)
+    broken = serve(rosen, logistic)
+    break_(broken, rosen)
+    uncached(broken)
     engine = serve()
     engine.warm_all()
     assert rosen.export.digest[:12] in caplog.text
@@ -595,7 +605,9 @@ def test_a_store_with_a_broken_objective_serves_the_rest(serve, rosen, logistic,
 @pytest.mark.parametrize("break_", [_corrupt_bundle, _corrupt_program, _lost_program])
 def test_a_broken_objective_is_served_once_it_is_registered_again(serve, rosen, upload, assert_product, break_):
     """At once, although compiles that failed are not repeated for a while."""
-    break_(serve(rosen), rosen)
+    broken = serve(rosen)
+    break_(broken, rosen)
+    uncached(broken)
     engine = serve()
     engine.warm_all()
     refusal(Code.DATA_LOSS, "BLOB_CORRUPT", create_point, engine, rosen)

@@ -20,9 +20,11 @@ from hvpd.v1 import objective_pb2
 from hvpd_server import _kernels
 from hvpd_server._board import LOST
 from hvpd_server._errors import Code, ServiceError
+from hvpd_server._executables import InProcess
 from hvpd_server._kernels import Device, Programs, host
 from hvpd_server._rules import Limits
 from hvpd_server._vetter import derive
+from hvpd_server.derivation.compiling import Target
 from hvpd_server.importer.table import Refused
 
 WAIT = 60
@@ -45,7 +47,8 @@ def programs_of(device, compiler):
         bundle = bundle or export.bundle
         parts = {name: bytes(contents[program.digest]) for name, program in bundle.programs.items()}
         described = derive({"bundle": bundle.SerializeToString(), **parts}, device.platform, Limits())
-        return Programs(bundle, described, device, lambda digest: bytes(contents[digest]), compiler, on_compile)
+        build = InProcess(bundle, described, device.parts, lambda digest: bytes(contents[digest]))
+        return Programs(described, device, build, compiler, on_compile)
 
     return programs_of
 
@@ -159,14 +162,14 @@ def test_what_is_ready_is_told_by_width(rosen, kernels_of):
 
 def test_a_program_that_the_compiler_refuses_is_an_answer_and_asked_again_later(rosen, kernels_of, monkeypatch):
     """Each try takes a compiler's time: there is one a minute."""
-    tried, compile_ = [], Device.compile
+    tried, compile_ = [], Target.compile
 
     def refuse(device, function, specs, **settings):
         if len(specs) == 2:
             raise RuntimeError("XLA does not know this")
         return compile_(device, function, specs, **settings)
 
-    monkeypatch.setattr(Device, "compile", refuse)
+    monkeypatch.setattr(Target, "compile", refuse)
     kernels = kernels_of(rosen.export, on_compile=lambda _, outcome: tried.append(outcome))
     minutes_later = time.perf_counter() + 300
     for tries in (*[1] * 10, 2):
@@ -187,22 +190,20 @@ def test_a_program_that_the_compiler_refuses_is_an_answer_and_asked_again_later(
 
 def test_a_compile_without_memory_is_tried_again_at_once(rosen, kernels_of, monkeypatch):
     """Caches may have given way meanwhile."""
-    kernels, compile_ = kernels_of(rosen.export), Device.compile
+    kernels, compile_ = kernels_of(rosen.export), Target.compile
 
     def out_of_memory(*args, **settings):
-        monkeypatch.setattr(Device, "compile", compile_)
+        monkeypatch.setattr(Target, "compile", compile_)
         raise ServiceError(Code.RESOURCE_EXHAUSTED, "DEVICE_MEMORY", "no memory")
 
-    monkeypatch.setattr(Device, "compile", out_of_memory)
+    monkeypatch.setattr(Target, "compile", out_of_memory)
     with pytest.raises(ServiceError, match="no memory"):
         kernels.request("hvp", 1).result(WAIT)
     kernels.request("hvp", 1).result(WAIT)
 
 
 @pytest.mark.parametrize(("platform", "bucket", "asked"), [("cuda", 4, True), ("cuda", 0, False), ("cpu", 4, False)])
-def test_a_fixed_bucket_has_a_gpu_add_in_the_same_order(
-    rosen, device, programs_of, monkeypatch, platform, bucket, asked
-):
+def test_a_fixed_bucket_has_a_gpu_add_in_the_same_order(rosen, programs_of, monkeypatch, platform, bucket, asked):
     """The options go to XLA, which knows them on every platform."""
     options, compile_ = [], jax.stages.Lowered.compile
 
@@ -212,7 +213,7 @@ def test_a_fixed_bucket_has_a_gpu_add_in_the_same_order(
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", noting)
     programs = programs_of(rosen.export, bundle=changed(rosen.export.bundle, fixed_bucket=bucket))
-    monkeypatch.setattr(device, "platform", platform)
+    monkeypatch.setattr(programs._build._target, "platform", platform)
     programs.for_rows(0).request("hvp", 4).result(WAIT)
     found = options[-1] or {}
     assert (found.get("xla_gpu_deterministic_ops"), found.get("xla_gpu_exclude_nondeterministic_ops")) == (
@@ -365,19 +366,17 @@ def test_compiles_are_told_in_the_order_in_which_they_were_asked_for(rosen, kern
     assert all(compile_.seconds > 0 for compile_ in compiles)
 
 
-def test_a_compile_says_while_it_waits_and_while_it_runs(rosen, device, monkeypatch):
+def test_a_compile_says_while_it_waits_and_while_it_runs(device):
     running, finish = threading.Event(), threading.Event()
 
-    def compile_(kernels, name, width):
+    def compile_(rows, name, width):
         running.set()
         assert finish.wait(WAIT)
+        return None, "compiled"
 
-    monkeypatch.setattr("hvpd_server._kernels.Kernels._compile", compile_)
     with concurrent.futures.ThreadPoolExecutor(1) as alone:
         described = objective_pb2.Derivation(mode="forward_over_reverse")
-        kernels = Programs(
-            rosen.export.bundle, described, device, lambda digest: bytes(rosen.export.blobs[digest]), alone
-        ).for_rows(0)
+        kernels = Programs(described, device, compile_, alone).for_rows(0)
         kernels.request("hvp", 1)
         kernels.request("hvp", 2)
         assert running.wait(WAIT)

@@ -836,9 +836,9 @@ for rows in (8, 9, 3):
     assert np.array_equal(placed, np.arange(3.0 * rows).reshape(rows, 3))
     found[rows] = [shard.data.shape for shard in shards], together.copies((rows, 3), data=True)
 x = together.put(np.arange(8.0))
-compiled = together.compile(
+compiled = together.target.compile(
     lambda x, data: (x @ data, data.sum()),
-    [together.spec((8,), x.dtype, data=False), together.spec((8, 3), x.dtype, data=True)],
+    [together.target.spec((8,), x.dtype, data=False), together.target.spec((8, 3), x.dtype, data=True)],
 )
 product, total = together.run(compiled, [x, together.put(np.ones((8, 3)), data=True)])
 text = compiled.as_text()

@@ -355,10 +355,15 @@ def test_programs_that_were_compiled_before_come_from_the_cache(serve, make_exam
     assert value(again.metrics, "hvpd_compiles_total", outcome="compiled") == 0
 
 
+def raise_(error):
+    raise error
+
+
 def test_a_compile_that_fails_is_counted(serve, logistic, monkeypatch):
     engine = serve(logistic)
     point = create(engine, logistic)
-    monkeypatch.setattr(engine.devices[0], "compile", lambda *args: 1 / 0)
+    refusal = ServiceError(Code.INVALID_ARGUMENT, "COMPILE_FAILED", "the server cannot compile hvp")
+    monkeypatch.setattr(engine.vetter, "compile", lambda *args: raise_(refusal))
     with pytest.raises(ServiceError, match="cannot compile"):
         point.source.kernels.request("hvp", 8).result(WAIT)
     assert value(engine.metrics, "hvpd_compiles_total", outcome="failed") == 1

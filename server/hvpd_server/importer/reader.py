@@ -122,6 +122,7 @@ def read(blob: bytes | bytearray | str, limits: Limits | None = None, *, context
     if not blob.strip():
         raise Refused(_rules.BUNDLE_INVALID, "is empty: expected StableHLO")
     context = context if context is not None else jax.interpreters.mlir.make_ir_context()
+    context.enable_multithreading(False)  # A process that has threads cannot fork, as the one that reads programs does.
     context.allow_unregistered_dialects = True  # So that the refusal of a foreign operation can name it.
     with context, ir.Location.unknown():
         module = _parse(blob if isinstance(blob, str) else bytes(blob))

@@ -1,0 +1,210 @@
+"""The executables of one objective: loaded from the store's cache, or compiled in a process of their own. Knows no gRPC.
+
+The server itself neither reads a program, nor traces, nor lowers it, so that no program stops or crashes it meanwhile.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform as machine
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+from hvpd.v1 import objective_pb2
+from hvpd_server import _rules
+from hvpd_server._errors import Code, ServiceError
+from hvpd_server._vetting import UnsupportedError, Vetter
+from hvpd_server.derivation import compiling
+from hvpd_server.derivation.compiling import Compiled, Target
+from hvpd_server.derivation.programs import Derivation
+from hvpd_server.importer import reader
+from hvpd_server.importer.table import Refused
+
+_log = logging.getLogger(__name__)
+
+Build = Callable[[int, str, int], tuple[Compiled, str]]
+"""Gives the program of a name, for a number of rows and a block width: (rows, name, width) -> (executable, outcome). The outcome is
+"compiled", or "cached" if it was compiled before."""
+
+
+class Executables:
+    """The executables of one objective.
+
+    Args:
+        digest: Digest of the bundle.
+        bundle: What was registered.
+        derivation: What the vetting process derived from the bundle.
+        parts: The devices, which work as one if there are several.
+        read: The bytes of a blob by digest.
+        vetter: Compiles.
+        cache: Directory of compiled programs.
+        loading: What to be in while an executable is loaded, or compiled in this process.
+    """
+
+    def __init__(
+        self,
+        digest: str,
+        bundle: objective_pb2.Bundle,
+        derivation: objective_pb2.Derivation,
+        parts: Sequence[jax.Device],
+        read: Callable[[str], bytes],
+        vetter: Vetter,
+        cache: Path,
+        loading: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        self._digest = digest
+        self._bundle = bundle
+        self._derivation = derivation
+        self._parts = parts
+        self._platform = {"gpu": "cuda"}.get(parts[0].platform, parts[0].platform)
+        self._read = read
+        self._vetter = vetter
+        self._cache = cache
+        self._loading = loading
+        self._key = hashlib.sha256(bundle.SerializeToString()).hexdigest()
+        self._in_process: Build | None = None
+
+    def __call__(self, rows: int, name: str, width: int) -> tuple[Compiled, str]:
+        """Return an executable, and whether it was "compiled" or "cached".
+
+        Raises:
+            ServiceError: The program cannot be compiled.
+        """
+        if self._in_process is not None:
+            return self._in_process(rows, name, width)
+        bundle = self._bundle
+        order = {
+            "rows": rows,
+            "name": name,
+            "width": width,
+            "devices": [part.id for part in self._parts],
+            "data": len(bundle.captured) + len(bundle.data),
+            "deterministic": bundle.fixed_bucket > 0,
+        }
+        path = self._cache / f"{self._digest[:16]}-{_fingerprint(self._digest, self._parts[0], order)}"
+        found = self._cached(path)
+        if found is not None:
+            return found, "cached"
+        try:
+            blob = self._vetter.compile(self._key, self._programs, self._derivation, self._platform, order)
+        except UnsupportedError as error:
+            _log.warning(
+                "%s cannot load executables of another process, so this server compiles by itself: a compile can now delay, or "
+                "crash, everybody's products (%s)",
+                self._parts[0].device_kind,
+                error,
+            )
+            self._in_process = InProcess(bundle, self._derivation, self._parts, self._read, self._loading)
+            return self._in_process(rows, name, width)
+        _write(path, blob)
+        with self._loading():
+            return compiling.load(blob, self._parts), "compiled"
+
+    def _cached(self, path: Path) -> Compiled | None:
+        """Return what a file holds; None if there is none, or it is damaged."""
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return None
+        checksum, blob = content[:32], content[32:]
+        if hashlib.sha256(blob).digest() != checksum:
+            _log.warning("the compiled program %s is damaged, and is compiled again", path.name)
+            return None
+        try:
+            with self._loading():
+                return compiling.load(blob, self._parts)
+        except Exception as error:  # noqa: BLE001 - whatever keeps it from being used, it can be compiled again
+            _log.warning("the compiled program %s cannot be loaded, and is compiled again: %s", path.name, error)
+            return None
+
+    def _programs(self) -> Mapping[str, bytes]:
+        programs = {name: self._read(program.digest) for name, program in sorted(self._bundle.programs.items())}
+        return {"bundle": self._bundle.SerializeToString(), **programs}
+
+
+class InProcess:
+    """Compiles the programs of one objective in this process: for a backend that cannot load what another process compiled."""
+
+    def __init__(
+        self,
+        bundle: objective_pb2.Bundle,
+        derivation: objective_pb2.Derivation,
+        parts: Sequence[jax.Device],
+        read: Callable[[str], bytes],
+        loading: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        self._bundle = bundle
+        self._target = Target(parts)
+        self._loading = loading
+        self._derivation = Derivation(
+            bundle, lambda name: reader.read(read(bundle.programs[name].digest)), self._target.platform, derivation
+        )
+
+    def __call__(self, rows: int, name: str, width: int) -> tuple[Compiled, str]:
+        """Return an executable, and "compiled"; see `Executables`."""
+        bundle = self._bundle
+        try:
+            with self._loading():
+                compiled = compiling.compile_program(
+                    self._derivation.for_rows(rows),
+                    name,
+                    width,
+                    self._target,
+                    len(bundle.captured) + len(bundle.data),
+                    deterministic=bundle.fixed_bucket > 0,
+                )
+        except ServiceError:
+            raise
+        except Refused as refused:
+            raise ServiceError(Code.INVALID_ARGUMENT, refused.reason, f"the program {refused}") from None
+        except Exception as error:
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            _log.exception("compiling %s for width %d failed", name, width)
+            raise ServiceError(
+                Code.INVALID_ARGUMENT,
+                _rules.COMPILE_FAILED,
+                f"the server cannot compile {name} (width {width}): {error}",
+            ) from error
+        return compiled, "compiled"
+
+
+def _fingerprint(digest: str, device: jax.Device, order: Mapping[str, object]) -> str:
+    """Return a digest of all that an executable depends on."""
+    facts = [
+        digest,
+        sorted(order.items()),
+        _rules.version(),
+        device.device_kind,
+        device.client.platform_version,
+        os.environ.get("XLA_FLAGS", ""),
+        _processor() if device.platform == "cpu" else "",
+    ]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _processor() -> str:
+    """Return what the CPU is and can: XLA compiles for the processor that it finds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n", 1)[0].splitlines()
+    except OSError:
+        return machine.processor()
+    return "".join(sorted(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))))
+
+
+def _write(path: Path, blob: bytes) -> None:
+    """Store an executable, all of it or nothing. A disk that is full only costs the next start its time."""
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix="incoming-", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(hashlib.sha256(blob).digest() + blob)
+        temporary.replace(path)
+    except OSError as error:
+        _log.warning("a compiled program is not kept: %s", error)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,108 @@
+"""Compile a derived program for the devices that it will run on. Used where a program may crash, and where it runs."""
+
+import logging
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import jax
+import numpy as np
+from jax.experimental import serialize_executable
+
+from hvpd_server.derivation.programs import Sized
+
+_log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+
+_DETERMINISTIC: Final[Mapping[str, str | bool]] = {
+    "xla_gpu_deterministic_ops": True,
+    "xla_gpu_exclude_nondeterministic_ops": True,
+}
+"""XLA options that make a GPU add in the same order every time; XLA refuses a program for which this is impossible.
+https://openxla.org/xla/determinism
+"""
+
+
+class Target:
+    """The devices that a program is compiled for: one, or several that work as one."""
+
+    def __init__(self, parts: Sequence[jax.Device]) -> None:
+        self.parts = parts
+        self.platform = {"gpu": "cuda"}.get(parts[0].platform, parts[0].platform)
+        mesh = jax.sharding.Mesh(np.array(parts), ("rows",))
+        alone = jax.sharding.SingleDeviceSharding(parts[0])
+        self.whole = alone if len(parts) == 1 else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        """Sharding of an array that is on each part."""
+        self.split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+        """Sharding of an array whose rows are spread over the parts."""
+
+    def splits(self, shape: Sequence[Any]) -> bool:
+        """Return whether data of this shape is split by rows."""
+        rows = shape[0] if shape else 0
+        return len(self.parts) > 1 and rows >= len(self.parts) and rows % len(self.parts) == 0
+
+    def spec(self, shape: Sequence[int], dtype: Any, *, data: bool) -> jax.ShapeDtypeStruct:
+        """Return the spec of an argument, with its sharding."""
+        sharding = self.split if data and self.splits(shape) else self.whole
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def compile(
+        self, function: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct], *, deterministic: bool = False
+    ) -> jax.stages.Compiled:
+        """Compile a function for arguments of such specs; its results are whole on each part.
+
+        Args:
+            deterministic: Whether the program must give the same bits each time.
+        """
+        options = dict(_DETERMINISTIC) if deterministic and self.platform == "cuda" else None
+        jitted = jax.jit(function, keep_unused=True, out_shardings=self.whole)
+        return jitted.lower(*specs).compile(compiler_options=options)
+
+
+def compile_program(
+    sized: Sized, name: str, width: int, target: Target, data: int, *, deterministic: bool
+) -> jax.stages.Compiled:
+    """Compile a program of an objective for a block width.
+
+    Args:
+        sized: The programs of the objective.
+        name: One of `Derivation.programs`, or a variant of it; see `derivation.names`.
+        width: Vectors in the block; 0 if the program takes none.
+        target: Where the program runs.
+        data: How many arguments, the last ones, are captured arrays and data, which may be split by rows.
+        deterministic: Whether the program must give the same bits each time.
+    """
+    with sized.tracing(name):
+        program = sized.program(name, width)
+        first = len(program.specs) - (data if name != "apply" else 0)  # The residuals of `apply` are whole.
+        specs = [
+            target.spec(spec.shape, spec.dtype, data=position >= first) for position, spec in enumerate(program.specs)
+        ]
+        for way in program.ways[:-1]:
+            try:
+                return target.compile(way, specs, deterministic=deterministic)
+            except (TypeError, ValueError, NotImplementedError) as error:
+                _log.info("%s cannot be vectorized, so its vectors are multiplied one by one: %s", name, error)
+        return target.compile(program.ways[-1], specs, deterministic=deterministic)
+
+
+def dump(compiled: jax.stages.Compiled) -> bytes:
+    """Return an executable as bytes for `load`, on the same kind of device and of the same jax.
+
+    Raises:
+        Exception: The backend cannot serialize executables.
+    """
+    return pickle.dumps(serialize_executable.serialize(compiled))
+
+
+def load(blob: bytes, parts: Sequence[jax.Device]) -> Compiled:
+    """Return the executable of bytes that `dump` returned; neither traces nor lowers.
+
+    Executables are machine code: bytes from an untrusted place can do anything, with or without pickle.
+    """
+    payload, in_tree, out_tree = pickle.loads(blob)  # noqa: S301 - see above
+    compiled: Compiled = serialize_executable.deserialize_and_load(
+        payload, in_tree, out_tree, execution_devices=list(parts)
+    )
+    return compiled
