@@ -198,6 +198,7 @@ class App:
         trimmed = float("-inf")
         while not self._stopping.wait(1.0):
             self._stalls.sweep()
+            self.engine.vetter.sweep()
             if time.monotonic() - trimmed > _TRIM_SECONDS:
                 trimmed = time.monotonic()
                 self._trim()

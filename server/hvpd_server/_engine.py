@@ -114,18 +114,39 @@ class Engine:
         bundle = _admission.parse(self.store.read(digest))
         references = {*_admission.references(bundle), *([x_digest] if tenant and x_digest else [])}
         self._check_stored(tenant, references)
-        objective = self.objective(digest)
         name = self.owners.full_name(tenant, name)
+        objective = self.objective(digest)
+        self._check_compiles(objective)
         with self._registering:
             self._check_stored(tenant, {digest, *references})  # Something may have been deleted meanwhile.
             self.owners.add_objective(tenant, digest, shared=shared)  # First: without an owner it would be everybody's.
             self.store.add_objective(digest, name)
         self.metrics.named(digest, name)
-        self.lane(objective).warm(objective)
         if x_digest:
             points = functools.partial(self.lane(objective).loose_points, objective)
             self.checks.start(digest, objective.bundle, x_digest, points, name)
         return objective
+
+    def _check_compiles(self, objective: Objective) -> None:
+        """Start to compile what an objective needs first, and wait for the first program.
+
+        Raises:
+            ServiceError: The program cannot be compiled; unless the objective is registered, it is forgotten.
+        """
+        first, *_ = self.lane(objective).warm(objective)
+        try:
+            first.result()
+        except Exception:
+            with self._registering:
+                if not self.store.registered(objective.digest):
+                    self._forget(objective.digest)
+            raise
+
+    def _forget(self, digest: str) -> None:
+        with self._objectives_lock:
+            objective, lane = self._objectives.pop(digest, None), self._lane_of.pop(digest, None)
+        if objective is not None and lane is not None:
+            lane.forget(objective)
 
     def _check_stored(self, tenant: str, digests: Iterable[str]) -> None:
         missing = sorted(each for each in digests if not self.owners.has_blob(tenant, each))
@@ -150,11 +171,7 @@ class Engine:
         with self._registering:
             found = self._removal.delete(name, tenant, expected=expected, anybodys=anybodys or not tenant)
             if found.gone:
-                with self._objectives_lock:
-                    objective = self._objectives.pop(found.digest, None)
-                    lane = self._lane_of.pop(found.digest, None)
-                if objective is not None and lane is not None:
-                    lane.forget(objective)
+                self._forget(found.digest)
         return found
 
     def prune(self, tenant: str = "") -> Pruned:

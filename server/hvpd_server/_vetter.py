@@ -93,9 +93,19 @@ def _requests(control: socket.socket, descriptors: int) -> Iterator[tuple[dict[s
 
 
 def _import_all() -> None:
-    """Trace a small derivative, so that the forks need not import what jax imports late."""
-    gradient = jax.grad(lambda x: jax.numpy.sum(x**3))
-    jax.eval_shape(lambda x: jax.jvp(gradient, (x,), (x,)), jax.ShapeDtypeStruct((2,), "float32"))
+    """Trace the derivatives of a small network, so that the forks need not import and look up what jax does late."""
+
+    def loss(x: Any, rows: Any) -> Any:
+        hidden = jax.numpy.tanh(rows @ x.reshape(3, 2))
+        return jax.numpy.mean(jax.nn.logsumexp(hidden, axis=1) - jax.numpy.max(hidden, axis=1))
+
+    def product(x: Any, V: Any, rows: Any) -> Any:
+        gradient = jax.grad(loss)
+        return jax.vmap(lambda v: jax.jvp(lambda y: gradient(y, rows), (x,), (v,))[1])(V)
+
+    x, V, rows = (jax.ShapeDtypeStruct(shape, "float32") for shape in [(6,), (2, 6), (4, 3)])
+    jax.make_jaxpr(product)(x, V, rows)
+    jax.make_jaxpr(lambda x, rows: jax.linearize(jax.grad(lambda y: loss(y, rows)), x)[0])(x, rows)
 
 
 class _Session:

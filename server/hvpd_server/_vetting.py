@@ -159,6 +159,7 @@ class Vetter:
     def __init__(self, limits: _rules.Limits | None = None) -> None:
         self.limits = limits or _rules.Limits()
         self._reading = threading.BoundedSemaphore(_AT_ONCE)
+        self._opening = threading.Lock()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -238,15 +239,17 @@ class Vetter:
         """
 
         def attempt() -> bytes:
-            with self._lock:
-                session = self._sessions.get(key)
-                if session is not None:
-                    session.users += 1
-            if session is None:
-                parts = {**read(), "derivation": derivation.SerializeToString()}
-                session = self._open(parts, platform)
-                session.users = 1
-                self._keep(key, session)
+            with (
+                self._opening
+            ):  # Programs of one bundle that are wanted at the same time share a session, and its traces.
+                with self._lock:
+                    session = self._sessions.get(key)
+                    if session is not None:
+                        session.users += 1
+                if session is None:
+                    session = self._open({**read(), "derivation": derivation.SerializeToString()}, platform)
+                    session.users = 1
+                    self._keep(key, session)
             try:
                 return session.compile(order)
             except (OSError, ServiceError):
