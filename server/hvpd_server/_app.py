@@ -7,7 +7,6 @@
 `run` starts it, says when it is ready, and stops it on SIGTERM or SIGINT without losing what has begun.
 """
 
-import contextlib
 import ctypes
 import logging
 import os
@@ -25,7 +24,7 @@ from grpc_reflection.v1alpha import reflection
 
 import hvpd
 from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2
-from hvpd_server import _config, _logs, _service, _tls, _tracing, _vector_port
+from hvpd_server import _config, _logs, _memory_budget, _service, _tls, _tracing, _vector_port
 from hvpd_server._auth import Tokens
 from hvpd_server._board import Board
 from hvpd_server._calls import Arrivals, Calls, Stalls
@@ -35,7 +34,7 @@ from hvpd_server._engine import Engine
 from hvpd_server._errors import ServiceError
 from hvpd_server._gate import Gate
 from hvpd_server._history import History
-from hvpd_server._kernels import Device, devices
+from hvpd_server._kernels import devices
 from hvpd_server._limits import Limits, equal_weights, no_limits
 from hvpd_server._metrics import Metrics
 from hvpd_server._observer import Observer
@@ -89,7 +88,7 @@ class App:
         self.metrics = Metrics()
         self.metrics.build({"version": hvpd.__version__, "jax": device.jax_version, "platform": device.platform})
         limits = Limits(
-            budget(config.memory_budget, device),
+            _memory_budget.budget(config.memory_budget, device),
             config.max_block_width,
             config.max_pending,
             config.max_queue_delay,
@@ -100,7 +99,7 @@ class App:
         self.engine = Engine(store, found, limits, self.metrics, board=board, quarantine_after=config.quarantine_after)
         self._gate = Gate(tokens, Calls(config.max_calls))
         self._stalls = Stalls()
-        arrivals = Arrivals(host_bytes() // 8)
+        arrivals = Arrivals(_memory_budget.host_bytes() // 8)
         tenants = (lambda: [""]) if tokens is None else tokens.tenants
         self._stopping = threading.Event()
         self.state = "warming"
@@ -255,40 +254,6 @@ def _door(config: Config, port: int, app: App) -> Door:
         raise OSError(f"cannot listen on {config.metrics_host}:{port} for metrics ({error})") from None
     history.start()
     return door
-
-
-_CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
-"""Where a container finds how much memory it may use, in the second and the first version of cgroups."""
-
-
-def budget(asked: int | None, device: Device, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes for what is resident: as asked; else three quarters of the memory that jax gives out, on a CPU a quarter of the machine's, or
-    of the container's.
-
-    Raises:
-        ValueError: Nothing was asked for, and the device does not tell.
-    """
-    memory = device.memory_bytes()
-    if asked:
-        if memory is not None and asked > memory:
-            _log.warning(
-                "the memory budget is %d bytes, and jax has %d of the device's (XLA_CLIENT_MEM_FRACTION)", asked, memory
-            )
-        return asked
-    if memory is not None:
-        return memory * 3 // 4
-    if device.platform != "cpu":
-        raise ValueError(f"{device.kind} does not tell how much memory it has: say --memory-budget")
-    return host_bytes(cgroup) // 4
-
-
-def host_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """The memory of the machine, or of the container."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in _CGROUP_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # There is none, or it is "max".
-            limits.append(int((cgroup / name).read_text()))
-    return min(limits)
 
 
 def run(config: Config, *, owner: int | None = None, ephemeral: bool = False, board: Board | None = None) -> int:

@@ -43,6 +43,7 @@ class Executables:
         vetter: Compiles.
         cache: Directory of compiled programs.
         loading: What to be in while an executable is loaded, or compiled in this process.
+        memory_bytes: Most memory that a program may take beside its arguments; None: the device's allocator says no itself.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class Executables:
         vetter: Vetter,
         cache: Path,
         loading: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        memory_bytes: int | None = None,
     ) -> None:
+        self._memory_bytes = memory_bytes
         self._digest = digest
         self._bundle = bundle
         self._derivation = derivation
@@ -88,6 +91,7 @@ class Executables:
         path = self._cache / f"{self._digest[:16]}-{_fingerprint(self._digest, self._parts[0], order)}"
         found = self._cached(path)
         if found is not None:
+            self._check_memory(found, order)
             return found, "cached"
         try:
             blob = self._vetter.compile(self._key, self._programs, self._derivation, self._platform, order)
@@ -102,9 +106,25 @@ class Executables:
             return self._in_process(rows, name, width)
         _write(path, blob)
         with self._loading():
-            return compiling.load(blob, self._parts), "compiled"
+            found = compiling.load(blob, self._parts)
+        self._check_memory(found, order)
+        return found, "compiled"
 
-    def _cached(self, path: Path) -> Compiled | None:
+    def _check_memory(self, compiled: jax.stages.Compiled, order: Mapping[str, object]) -> None:
+        """Raise ServiceError if a program takes more memory than it may: the kernel would end the server for it."""
+        found = compiled.memory_analysis()
+        if self._memory_bytes is None or found is None:
+            return
+        size = found.temp_size_in_bytes + found.output_size_in_bytes
+        if size > self._memory_bytes:
+            raise ServiceError(
+                Code.RESOURCE_EXHAUSTED,
+                _rules.DEVICE_MEMORY,
+                f"{order['name']} (width {order['width']}) takes {size} bytes of memory beside its arguments, and {self._memory_bytes} "
+                "are allowed: send narrower blocks, or write the objective so that it keeps smaller arrays",
+            )
+
+    def _cached(self, path: Path) -> jax.stages.Compiled | None:
         """Return what a file holds; None if there is none, or it is damaged."""
         try:
             content = path.read_bytes()

@@ -56,13 +56,16 @@ def devices(cache: Path) -> "list[Device]":
     # A product is computed in the thread that asks for it: on the CPU one hand-off less.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
-        return [Device([device]) for device in jax.local_devices()]
+        found = [Device([device]) for device in jax.local_devices()]
     except (RuntimeError, AssertionError) as error:  # The second of jax 0.10, without a word, where there is no GPU.
         raise ServiceError(
             Code.FAILED_PRECONDITION,
             "NO_DEVICE",
             f"jax finds none of the devices that it may use, JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r} {error}".rstrip(),
         ) from error
+    # Executables of another process call LAPACK through pointers that jax looks up when it first lowers such a call.
+    jax.jit(jax.lax.linalg.cholesky).trace(jax.ShapeDtypeStruct((1, 1), np.float32)).lower(lowering_platforms=("cpu",))
+    return found
 
 
 class Device:

@@ -2,7 +2,6 @@
 
 import contextlib
 import gzip
-import hashlib
 import zlib
 
 import grpc
@@ -21,6 +20,7 @@ from hvpd.v1 import blob_pb2, blob_pb2_grpc, objective_pb2, objective_pb2_grpc
 from hvpd_server import _admission, _rules, _vetting
 from hvpd_server._errors import Code, ServiceError
 from tests.fuzz import wire
+from tests.fuzz.wire import send
 
 X = np.arange(4.0)
 
@@ -121,13 +121,6 @@ def test_data_fits_or_is_refused(tried, data):
 def channel(server):
     with grpc.insecure_channel(server.address) as opened:
         yield opened
-
-
-def send(channel, content):
-    digest = hashlib.sha256(content).hexdigest()
-    message = blob_pb2.UploadBlobRequest(digest=digest, size_bytes=len(content), chunk=content)
-    blob_pb2_grpc.BlobServiceStub(channel).UploadBlob(iter([message]))
-    return digest
 
 
 @settings(settings.get_profile("fuzz-calls"))

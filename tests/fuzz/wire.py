@@ -1,10 +1,12 @@
 """Bytes that look like protobuf messages: fields of all kinds, real messages with something changed, and anything at all."""
 
+import hashlib
+
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
 
-from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2
+from hvpd.v1 import blob_pb2, blob_pb2_grpc, curvature_pb2, objective_pb2, server_pb2
 
 METHODS = [
     method
@@ -138,3 +140,11 @@ def looks_like(kind):
     return st.one_of(
         real, damaged(real), damaged(st.tuples(real, real).map(b"".join)), fields(), st.binary(max_size=80)
     )
+
+
+def send(channel, content):
+    """Upload a blob of at most one message; return its digest."""
+    digest = hashlib.sha256(content).hexdigest()
+    message = blob_pb2.UploadBlobRequest(digest=digest, size_bytes=len(content), chunk=content)
+    blob_pb2_grpc.BlobServiceStub(channel).UploadBlob(iter([message]))
+    return digest

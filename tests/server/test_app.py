@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from hvpd_server._app import budget
+from hvpd_server._memory_budget import budget
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -96,13 +96,13 @@ def dump(compiled: jax.stages.Compiled) -> bytes:
     return pickle.dumps(serialize_executable.serialize(compiled))
 
 
-def load(blob: bytes, parts: Sequence[jax.Device]) -> Compiled:
+def load(blob: bytes, parts: Sequence[jax.Device]) -> jax.stages.Compiled:
     """Return the executable of bytes that `dump` returned; neither traces nor lowers.
 
     Executables are machine code: bytes from an untrusted place can do anything, with or without pickle.
     """
     payload, in_tree, out_tree = pickle.loads(blob)  # noqa: S301 - see above
-    compiled: Compiled = serialize_executable.deserialize_and_load(
+    found: jax.stages.Compiled = serialize_executable.deserialize_and_load(
         payload, in_tree, out_tree, execution_devices=list(parts)
     )
-    return compiled
+    return found
