@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import _report
 
-BENCHMARKS = ("register", "latency", "coalescing", "transfer", "modes", "restart", "growth")
+BENCHMARKS = ("register", "latency", "coalescing", "transfer", "modes", "restart", "growth", "neighbour")
 _FOLDER = Path(__file__).parent
 
 

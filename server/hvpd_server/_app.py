@@ -8,6 +8,7 @@
 """
 
 import ctypes
+import dataclasses
 import logging
 import os
 import select
@@ -24,7 +25,7 @@ from grpc_reflection.v1alpha import reflection
 
 import hvpd
 from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2
-from hvpd_server import _config, _logs, _memory_budget, _service, _tls, _tracing, _vector_port
+from hvpd_server import _config, _logs, _memory_budget, _rules, _service, _tls, _tracing, _vector_port
 from hvpd_server._auth import Tokens
 from hvpd_server._board import Board
 from hvpd_server._calls import Arrivals, Calls, Stalls
@@ -43,6 +44,7 @@ from hvpd_server._status import Status
 from hvpd_server._store import Store
 from hvpd_server._tracing import Tracing
 from hvpd_server._vector_port import VectorPort
+from hvpd_server._vetting import Vetter
 from hvpd_server._web import Door, metrics_page
 
 _log = logging.getLogger(__name__)
@@ -96,7 +98,10 @@ class App:
             tokens.limits if tokens is not None else no_limits,
             tokens.weight if tokens is not None else equal_weights,
         )
-        self.engine = Engine(store, found, limits, self.metrics, board=board, quarantine_after=config.quarantine_after)
+        vetter = Vetter(dataclasses.replace(_rules.Limits(), compile_seconds=config.compile_timeout))
+        self.engine = Engine(
+            store, found, limits, self.metrics, board=board, quarantine_after=config.quarantine_after, vetter=vetter
+        )
         self._gate = Gate(tokens, Calls(config.max_calls))
         self._stalls = Stalls()
         arrivals = Arrivals(_memory_budget.host_bytes() // 8)
@@ -190,6 +195,7 @@ class App:
             self._vector_port.stop(self.config.drain)
         stopped.wait(max(ends - time.monotonic(), 0))
         self.engine.close()
+        self.engine.vetter.close()
         self.engine.store.close()
 
     def _sweep(self) -> None:

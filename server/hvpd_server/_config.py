@@ -171,7 +171,7 @@ class Config:
     compile_timeout: float = _setting(
         _seconds,
         3600.0,
-        "seconds that one compile may take before the server is replaced; 0 for ever",
+        "seconds that one compile may take before it is given up; 0 for ever",
         "SECONDS",
     )
     quarantine_after: int = _setting(

@@ -75,10 +75,10 @@ class Limits:
     """Seconds in all."""
     compile_memory_bytes: int = 16 << 30
     """Address space for compiling one program on a CPU, beyond what the process has before it reads."""
-    compile_cpu_seconds: int = 7200
+    compile_cpu_seconds: int = 36_000
     """Seconds of computing for compiling one program."""
-    compile_seconds: float = 1800.0
-    """Seconds in all for compiling one program."""
+    compile_seconds: float = 3600.0
+    """Seconds in all for compiling one program; 0: for ever."""
     bundle_bytes: int = 512 << 20
     """Size of all serialized programs."""
     operations: int = 1_000_000

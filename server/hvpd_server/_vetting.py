@@ -116,7 +116,7 @@ class Session:
         with ours:
             with theirs, self._sending:
                 socket.send_fds(self._control, [json.dumps(order).encode() + b"\n"], [theirs.fileno()])
-            ours.settimeout(self._limits.compile_seconds + _PATIENCE)
+            ours.settimeout(self._limits.compile_seconds + _PATIENCE if self._limits.compile_seconds else None)
             try:
                 try:
                     header = _read_line(ours)
