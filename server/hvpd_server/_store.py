@@ -10,9 +10,11 @@
     STORE/incoming/            uploads under way; emptied at start
     STORE/cache/               compiled programs (jax's own persistent cache)
 
-Every file is written aside, flushed and renamed, so a crash leaves the old state or the new one. No jax, no gRPC.
+Every file is written aside, flushed and renamed, so a crash leaves the old state or the new one. Objectives and names are also in
+memory: a look-up reads no file, and the files are for the next start. No jax, no gRPC.
 """
 
+import collections
 import contextlib
 import difflib
 import fcntl
@@ -26,7 +28,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -48,6 +50,9 @@ _PREFIX = 8
 
 _LONGEST = 300
 """No name has more characters, its tenant's among them. An error has to fit into what HTTP/2 has for it, 8 KiB with its details."""
+
+_COMPARED = 1000
+"""Most names that are compared with one that was not found."""
 
 
 class Store:
@@ -80,6 +85,17 @@ class Store:
             else:
                 leftover.unlink()
         self._names_lock = threading.Lock()
+        """Held to change the next three, whose mappings are replaced and never changed: so readers need no lock."""
+        self._created = {
+            path.name: created
+            for path in sorted((root / "objectives").iterdir())
+            if (created := _created(path)) is not None
+        }
+        self._names = self._load_names()
+        by_digest = collections.defaultdict(set)
+        for name, digest in self._names.items():
+            by_digest[digest].add(name)
+        self._names_of = {digest: frozenset(names) for digest, names in by_digest.items()}
         self._verified: dict[str, tuple[int, int, int]] = {}
 
     def close(self) -> None:
@@ -223,13 +239,14 @@ class Store:
 
     def add_objective(self, digest: str, name: str) -> None:
         """Records a bundle as an objective and, where `name` is not empty, points the name at it."""
-        if _created(self._marker(digest)) is None:
-            self._write(self._marker(digest), {"create_time_ns": time.time_ns()})
-        if name:
-            with self._names_lock:
-                if self._names().get(name) != digest:
-                    file = _codec.digest(name.encode())  # A name can be longer than a file's may be, and has slashes.
-                    self._write(self.root / "names" / file, {"name": name, "digest": digest})
+        with self._names_lock:
+            if digest not in self._created:
+                created = time.time_ns()
+                self._write(self._marker(digest), {"create_time_ns": created})
+                self._created = {**self._created, digest: created}
+            if name and self._names.get(name) != digest:
+                self._write(self._name_file(name), {"name": name, "digest": digest})
+                self._point(name, digest)
 
     def objective(
         self, name: str, *, own: str = "", visible: Callable[[str, str], bool] = lambda name, digest: True
@@ -244,28 +261,22 @@ class Store:
         Raises:
             ServiceError: There is none; the message suggests near names.
         """
-        names = {other: to for other, to in self._names().items() if visible(other, to)}
-        known = {path.name for path in (self.root / "objectives").iterdir() if visible("", path.name)}
-        name = own if own in names else name
-        digest = names.get(name, name)
-        if digest not in known and len(name) >= _PREFIX:
-            beginning = [other for other in known if other.startswith(name)]
+        names, created = self._names, self._created
+
+        def usable(other: str, to: str) -> bool:
+            return to in created and visible(other, to)
+
+        name = next((each for each in (own, name) if each in names and visible(each, names[each])), name)
+        named = name in names and visible(name, names[name])
+        digest = names[name] if named else name
+        if not usable("", digest) and len(name) >= _PREFIX:
+            beginning = [other for other in created if other.startswith(name) and usable("", other)]
             digest = beginning[0] if len(beginning) == 1 else name
-        created = _created(self._marker(digest)) if digest in known else None
-        if created is None:
-            usable = [other for other, to in names.items() if to in known and other != name]
-            # Not of what is longer than any name: it takes its time, for nothing.
-            near = difflib.get_close_matches(name, usable, n=3, cutoff=0.5) if len(name) <= _LONGEST else []
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; none of the stored names is near"
-            what = "digest" if _codec.is_digest(name) else "name"
-            raise ServiceError(
-                Code.NOT_FOUND,
-                "OBJECTIVE_NOT_FOUND",
-                f"no objective of {what} {name[:_LONGEST]!r}{hint}",
-                {"near": ",".join(near)},
-            )
-        shown = name if name in names else min((other for other, to in names.items() if to == digest), default="")
-        return shown, digest, created
+        if not usable("", digest):
+            raise _not_found(name, [other for other, to in names.items() if other != name and usable(other, to)])
+        called = self._names_of.get(digest, frozenset())
+        shown = name if named else min((other for other in called if visible(other, digest)), default="")
+        return shown, digest, created[digest]
 
     def _marker(self, digest: str) -> Path:
         return self.root / "objectives" / digest
@@ -276,22 +287,26 @@ class Store:
 
     def objectives(self) -> list[tuple[str, str, int]]:
         """(name, digest, time of registration) of every name, sorted, then ("", digest, time) of the nameless objectives."""
-        created = {path.name: _created(path) for path in (self.root / "objectives").iterdir()}
-        names = self._names()
-        listed = sorted(names.items()) + sorted(("", digest) for digest in created.keys() - set(names.values()))
-        return [(name, digest, when) for name, digest in listed if (when := created.get(digest)) is not None]
+        names, named, created = self._names, self._names_of, self._created
+        listed = sorted(names.items()) + sorted(("", digest) for digest in created.keys() - named.keys())
+        return [(name, digest, created[digest]) for name, digest in listed if digest in created]
+
+    def names_of(self, digest: str) -> Collection[str]:
+        """Return the names that point at an objective."""
+        return self._names_of.get(digest, frozenset())
 
     def remove_name(self, name: str) -> None:
         """Takes a name off what it points at."""
         with self._names_lock:
-            for path in (self.root / "names").iterdir():
-                if read_record(path).get("name") == name:
-                    path.unlink()
+            self._name_file(name).unlink(missing_ok=True)
+            self._point(name, "")
 
     def remove_objective(self, digest: str) -> None:
         """Takes an objective out, with what was recorded of it; its names and blobs are others' business."""
-        for part in ("objectives", "checks", "derived"):  # In this order: what is no objective is not served.
-            (self.root / part / digest).unlink(missing_ok=True)
+        with self._names_lock:
+            self._created = {other: created for other, created in self._created.items() if other != digest}
+            for part in ("objectives", "checks", "derived"):  # In this order: what is no objective is not served.
+                (self.root / part / digest).unlink(missing_ok=True)
 
     def remove_blob(self, digest: str) -> None:
         """Takes a blob out."""
@@ -344,14 +359,37 @@ class Store:
             _log.error("%s is damaged, and left aside: %s", path, error)
             return None
 
-    def _names(self) -> Mapping[str, str]:
+    def _load_names(self) -> Mapping[str, str]:
         found: dict[str, str] = {}
-        for path in (self.root / "names").iterdir():
+        for path in sorted((self.root / "names").iterdir()):
             record = read_record(path)
             name, digest = record.get("name"), record.get("digest")
-            if isinstance(name, str) and isinstance(digest, str) and _codec.is_digest(digest):
-                found[name] = digest
+            if not (isinstance(name, str) and isinstance(digest, str) and _codec.is_digest(digest)):
+                continue
+            if path != self._name_file(
+                name
+            ):  # `remove_name` would miss it, and the next start would bring the name back.
+                _log.error("%s is damaged, and left aside: it is not the file of its name", path)
+                continue
+            found[name] = digest
         return found
+
+    def _name_file(self, name: str) -> Path:
+        """Return where a name is kept: it can be longer than a file's may be, and has slashes."""
+        return self.root / "names" / _codec.digest(name.encode())
+
+    def _point(self, name: str, digest: str) -> None:
+        """Points a name at an objective in memory; an empty digest: at none."""
+        names, names_of = dict(self._names), dict(self._names_of)
+        before = names.pop(name, None)
+        if before is not None:
+            names_of[before] -= {name}
+            if not names_of[before]:
+                del names_of[before]
+        if digest:
+            names[name] = digest
+            names_of[digest] = names_of.get(digest, frozenset()) | {name}
+        self._names, self._names_of = names, names_of
 
     def keep(self, path: Path, content: Mapping[str, Any]) -> None:
         """Keeps a record of somebody else's below the root, in place of what there was."""
@@ -506,6 +544,19 @@ def _flush_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _not_found(name: str, usable: Sequence[str]) -> ServiceError:
+    # A longer name than any that is stored is near none of them, and comparing takes its time.
+    near = difflib.get_close_matches(name, usable[:_COMPARED], n=3, cutoff=0.5) if len(name) <= _LONGEST else []
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; none of the stored names is near"
+    kind = "digest" if _codec.is_digest(name) else "name"
+    return ServiceError(
+        Code.NOT_FOUND,
+        "OBJECTIVE_NOT_FOUND",
+        f"no objective of {kind} {name[:_LONGEST]!r}{hint}",
+        {"near": ",".join(near)},
+    )
 
 
 def read_record(path: Path) -> Mapping[str, Any]:

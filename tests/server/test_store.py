@@ -1,5 +1,6 @@
 """The store keeps what was committed, whole and verified, across restarts, and of all else it keeps nothing."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from hvpd import _codec
 from hvpd.v1 import objective_pb2, tensor_pb2
+from hvpd_server import _store
 from hvpd_server._admission import check_name
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._store import Store
@@ -567,3 +569,78 @@ def test_of_compiled_programs_those_that_were_read_longest_ago_go(store):
     size = (store.cache / "directory").stat().st_size
     assert store.trim_cache(25 + size) == 3
     assert {path.name for path in store.cache.iterdir()} == {"a", "b", "directory"}
+
+
+# The index of objectives and names
+
+
+def test_a_look_up_reads_no_file(store, monkeypatch):
+    """However many names there are: they are read once, at the start."""
+    for index in range(20):
+        store.add_objective(f"{index:064x}", f"team/{index}")
+    read = []
+    monkeypatch.setattr(_store, "read_record", lambda path: read.append(path) or {})
+    monkeypatch.setattr(Path, "iterdir", lambda path: pytest.fail(f"{path} was listed"))
+    assert store.objective("team/7")[1] == f"{7:064x}"
+    assert store.objective(f"{7:064x}")[0] == "team/7"
+    assert len(store.objectives()) == 20
+    store.add_objective(DIGEST, "team/7")
+    store.remove_name("team/3")
+    with pytest.raises(ServiceError, match="no objective of name 'nothing'"):
+        store.objective("nothing")
+    assert read == []
+
+
+def test_the_index_is_what_a_restart_reads_also_after_changes_from_many_threads(store, start, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    digests = [f"{index:064x}" for index in range(4)]
+    stop = threading.Event()
+
+    def change(seed):
+        rng = np.random.default_rng(seed)
+        for _ in range(60):
+            digest, name = digests[rng.integers(4)], f"name/{rng.integers(6)}"
+            match rng.integers(4):
+                case 0:
+                    store.remove_name(name)
+                case 1:
+                    store.remove_objective(digest)
+                case _:
+                    store.add_objective(digest, name)
+
+    def look():
+        seen = 0
+        while not stop.is_set():
+            for name, digest, _ in store.objectives():
+                assert digest in digests
+                seen += 1
+                with contextlib.suppress(ServiceError):  # It was removed meanwhile.
+                    assert store.objective(name or digest)[1] in digests
+        return seen
+
+    looking = start(look)
+    changing = [start(change, seed) for seed in range(4)]
+    for future in changing:
+        future.result(60)
+    stop.set()
+    assert looking.result(10) > 0
+    indexed = store.objectives(), {digest: set(store.names_of(digest)) for digest in digests}
+    store.close()
+    reopened = Store(store.root)
+    try:
+        assert (reopened.objectives(), {digest: set(reopened.names_of(digest)) for digest in digests}) == indexed
+    finally:
+        reopened.close()
+
+
+def test_a_name_that_the_disk_does_not_take_is_not_in_the_index_either(store, monkeypatch):
+    store.add_objective(DIGEST, "kept")
+
+    def full(path, content):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(store, "_write", full)
+    for digest, name in ((DIGEST, "new"), (OTHER, "kept")):
+        with pytest.raises(OSError, match=os.strerror(28)):
+            store.add_objective(digest, name)
+    assert [(name, digest) for name, digest, _ in store.objectives()] == [("kept", DIGEST)]
