@@ -23,6 +23,9 @@ from hvpd_server._store import Store, read_record
 BLOCK_BYTES = 4096
 """As much as a blob counts at least: a small file takes no less of a disk."""
 
+_ARRIVING_SECONDS = 1.0
+"""Seconds after which uploads that take a tenant's room may have ended."""
+
 
 class Owners:
     """Who has what, of one store. Safe for many threads.
@@ -44,7 +47,7 @@ class Owners:
         self._tenants: set[str] = set()
         self._objectives: dict[str, Mapping[str, bool]] = {}
         self._sizes: dict[str, dict[str, int]] = {}
-        self._arriving: dict[str, list[tuple[str, int]]] = {}
+        self._arriving: dict[str, list[int]] = {}
         for path in self._records():
             record = read_record(path)
             tenant, shared = record.get("tenant"), record.get("shared")
@@ -64,8 +67,13 @@ class Owners:
     # Blobs
 
     def has_blob(self, tenant: str, digest: str) -> bool:
-        """Whether a blob is stored, and the tenant has uploaded it."""
-        return self._store.has(digest) and (not tenant or (self._of(tenant) / "blobs" / digest).exists())
+        """Whether a blob is stored, and the tenant has uploaded it.
+
+        The tenant's own record comes first: the time that the answer takes must not depend on what others have uploaded.
+        """
+        if tenant and not (_codec.is_digest(digest) and (self._path(tenant) / "blobs" / digest).exists()):
+            return False
+        return self._store.has(digest)
 
     def add_blob(self, tenant: str, digest: str) -> None:
         """Records that the tenant has uploaded a blob."""
@@ -74,49 +82,57 @@ class Owners:
 
     @contextlib.contextmanager
     def adding_blob(self, tenant: str, digest: str, size_bytes: int) -> Iterator[None]:
-        """Counts a blob as the tenant's while it is uploaded, and, unless that fails, from then on.
+        """Counts an upload for the tenant while it arrives, and, unless it fails, the blob from then on.
+
+        Each upload counts, because each is a file of its own until it is complete: also one of a blob that the tenant has
+        already, and each of several at once.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED: the tenant may not store so much.
         """
-        if not tenant or self.has_blob(tenant, digest):
+        if not tenant:
             yield
             return
-        arrival = digest, size_bytes
         with self._lock:
-            stored, limit = self._stored_bytes(tenant, but=digest), self._limit_of(tenant)
-            if limit is not None and stored + _charged([size_bytes]) > limit:
+            sizes, limit = self._sizes_of(tenant), self._limit_of(tenant)
+            if not self._store.has(digest):  # It was corrupt and set aside: its bytes are not the tenant's any more.
+                sizes.pop(digest, None)
+            arriving = self._arriving.setdefault(tenant, [])
+            stored, under_way, more = _charged(sizes.values()), _charged(arriving), _charged([size_bytes])
+            if limit is not None and stored + under_way + more > limit:
                 raise ServiceError(
                     Code.RESOURCE_EXHAUSTED,
                     "TENANT_STORAGE",
-                    f"tenant {tenant} has {stored} bytes stored, and may have {limit}: {size_bytes} more are too many; delete objectives, "
-                    "prune what belongs to none (`hvpd delete`, `hvpd prune`), or ask who operates the server for more",
+                    f"Tenant {tenant} has {stored} bytes stored and {under_way} bytes arriving, and {more} more exceed its limit of "
+                    f"{limit} bytes. Delete objectives, prune blobs that belong to none (`hvpd delete`, `hvpd prune`), or ask the "
+                    "operator for more.",
                     {"tenant": tenant},
+                    retry_after=_ARRIVING_SECONDS if stored + more <= limit else None,
                 )
-            self._arriving.setdefault(tenant, []).append(arrival)
+            arriving.append(size_bytes)
+        complete = False
         try:
             yield
             self.add_blob(tenant, digest)
-            with self._lock:
-                self._sizes[tenant][digest] = size_bytes
+            complete = True
         finally:
             with self._lock:
-                self._arriving[tenant].remove(arrival)
+                arriving.remove(size_bytes)
+                if complete:
+                    sizes[digest] = size_bytes
 
     def stored_bytes(self, tenant: str) -> int:
-        """Of the blobs that the tenant has, or is about to have; empty: of all."""
+        """Of the blobs that the tenant has, and of its uploads under way; empty: of all blobs."""
         if not tenant:
             return _charged(map(self._store.size, self._store.blobs()))
         with self._lock:
-            return self._stored_bytes(tenant)
+            return _charged(self._sizes_of(tenant).values()) + _charged(self._arriving.get(tenant, ()))
 
-    def _stored_bytes(self, tenant: str, but: str = "") -> int:
-        """Each blob once, also where it comes several times; all but one."""
+    def _sizes_of(self, tenant: str) -> dict[str, int]:
+        """The sizes of the blobs that the tenant has, by digest; read once."""
         if tenant not in self._sizes:
             self._sizes[tenant] = {digest: self._store.size(digest) for digest in self.blobs(tenant)}
-        sizes = self._sizes[tenant] | dict(self._arriving.get(tenant, ()))
-        sizes.pop(but, None)
-        return _charged(sizes.values())
+        return self._sizes[tenant]
 
     def blobs(self, tenant: str, older_than_seconds: float = 0.0) -> Iterator[str]:
         """The digests of what the tenant has uploaded, so long ago; empty: of all that is stored."""
@@ -205,8 +221,12 @@ class Owners:
             return self.may_use(tenant, digest)
         return owner == tenant or owners[owner]
 
+    def _path(self, tenant: str) -> Path:
+        return self._root / _codec.digest(tenant.encode())
+
     def _of(self, tenant: str) -> Path:
-        found = self._root / _codec.digest(tenant.encode())
+        """Return a tenant's directory, made if it is not there."""
+        found = self._path(tenant)
         if tenant not in self._tenants:
             for part in ("blobs", "objectives"):
                 (found / part).mkdir(parents=True, exist_ok=True)

@@ -99,8 +99,12 @@ class BlobService:
         if first is None:
             raise ServiceError(Code.INVALID_ARGUMENT, "UPLOAD_SIZE", "an upload without a message")
         digest, announced = first.message.digest, first.message.size_bytes
-        upload = self._engine.store.upload(digest, announced)
-        with self._engine.owners.adding_blob(owner_of(context), digest, announced), upload:
+        owner, store = owner_of(context), self._engine.store
+        if owner and self._engine.owners.has_blob(owner, digest) and store.size(digest) == announced:
+            # An earlier try of this call stored it, and its answer was lost: there may be no room to store it twice.
+            return blob_pb2.UploadBlobResponse(size_bytes=announced)
+        upload = store.upload(digest, announced)
+        with self._engine.owners.adding_blob(owner, digest, announced), upload:
             upload.append(first.message.offset_bytes, first.chunk)
             for message, chunk in request_iterator:
                 upload.append(message.offset_bytes, chunk)

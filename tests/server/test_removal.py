@@ -194,6 +194,14 @@ def limited(store):
     return Owners(store, {"a": 10 * B}.get)
 
 
+@pytest.fixture
+def owners_and_calls(store, monkeypatch):
+    """Owners, and the digests that were looked for in the store."""
+    looked, has = [], store.has
+    monkeypatch.setattr(store, "has", lambda digest: looked.append(digest) or has(digest))
+    return Owners(store), looked
+
+
 def put(owners, upload, tenant, content):
     digest = upload(owners._store, content)
     with owners.adding_blob(tenant, digest, len(content)):
@@ -206,11 +214,12 @@ def test_a_tenant_stores_no_more_than_it_may(limited, store, upload):
     put(limited, upload, "a", b"small")
     assert limited.stored_bytes("a") == 7 * B
     with pytest.raises(
-        ServiceError, match=r"has 28672 bytes stored, and may have 40960: 12289 more .*`hvpd prune`"
+        ServiceError,
+        match=r"has 28672 bytes stored and 0 bytes arriving, and 12289 more exceed its limit of 40960 .*`hvpd prune`",
     ) as error:
         put(limited, upload, "a", bytes(3 * B + 1))
     assert (error.value.code, error.value.reason) == (Code.RESOURCE_EXHAUSTED, "TENANT_STORAGE")
-    put(limited, upload, "a", bytes(6 * B))  # It has it already.
+    put(limited, upload, "a", b"small")  # The tenant has it already: it counts twice while it arrives, and then once.
     put(limited, upload, "b", bytes(20 * B))
     last = put(limited, upload, "a", bytes(3 * B))
     assert limited.stored_bytes("a") == Owners(store).stored_bytes("a") == 10 * B
@@ -227,16 +236,36 @@ def test_an_upload_that_fails_counts_nothing(limited):
     assert limited.stored_bytes("a") == 0
 
 
-def test_a_blob_that_comes_twice_at_once_counts_once_and_a_failure_beside_it_nothing(limited):
-    """A client that lost its connection sends anew while the first try is still open; another upload fails meanwhile."""
-    digest = "ab" * 32
-    with limited.adding_blob("a", digest, 9 * B):
-        with limited.adding_blob("a", digest, 9 * B), contextlib.suppress(ZeroDivisionError):
-            with limited.adding_blob("a", "cd" * 32, 1):
-                raise ZeroDivisionError
+def test_each_upload_counts_while_it_arrives_and_its_blob_once(limited, store, upload):
+    """Also of what the tenant has already, and of one blob several times at once: each is a file of its own."""
+    digest = put(limited, upload, "a", bytes(3 * B))
+    with limited.adding_blob("a", digest, 3 * B), limited.adding_blob("a", digest, 3 * B):
         assert limited.stored_bytes("a") == 9 * B
-        with pytest.raises(ServiceError), limited.adding_blob("a", "ef" * 32, 2 * B):
+        with (
+            pytest.raises(ServiceError, match=r"24576 bytes arriving") as error,
+            limited.adding_blob("a", digest, 3 * B),
+        ):
             pass
+        assert error.value.retry_after  # The uploads under way end by themselves.
+        with pytest.raises(ServiceError) as error, limited.adding_blob("a", "ef" * 32, 8 * B):
+            pass
+        assert error.value.retry_after is None  # Waiting does not help.
+        with contextlib.suppress(ZeroDivisionError), limited.adding_blob("a", "cd" * 32, 1):
+            assert limited.stored_bytes("a") == 10 * B
+            raise ZeroDivisionError
+    assert limited.stored_bytes("a") == 3 * B
+
+
+def test_only_the_tenants_own_record_decides_what_is_looked_for(owners_and_calls, upload):
+    """Otherwise the time of an answer tells whether another tenant has a blob."""
+    owners, looked = owners_and_calls
+    digest = upload(owners._store, b"of b")
+    owners.add_blob("b", digest)
+    looked.clear()
+    answers = [owners.has_blob("a", each) for each in (digest, "cd" * 32)]
+    assert (answers, looked) == ([False, False], [])
+    assert owners.has_blob("b", digest)
+    assert looked == [digest]
 
 
 def test_a_blob_that_is_lost_can_be_sent_again(limited, store, upload):

@@ -1,0 +1,167 @@
+"""What one tenant stores neither exceeds its quota, nor shows or hides anything of another: a real server with tenants.
+
+Requests are made without hvpd's client, because the client is polite.
+"""
+
+import contextlib
+import queue
+import time
+
+import grpc
+import pytest
+
+from hvpd import _codec
+from hvpd.v1 import (
+    blob_pb2,
+    blob_pb2_grpc,
+    objective_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+from hvpd_server import _auth
+
+WAIT = 60
+MIB = 1 << 20
+RIGHTS = ("use", "publish")
+
+
+class Tenant:
+    """A tenant's raw calls."""
+
+    def __init__(self, address, token):
+        self.token = token
+        self.address = address
+        self._channel = grpc.insecure_channel(address)
+        self._metadata = (("authorization", f"Bearer {token}"),)
+        self._services = {
+            **dict.fromkeys(["FindMissingBlobs", "UploadBlob", "PruneBlobs"], blob_pb2_grpc.BlobServiceStub),
+            **dict.fromkeys(["GetUsage"], server_pb2_grpc.ServerServiceStub),
+        }
+
+    def close(self):
+        self._channel.close()
+
+    def call(self, method, request):
+        service = self._services.get(method, objective_pb2_grpc.ObjectiveServiceStub)(self._channel)
+        return getattr(service, method)(request, metadata=self._metadata, timeout=WAIT)
+
+    def begin(self, digest, size):
+        """Begins an upload; gives its pieces' queue and its future."""
+        pieces = queue.SimpleQueue()
+        stub = blob_pb2_grpc.BlobServiceStub(self._channel)
+        future = stub.UploadBlob.future(iter(pieces.get, None), metadata=self._metadata, timeout=WAIT)
+        pieces.put(blob_pb2.UploadBlobRequest(digest=digest, size_bytes=size))
+        return pieces, future
+
+    def upload(self, content):
+        digest = _codec.digest(content)
+        chunks = [
+            blob_pb2.UploadBlobRequest(
+                digest=digest, size_bytes=len(content), offset_bytes=at, chunk=content[at : at + MIB]
+            )
+            for at in range(0, max(len(content), 1), MIB)
+        ]
+        self.call("UploadBlob", iter(chunks))
+        return digest
+
+    def stored(self):
+        (usage,) = self.call("GetUsage", server_pb2.GetUsageRequest()).usages
+        return usage.stored_bytes
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    return tmp_path_factory.mktemp("tokens") / "tokens.json"
+
+
+@pytest.fixture(scope="module")
+def server(serve_module, tokens):
+    _auth.create(tokens, "ops", ["use", "publish", "administer"])
+    return serve_module("--tokens", str(tokens))
+
+
+@pytest.fixture
+def tenant(server, tokens):
+    """Gives tenants: tenant(name, **limits)."""
+    with contextlib.ExitStack() as stack:
+
+        def made(name, rights=RIGHTS, **limits):
+            token = _auth.create(tokens, name, rights)[0]
+            if limits:
+                _auth.limit(tokens, name, limits)
+            return stack.enter_context(contextlib.closing(Tenant(server.address, token)))
+
+        yield made
+
+
+def refused(call, *arguments):
+    with pytest.raises(grpc.RpcError) as error:
+        call(*arguments)
+    return error.value.code(), error.value.details()
+
+
+def until(condition):
+    """Asks until it is so."""
+    ends = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < ends
+
+
+def on_disk(store):
+    """The bytes of the files of a store in which uploads end up, those under way included."""
+    return sum(
+        path.stat().st_size for part in ("blobs", "incoming") for path in (store / part).rglob("*") if path.is_file()
+    )
+
+
+# The quota
+
+
+def test_parallel_uploads_of_one_digest_each_take_of_the_quota(server, tenant):
+    """Once, 24 of 8 MiB each were on the disk under a quota of 1 MiB."""
+    attacker = tenant("parallel", stored_bytes=4 * MIB)
+    content = bytes(MIB) + b"parallel"
+    half = _codec.digest(content)
+    before, begun = on_disk(server.store), []
+    try:
+        for _ in range(12):
+            pieces, future = attacker.begin(half, len(content))
+            pieces.put(blob_pb2.UploadBlobRequest(chunk=content[:MIB]))
+            begun.append((pieces, future))
+        until(lambda: sum(future.done() for _, future in begun) == 9)  # Three of a bit more than 1 MiB fit into 4 MiB.
+        refusals = [future for _, future in begun if future.done()]
+        assert {future.code() for future in refusals} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert "exceed its limit of 4194304 bytes" in refusals[0].details()
+        assert on_disk(server.store) - before <= 4 * MIB
+        assert 3 * MIB < attacker.stored() <= 4 * MIB
+    finally:
+        for pieces, future in begun:
+            pieces.put(None)
+            future.cancel()
+    until(lambda: not attacker.stored())  # The calls end on the server a moment later.
+    attacker.upload(content)
+    assert attacker.stored() == len(content)
+
+
+def test_what_a_tenant_has_already_does_not_arrive_again(server, tenant):
+    attacker = tenant("again", stored_bytes=3 * MIB)
+    digest = attacker.upload(bytes(2 * MIB))
+    before = on_disk(server.store)
+    for _ in range(3):
+        assert (
+            attacker.upload(bytes(2 * MIB)) == digest
+        )  # An honest repetition is answered, and there would be no room.
+    pieces, lied = attacker.begin(digest, 2 * MIB + 1)  # Announced as larger, it is no repetition.
+    assert lied.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    pieces.put(None)
+    assert (on_disk(server.store), attacker.stored()) == (before, 2 * MIB)
+
+
+def test_a_quota_that_is_full_costs_nobody_else_and_another_tenants_blob_counts_for_each(tenant):
+    neighbour, attacker = tenant("neighbour"), tenant("full", stored_bytes=MIB)
+    digest = neighbour.upload(bytes(2 * MIB) + b"n")
+    code, _ = refused(attacker.upload, bytes(2 * MIB) + b"n")
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    asked = blob_pb2.FindMissingBlobsRequest(digests=[digest])
+    assert list(attacker.call("FindMissingBlobs", asked).missing_digests) == [digest]
+    assert not neighbour.call("FindMissingBlobs", asked).missing_digests
