@@ -23,6 +23,7 @@ from hvpd_server._errors import Code, ServiceError
 from hvpd_server._executables import Executables
 from hvpd_server._lane import Lane
 from hvpd_server._limits import Limits, Meters, no_limits
+from hvpd_server._memory_budget import program_bytes
 from hvpd_server._metrics import Live, Memory, Metrics
 from hvpd_server._objective import OPERATORS, PRODUCT_MODES, PRODUCT_PRECISIONS, Objective, program_of
 from hvpd_server._owners import Owners
@@ -217,7 +218,17 @@ class Engine:
                 lane = self._lane_of[digest] = self._choose_lane(bundle)
                 lane.expect(bundle)
         loading = functools.partial(self._board.working, digest, compiling=True)
-        build = Executables(digest, bundle, described, lane.device.parts, read, self.vetter, self.store.cache, loading)
+        build = Executables(
+            digest,
+            bundle,
+            described,
+            lane.device.parts,
+            read,
+            self.vetter,
+            self.store.cache,
+            loading,
+            program_bytes(lane.device),
+        )
         programs = _kernels.Programs(described, lane.device, build, self._compiler, self.metrics.compiled)
         with self._objectives_lock:
             return self._objectives.setdefault(digest, lane.objective(digest, bundle, programs))

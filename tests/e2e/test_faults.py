@@ -410,6 +410,8 @@ def test_an_objective_that_lost_a_part_says_what_brings_it_back(serve, spd):
     server.kill()
     digest = bundle.programs["objective"].digest
     (server.store / "blobs" / digest[:2] / digest).write_bytes(b"")
+    for compiled in (server.store / "cache").iterdir():
+        compiled.unlink()
     server.start()
     with hvpd.connect(server.address) as client:
         with pytest.raises(hvpd.HvpdError, match="has lost a part on the server's disk: register it again"):
