@@ -39,6 +39,9 @@ _PATIENCE = 120.0
 _END = 10.0
 """Seconds that it has to end."""
 
+_DYING = 1.0
+"""Seconds between the end of the process's sockets and its own."""
+
 _MOST = 1 << 24
 """Bytes of its answer."""
 
@@ -311,17 +314,32 @@ class Vetter:
         try:
             return attempt()
         except OSError:
-            self._end()
+            self._bury()
             try:
                 return attempt()
             except OSError as error:
-                self._end()
+                self._bury()
                 raise ServiceError(
                     Code.UNAVAILABLE,
                     "VETTING_UNAVAILABLE",
                     f"the process that reads programs before they are used does not run on the server: {error}",
                     retry_after=1.0,
                 ) from error
+
+    def _bury(self) -> None:
+        """Let the process be started again if it is dead. If it lives, only a session is gone, and others use the process."""
+        with self._lock:
+            process = self._process
+        if process is None:
+            return
+        try:
+            process.wait(_DYING)
+        except subprocess.TimeoutExpired:
+            return
+        with self._lock:
+            if self._process is not process:  # Another thread was faster.
+                return
+        self._end()
 
     def _end(self) -> None:
         with self._lock:

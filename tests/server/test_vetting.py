@@ -5,6 +5,7 @@ The reader's own limits and refusals are tested in tests/importer/test_reader.py
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -34,6 +35,7 @@ from hvpd.v1 import objective_pb2
 from hvpd_server import _rules, _vetting
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._rules import Limits
+from hvpd_server.derivation import compiling
 from hvpd_server.importer import families, reader, table
 
 families.load()
@@ -567,6 +569,83 @@ def test_a_process_that_dies_is_started_again(vetter):
     before.wait()
     vetter.vet(good)
     assert vetter._process is not before
+
+
+def order(name, width=0, rows=0):
+    return {"rows": rows, "name": name, "width": width, "devices": [0], "data": 0, "deterministic": False}
+
+
+def compiled(vetter, name, width=0, parts_=None):
+    given = parts_ or parts(PLAIN)
+    key = hashlib.sha256(given["bundle"]).hexdigest()
+    return vetter.compile(key, lambda: given, vetter.vet(given), "cpu", order(name, width))
+
+
+def test_compiles_go_on_when_the_process_is_killed(vetter, start):
+    """Several at a time: each starts again, and none ends what another has started."""
+    given = parts(PLAIN)
+    key, derived = hashlib.sha256(given["bundle"]).hexdigest(), vetter.vet(given)
+    futures = [start(vetter.compile, key, lambda: given, derived, "cpu", order("hvp", width)) for width in (1, 2, 3, 4)]
+    vetter._process.kill()
+    for future in futures:
+        compiling.load(future.result(120), jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    ("work", "reason", "says"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", _rules.COMPILE_FAILED, "SIGSEGV"),
+        ("os._exit(0)", _rules.COMPILE_FAILED, "said nothing"),
+        ("signal.pause()", _rules.COMPILE_FAILED, "more than 0.5 s"),
+        ("raise RuntimeError('RESOURCE_EXHAUSTED: no memory')", _rules.DEVICE_MEMORY, "no memory"),
+        ("raise RuntimeError('XLA does not know this')", _rules.COMPILE_FAILED, "XLA does not know this"),
+    ],
+)
+def test_a_compile_that_ends_badly_is_an_answer_and_the_next_one_is_compiled(monkeypatch, work, reason, says):
+    program = (
+        "import os, signal\n"
+        "from hvpd_server import _vetter\n"
+        "from hvpd_server.derivation import compiling\n"
+        "compile_program = compiling.compile_program\n"
+        "def bad(sized, name, *args, **settings):\n"
+        f"    if name == 'hvp': {work}\n"
+        "    return compile_program(sized, name, *args, **settings)\n"
+        "compiling.compile_program = bad\n"
+        "_vetter.main()\n"
+    )
+    monkeypatch.setattr(_vetting, "_COMMAND", ["-c", program])
+    seconds = 0.5 if "pause" in work else 60
+    with contextlib.closing(_vetting.Vetter(dataclasses.replace(Limits(), compile_seconds=seconds))) as vetter:
+        for _ in range(2):
+            with pytest.raises(ServiceError, match=r"the server cannot compile hvp \(width 1\): ") as error:
+                compiled(vetter, "hvp", 1)
+            assert error.value.reason == reason
+            assert says in str(error.value)
+            if "pause" not in work:
+                compiling.load(compiled(vetter, "value_and_grad"), jax.devices()[:1])
+
+
+def test_a_backend_that_cannot_serialize_is_told_apart(monkeypatch):
+    program = (
+        "from hvpd_server import _vetter\n"
+        "from hvpd_server.derivation import compiling\n"
+        "compiling.dump = lambda compiled: 1 / 0\n"
+        "_vetter.main()\n"
+    )
+    monkeypatch.setattr(_vetting, "_COMMAND", ["-c", program])
+    with (
+        contextlib.closing(_vetting.Vetter()) as vetter,
+        pytest.raises(_vetting.UnsupportedError, match="ZeroDivision"),
+    ):
+        compiled(vetter, "hvp", 1)
+
+
+def test_sessions_that_compile_nothing_end(vetter):
+    compiled(vetter, "hvp", 1)
+    assert vetter._sessions
+    vetter.sweep(-1.0)
+    assert not vetter._sessions
+    compiled(vetter, "hvp", 1)
 
 
 @pytest.mark.parametrize(

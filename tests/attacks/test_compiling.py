@@ -1,0 +1,78 @@
+"""Programs that are made to crash, fill or delay the compiler: the neighbour gets right products from the same process."""
+
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import hvpd
+from bench._large import program
+
+X = np.linspace(0.5, 1.5, 16)
+WAIT = 120
+
+
+@pytest.fixture
+def attacked(serve):
+    """A server with a neighbour who multiplies until the test is over; each product is checked."""
+    server = serve()
+    stop, products = threading.Event(), [0]
+
+    def multiply():
+        with hvpd.connect(server.address) as client:
+            H = client.register(lambda x: jnp.sum(x**4) / 12, X, name="neighbour").at(X).hessian()
+            v = np.ones(16)
+            while not stop.is_set():
+                np.testing.assert_allclose(H @ v, X**2, rtol=1e-12)
+                products[0] += 1
+
+    errors = []
+
+    def noting():
+        try:
+            multiply()
+        except BaseException as error:  # noqa: BLE001 - told below
+            errors.append(error)
+
+    thread = threading.Thread(target=noting)
+    thread.start()
+    pid = server.process.pid
+    with hvpd.connect(server.address) as client:
+        yield client
+    stop.set()
+    thread.join(WAIT)
+    assert not errors
+    assert products[0] > 10
+    assert (server.process.poll(), server.process.pid) == (None, pid)
+
+
+def test_very_many_operations_are_read_and_compiled_beside_a_neighbour(attacked):
+    """That they are refused in the end, for the time that they take, is an answer, too."""
+    objective = attacked.register_stablehlo(program(200), np.ones(16, np.float32))
+    assert np.isfinite(objective.value(np.ones(16)))
+
+
+@pytest.mark.parametrize("power", [4, 7, 12])
+def test_sizes_that_grow_with_a_power_of_the_rows_are_refused(attacked, power):
+    """At 30,000 rows an array has from 6 EiB to more elements than 64 bits count."""
+    rows = np.ones((3, 2))
+
+    def f(x, rows):
+        wide = rows[:, 0]
+        for _ in range(power - 1):
+            wide = jnp.sort((wide[:, None] * rows[None, :, 0]).reshape(-1) * x[0])
+        return jnp.sum(wide) + jnp.sum(x**2)
+
+    objective = attacked.register(f, np.ones(2), rows, any_rows=True)
+    assert np.isfinite(objective.at(np.ones(2)).value)
+    with pytest.raises(hvpd.HvpdError) as error:
+        objective.at(np.ones(2), np.ones((30_000, 2)))
+    assert error.value.reason in ("COMPILE_FAILED", "DEVICE_MEMORY", "PROGRAM_TOO_LARGE", "OPERATION_REFUSED")
+
+
+def test_a_program_that_takes_more_memory_than_the_machine_has_is_refused_before_it_runs(attacked):
+    """Without that, the kernel would give the memory, and end the server when it is used."""
+    with pytest.raises(hvpd.HvpdError, match="bytes of memory beside its arguments") as error:
+        attacked.register(lambda x: jnp.sum(jnp.sort(jnp.arange(2.0**38) * x[0])), np.ones(2))
+    assert error.value.reason == "DEVICE_MEMORY"

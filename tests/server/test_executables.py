@@ -1,0 +1,108 @@
+"""Executables: from the cache, from a worker, or in this process if the backend cannot move them; and how much memory they may take."""
+
+import numpy as np
+import pytest
+
+from hvpd_server import _rules
+from hvpd_server._errors import Code, ServiceError
+from hvpd_server._executables import Executables
+from hvpd_server._vetting import UnsupportedError
+
+
+@pytest.fixture
+def executables(rosen, device, vetter, tmp_path):
+    def executables(instead=None, **settings):
+        parts = {"bundle": rosen.bundle.SerializeToString()} | {
+            name: rosen.read(program.digest) for name, program in rosen.bundle.programs.items()
+        }
+        return Executables(
+            rosen.export.digest,
+            rosen.bundle,
+            vetter.vet(parts),
+            device.parts,
+            rosen.read,
+            instead or vetter,
+            tmp_path,
+            **settings,
+        )
+
+    return executables
+
+
+def right(compiled, rosen):
+    value, _ = compiled(rosen.x)
+    np.testing.assert_allclose(value, rosen.value, rtol=1e-12)
+    return True
+
+
+def test_a_program_is_compiled_once_and_loaded_from_then_on(executables, rosen):
+    compiled, outcome = executables()(0, "value_and_grad", 0)
+    assert outcome == "compiled"
+    assert right(compiled, rosen)
+    loaded, outcome = executables()(0, "value_and_grad", 0)
+    assert outcome == "cached"
+    assert right(loaded, rosen)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda blob: b"", lambda blob: blob[:-1], lambda blob: blob[:40] + bytes(8) + blob[48:], lambda blob: bytes(100)],
+    ids=["empty", "cut", "altered", "zeros"],
+)
+def test_a_file_that_is_damaged_is_compiled_again(executables, rosen, tmp_path, caplog, damage):
+    executables()(0, "value_and_grad", 0)
+    (path,) = tmp_path.iterdir()
+    good = path.read_bytes()
+    path.write_bytes(damage(good))
+    compiled, outcome = executables()(0, "value_and_grad", 0)
+    assert outcome == "compiled"
+    assert "is damaged, and is compiled again" in caplog.text
+    assert right(compiled, rosen)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("change", ["version", "flags"])
+def test_what_it_depends_on_is_part_of_its_name(executables, tmp_path, monkeypatch, change):
+    executables()(0, "value_and_grad", 0)
+    if change == "version":
+        monkeypatch.setattr(_rules, "version", lambda: "other code")
+    else:
+        monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    assert executables()(0, "value_and_grad", 0)[1] == "compiled"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+class Unable:
+    """As a backend that cannot serialize executables."""
+
+    def compile(self, *args):
+        raise UnsupportedError("UNIMPLEMENTED: serialize")
+
+
+def test_a_backend_that_cannot_move_them_compiles_in_this_process_and_says_so(executables, rosen, caplog):
+    found = executables(Unable())
+    for name, width in (("value_and_grad", 0), ("hvp", 2)):
+        compiled, outcome = found(0, name, width)
+        assert outcome == "compiled"
+    assert right(found(0, "value_and_grad", 0)[0], rosen)
+    assert caplog.text.count("this server compiles by itself") == 1
+
+
+def test_a_disk_that_is_full_costs_only_the_cache(executables, rosen, tmp_path, monkeypatch, caplog):
+    def full(*args, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hvpd_server._executables.tempfile.NamedTemporaryFile", full)
+    compiled, _ = executables()(0, "value_and_grad", 0)
+    assert right(compiled, rosen)
+    assert not list(tmp_path.iterdir())
+    assert "a compiled program is not kept" in caplog.text
+
+
+def test_a_program_that_takes_too_much_memory_is_refused_when_it_is_compiled_and_when_it_is_cached(executables):
+    for _ in range(2):
+        with pytest.raises(
+            ServiceError, match=r"value_and_grad \(width 0\) takes \d+ bytes of memory .* and 8 are"
+        ) as error:
+            executables(memory_bytes=8)(0, "value_and_grad", 0)
+        assert (error.value.code, error.value.reason) == (Code.RESOURCE_EXHAUSTED, "DEVICE_MEMORY")
