@@ -1,0 +1,76 @@
+"""The queue of compiles: tenants in turn, so many at a time, an end."""
+
+import threading
+
+import pytest
+
+from hvpd_server._compile_queue import CompileQueue
+
+WAIT = 60
+
+
+class Gate:
+    """Calls that wait until they are let through, and note the order in which they began."""
+
+    def __init__(self):
+        self.began, self.open = [], threading.Event()
+        self.changed = threading.Condition()
+
+    def call(self, name):
+        def run():
+            with self.changed:
+                self.began.append(name)
+                self.changed.notify_all()
+            assert self.open.wait(WAIT)
+            return name
+
+        return run
+
+    def until(self, count):
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.began) >= count, WAIT)
+
+
+def test_one_tenant_leaves_room_for_others():
+    queue, gate = CompileQueue(threads=3, each=2), Gate()
+    futures = [queue.submit("many", gate.call(f"many/{index}")) for index in range(5)]
+    gate.until(2)
+    futures.append(queue.submit("other", gate.call("other/0")))
+    gate.until(3)
+    assert gate.began == ["many/0", "many/1", "other/0"]
+    gate.open.set()
+    assert [future.result(WAIT) for future in futures] == [*(f"many/{index}" for index in range(5)), "other/0"]
+
+
+def test_tenants_take_turns():
+    queue, gate = CompileQueue(threads=1, each=1), Gate()
+    futures = [queue.submit("a", gate.call("first"))]
+    gate.until(1)
+    for tenant, name in [("a", "a1"), ("a", "a2"), ("a", "a3"), ("b", "b1"), ("b", "b2"), ("c", "c1")]:
+        futures.append(queue.submit(tenant, gate.call(name)))
+    gate.open.set()
+    for future in futures:
+        future.result(WAIT)
+    assert gate.began == ["first", "a1", "b1", "c1", "a2", "b2", "a3"]
+
+
+def test_an_error_is_its_callers_and_the_next_call_runs():
+    queue = CompileQueue(threads=1, each=1)
+    failed, worked = queue.submit("a", lambda: 1 / 0), queue.of("a").submit(lambda a, *, b: (a, b), 1, b=2)
+    with pytest.raises(ZeroDivisionError):
+        failed.result(WAIT)
+    assert worked.result(WAIT) == (1, 2)
+    assert queue.submit("b", lambda: 3).result(WAIT) == 3
+
+
+def test_what_waits_when_it_closes_is_cancelled_and_what_runs_ends():
+    queue, gate = CompileQueue(threads=1, each=1), Gate()
+    running, waiting = queue.submit("a", gate.call("running")), queue.submit("a", gate.call("waiting"))
+    gate.until(1)
+    queue.close()
+    assert waiting.cancelled()
+    with pytest.raises(RuntimeError, match="stopping"):
+        queue.submit("a", gate.call("late"))
+    gate.open.set()
+    assert running.result(WAIT) == "running"
+    assert gate.began == ["running"]
