@@ -108,6 +108,6 @@ def test_what_any_rows_does_not_go_with(client):
     assert fixed.value(np.ones(6)) == 30.0
     with pytest.raises(
         hvpd.InvalidArgumentError,
-        match=r"the program objective has a stablehlo.reshape from shape \[7, 6\] to shape \[10, 3\]",
+        match=r"cannot compile value_and_grad \(width 0\): objective has a stablehlo.reshape from shape \[7, 6\] to shape \[10, 3\]",
     ):
         fixed.at(np.zeros(6), np.ones((7, 6)))
