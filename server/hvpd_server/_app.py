@@ -98,7 +98,12 @@ class App:
             tokens.limits if tokens is not None else no_limits,
             tokens.weight if tokens is not None else equal_weights,
         )
-        vetter = Vetter(dataclasses.replace(_rules.Limits(), compile_seconds=config.compile_timeout))
+        allowed = dataclasses.replace(
+            _rules.Limits(),
+            compile_seconds=config.compile_timeout,
+            compile_memory_bytes=_memory_budget.host_bytes() // 2,
+        )
+        vetter = Vetter(allowed)
         self.engine = Engine(
             store, found, limits, self.metrics, board=board, quarantine_after=config.quarantine_after, vetter=vetter
         )
