@@ -379,7 +379,7 @@ class Client:
             name: A name; or a digest, for all its names. Where the server tells tenants apart, they must be the tenant's own.
 
         Returns:
-            Whether the objective is gone; it is not where it has other names, or another tenant has registered it, too.
+            Whether the objective is gone. It stays if it has other names. A tenant is not told whether others have registered it, too.
 
         Raises:
             NotFoundError: There is none.

@@ -131,7 +131,7 @@ class Catalogue:
     def _read(self, digest: str) -> Facts:
         try:
             bundle = _admission.parse(self._store.read(digest, set_aside=False))
-            check = self._checks.found(digest, bundle)
+            check = self._checks.overall(digest, bundle)
         except (ServiceError, OSError) as error:
             return Facts(trouble="damaged", reason=str(error))
         facts = Facts(

@@ -34,6 +34,16 @@ _VERDICTS = {
     None: objective_pb2.VERDICT_UNDECIDED,
 }
 
+_WORST_FIRST = {
+    verdict: place
+    for place, verdict in enumerate(
+        (objective_pb2.VERDICT_FAILED, objective_pb2.VERDICT_UNDECIDED, objective_pb2.VERDICT_PASSED)
+    )
+}
+
+_REASON = 1000
+"""Most characters of a reason that are kept: listings show it."""
+
 Points = Callable[[Callable[[], None]], Callable[[_codec.Array], _check.Curved]]
 """Given what to call before each launch: makes points from flat vectors."""
 
@@ -77,6 +87,10 @@ class LoosePoint:
         return np.concatenate(rows)
 
 
+def _pending() -> objective_pb2.RegistrationCheck:
+    return objective_pb2.RegistrationCheck(verdict=objective_pb2.VERDICT_PENDING, reason="the check has not finished")
+
+
 class _Closed(Exception):  # noqa: N818 - no error: the server ends
     pass
 
@@ -99,16 +113,26 @@ class Checks:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="hvpd-check")
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        self._pending: set[str] = set()
-        self._found: dict[str, objective_pb2.RegistrationCheck] = {}
+        self._pending: set[tuple[str, str]] = set()
+        self._found: dict[tuple[str, str], objective_pb2.RegistrationCheck] = {}
+        """By digest and tenant, what the disk did not take."""
 
     def close(self) -> None:
         """Ends the check that runs before its next launch, and waits for nothing."""
         self._closed.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def start(self, digest: str, bundle: objective_pb2.Bundle, x_digest: str, points: Points, label: str = "") -> None:
-        """Has an objective checked, unless it is known to be right or wrong already.
+    def start(
+        self,
+        digest: str,
+        bundle: objective_pb2.Bundle,
+        x_digest: str,
+        points: Points,
+        label: str = "",
+        *,
+        tenant: str = "",
+    ) -> None:
+        """Has an objective checked for a tenant, unless it is known to be right or wrong for that tenant already.
 
         Args:
             digest: The objective's.
@@ -116,26 +140,36 @@ class Checks:
             x_digest: Of a blob with the flat x.
             points: Makes its points, in the thread of the check; may raise.
             label: Its name, for the log.
+            tenant: Whose registration it is; empty where nobody is told apart.
         """
         decided = (objective_pb2.VERDICT_PASSED, objective_pb2.VERDICT_FAILED, objective_pb2.VERDICT_PENDING)
-        if self.found(digest, bundle).verdict in decided:
+        if self.found(digest, bundle, tenant).verdict in decided:
             return
         with self._lock:
-            if digest in self._pending:
+            if (digest, tenant) in self._pending:
                 return
-            self._pending.add(digest)
+            self._pending.add((digest, tenant))
         with contextlib.suppress(RuntimeError):  # The server is closing.
-            self._thread.submit(self._run, digest, bundle, x_digest, points, label)
+            self._thread.submit(self._run, digest, bundle, x_digest, points, label, tenant)
 
-    def found(self, digest: str, bundle: objective_pb2.Bundle) -> objective_pb2.RegistrationCheck:
-        """What is known of an objective by now."""
+    def overall(self, digest: str, bundle: objective_pb2.Bundle) -> objective_pb2.RegistrationCheck:
+        """Return the worst that is known of an objective, whoever has registered it: for the operator."""
         with self._lock:
-            if digest in self._pending:
-                return objective_pb2.RegistrationCheck(
-                    verdict=objective_pb2.VERDICT_PENDING, reason="the check has not finished"
-                )
-            found = self._found.get(digest)
-        found = found or self._store.check(digest)
+            if any(each == digest for each, _ in self._pending):
+                return _pending()
+            known = [found for (each, _), found in self._found.items() if each == digest]
+        known += self._store.checks(digest)
+        return min(
+            known, key=lambda found: _WORST_FIRST.get(found.verdict, len(_WORST_FIRST)), default=None
+        ) or self.found(digest, bundle)
+
+    def found(self, digest: str, bundle: objective_pb2.Bundle, tenant: str = "") -> objective_pb2.RegistrationCheck:
+        """What is known of an objective by now, of the check that a tenant's registration asked for."""
+        with self._lock:
+            if (digest, tenant) in self._pending:
+                return _pending()
+            found = self._found.get((digest, tenant))
+        found = found or self._store.check(digest, tenant)
         if found is not None:
             return found
         size = math.prod((bundle.n, _codec.dtype(bundle.dtype).itemsize))
@@ -145,7 +179,9 @@ class Checks:
             reason = "no x came with the registration, or the server ended before it was checked"
         return objective_pb2.RegistrationCheck(reason=f"{reason}: run objective.check(x)")
 
-    def _run(self, digest: str, bundle: objective_pb2.Bundle, x_digest: str, points: Points, label: str) -> None:
+    def _run(
+        self, digest: str, bundle: objective_pb2.Bundle, x_digest: str, points: Points, label: str, tenant: str
+    ) -> None:
         try:
             message = self._look(bundle, x_digest, points)
         except (_Closed, concurrent.futures.CancelledError):
@@ -155,16 +191,19 @@ class Checks:
             reason = str(error) if known else f"{type(error).__name__}: {error}"
             level = logging.INFO if known else logging.ERROR
             _log.log(level, "objective %s could not be checked: %s", label or digest, reason, exc_info=not known)
-            message = objective_pb2.RegistrationCheck(verdict=objective_pb2.VERDICT_UNDECIDED, reason=reason)
+            message = objective_pb2.RegistrationCheck(verdict=objective_pb2.VERDICT_UNDECIDED, reason=reason[:_REASON])
         if self._closed.is_set():
             return
+        unkept = {}
         try:
-            self._store.add_check(digest, message)
+            self._store.add_check(digest, message, tenant)
         except OSError as error:
             _log.error("the check of objective %s cannot be kept: %s", digest, error)
+            unkept[digest, tenant] = message
         with self._lock:
-            self._found[digest] = message
-            self._pending.discard(digest)
+            self._found.pop((digest, tenant), None)
+            self._found.update(unkept)
+            self._pending.discard((digest, tenant))
         self._count(_check.verdict_of(message))
         if message.verdict == objective_pb2.VERDICT_FAILED:
             _log.warning(

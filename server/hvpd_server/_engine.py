@@ -125,7 +125,7 @@ class Engine:
         self.metrics.named(digest, name)
         if x_digest:
             points = functools.partial(self.lane(objective).loose_points, objective)
-            self.checks.start(digest, objective.bundle, x_digest, points, name)
+            self.checks.start(digest, objective.bundle, x_digest, points, name, tenant=tenant)
         return objective
 
     def _check_compiles(self, objective: Objective) -> None:
@@ -171,7 +171,7 @@ class Engine:
         """
         with self._registering:
             found = self._removal.delete(name, tenant, expected=expected, anybodys=anybodys or not tenant)
-            if found.gone:
+            if found.removed:
                 self._forget(found.digest)
         return found
 

@@ -1,12 +1,13 @@
 """Whose objectives, names and blobs are whose, where tokens tell tenants apart.
 
     STORE/owners/SHA256/blobs/DIGEST        JSON, empty: the tenant has uploaded this blob
-    STORE/owners/SHA256/objectives/DIGEST   JSON: the tenant has registered this objective, and whether others may use it
+    STORE/owners/SHA256/objectives/DIGEST   JSON: the tenant has registered this objective, when, and whether others may use it
+    STORE/owners/SHA256/checks/DIGEST       JSON: what was found when the objective was checked for the tenant
 
 SHA256 is that of the tenant's name. To know a digest gives no right to anything: a tenant has the blobs that it uploaded itself, and may use
 the objectives that it registered, those that are shared, and those that nobody owns, since they were registered when there were
 no tokens. Where there are none, the tenant is empty, and may use everything. Whatever cannot be read here is nobody's, and shared
-with nobody.
+with nobody. What several tenants have registered is stored once, and each is told of its own registration alone.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from hvpd import _codec
 from hvpd_server._errors import Code, ServiceError
@@ -25,6 +27,17 @@ BLOCK_BYTES = 4096
 
 _ARRIVING_SECONDS = 1.0
 """Seconds after which uploads that take a tenant's room may have ended."""
+
+
+class Registration(NamedTuple):
+    """A tenant's registration of an objective."""
+
+    shared: bool
+    """Whether others may use the objective."""
+    created: int
+    """When it was first registered, in ns since 1970."""
+    own: bool = True
+    """Whether its time and its check are recorded for the tenant; False for records of older servers."""
 
 
 class Owners:
@@ -45,15 +58,16 @@ class Owners:
         self._root.mkdir(exist_ok=True)
         self._lock = threading.Lock()
         self._tenants: set[str] = set()
-        self._objectives: dict[str, Mapping[str, bool]] = {}
+        self._objectives: dict[str, Mapping[str, Registration]] = {}
         self._sizes: dict[str, dict[str, int]] = {}
         self._arriving: dict[str, list[int]] = {}
         for path in self._records():
             record = read_record(path)
-            tenant, shared = record.get("tenant"), record.get("shared")
+            tenant, shared, created = (record.get(key) for key in ("tenant", "shared", "create_time_ns"))
             owners = dict(self._objectives.get(path.name, {}))
             if isinstance(tenant, str) and _codec.digest(tenant.encode()) == path.parent.parent.name:
-                owners[tenant] = shared is True
+                found = Registration(shared is True, path.stat().st_mtime_ns, own=False)
+                owners[tenant] = found._replace(created=created, own=True) if isinstance(created, int) else found
             self._objectives[path.name] = owners
 
     def _records(self) -> Iterator[Path]:
@@ -159,7 +173,7 @@ class Owners:
     def may_use(self, tenant: str, digest: str) -> bool:
         """Whether an objective is the tenant's, or shared, or nobody's."""
         owners = self._objectives.get(digest)
-        return not tenant or owners is None or tenant in owners or any(owners.values())
+        return not tenant or owners is None or tenant in owners or any(each.shared for each in owners.values())
 
     def add_objective(self, tenant: str, digest: str, *, shared: bool) -> None:
         """Records that the tenant registers an objective. What was nobody's so far stays everybody's."""
@@ -168,13 +182,29 @@ class Owners:
         with self._lock:
             owners = self._objectives.get(digest)
             shared = shared or (owners is None and self._store.registered(digest))
-            if owners is None or owners.get(tenant) is not shared:
-                self._store.keep(self._of(tenant) / "objectives" / digest, {"tenant": tenant, "shared": shared})
-                self._objectives[digest] = {**(owners or {}), tenant: shared}
+            before = owners.get(tenant) if owners else None
+            found = Registration(shared, before.created if before else time.time_ns())
+            if found != before:
+                record = {"tenant": tenant, "shared": shared, "create_time_ns": found.created}
+                self._store.keep(self._of(tenant) / "objectives" / digest, record)
+                self._objectives[digest] = {**(owners or {}), tenant: found}
 
-    def owners_of(self, digest: str) -> Mapping[str, bool]:
-        """The tenants that have registered an objective, and whether others may use it for that."""
+    def owners_of(self, digest: str) -> Mapping[str, Registration]:
+        """The tenants that have registered an objective, with their registrations."""
         return self._objectives.get(digest, {})
+
+    def told(self, tenant: str, digest: str) -> tuple[str, int | None]:
+        """Return of whose registration a tenant is told, and its time: of its own, or of the first that is shared with it.
+
+        Empty: of what the store has on record for all. None: at the time on that record.
+        """
+        owners = self._objectives.get(digest)
+        if not tenant or not owners:
+            return "", None
+        shared = sorted((each.created, name) for name, each in owners.items() if each.shared)
+        whose = tenant if tenant in owners or not shared else shared[0][1]
+        found = owners.get(whose)
+        return ("", None) if found is None else (whose if found.own else "", found.created)
 
     def objectives_of(self, tenant: str) -> list[str]:
         """The digests of what the tenant has registered; empty: of all that is."""
@@ -186,8 +216,9 @@ class Owners:
     def remove_objective(self, tenant: str, digest: str) -> None:
         """Takes an objective from a tenant. What is nobody's then must be taken out of the store first: it would be everybody's."""
         with self._lock:
-            (self._of(tenant) / "objectives" / digest).unlink(missing_ok=True)
-            rest = {other: shared for other, shared in self._objectives.get(digest, {}).items() if other != tenant}
+            for part in ("objectives", "checks"):
+                (self._of(tenant) / part / digest).unlink(missing_ok=True)
+            rest = {other: each for other, each in self._objectives.get(digest, {}).items() if other != tenant}
             if rest:
                 self._objectives[digest] = rest
             else:
@@ -201,13 +232,17 @@ class Owners:
 
     def find(self, tenant: str, name: str) -> tuple[str, str, int]:
         """As `Store.objective`, of what the tenant may use: its own names first, then full ones, then digests."""
-        return self._store.objective(
+        shown, digest, created = self._store.objective(
             name, own=self.full_name(tenant, name), visible=functools.partial(self._visible, tenant)
         )
+        return shown, digest, self.told(tenant, digest)[1] or created
 
     def listing(self, tenant: str) -> list[tuple[str, str, int]]:
         """As `Store.objectives`, of what the tenant may use, and as far as it may know the names."""
-        every = self._store.objectives()
+        every = [
+            (name, digest, self.told(tenant, digest)[1] or created)
+            for name, digest, created in self._store.objectives()
+        ]
         named = [entry for entry in every if entry[0] and self._visible(tenant, *entry[:2])]
         seen = {digest for _, digest, _ in named}
         rest = {digest: when for _, digest, when in every if digest not in seen and self.may_use(tenant, digest)}
@@ -219,7 +254,7 @@ class Owners:
         owner = name.partition("/")[0]
         if not tenant or not owners or owner not in owners:
             return self.may_use(tenant, digest)
-        return owner == tenant or owners[owner]
+        return owner == tenant or owners[owner].shared
 
     def _path(self, tenant: str) -> Path:
         return self._root / _codec.digest(tenant.encode())
@@ -228,7 +263,7 @@ class Owners:
         """Return a tenant's directory, made if it is not there."""
         found = self._path(tenant)
         if tenant not in self._tenants:
-            for part in ("blobs", "objectives"):
+            for part in ("blobs", "objectives", "checks"):
                 (found / part).mkdir(parents=True, exist_ok=True)
             self._tenants.add(tenant)
         return found

@@ -25,6 +25,8 @@ class Deleted:
     digest: str
     """The objective's."""
     gone: bool
+    """Whether the caller has it no more: a tenant is not told whether others have it."""
+    removed: bool
     """Whether it is out of the store."""
 
 
@@ -82,7 +84,7 @@ class Removal:
         by_name = name in (shown, shown.removeprefix(f"{tenant}/"))
         own = by_name and tenant and shown.startswith(f"{tenant}/")
         whose = set(self._owners.owners_of(digest))
-        every = names = [each for each, to, _ in self._store.objectives() if to == digest and each]
+        every = names = sorted(self._store.names_of(digest))
         if own or not anybodys:
             names = [each for each in every if each.partition("/")[0] == tenant]
             whose &= {tenant}
@@ -94,10 +96,10 @@ class Removal:
                 )
         if by_name and len(names) > 1:
             self._store.remove_name(shown)
-            return Deleted(digest, gone=False)
+            return Deleted(digest, gone=False, removed=False)
         rest = {*every} - {*names} or set(self._owners.owners_of(digest)) - whose
         self._delete(digest, names, whose or {""}, gone=not rest)
-        return Deleted(digest, gone=not rest)
+        return Deleted(digest, gone=not (rest and anybodys), removed=not rest)
 
     def _find(self, name: str, tenant: str, *, anybodys: bool) -> tuple[str, str, int]:
         """As `Owners.find`: what is the tenant's, then what is anybody's."""

@@ -155,11 +155,12 @@ class ObjectiveService:
                 Code.INVALID_ARGUMENT, "INVALID_PAGE", "page_size or page_token is not one of this server's"
             )
         start = int(request.page_token or 0)
-        known = self._engine.owners.listing(owner_of(context))
+        owner = owner_of(context)
+        known = self._engine.owners.listing(owner)
         response = objective_pb2.ListObjectivesResponse()
         for name, digest, created in known[start : start + size]:
             try:
-                objective = self._message(name, digest, created)
+                objective = self._message(name, digest, created, owner)
             except ServiceError as error:
                 _log.error("objective %s cannot be listed: %s", name or digest, error)
                 continue
@@ -200,13 +201,14 @@ class ObjectiveService:
         return objective_pb2.ReleaseObjectiveResponse(strikes=self._engine.release(request.name))
 
     def _objective(self, name: str, owner: str) -> objective_pb2.Objective:
-        return self._message(*self._engine.owners.find(owner, name))
+        return self._message(*self._engine.owners.find(owner, name), owner)
 
-    def _message(self, name: str, digest: str, created: int) -> objective_pb2.Objective:
+    def _message(self, name: str, digest: str, created: int, owner: str) -> objective_pb2.Objective:
         created_at = timestamp_pb2.Timestamp()
         created_at.FromNanoseconds(created)
         bundle = self._engine.bundle(digest)
-        check = self._engine.checks.found(digest, bundle)
+        whose, _ = self._engine.owners.told(owner, digest)
+        check = self._engine.checks.found(digest, bundle, whose)
         return objective_pb2.Objective(
             name=name,
             digest=digest,

@@ -2,7 +2,7 @@
 
     STORE/blobs/ab/abcd...     bytes whose SHA-256 is the file's name
     STORE/objectives/DIGEST    JSON: when it was registered
-    STORE/checks/DIGEST        JSON: what was found when the objective was checked after its registration
+    STORE/checks/DIGEST        JSON: what was found when the objective was checked after a registration of no tenant
     STORE/owners/              who has uploaded and registered what; see _owners
     STORE/derived/DIGEST       JSON: what the server derived from the bundle, and by which version
     STORE/names/SHA256         JSON: a name, and the digest that it points at; the file is named by the name's own digest
@@ -325,21 +325,22 @@ class Store:
         """The parsed bundle of an objective."""
         return objective_pb2.Bundle.FromString(self.read(digest))
 
-    def add_check(self, digest: str, found: objective_pb2.RegistrationCheck) -> None:
-        """Keeps what was found when an objective was checked, in place of what there was."""
-        self._write(self.root / "checks" / digest, json_format.MessageToDict(found, preserving_proto_field_name=True))
+    def add_check(self, digest: str, found: objective_pb2.RegistrationCheck, tenant: str = "") -> None:
+        """Keeps what was found when an objective was checked for a tenant, in place of what there was."""
+        self._write(self._check(digest, tenant), json_format.MessageToDict(found, preserving_proto_field_name=True))
 
-    def check(self, digest: str) -> objective_pb2.RegistrationCheck | None:
-        """What was found when an objective was checked; None where nothing was kept, or it is damaged."""
-        path = self.root / "checks" / digest
-        record = read_record(path)
-        if not record:
-            return None
-        try:
-            return json_format.ParseDict(dict(record), objective_pb2.RegistrationCheck(), ignore_unknown_fields=True)
-        except json_format.ParseError as error:
-            _log.error("%s is damaged, and left aside: %s", path, error)
-            return None
+    def check(self, digest: str, tenant: str = "") -> objective_pb2.RegistrationCheck | None:
+        """What was found when an objective was checked for a tenant; None where nothing was kept, or it is damaged."""
+        return _read_check(self._check(digest, tenant))
+
+    def checks(self, digest: str) -> list[objective_pb2.RegistrationCheck]:
+        """Return what was found for all who have registered an objective."""
+        paths = [self._check(digest, ""), *self.root.glob(f"owners/*/checks/{digest}")]
+        return [found for found in map(_read_check, paths) if found is not None]
+
+    def _check(self, digest: str, tenant: str) -> Path:
+        directory = self.root / "owners" / _codec.digest(tenant.encode()) if tenant else self.root
+        return directory / "checks" / digest
 
     def add_derivation(self, digest: str, version: str, found: objective_pb2.Derivation) -> None:
         """Keep what was derived from a bundle, with the version of the code that derived it."""
@@ -568,6 +569,17 @@ def read_record(path: Path) -> Mapping[str, Any]:
             _log.error("%s is damaged, and left aside: %s", path, error)
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def _read_check(path: Path) -> objective_pb2.RegistrationCheck | None:
+    record = read_record(path)
+    if not record:
+        return None
+    try:
+        return json_format.ParseDict(dict(record), objective_pb2.RegistrationCheck(), ignore_unknown_fields=True)
+    except json_format.ParseError as error:
+        _log.error("%s is damaged, and left aside: %s", path, error)
+        return None
 
 
 def _created(marker: Path) -> int | None:

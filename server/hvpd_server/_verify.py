@@ -118,6 +118,8 @@ def _owners(root: Path, problems: list[str]) -> None:
             record = _record(root, path, problems)
             if record is not None and _codec.digest(str(record.get("tenant")).encode()) != tenant.name:
                 problems.append(f"{path.relative_to(root)} is damaged: it is not that of its tenant")
+        for path in _files(tenant / "checks"):
+            _record(root, path, problems)
 
 
 def _blobs(root: Path, problems: list[str]) -> tuple[Mapping[str, int], set[str]]:

@@ -8,17 +8,21 @@ import queue
 import time
 
 import grpc
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import hvpd
 from hvpd import _codec
 from hvpd.v1 import (
     blob_pb2,
     blob_pb2_grpc,
+    objective_pb2,
     objective_pb2_grpc,
     server_pb2,
     server_pb2_grpc,
 )
-from hvpd_server import _auth
+from hvpd_server import _admission, _auth
 
 WAIT = 60
 MIB = 1 << 20
@@ -28,7 +32,8 @@ RIGHTS = ("use", "publish")
 class Tenant:
     """A tenant's raw calls."""
 
-    def __init__(self, address, token):
+    def __init__(self, address, token, store=None):
+        self.store = store
         self.token = token
         self.address = address
         self._channel = grpc.insecure_channel(address)
@@ -89,7 +94,7 @@ def tenant(server, tokens):
             token = _auth.create(tokens, name, rights)[0]
             if limits:
                 _auth.limit(tokens, name, limits)
-            return stack.enter_context(contextlib.closing(Tenant(server.address, token)))
+            return stack.enter_context(contextlib.closing(Tenant(server.address, token, server.store)))
 
         yield made
 
@@ -165,3 +170,99 @@ def test_a_quota_that_is_full_costs_nobody_else_and_another_tenants_blob_counts_
     asked = blob_pb2.FindMissingBlobsRequest(digests=[digest])
     assert list(attacker.call("FindMissingBlobs", asked).missing_digests) == [digest]
     assert not neighbour.call("FindMissingBlobs", asked).missing_digests
+
+
+# What is stored once for several tenants
+
+
+def quartic(x, data):
+    return jnp.sum(data * x**4) / 12
+
+
+def registered(tenant, seed, **settings):
+    """Registers by hvpd's client; gives the digest, x and data."""
+    x, data = np.random.default_rng(seed).uniform(1, 2, (2, 5))
+    with hvpd.connect(tenant.address, token=tenant.token) as client:
+        objective = client.register(quartic, x, data, **settings)
+        until(lambda: objective.registration_check().verdict != "pending")
+        return objective.digest, x, data
+
+
+def works(tenant, digest, x, data):
+    with hvpd.connect(tenant.address, token=tenant.token) as client:
+        product = client.objective(digest).at(x).hessian() @ np.ones(5)
+    np.testing.assert_allclose(product, data * x**2)
+
+
+def get(tenant, name):
+    return tenant.call("GetObjective", objective_pb2.GetObjectiveRequest(name=name)).objective
+
+
+def test_who_registers_the_same_sees_only_its_own_registration(tenant):
+    first, second, third = (tenant(name) for name in ("first", "second", "third"))
+    digest, x, data = registered(first, 1, name="mine")
+    before = get(first, digest)
+    assert before.check.verdict == objective_pb2.VERDICT_PASSED
+    alone, *_ = registered(second, 2)  # What the second sees of an objective that nobody else has.
+    assert registered(second, 1)[0] == digest
+    # The third sends no x, and so has no check.
+    for content in blobs(first, digest):
+        third.upload(content)
+    reply = third.call("CreateObjective", objective_pb2.CreateObjectiveRequest(digest=digest)).objective
+    assert reply.check.verdict == objective_pb2.VERDICT_UNSPECIFIED
+    assert "no x came" in reply.check.reason
+    (listed,) = third.call("ListObjectives", objective_pb2.ListObjectivesRequest()).objectives
+    assert (listed.check, listed.create_time, listed.name) == (reply.check, reply.create_time, "")
+    times = [get(each, digest).create_time.ToNanoseconds() for each in (first, second, third)]
+    assert times == sorted(set(times))
+    assert times[1] > get(second, alone).create_time.ToNanoseconds()
+    assert str(get(first, digest)) == str(before)
+    # Each deletes its own, and is told the same as if nobody else had it.
+    answers = [
+        second.call("DeleteObjective", objective_pb2.DeleteObjectiveRequest(name=each)).deleted
+        for each in (alone, digest)
+    ]
+    assert answers == [True, True]
+    assert refused(get, second, digest)[0] is grpc.StatusCode.NOT_FOUND
+    works(first, digest, x, data)
+    assert third.call("DeleteObjective", objective_pb2.DeleteObjectiveRequest(name=digest)).deleted
+    assert registered(second, 1)[0] == digest
+    assert get(second, digest).create_time.ToNanoseconds() > times[2]
+    works(first, digest, x, data)
+    assert first.call("DeleteObjective", objective_pb2.DeleteObjectiveRequest(name="mine")).deleted
+    works(second, digest, x, data)
+
+
+def blobs(tenant, digest):
+    """The contents of an objective's blobs, which any tenant may have made by itself."""
+    bundle = (tenant.store / "blobs" / digest[:2] / digest).read_bytes()
+    parts = _admission.references(objective_pb2.Bundle.FromString(bundle))
+    return [bundle, *((tenant.store / "blobs" / part[:2] / part).read_bytes() for part in parts)]
+
+
+def test_a_restart_keeps_whose_registration_is_whose(serve, tokens):
+    server = serve("--tokens", str(tokens))
+    made = [Tenant(server.address, _auth.create(tokens, name, RIGHTS)[0]) for name in ("early", "late")]
+    try:
+        digests = {registered(each, 3)[0] for each in made}
+        (digest,) = digests
+        before = [str(get(each, digest)) for each in made]
+        assert before[0] != before[1]
+        server.kill()
+        server.start()
+        with contextlib.closing(Tenant(server.address, made[0].token)) as early:
+            until(lambda: answers(early))
+            assert str(get(early, digest)) == before[0]
+        with contextlib.closing(Tenant(server.address, made[1].token)) as late:
+            assert str(get(late, digest)) == before[1]
+    finally:
+        for each in made:
+            each.close()
+
+
+def answers(tenant):
+    try:
+        tenant.stored()
+    except grpc.RpcError:
+        return False
+    return True

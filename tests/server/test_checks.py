@@ -11,6 +11,7 @@ import pytest
 
 from hvpd import _codec
 from hvpd.v1 import curvature_pb2, objective_pb2
+from hvpd_server import _kernels
 from hvpd_server._checks import Checks
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._store import Store
@@ -66,9 +67,9 @@ class Setting:
         self.counted = []
         self.checks = Checks(store, waiting, self.counted.append)
 
-    def start(self, points, *, x=(1.0, 2.0, 3.0), digest=DIGEST, label="team/quartic", bundle=BUNDLE):
+    def start(self, points, *, x=(1.0, 2.0, 3.0), digest=DIGEST, label="team/quartic", bundle=BUNDLE, tenant=""):
         blob = self.upload(self.store, np.array(x).tobytes())
-        self.checks.start(digest, bundle, blob, points, label)
+        self.checks.start(digest, bundle, blob, points, label, tenant=tenant)
 
     def found(self, digest=DIGEST):
         return self.checks.found(digest, BUNDLE)
@@ -259,13 +260,50 @@ def test_a_record_of_a_newer_server_is_read_as_far_as_it_is_known(setting):
 
 
 def test_a_disk_that_keeps_nothing_does_not_hide_the_verdict(setting, monkeypatch, caplog):
-    def full(digest, found):
+    def full(digest, found, tenant):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(setting.store, "add_check", full)
     setting.start(wrong)
     assert setting.finish().verdict == FAILED
     assert "No space left" in caplog.text
+
+
+# Of several tenants
+
+
+def test_each_tenant_has_a_check_of_its_own(setting):
+    """Otherwise the verdict tells that another has registered the same."""
+    for tenant in "ab":
+        setting.store.root.joinpath("owners", _codec.digest(tenant.encode())).mkdir(parents=True)
+    setting.start(wrong, tenant="a")
+    setting.finish()
+    assert setting.checks.found(DIGEST, BUNDLE, "a").verdict == FAILED
+    assert setting.checks.found(DIGEST, BUNDLE, "b") == setting.found()
+    assert setting.found().verdict == UNSPECIFIED
+    setting.start(right, tenant="b")
+    setting.finish()
+    for known in (setting, reopened(setting)):
+        assert [known.checks.found(DIGEST, BUNDLE, tenant).verdict for tenant in "ab"] == [FAILED, PASSED]
+        assert known.checks.overall(DIGEST, BUNDLE).verdict == FAILED  # As the operator sees it.
+    known.checks.close()
+    known.store.close()
+
+
+def test_a_check_that_runs_is_pending_for_its_tenant_alone(setting):
+    begun, may_go = threading.Event(), threading.Event()
+
+    def held(turn):
+        begun.set()
+        assert may_go.wait(WAIT)
+        return Quartic
+
+    setting.start(held, tenant="a")
+    assert begun.wait(WAIT)
+    assert [setting.checks.found(DIGEST, BUNDLE, tenant).verdict for tenant in "ab"] == [PENDING, UNSPECIFIED]
+    assert setting.checks.overall(DIGEST, BUNDLE).verdict == PENDING
+    may_go.set()
+    setting.finish()
 
 
 # Beside others
@@ -425,15 +463,18 @@ def test_where_there_is_no_room_nothing_is_dropped(uploaded, upload, rosen, logi
 
 
 def test_a_program_that_cannot_be_compiled_is_a_reason(uploaded, upload, rosen, monkeypatch):
-    engine = uploaded(rosen)
+    """The first one compiles: otherwise nothing is registered."""
+    engine, compile_ = uploaded(rosen), _kernels.Kernels._compile
 
     def refuse(self, name, width):
+        if name == "value_and_grad":
+            return compile_(self, name, width)
         raise ServiceError(Code.INVALID_ARGUMENT, "COMPILE_FAILED", f"the server cannot compile {name}")
 
     monkeypatch.setattr("hvpd_server._kernels.Kernels._compile", refuse)
     register(engine, rosen, upload)
     found = finished(engine, rosen)
-    assert (found.verdict, found.reason) == (UNDECIDED, "the server cannot compile value_and_grad")
+    assert (found.verdict, found.reason) == (UNDECIDED, "the server cannot compile hvp")
 
 
 def test_data_that_is_corrupt_is_a_reason_and_left_for_the_user_to_find(uploaded, upload, logistic):

@@ -1,10 +1,12 @@
 """Whose objectives, names and blobs are whose: records on the disk, and what follows from them."""
 
 import json
+import os
 
 import pytest
 
 from hvpd import _codec
+from hvpd.v1 import objective_pb2
 from hvpd_server._errors import ServiceError
 from hvpd_server._owners import Owners
 
@@ -170,3 +172,46 @@ def test_shared_is_said_by_true_alone(owners, store):
     (path,) = (store.root / "owners").glob(f"*/objectives/{D}")
     path.write_text(json.dumps({"tenant": "a", "shared": "yes"}))
     assert [Owners(store).may_use(tenant, D) for tenant in ("a", "b")] == [True, False]
+
+
+def test_each_tenant_is_told_of_its_own_registration(owners, store, monkeypatch):
+    now = iter(range(10**9, 2 * 10**9, 1000))
+    monkeypatch.setattr("time.time_ns", lambda: next(now))
+    register(owners, store, "a", D, "mlp")
+    register(owners, store, "b", D, "mlp")
+    register(owners, store, "b", D, "again", shared=True)
+    for known in (owners, Owners(store)):
+        a, b, c = (known.find(tenant, D)[2] for tenant in "abc")
+        assert a < b == c  # Of a's, c knows nothing.
+        assert {when for _, _, when in known.listing("a")} == {a}
+        assert {when for _, _, when in known.listing("b")} == {b}
+        assert [known.told(tenant, D) for tenant in ("a", "b", "c")] == [("a", a), ("b", b), ("b", b)]
+        assert known.told("", D) == ("", None)
+    register(owners, store, "b", D, "mlp")
+    assert owners.find("b", D)[2] == b
+    assert owners.told("c", D) == ("", None)
+    owners.remove_objective("b", D)
+    register(owners, store, "b", D, "mlp")
+    assert owners.find("b", D)[2] > b
+
+
+def test_a_record_of_an_older_server_is_read_and_made_anew_with_the_next_registration(owners, store):
+    register(owners, store, "a", D, "mlp", shared=True)
+    (path,) = (store.root / "owners").glob(f"*/objectives/{D}")
+    path.write_text(json.dumps({"tenant": "a", "shared": True}))
+    os.utime(path, ns=(5 * 10**9, 5 * 10**9))
+    old = Owners(store)
+    assert [old.may_use(tenant, D) for tenant in "ab"] == [True, True]
+    assert old.find("a", "mlp")[2] == old.find("b", "a/mlp")[2] == 5 * 10**9
+    assert old.told("a", D) == ("", 5 * 10**9)  # Its check was kept for all.
+    register(old, store, "a", D, "mlp", shared=True)
+    assert old.told("a", D) == Owners(store).told("a", D) == ("a", 5 * 10**9)
+
+
+def test_a_tenants_check_goes_with_its_objective(owners, store):
+    for tenant in "ab":
+        register(owners, store, tenant, D)
+        store.add_check(D, objective_pb2.RegistrationCheck(verdict="VERDICT_PASSED"), tenant)
+    owners.remove_objective("a", D)
+    assert store.check(D, "a") is None
+    assert store.check(D, "b").verdict == objective_pb2.VERDICT_PASSED

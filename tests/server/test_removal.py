@@ -116,11 +116,13 @@ def test_what_two_tenants_have_registered_goes_with_the_second(place):
     digests = {place.register(tenant, "mlp", b"data") for tenant in "ab"}
     assert len(digests) == 1
     found = place.delete("mlp", "a")
-    assert not found.gone
+    assert found.gone  # As `a` is told, whether or not `b` has it.
+    assert not found.removed
     assert place.names("a") == []
     assert place.names("b") == ["b/mlp"]
     assert not place.owners.may_use("a", found.digest)
-    assert place.delete("mlp", "b").gone
+    found = place.delete("mlp", "b")
+    assert (found.gone, found.removed) == (True, True)
     assert place.contents() == set()
     assert Owners(place.store).listing("") == []
 

@@ -86,7 +86,7 @@ class DeleteObjectiveResponse(google.protobuf.message.Message):
     digest: builtins.str
     """Digest of the objective."""
     deleted: builtins.bool
-    """Whether it is gone from the store, for everybody."""
+    """Whether the tenant has it no longer. For callers with `administer`, and without tokens: whether it is gone from the store."""
     def __init__(
         self,
         *,
@@ -608,11 +608,11 @@ class Objective(google.protobuf.message.Message):
 
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
-        """When it was first registered here."""
+        """When the tenant first registered it; of an objective that another tenant shares, when that tenant did."""
 
     @property
     def check(self) -> Global___RegistrationCheck:
-        """The cheap check that runs after registration, off the product path."""
+        """The cheap check that runs after that registration, off the product path."""
 
     @property
     def derivation(self) -> Global___Derivation:
