@@ -199,8 +199,7 @@ class Transport:
             self.close()
             raise
         self._widest = max(self.server.max_block_width, 1)
-        # Past a proxy or a tunnel, which has a port of its own, nobody is to go.
-        self._vectors.offered = bool(self.server.vector_port) and address.endswith(f":{self.server.port}")
+        self._vectors.offered = self._has_vector_port(self.server) and not self._proxied(host)
 
     def _open_channel(self) -> None:
         options = [
@@ -643,11 +642,39 @@ class Transport:
             counts["seconds"] += seconds
 
     def _ticket(self, seconds: float) -> tuple[curvature_pb2.CreateVectorTicketResponse, str]:
-        """For a connection to the vector port; outside of `call`: without it, products go over streams."""
+        """For a connection to the vector port; outside of `call`: without it, products go over streams.
+
+        Raises:
+            ConnectionError: The ticket is for another port than the server's own. A server that was started again has another port than
+                at first, so the server is asked anew.
+        """
         request_id = _request_id.new()
         metadata = (*self._metadata, (_request_id.KEY, request_id))
+        stub = server_pb2_grpc.ServerServiceStub(self._channel)
+        server = stub.GetServer(server_pb2.GetServerRequest(), metadata=self._metadata, timeout=seconds)
         request = curvature_pb2.CreateVectorTicketRequest()
-        return self._create_vector_ticket(request, metadata=metadata, timeout=seconds), request_id
+        ticket: curvature_pb2.CreateVectorTicketResponse
+        ticket = self._create_vector_ticket(request, metadata=metadata, timeout=seconds)
+        unanswered = None in (server, ticket)  # gRPC gives None for a call that ended well and without an answer.
+        if unanswered or not self._has_vector_port(server) or ticket.port != server.vector_port:
+            raise ConnectionError("the ticket is not for the vector port that the server states")
+        return ticket, request_id
+
+    def _has_vector_port(self, server: server_pb2.GetServerResponse) -> bool:
+        """Return whether the server states a vector port that is reached as the server itself is.
+
+        A tunnel or a proxy has a port of its own, and nothing is to go past it.
+        """
+        return 0 < server.vector_port < 1 << 16 and self.address.endswith(f":{server.port}")
+
+    def _proxied(self, host: str) -> bool:
+        """Return whether gRPC goes to that host through a proxy that the environment names."""
+        if self._local:
+            return False
+        from urllib.request import getproxies_environment, proxy_bypass
+
+        named = {"grpc", "https", "http"} & set(getproxies_environment())
+        return bool(named) and not proxy_bypass(host)
 
     def _alive(self) -> bool:
         """Whether the server answers at all."""

@@ -3,6 +3,7 @@ or where there can be none, products go over gRPC's streams: nobody waits for a 
 """
 
 import contextlib
+import hmac
 import logging
 import socket
 import threading
@@ -227,15 +228,31 @@ class VectorPool:
 
     def _connected(self) -> VectorStream:
         ticket, request_id = self._ticket(_OPENING_SECONDS)
+        _check(ticket)
         with contextlib.ExitStack() as stack:
             sock = stack.enter_context(socket.create_connection((self._host, ticket.port), _OPENING_SECONDS))
             _vectors.tune(sock)
             if self._tls is not None:
                 sock = stack.enter_context(self._tls.context.wrap_socket(sock, server_hostname=self._host))
             connection = Connection(sock, _OPENING_SECONDS)
+            # The ticket may lie about the port, and any service may listen there: nothing is sent before this server has spoken.
+            self._expect(connection, _vectors.MAGIC + ticket.greeting, ticket.port)
             connection.send(_vectors.MAGIC + ticket.id)
-            if connection.receive(_vectors.PROOF_BYTES) != ticket.server_proof:
-                raise ConnectionError(f"somebody else listens on port {ticket.port} of {self._host}")
+            self._expect(connection, ticket.server_proof, ticket.port)
             connection.send(ticket.client_proof)
             stack.pop_all()
         return VectorStream(connection, request_id, self._alive)
+
+    def _expect(self, connection: Connection, said: bytes, port: int) -> None:
+        """Receive what only the server that made the ticket can say."""
+        if not hmac.compare_digest(connection.receive(len(said)), said):
+            raise ConnectionError(f"port {port} of {self._host} is not the vector port of the server that named it")
+
+
+def _check(ticket: curvature_pb2.CreateVectorTicketResponse) -> None:
+    """Raise ConnectionError if a ticket is not what it must be. An older server, which does not speak first, sends no greeting."""
+    sizes = [len(part) for part in (ticket.greeting, ticket.id, ticket.server_proof, ticket.client_proof)]
+    if any(size != _vectors.PROOF_BYTES for size in sizes) or not 0 < ticket.port < 1 << 16:
+        raise ConnectionError(
+            f"a ticket must have four parts of {_vectors.PROOF_BYTES} bytes and a port, got {sizes} bytes and port {ticket.port}"
+        )

@@ -2,7 +2,10 @@
 
 A connection is opened with a ticket (CurvatureService.CreateVectorTicket), over TLS where the server speaks it:
 
-    caller: MAGIC, the ticket's id          server: its server_proof          caller: its client_proof
+    server: MAGIC, the ticket's greeting    caller: MAGIC, the ticket's id
+    server: its server_proof                caller: its client_proof
+
+The server speaks first, because a server that lies may name the port of another service: that service must receive nothing.
 
 Then, as often as the caller likes, one product after the other, all integers little-endian:
 
@@ -26,9 +29,10 @@ _T = TypeVar("_T")
 
 MAGIC: Final = b"hvpd/v1\n"
 PROOF_BYTES: Final = 16
-"""Of a ticket's id, and of either proof."""
+"""Of a ticket's greeting and id, and of either proof."""
 
 OPENING_BYTES: Final = len(MAGIC) + PROOF_BYTES
+"""Of the first message of either side."""
 
 REQUEST: Final = struct.Struct("<IIQQ")
 """Bytes of the ProductSpec, 0, bytes of V, and for how long the caller waits, in nanoseconds; 0: as long as it takes."""

@@ -337,6 +337,7 @@ class CurvatureService:
         )
         return curvature_pb2.CreateVectorTicketResponse(
             port=self.vector_port.port,
+            greeting=self.vector_port.greeting,
             id=ticket.id,
             server_proof=ticket.server_proof,
             client_proof=ticket.client_proof,

@@ -142,6 +142,8 @@ class VectorPort:
         stalled_seconds: float = STALLED_SECONDS,
     ) -> None:
         self.tickets = Tickets()
+        self.greeting = secrets.token_bytes(_vectors.PROOF_BYTES)
+        """What each connection receives first, after MAGIC: the client sends nothing to a port that does not say it."""
         self._gate = gate
         self._engine = engine
         self._products = products
@@ -224,6 +226,7 @@ class VectorPort:
             if self._encryption is not None:
                 sock = self._encrypted(number, sock)
             connection = Connection(sock, _OPENING_SECONDS)
+            connection.send(_vectors.MAGIC + self.greeting)
             ticket = self._ticket(connection)
             if ticket is None:
                 return

@@ -189,7 +189,7 @@ def test_somebody_else_who_listens_there_gets_no_vectors(serve, client_of, monke
         assert not past(client, H)
         thread.join(30)
         assert not thread.is_alive()
-    assert len(b"".join(got)) == 24  # What it opens with, and not what proves who it is.
+    assert got == []
 
 
 def test_a_solve_rides_through_kill_9_and_finds_the_other_port(serve, client_of):

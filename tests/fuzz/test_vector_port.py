@@ -73,6 +73,7 @@ def connected(ticket):
     given = ticket()
     with socket.create_connection(("127.0.0.1", given.port), 30) as sock:
         connection = Connection(sock, 30)
+        assert connection.receive(_vectors.OPENING_BYTES) == _vectors.MAGIC + given.greeting
         connection.send(_vectors.MAGIC + given.id)
         assert connection.receive(_vectors.PROOF_BYTES) == given.server_proof
         connection.send(given.client_proof)
@@ -190,6 +191,7 @@ class Lying:
             sock, _ = self.listener.accept()
             with sock:
                 connection = Connection(sock, 30)
+                connection.send(_vectors.MAGIC + ticket.greeting)
                 connection.receive(_vectors.OPENING_BYTES)
                 connection.send(ticket.server_proof)
                 connection.receive(_vectors.PROOF_BYTES)
@@ -222,16 +224,19 @@ def test_a_server_that_lies_there_is_an_error_and_one_that_goes_away_is_asked_ag
     lying = Lying(answer)
     with hvpd.connect(server.address, retry_timeout=20) as client:
         H, transport = client.register(lambda x: jnp.sum(x**4) / 12, X).at(X).hessian(), client._transport
-        create = transport._create_vector_ticket
+        create, connect, tickets = transport._create_vector_ticket, socket.create_connection, []
 
-        def elsewhere(request, **settings):
-            given = create(request, **settings)
-            given.port = lying.listener.getsockname()[1]
-            threading.Thread(target=lying.serve, args=(given,), daemon=True).start()
-            monkeypatch.setattr(transport, "_create_vector_ticket", create)
-            return given
+        def noted(request, **settings):
+            tickets.append(create(request, **settings))
+            return tickets[-1]
 
-        monkeypatch.setattr(transport, "_create_vector_ticket", elsewhere)
+        def elsewhere(address, *rest):
+            monkeypatch.setattr(socket, "create_connection", connect)
+            threading.Thread(target=lying.serve, args=(tickets[-1],), daemon=True).start()
+            return connect(lying.listener.getsockname(), *rest)
+
+        monkeypatch.setattr(transport, "_create_vector_ticket", noted)
+        monkeypatch.setattr(socket, "create_connection", elsewhere)
         assert np.array_equal(H @ np.ones(N), X**2)
         wait_for(lambda: transport._vectors.ready)
         with pytest.raises(hvpd.HvpdError, match=says) if says else contextlib.nullcontext():

@@ -113,7 +113,9 @@ def port(opened):
 @contextlib.contextmanager
 def connected(port):
     with socket.create_connection(("127.0.0.1", port.port), 30) as sock:
-        yield Connection(sock, 30)
+        connection = Connection(sock, 30)
+        assert connection.receive(_vectors.OPENING_BYTES) == _vectors.MAGIC + port.greeting
+        yield connection
 
 
 class Caller:
@@ -726,7 +728,7 @@ def listens(port):
     try:
         with connected(port):
             return True
-    except ConnectionError:
+    except OSError:
         return False
 
 

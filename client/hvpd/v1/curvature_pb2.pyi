@@ -467,16 +467,21 @@ class CreateVectorTicketResponse(google.protobuf.message.Message):
     SERVER_PROOF_FIELD_NUMBER: builtins.int
     CLIENT_PROOF_FIELD_NUMBER: builtins.int
     VALID_SECONDS_FIELD_NUMBER: builtins.int
+    GREETING_FIELD_NUMBER: builtins.int
     port: builtins.int
-    """Where to connect, at the server's host; over TLS where the server speaks it here."""
+    """Where to connect, at the server's host: GetServerResponse.vector_port. Over TLS where the server speaks it here."""
     id: builtins.bytes
-    """What the caller says first, 16 bytes: which ticket this is."""
+    """What the caller says once the server has sent the greeting, 16 bytes: which ticket this is."""
     server_proof: builtins.bytes
     """What the server answers, 16 bytes: it is the one that made the ticket."""
     client_proof: builtins.bytes
     """What the caller says then, 16 bytes: it is the one for whom it was made."""
     valid_seconds: builtins.int
     """For how long the ticket is good, in seconds."""
+    greeting: builtins.bytes
+    """What the server says first on each connection, 16 bytes: the caller sends nothing before that. Empty from servers of before, on
+    which the caller does not connect.
+    """
     def __init__(
         self,
         *,
@@ -485,8 +490,9 @@ class CreateVectorTicketResponse(google.protobuf.message.Message):
         server_proof: builtins.bytes = ...,
         client_proof: builtins.bytes = ...,
         valid_seconds: builtins.int = ...,
+        greeting: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["client_proof", b"client_proof", "id", b"id", "port", b"port", "server_proof", b"server_proof", "valid_seconds", b"valid_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client_proof", b"client_proof", "greeting", b"greeting", "id", b"id", "port", b"port", "server_proof", b"server_proof", "valid_seconds", b"valid_seconds"]) -> None: ...
 
 Global___CreateVectorTicketResponse: typing_extensions.TypeAlias = CreateVectorTicketResponse
 
