@@ -1,10 +1,11 @@
 """What a bundle must be before anything of it is used: complete and consistent. Looks at messages only: neither jax nor gRPC."""
 
+import itertools
 import re
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from hvpd import _codec, _pytree
 from hvpd._composite import REDUCTIONS
@@ -54,8 +55,26 @@ MAX_LEAVES: Final = 1 << 16
 LEAF_DTYPES: Final = ("float16", "bfloat16", "float32", "float64")
 """Dtypes of leaves of x."""
 
+MAX_BUNDLE_BYTES: Final = 4 << 20
+"""Most bytes of a serialized bundle: replies have the bundle in them, and a message has no more."""
+
 MAX_TEXT: Final = 80
-"""Longest version in a bundle, in characters."""
+"""Most characters of a text in a bundle, unless `_MAX_TEXTS` has another limit."""
+
+_MAX_TEXTS: Final = {"TreeSpec.type_name": 1000, "TreeSpec.Key.text": 1000}
+"""Most characters of the texts that the user chooses, by field."""
+
+MAX_BLOCKS: Final = 256
+"""Most principal blocks of one objective that have programs of their own, since each is compiled."""
+
+_MAX_RANK: Final = 64
+"""Most axes of an array, as in NumPy."""
+
+_MAX_ENTRIES: Final = {"Bundle.blocks": MAX_BLOCKS, "Tensor.shape": _MAX_RANK, "ArraySpec.shape": _MAX_RANK}
+"""Most entries of a list or map in a bundle, by field; `MAX_LEAVES` of all others."""
+
+_MAX_MESSAGES: Final = 4 * MAX_LEAVES
+"""Most nodes, keys and arrays in a bundle."""
 
 _Spec = tuple[tuple[int, ...], str]
 
@@ -72,6 +91,7 @@ def check_name(name: str) -> None:
 
 def parse(serialized: bytes) -> objective_pb2.Bundle:
     """The bundle of its serialized bytes, checked as far as it can be without its programs."""
+    check_size(len(serialized))
     try:
         bundle = objective_pb2.Bundle.FromString(serialized)
     except DecodeError as error:
@@ -86,11 +106,49 @@ def parse(serialized: bytes) -> objective_pb2.Bundle:
             + f"; this server reads format {FORMAT}: "
             + ("register the objective again with a newer client" if older else "upgrade the server"),
         )
+    bundle.DiscardUnknownFields()  # Replies would have them, of any size.
+    _check_bounds(bundle, itertools.count(1))
     _check_arrays(bundle)
     _check_programs(bundle)
     _check_parts(bundle)
     _check_rows(bundle)
     return bundle
+
+
+def check_size(size_bytes: int) -> None:
+    """Raise ServiceError if a serialized bundle is too large, before anything reads it into memory."""
+    if size_bytes > MAX_BUNDLE_BYTES:
+        raise _invalid("BUNDLE_INVALID", f"the bundle has {size_bytes} bytes, {MAX_BUNDLE_BYTES} are allowed")
+
+
+def _check_bounds(message: Message, messages: Iterator[int]) -> None:
+    """Raise ServiceError unless each text, list and map of a bundle is bounded, also in fields that are new.
+
+    Args:
+        message: The bundle, or a message in it.
+        messages: Counts them.
+    """
+    if next(messages) > _MAX_MESSAGES:
+        raise _invalid("BUNDLE_INVALID", f"the bundle has more than {_MAX_MESSAGES} nodes, keys and arrays")
+    for field, value in message.ListFields():
+        name = field.full_name.removeprefix("hvpd.v1.")
+        for entry in _entries(name, value):
+            if isinstance(entry, Message):
+                _check_bounds(entry, messages)
+            elif isinstance(entry, (str, bytes)) and len(entry) > (most := _MAX_TEXTS.get(name, MAX_TEXT)):
+                raise _invalid("BUNDLE_INVALID", f"{name} has {len(entry)} characters, {most} are allowed")
+
+
+def _entries(name: str, value: Any) -> Sequence[Any]:
+    """Return what a field has in it, or raise ServiceError if that is too much; of a list of numbers return nothing."""
+    if isinstance(value, (Message, str, bytes, int, float)):
+        return (value,)
+    most = _MAX_ENTRIES.get(name, MAX_LEAVES)
+    if len(value) > most:
+        raise _invalid("BUNDLE_INVALID", f"{name} has {len(value)} entries, {most} are allowed")
+    if isinstance(value, Mapping):
+        return [*value.keys(), *value.values()]
+    return () if isinstance(value[0], (int, float)) else value
 
 
 def _check_programs(bundle: objective_pb2.Bundle) -> None:
@@ -119,9 +177,6 @@ def _check_programs(bundle: objective_pb2.Bundle) -> None:
         )
     if len(set(bundle.platforms)) != len(bundle.platforms) or not set(bundle.platforms) <= set(PLATFORMS):
         raise _invalid("BUNDLE_INVALID", f"platforms must be of {', '.join(PLATFORMS)}, each once")
-    for name, text in [("jax_version", bundle.jax_version), ("stablehlo_version", bundle.stablehlo_version)]:
-        if len(text) > MAX_TEXT:
-            raise _invalid("BUNDLE_INVALID", f"{name} has {len(text)} characters, {MAX_TEXT} are allowed")
 
 
 def _check_composite(bundle: objective_pb2.Bundle) -> None:
@@ -152,9 +207,9 @@ def _check_arrays(bundle: objective_pb2.Bundle) -> None:
             raise _invalid("BUNDLE_INVALID", str(error)) from None
     if _pytree.count(bundle.x_tree) != len(bundle.x_leaves) or _pytree.count(bundle.data_tree) != len(bundle.data):
         raise _invalid("BUNDLE_INVALID", "the structures of x and data do not have as many leaves as are listed")
-    _check_shapes("x", bundle.x_leaves)
-    _check_shapes("data", bundle.data)
-    _check_shapes("captured", bundle.captured)
+    _check_shapes(bundle.x_leaves)
+    _check_shapes(bundle.data)
+    _check_shapes(bundle.captured)
     _check_x(bundle)
     for dtype in {array.dtype for arrays in (bundle.data, bundle.captured) for array in arrays}:
         try:
@@ -163,10 +218,8 @@ def _check_arrays(bundle: objective_pb2.Bundle) -> None:
             raise _invalid("BUNDLE_INVALID", str(error)) from None
 
 
-def _check_shapes(name: str, arrays: Sequence[tensor_pb2.Tensor] | Sequence[tensor_pb2.ArraySpec]) -> None:
-    """Arrays are not too many, and no extent is negative."""
-    if len(arrays) > MAX_LEAVES:
-        raise _invalid("BUNDLE_INVALID", f"{name} has {len(arrays)} leaves, {MAX_LEAVES} are allowed")
+def _check_shapes(arrays: Sequence[tensor_pb2.Tensor] | Sequence[tensor_pb2.ArraySpec]) -> None:
+    """No extent is negative."""
     for array in arrays:
         _size(array.shape)
 
@@ -187,8 +240,11 @@ def _check_x(bundle: objective_pb2.Bundle) -> None:
 
 def _check_rows(bundle: objective_pb2.Bundle) -> None:
     """Rows and launches are of sizes that there are."""
-    if not all(0 <= index < len(bundle.data) and bundle.data[index].shape for index in bundle.row_leaves):
-        raise _invalid("BUNDLE_INVALID", f"row_leaves {list(bundle.row_leaves)} are not all leaves of data with rows")
+    rows = list(bundle.row_leaves)
+    if not all(0 <= index < len(bundle.data) and bundle.data[index].shape for index in rows):
+        raise _invalid("BUNDLE_INVALID", f"row_leaves {rows[:20]} are not all leaves of data with rows")
+    if len(set(rows)) != len(rows):
+        raise _invalid("BUNDLE_INVALID", f"row_leaves has {len(rows)} entries, and only {len(set(rows))} leaves")
     if bundle.row_reduction and (bundle.row_reduction not in REDUCTIONS or not bundle.row_leaves):
         raise _invalid(
             "BUNDLE_INVALID", f"row_reduction {bundle.row_reduction[:40]!r} of {len(bundle.row_leaves)} leaves"

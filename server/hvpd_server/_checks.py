@@ -18,7 +18,7 @@ import numpy as np
 
 from hvpd import _check, _codec
 from hvpd._errors import HvpdError
-from hvpd.v1 import curvature_pb2, objective_pb2
+from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
 from hvpd_server import _kernels, _probes, _sources
 from hvpd_server._errors import ServiceError
 from hvpd_server._store import Store
@@ -218,10 +218,7 @@ class Checks:
             )
 
     def _look(self, bundle: objective_pb2.Bundle, x_digest: str, points: Points) -> objective_pb2.RegistrationCheck:
-        try:
-            x = _codec.array(self._store.read(x_digest), bundle.dtype, (bundle.n,))
-        except ValueError as error:
-            raise HvpdError(f"the x that came with the registration is none of this objective: {error}") from error
+        x = self._store.read_tensor(tensor_pb2.Tensor(dtype=bundle.dtype, shape=[bundle.n], digest=x_digest))
         at = points(self._turn)
         eps = _check.resolution([leaf.dtype for leaf in bundle.x_leaves], bundle.precision)
         items = list(_check.brief(at(x), at, eps=eps, mode=bundle.mode))

@@ -94,7 +94,14 @@ class Engine:
     # Objectives
 
     def register(
-        self, digest: str, name: str, x_digest: str = "", *, tenant: str = "", shared: bool = False
+        self,
+        digest: str,
+        name: str,
+        x_digest: str = "",
+        *,
+        tenant: str = "",
+        shared: bool = False,
+        accept: Callable[[Objective], None] = lambda objective: None,
     ) -> Objective:
         """Makes an objective of an uploaded bundle and starts to compile it, and to check it at x where one came.
 
@@ -104,6 +111,7 @@ class Engine:
             x_digest: Of x; or empty.
             tenant: Who registers it, and has uploaded all of it; empty where nobody is told apart.
             shared: Whether other tenants may use it.
+            accept: Called before anything is registered; may raise.
 
         Raises:
             ServiceError: The bundle is not stored, incomplete, or not what it must be; nothing was registered.
@@ -112,12 +120,19 @@ class Engine:
             _admission.check_name(name)
         if tenant and not self.owners.has_blob(tenant, digest):
             raise _not_stored([digest])
+        _admission.check_size(self.store.size(digest))
         bundle = _admission.parse(self.store.read(digest))
         references = {*_admission.references(bundle), *([x_digest] if tenant and x_digest else [])}
         self._check_stored(tenant, references)
         name = self.owners.full_name(tenant, name)
         objective = self.objective(digest)
-        self._check_compiles(objective)
+        try:
+            accept(objective)
+            first, *_ = self.lane(objective).warm(objective)
+            first.result()
+        except Exception:
+            self._forget_unregistered(digest)
+            raise
         with self._registering:
             self._check_stored(tenant, {digest, *references})  # Something may have been deleted meanwhile.
             self.owners.add_objective(tenant, digest, shared=shared)  # First: without an owner it would be everybody's.
@@ -128,20 +143,12 @@ class Engine:
             self.checks.start(digest, objective.bundle, x_digest, points, name, tenant=tenant)
         return objective
 
-    def _check_compiles(self, objective: Objective) -> None:
-        """Start to compile what an objective needs first, and wait for the first program.
-
-        Raises:
-            ServiceError: The program cannot be compiled; unless the objective is registered, it is forgotten.
-        """
-        first, *_ = self.lane(objective).warm(objective)
-        try:
-            first.result()
-        except Exception:
-            with self._registering:
-                if not self.store.registered(objective.digest):
-                    self._forget(objective.digest)
-            raise
+    def _forget_unregistered(self, digest: str) -> None:
+        """Forget an objective that could not be registered, and what was derived from it; unless it is registered already."""
+        with self._registering:
+            if not self.store.registered(digest):
+                self._forget(digest)
+                self.store.remove_objective(digest)
 
     def _forget(self, digest: str) -> None:
         with self._objectives_lock:

@@ -38,7 +38,7 @@ PRODUCT_PRECISIONS = ("highest", "high", "default")
 LINEARIZED = "hvp@linearized"
 """Products of the Hessian by `apply`, of an objective whose own mode is another."""
 
-MAX_BLOCKS = 256
+MAX_BLOCKS = _admission.MAX_BLOCKS
 """Most principal blocks of one objective that have programs of their own, since each is compiled."""
 
 

@@ -23,7 +23,7 @@ from hvpd_server._engine import Engine
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._gate import abort, caller_of, tenant_of
 from hvpd_server._metrics import Metrics
-from hvpd_server._objective import program_of
+from hvpd_server._objective import Objective, program_of
 from hvpd_server._pipeline import Pipeline, Task
 from hvpd_server._products import OnQueue, Products, nothing, quadratic_form
 from hvpd_server._requests import Failed, Request, owner_of
@@ -41,6 +41,18 @@ _ENDING_SECONDS = 0.1
 _PIPELINED = 64
 _PIPELINED_BYTES = 64 << 20
 """Most products of one stream that are computed beside each other, and most bytes of them; one may be larger."""
+
+_MESSAGE_BYTES = 4 << 20
+"""Most bytes of a reply that a client takes."""
+
+_REST_BYTES = 64 << 10
+"""Room in a reply for what is not known of an objective before it is registered: its name, its time, its check."""
+
+_PAGE_BYTES = 2 << 20
+"""Bytes of objectives after which a page of them ends, counted with their structures, which take time to read."""
+
+_ERROR_CHARACTERS = 1000
+"""Most characters of the error of a compile in a plan."""
 
 _WORKERS = 256
 """Threads for the products of streams that send ahead."""
@@ -135,7 +147,14 @@ class ObjectiveService:
     ) -> objective_pb2.CreateObjectiveResponse:
         owner = owner_of(context)
         _requests.of(context).objective = request.name or request.digest
-        self._engine.register(request.digest, request.name, request.x_digest, tenant=owner, shared=request.shared)
+        self._engine.register(
+            request.digest,
+            request.name,
+            request.x_digest,
+            tenant=owner,
+            shared=request.shared,
+            accept=_check_fits,
+        )
         return objective_pb2.CreateObjectiveResponse(objective=self._objective(request.name or request.digest, owner))
 
     @_unary
@@ -158,19 +177,28 @@ class ObjectiveService:
         owner = owner_of(context)
         known = self._engine.owners.listing(owner)
         response = objective_pb2.ListObjectivesResponse()
-        for name, digest, created in known[start : start + size]:
+        used, end = 0, min(start + size, len(known))
+        for index in range(start, end):
+            name, digest, created = known[index]
             try:
                 objective = self._message(name, digest, created, owner)
             except ServiceError as error:
                 _log.error("objective %s cannot be listed: %s", name or digest, error)
                 continue
+            used += objective.ByteSize()
+            if response.objectives and used > _PAGE_BYTES:
+                end = index
+                break
             for structure in ("x_tree", "x_leaves", "data_tree"):
                 objective.bundle.ClearField(structure)
             for long in ("residuals", "dense_layers", "recognised", "presumed"):
                 objective.derivation.ClearField(long)
+            if objective.ByteSize() > _MESSAGE_BYTES - _REST_BYTES // 2:  # An older server has registered it.
+                _log.error("objective %s cannot be listed: it is larger than a message", name or digest)
+                continue
             response.objectives.append(objective)
-        if start + size < len(known):
-            response.next_page_token = str(start + size)
+        if end < len(known):
+            response.next_page_token = str(end)
         return response
 
     @_unary
@@ -178,7 +206,13 @@ class ObjectiveService:
         self, request: objective_pb2.GetPlanRequest, context: grpc.ServicerContext
     ) -> objective_pb2.GetPlanResponse:
         _requests.of(context).objective = request.digest
-        return self._engine.choices(request.digest, owner_of(context))
+        plan = self._engine.choices(request.digest, owner_of(context))
+        for compile_ in plan.compiles:
+            compile_.error = compile_.error[:_ERROR_CHARACTERS]
+        excess = plan.ByteSize() - _MESSAGE_BYTES
+        while excess > 0:
+            excess -= plan.compiles.pop().ByteSize()
+        return plan
 
     @_unary
     def DeleteObjective(  # noqa: N802
@@ -537,6 +571,18 @@ def add_to_server(server: grpc.Server, file: Any, servicer: object) -> None:
     (service,) = file.DESCRIPTOR.services_by_name.values()
     handlers = {method.name: _frames.handler(servicer, method) for method in service.methods}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+
+
+def _check_fits(objective: Objective) -> None:
+    """Raise ServiceError if no reply has room for an objective."""
+    bundle, derived = objective.bundle.ByteSize(), objective.described.ByteSize()
+    if bundle + derived > _MESSAGE_BYTES - _REST_BYTES:
+        raise ServiceError(
+            Code.INVALID_ARGUMENT,
+            "BUNDLE_INVALID",
+            f"the bundle has {bundle} bytes and what the server derives from it {derived}, together at most "
+            f"{_MESSAGE_BYTES - _REST_BYTES} are allowed: x or data must have fewer leaves, with shorter names",
+        )
 
 
 def _check_administers(context: grpc.ServicerContext, what: str) -> None:

@@ -217,6 +217,9 @@ class Store:
     def read_tensor(self, tensor: tensor_pb2.Tensor, *, set_aside: bool = True) -> _codec.Array:
         """The array of a tensor, verified against its digest; see `read`."""
         try:
+            expected, size = math.prod(tensor.shape) * _codec.dtype(tensor.dtype).itemsize, self.size(tensor.digest)
+            if size > expected:  # It could be larger than the memory.
+                raise _no_tensor(tensor, f"{tensor.dtype}{list(tensor.shape)} takes {expected} bytes, got {size}")
             return _codec.array(self.read(tensor.digest, set_aside=set_aside), tensor.dtype, tensor.shape)
         except (ValueError, TypeError) as error:
             raise _no_tensor(tensor, str(error)) from None

@@ -14,6 +14,7 @@ import pytest
 
 import hvpd
 from hvpd import _codec
+from hvpd._registration import export as _export
 from hvpd.v1 import (
     blob_pb2,
     blob_pb2_grpc,
@@ -21,6 +22,7 @@ from hvpd.v1 import (
     objective_pb2_grpc,
     server_pb2,
     server_pb2_grpc,
+    tensor_pb2,
 )
 from hvpd_server import _admission, _auth
 
@@ -266,3 +268,87 @@ def answers(tenant):
     except grpc.RpcError:
         return False
     return True
+
+
+# What a bundle is filled with
+
+
+@pytest.fixture(scope="module")
+def exported():
+    return _export.export(quartic, np.ones(5), (np.ones(5),), platforms=("cpu",), precision="highest")
+
+
+def filled(exported, size_bytes, seed=0):
+    """The bytes of a valid bundle of about this size: nodes without leaves have names that nobody reads."""
+    bundle = objective_pb2.Bundle.FromString(exported.bundle.SerializeToString())
+    node = tensor_pb2.TreeSpec(kind=tensor_pb2.TreeSpec.KIND_LIST, type_name="x" * 1000)
+    count = (size_bytes - bundle.ByteSize()) // (node.ByteSize() + 3)
+    bundle.data_tree.children.extend([node] * count)
+    bundle.data_tree.children[-1].type_name = f"{seed}"
+    return bundle.SerializeToString(deterministic=True)
+
+
+def create(tenant, exported, serialized, **settings):
+    for content in (*exported.blobs.values(), serialized):
+        tenant.upload(bytes(content))
+    request = objective_pb2.CreateObjectiveRequest(digest=_codec.digest(serialized), **settings)
+    return tenant.call("CreateObjective", request)
+
+
+def traces(server, digest):
+    """What the store has of an objective beside its blobs."""
+    return [path for path in server.store.rglob(digest) if path.parent.name in ("objectives", "derived", "checks")]
+
+
+def _version(bundle):
+    bundle.jax_version = "x" * (3 << 20)
+
+
+def _platforms(bundle):
+    bundle.platforms.extend(["cpu"] * 70_000)
+
+
+def _blocks(bundle):
+    bundle.blocks.extend([objective_pb2.Block(leaves=[0])] * 300_000)
+
+
+@pytest.mark.parametrize("fill", [_version, _platforms, _blocks])
+def test_a_field_without_bounds_is_refused_and_nothing_is_stored(server, tenant, exported, fill):
+    """Once, a jax_version of 6 MiB in a shared objective made `objectives()` fail for all others."""
+    attacker, neighbour = tenant("filler"), tenant("listing")
+    bundle = objective_pb2.Bundle.FromString(exported.bundle.SerializeToString())
+    fill(bundle)
+    serialized = bundle.SerializeToString()
+    code, details = refused(lambda: create(attacker, exported, serialized, name="bad", shared=True))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "are allowed" in details
+    assert traces(server, _codec.digest(serialized)) == []
+    assert refused(get, attacker, "bad")[0] is grpc.StatusCode.NOT_FOUND
+    with hvpd.connect(neighbour.address, token=neighbour.token) as client:
+        assert "filler/bad" not in [listing.name for listing in client.objectives()]
+
+
+def test_an_objective_that_no_reply_has_room_for_is_not_registered(server, tenant, exported):
+    """Once, the registration returned an error, and took effect."""
+    attacker = tenant("bulky")
+    serialized = filled(exported, (4 << 20) - 30_000)
+    assert (4 << 20) - 60_000 < len(serialized) <= 4 << 20
+    code, details = refused(lambda: create(attacker, exported, serialized, name="bulky"))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "together at most" in details
+    assert traces(server, _codec.digest(serialized)) == []
+    assert refused(get, attacker, "bulky")[0] is grpc.StatusCode.NOT_FOUND
+    too_large = serialized + serialized[-1000:] * 100
+    assert "4194304 are allowed" in refused(lambda: create(attacker, exported, too_large))[1]
+
+
+def test_large_shared_objectives_are_listed_for_everybody(tenant, exported):
+    attacker, neighbour = tenant("large"), tenant("reader")
+    for seed in range(4):
+        create(attacker, exported, filled(exported, (4 << 20) - 200_000, seed), name=f"{seed}", shared=True)
+    with hvpd.connect(neighbour.address, token=neighbour.token) as client:
+        names = [listing.name for listing in client.objectives()]
+        assert {f"large/{seed}" for seed in range(4)} <= set(names)
+        assert client.objective("large/3").n == 5
+    for seed in range(4):
+        attacker.call("DeleteObjective", objective_pb2.DeleteObjectiveRequest(name=f"{seed}"))

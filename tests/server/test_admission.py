@@ -1,5 +1,6 @@
 """A bundle is complete, consistent and of programs that fit it, or it is refused: one field is wrong at a time here."""
 
+import itertools
 import string
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from google.protobuf import message_factory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -199,7 +201,7 @@ def test_captured_arrays_that_are_missing_are_refused(bundle, valid):
         ["model"],
         ["loss"],
         ["Objective"],
-        ["x" * 10_000],
+        ["x" * 80],
     ],
 )
 def test_programs_of_other_names_are_refused_by_their_names(bundle, names):
@@ -270,13 +272,13 @@ def test_negative_extents_do_not_make_a_size(bundle, field):
 
 @pytest.mark.parametrize("field", ["data", "captured", "x_leaves"])
 def test_leaves_have_a_largest_number(bundle, field, monkeypatch):
-    monkeypatch.setattr(_admission, "MAX_LEAVES", len(getattr(bundle, field)))
     listed = getattr(bundle, field)
+    monkeypatch.setitem(_admission._MAX_ENTRIES, f"Bundle.{field}", len(listed))
     tree = {"data": bundle.data_tree, "x_leaves": bundle.x_tree}.get(field)
     if tree is not None:
         tree.CopyFrom(Spec(kind=Spec.KIND_LIST, children=[Spec(kind=Spec.KIND_LEAF)] * (len(listed) + 1)))
     listed.append(listed[0])
-    assert f"leaves, {len(listed) - 1} are allowed" in refuse(bundle)
+    assert refuse(bundle) == f"Bundle.{field} has {len(listed)} entries, {len(listed) - 1} are allowed"
 
 
 TREES = {
@@ -517,7 +519,7 @@ COMPOSITES = {
         lambda bundle: setattr(bundle.composite, "distribution", "poisson"),
         "categorical, normal or empty, its reduction one of mean, sum; got 'poisson' and 'mean'",
     ),
-    "a long distribution": (lambda bundle: setattr(bundle.composite, "distribution", "x" * 10_000), "got 'xxx"),
+    "a long distribution": (lambda bundle: setattr(bundle.composite, "distribution", "x" * 80), "got 'xxx"),
     "no reduction": (lambda bundle: bundle.composite.ClearField("reduction"), "got 'categorical' and ''"),
     "a reduction that is unknown": (lambda bundle: setattr(bundle.composite, "reduction", "max"), "and 'max'"),
     "no samples": (lambda bundle: bundle.composite.ClearField("samples"), "samples are 1 to 65536, got 0"),
@@ -705,3 +707,90 @@ def test_names_that_are_allowed(name):
 def test_names_that_are_not(name):
     with pytest.raises(ServiceError, match="a name is made of letters"):
         check_name(name)
+
+
+# Every text, list and map is bounded
+
+
+def _key(node):
+    """A dict with one leaf, made of a tree."""
+    node.CopyFrom(Spec(kind=Spec.KIND_DICT, children=[Spec(kind=Spec.KIND_LEAF)], keys=[Spec.Key(text="x" * 1001)]))
+
+
+UNBOUNDED = {
+    "Bundle.jax_version has 6291456 characters, 80": lambda bundle: setattr(bundle, "jax_version", "x" * (6 << 20)),
+    "Bundle.stablehlo_version has 81 characters, 80": lambda bundle: setattr(bundle, "stablehlo_version", "x" * 81),
+    "Bundle.mode has 81 characters, 80": lambda bundle: setattr(bundle, "mode", "x" * 81),
+    "Bundle.programs has 81 characters, 80": lambda bundle: bundle.programs["x" * 81].MergeFrom(
+        objective_pb2.Program()
+    ),
+    "Program.digest has 81 characters, 80": lambda bundle: setattr(bundle.programs["objective"], "digest", "a" * 81),
+    "Tensor.digest has 81 characters, 80": lambda bundle: setattr(bundle.data[0], "digest", "a" * 81),
+    "Tensor.dtype has 81 characters, 80": lambda bundle: setattr(bundle.captured[0], "dtype", "a" * 81),
+    "ArraySpec.dtype has 81 characters, 80": lambda bundle: setattr(bundle.x_leaves[0], "dtype", "a" * 81),
+    "Tensor.shape has 65 entries, 64": lambda bundle: bundle.data[0].shape.__setitem__(slice(None), [1] * 65),
+    "ArraySpec.shape has 65 entries, 64": lambda bundle: bundle.x_leaves[0].shape.__setitem__(slice(None), [1] * 65),
+    "Bundle.platforms has 65537 entries, 65536": lambda bundle: bundle.platforms.extend(["cpu"] * 65537),
+    "Bundle.row_leaves has 65537 entries, 65536": lambda bundle: bundle.row_leaves.extend([0] * 65537),
+    "row_leaves has 3 entries, and only 2 leaves": lambda bundle: bundle.row_leaves.extend([0, 1, 0]),
+    "Bundle.blocks has 257 entries, 256": lambda bundle: bundle.blocks.extend([objective_pb2.Block(leaves=[0])] * 257),
+    "Block.leaves has 65537 entries, 65536": lambda bundle: bundle.blocks.add(leaves=[0] * 65537),
+    "TreeSpec.Key.text has 1001 characters, 1000": lambda bundle: _key(bundle.x_tree),
+    "TreeSpec.type_name has 1001 characters, 1000": lambda bundle: setattr(bundle.data_tree, "type_name", "x" * 1001),
+    "the bundle has more than 262144 nodes": lambda bundle: bundle.data_tree.children.extend(
+        [Spec(kind=Spec.KIND_LIST, children=[Spec(kind=Spec.KIND_NONE)] * 60_000)] * 5
+    ),
+}
+
+
+@pytest.mark.parametrize("says", UNBOUNDED)
+def test_whatever_a_bundle_could_be_filled_with_is_bounded(bundle, says, monkeypatch):
+    monkeypatch.setattr(_admission, "MAX_BUNDLE_BYTES", 100 << 20)
+    UNBOUNDED[says](bundle)
+    message = refuse(bundle)
+    assert message.startswith(says)
+    assert len(message) < 400
+
+
+def test_a_bundle_is_no_larger_than_a_message(bundle):
+    bundle.jax_version = "x" * (6 << 20)
+    assert refuse(bundle) == f"the bundle has {bundle.ByteSize()} bytes, 4194304 are allowed"
+
+
+def test_texts_and_lists_of_fields_that_come_later_are_bounded_without_a_rule_of_their_own():
+    """Every text and list that a bundle can have goes through one check: here each field of each message in turn."""
+    seen = set()
+
+    def fill(descriptor):
+        if descriptor.full_name in seen:
+            return
+        seen.add(descriptor.full_name)
+        for field in descriptor.fields:
+            name = field.full_name.removeprefix("hvpd.v1.")
+            message = message_factory.GetMessageClass(descriptor)()
+            if field.message_type is not None:
+                if field.message_type.GetOptions().map_entry:
+                    fill(field.message_type.fields_by_name["value"].message_type)
+                    continue
+                fill(field.message_type)
+                value = message_factory.GetMessageClass(field.message_type)()
+                many = [value] * 70_000
+            else:
+                many = ["x"] * 70_000 if field.type == field.TYPE_STRING else [1] * 70_000
+            try:
+                getattr(message, field.name).extend(many)
+            except AttributeError:  # It is no list.
+                if field.type != field.TYPE_STRING:
+                    continue
+                setattr(message, field.name, "x" * 70_000)
+            with pytest.raises(ServiceError, match=f"^{name} has 70000 "):
+                _admission._check_bounds(message, itertools.count(1))
+
+    fill(objective_pb2.Bundle.DESCRIPTOR)
+    assert {f"hvpd.v1.{name}" for name in ("Bundle", "TreeSpec", "TreeSpec.Key", "Tensor", "Block", "Program")} < seen
+
+
+def test_fields_that_this_server_does_not_know_are_not_kept(bundle):
+    serialized = bundle.SerializeToString() + b"\xfa\x7f\x80\x08" + bytes(1024)
+    assert objective_pb2.Bundle.FromString(serialized).ByteSize() > bundle.ByteSize() + 1000
+    assert parse(serialized).SerializeToString(deterministic=True) == bundle.SerializeToString(deterministic=True)
