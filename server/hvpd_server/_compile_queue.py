@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from hvpd_server._errors import Code, ServiceError
+
 THREADS = 4
 """Programs that are read or compiled at the same time."""
 
@@ -25,6 +27,7 @@ class CompileQueue:
         self._threads = threads
         self._each = each
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
         # In the order of turns. A tenant is there while it has calls that wait.
         self._waiting: collections.OrderedDict[str, collections.deque[_Call]] = collections.OrderedDict()
         self._running: collections.Counter[str] = collections.Counter()
@@ -38,24 +41,27 @@ class CompileQueue:
         """Run a call in its turn.
 
         Raises:
-            RuntimeError: The queue is closed.
+            ServiceError: The queue is closed.
         """
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         with self._lock:
             if self._closed:
-                raise RuntimeError("the server is stopping: nothing is compiled any more")
+                raise ServiceError(Code.UNAVAILABLE, "SHUTTING_DOWN", "the server is stopping: nothing is compiled")
             self._waiting.setdefault(tenant, collections.deque()).append((future, call))
             self._start()
         return future
 
-    def close(self) -> None:
-        """Cancel the calls that wait. Those that run go on."""
+    def close(self, *, wait: bool = False) -> None:
+        """Cancel the calls that wait. Those that run go on, and are waited for if that is asked for."""
         with self._lock:
             self._closed = True
             waiting, self._waiting = self._waiting, collections.OrderedDict()
         for calls in waiting.values():
             for future, _ in calls:
                 future.cancel()
+        if wait:
+            with self._ended:
+                self._ended.wait_for(lambda: not self._running.total())
 
     def _start(self) -> None:
         """Start what may run now. Call this with the lock held."""
@@ -85,6 +91,7 @@ class CompileQueue:
                 if not self._running[tenant]:
                     del self._running[tenant]
                 self._start()
+                self._ended.notify_all()
 
 
 _Call = tuple["concurrent.futures.Future[Any]", Callable[[], Any]]

@@ -5,7 +5,6 @@ A point's way: `create_point` -> `_lane` -> `_store` (data by digest) -> `_resid
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import functools
 import logging
@@ -19,6 +18,7 @@ from hvpd.v1 import curvature_pb2, objective_pb2, server_pb2, tensor_pb2
 from hvpd_server import _admission, _batcher, _kernels, _lane
 from hvpd_server._board import Board
 from hvpd_server._checks import Checks
+from hvpd_server._compile_queue import CompileQueue
 from hvpd_server._errors import Code, ServiceError
 from hvpd_server._executables import Executables
 from hvpd_server._lane import Lane
@@ -76,7 +76,7 @@ class Engine:
         self._board = board or Board()
         self.lanes = _lane.lanes(devices, store, limits, metrics, self._board)
         self._meters = Meters(limits.tenants)
-        self._compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="hvpd-compile")
+        self._compiles = CompileQueue()
         self._objectives: dict[str, Objective] = {}
         self._lane_of: dict[str, Lane] = {}
         self._objectives_lock = threading.Lock()
@@ -89,7 +89,7 @@ class Engine:
         self._stack.close()
         for lane in self.lanes:
             lane.close()
-        self._compiler.shutdown(wait=False, cancel_futures=True)
+        self._compiles.close()
 
     # Objectives
 
@@ -125,7 +125,7 @@ class Engine:
         references = {*_admission.references(bundle), *([x_digest] if tenant and x_digest else [])}
         self._check_stored(tenant, references)
         name = self.owners.full_name(tenant, name)
-        objective = self.objective(digest)
+        objective = self.objective(digest, tenant)
         try:
             accept(objective)
             first, *_ = self.lane(objective).warm(objective)
@@ -209,8 +209,8 @@ class Engine:
             stored_bytes=self.owners.stored_bytes(tenant),
         )
 
-    def objective(self, digest: str) -> Objective:
-        """The objective of a stored bundle, its programs read."""
+    def objective(self, digest: str, tenant: str = "") -> Objective:
+        """Return the objective of a stored bundle. Reading and compiling it takes a turn of this tenant, or of its owner."""
         self._quarantine.check(digest)
         with self._objectives_lock:
             found = self._objectives.get(digest)
@@ -218,7 +218,10 @@ class Engine:
             return found
         bundle = self.bundle(digest)
         read = functools.partial(self._part, digest)
-        described = self._vetting.admit(digest, bundle, read)
+        compiles = self._compiles.of(tenant or next(iter(self.owners.owners_of(digest)), ""))
+        described = self._vetting.known(digest)
+        if described is None:
+            described = compiles.submit(self._vetting.admit, digest, bundle, read).result()
         with self._objectives_lock:
             lane = self._lane_of.get(digest)
             if lane is None:
@@ -236,7 +239,7 @@ class Engine:
             loading,
             program_bytes(lane.device),
         )
-        programs = _kernels.Programs(described, lane.device, build, self._compiler, self.metrics.compiled)
+        programs = _kernels.Programs(described, lane.device, build, compiles, self.metrics.compiled)
         with self._objectives_lock:
             return self._objectives.setdefault(digest, lane.objective(digest, bundle, programs))
 

@@ -57,9 +57,6 @@ _IDLE = 10.0
 _MOST_SESSIONS = 2
 """Sessions that stay open while they compile nothing."""
 
-_AT_ONCE = 2
-"""Bundles that are read at the same time."""
-
 _KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
 """The environment that the process gets, with variables that begin as `_KEPT_PREFIXES` say. Credentials are not among them."""
 
@@ -161,7 +158,6 @@ class Vetter:
 
     def __init__(self, limits: _rules.Limits | None = None) -> None:
         self.limits = limits or _rules.Limits()
-        self._reading = threading.BoundedSemaphore(_AT_ONCE)
         self._opening = threading.Lock()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -209,19 +205,18 @@ class Vetter:
         size = sum(map(len, programs.values()))
         if size > self.limits.bundle_bytes:
             raise too_large(size, self.limits)
-        with self._reading:
 
-            def attempt() -> objective_pb2.Derivation:
-                session = self._open(programs, platform)
-                try:
-                    found = session.derivation()
-                except BaseException:
-                    session.end()
-                    raise
-                self._keep(_key(programs), session)
-                return found
+        def attempt() -> objective_pb2.Derivation:
+            session = self._open(programs, platform)
+            try:
+                found = session.derivation()
+            except BaseException:
+                session.end()
+                raise
+            self._keep(_key(programs), session)
+            return found
 
-            return self._twice(attempt)
+        return self._twice(attempt)
 
     def compile(
         self,

@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from hvpd_server._compile_queue import CompileQueue
+from hvpd_server._errors import ServiceError
 
 WAIT = 60
 
@@ -69,8 +70,10 @@ def test_what_waits_when_it_closes_is_cancelled_and_what_runs_ends():
     gate.until(1)
     queue.close()
     assert waiting.cancelled()
-    with pytest.raises(RuntimeError, match="stopping"):
+    with pytest.raises(ServiceError, match="stopping"):
         queue.submit("a", gate.call("late"))
     gate.open.set()
+    queue.close(wait=True)
+    assert running.done()
     assert running.result(WAIT) == "running"
     assert gate.began == ["running"]

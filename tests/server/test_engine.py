@@ -566,7 +566,7 @@ def _corrupt_bundle(engine, example):
 
 def uncached(engine):
     """Drop the compiled programs, so that the next start needs the objectives' own."""
-    engine._compiler.shutdown()
+    engine._compiles.close(wait=True)
     engine.vetter.sweep(-1.0)
     for path in engine.store.cache.iterdir():
         path.unlink()
