@@ -70,6 +70,8 @@ class Arrivals:
         self._most = most_bytes
         self._lock = threading.Lock()
         self._bytes: collections.Counter[str] = collections.Counter()
+        # Filled without the lock: a garbage collection may run a finalizer in a thread that holds it.
+        self._returned: collections.deque[tuple[str, int]] = collections.deque()
 
     def take(self, tenant: str, size_bytes: int) -> None:
         """Counts bytes; `give_back` must follow.
@@ -78,6 +80,7 @@ class Arrivals:
             ServiceError: There are too many.
         """
         with self._lock:
+            self._settle()
             own, every = self._bytes[tenant], self._bytes.total()
             if own and (every + size_bytes > self._most or own + size_bytes > self._most // 2):
                 raise ServiceError(
@@ -90,8 +93,19 @@ class Arrivals:
             self._bytes[tenant] += size_bytes
 
     def give_back(self, tenant: str, size_bytes: int) -> None:
-        """Counts that they are gone."""
+        """Note that the bytes are gone. Takes no lock, since finalizers call this."""
+        self._returned.append((tenant, size_bytes))
+
+    def held(self) -> dict[str, int]:
+        """Return the bytes of each tenant that has some."""
         with self._lock:
+            self._settle()
+            return dict(self._bytes)
+
+    def _settle(self) -> None:
+        """Subtract what was given back. Call this with the lock held."""
+        while self._returned:
+            tenant, size_bytes = self._returned.popleft()
             self._bytes[tenant] -= size_bytes
             if not self._bytes[tenant]:
                 del self._bytes[tenant]

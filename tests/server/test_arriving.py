@@ -1,5 +1,8 @@
 """Vectors that come in pieces take memory that is counted, for as long as they are there."""
 
+import collections
+import gc
+
 import numpy as np
 import pytest
 
@@ -36,3 +39,24 @@ def test_what_is_refused_or_given_up_in_the_middle_is_counted_no_more():
     arrivals.take("a", 50)
     with pytest.raises(ServiceError):
         arrivals.take("a", 1)
+
+
+class Collecting(collections.Counter):
+    """Collects garbage where bytes are counted, as Python may at any allocation."""
+
+    def total(self):
+        gc.collect()
+        return super().total()
+
+
+def test_a_garbage_collection_while_bytes_are_counted_hangs_nobody(start):
+    """The finalizer of vectors that only a cycle holds runs in the thread that has the lock."""
+    arrivals = Arrivals(1000)
+    arrivals._bytes = Collecting()
+    vectors = Vectors(1, 10, np.dtype(np.float64), arrivals, "a")
+    vectors.append(bytes(8))
+    vectors.cycle = vectors
+    assert arrivals.held() == {"a": 80}
+    del vectors
+    start(arrivals.take, "b", 5).result(60)
+    assert arrivals.held() == {"b": 5}

@@ -327,18 +327,18 @@ def test_arrivals_are_counted_while_they_last(opened):
         half = memoryview(block.tobytes())[: 4 * BIG]
         message = curvature_pb2.ProductSpec(operator=curvature_pb2.OPERATOR_HESSIAN, k=1, block=1).SerializeToString()
         caller.connection.send(_vectors.REQUEST.pack(len(message), 0, block.nbytes, 0) + message, half)
-        until(lambda: arrivals._bytes["tenant"])
+        until(lambda: arrivals.held().get("tenant"))
         sending = threading.Thread(target=other.send, args=(block,), kwargs={"block": 1})
         sending.start()
         assert reason(other.receive()) == "ARRIVALS_FULL"
         sending.join()
         caller.connection.close()
-        until(lambda: not arrivals._bytes)
+        until(lambda: not arrivals.held())
         sending = threading.Thread(target=other.send, args=(block,), kwargs={"block": 1})
         sending.start()
         other.receive(block.shape)
         sending.join()
-        until(lambda: not arrivals._bytes)
+        until(lambda: not arrivals.held())
 
 
 # Who hangs up, stops, or does not read
