@@ -1,7 +1,6 @@
 """A device whose memory really does not suffice: the server says so, and everybody else goes on. What gives way before that, and
 that launches get narrower, is in tests/server/test_lane.py."""
 
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
