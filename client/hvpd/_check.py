@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from hvpd import _text
 from hvpd._codec import Array
 from hvpd._errors import InvalidArgumentError
 from hvpd._objective import Point
@@ -185,7 +186,7 @@ class Certificate:
         title = f"{self.objective} ({self.digest[:12]}): {self.operator}, {facts}"
         verdict = f"{'passed' if self.passed else 'FAILED'}{f', {undecided} undecided' if undecided else ''}"
         cost = f"{self.products} products, {self.points} points, {self.seconds:.2g} s"
-        return "\n".join([title, *table, f"{verdict}: {cost}"])
+        return _text.printable("\n".join([title, *table, f"{verdict}: {cost}"]), keep="\n")
 
 
 def resolution(dtypes: Collection[str], precision: str) -> float:

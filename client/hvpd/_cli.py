@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvpd import _cli_operate
-from hvpd._cli_common import connect, connection, print_table, show_bytes
+from hvpd._cli_common import connect, connection, print_table, show, show_bytes
 from hvpd._errors import HvpdError, InvalidArgumentError, MissingExtraError
 from hvpd._version import __version__
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = arguments.run(arguments)
     except HvpdError as error:
-        print(f"hvpd: {error}", file=sys.stderr)
+        show(f"hvpd: {error}", sys.stderr)
         return 1
     except BrokenPipeError:  # `hvpd objectives | head`
         sys.stderr.close()
@@ -205,7 +205,7 @@ def _register(arguments: argparse.Namespace) -> int:
             )
         check = objective.registration_check().verdict
         facts = f"n={objective.n} {objective.dtype} {objective.mode} check={check or '-'}"
-        print(f"{objective.name or '-'} {objective.digest} {facts}")
+        show(f"{objective.name or '-'} {objective.digest} {facts}")
     return 0
 
 
@@ -220,7 +220,7 @@ def _print_rules(rules: "DerivativeRules") -> None:
     """Say on stderr which derivative rules were recognised and which were presumed."""
     for what, found in [("recognised", rules.recognised), ("presumed", rules.presumed)]:
         for rule, count in sorted(found.items()):
-            print(f"hvpd: {what} {count} time{'s' * (count != 1)}: {rule}", file=sys.stderr)
+            show(f"hvpd: {what} {count} time{'s' * (count != 1)}: {rule}", sys.stderr)
 
 
 def _made_by(source: str) -> tuple[Any, ...]:
@@ -285,7 +285,7 @@ def _check(arguments: argparse.Namespace) -> int:
         if x is None:
             x = np.random.default_rng(arguments.seed).standard_normal(objective.n)
         certificate = objective.check(x, seed=arguments.seed, probes=arguments.probes, operator=arguments.operator)
-    print(json.dumps(certificate.to_json()) if arguments.json else certificate)
+    show(json.dumps(certificate.to_json()) if arguments.json else certificate)
     return 0 if certificate.passed else 3
 
 
@@ -338,7 +338,7 @@ def _info(arguments: argparse.Namespace) -> int:
         print(json.dumps(facts))
     else:
         for name, value in facts.items():
-            print(f"{name.replace('_', ' ')}: {'none' if name == 'vector_port' and not value else value}")
+            show(f"{name.replace('_', ' ')}: {'none' if name == 'vector_port' and not value else value}")
     return 0
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
+
+from hvpd import _text
 
 if TYPE_CHECKING:
     from hvpd._client import Client
@@ -43,8 +45,14 @@ def connect(arguments: argparse.Namespace) -> "Client":
     )
 
 
+def show(text: object, file: TextIO | None = None) -> None:
+    """Print a text that may have parts of a server's, without what would steer the terminal."""
+    print(_text.printable(str(text), keep="\n"), file=file)
+
+
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Prints columns, the titles first."""
+    rows = [[_text.printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from hvpd import _codec, _pytree
+from hvpd import _codec, _pytree, _text
 from hvpd._check import REGISTRATION_BYTES, verdict_of
 from hvpd._errors import (
     HvpdError,
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from hvpd._registration.bundle import Export
 
 DEFAULT_ADDRESS = "localhost:7070"
+
+_MOST_PAGES = 10_000
+_MOST_LISTED_BYTES = 256 << 20
+"""Most pages of a list of objectives, and bytes of all of them: a million objectives."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,8 @@ class Client:
 
     def __repr__(self) -> str:
         server = self._transport.server
-        return f"<Client of hvpd {server.version} at {self.address}, {server.platform} ({server.device_kind})>"
+        facts = f"hvpd {server.version} at {self.address}, {server.platform} ({server.device_kind})"
+        return f"<Client of {_text.printable(facts)}>"
 
     def close(self) -> None:
         """Ends the connection, and the server where it is an embedded one."""
@@ -294,10 +299,6 @@ class Client:
         # Each try may find one blob corrupt on the server's disk, or removed after it was found present, and send it anew.
         for last in [False] * len(export.blobs) + [True]:
             for digest in self._transport.missing(list(blobs)):
-                if digest not in blobs:
-                    raise HvpdError(
-                        f"the server at {self.address} asks for a blob that is no part of the objective: {digest!r}"
-                    )
                 try:
                     self._transport.upload(digest, blobs[digest])
                 except OverloadedError:
@@ -356,8 +357,8 @@ class Client:
     def objectives(self) -> list[Listing]:
         """All objectives, sorted by name, the nameless last."""
         found: list[Listing] = []
-        token = ""
-        while True:
+        token, room = "", _MOST_LISTED_BYTES
+        for _ in range(_MOST_PAGES):
             request = objective_pb2.ListObjectivesRequest(page_token=token)
             response = self._transport.unary(self._transport.objectives.ListObjectives, request)
             try:
@@ -368,9 +369,14 @@ class Client:
                 raise HvpdError(
                     f"the server at {self.address} lists the same page again and again: it is no hvpd server"
                 )
-            token = response.next_page_token
+            token, room = response.next_page_token, room - response.ByteSize()
             if not token:
                 return found
+            if room < 0:
+                break
+        raise HvpdError(
+            f"the server at {self.address} lists objectives without end: {len(found)} of them so far, in pages that go on"
+        )
 
     def delete(self, name: str) -> bool:
         """Takes a name off an objective on the server, and with the last one the objective, its points, and blobs that nothing else needs.
@@ -413,8 +419,12 @@ class Client:
 
     def usage(self) -> Usage:
         """What this tenant may use of the server, and uses."""
-        (found,) = self._usages(all_tenants=False)
-        return found
+        found = self._usages(all_tenants=False)
+        if len(found) != 1:
+            raise HvpdError(
+                f"the server at {self.address} tells the usage of {len(found)} tenants, and was asked for one"
+            )
+        return found[0]
 
     def usages(self) -> list[Usage]:
         """The same of all tenants, by name. Takes a token with the right `administer`."""
@@ -439,8 +449,6 @@ class Client:
 
 
 def _listing(message: objective_pb2.Objective) -> Listing:
-    import math
-
     bundle = message.bundle
     return Listing(
         name=message.name,
@@ -450,7 +458,7 @@ def _listing(message: objective_pb2.Objective) -> Listing:
         precision=bundle.precision,
         mode=message.derivation.mode or bundle.mode,
         platforms=tuple(bundle.platforms),
-        data_bytes=sum(math.prod(tensor.shape) * _codec.dtype(tensor.dtype).itemsize for tensor in bundle.data),
+        data_bytes=sum(_codec.count(tensor.shape) * _codec.dtype(tensor.dtype).itemsize for tensor in bundle.data),
         created=message.create_time.ToDatetime(datetime.UTC),
         check=verdict_of(message.check),
     )

@@ -23,6 +23,10 @@ VECTOR_DTYPES = ("float32", "float64")
 
 
 Array = npt.NDArray[Any]
+
+_MOST_AXES = 64
+"""numpy's limit."""
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -92,6 +96,17 @@ def array(data: Buffer, dtype_name: str, shape: Sequence[int]) -> Array:
     if size != expected:
         raise ValueError(f"{dtype_name}{list(shape)} takes {expected} bytes, got {size}")
     return np.frombuffer(data, element).reshape(shape)
+
+
+def count(shape: Sequence[int]) -> int:
+    """Return the number of elements of an array of a shape that came from elsewhere.
+
+    Raises:
+        ValueError: It has a negative size, more axes than numpy has, or more elements than there are addresses.
+    """
+    if len(shape) <= _MOST_AXES and all(size >= 0 for size in shape) and (found := math.prod(shape)) < 1 << 48:
+        return found
+    raise ValueError(f"an array of the shape {list(shape[:_MOST_AXES])} cannot be")
 
 
 def digest(*parts: Buffer) -> str:

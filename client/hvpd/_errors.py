@@ -13,12 +13,15 @@
 Every RPC's failure becomes one of these in `from_rpc`, nowhere else.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
 
 import grpc
 from google.protobuf.message import DecodeError
+
+from hvpd import _text
 
 DOMAIN = "hvpd"
 """The domain of our ErrorInfo details (https://google.aip.dev/193)."""
@@ -35,7 +38,8 @@ class HvpdError(Exception):
     """
 
     def __init__(self, message: str, *, reason: str = "", request_id: str = "") -> None:
-        super().__init__(message)
+        # Parts of a message come from servers and callers, and the message goes to terminals and logs.
+        super().__init__(_text.printable(message, keep="\n"))
         self.reason = reason
         self.request_id = request_id
 
@@ -100,6 +104,13 @@ class Failure:
         return replace(self, request_id=request_id)
 
 
+_LONGEST = 4000
+"""Most characters of a message of a server; ours have 2000 bytes."""
+
+_REASON = re.compile(r"[A-Z][A-Z0-9_]{0,62}")
+
+_REQUEST_ID = re.compile(r"[0-9A-Za-z.:/-]{1,128}")
+
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 _CLASSES: Mapping[grpc.StatusCode, type[HvpdError]] = {
@@ -131,15 +142,20 @@ def failure_of_status(status: object) -> Failure:
         request = error_details_pb2.RequestInfo()
         try:
             if detail.Unpack(info):
-                reason, metadata = info.reason, dict(info.metadata)
+                reason, metadata = _valid(_REASON, info.reason), dict(info.metadata)
             elif detail.Unpack(retry):
                 retry_after = max(retry.retry_delay.ToNanoseconds() / 1e9, 0.0)
             elif detail.Unpack(request):
-                request_id = request.request_id
+                request_id = _valid(_REQUEST_ID, request.request_id)
         except (DecodeError, ValueError):  # Not what its type says, or a duration that is none.
             continue
     code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
-    return Failure(code, status.message, reason, metadata, retry_after, request_id)
+    return Failure(code, _text.cut(status.message, _LONGEST), reason, metadata, retry_after, request_id)
+
+
+def _valid(form: re.Pattern[str], text: str) -> str:
+    """Return a text that has the form it must have; else an empty one."""
+    return text if form.fullmatch(text) else ""
 
 
 def failure_of_rpc(error: grpc.RpcError) -> Failure:
@@ -153,7 +169,7 @@ def failure_of_rpc(error: grpc.RpcError) -> Failure:
         status = None
     if status is not None:
         return failure_of_status(status)
-    return Failure(call.code(), call.details() or "")
+    return Failure(call.code(), _text.cut(call.details() or "", _LONGEST))
 
 
 def to_error(failure: Failure, address: str) -> HvpdError:

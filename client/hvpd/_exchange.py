@@ -130,7 +130,7 @@ class Exchange:
         """Returns why something was refused, where it was: then nothing more is sent."""
         parts = dict(enumerate(tries, first))
         answers = {tag: self._answer(part) for tag, part in parts.items()}
-        unsent, awaited = iter(parts.items()), set[int]()
+        unsent, awaited, informed = iter(parts.items()), set[int](), set[int]()
         failure: Failure | None = None
         for tag, part in itertools.islice(unsent, _AHEAD):
             stream.send(self._messages(spec, tag, part))
@@ -138,14 +138,14 @@ class Exchange:
         while awaited:
             response, chunk = stream.receive()
             tag = response.tag
-            if tag not in answers:  # An answer to an exchange that was given up.
-                continue
             if tag not in awaited:
-                raise RpcFailure(Failure(grpc.StatusCode.DATA_LOSS, "the server answered a product twice"))
+                said = "the server answered a product twice, or one that was not asked for"
+                raise RpcFailure(Failure(grpc.StatusCode.DATA_LOSS, said))
             if response.HasField("error"):
                 failure = failure or failure_of_status(response.error)
             else:
-                if response.HasField("info"):
+                if response.HasField("info") and tag not in informed:
+                    informed.add(tag)
                     on_info(response.info)
                     if span is not None:
                         span.made(response.info)

@@ -50,12 +50,15 @@ def dense_layers(
         HvpdError: A layer is not of leaves of x that fit each other.
     """
     names, spans = list(slices), list(slices.values())
-    found = []
+    found, before = [], set[int]()
     for layer in layers:
         used = [layer.kernel, *([layer.bias] if layer.HasField("bias") else [])]
         shapes = [tuple(bundle.x_leaves[leaf].shape) for leaf in used if 0 <= leaf < len(spans)]
         outputs = [shape[0 if layer.transposed else 1] for shape in shapes[:1] if len(shape) == 2]
-        if len(shapes) != len(used) or not outputs or shapes[1:] not in ([], [(outputs[0],)]):
+        # Each leaf belongs to one layer: a server that repeats a layer would make this take memory without end.
+        new = before.isdisjoint(used)
+        before.update(used)
+        if not new or len(shapes) != len(used) or not outputs or shapes[1:] not in ([], [(outputs[0],)]):
             raise HvpdError(
                 f"the server answered with a dense layer of the leaves {used}, which do not make one: client and server may "
                 "be of versions that do not fit"

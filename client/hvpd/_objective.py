@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hvpd import _blocks, _codec, _protocol, _pytree
+from hvpd import _blocks, _codec, _protocol, _pytree, _text
 from hvpd._errors import HvpdError, InvalidArgumentError, OverloadedError
 from hvpd._exchange import Asked
 from hvpd._transport import Step, Transport
@@ -93,9 +93,10 @@ class Objective:
         unflatten: Callable[[Sequence[Any]], Any] | None = None,
     ) -> None:
         bundle = message.bundle
+        _check_structure(bundle)
         self._transport = transport
         self._bundle = bundle
-        self._unflatten = unflatten or (lambda leaves: _pytree.rebuild(bundle.x_tree, leaves))
+        self._unflatten = unflatten or self._rebuilt
         names = _pytree.leaf_names(bundle.x_tree)
         self.blocks: tuple[tuple[str, ...], ...] = tuple(
             tuple(names[leaf] for leaf in block.leaves) for block in bundle.blocks
@@ -114,7 +115,7 @@ class Objective:
     @property
     def label(self) -> str:
         """The name, or the beginning of the digest."""
-        return self.name or self.digest[:12]
+        return _text.printable(self.name or self.digest[:12])
 
     def __repr__(self) -> str:
         return f"<Objective {self.label} n={self.n} {self.dtype}>"
@@ -366,6 +367,15 @@ class Objective:
             return self._flat(array, what, exact="x")
         return self.ravel(x)
 
+    def _rebuilt(self, leaves: Sequence[Any]) -> Any:
+        """Return the pytree of leaves, for callers that did not register it."""
+        try:
+            return _pytree.rebuild(self._bundle.x_tree, leaves)
+        except (TypeError, ValueError) as error:
+            raise HvpdError(
+                f"the structure of x that the server stated for {self.label} is none of Python's: {error}"
+            ) from None
+
     def _flat(self, vector: Any, what: str, *, exact: str) -> _codec.Array:
         array = np.asarray(vector)
         if array.shape == () and self.n == 1:
@@ -397,6 +407,20 @@ class Objective:
                 if structure == spec:
                     return leaves
             raise InvalidArgumentError(f"{what} has another structure than the registered one: {error}") from None
+
+
+def _check_structure(bundle: objective_pb2.Bundle) -> None:
+    """Raise ValueError if the trees and shapes of a bundle, as a server states them, contradict each other or are too large."""
+    if bundle.dtype not in _codec.VECTOR_DTYPES:
+        raise ValueError(f"x must have one of the dtypes {', '.join(_codec.VECTOR_DTYPES)}, got {bundle.dtype!r}")
+    for tree, leaves in ((bundle.x_tree, bundle.x_leaves), (bundle.data_tree, bundle.data)):
+        _pytree.check(tree)
+        _pytree.check_names(tree)
+        if _pytree.count(tree) != len(leaves):
+            raise ValueError(f"a tree has {_pytree.count(tree)} leaves, and {len(leaves)} are described")
+    sizes = sum(_codec.count(leaf.shape) for leaf in bundle.x_leaves)
+    if sizes != bundle.n:
+        raise ValueError(f"the leaves of x have {sizes} elements, and n is {bundle.n}")
 
 
 class Point:

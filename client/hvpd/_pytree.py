@@ -12,6 +12,9 @@ from hvpd._errors import InvalidArgumentError
 from hvpd.v1 import tensor_pb2
 
 Spec = tensor_pb2.TreeSpec
+_NAME_CHARACTERS = 1 << 27
+"""Most characters of the names of all leaves of a tree."""
+
 _KEYED = (Spec.KIND_DICT, Spec.KIND_NAMED_TUPLE, Spec.KIND_CUSTOM)
 
 
@@ -136,6 +139,21 @@ def check(spec: Spec) -> None:
         )
     for child in spec.children:
         check(child)
+
+
+def check_names(spec: Spec) -> None:
+    """Raise StructureError if the names of the leaves of `spec`, which came from elsewhere, would take too much memory."""
+    characters = count(spec) * _longest(spec)
+    if characters > _NAME_CHARACTERS:
+        raise StructureError(
+            f"the names of the leaves may have {characters} characters, and {_NAME_CHARACTERS} are allowed"
+        )
+
+
+def _longest(spec: Spec) -> int:
+    """Return an upper bound of the characters of a leaf's name."""
+    key = max((len(str(_key(key))) for key in spec.keys), default=8)
+    return key + 1 + max(map(_longest, spec.children), default=0)
 
 
 def count(spec: Spec) -> int:

@@ -88,16 +88,33 @@ def _drain(outgoing: "queue.SimpleQueue[Iterable[_Message] | None]") -> Iterator
         yield from messages
 
 
-class Filling:
-    """An array that is filled from consecutive chunks."""
+_EMPTY = 4
+"""Most messages without a chunk that belong to one array: a server says that it wants x, or a direction, and what a point is."""
 
-    def __init__(self, shape: Sequence[int], dtype: np.dtype[Any], target: _codec.Array | None = None) -> None:
+
+class Filling:
+    """An array that is filled from consecutive chunks.
+
+    Args:
+        shape: Of the array.
+        dtype: Of the array.
+        target: The array; None: a new one.
+        empty: Most chunks without bytes, so that a server cannot keep a caller waiting by sending nothing for ever.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], dtype: np.dtype[Any], target: _codec.Array | None = None, *, empty: int = _EMPTY
+    ) -> None:
         self.array = np.empty(shape, dtype) if target is None else target
         self._bytes = self.array.reshape(-1).view(np.uint8).data
         self._filled = 0
+        self._empty = empty
 
     def append(self, chunk: _codec.Buffer) -> None:
         end = self._filled + len(chunk)
+        self._empty -= not len(chunk)
+        if self._empty < 0:
+            raise RpcFailure(Failure(_CODE.DATA_LOSS, "the server sends one message after the other without content"))
         if end > len(self._bytes):
             raise RpcFailure(
                 Failure(_CODE.DATA_LOSS, f"the server sent more than the {len(self._bytes)} bytes of an array")

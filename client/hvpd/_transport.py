@@ -455,9 +455,18 @@ class Transport:
     # Blobs
 
     def missing(self, digests: Sequence[str]) -> list[str]:
-        """Those digests that the server does not hold."""
+        """Those digests that the server does not hold.
+
+        Raises:
+            HvpdError: The server asks for others.
+        """
         request = blob_pb2.FindMissingBlobsRequest(digests=digests)
-        return list(self.unary(self._find_missing, request).missing_digests)
+        missing = set(self.unary(self._find_missing, request).missing_digests)
+        if others := missing.difference(digests):
+            raise HvpdError(
+                f"the server at {self.address} asks for {len(others)} blobs that were not offered: it is no hvpd server"
+            )
+        return [digest for digest in digests if digest in missing]
 
     def store(self, contents: Mapping[str, _codec.Buffer]) -> None:
         """Uploads what the server does not have, of bytes by their digests."""
@@ -503,14 +512,16 @@ class Transport:
             stream: Stream[Frame[curvature_pb2.CreatePointRequest], Frame[curvature_pb2.CreatePointResponse]]
             stream = Stream(self._create_point, metadata, left, request_id)
             point, gradient = None, Filling(x.shape, x.dtype)
+            # Each is sent once, however often a server asks for it.
+            wanted = {"x_wanted": payload}
+            if step is not None:
+                wanted["direction_wanted"] = _codec.payload(step.direction)
             try:
                 stream.send([Frame(opening)])
                 while point is None or not gradient.complete:
                     response, chunk = stream.receive()
-                    if response.x_wanted:
-                        stream.send(_pieces(payload))
-                    if response.direction_wanted and step is not None:
-                        stream.send(_pieces(_codec.payload(step.direction)))
+                    for name in [name for name in wanted if getattr(response, name)]:
+                        stream.send(_pieces(wanted.pop(name)))
                     if response.HasField("point"):
                         point = response.point
                     gradient.append(chunk)
@@ -518,6 +529,8 @@ class Transport:
                 stream.drop(error)
                 raise
             stream.close()
+            if not _codec.is_digest(point.id):
+                raise HvpdError(f"the server at {self.address} gives a point an id that is no digest")
             return point, gradient.array
 
         facts = {"objective": spec.objective_digest, "n": x.size}
@@ -603,7 +616,13 @@ class Transport:
         """The Kronecker factors at a point: square matrices of these sizes."""
 
         def attempt(left: float | None) -> list[_codec.Array]:
-            found = Filling((sum(size**2 for size in sizes),), dtype)
+            try:
+                found = Filling((sum(size**2 for size in sizes),), dtype, empty=len(sizes))
+            except (MemoryError, ValueError):  # numpy's word for more bytes than there are addresses.
+                raise HvpdError(
+                    f"the Kronecker factors are square matrices of {', '.join(map(str, sizes[:8]))}{', ...' * (len(sizes) > 8)} rows, "
+                    "and this machine has too little memory for them"
+                ) from None
             for _, chunk in self._compute_factors(request, metadata=metadata, timeout=left):
                 found.append(chunk)
             if not found.complete:

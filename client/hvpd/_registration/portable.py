@@ -1,5 +1,6 @@
 """MLIR in any form to a StableHLO portable artifact. Needs jax."""
 
+import re
 from collections.abc import Sequence
 
 import jax
@@ -9,7 +10,9 @@ import jax.interpreters.mlir
 from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import stablehlo
 
-from hvpd._errors import InvalidArgumentError
+from hvpd._errors import IncompatibleError, InvalidArgumentError
+
+_VERSION = re.compile(r"[0-9]{1,5}(\.[0-9]{1,5}){2}")
 
 
 def oldest_reader(newest: str) -> str:
@@ -17,7 +20,16 @@ def oldest_reader(newest: str) -> str:
     weeks: str = stablehlo.get_version_from_compatibility_requirement(
         stablehlo.StablehloCompatibilityRequirement.WEEK_4
     )
-    return min(weeks, newest or weeks, key=lambda version: [int(part) for part in version.split(".")])
+    least: str = stablehlo.get_minimum_version()
+    if newest and (not _VERSION.fullmatch(newest) or _parts(newest) < _parts(least)):
+        raise IncompatibleError(
+            f"the server reads StableHLO {newest[:40]!r}, and jax {jax.__version__} here writes versions from {least} on"
+        )
+    return min(weeks, newest or weeks, key=_parts)
+
+
+def _parts(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
 
 
 def portable(module: bytes | str, version: str) -> bytes:
