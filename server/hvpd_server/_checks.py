@@ -20,7 +20,7 @@ from hvpd import _check, _codec
 from hvpd._errors import HvpdError
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
 from hvpd_server import _kernels, _probes, _sources
-from hvpd_server._errors import ServiceError
+from hvpd_server._errors import ServiceError, to_service_error
 from hvpd_server._store import Store
 
 _log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ class Checks:
             return  # The objective stays pending to the end, and is checked when it is registered again.
         except Exception as error:  # noqa: BLE001 - nothing fails with a check
             known = isinstance(error, ServiceError | HvpdError)
-            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            reason = str(to_service_error(error))
             level = logging.INFO if known else logging.ERROR
             _log.log(level, "objective %s could not be checked: %s", label or digest, reason, exc_info=not known)
             message = objective_pb2.RegistrationCheck(verdict=objective_pb2.VERDICT_UNDECIDED, reason=reason[:_REASON])

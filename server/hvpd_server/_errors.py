@@ -4,12 +4,15 @@
 """
 
 import errno
+import re
 from collections.abc import Mapping
+from typing import Final
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
+from hvpd import _text
 from hvpd._errors import DOMAIN, HvpdError
 
 Code = grpc.StatusCode
@@ -35,28 +38,92 @@ class ServiceError(Exception):
         *,
         retry_after: float | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(
+            _text.printable(message, keep="\n")
+        )  # Parts of it may be a client's, and it goes to logs and pages.
         self.code = code
         self.reason = reason
         self.metadata = dict(metadata or {})
         self.retry_after = retry_after
 
 
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL: Final = (
+    Code.RESOURCE_EXHAUSTED,
+    "DISK_FULL",
+    "the server's store has no room (%s): nothing was stored; free space on the server's disk and retry",
+    None,
+)
+_SCARCE: Final = (
+    Code.RESOURCE_EXHAUSTED,
+    "DESCRIPTORS",
+    "the server has no file descriptor free (%s): try again, or raise its limit (ulimit -n)",
+    1.0,
+)
+_BUSY: Final = (
+    Code.RESOURCE_EXHAUSTED,
+    "HOST_MEMORY",
+    "the server's machine has no memory or no process left for this (%s): try again later",
+    1.0,
+)
+_DAMAGED: Final = (
+    Code.DATA_LOSS,
+    "STORE_DAMAGED",
+    "the server's disk cannot be read or written (%s): its operator must look at the disk; the server's log names the file",
+    None,
+)
+_GONE: Final = (
+    Code.FAILED_PRECONDITION,
+    "STORE_UNAVAILABLE",
+    "the server's store is not there, or the server may not use it (%s): its operator must bring it back; the server's log has more",
+    None,
+)
+
+_UNKNOWN: Final = (
+    Code.INTERNAL,
+    "INTERNAL",
+    "the server met an error of its operating system that it did not expect (%s): its log has more",
+    None,
+)
+
+_SYSTEM: Final[Mapping[int, tuple[Code, str, str, float | None]]] = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), _SCARCE),
+    **dict.fromkeys((errno.ENOMEM, errno.EAGAIN), _BUSY),
+    **dict.fromkeys((errno.EIO, errno.ENXIO, errno.ENODEV), _DAMAGED),
+    **dict.fromkeys(
+        (
+            *(
+                errno.ENOENT,
+                errno.ENOTDIR,
+                errno.EISDIR,
+                errno.EACCES,
+                errno.EPERM,
+                errno.EROFS,
+                errno.ESTALE,
+                errno.ELOOP,
+            ),
+            *(errno.ETXTBSY, errno.EBUSY, errno.ENAMETOOLONG),
+        ),
+        _GONE,
+    ),
+}
+"""What a client is told of an error of the operating system: code, reason, message, and seconds after which to retry."""
+
+_PATH: Final = re.compile(r"(?<![\w/.)\]])/(?:[^\s/'\"]+/)+[^\s'\":,;)\]]*")
+"""An absolute path of at least two parts. What stands behind a word, as in a method's name, is none."""
 
 
 def to_service_error(error: BaseException) -> ServiceError:
-    """What a client is told of an error; what nobody expected is INTERNAL."""
-    if isinstance(error, OSError) and error.errno in _FULL_DISK:
-        return ServiceError(
-            Code.RESOURCE_EXHAUSTED,
-            "DISK_FULL",
-            f"the server's store has no room ({error.strerror}): nothing was stored; free space on the server's disk and retry",
-        )
+    """Return what a client is told of an error. An error that nobody expected is INTERNAL. Paths of the server are left out."""
+    if isinstance(error, OSError):
+        code, reason, message, retry_after = _SYSTEM.get(error.errno or 0, _UNKNOWN)
+        said = error.strerror or type(error).__name__  # Without the file, which is for the log.
+        return ServiceError(code, reason, message % said, retry_after=retry_after)
     if isinstance(error, HvpdError):  # From the code that client and server share: the codec, the tree specs.
         return ServiceError(Code.INVALID_ARGUMENT, error.reason or "INVALID_ARGUMENT", str(error))
     if not isinstance(error, ServiceError):
-        return ServiceError(Code.INTERNAL, "INTERNAL", f"{type(error).__name__}: {error}")
+        said = _PATH.sub("[a path of the server]", str(error))
+        return ServiceError(Code.INTERNAL, "INTERNAL", f"{type(error).__name__}: {said}")
     return error
 
 

@@ -13,6 +13,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, cast
 
+from hvpd import _text
 from hvpd_server import _requests
 from hvpd_server._flood import Flood, LeftOut
 
@@ -62,7 +63,7 @@ def say(line: str, level: int = logging.INFO, **fields: object) -> None:
     """
     record = logging.LogRecord("hvpd", level, "", 0, f"hvpd: {line}", (), None)
     record.facts = fields
-    text = Json().format(record) if _json else escaped(record.getMessage())
+    text = Json().format(record) if _json else _text.printable(record.getMessage())
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
@@ -163,9 +164,9 @@ class Text(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         facts = "".join(f" {key}={_quoted(_plain(value))}" for key, value in _said(record).items())
-        line = f"{_time(record)} {record.levelname} {record.name}: {escaped(_cut(record.getMessage()))}{facts}"
+        line = f"{_time(record)} {record.levelname} {record.name}: {_text.printable(_cut(record.getMessage()))}{facts}"
         exception = _exception(self, record)
-        return "\n    ".join([line, *map(escaped, exception.split("\n"))]) if exception else line
+        return "\n    ".join([line, *map(_text.printable, exception.split("\n"))]) if exception else line
 
 
 def _said(record: logging.LogRecord) -> dict[str, object]:
@@ -202,7 +203,7 @@ def _plain(value: object) -> str | int | float | bool:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
+    return _text.cut(text, _LONGEST)
 
 
 def _quoted(value: object) -> str:
@@ -211,13 +212,6 @@ def _quoted(value: object) -> str:
     if not text.isprintable():
         return json.dumps(text)
     return json.dumps(text, ensure_ascii=False) if set(text) & set(' "=\\') else text
-
-
-def escaped(text: str) -> str:
-    """The text with what is not printable, such as an end of line, as Python writes it in strings."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 # What nobody caught

@@ -30,6 +30,9 @@ _LEVELS: Final = {
 }
 """How serious a failure is, by its code. All others are the caller's own, and INFO."""
 
+_OPERATORS: Final = {"STORE_UNAVAILABLE"}
+"""Reasons of which the server's operator must hear, whatever their code."""
+
 _ROUTINE: Final = {"POINT_NOT_RESIDENT", "WARMING_UP"}
 """What clients answer by themselves: part of the protocol, and DEBUG."""
 
@@ -147,13 +150,15 @@ def failed(
     request_id = request.id if tag is None else f"{request.id}/{tag}"
     cause = None if refusal is error or refusal.code is not Code.INTERNAL else error
     level = _LEVELS.get(refusal.code, logging.INFO) if refusal.reason not in _ROUTINE else logging.DEBUG
+    level = logging.ERROR if refusal.reason in _OPERATORS else level
     if _log.isEnabledFor(level):
         fields = request.fields() | {
             "request_id": request_id,
             "code": refusal.code.name,
             "reason": refusal.reason,
             "duration_seconds": round(time.monotonic() - (request.started if started is None else started), 6),
-            "error": str(refusal),
+            # The path of a file is for the log alone.
+            "error": f"{refusal} ({error})" if isinstance(error, OSError) else str(refusal),
         }
         if objective:
             fields["objective"] = objective

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
+from hvpd import _text
 from hvpd_server._catalogue import Catalogue, Entry, Facts
 from hvpd_server._history import INTERVAL, KEPT, History, Rates, Sample, Spread
 from hvpd_server._metrics import OTHER, Metrics, Totals, Use
@@ -92,7 +93,7 @@ class Status:
             raise ValueError("since is the number of a sample")
         instance, wanted = asked.get("instance", [""])[0], asked.get("filter", [""])[0]
         known = int(since) if instance == self._instance else 0
-        content = json.dumps(self.content(wanted[:_FILTER], known), separators=(",", ":"), allow_nan=False)
+        content = json.dumps(_printable(self.content(wanted[:_FILTER], known)), separators=(",", ":"), allow_nan=False)
         return Answer("application/json", content.encode())
 
     def content(self, wanted: str = "", since: int = 0) -> _Json:
@@ -247,6 +248,15 @@ class _Common:
 
     content: _Json
     rows: Sequence[_Row]
+
+
+def _printable(content: Any) -> Any:
+    """Return what is drawn with all its texts printable: names and messages may be clients' own."""
+    if isinstance(content, str):
+        return _text.printable(content)
+    if isinstance(content, dict):
+        return {_text.printable(key): _printable(value) for key, value in content.items()}
+    return [*map(_printable, content)] if isinstance(content, list | tuple) else content
 
 
 def _tenants(totals: Totals, rates: Rates) -> _Json:

@@ -317,7 +317,7 @@ class Vetter:
                 raise ServiceError(
                     Code.UNAVAILABLE,
                     "VETTING_UNAVAILABLE",
-                    f"the process that reads programs before they are used does not run on the server: {error}",
+                    f"the process that reads programs before they are used does not run on the server ({error.strerror or type(error).__name__})",
                     retry_after=1.0,
                 ) from error
 

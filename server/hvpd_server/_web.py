@@ -13,6 +13,7 @@ import http.server
 import io
 import ipaddress
 import logging
+import re
 import socket
 import socketserver
 import threading
@@ -296,18 +297,23 @@ def _is_local(host: str, listening: str) -> bool:
     A page of another site can have its own name point here, and then read what is answered (DNS rebinding); a browser sends that
     name. An address cannot be pointed anywhere.
     """
-    name = host.strip().lower()
-    if name.startswith("["):
-        name = name[1:].partition("]")[0]
-    elif name.count(":") == 1:
-        name = name.partition(":")[0]
-    if name.rstrip(".") in ("localhost", listening.lower()):
+    found = _HOST.fullmatch(host.strip(" \t").lower())
+    if found is None or int(found["port"] or 0) > 65535:
+        return False
+    if found["ipv6"] is None and found["name"].removesuffix(".") in ("localhost", listening.lower()):
         return True
     try:
-        ipaddress.ip_address(name)
+        if found["ipv6"] is None:
+            ipaddress.IPv4Address(found["name"])
+        else:
+            ipaddress.IPv6Address(found["ipv6"])
     except ValueError:
         return False
     return True
+
+
+_HOST: Final = re.compile(r"(?:\[(?P<ipv6>[0-9a-f:.]+)\]|(?P<name>[0-9a-z._-]+))(?::(?P<port>[0-9]{0,5}))?")
+"""A Host header: an IPv6 address in brackets, or a name or an IPv4 address, and perhaps a port (RFC 9110, 7.2)."""
 
 
 def _compressed(answer: Answer, request: Request) -> Answer:
