@@ -115,12 +115,12 @@ _PATH: Final = re.compile(r"(?<![\w/.)\]])/(?:[^\s/'\"]+/)+[^\s'\":,;)\]]*")
 
 def to_service_error(error: BaseException) -> ServiceError:
     """Return what a client is told of an error. An error that nobody expected is INTERNAL. Paths of the server are left out."""
+    if isinstance(error, HvpdError):  # From the code that client and server share: the codec, the tree specs.
+        return ServiceError(Code.INVALID_ARGUMENT, error.reason or "INVALID_ARGUMENT", str(error))
     if isinstance(error, OSError):
         code, reason, message, retry_after = _SYSTEM.get(error.errno or 0, _UNKNOWN)
         said = error.strerror or type(error).__name__  # Without the file, which is for the log.
         return ServiceError(code, reason, message % said, retry_after=retry_after)
-    if isinstance(error, HvpdError):  # From the code that client and server share: the codec, the tree specs.
-        return ServiceError(Code.INVALID_ARGUMENT, error.reason or "INVALID_ARGUMENT", str(error))
     if not isinstance(error, ServiceError):
         said = _PATH.sub("[a path of the server]", str(error))
         return ServiceError(Code.INTERNAL, "INTERNAL", f"{type(error).__name__}: {said}")

@@ -37,7 +37,7 @@ from google.protobuf import json_format
 
 from hvpd import _codec
 from hvpd.v1 import objective_pb2, tensor_pb2
-from hvpd_server._errors import Code, ServiceError
+from hvpd_server._errors import Code, ServiceError, to_service_error
 
 _log = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class Store:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise _unreadable(digest, error.strerror) from error
+            raise _unreadable_file(digest, error) from error
         if _codec.digest(content) != digest:
             raise self._corrupt(digest, set_aside=set_aside)
         return content
@@ -186,7 +186,7 @@ class Store:
                     state.update(piece)
                 version = _version(os.fstat(file.fileno()))
         except OSError as error:
-            raise _unreadable(digest, error.strerror) from error
+            raise _unreadable_file(digest, error) from error
         if state.hexdigest() != digest:
             raise self._corrupt(digest, set_aside=set_aside)
         self._verified[digest] = version
@@ -467,7 +467,7 @@ class Rows:
             ) from error
         except OSError as error:
             self._verify(self._digest)
-            raise _unreadable(self._digest, error.strerror) from error
+            raise _unreadable_file(self._digest, error) from error
         if len(read) < count * self._row_bytes:
             self._verify(self._digest)
             raise _unreadable(self._digest, "it is shorter than it was")
@@ -487,6 +487,12 @@ def _unreadable(digest: str, why: str | None) -> ServiceError:
         f"blob {digest} cannot be read from the server's disk: {why}",
         {"digests": digest},
     )
+
+
+def _unreadable_file(digest: str, error: OSError) -> ServiceError:
+    """Return why a blob cannot be read. If the machine has no descriptor or memory left, nothing is wrong with the blob."""
+    known = to_service_error(error)
+    return known if known.code is Code.RESOURCE_EXHAUSTED else _unreadable(digest, error.strerror)
 
 
 def _no_tensor(tensor: tensor_pb2.Tensor, why: str) -> ServiceError:

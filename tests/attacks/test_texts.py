@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 import hvpd
-from hvpd import _text
+from hvpd import _codec, _text
 from hvpd_server import _web
 from hvpd_server._errors import Code, ServiceError, to_service_error
+from hvpd_server._store import Store
 
 N = 20
 X = np.linspace(0.5, 1.5, N)
@@ -100,6 +101,29 @@ def test_a_store_that_was_deleted_is_told_and_products_go_on(served):
         assert reason_of(server, call) not in ("", "INTERNAL")
     assert any("STORE_UNAVAILABLE" in line and str(server.store) in line for line in server.lines)
     assert server.process.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(errno.EMFILE, "DESCRIPTORS"), (errno.ENOMEM, "HOST_MEMORY"), (errno.EIO, "BLOB_CORRUPT")]
+)
+def test_a_blob_that_cannot_be_opened_now_is_not_damaged(request, tmp_path, monkeypatch, number, reason):
+    """A client would send it again."""
+    store, digest = Store(tmp_path), _codec.digest(b"content")
+    request.addfinalizer(store.close)
+    with store.upload(digest, 7) as upload:
+        upload.append(b"content")
+        upload.commit()
+
+    def refuse(path, *args, **settings):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
+    for read in (store.read, store.verify):
+        with pytest.raises(ServiceError) as error:
+            read(digest)
+        assert error.value.reason == reason
+        assert str(tmp_path) not in str(error.value)
 
 
 @pytest.mark.parametrize("number", sorted(errno.errorcode))

@@ -7,7 +7,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
-from hvpd import HvpdError, InvalidArgumentError
+from hvpd import AccessError, HvpdError, InvalidArgumentError
 from hvpd._errors import DOMAIN, failure_of_status
 from hvpd_server._errors import Code, ServiceError, to_status
 
@@ -78,7 +78,7 @@ def test_the_answer_names_the_request():
     assert detail(nameless, error_details_pb2.RequestInfo) is None
 
 
-@pytest.mark.parametrize("error", [InvalidArgumentError("bad leaf"), HvpdError("bad leaf")])
+@pytest.mark.parametrize("error", [InvalidArgumentError("bad leaf"), HvpdError("bad leaf"), AccessError("bad leaf")])
 def test_errors_of_the_shared_code_are_the_callers_fault(error):
     status = to_status(error)
     assert status.code == Code.INVALID_ARGUMENT.value[0]
