@@ -111,7 +111,7 @@ def test_a_blob_that_cannot_be_opened_now_is_not_damaged(request, tmp_path, monk
     store, digest = Store(tmp_path), _codec.digest(b"content")
     request.addfinalizer(store.close)
     with store.upload(digest, 7) as upload:
-        upload.append(b"content")
+        upload.append(0, b"content")
         upload.commit()
 
     def refuse(path, *args, **settings):
