@@ -202,7 +202,7 @@ def neighbour(attacked):
                 if not np.allclose(H @ v, truth * v, rtol=1e-12):
                     failures.append(v)
                 counted[0] += 1
-                time.sleep(0.02)  # The pace of a caller that has something else to do.
+                stop.wait(0.02)  # The pace of a caller that has something else to do.
 
     thread = threading.Thread(target=multiply)
     thread.start()
