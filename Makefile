@@ -1,19 +1,24 @@
-# Everything that people and CI do with this project. `make install` puts the environment in .venv; all else calls it.
+# All commands of this project, for people and CI. `make install` makes the environment
+# in .venv, and all other targets need it.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST_ARGS ?=
-# Processes that the suite runs in: at most four, and one for each core. 0: in none but its own, as for -s and --pdb, and on an
-# accelerator, of which every server takes most of the memory.
+# Number of processes of the suite: at most four, and one for each core. 0 runs it in
+# pytest's own process, as for -s and --pdb. Use 0 on an accelerator, too, because every
+# server takes most of its memory.
 WORKERS ?= auto
 
-.PHONY: install demo test lint types stubs check-stubs format clean
+.PHONY: install demo test test-fast test-wheel lint types stubs check-stubs docs format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          the main job, on an embedded server, on real data"
 	@echo "make test          the whole test suite"
+	@echo "make test-fast     unit tests, without a server, in about a minute"
+	@echo "make test-wheel    build the wheel and test it without the source tree"
 	@echo "make lint types    ruff, mypy"
+	@echo "make docs          the documentation site, in build/site"
 	@echo "make stubs         regenerate client/hvpd/v1 from proto/"
 
 install: .venv/installed
@@ -31,9 +36,21 @@ demo: install
 test: install
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
+test-fast: install
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile -m "not slow" tests/client tests/server tests/test_architecture.py $(PYTEST_ARGS)
+
+# The wheel comes before the editable install on the path, so a file that the wheel
+# lacks cannot be imported.
+test-wheel: install
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel/installed build/wheel/*.whl
+	PYTHONPATH=build/wheel/installed $(BIN)/python -m pytest -q tests/deploy/wheel.py tests/e2e/test_local.py
+
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/towncrier build --draft --version next > /dev/null
 
 types: install
 	$(BIN)/mypy
@@ -43,6 +60,14 @@ stubs: install
 
 check-stubs: install
 	$(BIN)/python proto/generate.py --check
+
+# Links, anchors and the navigation are checked. Warnings are errors.
+docs: install .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+.venv/installed-docs: pyproject.toml constraints.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
+	touch $@
 
 format: install
 	$(BIN)/ruff format

@@ -1,1 +1,4 @@
-"""The figures that hvpd promises, measured: `python -m bench NAME`. README.md says what each is, and what was expected of it."""
+"""Measures the figures that hvpd promises: `python -m bench NAME`.
+
+README.md says what each figure is, with its prediction.
+"""

@@ -1,4 +1,4 @@
-"""`python -m bench NAME [--json FILE] [--quick]`, from the repository's root."""
+"""Runs benchmarks: `python -m bench NAME [--json FILE] [--quick]`, from the root."""
 
 import argparse
 import contextlib
@@ -12,37 +12,56 @@ from typing import Any
 
 from bench import _report
 
-BENCHMARKS = ("register", "latency", "coalescing", "transfer", "modes", "restart", "growth", "neighbour")
+BENCHMARKS = (
+    "register",
+    "latency",
+    "coalescing",
+    "transfer",
+    "modes",
+    "restart",
+    "growth",
+    "neighbour",
+    "krylov",
+    "as_jax",
+)
+COMPARES = ("register", "versions")
+"""Benchmarks that take another checkout. `all` leaves `versions` out, because
+`versions` cannot run without one.
+"""
 _FOLDER = Path(__file__).parent
 
 
 def main() -> int:
-    """Runs what the command line names."""
+    """Run the benchmarks that the command line names."""
     parser = argparse.ArgumentParser(
         prog="python -m bench", description="Measures what hvpd promises; see bench/README.md."
     )
     parser.add_argument(
-        "name", choices=[*BENCHMARKS, "all", "report"], help="which; report renders bench/results instead"
+        "name", choices=[*BENCHMARKS, "versions", "all", "report"], help="which; report renders bench/results instead"
     )
     parser.add_argument(
         "--json", metavar="FILE", type=Path, help="also one JSON object a figure, one a line, into this file"
     )
     parser.add_argument("--quick", action="store_true", help="whether it runs, not how fast: few sizes, few rounds")
     parser.add_argument(
-        "--before", metavar="DIR", type=Path, help="with register: another checkout of hvpd to measure beside this one"
+        "--before",
+        metavar="DIR",
+        type=Path,
+        help="with register and versions: another checkout of hvpd to measure beside this one",
     )
     parser.add_argument(
-        "--write", action="store_true", help="with report: into bench/README.md, in place of what is there"
+        "--write", action="store_true", help="with report: into bench/README.md, in place of its figures"
     )
     arguments = parser.parse_args()
     if arguments.name == "report":
         return _results(write=arguments.write)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
-    # Two processes share an accelerator here: neither may take all of its memory beforehand.
+    # Two processes share an accelerator here, so neither may take all of its memory
+    # beforehand.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     for name in BENCHMARKS if arguments.name == "all" else (arguments.name,):
-        options = {"before": arguments.before} if name == "register" else {}
+        options = {"before": arguments.before} if name in COMPARES else {}
         _run(name, arguments.json, quick=arguments.quick, **options)
     return 0
 
@@ -76,11 +95,13 @@ def _results(*, write: bool) -> int:
 
 
 _told: list[int] = []
-"""Signals that came. An exception that strikes in a callback is lost there: then the next figure is the last."""
+"""Signals that came. Python loses an exception that is raised in a callback; then the
+run ends at the next figure.
+"""
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """So that what was started is ended."""
+    """Leave by an exception, so that child processes are ended."""
     _told.append(number)
     sys.exit(128 + number)
 

@@ -1,7 +1,10 @@
-"""Many callers at one point, each of which asks again as soon as it has its answer: as threads that share one client, or with
-clients of their own in several processes.
+"""Many callers at one point, each of which asks again as soon as it has its answer.
 
-`python -m bench._callers SERVER ECHO DIGEST CALLERS INDEX` is one of those processes: it takes an order a line and answers in JSON.
+The callers are threads that share one client, or have clients of their own in several
+processes.
+
+`python -m bench._callers SERVER ECHO DIGEST CALLERS INDEX` is one of those processes:
+it takes an order a line and answers in JSON.
 """
 
 import contextlib
@@ -23,33 +26,35 @@ _PROCESSES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """What callers got."""
+    """The rate of products, and the width of their launches."""
 
     vectors: float
-    """A second."""
+    """Vectors a second."""
     width: float
-    """Mean number of vectors in the launches that they were in."""
+    """Mean number of vectors in the callers' launches."""
 
 
 class Callers(Protocol):
-    """Up to so many callers, of whom any number can be let loose."""
+    """A group of callers, of which any number can run at once."""
 
     def products(self, count: int, seconds: float) -> Rate:
-        """H @ v, each caller with a v of its own."""
+        """Measure products H @ v, each caller with a v of its own."""
 
     def echoes(self, count: int, seconds: float) -> float:
-        """Bare stream echoes of as many bytes, a second."""
+        """Measure bare stream echoes of as many bytes, and return their number a
+        second.
+        """
 
 
 class Threads:
     """Callers in this process.
 
     Args:
-        clients: Shared by them in turn; one for each gives each its own.
-        channels: Likewise, to the echo.
-        digest: Of the objective.
-        most: How many callers.
-        first: Number of the first, from which its v follows.
+        clients: Clients that the callers take in turn; one a caller gives each its own.
+        channels: Channels to the echo, taken in turn.
+        digest: The objective's digest.
+        most: Number of callers.
+        first: Number of the first caller. A caller's number determines its v.
     """
 
     def __init__(
@@ -98,7 +103,7 @@ class Processes:
         return sum(answer["vectors"] for answer in self._order("echoes", count, seconds))
 
     def _order(self, what: str, count: int, seconds: float) -> list[dict[str, float]]:
-        """Lets `count` callers loose, spread over the processes."""
+        """Let `count` callers run, spread over the processes."""
         of_each = [len(range(index, count, len(self._children))) for index in range(len(self._children))]
         busy = [(child.process, own) for child, own in zip(self._children, of_each, strict=True) if own]
         for process, own in busy:
@@ -113,7 +118,9 @@ class Processes:
 
 
 def start(n: int, seed: int = 0) -> "np.typing.NDArray[np.float32]":
-    """Makes a vector of shape (n,), the same wherever it is made; with seed 0, where all callers are."""
+    """Return a vector of shape (n,), the same on each call; with seed 0, the callers'
+    point.
+    """
     return np.random.default_rng(seed).standard_normal(n, np.float32) * np.float32(0.1)
 
 

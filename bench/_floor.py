@@ -1,6 +1,8 @@
-"""What the wire costs without hvpd: bare echoes, of gRPC and of TCP, in a process of their own as the server is.
+"""The cost of the wire without hvpd: bare echoes of gRPC and of TCP, in a process of
+their own as the server is.
 
-`python -m bench._floor` serves both until its standard input ends. No protobuf, no interceptors: handlers of plain bytes.
+`python -m bench._floor` serves both until its standard input ends. It uses no protobuf
+and no interceptors. Its handlers take plain bytes.
 """
 
 import concurrent.futures
@@ -17,7 +19,7 @@ import grpc
 from bench import _processes
 
 CHUNK_BYTES = 1 << 20
-"""As in hvpd: larger vectors travel as several messages."""
+"""Bytes of a message, as in hvpd: larger vectors travel as several messages."""
 
 OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
@@ -29,7 +31,7 @@ Channel = grpc.Channel
 
 
 class UnaryEcho:
-    """One message there and back, as a unary call."""
+    """Sends one message there and back, as a unary call."""
 
     def __init__(self, channel: grpc.Channel, payload: bytes) -> None:
         self._call: Any = channel.unary_unary("/bench.Echo/Unary")
@@ -40,11 +42,13 @@ class UnaryEcho:
 
 
 class StreamEcho:
-    """Messages of 1 MiB at most, as long as each other, there and back on a stream that stays open.
+    """Sends messages of one size, at most 1 MiB, there and back on a stream that stays
+    open.
 
     Args:
-        payload: What is sent, cut up beforehand.
-        whole: Whether the other end has all of them before it sends the first one back, as for a product it must.
+        payload: The bytes to send. They are cut into messages beforehand.
+        whole: Whether the other end has all of them before it sends the first one back,
+            as for a product it must.
     """
 
     def __init__(self, channel: grpc.Channel, payload: bytes, *, whole: bool = False) -> None:
@@ -62,19 +66,20 @@ class StreamEcho:
             next(self._replies)
 
     def close(self) -> None:
-        """Ends the stream."""
+        """End the stream."""
         self._outgoing.put(None)
         self._replies.cancel()
 
 
 class TcpEcho:
-    """Bytes there and back on a socket."""
+    """Sends bytes there and back on a socket."""
 
     def __init__(self, address: tuple[str, int], payload: bytes) -> None:
         self._socket = _no_delay(socket.create_connection(address))
         self._payload = payload
         self._buffer = memoryview(bytearray(min(len(payload), CHUNK_BYTES)))
-        # What fits into the socket's buffers needs no second thread; the rest would wait for itself without one.
+        # A payload that fits into the socket's buffers needs no second thread. Without
+        # one, a larger payload would block itself.
         self._sender = concurrent.futures.ThreadPoolExecutor(1) if len(payload) > 64 << 10 else None
 
     def __call__(self) -> None:
@@ -88,14 +93,14 @@ class TcpEcho:
             sending.result()
 
     def close(self) -> None:
-        """Ends the connection."""
+        """End the connection."""
         self._socket.close()
         if self._sender:
             self._sender.shutdown()
 
 
 class Echo:
-    """The other end, as its clients know it."""
+    """Addresses of the echoes."""
 
     def __init__(self, grpc_port: int, tcp_port: int) -> None:
         self.address = f"127.0.0.1:{grpc_port}"
@@ -103,7 +108,7 @@ class Echo:
 
 
 def channel(address: str) -> grpc.Channel:
-    """A connection of its own to an echo."""
+    """Return a new connection to an echo."""
     return grpc.insecure_channel(
         address, [*OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
     )
@@ -111,7 +116,7 @@ def channel(address: str) -> grpc.Channel:
 
 @contextlib.contextmanager
 def echoing() -> Iterator[Echo]:
-    """Starts the process, ends it in the end."""
+    """Start the process; end it at the end of the context."""
     argv = [sys.executable, "-m", "bench._floor"]
     with _processes.child(argv, r"echoing on (\d+) (\d+)$") as found:
         yield Echo(int(found.ready[1]), int(found.ready[2]))
@@ -130,7 +135,9 @@ def _whole(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator
 
 
 def joined(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[list[bytes]]:
-    """The messages of one round trip after the other, as their client says how many they are."""
+    """Yield the messages of each round trip. The client's metadata says how many they
+    are.
+    """
     metadata = {str(key): str(value) for key, value in context.invocation_metadata()}
     together: list[bytes] = []
     for message in messages:

@@ -1,7 +1,9 @@
-"""The least that a server made of gRPC in Python does for a product: a handler of plain bytes around the compiled program, with x
-and residuals on the device. No protocol, no checks, no queue, no other caller.
+"""The barest handler of gRPC in Python for a product: plain bytes around the compiled
+program, with x and residuals on the device. It has no protocol, no checks, no queue and
+no other caller.
 
-`python -m bench._handler PROGRAM ROWS SIZE SIZE ...` serves the product of an MLP until its standard input ends.
+`python -m bench._handler PROGRAM ROWS SIZE SIZE ...` serves the product of an MLP until
+its standard input ends.
 """
 
 import concurrent.futures
@@ -20,7 +22,10 @@ from bench._programs import Programs
 
 @contextlib.contextmanager
 def handling(program: str, rows: int, sizes: Sequence[int]) -> Iterator[str]:
-    """Starts the process, ends it in the end; yields its address. `_floor.StreamEcho(..., whole=True)` is its client."""
+    """Start the process, yield its address, and end it at the end of the context.
+
+    `_floor.StreamEcho(..., whole=True)` is its client.
+    """
     argv = [sys.executable, "-m", "bench._handler", program, str(rows), *map(str, sizes)]
     with _processes.child(argv, r"^handling on (\d+)$") as found:
         yield f"127.0.0.1:{found.ready[1]}"

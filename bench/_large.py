@@ -1,4 +1,6 @@
-"""Registers a program of very many operations, and ends: `python -m bench._large ADDRESS OPERATIONS`."""
+"""Registers a program of very many operations:
+`python -m bench._large ADDRESS OPERATIONS`.
+"""
 
 import contextlib
 import sys
@@ -9,7 +11,9 @@ import hvpd
 
 
 def program(operations: int) -> str:
-    """StableHLO text of f(x) = sum of sin(sin(... x)), with x of 16 elements in float32."""
+    """Return StableHLO text of f(x) = sum of sin(sin(... x)); x is 16 elements of
+    float32.
+    """
     body = "\n".join(f"%{i + 1} = stablehlo.sine %{i} : tensor<16xf32>" for i in range(operations))
     return f"""
     module {{ func.func public @main(%0 : tensor<16xf32>) -> tensor<f32> {{
@@ -23,7 +27,7 @@ def program(operations: int) -> str:
 
 
 def main() -> None:
-    """Registers, whether the server takes it or not."""
+    """Register the program. It does not matter whether the server accepts it."""
     address, operations = sys.argv[1:]
     with hvpd.connect(address) as client:
         text = program(int(operations))

@@ -1,4 +1,7 @@
-"""What is multiplied: objectives of several kinds, in float32, on synthetic data from fixed seeds. Times depend on shapes alone."""
+"""Objectives of several kinds, in float32, on synthetic data from fixed seeds.
+
+Times depend on shapes alone.
+"""
 
 import dataclasses
 import itertools
@@ -26,21 +29,23 @@ class Problem:
 
     @property
     def n(self) -> int:
-        """Elements of x."""
+        """Return the number of elements of x."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.x))
 
     def flat(self) -> Vector:
-        """The vector of x, of shape (n,)."""
+        """Return x as a vector of shape (n,)."""
         return np.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(self.x)])
 
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> Vector:
-    """Standard normal numbers, times a scale."""
+    """Return standard normal numbers, times a scale."""
     return np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(scale)
 
 
 def logistic(n: int, rows: int) -> Problem:
-    """Regularized logistic regression: two passes over X a gradient, so bound by memory."""
+    """Return a regularized logistic regression. A gradient passes over X twice, so
+    memory is the bound.
+    """
 
     def fun(w: Any, X: Any, y: Any) -> Any:
         return jnp.mean(jnp.logaddexp(0.0, -y * (X @ w))) + 1e-3 * jnp.sum(w * w)
@@ -50,7 +55,7 @@ def logistic(n: int, rows: int) -> Problem:
 
 
 def mlp(sizes: Sequence[int], rows: int) -> Problem:
-    """A multilayer perceptron with tanh and cross entropy: bound by arithmetic."""
+    """Return a perceptron with tanh and cross entropy. Arithmetic is the bound."""
 
     def fun(layers: Any, X: Any, labels: Any) -> Any:
         for W, b in layers[:-1]:
@@ -66,7 +71,7 @@ def mlp(sizes: Sequence[int], rows: int) -> Problem:
 
 
 def convolution(rows: int, side: int = 28, channels: int = 16) -> Problem:
-    """Two strided convolutions and a dense layer on square images."""
+    """Return two strided convolutions and a dense layer on square images."""
 
     def fun(x: Any, images: Any, labels: Any) -> Any:
         for kernel in x["kernels"]:
@@ -82,7 +87,7 @@ def convolution(rows: int, side: int = 28, channels: int = 16) -> Problem:
 
 
 def transformer(rows: int, length: int = 32, width: int = 64, blocks: int = 2, heads: int = 4) -> Problem:
-    """A small causal language model: attention, layer norm, GELU."""
+    """Return a small causal language model: attention, layer norm, GELU."""
     vocabulary = 64
 
     def attend(h: Any, block: Any) -> Any:
@@ -113,7 +118,9 @@ def transformer(rows: int, length: int = 32, width: int = 64, blocks: int = 2, h
 
 
 def gaussian_process(rows: int, features: int) -> Problem:
-    """The negative log marginal likelihood of a Gaussian process in its hyperparameters: a Cholesky factor and two solves."""
+    """Return a Gaussian process's negative log marginal likelihood in its
+    hyperparameters: a Cholesky factor and two solves.
+    """
 
     def fun(x: Any, X: Any, y: Any) -> Any:
         scaled = X * jnp.exp(x["log_scales"])
@@ -134,7 +141,9 @@ def gaussian_process(rows: int, features: int) -> Problem:
 
 
 def identity(n: int) -> Problem:
-    """0.5 |x|^2, whose product is its vector: nothing but transport."""
+    """Return 0.5 |x|^2. The product is the vector itself, so only transport is
+    measured.
+    """
 
     def fun(x: Any) -> Any:
         return 0.5 * jnp.sum(x * x)
@@ -143,7 +152,9 @@ def identity(n: int) -> Problem:
 
 
 def quartic(n: int, constant: float = 1.0) -> Problem:
-    """A multiple of sum(x^4): a different constant is a different objective, quick to trace and to compile."""
+    """Return a multiple of sum(x^4). Each constant gives another objective, which is
+    quick to trace and to compile.
+    """
 
     def fun(x: Any) -> Any:
         return constant * jnp.sum(x**4)

@@ -1,4 +1,4 @@
-"""Children that end with whoever started them, and how much memory a process takes (Linux)."""
+"""Child processes that end with their parent, and the memory of a process (Linux)."""
 
 import collections
 import contextlib
@@ -16,23 +16,25 @@ _PATIENCE_SECONDS = 600.0
 
 
 class Child:
-    """A running process that has said that it is ready."""
+    """A running process that has printed its ready line."""
 
     def __init__(self, process: "subprocess.Popen[str]", ready: "re.Match[str]", seconds: float) -> None:
         self.process = process
         self.pid = process.pid
         self.ready = ready
-        """The line in which it said so."""
+        """The match of the ready line."""
         self.seconds = seconds
-        """From exec until it said so."""
+        """Seconds from exec until the ready line."""
 
 
 @contextlib.contextmanager
 def child(argv: Sequence[str], ready: str, *, talks: bool = False) -> Iterator[Child]:
-    """Starts a process, waits for the line on its stderr that matches `ready`, ends it in the end.
+    """Start a process, wait for the line on its stderr that matches `ready`, and end it
+    at the end of the context.
 
-    Where it talks, its stdout is a pipe, to be read. Its standard input is a pipe, which ends with this process however that goes. Settings of hvpd in the environment are not
-    for it: what is measured does not depend on who measures.
+    If `talks`, its stdout is a pipe. Its standard input is a pipe, which ends
+    whenever this process ends. The child gets no settings of hvpd from the environment,
+    so that figures do not depend on them.
     """
     lines: collections.deque[str] = collections.deque(maxlen=30)
     found: list[tuple[re.Match[str], float]] = []
@@ -40,7 +42,7 @@ def child(argv: Sequence[str], ready: str, *, talks: bool = False) -> Iterator[C
 
     def read() -> None:
         assert process.stderr is not None
-        with contextlib.suppress(ValueError):  # Closed in the end.
+        with contextlib.suppress(ValueError):  # The pipe is closed at the end.
             for line in process.stderr:
                 lines.append(line)
                 if match := re.search(ready, line.rstrip()):
@@ -59,7 +61,7 @@ def child(argv: Sequence[str], ready: str, *, talks: bool = False) -> Iterator[C
         text=True,
         errors="replace",
         env=environment,
-        start_new_session=True,  # Ctrl-C is for whoever started it, who then ends it.
+        start_new_session=True,  # Ctrl-C is for the parent, which then ends this child.
     )
     try:
         reader.start()
@@ -83,7 +85,9 @@ def child(argv: Sequence[str], ready: str, *, talks: bool = False) -> Iterator[C
 
 @contextlib.contextmanager
 def serving(store: Path | None = None, *flags: str) -> Iterator[Child]:
-    """A real server on a free port, without the supervisor of `hvpd serve`; its store is a temporary one where none is given."""
+    """Run a real server on a free port, without the supervisor of `hvpd serve`. By
+    default its store is temporary.
+    """
     with contextlib.ExitStack() as stack:
         if store is None:
             store = Path(
@@ -94,27 +98,27 @@ def serving(store: Path | None = None, *flags: str) -> Iterator[Child]:
 
 
 def address(server: Child) -> str:
-    """Where a server is."""
+    """Return a server's address."""
     return server.ready[1]
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory that a process has in use."""
+    """Return the bytes that a process uses."""
     return _status(pid, "VmRSS")
 
 
 def peak_bytes(pid: int) -> int:
-    """The most that it had in use since `reset_peak`."""
+    """Return the most bytes that it used since `reset_peak`."""
     return _status(pid, "VmHWM")
 
 
 def reset_peak(pid: int) -> None:
-    """Begins to look for the most anew (proc(5), clear_refs)."""
+    """Reset the peak of memory (proc(5), clear_refs)."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def available_bytes() -> int:
-    """What the machine could still give."""
+    """Return the bytes that the machine has available."""
     return _kibibytes(Path("/proc/meminfo"), "MemAvailable")
 
 

@@ -1,5 +1,5 @@
-"""The programs of an objective in this process: traced by the client, imported, differentiated and compiled as the server does.
-They show the cost of the device alone.
+"""The programs of an objective in this process: traced by the client, imported,
+differentiated and compiled as the server does. They show the cost of the device alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,18 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from bench._objectives import Problem, Vector, normal
-from hvpd import _codec
 from hvpd._registration import export as _export
+from hvpd._wire import codec
 from hvpd.v1 import tensor_pb2
 from hvpd_server.derivation.programs import Derivation
 from hvpd_server.importer import reader
 
-# As on the server: in the thread that asks. Must come before jax finds its devices.
+# As on the server, the calling thread computes. This must be set before jax finds its
+# devices.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 class Programs:
-    """What an objective is registered as, warm in this process, its x and data on the device."""
+    """An objective's programs, warm in this process, with x and data on the device."""
 
     def __init__(self, problem: Problem, mode: str = "forward_over_reverse") -> None:
         self.n = problem.n
@@ -41,7 +42,8 @@ class Programs:
         self._compiled: dict[tuple[str, int], Any] = {}
 
     def call(self, name: str, k: int = 0) -> Callable[[], object]:
-        """A program with its arguments, to be called for one run: from the host's memory, where vectors are, and back.
+        """Return a function that runs a program once, from vectors in the host's memory
+        to results there.
 
         Args:
             name: value_and_grad, prepare, hvp or apply.
@@ -55,7 +57,9 @@ class Programs:
         return lambda: np.asarray(compiled(*arguments))
 
     def multiply(self, name: str) -> Callable[[Vector], Vector]:
-        """The product of a vector with the Hessian, both of shape (1, n), by hvp or apply."""
+        """Return a function that multiplies a vector of shape (1, n) with the Hessian,
+        by hvp or apply.
+        """
         compiled, x, args = self.compiled(name, 1), self._x, self._args
         residuals = self._residuals() if name == "apply" else []
 
@@ -65,12 +69,22 @@ class Programs:
 
         return product
 
+    @property
+    def arguments(self) -> tuple[Any, Sequence[Any]]:
+        """Return x, and the captured arrays and data, on the device."""
+        return self._x, self._args
+
+    def function(self, name: str, k: int) -> Callable[..., Any]:
+        """Return a program as a function that jax can trace."""
+        with self._sized.tracing():
+            return self._sized.program(name, k).ways[0]
+
     def flops(self, name: str, k: int = 0) -> float:
-        """What XLA counts for one run of the compiled program."""
+        """Return the operations that XLA counts for one run of the compiled program."""
         return float(self.compiled(name, k).cost_analysis()["flops"])
 
     def compiled(self, name: str, k: int) -> Any:
-        """The compiled program."""
+        """Return the compiled program."""
         if (name, k) not in self._compiled:
             with self._sized.tracing():
                 program = self._sized.program(name, k)
@@ -87,11 +101,11 @@ class Programs:
         ]
 
     def _array(self, tensor: tensor_pb2.Tensor) -> npt.NDArray[Any]:
-        return _codec.array(self._export.blobs[tensor.digest], tensor.dtype, tensor.shape)
+        return codec.array(self._export.blobs[tensor.digest], tensor.dtype, tensor.shape)
 
 
 def aligned(array: Vector) -> Vector:
-    """A copy that begins where XLA takes it as it is: on a CPU a call does not copy it."""
+    """Return a copy that is aligned for XLA. A call on a CPU does not copy it."""
     buffer = np.empty(array.nbytes + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)

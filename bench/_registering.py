@@ -1,6 +1,8 @@
-"""`python -m bench._registering NAME`: traces and lowers a problem of bench.register once, and prints seconds and bytes as JSON.
+"""Traces and lowers a problem of bench.register once, and prints seconds and bytes as
+JSON: `python -m bench._registering NAME`.
 
-It runs with the client of whichever checkout is on the path, also one from before `hvpd._registration`.
+It runs with the client of the checkout that is on the path. That may be older than
+`hvpd._registration`.
 """
 
 import argparse
@@ -14,13 +16,15 @@ from bench._objectives import Problem, gaussian_process, mlp, transformer
 
 
 def problems(*, quick: bool) -> dict[str, Problem]:
-    """What is registered: a digits network, a language model of 100 million parameters, and a Gaussian process."""
+    """Return a digits network, a language model of 100 million parameters, and a
+    Gaussian process.
+    """
     small = {"digits MLP": mlp((64, 64, 10), 1_797), "Gaussian process": gaussian_process(200, 5)}
     return small if quick else small | {"transformer of 100 M": transformer(2, 64, 768, 14, 12)}
 
 
 def main() -> None:
-    """Registers without a server: what the client does before it uploads."""
+    """Register without a server: the client's work before it uploads."""
     parser = argparse.ArgumentParser()
     parser.add_argument("name")
     parser.add_argument("--quick", action="store_true")

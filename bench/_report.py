@@ -1,5 +1,5 @@
-"""What a benchmark finds: figures with what was predicted and what is wanted, as a table for people and as JSON lines for machines.
-Measures nothing.
+"""Figures with their predictions and goals, as a table for people and as JSON lines for
+machines. This module measures nothing.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ import numpy.typing as npt
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """Where a figure has to be."""
+    """The range in which a figure has to be."""
 
     sense: Literal["<=", ">="]
     bound: float
 
     def met(self, value: float) -> bool:
-        """Whether a figure is there."""
+        """Return whether a figure is in the range."""
         return value <= self.bound if self.sense == "<=" else value >= self.bound
 
     def __str__(self) -> str:
@@ -35,55 +35,60 @@ class Figure:
 
     bench: str
     figure: str
-    """What it is, in words."""
+    """The figure's description."""
     value: float | None
-    """The median of its repeats; None where it was not measured, and then `note` says why."""
+    """The median of its repeats. None if it was not measured; `note` then gives the
+    reason.
+    """
     unit: str
-    """Empty for ratios."""
+    """The unit; empty for ratios."""
     n: int | None = None
     """Elements of x."""
     k: int | None = None
     """Vectors of a block, or callers."""
     predicted: float | None = None
-    """What was expected before it was measured."""
+    """The value that was predicted before the first measurement."""
     goal: Goal | None = None
     repeats: int = 0
-    """How many rounds the median is of."""
+    """Number of rounds of the median."""
     spread: tuple[float, float] | None = None
     """First and third quartile of the rounds."""
     note: str = ""
 
     def to_json(self, environment: Mapping[str, Any]) -> dict[str, Any]:
-        """The figure as one JSON object, with what it was measured on."""
+        """Return the figure as one JSON object, with the environment of its run."""
         met = None if self.goal is None or self.value is None else self.goal.met(self.value)
         goal = None if self.goal is None else str(self.goal)
         return dataclasses.asdict(self) | {"goal": goal, "met": met} | dict(environment)
 
 
 def measured(bench: str, figure: str, unit: str, rounds: npt.ArrayLike, **facts: Any) -> Figure:
-    """A figure from one number a round: their median, and their quartiles as its spread."""
+    """Return a figure of one number a round: their median, with their quartiles as its
+    spread.
+    """
     values = np.asarray(rounds, float)
     low, middle, high = (float(q) for q in np.quantile(values, (0.25, 0.5, 0.75)))
     return Figure(bench, figure, middle, unit, repeats=len(values), spread=(low, high), **facts)
 
 
 def skipped(bench: str, figure: str, unit: str, why: str, **facts: Any) -> Figure:
-    """A figure that could not be measured."""
+    """Return a figure that could not be measured."""
     return Figure(bench, figure, None, unit, note=f"skipped: {why}", **facts)
 
 
 def floor_rate(echoes: float, vectors: float) -> float:
-    """Vectors a second of callers that first pay for the wire and then for the device: 1/(1/E + 1/B).
+    """Return 1/(1/E + 1/B): vectors a second of callers that pay for the wire, and then
+    for the device.
 
     Args:
-        echoes: E, what the wire alone makes, a second.
-        vectors: B, what the device alone makes, a second.
+        echoes: E, echoes a second of the wire alone.
+        vectors: B, vectors a second of the device alone.
     """
     return 1.0 / (1.0 / echoes + 1.0 / vectors)
 
 
 def environment() -> dict[str, Any]:
-    """What the figures of this run were measured on; nothing that names the machine."""
+    """Return the hardware and versions of this run, without the machine's name."""
     import jax
 
     versions = {name: importlib.metadata.version(name) for name in ("jax", "grpcio", "hvpd")}
@@ -96,7 +101,7 @@ _COLUMNS = ("figure", "n", "k", "predicted", "measured", "quartiles", "unit", "g
 
 
 def table(figures: Iterable[Mapping[str, Any]], *, markdown: bool = False) -> str:
-    """The figures, as `Figure.to_json` gives them, under each other."""
+    """Return a table of figures that `Figure.to_json` made."""
     rows = [_COLUMNS, *map(_row, figures)]
     widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(_COLUMNS))]
     left = {0, 6}
@@ -113,7 +118,7 @@ def table(figures: Iterable[Mapping[str, Any]], *, markdown: bool = False) -> st
 
 
 def number(value: float | None) -> str:
-    """Three digits, or all there are before the point."""
+    """Return a number with three digits, or with all digits before the point."""
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
@@ -138,23 +143,27 @@ def _row(figure: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def write(path: Path, bench: str, found: Sequence[Mapping[str, Any]]) -> None:
-    """Puts the figures of a benchmark into a file of JSON lines, in place of what an earlier run of it has left there."""
+    """Write a benchmark's figures into a file of JSON lines, in place of the figures of
+    its earlier run.
+    """
     kept = [figure for figure in read(path) if figure["bench"] != bench] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(figure) + "\n" for figure in [*kept, *found]))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The figures of a file of JSON lines."""
+    """Return the figures of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
 MARK = "<!-- What follows is written by `python -m bench report --write`. -->"
-"""In README.md, before the tables."""
+"""The line of README.md after which the tables come."""
 
 
 def render(results: Path) -> str:
-    """All results in a folder as Markdown: a section for each file, a table for each benchmark in it."""
+    """Return all results of a folder as Markdown: a section a file, a table a
+    benchmark.
+    """
     parts = []
     for path in sorted(results.glob("*.jsonl")):
         figures = read(path)

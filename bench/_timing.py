@@ -1,4 +1,7 @@
-"""Fair clocks: contenders measured in turns, so that what disturbs one disturbs all; and closed loops of many callers."""
+"""Fair clocks for contenders, and closed loops of many callers.
+
+Contenders are measured in turns, so that a disturbance affects all of them.
+"""
 
 import concurrent.futures
 import threading
@@ -11,12 +14,13 @@ Call = Callable[[], object]
 
 
 def interleave(contenders: Mapping[str, Call], *, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Times each contender in every round: A B C, B C A, C A B, ...
+    """Time each contender in every round: A B C, B C A, C A B, ...
 
     Args:
-        contenders: By name. Each is called twice beforehand, which warms it and tells how often it fits into a round.
-        rounds: How many.
-        seconds: How long one contender is called in one round; once at least.
+        contenders: Functions by name. Two calls beforehand warm each of them, and show
+            how often it fits into a round.
+        rounds: Number of rounds.
+        seconds: Seconds to call one contender in one round; it is called at least once.
 
     Returns:
         For each contender the median time of a call, in seconds, for every round.
@@ -40,10 +44,11 @@ def _time(call: Call) -> float:
 
 
 def rate(callers: Sequence[Call], *, seconds: float) -> float:
-    """Calls a second of callers that each call again as soon as they have their answer, each in a thread of its own.
+    """Return the calls a second of callers that each call again as soon as they have
+    their answer, each in a thread of its own.
 
-    The first quarter of the time is not counted: they find their step. Each caller's own rate is taken from answer to answer,
-    and each waits for two at least.
+    The first quarter of the time is not counted: the rate is not steady. Each caller's
+    own rate is taken from answer to answer, of which each waits for at least two.
     """
     begin = threading.Barrier(len(callers))
 

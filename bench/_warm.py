@@ -1,5 +1,5 @@
-"""Registers, and waits until the server has checked, compiled and chosen what multiplies: the figures are of a server that does
-nothing else meanwhile.
+"""Registers, and waits until the server has checked and compiled, and has chosen a
+program, so that it does nothing else while figures are taken.
 """
 
 import time
@@ -14,21 +14,25 @@ _PATIENCE_SECONDS = 60.0
 
 
 def registered(client: hvpd.Client, problem: Problem, **options: Any) -> hvpd.Objective:
-    """The problem as an objective, when the server has checked it."""
+    """Register a problem; return the objective when the server has checked it."""
     objective = client.register(problem.fun, problem.x, *problem.data, **options)
     checked(objective)
     return objective
 
 
 def checked(objective: hvpd.Objective) -> None:
-    """Waits until the server has checked an objective, and all that were registered before."""
+    """Wait until the server has checked an objective, and all that were registered
+    before.
+    """
     ends = time.monotonic() + 10 * _PATIENCE_SECONDS
     while objective.registration_check().verdict == "pending" and time.monotonic() < ends:
         time.sleep(0.02)
 
 
 def vectors(objective: hvpd.Objective, H: Any) -> str:
-    """Multiplies single vectors until the server has settled for a program; returns its name."""
+    """Multiply single vectors until the server has chosen a program. Return its
+    name.
+    """
     v = np.ones(objective.n, objective.dtype)
     ends = time.monotonic() + _PATIENCE_SECONDS
     while True:
@@ -40,7 +44,9 @@ def vectors(objective: hvpd.Objective, H: Any) -> str:
 
 
 def compiled(objective: hvpd.Objective, width: int) -> bool:
-    """Waits, without a product, until the server has compiled a width; returns whether it has."""
+    """Wait, without a product, until the server has compiled a width. Return whether it
+    has.
+    """
     ends = time.monotonic() + _PATIENCE_SECONDS
     while not (found := any(choice.width == width for choice in objective.plan())) and time.monotonic() < ends:
         time.sleep(0.01)
@@ -48,12 +54,12 @@ def compiled(objective: hvpd.Objective, width: int) -> bool:
 
 
 def blocks(objective: hvpd.Objective, H: Any, most: int) -> None:
-    """Has the server compile every width up to `most`."""
+    """Let the server compile every width up to `most`."""
     for width in widths(most):
-        H @ np.ones((objective.n, width), objective.dtype)  # Asks for it.
+        H @ np.ones((objective.n, width), objective.dtype)  # The product requests the compile.
         compiled(objective, width)
 
 
 def widths(most: int) -> list[int]:
-    """1, 2, 4, ... up to `most`."""
+    """Return 1, 2, 4, ... up to `most`."""
     return [1 << power for power in range(most.bit_length())]

@@ -1,5 +1,6 @@
-"""Many callers at one point: their products a second over what callers that first pay for the wire and then for the device could
-make, over the device alone, and over one caller.
+"""Many callers at one point: their products a second over three rates. These are the
+rate of callers that first pay for the wire and then for the device, the device's own
+rate, and one caller's.
 """
 
 import collections
@@ -17,8 +18,9 @@ GOAL_CALLERS = 16
 GOAL = Goal(">=", 0.8)
 _MOST = 64
 
-# From the design's readings (vectors a second), with B of other widths in between: E, echoes of as many callers; B, the block.
-# The memory-bound block grows until X streams once for all of it; the compute-bound one gains little.
+# The design's readings in vectors a second: E, echoes of as many callers; B, the block,
+# with other widths in between. The memory-bound block grows until X streams once for
+# all of it. The compute-bound block gains little.
 _ECHOES = {
     "memory-bound": {1: 2300, 2: 3500, 4: 4500, 8: 4800, 16: 4800, 32: 4800, 64: 4500},
     "compute-bound": {1: 370, 2: 500, 4: 600, 8: 700, 16: 703, 32: 700, 64: 650},
@@ -27,8 +29,10 @@ _BLOCKS = {
     "memory-bound": {1: 397, 2: 700, 4: 1200, 8: 1900, 16: 2750, 32: 3500, 64: 4000},
     "compute-bound": {1: 220, 2: 230, 4: 250, 8: 260, 16: 269, 32: 270, 64: 270},
 }
-# One caller pays the latency's overhead. Several fill about half a block: who was just answered asks again while the others' launch
-# runs. That costs the memory-bound objective, whose vectors get cheaper with the width, and hardly the other.
+# One caller pays the latency's overhead. Several callers fill about half a block,
+# because a caller that was just answered asks again while the others' launch runs. That
+# slows the memory-bound objective, whose vectors get cheaper with the width, and hardly
+# the other.
 _OF_FLOOR = {
     "memory-bound": {1: 0.85, 2: 0.75, 4: 0.7, 8: 0.7, 16: 0.7, 32: 0.7, 64: 0.7},
     "compute-bound": {1: 0.85, 2: 0.9, 4: 0.95, 8: 0.95, 16: 0.95, 32: 0.95, 64: 0.9},
@@ -36,7 +40,7 @@ _OF_FLOOR = {
 
 
 def predictions(bound: str, callers: int) -> dict[str, float]:
-    """What is expected of a number of callers, by figure."""
+    """Return the predictions for a number of callers, by figure."""
 
     def rate(count: int) -> float:
         return _OF_FLOOR[bound][count] * floor_rate(_ECHOES[bound][count], _BLOCKS[bound][count])
@@ -58,7 +62,7 @@ UNITS = collections.defaultdict(
 
 
 def run(*, quick: bool) -> Iterator[Figure]:
-    """Yields the figures of one objective and one kind of callers after the other."""
+    """Yield the figures of each objective and each kind of callers."""
     problems = {
         "memory-bound": logistic(4_000, 2_000),
         "compute-bound": mlp((784, 256, 256, 10), 250),
@@ -91,7 +95,7 @@ def _figures(
     in_process = {count: programs.call("hvp" if count > 1 else single, count) for count in counts}
     rounds, seconds = (2, 0.2) if quick else (5, 1.0)
     found: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
-    for count in counts:  # Streams open, caches warm.
+    for count in counts:  # Opens streams and warms caches.
         callers.echoes(count, seconds / 4)
         callers.products(count, seconds / 4)
     for _ in range(rounds):

@@ -1,5 +1,6 @@
-"""One caller, warm, at a resident point: a product over what nobody can avoid, the bare echo of its bytes and the same compiled
-program called in process; and what the barest handler around that program makes of it.
+"""One caller, warm, at a resident point: a product over its floor, which is the bare
+echo of its bytes and the same compiled program called in process. The barest handler
+around that program is measured, too.
 """
 
 import contextlib
@@ -18,9 +19,11 @@ GOAL = Goal("<=", 1.10)
 
 _SIZES = {6_160: ((64, 82, 10), 500), 269_322: ((784, 256, 256, 10), 250), 1_863_690: ((784, 1024, 1024, 10), 100)}
 
-# By n. The prototype of the design took 1.17 to 1.22 times the floor with hand-offs that are gone now; what is left are SciPy's
-# operator, protobuf and a few copies, some 0.1 ms and 10 % of the transport. In the largest, compute (1.6 GFLOP at some 70 GFLOP/s)
-# outweighs the wire; but a product waits for its whole vector before it answers, and an echo does not.
+# By n. The design's prototype took 1.17 to 1.22 times the floor, with hand-offs that
+# are gone. SciPy's operator, protobuf and a few copies remain: some 0.1 ms, and 10 % of
+# the transport. In the largest size, compute (1.6 GFLOP at some 70 GFLOP/s) outweighs
+# the wire. But a product waits for its whole vector before it answers, and an echo does
+# not.
 PREDICTED = {
     6_160: {
         "over floor": 1.15,
@@ -59,7 +62,7 @@ PREDICTED = {
 
 
 def run(*, quick: bool) -> Iterator[Figure]:
-    """Yields the figures of one size after the other."""
+    """Yield the figures of each size."""
     with contextlib.ExitStack() as stack:
         echo = stack.enter_context(_floor.echoing())
         clients = []

@@ -1,5 +1,6 @@
-"""What a product costs over what a gradient costs, in time and in XLA's own count of operations, in process: whether the exported
-programs waste time that their arithmetic does not explain.
+"""The cost of a product over that of a gradient, in time and in XLA's own count of
+operations, in process. It shows whether the exported programs waste time that their
+arithmetic does not explain.
 """
 
 from collections.abc import Iterator
@@ -15,25 +16,30 @@ BENCH = "modes"
 GOAL = Goal("<=", 1.10)
 WIDTHS = (1, 4, 16)
 
-# FLOPs over a gradient's, from the design's facts: (hvp of one vector, what `apply` adds for each).
+# FLOPs over a gradient's, from the design: (hvp of one vector, `apply` for each).
 _FLOPS = {"logistic regression": (1.5, 1.0), "MLP": (2.1, 1.5), "convolution": (2.3, 1.7), "transformer": (2.6, 1.9)}
 
 
 def predicted_flops(objective: str, program: str, k: int) -> float:
-    """FLOPs over a gradient's: a product is what depends on x, once, and what is linear in v, for each v. `prepare` is a gradient."""
+    """Return the predicted FLOPs over a gradient's. A product computes the part that
+    depends on x once, and the part that is linear in v for each v. `prepare` is a
+    gradient.
+    """
     hvp, apply = _FLOPS[objective]
     return {"prepare": 1.0, "hvp": hvp - apply + k * apply, "apply": k * apply}[program]
 
 
 def predicted_quotient(objective: str, program: str, k: int) -> float:
-    """Time's ratio over FLOPs' ratio: 1 where arithmetic decides; where memory does, a block streams X once for all vectors."""
+    """Return the predicted ratio of times over the ratio of FLOPs. It is 1 if
+    arithmetic is the bound. If memory is, a block streams X once for all vectors.
+    """
     if objective != "logistic regression" or program == "prepare":
         return 1.0
     return max(1.0 / k, 1 / 10)
 
 
 def run(*, quick: bool) -> Iterator[Figure]:
-    """Yields the figures of one objective after the other."""
+    """Yield the figures of each objective."""
     problems = [logistic(4_000, 2_000), mlp((784, 256, 256, 10), 250), convolution(32), transformer(8)]
     for problem in problems[: 1 if quick else None]:
         programs = Programs(problem)

@@ -1,4 +1,6 @@
-"""What a caller notices while the server reads and compiles somebody else's program of 100,000 operations: its worst product."""
+"""One caller's worst product while the server reads and compiles another client's
+program of 100,000 operations.
+"""
 
 import sys
 import time
@@ -17,11 +19,15 @@ OPERATIONS = 100_000
 SECONDS = 20.0
 GOAL = Goal("<=", 3.0)
 PREDICTED = 2.0
-"""The program is read and compiled in processes of lower priority, which share two cores with the server and its caller."""
+"""Processes of lower priority read and compile the program. They share two cores with
+the server and its caller.
+"""
 
 
 def run(*, quick: bool) -> Iterator[Figure]:
-    """Measures a caller's products alone, then while the program is registered, in turns."""
+    """Measure a caller's products alone, and then while the program is registered, in
+    turns.
+    """
     operations, rounds, seconds = (2_000, 1, 1.0) if quick else (OPERATIONS, 3, SECONDS)
     ratios, alone, beside = [], [], []
     for _ in range(rounds):

@@ -1,6 +1,8 @@
-"""What registering costs: seconds on the client, bytes on the wire, and whether what the server derives runs as fast as jax's own.
+"""The cost of registering: seconds on the client, bytes on the wire, and whether
+programs that the server derives run as fast as jax's own.
 
-`python -m bench register --before DIR` measures another checkout of hvpd in the same run, such as the version before a change.
+`python -m bench register --before DIR` measures another checkout of hvpd in the same
+run, such as the version before a change.
 """
 
 import json
@@ -25,7 +27,8 @@ BENCH = "register"
 GOAL_BEFORE = Goal(">=", 3.0)
 GOAL_NATIVE = Goal("<=", 1.10)
 
-# The client traces once where it traced five times, and lowers one program where it lowered five for two platforms.
+# The client traces once instead of five times. It lowers one program for one platform
+# instead of five for two.
 PREDICTED_BEFORE = {"seconds": 4.0, "bytes": 8.0}
 PREDICTED_NATIVE = 1.0
 
@@ -33,7 +36,9 @@ _FOLDER = Path(__file__).resolve().parent
 
 
 def run(*, quick: bool, before: Path | None = None) -> Iterator[Figure]:
-    """Yields the cost of a registration, its ratio to that of another checkout, and the speed of what is derived."""
+    """Yield the cost of a registration, its ratio to that of another checkout, and the
+    speed of derived programs.
+    """
     rounds = 1 if quick else 5
     for name in problems(quick=quick):
         checkouts = {"now": _FOLDER.parent} | ({} if before is None else {"before": before})
@@ -55,7 +60,9 @@ def run(*, quick: bool, before: Path | None = None) -> Iterator[Figure]:
 
 
 def _registered_in(folder: Path, name: str, *, quick: bool) -> dict[str, float]:
-    """Trace and lower in a fresh process with the client of a checkout: nothing is in jax's caches."""
+    """Trace and lower in a fresh process with the client of a checkout: nothing is in
+    jax's caches.
+    """
     roots = os.pathsep.join(map(str, (folder / "client", folder / "server", _FOLDER.parent)))
     child = subprocess.run(
         [sys.executable, "-m", "bench._registering", name, *(["--quick"] if quick else [])],
@@ -69,7 +76,9 @@ def _registered_in(folder: Path, name: str, *, quick: bool) -> dict[str, float]:
 
 
 def _against_native(*, quick: bool) -> Iterator[Figure]:
-    """The compiled products of imported objectives against the same mathematics in jax, without export and import."""
+    """Compare the compiled products of imported objectives with the same mathematics in
+    jax, without export and import.
+    """
     kinds: Mapping[str, Problem] = {
         "logistic regression": logistic(2_000, 1_000),
         "MLP": mlp((784, 128, 10), 250),
@@ -89,7 +98,7 @@ def _against_native(*, quick: bool) -> Iterator[Figure]:
 
 
 def _native(problem: Problem, k: int) -> Any:
-    """A product in jax alone, called as the server calls its own."""
+    """Return a product in jax alone, called as the server calls its own."""
     flat, unravel = jax.flatten_util.ravel_pytree(problem.x)
 
     def hvp(x: Any, V: Any, *data: Any) -> Any:

@@ -1,4 +1,6 @@
-"""From exec to SERVING with 20 objectives in the store: with their compiled programs in its cache, and without."""
+"""The time from exec to SERVING with 20 objectives in the store: with their compiled
+programs in its cache, and without.
+"""
 
 import shutil
 import tempfile
@@ -21,15 +23,18 @@ OBJECTIVES = 20
 
 
 def predictions(objectives: int) -> dict[str, float]:
-    """Seconds. Python, jax and gRPC take some 2 to import. Cold, two programs of each objective compile, 0.25 each, on two threads;
-    warm, they are read, parsed and loaded, 0.04 each, mostly under the interpreter's lock.
+    """Return the predicted seconds. Importing Python, jax and gRPC takes about 2. Cold,
+    two programs of each objective compile on two threads, 0.25 each. Warm, they are
+    read, parsed and loaded, 0.04 each, mostly under the interpreter's lock.
     """
     warm, cold = 2 + 2 * 0.04 * objectives, 2 + 0.25 * objectives
     return {"warm": warm, "cold": cold, "warm over cold": warm / cold}
 
 
 def run(*, quick: bool) -> Iterator[Figure]:
-    """Fills a store, then starts servers on it and on copies of it that have no cache, in turns."""
+    """Fill a store, then start servers on it and on copies of it that have no cache, in
+    turns.
+    """
     objectives, rounds = (2, 1) if quick else (OBJECTIVES, 5)
     with tempfile.TemporaryDirectory(prefix="hvpd-bench-", ignore_cleanup_errors=True) as folder:
         store, n = Path(folder, "warm"), 0
@@ -56,7 +61,9 @@ def run(*, quick: bool) -> Iterator[Figure]:
 
 
 def _start(store: Path) -> tuple[float, float]:
-    """Seconds from exec until a server says that it is ready, and until its health is SERVING."""
+    """Return the seconds from exec until a server prints its ready line, and until its
+    health is SERVING.
+    """
     started = time.perf_counter()
     with _processes.serving(store) as server, grpc.insecure_channel(_processes.address(server)) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)

@@ -1,5 +1,7 @@
-"""One vector of 1 KiB to 256 MiB through a product that computes next to nothing: its rate over that of bare echoes, and the most
-memory that it takes on either side over its own size.
+"""One vector of 1 KiB to 256 MiB goes through a product that computes next to nothing.
+
+The figures are its rate over that of bare echoes, and the most memory that it takes on
+either side, over its own size.
 """
 
 import os
@@ -18,28 +20,35 @@ GOAL = Goal(">=", 0.9)
 GOAL_FROM_BYTES = 1 << 20
 
 SIZES = [1 << 10 << (2 * power) for power in range(10)]
-"""Bytes of a vector."""
+"""Sizes of the vector in bytes."""
 
-# Vectors in memory while a product runs: V and HV on the server, HV on the client (V is the caller's own), and a few chunks.
+# Vectors in memory while a product runs: V and HV on the server, HV on the client (V is
+# the caller's own), and a few chunks.
 MEMORY_GOALS = {"server": Goal("<=", 2.25), "client": Goal("<=", 1.25)}
 _MEMORY_FROM_BYTES = 16 << 20
-"""Below, allocators and compilers take more than the vector."""
+"""Smallest vector whose memory is measured. Below, allocators and compilers take more
+memory than the vector.
+"""
 _MEMORY_GOAL_FROM_BYTES = 64 << 20
 _PREDICTED_MEMORY = {"server": 2.25, "client": 1.1}
 
 _MODE = "reverse_over_forward"
-"""Has one program, so that neither residuals nor compiles are counted as the message's memory."""
+"""A mode with one program, so that neither residuals nor compiles count as the
+message's memory.
+"""
 
 _NEEDS = 25
-"""Vectors that fit into the memory of the machine when one of that size is measured: what either side holds of x, gradient, V, HV
-and their copies, and what the echoes send."""
+"""Vectors of a size that must fit into the machine's memory to measure that size. Both
+sides hold x, gradient, V, HV and their copies, and the echoes' payloads.
+"""
 
 
 def predictions(size: int) -> Mapping[str, float]:
-    """What is expected of a vector of so many bytes, by figure.
+    """Return the predictions for a vector of so many bytes, by figure.
 
-    An echo of gRPC takes 0.4 ms and then moves 1.9 GB/s, a raw one 0.05 ms and 2.5 GB/s. A product adds 0.25 ms of its own, and
-    since it has all of V before the first byte of HV leaves, sends and receives take turns: 1.2 GB/s, from 1 MiB up.
+    An echo of gRPC takes 0.4 ms and then moves 1.9 GB/s, a raw one 0.05 ms and 2.5
+    GB/s. A product adds 0.25 ms of its own. Since it has all of V before the first
+    byte of HV leaves, sends and receives take turns: 1.2 GB/s, from 1 MiB up.
     """
     grpc, tcp, product = 4e-4 + size / 1.9e9, 5e-5 + size / 2.5e9, 6.5e-4 + size / 1.2e9
     return {
@@ -54,7 +63,7 @@ def predictions(size: int) -> Mapping[str, float]:
 
 
 def run(*, quick: bool) -> Iterator[Figure]:
-    """Yields the figures of one size after the other."""
+    """Yield the figures of each size."""
     with _floor.echoing() as echo, _processes.serving() as server, hvpd.connect(_processes.address(server)) as client:
         for size in SIZES[: 5 if quick else None]:
             if _NEEDS * size > _processes.available_bytes():

@@ -1,7 +1,9 @@
-"""The demo, `make demo`: a network's curvature, served to a solver that has neither jax, nor the network, nor the data.
+"""The demo, `make demo`: a network's curvature, served to a solver that has neither
+jax, nor the network, nor the data.
 
-This process owns the objective: it starts a server, registers a network's cross-entropy on handwritten digits, and starts
-digits_solve.py, which does all the solving in a process of its own. Then it checks every answer against plain jax.
+This process owns the objective. It starts a server, and registers a network's
+cross-entropy on handwritten digits. Then it starts digits_solve.py, which does all the
+solving in a process of its own. At the end it checks every answer against plain jax.
 """
 
 import itertools
@@ -29,7 +31,7 @@ PICTURE = Path("digits.png")
 
 
 def logits(params, X):
-    """A network with tanh between its layers; X[images, pixels] -> [images, classes]."""
+    """Return the classes' scores of images X[images, pixels]: a network with tanh."""
     *hidden, (W, b) = params
     for weights, bias in hidden:
         X = jnp.tanh(X @ weights + bias)
@@ -37,17 +39,17 @@ def logits(params, X):
 
 
 def loss(params, X, y):
-    """Mean cross-entropy and weight decay."""
+    """Return the mean cross-entropy with weight decay."""
     correct = jnp.take_along_axis(jax.nn.log_softmax(logits(params, X)), y[:, None], axis=1)
     return -correct.mean() + 0.5 * DECAY * sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(params))
 
 
 def solve(address):
-    """Runs the solver process; returns what it found."""
+    """Run the solver process; return its results."""
     with tempfile.TemporaryDirectory(prefix="hvpd-demo-") as folder:
         out = Path(folder, "solved.npz")
-        # One BLAS thread: the solver's vectors are short, and BLAS threads that wait in a loop would take the cores from the
-        # server next to them.
+        # One BLAS thread is enough for the solver's short vectors. BLAS threads that
+        # wait in a loop would take the cores from the server.
         done = subprocess.run(
             [sys.executable, Path(__file__).with_name("digits_solve.py"), address, NAME, out],
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
@@ -60,14 +62,15 @@ def solve(address):
 
 
 def distance(ours, reference):
-    """Relative, in the Euclidean norm."""
+    """Return the relative error in the Euclidean norm."""
     return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
 
 
 def check(found, objective, X, y):
-    """Compares with plain jax in this process.
+    """Compare with plain jax in this process.
 
-    Returns rows of (what, at the start, at the minimum), the residuals of the eigenpairs, and plain jax's ms a product.
+    Return rows of (name, at the start, at the minimum), the residuals of the
+    eigenpairs, and plain jax's ms a product.
     """
     value_and_grad = jax.jit(lambda p: jax.value_and_grad(loss)(p, X, y))
     hessp = jax.jit(lambda p, v: jax.jvp(lambda q: jax.grad(loss)(q, X, y), (p,), (v,))[1])
@@ -84,7 +87,7 @@ def check(found, objective, X, y):
         columns.append((abs(f / float(value) - 1), distance(g, gradient), distance(HV.T, products)))
     rows = list(zip(("value", "gradient", "Hessian-vector products"), *columns, strict=True))
 
-    # At the minimum: params and gradient are the last point's.
+    # At the minimum, params and gradient are those of the last point.
     eigenvalues, vectors, steps = found["eigenvalues"], found["eigenvectors"].T, found["steps"]
     started = time.perf_counter()
     products = multiply(params, [*vectors, *steps])
@@ -100,7 +103,7 @@ def check(found, objective, X, y):
 
 
 def report(found, rows, plain_ms):
-    """Prints the table."""
+    """Print the table."""
     print("\nAgreement with plain jax in this process (relative)   at the start   at the minimum")
     for what, start, end in rows:
         print(f"  {what:<51} {'' if start is None else f'{start:.1e}':>12} {end:>16.1e}")
@@ -121,7 +124,7 @@ def report(found, rows, plain_ms):
 
 
 def draw(found, eigen_residuals):
-    """Draws convergence and spectrum."""
+    """Draw convergence and spectrum."""
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -157,11 +160,11 @@ def draw(found, eigen_residuals):
 
 
 def main():
-    """Runs the demo."""
+    """Run the demo."""
     began = time.perf_counter()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the solver ends with this process
-    jax.config.update("jax_enable_x64", True)  # for the comparison; hvpd traces float64 in either mode
-    jax.config.update("jax_platforms", "cpu")  # an accelerator is the server's
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # The solver must end with this process.
+    jax.config.update("jax_enable_x64", True)  # For the comparison. hvpd traces float64 in either mode.
+    jax.config.update("jax_platforms", "cpu")  # An accelerator belongs to the server.
     images, y = load_digits(return_X_y=True)
     X = images / 16
     params = [(np.zeros((a, b)), np.zeros(b)) for a, b in itertools.pairwise(LAYERS)]
@@ -188,7 +191,7 @@ def main():
     print(
         '      client = hvpd.connect("localhost:7070"); client.register(...); client.objective("name").at(x).hessian()'
     )
-    print("  README.md                                    the rest: serving other machines, GPUs, limits")
+    print("  docs/index.md                                the rest: serving other machines, GPUs, limits")
 
 
 if __name__ == "__main__":

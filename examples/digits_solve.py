@@ -1,6 +1,8 @@
-"""The solver of the demo: it minimises an objective that it knows by name only. digits.py starts it.
+"""The solver of the demo: it minimises an objective that it knows by name only.
+digits.py starts it.
 
-It needs numpy, SciPy and hvpd, and says so at its end: jax was never imported here. Usage: digits_solve.py ADDRESS NAME OUT.npz
+It needs numpy, SciPy and hvpd. At its end it checks that jax was never imported.
+Usage: digits_solve.py ADDRESS NAME OUT.npz
 """
 
 import concurrent.futures
@@ -17,11 +19,13 @@ SHIFTS = np.geomspace(1e-1, 1e-3, 8)
 """The lambdas of (H + lambda I) d = -g."""
 CG_TOLERANCE = 1e-8
 EIGSH_TOLERANCE = 1e-6
-"""Of the bottom eigenvalues, relative to the largest one."""
+"""Tolerance of the bottom eigenvalues, relative to the largest eigenvalue."""
 
 
 class Phase:
-    """One phase of the work: its share of the client's statistics, and lines that show that it moves."""
+    """A phase of the work: its share of the client's statistics, and lines that show
+    progress.
+    """
 
     def __init__(self, client, name):
         self.client, self.name = client, name
@@ -29,7 +33,9 @@ class Phase:
         self.said = self.started
 
     def figures(self):
-        """Products, seconds, ms a product from call to result, of these on the device, and mean width of a batch."""
+        """Return products, seconds, ms a product from call to result, ms of it on the
+        device, and mean width of a batch.
+        """
         done = self.client.statistics() - self.before
         each = max(done.products, 1)
         return (
@@ -41,7 +47,7 @@ class Phase:
         )
 
     def say(self, text, every=0.0):
-        """Prints a line, unless the last one is less than `every` seconds old."""
+        """Print a line, unless the last line is less than `every` seconds old."""
         if time.perf_counter() - self.said < every:
             return
         self.said = time.perf_counter()
@@ -50,11 +56,11 @@ class Phase:
 
 
 def descend(phase, objective, x0):
-    """Minimises from x0; returns SciPy's result and rows of (products, f, |g|)."""
+    """Minimise from x0; return SciPy's result and rows of (products, f, |g|)."""
     history = []
 
     def visited(x):
-        value, gradient = objective.value_and_grad(x)  # a resident point: nothing is computed again
+        value, gradient = objective.value_and_grad(x)  # The point is resident, so nothing is computed again.
         history.append((phase.figures()[0], value, np.linalg.norm(gradient)))
         if len(history) % 5 == 1:
             phase.say(f"iteration {len(history):3}  f {value:.6f}  |g| {history[-1][2]:.1e}")
@@ -73,7 +79,7 @@ def descend(phase, objective, x0):
 
 
 def counted(operator, phase, text):
-    """The operator, which says now and then how far the solver is that uses it."""
+    """Return the operator, which prints the solver's progress from time to time."""
 
     def multiply(v):
         phase.say(text, every=3.0)
@@ -83,17 +89,20 @@ def counted(operator, phase, text):
 
 
 def written(eigenvalues):
-    """Ascending, in few digits."""
+    """Return sorted numbers as text with few digits."""
     return "  ".join(f"{value:.3e}" for value in np.sort(eigenvalues))
 
 
 def spectrum(phase, point):
-    """The bottom 5 and top 5 eigenvalues, ascending, with their eigenvectors as columns."""
+    """Return the bottom 5 and top 5 eigenvalues, ascending, with eigenvectors as
+    columns.
+    """
     start = np.random.default_rng(1).normal(size=point.n)
     top, V = eigsh(counted(point.hessian(), phase, "top 5"), k=5, which="LA", tol=1e-10, v0=start)
     phase.say(f"top 5:    {written(top)}")
-    # ARPACK's tolerance is relative to each eigenvalue, too much to ask of those near 0. Shifted by -top, the bottom ones
-    # are the largest in magnitude, and the tolerance is relative to the whole spectrum.
+    # ARPACK's tolerance is relative to each eigenvalue, which is too strict near 0.
+    # After a shift by -top, the bottom eigenvalues are the largest in magnitude, and
+    # the tolerance is relative to the whole spectrum.
     shifted = counted(point.hessian(shift=-top.max()), phase, "bottom 5 (they lie close together: this takes longest)")
     try:
         bottom, W = eigsh(shifted, k=5, which="LM", ncv=300, maxiter=30, tol=EIGSH_TOLERANCE, v0=start)
@@ -107,7 +116,9 @@ def spectrum(phase, point):
 
 
 def newton_step(phase, point, shift, open_solves):
-    """Solves (H + shift I) d = -g by CG; returns d and its relative residuals as CG itself updates them."""
+    """Solve (H + shift I) d = -g by CG; return d and the relative residuals that CG
+    updates.
+    """
     H = point.hessian(shift)
     residual = -point.gradient
     history, last, d = [1.0], {}, np.zeros(point.n)
@@ -131,7 +142,9 @@ def newton_step(phase, point, shift, open_solves):
 
 
 def newton_steps(phase, point):
-    """The solves for all shifts at once, in threads of one client: products that meet at the server share a launch."""
+    """Solve for all shifts at once, in threads of one client. Products that meet at the
+    server share a launch.
+    """
     open_solves = set(SHIFTS)
     with concurrent.futures.ThreadPoolExecutor(len(SHIFTS)) as pool:
         solves = list(pool.map(lambda shift: newton_step(phase, point, shift, open_solves), SHIFTS))
@@ -140,12 +153,14 @@ def newton_steps(phase, point):
 
 
 def blocks(H, V):
-    """H @ V in blocks of 2, 4 and 8: asked for early, they are compiled by the time that solves run side by side."""
+    """Multiply blocks of 2, 4 and 8 early, so that they are compiled when solves run
+    side by side.
+    """
     return np.hstack([H @ block for block in np.split(V, [2, 6], axis=1)])
 
 
 def main(address, name, out):
-    """Solves, and leaves the results in the file `out`."""
+    """Solve, and write the results to the file `out`."""
     with hvpd.connect(address) as client:
         objective = client.objective(name)
         print(
@@ -170,7 +185,7 @@ def main(address, name, out):
         steps, histories = newton_steps(phase, point)
         figures[f"solve: cg, {len(SHIFTS)} at once"] = phase.figures()
 
-        # For the owner to compare with plain jax, at the first point and at the last.
+        # digits.py compares these with plain jax, at the first point and at the last.
         points = [objective.at(x0), point]
         np.savez(
             out,

@@ -1,6 +1,7 @@
-"""Eigenvalues: SciPy's eigsh takes the Hessian of a logistic regression as the LinearOperator that it is.
+"""Eigenvalues: SciPy's eigsh takes the Hessian of a logistic regression as a
+LinearOperator.
 
-At 200 variables the dense Hessian still fits, and tells whether the five largest eigenvalues are right.
+The dense Hessian of 200 variables still fits, and checks the five largest eigenvalues.
 """
 
 import jax
@@ -10,14 +11,14 @@ from scipy.sparse.linalg import eigsh
 
 import hvpd
 
-jax.config.update("jax_enable_x64", True)  # for the dense Hessian here; hvpd traces float64 in either mode
+jax.config.update("jax_enable_x64", True)  # For the dense Hessian here. hvpd traces float64 in either mode.
 rng = np.random.default_rng(0)
 X = rng.normal(size=(2_000, 200)) * np.geomspace(1, 0.01, 200)
 y = np.where(X @ rng.normal(size=200) + rng.normal(size=2_000) > 0, 1.0, -1.0)
 
 
 def loss(w, X, y):
-    """Mean logistic loss with a little weight decay."""
+    """Return the mean logistic loss with a little weight decay."""
     return jnp.mean(jnp.logaddexp(0, -y * (X @ w))) + 5e-4 * jnp.vdot(w, w)
 
 

@@ -1,6 +1,7 @@
-"""Blocks: `H @ V` multiplies all columns of V in one round trip, and lobpcg asks for nothing else.
+"""Blocks: `H @ V` multiplies all columns of V in one round trip. lobpcg needs no more.
 
-f is quadratic here, x·Kx/2 with K the Laplacian of a path, whose eigenvalues are 2 - 2 cos(pi j / (n + 1)).
+f is quadratic here, x·Kx/2 with K the Laplacian of a path, whose eigenvalues are 2 - 2
+cos(pi j / (n + 1)).
 """
 
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ N, WIDTH = 400, 8
 
 
 def energy(x):
-    """Half the sum of squared differences of neighbours, with zeros at both ends."""
+    """Return half the sum of squared differences of neighbours, with zeros at both
+    ends.
+    """
     return 0.5 * jnp.sum(jnp.diff(jnp.pad(x, 1)) ** 2)
 
 

@@ -1,6 +1,8 @@
-"""A damped Newton step: (H + shift I) d = -g by CG, and by MINRES, which also takes an indefinite H.
+"""A damped Newton step: (H + shift I) d = -g by CG, and by MINRES, which also takes an
+indefinite H.
 
-The gradient came with the point, so one step costs only the products. The residual is the check: it needs no reference.
+The gradient came with the point, so one step costs only the products. The residual
+checks the step without a reference.
 """
 
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ b = 0.3 * rng.normal(size=800)
 
 
 def loss(x, A, b):
-    """A robust fit: smooth near 0, linear far out."""
+    """Return a robust loss: smooth near 0, linear far out."""
     return jnp.sum(jnp.sqrt(1 + (A @ x - b) ** 2) - 1)
 
 

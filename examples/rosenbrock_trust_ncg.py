@@ -1,6 +1,8 @@
-"""Minimise with SciPy: `value_and_grad` and `hessp` of an objective fit scipy.optimize.minimize as they stand.
+"""Minimise with SciPy: scipy.optimize.minimize takes `value_and_grad` and `hessp` of an
+objective as they are.
 
-The extended Rosenbrock function of 1,000 variables has its minimum, 0, where all of them are 1.
+The extended Rosenbrock function of 1,000 variables has its minimum, 0, where all of
+them are 1.
 """
 
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ N = 1_000
 
 
 def rosenbrock(x):
-    """A curved valley along each pair of variables (Rosenbrock 1960)."""
+    """Return a curved valley along each pair of variables (Rosenbrock 1960)."""
     odd, even = x[::2], x[1::2]
     return jnp.sum(100 * (even - odd**2) ** 2 + (1 - odd) ** 2)
 

@@ -1,6 +1,8 @@
-"""Share an objective: one client registers it under a name, another finds it by that name and solves, without jax.
+"""Share an objective: one client registers it under a name, and another finds it by
+that name and solves, without jax.
 
-The second client is a process of its own here, as it would be on a teammate's machine. It never sees the function.
+The second client is a process of its own here, like one on a teammate's machine.
+It never sees the function.
 """
 
 import subprocess

@@ -1,4 +1,6 @@
-"""Writes the Python stubs of proto/ into client/, or checks that the committed ones are fresh (--check)."""
+"""Writes the Python stubs of proto/hvpd into client/, or checks that the committed ones
+are fresh (--check). googleapis-common-protos brings the stubs of proto/google.
+"""
 
 import argparse
 import importlib.resources
@@ -12,14 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def generate(target: Path) -> None:
-    """Generates messages, services and their type stubs below `target`."""
-    sources = sorted(str(path) for path in (ROOT / "proto").rglob("*.proto"))
-    google = importlib.resources.files("google.rpc") / ".." / ".."
+    """Generate messages, services and their type stubs below `target`."""
+    sources = sorted(str(path) for path in (ROOT / "proto/hvpd").rglob("*.proto"))
     well_known = importlib.resources.files("grpc_tools") / "_proto"
     subprocess.run(
         [
             *(sys.executable, "-m", "grpc_tools.protoc"),
-            *(f"-I{include}" for include in (ROOT / "proto", google, well_known)),
+            *(f"-I{include}" for include in (ROOT / "proto", well_known)),
             *(f"--{kind}_out={target}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")),
             *sources,
         ],
@@ -30,7 +31,7 @@ def generate(target: Path) -> None:
 
 
 def stubs(root: Path) -> dict[str, bytes]:
-    """The generated files below `root` by their relative names."""
+    """Return the generated files below `root` by their relative names."""
     return {str(path.relative_to(root)): path.read_bytes() for path in root.glob("hvpd/v1/*_pb2*.py*")}
 
 

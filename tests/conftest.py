@@ -1,14 +1,11 @@
-"""What all tests share: real servers as child processes, on free ports, stopped whatever happens."""
+"""Fixtures of all tests: real servers as child processes on free ports, which always
+end with the test.
+"""
 
 import collections
 import contextlib
-import os
-import re
-import signal
-import subprocess
 import sys
-import threading
-import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,109 +13,67 @@ from typing import Any
 import pytest
 
 import hvpd
+from tests.support.serving import Serving, Zygotes
 
-_WAIT = 120.0
-
-
-class Serving:
-    """A server process that can be killed and started again on the same port and store: what `hvpd serve` supervises, or that."""
-
-    def __init__(
-        self,
-        store: Path,
-        *flags: str,
-        host: str = "127.0.0.1",
-        environment: dict[str, str] | None = None,
-        supervised: bool = False,
-    ) -> None:
-        self._command = ["hvpd._cli", "serve"] if supervised else ["hvpd_server"]
-        self.store = store
-        self._flags = flags
-        self._environment = os.environ | {"PYTHONFAULTHANDLER": "1"} | (environment or {})
-        self._host = host
-        self.port = 0
-        self.lines: list[str] = []
-        self.start()
-
-    @property
-    def address(self) -> str:
-        return f"{self._host}:{self.port}"
-
-    def start(self) -> None:
-        """Starts it and waits until it says that it serves."""
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", *self._command, "--host", self._host, "--port", str(self.port)),
-                *("--store", str(self.store), "--metrics-port", "0", *self._flags),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="backslashreplace",  # gRPC logs what strangers sent, as it came.
-            env=self._environment,
-        )
-        ready = threading.Event()
-        self._reader = threading.Thread(target=self._read, args=(self.process, ready), daemon=True)
-        self._reader.start()
-        assert ready.wait(_WAIT), self.lines
-        assert self.process.poll() is None, self.lines
-
-    def _read(self, process: "subprocess.Popen[str]", ready: threading.Event) -> None:
-        assert process.stderr is not None
-        with process.stderr as stderr:
-            for line in stderr:
-                self.lines.append(line.rstrip())
-                if found := re.search(r"hvpd: serving on [^\s\"]*:(\d+)", line):
-                    self.port = int(found[1])
-                    ready.set()
-        ready.set()
-
-    def metric(self, name: str) -> float:
-        """The sum of a metric's samples over its labels."""
-        said = next(line for line in reversed(self.lines) if "hvpd: metrics on " in line)
-        with urllib.request.urlopen(said.split(" on ")[1], timeout=30) as response:
-            text = response.read().decode()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"{name}[ {{}}]", line))
-
-    def kill(self) -> None:
-        """`kill -9`."""
-        self.process.kill()
-        self.process.wait(_WAIT)
-        self._reader.join(_WAIT)
-
-    def terminate(self) -> int:
-        """SIGTERM; returns the exit code. Who does not end says where it is."""
-        self.process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(_WAIT)
-        if hangs := self.process.poll() is None:
-            self.process.send_signal(signal.SIGABRT)
-            self.process.wait(_WAIT)
-        self._reader.join(_WAIT)
-        assert not hangs, "\n".join(self.lines)
-        return self.process.returncode
+pytest_plugins = ["tests.lock_order.plugin"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--target", metavar="HOST:PORT", help="run the end-to-end tests that allow it against this server")
 
 
+@pytest.fixture(autouse=True)
+def _x64_mode() -> Iterator[None]:
+    """Reset jax's x64 mode, which some libraries set when they are imported."""
+    before = "jax" in sys.modules and sys.modules["jax"].config.jax_enable_x64
+    yield
+    if "jax" in sys.modules and sys.modules["jax"].config.jax_enable_x64 != before:
+        sys.modules["jax"].config.update("jax_enable_x64", before)
+
+
+@pytest.fixture(scope="session")
+def zygotes() -> Iterator[Zygotes | None]:
+    """Fork the servers of tests, which is faster than starting Python for each."""
+    if sys.platform != "linux":
+        yield None
+        return
+    with contextlib.closing(Zygotes()) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of compiled programs, for servers of tests that are not about
+    compiling: serve(cache=compiled_programs).
+    """
+    return tmp_path_factory.mktemp("programs")
+
+
 @pytest.fixture
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Serving]]:
-    """Starts servers, which end with the test: serve(*flags, store=..., environment=..., supervised=...)."""
-    yield from _starting(tmp_path_factory)
+def serve(tmp_path_factory: pytest.TempPathFactory, zygotes: Zygotes | None) -> Iterator[Callable[..., Serving]]:
+    """Start servers, which end with the test: serve(*flags, store=..., cache=...,
+    environment=..., supervised=..., forked=...). With forked=False, the server and its
+    vetter are started by their true command lines.
+    """
+    yield from _starting(tmp_path_factory, zygotes)
 
 
 @pytest.fixture(scope="module")
-def serve_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Serving]]:
-    """Starts servers, as `serve` does, which end with the module."""
-    yield from _starting(tmp_path_factory)
+def serve_module(tmp_path_factory: pytest.TempPathFactory, zygotes: Zygotes | None) -> Iterator[Callable[..., Serving]]:
+    """Start servers as `serve` does. They end with the module."""
+    yield from _starting(tmp_path_factory, zygotes)
 
 
-def _starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Serving]]:
+def _starting(tmp_path_factory: pytest.TempPathFactory, zygotes: Zygotes | None) -> Iterator[Callable[..., Serving]]:
     started: list[Serving] = []
 
-    def start(*flags: str, store: Path | None = None, **settings: Any) -> Serving:
-        started.append(Serving(store or tmp_path_factory.mktemp("store"), *flags, **settings))
+    def start(
+        *flags: str, store: Path | None = None, cache: Path | None = None, forked: bool = True, **settings: Any
+    ) -> Serving:
+        store = store or tmp_path_factory.mktemp("store")
+        if cache is not None:
+            (store / "cache").symlink_to(cache)
+        started.append(Serving(store, *flags, zygotes=zygotes if forked else None, **settings))
         return started[-1]
 
     yield start
@@ -129,7 +84,9 @@ def _starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """One server for all tests that leave it as it was."""
+    """Yield one server for all tests that leave it unchanged, started by its true
+    command line.
+    """
     serving = Serving(tmp_path_factory.mktemp("store"))
     yield serving
     serving.kill()
@@ -137,25 +94,28 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 @pytest.fixture(scope="session")
 def client(request: pytest.FixtureRequest) -> Iterator[hvpd.Client]:
-    """A client of that server, or of --target."""
+    """Yield a client of that server, or of --target."""
     target = request.config.getoption("--target")
-    with contextlib.closing(hvpd.connect(target or request.getfixturevalue("server").address)) as connected:
-        yield connected
+    connected = hvpd.connect(target or request.getfixturevalue("server").address)
+    yield connected
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hvpd.CurvatureWarning)  # Tests register wrong objectives, too.
+        connected.close()
 
 
-# How many inputs were tried, of which kind
+# Counts of tried inputs, by kind
 
 _tried: collections.Counter[str] = collections.Counter()
 
 
 @pytest.fixture(scope="session")
 def tried() -> Callable[..., None]:
-    """Counts inputs: tried("messages")."""
+    """Count inputs: tried("messages")."""
     return lambda what, count=1: _tried.update({what: count})
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """In a process of pytest-xdist, tells the one that sums up."""
+    """Send this process's counts to the main process of pytest-xdist."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output["tried"] = dict(_tried)
@@ -163,7 +123,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    """A process of pytest-xdist is done."""
+    """Add the counts of a process of pytest-xdist that has ended."""
     _tried.update(getattr(node, "workeroutput", {}).get("tried", {}))
 
 

@@ -1,45 +1,50 @@
-"""Objectives of two stages, f(x, *data) = loss(model(x, ...), ...), kept apart so that curvature can use both. Needs no jax."""
+"""Objectives of two stages, f(x, *data) = loss(model(x, ...), ...). Needs no jax.
+
+The stages stay separate, so that curvature can use both.
+"""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from hvpd._arguments import check_choice
 from hvpd._errors import InvalidArgumentError
-
-DISTRIBUTIONS = ("categorical", "normal")
-REDUCTIONS = ("mean", "sum")
+from hvpd._wire.protocol import DISTRIBUTIONS, REDUCTIONS, Distribution, Reduction
 
 
 @dataclasses.dataclass(frozen=True)
 class Composite:
-    """loss(model(x, *inputs), *targets), callable like any objective. Made by `hvpd.composite`."""
+    """The objective loss(model(x, *inputs), *targets). Made by `hvpd.composite`.
+
+    It can be called like any objective.
+
+    Example:
+        >>> composite = hvpd.composite(model, loss)
+        >>> composite(params, X, y)
+    """
 
     model: Callable[..., Any]
-    """model(x, *inputs) -> z."""
+    """The model: model(x, *inputs) -> z."""
     loss: Callable[..., Any]
-    """loss(z, *targets) -> scalar."""
+    """The loss: loss(z, *targets) -> scalar."""
     inputs: int
-    """How many of the data arguments are the model's; the others are the loss's."""
-    distribution: str | None
-    """What the model's output parametrizes; None where it is no distribution."""
-    reduction: str
-    """Whether the loss is a mean or a sum over rows."""
+    """Number of data arguments of the model; the loss takes the others."""
+    distribution: Distribution | None
+    """Distribution that the model's output parametrizes; None for none."""
+    reduction: Reduction
+    """"mean" or "sum": how the loss reduces rows."""
     samples: int = 1
-    """Draws for each row of the Monte-Carlo Fisher matrix."""
+    """Number of draws for each row of the Monte-Carlo Fisher matrix."""
 
     def __call__(self, x: Any, *data: Any) -> Any:
-        """The objective."""
+        """Return the objective's value."""
         return self.loss(self.model(x, *data[: self.inputs]), *data[self.inputs :])
 
     @property
     def __name__(self) -> str:
-        """For messages."""
+        """Return a name for messages."""
         names = (getattr(function, "__name__", repr(function)) for function in (self.loss, self.model))
         return "composite of {} and {}".format(*names)
-
-    def scale(self, rows: int) -> float:
-        """What the loss multiplies each row's share by."""
-        return 1.0 / rows if self.reduction == "mean" else 1.0
 
 
 def composite(
@@ -47,32 +52,40 @@ def composite(
     loss: Callable[..., Any],
     *,
     inputs: int = 1,
-    distribution: str | None = None,
-    reduction: str = "mean",
+    distribution: Distribution | None = None,
+    reduction: Reduction = "mean",
     samples: int = 1,
 ) -> Composite:
-    """An objective loss(model(x, *inputs), *targets) whose Gauss-Newton and Fisher operators can be had.
+    """Make an objective loss(model(x, *inputs), *targets) with further operators.
 
-    Registered as any function is: `client.register(hvpd.composite(model, loss), params, X, y)`. A point of it has `ggn()`; where
-    the model's output is one array with a row for each example, `empirical_fisher()`; and with a distribution, `fisher()`.
+    A point of it has `ggn()`. If the model's output is one array with a row for each
+    example, it has `empirical_fisher()`. With a distribution it has `fisher()`.
 
     Args:
-        model: model(x, *inputs) -> z, an array or a pytree of arrays.
-        loss: loss(z, *targets) -> a real floating scalar, convex in z if the operators are to be positive semi-definite.
-        inputs: How many of the data arguments the model takes; the loss takes the others.
-        distribution: "categorical", where z[rows, classes] are logits, or "normal", where z[rows, ...] are means and the variance
-            is 1. The Fisher matrix is that of the model's own distribution, exactly; for the cross-entropy of the one, and half
-            a squared error summed over a row for the other, it is the Gauss-Newton matrix (Martens 2020, section 9).
-        reduction: "mean" or "sum": how the loss goes over rows. The Fisher matrices are scaled alike.
-        samples: How many targets `fisher(seed=...)` draws for each row.
+        model: model(x, *inputs) -> z, which is an array or a pytree of arrays.
+        loss: loss(z, *targets) -> a real floating scalar. If it is convex in z, the
+            operators are positive semi-definite.
+        inputs: Number of data arguments of the model; the loss takes the others.
+        distribution: "categorical", with logits z[rows, classes], or "normal", with
+            means z[rows, ...] and variance 1. The Fisher matrix is exactly that of the
+            model's own distribution. It equals the Gauss-Newton matrix for a
+            cross-entropy ("categorical"), and for half a squared error summed over a
+            row ("normal"); see Martens 2020, section 9.
+        reduction: "mean" or "sum": how the loss reduces rows. The Fisher matrices are
+            scaled in the same way.
+        samples: Number of targets that `fisher(seed=...)` draws for each row.
 
     Raises:
         InvalidArgumentError: An option has no such value.
+
+    Example:
+        >>> composite = hvpd.composite(model, loss, distribution="categorical")
+        >>> objective = client.register(composite, params, X, y)
+        >>> G = objective.at(params).ggn(shift=1e-3)
     """
-    if distribution not in (None, *DISTRIBUTIONS):
-        raise InvalidArgumentError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
-    if reduction not in REDUCTIONS:
-        raise InvalidArgumentError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if distribution is not None:
+        check_choice(distribution, "distribution", DISTRIBUTIONS)
+    check_choice(reduction, "reduction", REDUCTIONS)
     if type(inputs) is not int or inputs < 0:
         raise InvalidArgumentError(f"inputs must be a number of data arguments, got {inputs!r}")
     if type(samples) is not int or samples < 1:

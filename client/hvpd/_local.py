@@ -1,4 +1,4 @@
-"""An embedded server: a child process with a store of its own, which never outlives its owner."""
+"""An embedded server: a child process that never outlives its owner."""
 
 import collections
 import concurrent.futures
@@ -16,18 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from hvpd._client import Client
+from hvpd._connect import client_of
 from hvpd._errors import HvpdError, InvalidArgumentError, MissingExtraError
-from hvpd._transport import Transport
-from hvpd_server import _config
+from hvpd._progress import reporter
+from hvpd._transport.transport import Transport
+from hvpd_server import config
 
 _READY = "hvpd: serving on "
 
 _NOT_OURS = ("tls_cert", "tls_key", "tls_client_ca", "tokens", "log_format")
-"""Settings of servers that others call: an embedded one is on loopback, for its owner, who has no token for it, and reads its lines."""
+"""Settings that an embedded server does not have.
+
+It listens on loopback for its owner, which has no token and reads its log lines."""
 
 
 def missing_packages() -> list[str]:
-    """What is not installed here of what a server needs."""
+    """Return the packages that a server needs and that are not installed."""
     needed = ("jax", "flatbuffers", "grpc_health", "prometheus_client")
     return [name for name in needed if not importlib.util.find_spec(name)]
 
@@ -36,18 +40,18 @@ class LocalServer:
     """The child process.
 
     Args:
-        settings: Of `hvpd serve`, by their names: `memory_budget="4G"`. The store is a temporary directory, removed at the
-            end, unless one is given.
+        settings: Settings of `hvpd serve`, such as `memory_budget="4G"`. Without
+            `store`, a temporary directory is the store.
 
     Raises:
         MissingExtraError: The server's packages are not installed.
-        HvpdError: It did not start; the message has its last lines.
+        HvpdError: The server did not start; the message has its last lines.
     """
 
     def __init__(self, **settings: Any) -> None:
         if missing := missing_packages():
             raise MissingExtraError(f"an embedded server needs {', '.join(missing)}: pip install 'hvpd[server]'")
-        known = {field.name for field in dataclasses.fields(_config.Config)} - set(_NOT_OURS)
+        known = {field.name for field in dataclasses.fields(config.Config)} - set(_NOT_OURS)
         unknown = sorted(settings.keys() - known)
         if unknown:
             raise InvalidArgumentError(
@@ -63,15 +67,15 @@ class LocalServer:
             )
         self.process = subprocess.Popen(  # noqa: S603 - this interpreter, our own module
             [sys.executable, "-m", "hvpd_server", *arguments],
-            stdin=subprocess.PIPE,  # Its end of file tells the child that its owner is gone, however that went.
+            stdin=subprocess.PIPE,  # Its end of file tells the child that its owner has ended.
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
             env=os.environ
-            | {f"HVPD_{name.upper()}": "" for name in _NOT_OURS}
+            | {f"HVPD_{name.upper()}": "" for name in (*_NOT_OURS, "config")}
             | {"HVPD_OWNED": "ephemeral" if ephemeral else "1"},
-            start_new_session=True,  # Ctrl-C is for the solver, not for the server under it.
+            start_new_session=True,  # So that Ctrl-C interrupts the solver, and not the server.
         )
         self._lines: collections.deque[str] = collections.deque(maxlen=50)
         self._ready: concurrent.futures.Future[str] = concurrent.futures.Future()
@@ -81,10 +85,12 @@ class LocalServer:
         self.address = self._ready.result()
         if not self.address:
             self.stop()
-            raise HvpdError("the embedded server did not start:\n" + "\n".join(self._lines))
+            raise HvpdError(
+                "the embedded server did not start:\n" + "\n".join(self._lines), reason="SERVER_NOT_STARTED"
+            )
 
     def _read(self) -> None:
-        """Keeps the child's last lines, passes warnings on, and never lets its pipe fill up."""
+        """Keep the child's last lines, and never let its pipe fill up."""
         assert self.process.stderr is not None
         with self.process.stderr as stderr:
             for line in stderr:
@@ -96,7 +102,7 @@ class LocalServer:
 
 
 def _stop(process: "subprocess.Popen[str]", owner: int, ephemeral_store: str | None) -> None:
-    if os.getpid() != owner:  # A fork of the owner ends; the server is not its own.
+    if os.getpid() != owner:  # A fork of the owner ends, which does not own the server.
         return
     assert process.stdin is not None
     with contextlib.suppress(OSError):
@@ -111,22 +117,29 @@ def _stop(process: "subprocess.Popen[str]", owner: int, ephemeral_store: str | N
 
 
 def local(**settings: Any) -> Client:
-    """Starts an embedded server and connects to it; both end with the client, or with this process.
+    """Start an embedded server and connect to it.
+
+    Both end with the client, or with this process.
 
     Args:
-        settings: Of `hvpd serve`, by their names: `hvpd.local(memory_budget="4G")`; also `connect`'s `retry_timeout` and
-            `timeout`. Without `store` nothing is kept.
+        settings: Settings of `hvpd serve`, and `retry_timeout`, `timeout` and
+            `progress` of `connect`. Without `store` nothing is kept.
 
     Raises:
         MissingExtraError: The server's packages are not installed here.
         HvpdError: The server did not start; the message has its last lines.
+
+    Example:
+        >>> client = hvpd.local(memory_budget="4G")
     """
-    connection: dict[str, Any] = {"retry_timeout": 60.0, "timeout": None}
+    connection: dict[str, Any] = {"retry_timeout": 60.0, "timeout": None, "progress": None}
     connection |= {name: settings.pop(name) for name in tuple(connection) if name in settings}
-    server = LocalServer(**settings)
+    connection["reporter"] = reporter(connection.pop("progress"))
+    with connection["reporter"].stage("starting a server"):
+        server = LocalServer(**settings)
     try:
         transport = Transport(server.address, token=None, connect_timeout=10.0, **connection)
     except BaseException:
         server.stop()
         raise
-    return Client(transport, on_close=server.stop)
+    return client_of(transport, on_close=server.stop)

@@ -1,89 +1,63 @@
-"""Objectives and points as a client sees them. Nothing here needs jax."""
+"""A registered objective as the user holds it. Needs no jax."""
 
 import collections
-import dataclasses
-import math
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
-from hvpd import _blocks, _codec, _protocol, _pytree, _text
-from hvpd._errors import HvpdError, InvalidArgumentError, OverloadedError
-from hvpd._exchange import Asked
-from hvpd._transport import Step, Transport
+from hvpd import _html, _jax
+from hvpd._check.verdicts import RegistrationCheck, registration_check
+from hvpd._check.watch import Watch
+from hvpd._layout import Layout
+from hvpd._plan import Choice, Compile, DerivativeRules, Plan
+from hvpd._point import Point
+from hvpd._transport.transport import Transport
+from hvpd._wire import codec, protocol, pytree
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
 
 if TYPE_CHECKING:
-    from hvpd._check import Certificate, RegistrationCheck
-    from hvpd._kronecker import DenseLayer, KroneckerOperator
-    from hvpd._operator import CurvatureOperator, HessianOperator
+    from scipy.optimize import OptimizeResult
+
+    from hvpd._check.certificate import Certificate
+    from hvpd._jax.functions import Function
+    from hvpd._operators.kronecker import DenseLayer
+
+_SHOWN_LEAVES = 8
+"""Most leaves that a table in a notebook names."""
 
 _RECENT = 4
-"""Points that an objective remembers: a line search goes back and forth between few."""
+"""Number of points that an objective remembers. A line search returns to few points."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What multiplies blocks of one width, in `Objective.plan`."""
-
-    width: int
-    """Vectors in a launch, a power of two."""
-    program: str
-    """"hvp", which recomputes what depends on x, or "apply", which reads it back."""
-    hvp_seconds: float | None
-    """Least time of a launch of `hvp` that the server has measured; None where it has none."""
-    apply_seconds: float | None
-    """Likewise of `apply`."""
-    reason: str
-    """Why, in words."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Compile:
-    """What became of one program at one block width, in `Objective.compiles`."""
-
-    program: str
-    """Its name, such as "hvp"."""
-    width: int
-    """Block width; 0 for programs that multiply nothing."""
-    state: str
-    """"queued", "compiling", "ready" or "failed"."""
-    seconds: float
-    """How long it took, or has taken so far."""
-    error: str
-    """Why it failed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DerivativeRules:
-    """Derivative rules that StableHLO does not state, in `Objective.derivative_rules`."""
-
-    recognised: Mapping[str, int]
-    """Rules that the server put back, and how often: from marks that the client left, or from forms that the server knows."""
-    presumed: Mapping[str, int]
-    """Rules that the server chose as jax would, since the program states none, and how often. Compare them with the framework
-    that wrote the program."""
-
-
-class Objective:
+class Objective(Layout):
     """A registered f(x, *data). Made by `Client.register` and `Client.objective`.
 
-    Wherever it takes an x, that is a flat vector of n real numbers or a pytree of the registered structure. Numbers are
-    converted to the objective's dtype. Points it has visited are remembered, so repeated calls at the same x send nothing.
+    Each method takes x as a flat vector of n real numbers, as a pytree of the
+    registered structure, or as a mapping of the names of `leaves` to arrays. Numbers
+    are converted to the objective's dtype. The objective remembers recent points, so
+    that repeated calls at the same x send nothing.
 
     Attributes:
         n: Number of elements of x.
-        dtype: float32 or float64: of flat vectors, gradients and products.
-        digest: SHA-256 of what was registered, in hexadecimal: its identity.
-        name: The name it was found by; empty where it has none.
-        platforms: Platforms that it has branches for; empty if it is the same on every platform.
+        dtype: dtype of flat vectors, gradients and products: float32 or float64.
+        digest: SHA-256 of the registered bundle, in hexadecimal.
+        name: Name that the objective was found by. If it was found by its digest, or
+            registered without a name: one of its names; empty if it has none.
+        platforms: Platforms that it has branches for; empty if it computes the same on
+            all.
         precision: Matrix-multiplication precision that it was traced with.
-        mode: How its products are made; see `Client.register`.
-        blocks: Names of the leaves of each principal block that the server compiled at registration; see `Client.register`.
+        mode: How products are made; see `Client.register`.
+        blocks: Names of the leaves of each principal block that the server compiled at
+            registration; see `Client.register`.
+
+    Example:
+        >>> objective = client.objective("demo/logistic")
+        >>> fun, hessp = objective.value_and_grad, objective.hessp
+        >>> found = scipy.optimize.minimize(
+        ...     fun, x0, jac=True, hessp=hessp, method="trust-ncg"
+        ... )
     """
 
     def __init__(
@@ -91,623 +65,375 @@ class Objective:
         transport: Transport,
         message: objective_pb2.Objective,
         unflatten: Callable[[Sequence[Any]], Any] | None = None,
+        *,
+        warned: bool = False,
     ) -> None:
-        bundle = message.bundle
-        _check_structure(bundle)
+        super().__init__(message, unflatten)
+        bundle = self._bundle
+        names = pytree.leaf_names(bundle.x_tree)
         self._transport = transport
-        self._bundle = bundle
-        self._unflatten = unflatten or self._rebuilt
-        names = _pytree.leaf_names(bundle.x_tree)
         self.blocks: tuple[tuple[str, ...], ...] = tuple(
             tuple(names[leaf] for leaf in block.leaves) for block in bundle.blocks
         )
         self._recent: collections.deque[Point] = collections.deque(maxlen=_RECENT)
         self._lock = threading.Lock()
-        self.n: int = bundle.n
-        self.dtype: np.dtype[Any] = np.dtype(bundle.dtype)
-        self.digest: str = message.digest
-        self.name: str = message.name
         self.platforms: tuple[str, ...] = tuple(bundle.platforms)
         self.precision: str = bundle.precision
         self._derivation = message.derivation
         self.mode: str = message.derivation.mode or bundle.mode
-
-    @property
-    def label(self) -> str:
-        """The name, or the beginning of the digest."""
-        return _text.printable(self.name or self.digest[:12])
+        self.watch = Watch(self.label, registration_check(message.check), self._check_now, warned=warned)
+        self._watching = not self.watch.over
 
     def __repr__(self) -> str:
-        return f"<Objective {self.label} n={self.n} {self.dtype}>"
+        verdict = self.watch.found.verdict
+        check = f" check={verdict}" if verdict in ("failed", "undecided") else ""
+        return f"<Objective {self.label} n={self.n} {self.dtype}{check}>"
+
+    def _repr_html_(self) -> str:
+        leaves = [f"{leaf.name or 'x'} {list(leaf.shape)}" for leaf in self.leaves[:_SHOWN_LEAVES]]
+        if more := len(self.leaves) - len(leaves):
+            leaves.append(f"and {more} more")
+        facts = {
+            "digest": self.digest[:12],
+            "n": self.n,
+            "dtype": self.dtype,
+            "leaves": ", ".join(leaves),
+            "mode": self.mode,
+            "precision": self.precision,
+            "check": self.watch.found.verdict,
+        }
+        return _html.facts(f"Objective {self.label}", facts)
+
+    def _watch_check(self) -> None:
+        """Warn once if the server's check of the registration did not pass."""
+        if self._watching:
+            self.watch.look()
+            self._watching = not self.watch.over
+
+    def _check_now(self) -> RegistrationCheck | None:
+        """Ask the server once for its check; return None if it does not answer."""
+        request = objective_pb2.GetObjectiveRequest(name=self.digest)
+        found = self._transport.ask_once(self._transport.channel.objectives.GetObjective, request)
+        return None if found is None else registration_check(found.objective.check)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return this object: copies of estimators and of settings share it."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._transport.objective_again, (self._transport.settings, self.digest)
+
+    def _point_again(self, spec: bytes, x: codec.Array, pin: int | None, data: Mapping[str, bytes]) -> Point:
+        """Return the point of a pickle."""
+        self._transport.store(data)
+        return Point(self, self._transport, curvature_pb2.PointSpec.FromString(spec), x, pin=pin, data=data)
 
     # SciPy's signatures
 
-    def value(self, x: Any) -> float:
-        """f(x) with the registered data."""
-        return self.at(x).value
+    # Each takes data in place of the registered data, as `at` does: SciPy's `args`.
 
-    def gradient(self, x: Any) -> _codec.Array:
-        """The gradient at x, of shape (n,), in the objective's dtype."""
-        return self.at(x).gradient.copy()
+    def value(self, x: Any, *data: Any) -> float:
+        """Return f(x), with the registered data or with other data as for `at`.
 
-    def value_and_grad(self, x: Any) -> tuple[float, _codec.Array]:
-        """f(x) and its gradient of shape (n,): `fun` of scipy.optimize.minimize with `jac=True`."""
-        point = self.at(x)
-        return point.value, point.gradient.copy()
+        Example:
+            >>> objective.value(x)
+        """
+        return self.at(x, *data).value
 
-    def hessp(self, x: Any, p: Any) -> _codec.Array:
-        """The Hessian at x times p, both of shape (n,): `hessp` of scipy.optimize.minimize."""
-        product: _codec.Array = self.at(x).hessian() @ self._flat(p, "p", exact="")
-        return product
+    def gradient(self, x: Any, *data: Any) -> codec.Array:
+        """Return the gradient at x, of shape (n,), in the objective's dtype.
 
-    def size_of(self, leaves: Sequence[int]) -> int:
-        """Return the number of elements of some leaves of x, by position; n for none."""
-        return sum(math.prod(self._bundle.x_leaves[leaf].shape) for leaf in leaves) if leaves else self.n
+        Data is as for `at`.
+
+        Example:
+            >>> scipy.optimize.check_grad(objective.value, objective.gradient, x)
+        """
+        return self._kind(x)(self.at(x, *data).gradient.copy())  # type: ignore[no-any-return]
+
+    def value_and_grad(self, x: Any, *data: Any) -> tuple[float, codec.Array]:
+        """Return f(x) and its gradient of shape (n,).
+
+        It is `fun` of scipy.optimize.minimize with `jac=True`; `args` are data as for
+        `at`.
+
+        Example:
+            >>> value, gradient = objective.value_and_grad(x)
+        """
+        point = self.at(x, *data)
+        return point.value, self._kind(x)(point.gradient.copy())
+
+    def hessp(self, x: Any, p: Any, *data: Any) -> codec.Array:
+        """Return the Hessian at x times p, of shape (n,), in the objective's dtype.
+
+        It is `hessp` of scipy.optimize.minimize; `args` are data as for `at`.
+
+        Example:
+            >>> minimize(fun, x0, jac=True, hessp=objective.hessp, method="trust-ncg")
+        """
+        direction = self.vector(p, "p") if isinstance(p, Mapping) else self._flat(p, "p", exact="")
+        product: codec.Array = self.at(x, *data).hessian() @ direction
+        return self._kind(p)(product)  # type: ignore[no-any-return]
+
+    def as_jax(self, *data: Any) -> "Function":
+        """Return f as a function of jax arrays, which is twice differentiable.
+
+        The value, the gradient and products with the Hessian come from the server.
+        `jax.grad`, `jax.jvp`, `jax.hessian`, `jit`, `vmap`, `scan` and `while_loop`
+        work. A third derivative is an error. In a vmapped axis of x, the x are visited
+        one after the other; directions at one x are multiplied as one block.
+
+        Args:
+            data: Data in place of the registered data, as for `at`.
+
+        Returns:
+            A function of a flat vector of shape (n,), of a pytree of the registered
+            structure, or of a mapping of the names of `leaves` to arrays. Its result is
+            a scalar in the objective's dtype.
+
+        Raises:
+            MissingExtraError: jax is not installed here.
+            InvalidArgumentError: The data is traced by jax: derivatives by the data are
+                impossible. Raised by the function: x does not fit or is not real, or
+                the objective is float64 and jax computes with 32 bits.
+
+        Example:
+            >>> f = objective.as_jax()
+            >>> gradient = jax.grad(f)(params)
+        """
+        function: Function = _jax.load("as_jax").function(self, data)
+        return function
 
     def dense_layers(self) -> "list[DenseLayer]":
-        """The dense layers of a composite's model that `Point.kfac` covers; empty for other objectives."""
-        from hvpd import _kronecker
+        """Return the dense layers that `Point.kfac` covers.
 
-        return _kronecker.dense_layers(self._bundle, self._derivation.dense_layers, self.slices())
+        Example:
+            >>> [layer.kernel for layer in objective.dense_layers()]
+        """
+        from hvpd._operators import kronecker
+
+        return kronecker.dense_layers(self._bundle, self._derivation.dense_layers, self.slices())
+
+    def minimize(
+        self,
+        x0: Any,
+        method: Literal["trust-ncg", "newton-cg", "lbfgs"] = "trust-ncg",
+        *,
+        args: tuple[Any, ...] = (),
+        M: Any = None,
+        callback: Callable[..., object] | None = None,
+        gtol: float = 1e-5,
+        maxiter: int | None = None,
+    ) -> "OptimizeResult":
+        """Minimise f from x0, with products in place of the Hessian.
+
+        All arguments are those of `hvpd.krylov.minimize`.
+
+        Args:
+            x0: Start: a flat vector of shape (n,), or a pytree.
+            method: "trust-ncg", "newton-cg" or "lbfgs".
+            args: Data in place of the registered data, as for `at`.
+            M: Preconditioner, or a function of a point that returns one.
+            callback: Called after each iteration, as by SciPy.
+            gtol: The norm of the gradient must be at most this.
+            maxiter: Largest number of iterations; None for 200 n.
+
+        Returns:
+            SciPy's OptimizeResult. `objective.unravel(found.x)` is x as a pytree.
+
+        Raises:
+            InvalidArgumentError: x0 does not fit, or f is not finite there.
+
+        Example:
+            >>> found = objective.minimize(x0)
+            >>> found.x, found.fun, found.success
+        """
+        from hvpd import krylov
+
+        return krylov.minimize(self, x0, method, args=args, M=M, callback=callback, gtol=gtol, maxiter=maxiter)
 
     def has(self, program: str) -> bool:
-        """Whether it was registered with a program, such as "ggn"."""
+        """Return whether the objective has a program, such as "ggn".
+
+        Example:
+            >>> if objective.has("ggn"):
+            ...     G = objective.at(x).ggn()
+        """
         return program in self._derivation.programs
 
     def derivative_rules(self) -> DerivativeRules:
-        """Return where the server's derivatives of this objective come from."""
+        """Return the derivative rules that the server put back or presumed.
+
+        Example:
+            >>> objective.derivative_rules().presumed
+        """
         found = self._derivation
         return DerivativeRules(dict(found.recognised), dict(found.presumed))
 
-    def plan(self) -> list[Choice]:
-        """Which program multiplies blocks of which width on this server now, and what that rests on; ascending by width."""
-        request = objective_pb2.GetPlanRequest(digest=self.digest)
-        choices = self._transport.unary(self._transport.objectives.GetPlan, request).choices
-        return [Choice(c.width, c.program, c.hvp_seconds or None, c.apply_seconds or None, c.reason) for c in choices]
+    def plan(self) -> Plan:
+        """Return the program for each block width, with its reason, ascending by width.
 
-    def registration_check(self) -> "RegistrationCheck":
-        """What the server found when it multiplied a few vectors at the x of the registration; asked anew with each call.
+        The server chooses from measured times, and can change its choice.
 
-        It runs in the background after `Client.register`, and its verdict is "pending" until it has: symmetry, linearity, and one
-        central difference of gradients, as far as the dtype sees. What is not finite there is undecided. `check` sees more.
+        Example:
+            >>> for choice in objective.plan():
+            ...     print(choice.width, choice.program)
         """
-        from hvpd import _check
+        choices = self._get_plan().choices
+        return Plan(
+            Choice(c.width, c.program, c.hvp_seconds or None, c.apply_seconds or None, c.reason) for c in choices
+        )
 
+    def registration_check(self) -> RegistrationCheck:
+        """Return the result of the server's check at the x of the registration.
+
+        After `Client.register` the server multiplies a few vectors in the background.
+        It checks symmetry, linearity, and one central difference of gradients, as far
+        as the dtype shows them. Until then the verdict is "pending". NaN and infinity
+        leave it undecided. Each call asks the server. `check` examines more.
+
+        Example:
+            >>> objective.registration_check().verdict
+        """
         request = objective_pb2.GetObjectiveRequest(name=self.digest)
-        found = self._transport.unary(self._transport.objectives.GetObjective, request).objective
-        return _check.RegistrationCheck.of(found.check)
+        found = self._transport.unary(self._transport.channel.objectives.GetObjective, request).objective
+        self.watch.found = registration_check(found.check)
+        return self.watch.found
 
     def compiles(self) -> list[Compile]:
-        """What the server has compiled of this objective, or will have, in the order in which it was asked for.
+        """Return the compilations of this objective, in the order of the requests.
 
-        The first products of a new objective wait for its first compiles: this tells how far they are.
+        The first products of a new objective wait for the first compilations.
+
+        Example:
+            >>> for found in objective.compiles():
+            ...     print(found.program, found.state, found.error)
         """
-        request = objective_pb2.GetPlanRequest(digest=self.digest)
-        compiles = self._transport.unary(self._transport.objectives.GetPlan, request).compiles
+        compiles = self._get_plan().compiles
         names = {number: name.removeprefix("STATE_").lower() for name, number in objective_pb2.Compile.State.items()}
         return [Compile(c.program, c.width, names.get(c.state, "unknown"), c.seconds, c.error) for c in compiles]
 
-    def check(self, x: Any, *data: Any, seed: int = 0, probes: Any = 4, operator: str = "hessian") -> "Certificate":
-        """The certificate at x: whether products behave like the Hessian of the values and gradients, as far as the dtype sees.
+    def _get_plan(self) -> objective_pb2.GetPlanResponse:
+        request = objective_pb2.GetPlanRequest(digest=self.digest)
+        response: objective_pb2.GetPlanResponse
+        response = self._transport.unary(self._transport.channel.objectives.GetPlan, request)
+        return response
 
-        Products are held against each other (symmetry, linearity, block against columns, repeats, block widths), against central
-        differences of gradients, and, through the order of the Taylor remainder, against values. Thresholds follow from the
-        dtype, and from rounding measured close to x, which the item "precision" tells; what rounding or a kink hides is undecided,
-        and no failure. NaN and infinity at x fail the item "finite", and leave the others undecided. It visits about 50 points
-        for 4 probes.
+    def check(
+        self, x: Any, *data: Any, seed: int = 0, probes: Any = 4, operator: protocol.OperatorName = "hessian"
+    ) -> "Certificate":
+        """Check at x whether products behave like the Hessian of values and gradients.
 
-        The curvature of a composite is no derivative of its gradient. It is held against itself, and has to be "definite": v'Gv
-        is not negative, always of Fisher matrices, of Gauss-Newton where the loss is convex in the model's output.
+        Products are compared with each other: symmetry, linearity, block against
+        columns, repeats, block widths. They are also compared with central differences
+        of gradients and, by the order of the Taylor remainder, with values. Thresholds
+        follow from the dtype and from rounding measured close to x, which the item
+        "precision" reports. If rounding or a kink hides an answer, the item is
+        undecided, which is no failure. NaN and infinity at x fail the item "finite",
+        and leave the others undecided. The check visits about 50 points for 4 probes.
+
+        Other operators of a composite are not derivatives of its gradient. For them the
+        item "definite" replaces differences and values: v'Gv must not be negative. That
+        holds for Fisher matrices, and for Gauss-Newton if the loss is convex in the
+        model's output.
 
         Args:
             x: A flat vector of shape (n,), or a pytree of the registered structure.
-            data: In place of the registered data, as for `at`.
-            seed: Of the probes, from 0.
-            probes: How many tangents to draw, or the tangents themselves, of shape (k, n).
+            data: Data in place of the registered data, as for `at`.
+            seed: Seed of the probes, from 0.
+            probes: Number of tangents to draw, or the tangents, of shape (k, n).
             operator: "hessian", "ggn", "fisher" or "empirical_fisher".
 
         Returns:
-            A `Certificate`: `passed`, `items`, `to_json()`; printed, a table.
+            A `Certificate`, with `passed`, `items` and `to_json()`. Its `str` is a
+            table.
 
         Raises:
-            InvalidArgumentError: x or data does not fit what was registered; probes that are not finite, zero, or of another
-                shape; an operator that is none, or that the objective was registered without.
-        """
-        from hvpd import _check
+            InvalidArgumentError: x or data does not fit the registered ones. Or probes
+                are zero, not finite, or of another shape. Or the objective has no such
+                operator.
 
+        Example:
+            >>> certificate = objective.check(x)
+            >>> print(certificate)
+        """
+        from hvpd._check import certificate, verdicts
+
+        self.watch.warned, self._watching = True, False  # The certificate says more than the warning.
         base = self.at(x, *data)
 
-        def at(flat: _codec.Array) -> Point:
-            # Data is bound already: only x changes. These points are not worth remembering.
+        def at(flat: codec.Array) -> Point:
+            # The data is stored already. These points are not remembered, because no
+            # caller returns to them.
             spec = curvature_pb2.PointSpec()
             spec.CopyFrom(base._spec)  # noqa: SLF001 - the point is one of its own
-            spec.x_digest = _codec.digest(_codec.payload(flat))
+            spec.x_digest = codec.digest(codec.payload(flat))
             return Point(self, self._transport, spec, flat)
 
-        eps = _check.resolution([leaf.dtype for leaf in self._bundle.x_leaves], self.precision)
-        return _check.certify(base, at, operator=operator, eps=eps, seed=seed, probes=probes)
+        eps = verdicts.resolution([leaf.dtype for leaf in self._bundle.x_leaves], self.precision)
+        with self._transport.reporter.stage(f"checking {self.label}"):
+            return certificate.certify(base, at, operator=operator, eps=eps, seed=seed, probes=probes)
 
     # Points
 
     def at(self, x: Any, *data: Any, pin: int | None = None) -> "Point":
-        """Makes the point resident on the device and returns it, with its value and gradient.
+        """Make a point resident on the device; return it with its value and gradient.
 
         Args:
-            x: A flat vector of shape (n,), or a pytree of the registered structure.
-            pin: Seconds for which the point stays on the device after it was last used, whatever else wants room; see `Point.pin`.
-            data: In place of the registered data: as many arguments, of the same structure, shapes and dtypes; of any number of
-                rows where it was registered with `any_rows`. The point holds on to it, to send it again to a server that has
-                lost it: leave the arrays as they are.
+            x: A flat vector of shape (n,), or a pytree of the registered structure. Or
+                a PyTorch module, for an objective of `hvpd.torch.register`: the point
+                is at its parameters, with its buffers.
+            data: Data in place of the registered data, with as many arguments and the
+                same structure, shapes and dtypes. A module brings its buffers along, so
+                that data is inputs and targets. With `any_rows` they may have any
+                number of rows. Do not change the arrays later: the point keeps them,
+                and sends them again if the server has lost them.
+            pin: Seconds for which the point stays on the device after its last use; see
+                `Point.pin`.
 
         Raises:
-            InvalidArgumentError: x or data does not fit what was registered.
+            InvalidArgumentError: x or data does not fit the registered ones.
+
+        Example:
+            >>> point = objective.at(x)
+            >>> point.value, point.gradient.shape
         """
         flat = self.vector(x)
-        if not data:
-            # Comparing bits is many times faster than a digest, and most calls come back to a point that was just visited.
-            with self._lock:
-                for recent in reversed(self._recent):
-                    if recent.default_data and np.array_equal(_bits(recent.x), _bits(flat)):
-                        found = recent
-                        break
-                else:
-                    found = None
-            if found is not None:
-                if pin is not None:
-                    found.pin(pin)
-                return found
-        tensors, payloads = self._tensors(data) if data else ([], {})
+        self._watch_check()
+        tensors, payloads = self._data_of(x, data)
+        found = self._recall(flat, tensors)
+        if found is not None:
+            if pin is not None:
+                found.pin(pin)
+            return found
         self._transport.store(payloads)
         spec = curvature_pb2.PointSpec(
             objective_digest=self.digest,
             data=tensors,
-            default_data=not data,
-            x_digest=_codec.digest(_codec.payload(flat)),
+            default_data=not tensors,
+            x_digest=codec.digest(codec.payload(flat)),
         )
-        return self.remember(Point(self, self._transport, spec, flat, pin=pin, data=payloads))
+        return self._remember(Point(self, self._transport, spec, flat, pin=pin, data=payloads))
 
-    def remember(self, point: "Point") -> "Point":
-        """Has the point found again by who comes back to its x."""
+    def _recall(self, x: codec.Array, data: Sequence[tensor_pb2.Tensor]) -> "Point | None":
+        """Return a remembered point at x with the same data.
+
+        Args:
+            x: Flat vector of shape (n,).
+            data: Other data; empty for the registered data.
+        """
+        # Bits are compared, because that is many times faster than a digest, and most
+        # calls return to a recent point.
+        with self._lock:
+            recent = (point for point in reversed(self._recent) if point._has_data(data))  # noqa: SLF001 - its own point
+            return next((point for point in recent if np.array_equal(_bits(point.x), _bits(x))), None)
+
+    def _remember(self, point: "Point") -> "Point":
+        """Remember a point, so that `at` finds it again by its x."""
         with self._lock:
             self._recent.append(point)
         return point
 
-    def _tensors(self, data: Sequence[Any]) -> tuple[list[tensor_pb2.Tensor], dict[str, _codec.Buffer]]:
-        """The tensors of data in place of what was registered, and the bytes of each by its digest."""
-        bundle = self._bundle
-        takes = len(bundle.data_tree.children)
-        if len(data) != takes:
-            raise InvalidArgumentError(f"{self.label} takes {takes} data arguments after x, got {len(data)}")
-        leaves = self._leaves(bundle.data_tree, tuple(data), "data")
-        arrays: list[_codec.Array] = []
-        for path, leaf, spec in zip(_pytree.leaf_paths(bundle.data_tree), leaves, bundle.data, strict=True):
-            array = _codec.data_array(leaf, f"data{path}", x_dtype=self.dtype, x64=bundle.x64)
-            expected, shape, why = _codec.dtype(spec.dtype), tuple(spec.shape), "as registered"
-            if len(arrays) in bundle.row_leaves and array.ndim > 0:
-                first = bundle.row_leaves[0]
-                rows = len(arrays[first]) if len(arrays) > first else len(array)
-                if not rows:
-                    raise InvalidArgumentError(
-                        f"data needs at least one row, and data{path} has the shape {list(array.shape)}"
-                    )
-                shape = (rows, *shape[1:])
-                if len(array) != rows:
-                    why = f"as long as data{_pytree.leaf_paths(bundle.data_tree)[first]}"
-            if array.shape != shape or not np.can_cast(array.dtype, expected, "safe"):
-                raise InvalidArgumentError(
-                    f"data{path} must be {spec.dtype}{list(shape)} {why}, got {array.dtype}{list(array.shape)}"
-                )
-            arrays.append(array.astype(expected, copy=False))
-        payloads = [_codec.payload(array) for array in arrays]
-        digests = [_codec.digest(payload) for payload in payloads]
-        tensors = [
-            tensor_pb2.Tensor(dtype=spec.dtype, shape=array.shape, digest=digest)
-            for spec, array, digest in zip(bundle.data, arrays, digests, strict=True)
-        ]
-        return tensors, dict(zip(digests, payloads, strict=True))
 
-    # Between the pytree and the flat vector
-
-    def ravel(self, tree: Any) -> _codec.Array:
-        """The flat vector of shape (n,) of a pytree of the registered structure, in jax's flattening order.
-
-        Raises:
-            InvalidArgumentError: Another structure, another shape, or not real floating numbers.
-        """
-        leaves = self._leaves(self._bundle.x_tree, tree, "x")
-        parts = []
-        for path, leaf, spec in zip(
-            _pytree.leaf_paths(self._bundle.x_tree), leaves, self._bundle.x_leaves, strict=True
-        ):
-            array = np.asarray(leaf)
-            if array.shape != tuple(spec.shape):
-                raise InvalidArgumentError(f"x{path} must have the shape {tuple(spec.shape)}, got {array.shape}")
-            parts.append(self._real(array, f"x{path}").reshape(-1))
-        return np.concatenate(parts)
-
-    def unravel(self, vector: Any) -> Any:
-        """The pytree of a flat vector of shape (n,): the registered structure, shapes and dtypes.
-
-        Whoever registered it gets their own containers back. Elsewhere dicts, lists, tuples, named tuples and None come as
-        they are, other containers as dicts of their children.
-        """
-        flat = self._flat(vector, "the vector", exact="")
-        leaves, start = [], 0
-        for spec in self._bundle.x_leaves:
-            size = int(np.prod(spec.shape, dtype=np.int64))
-            leaf = flat[start : start + size].reshape(tuple(spec.shape))
-            try:
-                dtype = _codec.dtype(spec.dtype)
-            except TypeError:  # bfloat16 where ml_dtypes is not installed
-                dtype = self.dtype
-            leaves.append(leaf.astype(dtype))
-            start += size
-        return self._unflatten(leaves)
-
-    def slices(self) -> dict[str, slice]:
-        """Where each leaf of x lies in the flat vector, in its order.
-
-        A leaf is called by the keys, fields and indices that lead to it, joined by slashes: "hidden/w", "layers/0"; by "" where x
-        is a single array.
-        """
-        found, start = {}, 0
-        for name, spec in zip(_pytree.leaf_names(self._bundle.x_tree), self._bundle.x_leaves, strict=True):
-            size = math.prod(spec.shape)
-            found[name] = slice(start, start + size)
-            start += size
-        return found
-
-    def vector(self, x: Any, what: str = "x") -> _codec.Array:
-        """The flat vector, in the objective's dtype, of what a caller gave: flat, or a pytree of the registered structure."""
-        spec = self._bundle.x_tree
-        if spec.kind == spec.KIND_LEAF or isinstance(x, np.ndarray) or hasattr(x, "__array__"):
-            array = np.asarray(x)
-            if spec.kind == spec.KIND_LEAF and array.shape == tuple(self._bundle.x_leaves[0].shape):
-                array = array.reshape(-1)
-            return self._flat(array, what, exact="x")
-        return self.ravel(x)
-
-    def _rebuilt(self, leaves: Sequence[Any]) -> Any:
-        """Return the pytree of leaves, for callers that did not register it."""
-        try:
-            return _pytree.rebuild(self._bundle.x_tree, leaves)
-        except (TypeError, ValueError) as error:
-            raise HvpdError(
-                f"the structure of x that the server stated for {self.label} is none of Python's: {error}"
-            ) from None
-
-    def _flat(self, vector: Any, what: str, *, exact: str) -> _codec.Array:
-        array = np.asarray(vector)
-        if array.shape == () and self.n == 1:
-            array = array.reshape(1)
-        if array.shape != (self.n,):
-            structure = _pytree.describe(self._bundle.x_tree)
-            raise InvalidArgumentError(
-                f"{what} must be a vector of shape ({self.n},)"
-                + (f" or {structure} as registered" if exact else "")
-                + f", got shape {array.shape}"
-            )
-        if not exact and array.dtype.kind in "iub":
-            array = array.astype(self.dtype)
-        return self._real(array, what)
-
-    def _real(self, array: _codec.Array, what: str) -> _codec.Array:
-        if not _codec.is_real_floating(array.dtype):
-            raise InvalidArgumentError(f"{what} must have real floating elements, got dtype {array.dtype}")
-        return np.ascontiguousarray(array, dtype=self.dtype)
-
-    def _leaves(self, spec: _pytree.Spec, tree: Any, what: str) -> list[Any]:
-        try:
-            return _pytree.leaves(spec, tree)
-        except _pytree.StructureError as error:
-            if "jax" in sys.modules:  # A container of the user's own: jax knows how to flatten it.
-                from hvpd._registration import export
-
-                structure, leaves = export.flatten(tree)
-                if structure == spec:
-                    return leaves
-            raise InvalidArgumentError(f"{what} has another structure than the registered one: {error}") from None
-
-
-def _check_structure(bundle: objective_pb2.Bundle) -> None:
-    """Raise ValueError if the trees and shapes of a bundle, as a server states them, contradict each other or are too large."""
-    if bundle.dtype not in _codec.VECTOR_DTYPES:
-        raise ValueError(f"x must have one of the dtypes {', '.join(_codec.VECTOR_DTYPES)}, got {bundle.dtype!r}")
-    for tree, leaves in ((bundle.x_tree, bundle.x_leaves), (bundle.data_tree, bundle.data)):
-        _pytree.check(tree)
-        _pytree.check_names(tree)
-        if _pytree.count(tree) != len(leaves):
-            raise ValueError(f"a tree has {_pytree.count(tree)} leaves, and {len(leaves)} are described")
-    sizes = sum(_codec.count(leaf.shape) for leaf in bundle.x_leaves)
-    if sizes != bundle.n:
-        raise ValueError(f"the leaves of x have {sizes} elements, and n is {bundle.n}")
-
-
-class Point:
-    """(objective, data, x), resident on the server's device. Made by `Objective.at`.
-
-    The server may forget it, to make room or in a restart; then it is made again from what this holds, unnoticed.
-
-    Attributes:
-        objective: Whose point it is.
-        x: The flat vector, of shape (n,); read-only.
-        value: f(x, *data).
-        gradient: Of shape (n,); read-only.
-        mode: How its products are made; the objective's.
-        default_data: Whether it is bound to the data that was registered.
-        nonfinite: Which of "x", "value" and "gradient" hold NaN or infinity; empty where all is well.
-    """
-
-    def __init__(
-        self,
-        objective: Objective,
-        transport: Transport,
-        spec: curvature_pb2.PointSpec,
-        x: _codec.Array,
-        *,
-        step: Step | None = None,
-        pin: int | None = None,
-        data: Mapping[str, _codec.Buffer] = MappingProxyType({}),
-    ) -> None:
-        self.objective = objective
-        self.mode = objective.mode
-        self.n = objective.n
-        self.dtype = objective.dtype
-        self._transport = transport
-        self._spec = spec
-        self.default_data = spec.default_data
-        self.x = x.copy()
-        self.x.flags.writeable = False
-        self._pin = None if pin is None else _blocks.integer(pin, "pin", 0, _protocol.MAX_PIN_SECONDS)
-        self._data = data
-        message, gradient = self._create(self._pin, step)
-        gradient.flags.writeable = False
-        self._id = message.id
-        self.value: float = message.value
-        self.gradient: _codec.Array = gradient
-        counts = {"x": message.nonfinite_x, "value": message.nonfinite_value, "gradient": message.nonfinite_gradient}
-        self.nonfinite: tuple[str, ...] = tuple(name for name, count in counts.items() if count)
-
-    def moved(self, alpha: float, direction: Any) -> "Point":
-        """The point x + alpha * direction, with the same data: a step of a line search.
-
-        The server makes x from this point, if it still has it, and the direction, which is sent for the first step along it only. x
-        itself is not sent, unless it is 64 KiB at most; the result is the same as that of `objective.at(point.x + alpha * direction)`.
-
-        Args:
-            alpha: The length of the step, rounded to the objective's dtype.
-            direction: A flat vector of shape (n,), or a pytree of the registered structure.
-
-        Raises:
-            InvalidArgumentError: The direction does not fit, or alpha is no finite number.
-        """
-        alpha = _blocks.finite(alpha, "alpha")
-        p = self.objective.vector(direction, "the direction")
-        # Rounded as the server rounds it, or the digests would differ. What is too large becomes infinite, and `nonfinite` tells.
-        with np.errstate(over="ignore", invalid="ignore"):
-            x = p * self.dtype.type(alpha)
-            x += self.x
-        spec = curvature_pb2.PointSpec()
-        spec.CopyFrom(self._spec)
-        spec.x_digest = _codec.digest(_codec.payload(x))
-        step = Step(self._id, alpha, p)
-        return self.objective.remember(Point(self.objective, self._transport, spec, x, step=step, data=self._data))
-
-    def pin(self, seconds: int) -> None:
-        """Keeps the point and its data on the device until it has not been used for so long, whatever else wants room.
-
-        The server pins half of its memory at most. 0 gives it up. Points that are not pinned come back by themselves, too: pinning
-        saves the time that takes.
-
-        Raises:
-            OverloadedError: Too much is pinned already.
-        """
-        pin = _blocks.integer(seconds, "seconds", 0, _protocol.MAX_PIN_SECONDS)
-        self._transport.create_point(self._spec, self.x, pin_seconds=pin)
-        self._pin = pin
-
-    def hessian(self, shift: float = 0.0, *, mode: str = "", precision: str = "") -> "HessianOperator":
-        """The Hessian plus `shift` times the identity, as a symmetric scipy.sparse.linalg.LinearOperator of shape (n, n).
-
-        Args:
-            shift: Added to the diagonal.
-            mode: How products are made: "forward_over_reverse", "reverse_over_forward", "reverse_over_reverse", "linearized" or
-                "finite_difference". Empty: as the objective was registered; see `Client.register`. The first product in another
-                mode waits until the server has compiled it.
-            precision: Of matrix products that state none: "highest", "high" or "default". Empty: as the objective was registered.
-        """
-        from hvpd._operator import HessianOperator
-
-        return HessianOperator(self, shift, mode=mode, precision=precision)
-
-    def ggn(self, shift: float = 0.0, *, precision: str = "") -> "CurvatureOperator":
-        """The Gauss-Newton matrix of a composite objective plus `shift` times the identity, as a LinearOperator like `hessian`.
-
-        Args:
-            shift: Added to the diagonal.
-            precision: As for `hessian`.
-
-        Raises:
-            InvalidArgumentError: The objective was registered as one function.
-        """
-        return self._curvature("ggn", curvature_pb2.OPERATOR_GGN, shift, precision=precision)
-
-    def fisher(self, shift: float = 0.0, *, seed: int | None = None, precision: str = "") -> "CurvatureOperator":
-        """The Fisher matrix of the model's own distribution plus `shift` times the identity, likewise; see `hvpd.composite`.
-
-        Args:
-            shift: Added to the diagonal.
-            seed: From 0 to 2**64 - 1: an unbiased Monte-Carlo estimate in place of the exact matrix, from targets drawn with this
-                seed. The same seed is the same matrix.
-            precision: As for `hessian`.
-
-        Raises:
-            InvalidArgumentError: The objective is no composite, or has no distribution.
-        """
-        if seed is None:
-            return self._curvature("fisher", curvature_pb2.OPERATOR_FISHER, shift, precision=precision)
-        return self._curvature("fisher", curvature_pb2.OPERATOR_SAMPLED_FISHER, shift, _seed(seed), precision)
-
-    def empirical_fisher(self, shift: float = 0.0, *, precision: str = "") -> "CurvatureOperator":
-        """The empirical Fisher matrix, of the gradients at the targets, plus `shift` times the identity, likewise.
-
-        Args:
-            shift: Added to the diagonal.
-            precision: As for `hessian`.
-
-        Raises:
-            InvalidArgumentError: The objective is no composite, or its model's output is not one array with a row an example.
-        """
-        return self._curvature("empirical_fisher", curvature_pb2.OPERATOR_EMPIRICAL_FISHER, shift, precision=precision)
-
-    def kfac(self, shift: float = 0.0, *, seed: int | None = None) -> "KroneckerOperator":
-        """The Kronecker-factored approximation (K-FAC) of the Gauss-Newton matrix, plus `shift` times the identity.
-
-        For each dense layer y = a W + b of a composite's model, of kernel and bias together, A (x) G: A the mean of a'a, G the
-        curvature in y. The server computes the factors; they come here once, and products and `inverse()` take no round trip:
-        `cg(point.ggn(mu), b, M=point.kfac(mu).inverse())`. Exact where the model has one row of
-        activations in each layer, or is linear. Leaves of x that are in no dense layer have zeros. Sources: Martens and Grosse, ICML (2015).
-
-        Args:
-            shift: Added to the diagonal; a positive one is needed to invert.
-            seed: In place of the Gauss-Newton matrix, the Fisher matrix with targets drawn by this seed (see `fisher`), which costs
-                one backward pass a sample, not two for each of the model's outputs.
-
-        Raises:
-            InvalidArgumentError: The objective is no composite of a model with dense layers, or a seed was given and it has no
-                distribution.
-        """
-        from hvpd._kronecker import KroneckerBlock, KroneckerOperator
-
-        program = "kfac" if seed is None else "sampled_kfac"
-        if not self.objective.has(program):
-            raise InvalidArgumentError(
-                f"{self.objective.label} was registered without {program}: register hvpd.composite(model, loss"
-                f"{'' if seed is None else ', distribution=...'}), with a model that returns one array [rows, ...] and has layers "
-                "a @ W + b, W and b being leaves of x that are used nowhere else"
-            )
-        layers = self.objective.dense_layers()
-        request = curvature_pb2.ComputeFactorsRequest(point_id=self._id, seed=None if seed is None else _seed(seed))
-        sizes = [size for layer in layers for size in layer.elements.shape]
-        factors = self._transport.factors(request, sizes, self.dtype, restore=self._restore)
-        blocks = tuple(
-            KroneckerBlock(layer.kernel, layer.bias, layer.elements, A, G)
-            for layer, A, G in zip(layers, factors[::2], factors[1::2], strict=True)
-        )
-        return KroneckerOperator(blocks, self.dtype, self.n, _blocks.finite(shift, "shift"))
-
-    def _curvature(
-        self, program: str, kind: int, shift: float, seed: int = 0, precision: str = ""
-    ) -> "CurvatureOperator":
-        from hvpd._operator import CurvatureOperator
-
-        if not self.objective.has(program):
-            wants = {"ggn": "", "fisher": ", distribution=...", "empirical_fisher": ""}[program]
-            raise InvalidArgumentError(
-                f"{self.objective.label} was registered without {program}: register hvpd.composite(model, loss{wants})"
-                + (", with a model that returns one array [rows, ...]" if program != "ggn" else "")
-            )
-        return CurvatureOperator(self, kind, seed=seed, shift=shift, precision=precision)
-
-    def multiply(
-        self,
-        V: _codec.Array,
-        operator: int = curvature_pb2.OPERATOR_HESSIAN,
-        seed: int = 0,
-        leaves: Sequence[int] = (),
-        mode: str = "",
-        precision: str = "",
-    ) -> _codec.Array:
-        """V[k,n] -> HV[k,n], row-major, in the objective's dtype: what the operators are made of.
-
-        Args:
-            V: One vector a row.
-            operator: Which curvature H is: a value of `hvpd.v1.curvature_pb2.Operator`.
-            seed: Of operators that are drawn.
-            leaves: Positions of leaves of x, ascending: the principal block of these, whose vectors have its elements only. Empty:
-                the whole.
-            mode: How the product is made; empty for the objective's mode.
-            precision: Precision of matrix products that state none; empty for the objective's.
-
-        Raises:
-            InvalidArgumentError: V has another shape or dtype, or mode or precision are none that there is.
-        """
-        return self._ask(V, Asked(self._id, operator, False, seed, tuple(leaves), mode, precision))
-
-    def quadratic_form(
-        self,
-        V: _codec.Array,
-        operator: int = curvature_pb2.OPERATOR_HESSIAN,
-        seed: int = 0,
-        leaves: Sequence[int] = (),
-        mode: str = "",
-        precision: str = "",
-    ) -> _codec.Array:
-        """V[k,n] -> v'Hv for each row, of shape (k,), in the objective's dtype; only these numbers come back.
-
-        Args:
-            V: As for `multiply`.
-            operator: As for `multiply`.
-            seed: As for `multiply`.
-            leaves: As for `multiply`.
-            mode: As for `multiply`.
-            precision: As for `multiply`.
-
-        Raises:
-            InvalidArgumentError: V has another shape or dtype.
-        """
-        return self._ask(V, Asked(self._id, operator, True, seed, tuple(leaves), mode, precision))
-
-    def _ask(self, V: _codec.Array, asked: Asked) -> _codec.Array:
-        n = self.objective.size_of(asked.leaves)
-        if V.ndim != 2 or V.shape[1] != n or V.dtype != self.dtype:
-            raise InvalidArgumentError(f"a block must be {self.dtype}[k, {n}], got {V.dtype}{list(V.shape)}")
-        if len(V) == 0:
-            return np.empty_like(V[:, 0] if asked.quadratic_form else V)
-        return self._transport.multiply(
-            asked, np.ascontiguousarray(V), restore=self._restore, objective=self.objective.digest
-        )
-
-    def _create(self, pin: int | None, step: Step | None = None) -> tuple[curvature_pb2.Point, _codec.Array]:
-        """Makes the point resident; where the server has lost its data, that is sent again."""
-        for _ in self._data:  # Each try may find one corrupt.
-            try:
-                return self._transport.create_point(self._spec, self.x, step=step, pin_seconds=pin)
-            except HvpdError as error:
-                if error.reason not in ("BLOBS_MISSING", "BLOB_CORRUPT"):
-                    raise
-            self._send_data()
-        return self._transport.create_point(self._spec, self.x, step=step, pin_seconds=pin)
-
-    def _send_data(self) -> None:
-        try:
-            self._transport.store(self._data)
-        except HvpdError as error:
-            if error.reason != "DIGEST_MISMATCH":
-                raise
-            raise InvalidArgumentError(
-                "the server needs the data of this point again, and its arrays were changed since it was made: make it anew"
-            ) from error
-
-    def _restore(self) -> None:
-        try:
-            self._create(self._pin)
-        except OverloadedError as error:
-            if error.reason != "PINNED" or not self._pin:
-                raise
-            self._create(None)  # Others have been pinned meanwhile: a product needs no pin.
-
-    def __repr__(self) -> str:
-        warning = f", not finite: {', '.join(self.nonfinite)}" if self.nonfinite else ""
-        return f"<Point of {self.objective.label}: value {self.value:g}{warning}>"
-
-
-def _seed(seed: object) -> int:
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
-        raise InvalidArgumentError(f"a seed is a whole number from 0 to 2**64 - 1, got {seed!r}")
-    return int(seed)
-
-
-def _bits(vector: _codec.Array) -> _codec.Array:
-    """The vector's bits as integers: equal for equal bits, NaN included, and -0.0 is not 0.0."""
+def _bits(vector: codec.Array) -> codec.Array:
+    """Return the bits as integers: NaN equals NaN, and -0.0 differs from 0.0."""
     return vector.view(f"u{vector.dtype.itemsize}")

@@ -1,1 +1,4 @@
-"""The server of hvpd: owns the device, keeps programs warm and points resident, answers products. See `_app` for the whole."""
+"""The server of hvpd: it owns the device, keeps programs warm and answers products.
+
+See docs/architecture/overview.md.
+"""

@@ -1,21 +1,31 @@
-"""`python -m hvpd_server`: what `hvpd.local()` starts, and the supervisor. People use `hvpd serve`."""
+"""`python -m hvpd_server`, which `hvpd.local()` and the supervisor start."""
 
+import contextlib
 import os
 import sys
 
-from hvpd_server import _app, _config, _supervisor
+from hvpd_server import config as _config
+from hvpd_server import supervisor
+from hvpd_server.admission.vetting import Vetter
 
 
 def main() -> int:
-    """Serves with the settings of the command line and the environment."""
+    """Serve with the settings of the command line and the environment."""
     try:
         config = _config.load(_config.parse())
     except ValueError as error:
         print(f"hvpd: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    board = _supervisor.board_of()
+    liveness = supervisor.liveness_of()
     owned = os.environ.get("HVPD_OWNED")
-    return _app.run(config, owner=sys.stdin.fileno() if owned else None, ephemeral=owned == "ephemeral", board=board)
+    vetter = Vetter()
+    with contextlib.suppress(OSError):  # The first objective starts it then.
+        vetter.start()  # Before this process imports jax, so that both import at the same time.
+    from hvpd_server import process
+
+    return process.run(
+        config, vetter, owner=sys.stdin.fileno() if owned else None, ephemeral=owned == "ephemeral", liveness=liveness
+    )
 
 
 if __name__ == "__main__":

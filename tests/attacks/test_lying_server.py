@@ -1,4 +1,6 @@
-"""A client whose server lies: nothing goes to other services, every call ends, and each lie that costs the caller its result is an HvpdError."""
+"""A client whose server lies: nothing goes to other services, every call ends, and each
+lie that costs the caller its result is an HvpdError.
+"""
 
 import contextlib
 import itertools
@@ -15,17 +17,22 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 import hvpd
-from hvpd import _cli, _vectors
+from hvpd._cli import main
 from hvpd._registration import portable
+from hvpd._transport.reach import is_proxied
+from hvpd._wire import vector_protocol
 from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2, tensor_pb2
 from tests.fuzz.liar import OBJECTIVE, POINT, Liar, N, X
+from tests.support.waiting import until
 
 PART = b"chosen by a liar"
-assert len(PART) == _vectors.PROOF_BYTES
+assert len(PART) == vector_protocol.PROOF_BYTES
 
 
 class Listener:
-    """Another service on the client's machine: says what it is told to when somebody connects, and notes what it receives."""
+    """Another service on the client's machine. It sends a given text when a client
+    connects, and notes the bytes that it receives.
+    """
 
     def __init__(self, banner=b""):
         self._banner = banner
@@ -54,7 +61,9 @@ class Listener:
 
 
 class Tunnelled(Liar):
-    """A liar that states ports as if the client's own address were its own, which it is told in each call."""
+    """A liar that learns the client's own address in each call, and states ports as if
+    they were there.
+    """
 
     def __init__(self):
         super().__init__()
@@ -90,7 +99,9 @@ def liar():
 
 @pytest.fixture
 def connect(liar):
-    """Connects clients that wait a minute for each call: a call that hangs is a DeadlineError, which no test here expects."""
+    """Connect clients that wait a minute for each call. A call that hangs is a
+    DeadlineError, which no test here expects.
+    """
     with contextlib.ExitStack() as stack:
         yield lambda **settings: stack.enter_context(
             hvpd.connect(f"127.0.0.1:{liar.port}", **{"retry_timeout": 0.01, "timeout": 60.0} | settings)
@@ -99,7 +110,7 @@ def connect(liar):
 
 @pytest.fixture
 def listening():
-    """Makes listeners, which end with the test."""
+    """Make listeners, which end with the test."""
     with contextlib.ExitStack() as stack:
 
         def listen(banner=b""):
@@ -111,12 +122,14 @@ def listening():
 
 
 def tried(client, liar):
-    """Multiply until the client has asked for a ticket and done with it what it will."""
+    """Multiply until the client has asked for a ticket, and has used or refused it."""
     H = client.objective("quartic").at(X).hessian()
-    ends = time.monotonic() + 30
-    while not liar.asked["CreateVectorTicket"] or client._transport._vectors._opening:
+
+    def asked():
         np.testing.assert_array_equal(H @ np.ones(N), X**2)
-        assert time.monotonic() < ends
+        return liar.asked["CreateVectorTicket"] and not client._transport._vectors._opening
+
+    until(asked)
     np.testing.assert_array_equal(H @ np.ones(N), X**2)
     return client._transport._vectors.ready
 
@@ -129,16 +142,14 @@ def ticket(port, **parts):
 # The vector port
 
 
-def test_no_vector_port_is_used_past_a_proxy_of_the_environment(liar, connect, monkeypatch):
-    transport = connect()._transport
+def test_no_vector_port_is_used_past_a_proxy_of_the_environment(monkeypatch):
     for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    transport._local = False
-    assert not transport._proxied("gpu-box")
+    assert not is_proxied("gpu-box")
     monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
-    assert transport._proxied("gpu-box")
+    assert is_proxied("gpu-box")
     monkeypatch.setenv("no_proxy", "gpu-box")
-    assert not transport._proxied("gpu-box")
+    assert not is_proxied("gpu-box")
 
 
 @pytest.mark.parametrize(
@@ -150,37 +161,37 @@ def test_no_vector_port_is_used_past_a_proxy_of_the_environment(liar, connect, m
         (b"220 mail.example ", {"greeting": b"220 mail.example "}),
         (b"220 mail.example ESMTP server", {"greeting": b"220 mail.example"}),
         (PART + PART + PART, {}),
-        (_vectors.MAGIC + bytes(_vectors.PROOF_BYTES), {}),
-        (_vectors.MAGIC + PART, {"id": PART * 2}),
-        (_vectors.MAGIC + PART, {"id": b""}),
-        (_vectors.MAGIC + PART, {"server_proof": b""}),
-        (_vectors.MAGIC + PART, {"client_proof": PART * 1000}),
+        (vector_protocol.MAGIC + bytes(vector_protocol.PROOF_BYTES), {}),
+        (vector_protocol.MAGIC + PART, {"id": PART * 2}),
+        (vector_protocol.MAGIC + PART, {"id": b""}),
+        (vector_protocol.MAGIC + PART, {"server_proof": b""}),
+        (vector_protocol.MAGIC + PART, {"client_proof": PART * 1000}),
     ],
 )
 def test_a_service_that_a_ticket_points_at_receives_nothing(liar, connect, listening, monkeypatch, banner, parts):
     monkeypatch.setattr(
-        "hvpd._vector_pool._OPENING_SECONDS", 1.0
+        "hvpd._transport.vector_pool._OPENING_SECONDS", 1.0
     )  # A service that waits for the client to speak first.
     listener = listening(banner)
     liar.vector_port, liar.ticket = listener.port, ticket(listener.port, **parts)
     assert not tried(connect(), liar)
     listener.close()
     assert listener.received == b""
-    assert listener.connections == all(len(part) == _vectors.PROOF_BYTES for part in parts.values())
+    assert listener.connections == all(len(part) == vector_protocol.PROOF_BYTES for part in parts.values())
 
 
 def test_a_listener_that_knows_the_greeting_and_not_the_proof_receives_no_secret_and_no_vector(
     liar, connect, listening
 ):
-    listener = listening(_vectors.MAGIC + PART + bytes(_vectors.PROOF_BYTES))
+    listener = listening(vector_protocol.MAGIC + PART + bytes(vector_protocol.PROOF_BYTES))
     liar.vector_port, liar.ticket = listener.port, ticket(listener.port)
     assert not tried(connect(), liar)
     listener.close()
-    assert listener.received == _vectors.MAGIC + PART
+    assert listener.received == vector_protocol.MAGIC + PART
 
 
 def test_a_port_that_the_server_does_not_state_is_not_connected_to(liar, connect, listening):
-    stated, other = listening(), listening(_vectors.MAGIC + PART)
+    stated, other = listening(), listening(vector_protocol.MAGIC + PART)
     liar.vector_port, liar.ticket = stated.port, ticket(other.port)
     assert not tried(connect(), liar)
     for listener in (stated, other):
@@ -198,7 +209,7 @@ def test_a_port_that_is_none_is_not_connected_to(liar, connect, port):
 
 def test_past_a_tunnel_there_is_no_vector_port(liar, connect, listening):
     """The client's port is another than the one that the server states."""
-    listener = listening(_vectors.MAGIC + PART)
+    listener = listening(vector_protocol.MAGIC + PART)
     client = connect()
     liar.vector_port, liar.ticket, liar.port = listener.port, ticket(listener.port), 1
     with pytest.raises(ConnectionError, match="not for the vector port that the server states"):
@@ -206,7 +217,7 @@ def test_past_a_tunnel_there_is_no_vector_port(liar, connect, listening):
     assert listener.connections == 0
 
 
-# What is answered
+# Answers
 
 
 def product(tag, **fields):
@@ -227,7 +238,9 @@ def register(client):
 
 
 def objective(**fields):
-    """What GetObjective and CreateObjective answer, with a bundle of which some is another."""
+    """Return answers of GetObjective and CreateObjective, with some fields of the
+    bundle changed.
+    """
     made = objective_pb2.GetObjectiveResponse(objective=OBJECTIVE)
     for name, value in fields.items():
         if isinstance(value, (list, tensor_pb2.TreeSpec)):
@@ -239,7 +252,7 @@ def objective(**fields):
 
 
 def pages():
-    """Pages of objectives without end, each with another token."""
+    """Yield pages of objectives without end, each with another token."""
     for number in itertools.count(1):
         response = objective_pb2.ListObjectivesResponse(next_page_token=str(number))
         yield response.SerializeToString()
@@ -285,9 +298,9 @@ def test_an_answer_that_never_ends_is_an_error(liar, connect, what):
 
 
 def test_pages_that_never_end_are_an_error(liar, connect, monkeypatch):
-    monkeypatch.setattr("hvpd._client._MOST_PAGES", 100)
+    monkeypatch.setattr("hvpd._listing._MOST_PAGES", 100)
     client, answers = connect(), pages()
-    method = client._transport.objectives
+    method = client._transport.channel.objectives
     monkeypatch.setattr(
         method, "ListObjectives", lambda *_, **__: objective_pb2.ListObjectivesResponse.FromString(next(answers))
     )
@@ -296,7 +309,9 @@ def test_pages_that_never_end_are_an_error(liar, connect, monkeypatch):
 
 
 def test_figures_of_a_product_are_counted_once(liar, connect):
-    """A result may come byte by byte; each message could have figures that are kept until the end."""
+    """A result may come byte by byte, and each message could have figures that the
+    client keeps until the end.
+    """
     info = curvature_pb2.ProductInfo(batch_width=1)
     result = np.ones(N).tobytes()
     liar.lies["StreamProducts"] = [product(1, info=info, chunk=result[i : i + 1]) for i in range(8 * N)], None
@@ -309,8 +324,8 @@ def test_x_is_sent_once_however_often_it_is_asked_for(liar, connect):
     liar.lies["CreatePoint"] = [curvature_pb2.CreatePointResponse(x_wanted=True).SerializeToString()] * 3, None
     client = connect()
     sent = []
-    create = client._transport._create_point
-    client._transport._create_point = lambda messages, **settings: create(
+    create = client._transport.channel.create_point
+    client._transport.channel.create_point = lambda messages, **settings: create(
         (sent.append(message) or message for message in messages), **settings
     )
     with pytest.raises(hvpd.HvpdError):
@@ -435,7 +450,7 @@ def test_a_pause_that_the_server_asks_for_ends_with_the_time_to_retry(liar, conn
     assert time.monotonic() - started < 20
 
 
-# What is said on terminals
+# Texts on terminals
 
 
 EVIL = "\u202egnp.exe\x1b]0;owned\x07\x1b[2J\r\x00\u2066\u200b"
@@ -452,7 +467,7 @@ def test_texts_of_a_server_do_not_steer_a_terminal(liar, connect):
         connect().objective("quartic")
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 8000
-    assert (error.value.reason, error.value.request_id.isprintable()) == ("", True)
+    assert (error.value.reason, error.value.request_id.isprintable()) == ("NOT_FOUND", True)
 
 
 def test_names_of_a_server_do_not_steer_a_terminal(liar, connect, capsys):
@@ -474,11 +489,11 @@ def test_names_of_a_server_do_not_steer_a_terminal(liar, connect, capsys):
         assert shown.isprintable()
     address = ["--address", client.address]
     for command in (["objectives"], ["usage"], ["info"], ["check", "quartic", "--probes", "1"]):
-        assert _cli.main([*command, *address]) in (0, 3)
+        assert main.main([*command, *address]) in (0, 3)
         said = capsys.readouterr()
         assert "\\u202e" in said.out
         assert all(line.isprintable() for line in (said.out + said.err).split("\n"))
     liar.lies["GetObjective"] = [], (5, EVIL, None)
-    assert _cli.main(["check", "quartic", *address]) == 1
+    assert main.main(["check", "quartic", *address]) == 1
     said = capsys.readouterr()
     assert all(line.isprintable() for line in (said.out + said.err).split("\n"))

@@ -1,8 +1,11 @@
-"""No call, attribute or region of a program reaches XLA: the importer rebuilds each operation of its table through jax.
+"""No call, attribute or region of a program reaches XLA: the importer rebuilds each
+operation of its table through jax.
 
-The table is enumerated. Three things together prove it: MLIR ends in the reader, which gives plain Python; an attribute or a
-region that an operation's row does not name is refused; and what the rules build has primitives of jax only, none of which
-carries a foreign call.
+The test enumerates the table. Three facts prove it:
+
+- MLIR ends in the reader, which gives plain Python.
+- The importer refuses attributes and regions that an operation's row does not name.
+- The rules build primitives of jax only, and none of these carries a foreign call.
 """
 
 import ast
@@ -63,7 +66,7 @@ def test_only_the_reader_sees_mlir():
 
 
 def test_a_module_that_was_read_is_plain_python():
-    """So no object of MLIR can be handed on, whatever a rule does."""
+    """A rule can hand on no object of MLIR, because there is none."""
     allowed = (str, int, float, bool, bytes, complex, type(None), np.ndarray, np.generic)
 
     def walk(value):
@@ -96,7 +99,7 @@ def primitives(jaxpr):
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_what_a_row_builds_has_primitives_of_jax_only(name):
+def test_an_imported_operation_uses_primitives_of_jax_only(name):
     each = CASES[name]
     with jax.enable_x64(True):
         run_ = evaluate.function(reader.read(written(each)))

@@ -1,11 +1,11 @@
-"""What one tenant stores neither exceeds its quota, nor shows or hides anything of another: a real server with tenants.
+"""The objects that a tenant stores neither exceed its quota, nor show or hide another
+tenant's: a real server with tenants.
 
 Requests are made without hvpd's client, because the client is polite.
 """
 
 import contextlib
 import queue
-import time
 
 import grpc
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import hvpd
-from hvpd import _codec
 from hvpd._registration import export as _export
+from hvpd._wire import codec
 from hvpd.v1 import (
     blob_pb2,
     blob_pb2_grpc,
@@ -24,7 +24,9 @@ from hvpd.v1 import (
     server_pb2_grpc,
     tensor_pb2,
 )
-from hvpd_server import _admission, _auth
+from hvpd_server import bundle as _admission
+from hvpd_server.tenancy import token_file
+from tests.support.waiting import until
 
 WAIT = 60
 MIB = 1 << 20
@@ -53,7 +55,7 @@ class Tenant:
         return getattr(service, method)(request, metadata=self._metadata, timeout=WAIT)
 
     def begin(self, digest, size):
-        """Begins an upload; gives its pieces' queue and its future."""
+        """Begin an upload; return its pieces' queue and its future."""
         pieces = queue.SimpleQueue()
         stub = blob_pb2_grpc.BlobServiceStub(self._channel)
         future = stub.UploadBlob.future(iter(pieces.get, None), metadata=self._metadata, timeout=WAIT)
@@ -61,7 +63,7 @@ class Tenant:
         return pieces, future
 
     def upload(self, content):
-        digest = _codec.digest(content)
+        digest = codec.digest(content)
         chunks = [
             blob_pb2.UploadBlobRequest(
                 digest=digest, size_bytes=len(content), offset_bytes=at, chunk=content[at : at + MIB]
@@ -83,19 +85,19 @@ def tokens(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(serve_module, tokens):
-    _auth.create(tokens, "ops", ["use", "publish", "administer"])
+    token_file.create(tokens, "ops", ["use", "publish", "administer"])
     return serve_module("--tokens", str(tokens))
 
 
 @pytest.fixture
 def tenant(server, tokens):
-    """Gives tenants: tenant(name, **limits)."""
+    """Make tenants: tenant(name, **limits)."""
     with contextlib.ExitStack() as stack:
 
         def made(name, rights=RIGHTS, **limits):
-            token = _auth.create(tokens, name, rights)[0]
+            token = token_file.create(tokens, name, rights)[0]
             if limits:
-                _auth.limit(tokens, name, limits)
+                token_file.limit(tokens, name, limits)
             return stack.enter_context(contextlib.closing(Tenant(server.address, token, server.store)))
 
         yield made
@@ -107,15 +109,8 @@ def refused(call, *arguments):
     return error.value.code(), error.value.details()
 
 
-def until(condition):
-    """Asks until it is so."""
-    ends = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < ends
-
-
 def on_disk(store):
-    """The bytes of the files of a store in which uploads end up, those under way included."""
+    """Return the bytes of a store's files that hold uploads, finished or under way."""
     return sum(
         path.stat().st_size for part in ("blobs", "incoming") for path in (store / part).rglob("*") if path.is_file()
     )
@@ -128,7 +123,7 @@ def test_parallel_uploads_of_one_digest_each_take_of_the_quota(server, tenant):
     """Once, 24 of 8 MiB each were on the disk under a quota of 1 MiB."""
     attacker = tenant("parallel", stored_bytes=4 * MIB)
     content = bytes(MIB) + b"parallel"
-    half = _codec.digest(content)
+    half = codec.digest(content)
     before, begun = on_disk(server.store), []
     try:
         for _ in range(12):
@@ -150,7 +145,7 @@ def test_parallel_uploads_of_one_digest_each_take_of_the_quota(server, tenant):
     assert attacker.stored() == len(content)
 
 
-def test_what_a_tenant_has_already_does_not_arrive_again(server, tenant):
+def test_a_blob_that_the_tenant_has_is_not_stored_again(server, tenant):
     attacker = tenant("again", stored_bytes=3 * MIB)
     digest = attacker.upload(bytes(2 * MIB))
     before = on_disk(server.store)
@@ -164,7 +159,7 @@ def test_what_a_tenant_has_already_does_not_arrive_again(server, tenant):
     assert (on_disk(server.store), attacker.stored()) == (before, 2 * MIB)
 
 
-def test_a_quota_that_is_full_costs_nobody_else_and_another_tenants_blob_counts_for_each(tenant):
+def test_a_full_quota_affects_no_other_tenant_and_a_shared_blob_counts_for_each(tenant):
     neighbour, attacker = tenant("neighbour"), tenant("full", stored_bytes=MIB)
     digest = neighbour.upload(bytes(2 * MIB) + b"n")
     code, _ = refused(attacker.upload, bytes(2 * MIB) + b"n")
@@ -174,7 +169,42 @@ def test_a_quota_that_is_full_costs_nobody_else_and_another_tenants_blob_counts_
     assert not neighbour.call("FindMissingBlobs", asked).missing_digests
 
 
-# What is stored once for several tenants
+def test_names_without_end_fill_the_tenants_own_quota_only(tokens, tenant, exported):
+    neighbour, attacker = tenant("calm"), tenant("names")
+    digest, x, data = registered(neighbour, 9, name="mine")
+    create(attacker, exported, exported.bundle.SerializeToString(deterministic=True))
+    own = codec.digest(exported.bundle.SerializeToString(deterministic=True))
+    before = attacker.stored()
+    token_file.limit(tokens, "names", {"stored_bytes": before + 30 * 4096 + 100})
+    until(lambda: limit_of(attacker) is not None)
+
+    def name(text):
+        attacker.call("CreateObjective", objective_pb2.CreateObjectiveRequest(digest=own, name=text))
+
+    names = []
+    with pytest.raises(grpc.RpcError) as error:
+        for index in range(1000):
+            name(f"n{index}")
+            names.append(f"n{index}")
+    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert len(names) == 30
+    assert attacker.stored() == before + 30 * 4096
+    works(neighbour, digest, x, data)
+    assert get(neighbour, "mine").digest == digest
+    attacker.call("DeleteObjective", objective_pb2.DeleteObjectiveRequest(name="n7"))
+    name("another")
+    name("another")  # It can repeat an upload.
+    for each in (*names[:7], *names[8:], "another"):
+        attacker.call("DeleteObjective", objective_pb2.DeleteObjectiveRequest(name=each))
+    assert attacker.stored() < before
+
+
+def limit_of(tenant):
+    (usage,) = tenant.call("GetUsage", server_pb2.GetUsageRequest()).usages
+    return usage.stored_bytes_limit if usage.HasField("stored_bytes_limit") else None
+
+
+# Objects that are stored once for several tenants
 
 
 def quartic(x, data):
@@ -182,7 +212,7 @@ def quartic(x, data):
 
 
 def registered(tenant, seed, **settings):
-    """Registers by hvpd's client; gives the digest, x and data."""
+    """Register with hvpd's client; return the digest, x and data."""
     x, data = np.random.default_rng(seed).uniform(1, 2, (2, 5))
     with hvpd.connect(tenant.address, token=tenant.token) as client:
         objective = client.register(quartic, x, data, **settings)
@@ -200,12 +230,12 @@ def get(tenant, name):
     return tenant.call("GetObjective", objective_pb2.GetObjectiveRequest(name=name)).objective
 
 
-def test_who_registers_the_same_sees_only_its_own_registration(tenant):
+def test_a_tenant_sees_only_its_own_registration_of_a_shared_digest(tenant):
     first, second, third = (tenant(name) for name in ("first", "second", "third"))
     digest, x, data = registered(first, 1, name="mine")
     before = get(first, digest)
     assert before.check.verdict == objective_pb2.VERDICT_PASSED
-    alone, *_ = registered(second, 2)  # What the second sees of an objective that nobody else has.
+    alone, *_ = registered(second, 2)  # The second tenant's view of an objective that no other tenant has.
     assert registered(second, 1)[0] == digest
     # The third sends no x, and so has no check.
     for content in blobs(first, digest):
@@ -219,7 +249,8 @@ def test_who_registers_the_same_sees_only_its_own_registration(tenant):
     assert times == sorted(set(times))
     assert times[1] > get(second, alone).create_time.ToNanoseconds()
     assert str(get(first, digest)) == str(before)
-    # Each deletes its own, and is told the same as if nobody else had it.
+    # Each tenant deletes its own objective, and gets the answer that it would get
+    # without the other.
     answers = [
         second.call("DeleteObjective", objective_pb2.DeleteObjectiveRequest(name=each)).deleted
         for each in (alone, digest)
@@ -236,15 +267,17 @@ def test_who_registers_the_same_sees_only_its_own_registration(tenant):
 
 
 def blobs(tenant, digest):
-    """The contents of an objective's blobs, which any tenant may have made by itself."""
+    """Return the contents of an objective's blobs, which any tenant may have made by
+    itself.
+    """
     bundle = (tenant.store / "blobs" / digest[:2] / digest).read_bytes()
     parts = _admission.references(objective_pb2.Bundle.FromString(bundle))
     return [bundle, *((tenant.store / "blobs" / part[:2] / part).read_bytes() for part in parts)]
 
 
-def test_a_restart_keeps_whose_registration_is_whose(serve, tokens):
+def test_a_restart_keeps_the_owners_of_registrations(serve, tokens):
     server = serve("--tokens", str(tokens))
-    made = [Tenant(server.address, _auth.create(tokens, name, RIGHTS)[0]) for name in ("early", "late")]
+    made = [Tenant(server.address, token_file.create(tokens, name, RIGHTS)[0]) for name in ("early", "late")]
     try:
         digests = {registered(each, 3)[0] for each in made}
         (digest,) = digests
@@ -270,7 +303,7 @@ def answers(tenant):
     return True
 
 
-# What a bundle is filled with
+# Bundles with very large fields
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +312,9 @@ def exported():
 
 
 def filled(exported, size_bytes, seed=0):
-    """The bytes of a valid bundle of about this size: nodes without leaves have names that nobody reads."""
+    """Return a valid bundle of about this size: its nodes without leaves have names
+    that are never read.
+    """
     bundle = objective_pb2.Bundle.FromString(exported.bundle.SerializeToString())
     node = tensor_pb2.TreeSpec(kind=tensor_pb2.TreeSpec.KIND_LIST, type_name="x" * 1000)
     count = (size_bytes - bundle.ByteSize()) // (node.ByteSize() + 3)
@@ -291,12 +326,12 @@ def filled(exported, size_bytes, seed=0):
 def create(tenant, exported, serialized, **settings):
     for content in (*exported.blobs.values(), serialized):
         tenant.upload(bytes(content))
-    request = objective_pb2.CreateObjectiveRequest(digest=_codec.digest(serialized), **settings)
+    request = objective_pb2.CreateObjectiveRequest(digest=codec.digest(serialized), **settings)
     return tenant.call("CreateObjective", request)
 
 
 def traces(server, digest):
-    """What the store has of an objective beside its blobs."""
+    """Return an objective's traces in the store beside its blobs."""
     return [path for path in server.store.rglob(digest) if path.parent.name in ("objectives", "derived", "checks")]
 
 
@@ -314,7 +349,9 @@ def _blocks(bundle):
 
 @pytest.mark.parametrize("fill", [_version, _platforms, _blocks])
 def test_a_field_without_bounds_is_refused_and_nothing_is_stored(server, tenant, exported, fill):
-    """Once, a jax_version of 6 MiB in a shared objective made `objectives()` fail for all others."""
+    """Once, a jax_version of 6 MiB in a shared objective made `objectives()` fail for
+    all other tenants.
+    """
     attacker, neighbour = tenant("filler"), tenant("listing")
     bundle = objective_pb2.Bundle.FromString(exported.bundle.SerializeToString())
     fill(bundle)
@@ -322,7 +359,7 @@ def test_a_field_without_bounds_is_refused_and_nothing_is_stored(server, tenant,
     code, details = refused(lambda: create(attacker, exported, serialized, name="bad", shared=True))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert "are allowed" in details
-    assert traces(server, _codec.digest(serialized)) == []
+    assert traces(server, codec.digest(serialized)) == []
     assert refused(get, attacker, "bad")[0] is grpc.StatusCode.NOT_FOUND
     with hvpd.connect(neighbour.address, token=neighbour.token) as client:
         assert "filler/bad" not in [listing.name for listing in client.objectives()]
@@ -336,13 +373,13 @@ def test_an_objective_that_no_reply_has_room_for_is_not_registered(server, tenan
     code, details = refused(lambda: create(attacker, exported, serialized, name="bulky"))
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert "together at most" in details
-    assert traces(server, _codec.digest(serialized)) == []
+    assert traces(server, codec.digest(serialized)) == []
     assert refused(get, attacker, "bulky")[0] is grpc.StatusCode.NOT_FOUND
     too_large = serialized + serialized[-1000:] * 100
     assert "4194304 are allowed" in refused(lambda: create(attacker, exported, too_large))[1]
 
 
-def test_large_shared_objectives_are_listed_for_everybody(tenant, exported):
+def test_large_shared_objectives_are_listed_for_all_tenants(tenant, exported):
     attacker, neighbour = tenant("large"), tenant("reader")
     for seed in range(4):
         create(attacker, exported, filled(exported, (4 << 20) - 200_000, seed), name=f"{seed}", shared=True)

@@ -1,4 +1,6 @@
-"""The arithmetic of the figures, how they are shown, and that a benchmark runs at all. No time is asserted."""
+"""The figures' arithmetic and their table, and a run of each benchmark. No time is
+asserted.
+"""
 
 import json
 import os
@@ -23,7 +25,7 @@ _FIELDS = {
 
 def test_the_floor_adds_the_times_of_wire_and_device():
     assert _report.floor_rate(4800, 2750) == pytest.approx(1748.3, abs=0.1)  # DESIGN section 6, logistic regression.
-    assert _report.floor_rate(703, 269) == pytest.approx(194.6, abs=0.1)  # Likewise, MLP.
+    assert _report.floor_rate(703, 269) == pytest.approx(194.6, abs=0.1)  # DESIGN section 6, MLP.
     assert _report.floor_rate(1e30, 100) == pytest.approx(100)
 
 
@@ -45,7 +47,7 @@ def test_goals_have_a_direction(goal, value, met):
     assert measured("b", "f", "", [value], goal=goal).to_json({})["met"] is met
 
 
-def test_what_was_not_measured_has_neither_value_nor_verdict():
+def test_a_skipped_figure_has_neither_value_nor_verdict():
     found = _report.skipped("b", "f", "", "no room", goal=Goal("<=", 1.0)).to_json(_ENVIRONMENT)
     assert (found["value"], found["met"], found["note"]) == (None, None, "skipped: no room")
     assert "no room" in _report.table([found])
@@ -58,7 +60,7 @@ def test_json_has_every_field_and_comes_back(tmp_path):
     assert _report.read(tmp_path / "r.jsonl") == [json.loads(json.dumps(found))]
 
 
-def test_a_run_replaces_what_the_last_run_of_the_same_benchmark_found(tmp_path):
+def test_a_run_replaces_the_figures_of_the_same_benchmark(tmp_path):
     path = tmp_path / "r.jsonl"
     for bench, value in (("a", 1.0), ("b", 2.0), ("a", 3.0)):
         _report.write(path, bench, [Figure(bench, "f", value, "").to_json(_ENVIRONMENT)])
@@ -91,7 +93,7 @@ def test_contenders_take_turns_and_each_round_begins_with_another():
     calls = []
     contenders = {name: lambda name=name: calls.append(name) for name in "abc"}
     found = _timing.interleave(contenders, rounds=3, seconds=0.0)
-    assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab"  # Two calls of each beforehand.
+    assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab"  # Each is called twice beforehand.
     assert {name: len(times) for name, times in found.items()} == {"a": 3, "b": 3, "c": 3}
 
 
@@ -102,7 +104,7 @@ def test_callers_call_at_the_same_time_and_wait_for_two_answers_each():
     assert len(answers) == 6
 
 
-def test_a_block_is_predicted_to_share_what_does_not_depend_on_its_vectors():
+def test_a_block_is_predicted_to_share_the_work_without_its_vectors():
     assert modes.predicted_flops("MLP", "hvp", 1) == pytest.approx(2.1)
     assert modes.predicted_flops("MLP", "hvp", 16) == pytest.approx(0.6 + 16 * 1.5)
     assert modes.predicted_flops("MLP", "prepare", 1) == 1.0

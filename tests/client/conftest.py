@@ -1,4 +1,4 @@
-"""Threads that end with their test; a point whose curvature is a dense matrix, and which counts what is asked of it: no server, no jax."""
+"""Threads that end with their test, and a point whose curvature is a dense matrix."""
 
 import threading
 from types import SimpleNamespace
@@ -6,18 +6,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from hvpd._krylov.runner import Runner
+from hvpd._progress import Reporter
 from hvpd.v1 import curvature_pb2
 
 
 class DensePoint:
-    """Multiplies by `matrix`, in its dtype; `products` holds the block width of every call."""
+    """A point whose curvature is `matrix`; `products` holds the width of each block."""
 
     def __init__(self, matrix, *, slices=None, kind=curvature_pb2.OPERATOR_HESSIAN):
         self.matrix = np.asarray(matrix)
         self.n, self.dtype = len(self.matrix), self.matrix.dtype
         self.products = []
         self.kind = kind
-        self.objective = SimpleNamespace(label="dense", slices=lambda: slices or {"": slice(0, self.n)})
+        self.reporter = Reporter()
+        self.objective = SimpleNamespace(
+            label="dense", digest="d1gest", precision="highest", slices=lambda: slices or {"": slice(0, self.n)}
+        )
+
+    def _runner(self, multiply, n, origin, asked, scale, shift, update):
+        return Runner(multiply, n, self.dtype, origin=origin)
 
     def multiply(self, block, operator=curvature_pb2.OPERATOR_HESSIAN, seed=0, leaves=(), mode="", precision=""):
         assert operator == self.kind
@@ -30,10 +38,13 @@ class DensePoint:
         self.products.append(len(block))
         return block @ self.matrix[np.ix_(kept, kept)]
 
+    def quadratic_form(self, block, *asked):
+        return np.einsum("kn,kn->k", block, self.multiply(block, *asked))
+
 
 @pytest.fixture
 def beside():
-    """Does something in a thread of its own, which has ended when the test ends."""
+    """Run functions in threads, which have ended when the test ends."""
     threads = []
 
     def start(function, *args):
@@ -57,7 +68,7 @@ def spectrum():
 
 
 def _spectrum(values, seed=0, dtype=np.float64):
-    """A symmetric matrix with these eigenvalues, and its eigenvectors."""
+    """Return a symmetric matrix with these eigenvalues, and its eigenvectors."""
     values = np.asarray(values, np.float64)
     Q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((len(values),) * 2))
     matrix = (Q * values) @ Q.T

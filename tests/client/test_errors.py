@@ -1,6 +1,10 @@
 """Every status becomes one class of error, with its reason and its wait."""
 
+import ast
+import itertools
 import pickle
+import re
+from pathlib import Path
 
 import grpc
 import pytest
@@ -8,7 +12,9 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 import hvpd
-from hvpd import _errors
+from hvpd import _arguments, _errors
+from hvpd_server import errors as server_errors
+from hvpd_server.importer import rules
 
 Code = grpc.StatusCode
 
@@ -35,11 +41,11 @@ def test_classes(code, reason, kind, builtin):
     assert type(error) is kind
     assert isinstance(error, builtin)
     assert isinstance(error, hvpd.HvpdError)
-    assert error.reason == reason
+    assert error.reason == (reason or code.name)
     assert "what happened" in str(error)
 
 
-def test_what_the_server_does_not_explain_names_the_server():
+def test_an_unexplained_failure_names_the_server():
     for code in (Code.INTERNAL, Code.UNAVAILABLE, Code.UNIMPLEMENTED):
         assert "gpu-box:7070" in str(_errors.to_error(_errors.Failure(code, "?"), "gpu-box:7070"))
 
@@ -60,7 +66,7 @@ def test_the_picture_in_the_module_shows_every_class():
     assert all(issubclass(getattr(hvpd, name), hvpd.HvpdError) for name in named)
 
 
-def test_the_id_of_the_request_is_in_the_error_and_at_the_end_of_its_message():
+def test_the_error_and_its_message_have_the_request_id():
     for code in Code:
         error = _errors.to_error(_errors.Failure(code, "what happened", request_id="3f2a/12"), "gpu-box:7070")
         assert error.request_id == "3f2a/12"
@@ -85,4 +91,69 @@ def test_an_old_server_tells_no_id_and_the_clients_own_stands_in():
     told = _errors.Failure(Code.INTERNAL, "?", request_id="theirs")
     assert told.sent_as("ours") == told
     assert _errors.Failure(Code.DEADLINE_EXCEEDED, "?").sent_as("ours").request_id == "ours"
-    assert _errors.Failure(Code.UNAVAILABLE, "nobody is there").sent_as("ours").request_id == ""
+    assert _errors.Failure(Code.UNAVAILABLE, "connection refused").sent_as("ours").request_id == ""
+
+
+def test_a_notebook_shows_no_frame_of_hvpd():
+    """IPython calls the method, and shows what it returns."""
+    try:
+        _arguments.integer("five", "k", 0)
+    except hvpd.HvpdError as error:
+        lines = error._render_traceback_()
+    assert lines[-1] == "InvalidArgumentError: k must be an integer of at least 0, got 'five'"
+    assert any(__file__ in line for line in lines)
+    assert not any("_arguments.py" in line for line in lines)
+
+
+ROOT = Path(__file__).parents[2]
+
+REASON = re.compile(r"[A-Z]+(_[A-Z]+)*")
+
+OPERATORS = {"NO_DEVICE", "STORE_IN_USE"}
+"""Reasons for which a server does not start. No client sees them."""
+
+STATES_REASON = {"ServiceError", "_invalid", "invalid", "_unauthenticated", "_refusal", "_too_many"}
+"""Names of the functions whose arguments have a reason of the server."""
+
+
+def calls(*folders):
+    """Return each call in the files of some folders, with its function's name."""
+    for path in itertools.chain.from_iterable((ROOT / folder).rglob("*.py") for folder in folders):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                yield getattr(node.func, "id", getattr(node.func, "attr", "")), node
+
+
+def constants(node):
+    return {each.value for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)}
+
+
+def kinds():
+    return [getattr(hvpd, name) for name in hvpd.__all__ if name.endswith("Error")]
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_every_error_has_a_reason(kind):
+    assert REASON.fullmatch(kind("what happened").reason)
+    assert kind("what happened", reason="TLS").reason == "TLS"
+
+
+def test_an_error_without_a_class_of_its_own_states_its_reason():
+    """Otherwise errors that have nothing in common would share a reason."""
+    bare = [node for name, node in calls("client/hvpd") if name == "HvpdError"]
+    assert len(bare) > 10
+    assert [ast.unparse(node) for node in bare if "reason" not in {word.arg for word in node.keywords}] == []
+
+
+def test_the_page_lists_each_reason_of_client_and_server():
+    page = (ROOT / "docs/reference/errors.md").read_text().partition("## Reasons")[2]
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    listed = set(re.findall(r"`([A-Z_]+)`", " ".join(rows)))
+    found = {"INVALID_ARGUMENT", "EXTRA_MISSING", "INCOMPATIBLE", "UNAVAILABLE"} | set(rules.REASONS)
+    found |= {reason for _, reason, *_ in [*server_errors._SYSTEM.values(), server_errors._UNKNOWN]}
+    for name, node in calls("client/hvpd", "server/hvpd_server"):
+        stated = [word.value for word in node.keywords if word.arg == "reason"]
+        if name in STATES_REASON:
+            stated += node.args[:2]
+        found |= {text for each in stated for text in constants(each) if REASON.fullmatch(text)}
+    assert listed == found - OPERATORS

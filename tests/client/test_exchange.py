@@ -1,4 +1,4 @@
-"""A block as several products, some of which are refused: they are sent again, and no others."""
+"""A block of several products is sent again in part: only its refused products."""
 
 import collections
 
@@ -8,16 +8,17 @@ import pytest
 from google.rpc import status_pb2
 
 from hvpd._errors import Failure
-from hvpd._exchange import Asked, Exchange
-from hvpd._frames import Frame
-from hvpd._stream import RpcFailure
+from hvpd._transport.exchange import Asked, Exchange
+from hvpd._transport.stream import RpcFailure
+from hvpd._wire import vector_protocol
+from hvpd._wire.frames import Frame
 from hvpd.v1 import curvature_pb2
 
 N = 3
 
 
 class Server:
-    """A stream whose other end doubles, and refuses some products by their first element, once each."""
+    """A stream that doubles vectors, and refuses some products once."""
 
     request_id = "id"
 
@@ -73,7 +74,7 @@ def attempt(exchange, server):
     return infos
 
 
-def test_a_block_is_as_many_products_as_it_takes_and_few_are_under_way_at_once():
+def test_a_block_is_several_products_with_few_under_way_at_once():
     server, (block, whole) = Server(), exchange(41)
     infos = attempt(whole, server)
     np.testing.assert_array_equal(whole.result, 2 * block)
@@ -82,7 +83,7 @@ def test_a_block_is_as_many_products_as_it_takes_and_few_are_under_way_at_once()
     assert server.most == 8
 
 
-def test_what_was_refused_is_sent_again_and_nothing_else():
+def test_only_refused_products_are_sent_again():
     server, (block, whole) = Server(2, 6), exchange(8)
     with pytest.raises(RpcFailure, match="full") as refused:
         attempt(whole, server)
@@ -103,14 +104,14 @@ def test_after_a_refusal_nothing_more_is_sent_until_the_next_attempt():
     assert sorted(server.seen) == sorted([0, *range(0, 40, 2)])
 
 
-def test_where_all_is_refused_there_is_no_progress():
+def test_a_fully_refused_attempt_reports_no_progress():
     server, (_, whole) = Server(0, 2), exchange(4)
     with pytest.raises(RpcFailure, match="full") as refused:
         attempt(whole, server)
     assert not refused.value.progress
 
 
-def test_what_was_answered_before_a_stream_broke_is_kept():
+def test_answers_before_a_broken_stream_are_kept():
     server, (block, whole) = Server(breaks_after=3), exchange(10)
     with pytest.raises(RpcFailure, match="gone") as broke:
         attempt(whole, server)
@@ -119,3 +120,18 @@ def test_what_was_answered_before_a_stream_broke_is_kept():
     attempt(whole, other)
     assert other.seen == [6, 8]
     np.testing.assert_array_equal(whole.result, 2 * block)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4096])
+def test_the_spec_of_a_product_past_grpc_is_not_too_large(count):
+    """The numbers of leaves are the largest that a bundle can have."""
+    asked = Asked("p" * 64, 5, True, 2**64 - 1, tuple(range(65_536 - count, 65_536)), "linearized", "highest")
+    assert Exchange(asked, np.ones((1, N)), limit=1, priority=-100).fits_vector_port
+    spec = curvature_pb2.ProductSpec(**asked._asdict(), priority=-100, k=1, traceparent="0" * 55)
+    assert spec.ByteSize() <= vector_protocol.SPEC_BYTES
+
+
+def test_a_product_with_more_leaves_or_more_vectors_goes_over_grpc():
+    block = np.ones((2, N))
+    assert not Exchange(Asked("p", leaves=tuple(range(4097))), block, limit=2, priority=0).fits_vector_port
+    assert not Exchange(Asked("p"), block, limit=1, priority=0).fits_vector_port

@@ -1,4 +1,4 @@
-"""Frames are what protobuf itself reads and writes, without its copies of the chunk."""
+"""Frames are read and written as by protobuf, without its copies of the chunk."""
 
 import os
 
@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvpd import _frames
+from hvpd._wire import frames
 from hvpd.v1 import blob_pb2, curvature_pb2
 
 WITH_CHUNK = [
@@ -32,8 +32,8 @@ requests = st.builds(
 def test_a_frame_is_the_message_with_its_chunk(message, chunk):
     whole = curvature_pb2.StreamProductsRequest(chunk=chunk)
     whole.MergeFrom(message)
-    codec = _frames.codec(curvature_pb2.StreamProductsRequest)
-    assert codec.write(_frames.Frame(message, memoryview(chunk))) == whole.SerializeToString()
+    codec = frames.codec(curvature_pb2.StreamProductsRequest)
+    assert codec.write(frames.Frame(message, memoryview(chunk))) == whole.SerializeToString()
     read = codec.read(whole.SerializeToString())
     assert read.message == message
     assert bytes(read.chunk) == chunk
@@ -43,21 +43,21 @@ def test_a_frame_is_the_message_with_its_chunk(message, chunk):
 @pytest.mark.parametrize("size", [1, 127, 128, 16_384, 1 << 20])
 def test_every_message_with_a_chunk_travels_as_a_frame(kind, size):
     chunk = os.urandom(size)
-    codec = _frames.codec(kind)
-    data = codec.write(_frames.Frame(kind(), chunk))
+    codec = frames.codec(kind)
+    data = codec.write(frames.Frame(kind(), chunk))
     assert data == kind(chunk=chunk).SerializeToString()
     assert codec.read(data).chunk == chunk
 
 
-def test_the_chunk_that_was_read_is_a_view_of_what_arrived():
+def test_a_read_chunk_is_a_view_of_the_received_bytes():
     data = curvature_pb2.StreamProductsRequest(tag=300, chunk=b"x" * 1000).SerializeToString()
-    chunk = _frames.codec(curvature_pb2.StreamProductsRequest).read(data).chunk
+    chunk = frames.codec(curvature_pb2.StreamProductsRequest).read(data).chunk
     assert np.shares_memory(np.frombuffer(chunk, np.uint8), np.frombuffer(data, np.uint8))
 
 
 @given(st.binary(max_size=60))
 def test_bytes_from_anywhere_are_read_as_protobuf_reads_them_or_refused(data):
-    codec = _frames.codec(curvature_pb2.StreamProductsResponse)
+    codec = frames.codec(curvature_pb2.StreamProductsResponse)
     try:
         expected = curvature_pb2.StreamProductsResponse.FromString(data)
     except DecodeError:
@@ -72,24 +72,24 @@ def test_bytes_from_anywhere_are_read_as_protobuf_reads_them_or_refused(data):
 
 def test_of_several_chunks_the_last_counts():
     data = b"".join(curvature_pb2.StreamProductsRequest(chunk=chunk).SerializeToString() for chunk in (b"a", b"bc"))
-    assert bytes(_frames.codec(curvature_pb2.StreamProductsRequest).read(data).chunk) == b"bc"
+    assert bytes(frames.codec(curvature_pb2.StreamProductsRequest).read(data).chunk) == b"bc"
 
 
 def test_unknown_fields_are_skipped():
     after = curvature_pb2.StreamProductsRequest(tag=1, chunk=b"abc").SerializeToString()
     for unknown in (b"\xa2\x06\x02hi", b"\x7d\x01\x02\x03\x04", b"\x79" + bytes(8)):
         for data in (unknown + after, after + unknown):
-            message, chunk = _frames.codec(curvature_pb2.StreamProductsRequest).read(data)
+            message, chunk = frames.codec(curvature_pb2.StreamProductsRequest).read(data)
             assert (message.tag, bytes(chunk)) == (1, b"abc")
 
 
 @pytest.mark.parametrize("data", [b"\x1a", b"\x1a\x05abc", b"\x1a" + b"\xff" * 11, b"\x08" + b"\x80" * 3])
-def test_what_is_cut_off_is_refused(data):
+def test_truncated_bytes_are_refused(data):
     with pytest.raises(DecodeError):
-        _frames.codec(curvature_pb2.StreamProductsRequest).read(data)
+        frames.codec(curvature_pb2.StreamProductsRequest).read(data)
 
 
 def test_messages_without_a_chunk_are_protobufs_own():
-    codec = _frames.codec(curvature_pb2.ComputeFactorsRequest)
+    codec = frames.codec(curvature_pb2.ComputeFactorsRequest)
     message = curvature_pb2.ComputeFactorsRequest(point_id="p", seed=7)
     assert codec.read(codec.write(message)) == message

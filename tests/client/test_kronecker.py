@@ -1,4 +1,4 @@
-"""Operators of given Kronecker factors and their inverses, against dense matrices: no server, no jax."""
+"""Kronecker operators and their inverses, against dense matrices."""
 
 import re
 
@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse.linalg
 
 import hvpd
-from hvpd._kronecker import KroneckerBlock, KroneckerOperator
+from hvpd._operators.kronecker import KroneckerBlock, KroneckerOperator
 
 N = 30  # Elements 6, 7 and 29 are in no layer; the second layer's lie backwards.
 FIRST = KroneckerBlock("a/w", None, np.arange(6).reshape(3, 2), np.zeros((3, 3)), np.zeros((2, 2)))
@@ -33,14 +33,16 @@ def operator(dtype=np.float64, shift=0.0, **factors):
 
 
 def only(A, G, shift=0.0):
-    """Of one layer, and nothing else."""
+    """Return an operator of one layer."""
     elements = np.arange(len(A) * len(G)).reshape(len(A), len(G))
     layer = KroneckerBlock("w", None, elements, A, G)
     return KroneckerOperator((layer,), A.dtype, elements.size, shift)
 
 
 def dense(K):
-    """From the factors as they are documented: element (i, o) and element (j, p) have A[i,j] G[o,p]."""
+    """Return the matrix by definition: elements (i, o) and (j, p) have A[i,j]
+    G[o,p].
+    """
     matrix = np.zeros((K.shape[0],) * 2)
     for layer in K.layers:
         for i, row in enumerate(layer.elements):
@@ -85,14 +87,14 @@ def test_the_inverse_is_the_dense_matrix_s_inverse(dtype, accuracy, shift):
     assert relative(inverse.T @ v, inverse @ v) == 0
 
 
-def test_where_all_elements_are_in_layers_no_shift_is_needed_nor_a_positive_one():
+def test_no_shift_is_needed_if_all_elements_are_in_layers():
     rng = np.random.default_rng(3)
     for shift in (0.0, -0.1):
         K = only(factor(rng, 4), factor(rng, 3), shift)
         assert relative(K.inverse() @ np.eye(12), np.linalg.inv(dense(K))) < 1e-13
 
 
-def test_shifts_add_up_and_leave_the_original_as_it_is():
+def test_shifts_add_up_and_do_not_change_the_original():
     K = operator(shift=0.5)
     more = K.shifted(0.25).shifted(1)
     assert (K.shift, more.shift) == (0.5, 1.75)
@@ -124,14 +126,14 @@ def test_elements_outside_of_all_layers_need_a_positive_shift():
 
 
 def suggested(K):
-    """The shift that the refusal suggests."""
+    """Return the shift that the refusal suggests."""
     with pytest.raises(hvpd.InvalidArgumentError, match=r"not positive definite: .* use a shift of ") as refused:
         K.inverse()
     return float(re.search(r"use a shift of (\S+)$", str(refused.value))[1]), str(refused.value)
 
 
 @pytest.mark.parametrize("least", [-1.049, -3.0, -1e-6, -123.456])
-def test_an_indefinite_one_says_which_block_it_is_and_which_shift_is_enough(least):
+def test_an_indefinite_operator_names_its_block_and_a_sufficient_shift(least):
     rng = np.random.default_rng(4)
     A, G = factor(rng, 3, least=1.0), factor(rng, 7, least=least)
     A /= np.linalg.eigvalsh(A)[-1]
@@ -147,7 +149,7 @@ def test_an_indefinite_one_says_which_block_it_is_and_which_shift_is_enough(leas
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_a_singular_one_is_found_although_rounding_makes_it_definite(dtype):
-    """Its zero eigenvalues come out as positive and negative ones of the rounding's size."""
+    """Rounding makes small positive and negative eigenvalues of zeros."""
     rows = np.random.default_rng(5).normal(size=(3, 6)).astype(dtype)
     A = rows.T @ rows / 3
     for G in (np.eye(2, dtype=dtype), np.diag([1.0, 1e-42]).astype(dtype), np.diag([1.0, 0.0]).astype(dtype)):
@@ -159,7 +161,7 @@ def test_a_singular_one_is_found_although_rounding_makes_it_definite(dtype):
     assert relative(K.inverse() @ np.eye(12), np.linalg.inv(dense(K))) < 1e3 * np.finfo(dtype).eps
 
 
-def test_a_large_block_does_not_ask_for_a_larger_shift_of_a_small_one():
+def test_a_large_block_needs_no_larger_shift_of_a_small_block():
     """Each block's rounding is its own."""
     rng = np.random.default_rng(6)
     K = operator(A1=1e-9 * factor(rng, 3), A2=1e12 * factor(rng, 3), shift=1e-9)
@@ -185,7 +187,7 @@ def test_it_is_a_preconditioner_for_scipys_solvers():
     assert relative(solution, np.linalg.solve(dense(K), b)) < 1e-10
 
 
-def test_what_they_say_of_themselves():
+def test_repr_describes_the_kronecker_operators():
     K = operator(np.float32, shift=0.5)
     assert repr(K) == "<KroneckerOperator 30x30 float32, 2 dense layers, shift=0.5>"
     assert repr(K.inverse()) == "<KroneckerInverse 30x30 float32, 2 dense layers, shift=0.5>"

@@ -1,4 +1,4 @@
-"""Flattening without jax gives what jax gives, for any tree of plain containers."""
+"""Flattening without jax agrees with jax, for any tree of plain containers."""
 
 import collections
 from typing import Any, NamedTuple
@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvpd import InvalidArgumentError, _pytree
-from hvpd._registration import export as _export
+from hvpd import InvalidArgumentError
+from hvpd._registration.trees import tree_spec
+from hvpd._wire import pytree
 
 keys = st.text(max_size=5) | st.integers(-5, 5)
 leaves = st.floats(allow_nan=False).map(np.float64)
@@ -45,10 +46,10 @@ named_trees = st.recursive(
 
 @given(named_trees)
 def test_structure_and_leaves_are_those_of_jax(tree):
-    spec, found = _pytree.flatten(tree)
+    spec, found = pytree.flatten(tree)
     assert found == jax.tree.leaves(tree)
-    assert spec == _export.tree_spec(tree)
-    assert _pytree.leaves(spec, tree) == found
+    assert spec == tree_spec(tree)
+    assert pytree.leaves(spec, tree) == found
 
 
 @pytest.mark.parametrize(
@@ -69,11 +70,11 @@ def test_structure_and_leaves_are_those_of_jax(tree):
     ids=str,
 )
 def test_kinds_of_containers(tree, kind, count):
-    spec, found = _pytree.flatten(tree)
-    assert spec.kind == getattr(_pytree.Spec, f"KIND_{kind}")
-    assert len(found) == count == _pytree.count(spec)
+    spec, found = pytree.flatten(tree)
+    assert spec.kind == getattr(pytree.Spec, f"KIND_{kind}")
+    assert len(found) == count == pytree.count(spec)
     assert all(one is other for one, other in zip(found, jax.tree.leaves(tree), strict=True))
-    _pytree.check(spec)
+    pytree.check(spec)
 
 
 @pytest.mark.parametrize(
@@ -81,61 +82,61 @@ def test_kinds_of_containers(tree, kind, count):
 )
 def test_keys_that_cannot_be_sent_are_refused(tree):
     with pytest.raises(InvalidArgumentError, match="must have strings or integers as keys"):
-        _pytree.flatten(tree)
+        pytree.flatten(tree)
 
 
 def test_an_order_of_its_own_is_refused():
-    """jax would take the leaves in this order. A silent change of the order would exchange arguments of equal shape."""
+    """jax has this order. Another order would exchange arguments of equal shape."""
     with pytest.raises(
         InvalidArgumentError, match=r"has the order \['b', 'a'\], and leaves go by sorted keys: pass a dict"
     ):
-        _pytree.flatten([collections.OrderedDict(b=1.0, a=2.0)])
+        pytree.flatten([collections.OrderedDict(b=1.0, a=2.0)])
 
 
 @given(trees)
 def test_leaves_come_in_jaxs_order_and_go_back(tree):
-    spec = _pytree.Spec.FromString(_export.tree_spec(tree).SerializeToString())
-    flat = _pytree.leaves(spec, tree)
+    spec = pytree.Spec.FromString(tree_spec(tree).SerializeToString())
+    flat = pytree.leaves(spec, tree)
     assert flat == jax.tree.leaves(tree)
-    assert _pytree.count(spec) == len(flat) == len(_pytree.leaf_paths(spec))
-    back = _pytree.rebuild(spec, flat)
+    assert pytree.count(spec) == len(flat) == len(pytree.leaf_paths(spec))
+    back = pytree.rebuild(spec, flat)
     assert back == tree
     assert jax.tree.structure(back) == jax.tree.structure(tree)
 
 
 @given(trees, trees)
 def test_another_structure_is_an_error(tree, other):
-    spec = _export.tree_spec(tree)
+    spec = tree_spec(tree)
     if jax.tree.structure(tree) == jax.tree.structure(other):
-        assert _pytree.leaves(spec, other) == jax.tree.leaves(other)
+        assert pytree.leaves(spec, other) == jax.tree.leaves(other)
     else:
-        with pytest.raises(_pytree.StructureError, match="must be"):
-            _pytree.leaves(spec, other)
+        with pytest.raises(pytree.StructureError, match="must be"):
+            pytree.leaves(spec, other)
 
 
 def test_paths_read_as_python():
-    spec = _export.tree_spec({"w": [1.0, (2.0,)], "b": {3: 4.0}})
-    assert _pytree.leaf_paths(spec) == ["['b'][3]", "['w'][0]", "['w'][1][0]"]
+    spec = tree_spec({"w": [1.0, (2.0,)], "b": {3: 4.0}})
+    assert pytree.leaf_paths(spec) == ["['b'][3]", "['w'][0]", "['w'][1][0]"]
 
 
 def test_the_error_names_the_place():
-    spec = _export.tree_spec({"w": [1.0, (2.0,)]})
-    with pytest.raises(_pytree.StructureError, match=r"^\['w'\]\[1\] must be a tuple of 1, got a list of 2$"):
-        _pytree.leaves(spec, {"w": [1.0, [2.0, 3.0]]})
+    spec = tree_spec({"w": [1.0, (2.0,)]})
+    with pytest.raises(pytree.StructureError, match=r"^\['w'\]\[1\] must be a tuple of 1, got a list of 2$"):
+        pytree.leaves(spec, {"w": [1.0, [2.0, 3.0]]})
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_wrong_number_of_leaves(count):
     with pytest.raises((ValueError, StopIteration, RuntimeError)):
-        _pytree.rebuild(_export.tree_spec([1.0, 2.0]), [0.0] * count)
+        pytree.rebuild(tree_spec([1.0, 2.0]), [0.0] * count)
 
 
 def test_names_join_keys_with_slashes():
-    spec = _export.tree_spec({"w": [1.0, (2.0,)], "b": {3: 4.0}, "none": None})
-    assert _pytree.leaf_names(spec) == ["b/3", "w/0", "w/1/0"]
-    assert _pytree.leaf_names(_export.tree_spec(1.0)) == [""]
+    spec = tree_spec({"w": [1.0, (2.0,)], "b": {3: 4.0}, "none": None})
+    assert pytree.leaf_names(spec) == ["b/3", "w/0", "w/1/0"]
+    assert pytree.leaf_names(tree_spec(1.0)) == [""]
 
 
 def test_names_that_would_be_shared_are_paths():
-    spec = _export.tree_spec({"a": {"b": 1.0, "c": 2.0}, "a/b": 3.0})
-    assert _pytree.leaf_names(spec) == ["['a']['b']", "a/c", "['a/b']"]
+    spec = tree_spec({"a": {"b": 1.0, "c": 2.0}, "a/b": 3.0})
+    assert pytree.leaf_names(spec) == ["['a']['b']", "a/c", "['a/b']"]

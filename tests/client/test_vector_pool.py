@@ -1,8 +1,9 @@
-"""A client's connections to the vector port, against sockets that are no server: who is silent, who is gone, who forgets to close."""
+"""Connections to the vector port, against silent, closed and forgotten sockets."""
 
 import gc
 import itertools
 import socket
+import threading
 import time
 import warnings
 
@@ -10,33 +11,45 @@ import grpc
 import numpy as np
 import pytest
 
-from hvpd import _vector_pool, _vectors
-from hvpd._stream import RpcFailure
-from hvpd._vector_pool import VectorPool, VectorStream
-from hvpd._vectors import Connection
+from hvpd._transport import vector_pool
+from hvpd._transport.stream import RpcFailure
+from hvpd._transport.vector_pool import VectorPool, VectorStream
+from hvpd._wire import vector_protocol, vector_socket
+from hvpd._wire.vector_protocol import CallerEnd, Opening, ServerEnd
+from hvpd._wire.vector_socket import Connection
 from hvpd.v1 import curvature_pb2
 
 SPEC = curvature_pb2.ProductSpec(point_id="p", operator=curvature_pb2.OPERATOR_HESSIAN, k=1).SerializeToString()
 V = np.ones((1, 3))
 
 
-def answer(connection, times=1):
-    """Doubles, as a server does."""
+PARTS = [bytes([each]) * 16 for each in range(1, 5)]
+
+
+def answer(served, times=1):
+    """Answer with the doubled vectors, as a server does."""
     for _ in range(times):
-        size, _, count, _ = _vectors.REQUEST.unpack(connection.receive(_vectors.REQUEST.size))
-        connection.skip(size)
-        block = np.empty(count // 8)
-        connection.receive_into(block.view("uint8").data)
+        block = np.empty(served.next_event().size // 8)
+        served.receive_into(block.view("uint8").data)
         info = curvature_pb2.ProductInfo(batch_width=1).SerializeToString()
-        head = _vectors.RESPONSE.pack(len(info), _vectors.ANSWERED, count)
-        connection.send(head + info, (2 * block).view("uint8").data)
+        served.send(vector_protocol.answer(info, block.nbytes), (2 * block).view("uint8").data)
 
 
 @pytest.fixture
 def ends():
+    """Yield both ends of an open connection: the caller's and the server's."""
     here, there = socket.socketpair()
     with here, there:
-        yield here, Connection(there, 30)
+        caller, end = Connection(here, CallerEnd(*PARTS)), ServerEnd(PARTS[0])
+        served = Connection(there, end, 30)
+        opening = threading.Thread(target=vector_socket.open_caller, args=(caller,))
+        opening.start()
+        served.send(end.greeting)
+        assert served.next_event() == Opening(PARTS[1])
+        served.send(end.admit(*PARTS[2:]))
+        served.next_event()
+        opening.join()
+        yield caller, served
 
 
 def multiply(stream, left=None):
@@ -47,7 +60,7 @@ def multiply(stream, left=None):
 
 
 def test_products_are_counted_as_the_server_counts_them(ends, beside):
-    stream = VectorStream(Connection(ends[0]), "id", lambda: True)
+    stream = VectorStream(ends[0], "id", lambda: True)
     beside(answer, ends[1], 3)
     for tag in (1, 2, 3):
         assert multiply(stream).batch_width == 1
@@ -56,7 +69,7 @@ def test_products_are_counted_as_the_server_counts_them(ends, beside):
 
 
 def test_a_server_that_takes_long_is_waited_for_while_it_is_there(ends, beside, monkeypatch):
-    monkeypatch.setattr(_vector_pool, "_SILENCE", 0.02)
+    monkeypatch.setattr(vector_pool, "_SILENCE", 0.02)
     asked = []
 
     def alive():
@@ -65,22 +78,22 @@ def test_a_server_that_takes_long_is_waited_for_while_it_is_there(ends, beside, 
             beside(answer, ends[1])
         return True
 
-    stream = VectorStream(Connection(ends[0]), "id", alive)
+    stream = VectorStream(ends[0], "id", alive)
     multiply(stream)
     assert len(asked) >= 3
 
 
 def test_a_server_that_is_silent_by_grpc_too_is_not(ends, monkeypatch):
-    monkeypatch.setattr(_vector_pool, "_SILENCE", 0.02)
+    monkeypatch.setattr(vector_pool, "_SILENCE", 0.02)
     answers = itertools.chain([True, True], itertools.repeat(False))
-    stream = VectorStream(Connection(ends[0]), "id", lambda: next(answers))
+    stream = VectorStream(ends[0], "id", lambda: next(answers))
     with pytest.raises(RpcFailure) as silent:
         multiply(stream)
     assert silent.value.failure.code is grpc.StatusCode.UNAVAILABLE
 
 
-def test_with_a_deadline_nobody_is_asked(ends, beside):
-    stream = VectorStream(Connection(ends[0]), "id", lambda: pytest.fail("asked"))
+def test_with_a_deadline_the_server_is_not_asked(ends, beside):
+    stream = VectorStream(ends[0], "id", lambda: pytest.fail("asked"))
     began = time.monotonic()
     with pytest.raises(RpcFailure) as late:
         multiply(stream, 0.05)
@@ -89,7 +102,7 @@ def test_with_a_deadline_nobody_is_asked(ends, beside):
 
 
 def test_a_deadline_that_was_kept_is_not_the_next_ones(ends, beside):
-    stream = VectorStream(Connection(ends[0]), "id", lambda: True)
+    stream = VectorStream(ends[0], "id", lambda: True)
     beside(answer, ends[1], 2)
     multiply(stream, 30.0)
     assert stream._connection.deadline is None
@@ -97,11 +110,11 @@ def test_a_deadline_that_was_kept_is_not_the_next_ones(ends, beside):
 
 
 def test_an_end_in_the_middle_of_an_answer_is_unavailable(ends, beside):
-    stream = VectorStream(Connection(ends[0]), "id", lambda: True)
+    stream = VectorStream(ends[0], "id", lambda: True)
 
     def half():
-        ends[1].receive(_vectors.REQUEST.size)
-        ends[1].send(_vectors.RESPONSE.pack(0, 0, 24), bytes(10))
+        ends[1].next_event()
+        ends[1].send(vector_protocol.answer(b"", 24), bytes(10))
         ends[1].close()
 
     beside(half)
@@ -110,15 +123,15 @@ def test_an_end_in_the_middle_of_an_answer_is_unavailable(ends, beside):
     assert broken.value.failure.code is grpc.StatusCode.UNAVAILABLE
 
 
-def nobody(seconds):
-    raise ConnectionRefusedError("nobody is there")
+def refused(seconds):
+    raise ConnectionRefusedError("connection refused")
 
 
-def test_who_is_given_back_is_taken_again_unless_the_other_end_is_gone():
-    pool = VectorPool("127.0.0.1", None, nobody, lambda: True)
+def test_a_returned_connection_is_reused_unless_the_other_end_has_closed():
+    pool = VectorPool("127.0.0.1", None, refused, lambda: True)
     pool.offered = True
     pairs = [socket.socketpair() for _ in range(3)]
-    streams = [VectorStream(Connection(here), "id", lambda: True) for here, _ in pairs]
+    streams = [VectorStream(Connection(here, CallerEnd(*PARTS)), "id", lambda: True) for here, _ in pairs]
     for stream in streams:
         pool.give_back(stream)
     pairs[2][1].close()
@@ -133,18 +146,18 @@ def test_who_is_given_back_is_taken_again_unless_the_other_end_is_gone():
         there.close()
 
 
-def test_where_none_can_be_opened_it_is_tried_less_and_less_often(monkeypatch):
+def test_a_pool_that_cannot_connect_tries_less_and_less_often(monkeypatch):
     tries = []
 
     def refuse(seconds):
         tries.append(seconds)
-        raise ConnectionRefusedError("nobody is there")
+        raise ConnectionRefusedError("connection refused")
 
     now = [0.0]
-    monkeypatch.setattr(_vector_pool.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(vector_pool.time, "monotonic", lambda: now[0])
     pool = VectorPool("127.0.0.1", None, refuse, lambda: True)
     assert pool.take() is None
-    assert not tries  # It was not offered.
+    assert not tries  # The port was not offered.
     pool.offered = True
     pauses = []
     for _ in range(6):
@@ -160,11 +173,11 @@ def test_where_none_can_be_opened_it_is_tried_less_and_less_often(monkeypatch):
     assert pool.take() is None
 
 
-def test_a_client_that_nobody_closes_is_closed_without_a_word():
+def test_a_forgotten_client_is_closed_without_a_warning():
     here, there = socket.socketpair()
-    pool = VectorPool("127.0.0.1", None, nobody, lambda: True)
-    pool.give_back(VectorStream(Connection(here), "id", lambda: True))
-    pool.itself = pool  # As good as any other cycle.
+    pool = VectorPool("127.0.0.1", None, refused, lambda: True)
+    pool.give_back(VectorStream(Connection(here, CallerEnd(*PARTS)), "id", lambda: True))
+    pool.itself = pool  # Any other cycle would do, too.
     del here
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,6 +1,7 @@
-"""Keeps today's wire beside this file, as a FileDescriptorSet: `python tests/compat/freeze.py 0.2.0`, at each release.
+"""Keeps today's wire beside this file, as a FileDescriptorSet:
+`python tests/compat/freeze.py 0.2.0`, at each release.
 
-test_protocol.py holds what comes after against it.
+test_protocol.py compares later wires with it.
 """
 
 import sys
@@ -14,7 +15,7 @@ MODULES = (blob_pb2, curvature_pb2, objective_pb2, server_pb2, tensor_pb2)
 
 
 def today():
-    """All files of the wire and those that they import, these first."""
+    """Return all files of the wire, and then the files that they import."""
     found = {}
 
     def add(file):

@@ -1,4 +1,6 @@
-"""Objectives that clients with other versions of jax registered are served, and their products are right."""
+"""The server serves objectives that clients with other versions of jax registered, and
+their products are right.
+"""
 
 import base64
 import json
@@ -24,7 +26,7 @@ def test_an_objective_of_another_jax_is_served(client, path):
     for digest in client._transport.missing(list(blobs)):
         client._transport.upload(digest, blobs[digest])
     request = objective_pb2.CreateObjectiveRequest(digest=kept["digest"], name=f"compat/{path.stem.replace('.', '-')}")
-    client._transport.unary(client._transport.objectives.CreateObjective, request)
+    client._transport.unary(client._transport.channel.objectives.CreateObjective, request)
     objective = client.objective(kept["digest"])
     assert isinstance(objective, hvpd.Objective)
     found = objective.at(np.array(kept["x"])).hessian() @ np.eye(3)

@@ -1,7 +1,8 @@
-"""The wire of before against today's: what older clients and newer servers, and the other way round, see of each other.
+"""Earlier wires against today's: older clients with newer servers, and newer clients
+with older servers.
 
-The files beside this one are the wire as it once was: `protocol-1`, the first that had all that a registration and a product take, and
-those of releases (see freeze.py).
+The files beside this one hold earlier wires. `protocol-1` is the first wire that had
+all fields of a registration and of a product. The others are of releases (freeze.py).
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 import hvpd
-from hvpd import _protocol
+from hvpd._wire import protocol
 from hvpd.v1 import objective_pb2
 
 HERE = Path(__file__).parent
@@ -42,9 +43,11 @@ def today():
 
 
 def broken(old, new):
-    """What of one FileDescriptorSet's hvpd.v1 means something else in another, or is gone: a line each.
+    """Return a line for each part of one FileDescriptorSet's hvpd.v1 that means
+    something else in another, or is gone.
 
-    The rules are those of `buf breaking` of the category WIRE, and the names, which are those of the generated code.
+    The rules are those of `buf breaking` of the category WIRE, and equal names, because
+    generated code has the names.
     """
     before, after = _parts(old), _parts(new)
     found = [f"{name} is gone" for name in before if name not in after and f"{name}/reserved" not in after]
@@ -53,7 +56,9 @@ def broken(old, new):
 
 
 def _parts(files):
-    """What each message, field, value and method is, by its full name; fields and values by their numbers, with their names."""
+    """Return the meaning of each message, field, value and method by its full name. The
+    key of a field or value has its number, and the meaning has its name.
+    """
     return {
         name: what
         for file in files.file
@@ -197,7 +202,7 @@ def add_a_field(files):
         (add_a_field, []),
     ],
 )
-def test_what_breaks_is_found(change, says):
+def test_a_breaking_change_is_found(change, says):
     changed = today()
     change(changed)
     found = broken(today(), changed)
@@ -206,7 +211,7 @@ def test_what_breaks_is_found(change, says):
         assert line.startswith(expected)
 
 
-# A client of before, which has the wire of its time and no more
+# An older client, which has only the wire of its time
 
 
 class Old:
@@ -224,7 +229,9 @@ class Old:
         return message_factory.GetMessageClass(self._pool.FindMessageTypeByName(f"hvpd.v1.{name}"))
 
     def call(self, service, method, request):
-        """A method's answer or answers; `request` is a message, or an iterable where it takes a stream."""
+        """Call a method. `request` is a message, or an iterable if the method takes a
+        stream.
+        """
         found = self._pool.FindServiceByName(f"hvpd.v1.{service}").methods_by_name[method]
         kind = f"{'stream' if found.client_streaming else 'unary'}_{'stream' if found.server_streaming else 'unary'}"
         return getattr(self._channel, kind)(
@@ -261,7 +268,9 @@ def upload(old, *contents):
 
 
 def bundle(old):
-    """A bundle of the fields that there were at first, with programs of derivatives, all of it uploaded."""
+    """Upload, and return, a bundle of the first wire's fields, with programs of
+    derivatives.
+    """
     A, program = matrix().tobytes(), b"a program of jax.export"
     upload(old, A, program)
     made = old.Bundle(
@@ -303,7 +312,9 @@ def test_an_older_client_cannot_register_and_is_told_why(old, client):
 
 
 def test_a_bundle_of_today_is_one_of_another_format_for_an_older_server(old):
-    """An older server refuses a format that it does not know: the field has kept its number and its meaning."""
+    """An older server refuses a format that it does not know, because the field has
+    kept its number and its meaning.
+    """
     new = objective_pb2.Bundle(format=2, n=N, dtype="float64", composite={"reduction": "mean", "samples": 1})
     new.programs["objective"].size_bytes = 1
     seen = old.Bundle.FromString(new.SerializeToString())
@@ -312,7 +323,7 @@ def test_a_bundle_of_today_is_one_of_another_format_for_an_older_server(old):
     assert seen.SerializeToString(deterministic=True)
 
 
-def test_an_older_client_is_told_what_is_wrong(old):
+def test_an_older_client_gets_clear_errors(old):
     with pytest.raises(grpc.RpcError) as error:
         old.call("ObjectiveService", "GetObjective", old.GetObjectiveRequest(name="compat/nothing"))
     assert error.value.code() is grpc.StatusCode.NOT_FOUND
@@ -325,7 +336,7 @@ def test_an_older_client_is_told_what_is_wrong(old):
 
 
 def open_point(old, objective, x):
-    """The point and its gradient."""
+    """Return the point and its gradient."""
     spec = old.PointSpec(objective_digest=objective.digest, default_data=True, x_digest=digest(x.tobytes()))
     opening = iter([old.CreatePointRequest(spec=spec, inline_x=x.tobytes())])
     answers = list(old.call("CurvatureService", "CreatePoint", opening))
@@ -333,7 +344,7 @@ def open_point(old, objective, x):
     return point, np.frombuffer(b"".join(answer.chunk for answer in answers))
 
 
-def test_an_older_client_multiplies_at_what_todays_registered(old, client):
+def test_an_older_client_uses_an_objective_that_todays_client_registered(old, client):
     A = matrix()
     registered = client.register(lambda x, A: x @ A @ x / 2, np.zeros(N), A, name="compat/new")
     server = old.call("ServerService", "GetServer", old.GetServerRequest())
@@ -365,8 +376,10 @@ def test_an_older_client_multiplies_at_what_todays_registered(old, client):
         np.testing.assert_allclose(np.frombuffer(chunk).reshape(3, N), V @ A, rtol=1e-12)
 
 
-def test_an_older_client_multiplies_at_what_has_all_that_came_since(old, client):
-    """What it does not know it skips. A block that it names by number is the one of the registration."""
+def test_an_older_client_uses_an_objective_with_all_newer_fields(old, client):
+    """The client skips fields that it does not know. The block with its number is that
+    of the registration.
+    """
     A = matrix()
     objective = client.register(
         lambda params, A: (params["w"] @ A @ params["w"] + params["b"] ** 2) / 2,
@@ -397,24 +410,24 @@ def test_an_older_client_multiplies_at_what_has_all_that_came_since(old, client)
 
 @contextlib.contextmanager
 def speaking(oldest, newest):
-    """This client as one that speaks other revisions."""
+    """Yield this client, changed to speak other revisions."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_protocol, "OLDEST", oldest)
-        patch.setattr(_protocol, "NEWEST", newest)
+        patch.setattr(protocol, "OLDEST", oldest)
+        patch.setattr(protocol, "NEWEST", newest)
         yield
 
 
 def test_a_newer_client_speaks_an_older_servers_revision(server):
-    """The server runs in a process of its own, and knows what this version knows."""
-    newest = _protocol.NEWEST
-    with speaking(_protocol.OLDEST, newest + 3), hvpd.connect(server.address) as client:
+    """The server runs in its own process, and knows this version's revisions."""
+    newest = protocol.NEWEST
+    with speaking(protocol.OLDEST, newest + 3), hvpd.connect(server.address) as client:
         assert client.server.max_protocol == newest
         objective = client.register(lambda x: jnp.sum(x**4) / 12, np.ones(N))
         np.testing.assert_allclose(objective.at(2 * np.ones(N)).hessian() @ np.ones(N), 4 * np.ones(N))
 
 
 def test_a_client_that_is_too_new_says_so(server):
-    newest = _protocol.NEWEST
+    newest = protocol.NEWEST
     with speaking(newest + 1, newest + 1):
         with pytest.raises(
             hvpd.IncompatibleError, match=rf"speaks protocol 1 to {newest}, this client .* {newest + 1}"

@@ -1,6 +1,8 @@
-"""Writes what a client with this jax registers, beside this file: `python tests/compat/write_objectives.py`.
+"""Writes the objective that a client with this jax registers, beside this file:
+`python tests/compat/write_objectives.py`.
 
-test_objectives.py registers each such file at today's server, whatever jax wrote it. Run this for each version of jax in the range.
+test_objectives.py registers each such file at today's server, for any version of jax.
+Run this for each version of jax in the range.
 """
 
 import base64
@@ -14,16 +16,20 @@ import numpy as np
 from hvpd._registration import export
 
 STABLEHLO = "1.17.0"
-"""StableHLO version that a server with jax 0.10.2 reads, the oldest jax of the range. Such a server tells it to its clients."""
+"""StableHLO version that a server with jax 0.10.2 reads, the oldest jax of the range.
+The server states this version to its clients.
+"""
 
 X = np.random.default_rng(0).normal(size=(6, 3))
 X_AT = np.linspace(-0.5, 1.0, 3)
 
 
 def fun(w, X):
-    """Marks of each kind: a rule of relu's, a stopped gradient, special functions, a scan, a factorization.
+    """Use marks of each kind: a rule of relu's, a stopped gradient, special functions,
+    a scan, a factorization.
 
-    jax 0.11 has primitives for a base-2 logarithm, for the derivative of tanh and for a root, and jax 0.10 has none.
+    jax 0.11 has primitives for a base-2 logarithm, for the derivative of tanh and for a
+    root, and jax 0.10 has none.
     """
 
     def step(state, row):
@@ -51,7 +57,7 @@ def fun(w, X):
 
 
 def main() -> None:
-    """Writes the file of this jax."""
+    """Write the file of this jax."""
     with jax.enable_x64(True):
         made = export.export(
             fun,

@@ -1,6 +1,8 @@
-"""The image of the Dockerfile, built and run without a Docker engine: by buildah, on a Debian of debootstrap's.
+"""The Dockerfile's image, built and run without a Docker engine: by buildah, on a
+Debian that debootstrap made.
 
-Takes minutes, root, and $HVPD_IMAGE_TEST. The build uses this machine's settings of pip, and its certificates, which are mounted and stay outside.
+It takes minutes, root, and $HVPD_IMAGE_TEST. The build uses this machine's settings of
+pip, and its certificates, which are mounted and stay outside.
 """
 
 import contextlib
@@ -27,7 +29,7 @@ CERTIFICATES = Path("/etc/ssl/certs")
 WAIT = 600
 
 
-def test_what_is_copied_is_there_and_not_ignored():
+def test_copied_paths_exist_and_are_not_ignored():
     ignored = (ROOT / ".dockerignore").read_text().split()
     copied = [
         word for line in re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, re.MULTILINE) for word in line.split()
@@ -56,12 +58,14 @@ def run(*command, timeout=WAIT, **settings):
 
 
 def pip_settings(folder):
-    """What buildah is to mount, so that pip finds packages there as it does here."""
+    """Return the files that buildah mounts, so that pip finds packages as it does
+    here.
+    """
     lines = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60, check=True
     ).stdout.splitlines()
     found = {}
-    for line in sorted(lines, key=lambda line: line.startswith(":env:")):  # Variables win.
+    for line in sorted(lines, key=lambda line: line.startswith(":env:")):  # Variables come before files.
         name, _, value = line.partition("=")
         found[name.rpartition(".")[2]] = value.strip("'\"").replace("\\n", " ")
     found.setdefault("disable-pip-version-check", "1")
@@ -79,7 +83,9 @@ def pip_settings(folder):
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory):
-    """The target `cpu`, its root directory mounted, and its configuration."""
+    """Build the target `cpu`; yield its mounted root directory and its
+    configuration.
+    """
     if not os.environ.get("HVPD_IMAGE_TEST"):
         pytest.skip("takes minutes: set HVPD_IMAGE_TEST=1")
     missing = [name for name in ("buildah", "debootstrap", "unshare", "chroot") if shutil.which(name) is None]
@@ -134,7 +140,9 @@ exec chroot --userspec="$USERSPEC" "$ROOT" env -i HOME=/tmp "$@"
 
 
 class Container:
-    """What an engine does with `--read-only --tmpfs /tmp -v DATA:/data`, in name spaces of its own for mounts."""
+    """A container that runs like one of
+    `docker run --read-only --tmpfs /tmp -v DATA:/data`, with its own mount namespaces.
+    """
 
     def __init__(self, image, data):
         self._root, self._config = image
@@ -159,7 +167,7 @@ class Container:
 
     @contextlib.contextmanager
     def serving(self):
-        """Its default command, on a free port."""
+        """Run the default command on a free port."""
         process = subprocess.Popen(
             self.command(self._config["Cmd"], HVPD_PORT="0", JAX_PLATFORMS="cpu"),
             env=os.environ | self._settings,
@@ -219,7 +227,9 @@ def test_the_image_serves_products_as_a_user_without_rights_and_writes_nowhere_e
 
 
 def container_health(config):
-    """The command of the HEALTHCHECK, which OCI images do not carry, less its own `hvpd`."""
+    """Return the HEALTHCHECK's command, which OCI images do not carry, without the
+    leading `hvpd`.
+    """
     written = re.search(r"^HEALTHCHECK .* CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)[1]
     command, *arguments = json.loads(written)
     assert [command] == config["Entrypoint"]

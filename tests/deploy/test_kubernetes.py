@@ -1,4 +1,6 @@
-"""The manifests of deploy/kubernetes: what kustomize makes of them, against the published schemas, and against what they speak of."""
+"""The manifests of deploy/kubernetes, built by kustomize, against the published schemas
+and against the parts that they name.
+"""
 
 import dataclasses
 import functools
@@ -13,8 +15,9 @@ import pytest
 import trustme
 
 import hvpd
-from hvpd import _cli
-from hvpd_server import _auth, _config
+from hvpd._cli import main
+from hvpd_server import config as _config
+from hvpd_server.tenancy import token_file
 
 yaml = pytest.importorskip("yaml", reason="needs kubernetes-validate, of the dependency group test")
 
@@ -36,7 +39,7 @@ def load(path):
 
 @functools.cache
 def written():
-    """All objects of all files, as they are written."""
+    """Return all objects of all files, as they are written."""
     return [each for path in sorted(KUBERNETES.rglob("*.yaml")) for each in load(path.relative_to(KUBERNETES))]
 
 
@@ -59,7 +62,7 @@ def container():
 
 
 def environment(objects=None):
-    """Every variable that any manifest sets."""
+    """Return every variable that a manifest sets."""
     found = {}
     for each in of("StatefulSet", objects):
         for variable in each["spec"]["template"]["spec"]["containers"][0].get("env", []):
@@ -67,7 +70,7 @@ def environment(objects=None):
     return found
 
 
-# What they speak of is there
+# The named parts exist
 
 
 def test_each_variable_is_a_setting():
@@ -78,7 +81,7 @@ def test_each_variable_is_a_setting():
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_settings_are_taken(overlay):
-    """By `hvpd serve` itself, which asks for TLS and tokens on such a host."""
+    """`hvpd serve` itself asks for TLS and tokens on such a host."""
     variables = environment() | environment(load(f"overlays/{overlay}/resources.yaml"))
     config = _config.load(_config.parse([]), variables)
     assert (config.host, config.port, config.vector_port, config.metrics_port) == ("0.0.0.0", 7070, "7071", 9464)
@@ -89,7 +92,9 @@ def test_the_settings_are_taken(overlay):
 
 
 def test_links_of_services_would_be_taken_for_settings():
-    """What Kubernetes sets for a Service of this name, which is why enableServiceLinks is off."""
+    """enableServiceLinks is off, because Kubernetes sets these variables for a Service
+    of this name.
+    """
     service = of("Service")[0]["metadata"]["name"]
     variable = f"{service.upper()}_PORT"
     assert variable in OURS
@@ -133,7 +138,9 @@ def test_selectors_find_the_pods():
 
 
 def test_each_pod_is_scraped_once():
-    """By the headless Service; the other one has no port for it."""
+    """Prometheus scrapes through the headless Service. The other Service has no port
+    for it.
+    """
     (monitor,) = of("ServiceMonitor")
     assert [service["metadata"]["name"] for service in selected(monitor)] == [stateful_set()["spec"]["serviceName"]]
     assert selected(monitor)[0]["spec"]["clusterIP"] == "None"
@@ -157,19 +164,19 @@ def test_there_is_time_to_drain():
 
 
 @pytest.mark.parametrize("probe", ["startupProbe", "readinessProbe"])
-def test_probes_ask_what_there_is(probe, monkeypatch):
+def test_probes_run_a_command_that_exists(probe, monkeypatch):
     name, *arguments = container()[probe]["exec"]["command"]
     assert name == "hvpd"
-    parsed = _cli._parser().parse_args(arguments)
-    assert parsed.run is _cli._health
+    parsed = main._parser().parse_args(arguments)
+    assert parsed.run is main._health
     assert parsed.connect_timeout < container()[probe]["timeoutSeconds"]
 
 
-def test_the_container_runs_what_there_is():
+def test_the_container_runs_a_command_that_exists():
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert 'ENTRYPOINT ["hvpd"]' in dockerfile
-    parsed = _cli._parser().parse_args(container()["args"])
-    assert parsed.run is _cli._serve
+    parsed = main._parser().parse_args(container()["args"])
+    assert parsed.run is main._serve
     assert "command" not in container()
 
 
@@ -182,7 +189,7 @@ def test_the_user_is_the_images():
 
 
 def test_the_pod_is_a_restricted_one():
-    """As the Pod Security Standards say it."""
+    """The Pod Security Standards define "restricted"."""
     context, own = pod()["securityContext"], container()["securityContext"]
     assert context["runAsNonRoot"] is True
     assert context["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -194,7 +201,7 @@ def test_the_pod_is_a_restricted_one():
     assert all(volume.keys() & {"emptyDir", "secret"} for volume in pod()["volumes"])
 
 
-def test_the_server_connects_to_nobody():
+def test_the_server_may_open_no_connection():
     (policy,) = (policy for policy in of("NetworkPolicy") if "Egress" in policy["spec"]["policyTypes"])
     assert policy["spec"]["egress"] == []
 
@@ -214,7 +221,7 @@ def test_the_rules_are_those_of_prometheus():
     assert rule["spec"] == yaml.safe_load((ROOT / "deploy/prometheus/rules.yml").read_text())
 
 
-def test_the_autoscaler_looks_at_what_there_is():
+def test_the_autoscaler_reads_metrics_that_exist():
     (scaler,) = of("HorizontalPodAutoscaler")
     (adapter,) = load("components/autoscaling/prometheus-adapter.yaml")
     (rule,) = adapter["rules"]
@@ -224,11 +231,11 @@ def test_the_autoscaler_looks_at_what_there_is():
     assert (target["kind"], target["name"]) == ("StatefulSet", stateful_set()["metadata"]["name"])
     used = set(re.findall(r"hvpd_\w+", rule["seriesQuery"] + rule["metricsQuery"]))
     assert used == {"hvpd_queue_seconds_count", "hvpd_queue_seconds_sum"}
-    assert "| `hvpd_queue_seconds` | histogram |" in (ROOT / "docs/metrics.md").read_text()
+    assert "| `hvpd_queue_seconds` | histogram |" in (ROOT / "docs/reference/metrics.md").read_text()
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool: apt-get install prometheus")
-def test_the_autoscaler_sees_the_mean_wait_of_each_pod_and_0_where_nobody_waits(tmp_path):
+def test_the_autoscaler_sees_each_pods_mean_wait_and_0_without_waits(tmp_path):
     (adapter,) = load("components/autoscaling/prometheus-adapter.yaml")
     query = adapter["rules"][0]["metricsQuery"]
     query = query.replace("<<.GroupBy>>", "pod").replace("<<.LabelMatchers>>", 'namespace="n"')
@@ -262,11 +269,11 @@ def test_the_autoscaler_sees_the_mean_wait_of_each_pod_and_0_where_nobody_waits(
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# What kustomize makes of them
+# The output of kustomize
 
 
 def build(folder, overlay, *components, **more):
-    """What is applied of an overlay with components."""
+    """Return the objects of an overlay with components."""
     root = os.path.relpath(KUBERNETES, folder.resolve())
     made = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
@@ -287,7 +294,7 @@ def without_custom(objects):
 
 
 VERSIONS = ("1.27", "1.30", "1.33")
-"""Of Kubernetes: the first that knows all fields, and later ones."""
+"""Versions of Kubernetes: the first that knows all fields, and later ones."""
 
 
 def check_schema(each, version):
@@ -311,7 +318,7 @@ def test_the_files_of_the_base_are_valid(path, version):
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("overlay", OVERLAYS)
 @pytest.mark.parametrize("components", [(), ("monitoring", "autoscaling")], ids=["plain", "all"])
-def test_what_is_applied_is_valid(tmp_path, overlay, components, version):
+def test_applied_manifests_are_valid(tmp_path, overlay, components, version):
     built = build(tmp_path, overlay, *components, namespace="vision")
     assert len(built) == 6 + 4 * bool(components)
     for each in without_custom(built):
@@ -319,16 +326,16 @@ def test_what_is_applied_is_valid(tmp_path, overlay, components, version):
         check_schema(each, version)
 
 
-def test_what_is_not_valid_is_found():
+def test_an_invalid_manifest_is_found():
     wrong = of("NetworkPolicy")[0] | {"spec": {"podSelektor": {}}}
     with pytest.raises(Exception, match="podSelektor"):
         check_schema(wrong, VERSIONS[-1])
 
 
 @needs_kubectl
-def test_what_is_applied_for_a_gpu(tmp_path):
+def test_the_gpu_overlay_asks_for_one_gpu(tmp_path):
     (found,) = of("StatefulSet", build(tmp_path, "gpu", "monitoring", "autoscaling"))
-    assert "replicas" not in found["spec"]  # The autoscaler's.
+    assert "replicas" not in found["spec"]  # The autoscaler sets it.
     (container,) = found["spec"]["template"]["spec"]["containers"]
     assert container["image"] == f"hvpd:{hvpd.__version__}-cuda"
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
@@ -341,7 +348,7 @@ def test_what_is_applied_for_a_gpu(tmp_path):
 
 @needs_kubectl
 def test_several_servers_of_one_namespace_do_not_find_each_others_pods(tmp_path):
-    """As the page says it: a suffix, and a label of its own."""
+    """The page says to give each a suffix and a label of its own."""
     labels = [{"pairs": {"app.kubernetes.io/instance": "audio"}, "includeSelectors": True}]
     built = build(tmp_path, "gpu", "monitoring", nameSuffix="-audio", labels=labels)
     (found,) = of("StatefulSet", built)
@@ -358,7 +365,7 @@ def test_several_servers_of_one_namespace_do_not_find_each_others_pods(tmp_path)
     "HVPD_CRDS" not in os.environ,
     reason="needs $HVPD_CRDS, a directory with the definitions of the Prometheus Operator (its example/prometheus-operator-crd)",
 )
-def test_what_is_applied_for_the_prometheus_operator_is_valid(tmp_path):
+def test_manifests_for_the_prometheus_operator_are_valid(tmp_path):
     import jsonschema
 
     schemas = {}
@@ -377,23 +384,25 @@ def test_what_is_applied_for_the_prometheus_operator_is_valid(tmp_path):
 
 
 def strict(schema):
-    """A schema that refuses what Kubernetes would drop without a word."""
+    """Return a schema that refuses fields which Kubernetes would silently drop."""
     if isinstance(schema, list):
         return list(map(strict, schema))
     if not isinstance(schema, dict):
         return schema
-    # Patterns are Go's.
+    # Patterns are in Go's syntax.
     found = {key: strict(value) for key, value in schema.items() if key != "pattern" or not isinstance(value, str)}
     if "properties" in found and found.get("type") == "object" and "additionalProperties" not in found:
         found["additionalProperties"] = False
     return found
 
 
-# How secrets change under a pod
+# Secrets that change while a pod runs
 
 
 class Mounted:
-    """A directory as the kubelet mounts a Secret, and changes it: links to links, and one of them renamed."""
+    """A directory like a Secret that the kubelet mounts and changes: links to links,
+    one of which is renamed.
+    """
 
     def __init__(self, root):
         self._root = root
@@ -414,7 +423,9 @@ class Mounted:
 
 
 def test_certificates_and_tokens_change_under_a_pod(serve, tmp_path):
-    """With the variables of the manifests, and the probe's. A revoked token is refused, a new certificate is shown."""
+    """With the variables of the manifests and of the probe, a revoked token is refused
+    and a new certificate is shown.
+    """
     secrets = {"/etc/hvpd/tls": Mounted(tmp_path / "tls"), "/etc/hvpd/tokens": Mounted(tmp_path / "tokens")}
 
     def certify(authority):
@@ -428,7 +439,7 @@ def test_certificates_and_tokens_change_under_a_pod(serve, tmp_path):
         )
 
     def grant(tenant):
-        token, _ = _auth.create(tmp_path / f"{tenant}.json", tenant, ["use"])
+        token, _ = token_file.create(tmp_path / f"{tenant}.json", tenant, ["use"])
         secrets["/etc/hvpd/tokens"].put(**{"tokens.json": (tmp_path / f"{tenant}.json").read_bytes()})
         return token
 
@@ -445,14 +456,14 @@ def test_certificates_and_tokens_change_under_a_pod(serve, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             for name, value in (variables | {"HVPD_ADDRESS": address}).items():
                 patch.setenv(name, value)
-            return _cli.main(health)
+            return main.main(health)
 
     assert probe() == 0
     with hvpd.connect(address, token=token, ca=variables["HVPD_CA"]) as client:
         assert client.objectives() == []
         another = grant("audio")
         certify(trustme.CA())
-        assert probe() == 0  # Trusts the new one alone.
+        assert probe() == 0  # The probe trusts the new certificate only.
         with hvpd.connect(address, token=another, ca=variables["HVPD_CA"]) as other:
             assert other.objectives() == []
         with pytest.raises(hvpd.AccessError):
@@ -461,6 +472,8 @@ def test_certificates_and_tokens_change_under_a_pod(serve, tmp_path):
 
 
 def until_refused(client):
-    """Asks until it is refused: the server looks at the file once a second."""
+    """Ask until the server refuses, because the server looks at the file once a
+    second.
+    """
     for _ in range(100_000):
         client.objectives()

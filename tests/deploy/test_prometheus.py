@@ -1,4 +1,6 @@
-"""The rules and the dashboard on a real Prometheus, which scrapes a real server that is used meanwhile."""
+"""The rules and the dashboard on a real Prometheus, which scrapes a real server under
+load.
+"""
 
 import contextlib
 import json
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 
 import hvpd
+from tests.support.waiting import until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/hvpd.json").read_text())
@@ -118,7 +121,7 @@ class Prometheus:
         return answer["data"]
 
     def values(self, expression):
-        """The numbers of an instant query that are numbers."""
+        """Return the numbers of an instant query, without NaN."""
         found = [float(series["value"][1]) for series in self.get("query", query=expression)["result"]]
         return [value for value in found if math.isfinite(value)]
 
@@ -129,7 +132,7 @@ class Prometheus:
 
 
 class Load:
-    """Somebody who uses the server until told otherwise."""
+    """Load on the server until the test ends it."""
 
     def __init__(self, address):
         self._address = address
@@ -144,7 +147,7 @@ class Load:
             with contextlib.closing(hvpd.connect(self._address)) as client:
                 with contextlib.closing(hvpd.connect(self._address)) as teammate:
                     self._use(client, teammate)
-        except BaseException as error:  # noqa: BLE001 - told by whoever looks
+        except BaseException as error:  # noqa: BLE001 - raised when the load ends
             self.error = error
         finally:
             self.ended.set()
@@ -160,7 +163,7 @@ class Load:
             for x in points:
                 H = objective.at(x).hessian()
                 np.testing.assert_allclose(H @ np.ones(N), scales)
-                H @ np.ones((N, 3))  # Padded to four, and of several chunks.
+                H @ np.ones((N, 3))  # The block is padded to four and has several chunks.
                 same.at(x)
             with pytest.raises(hvpd.NotFoundError):
                 client.objective("demo/nothing")
@@ -174,14 +177,12 @@ class Load:
 
 @pytest.fixture(scope="module")
 def watched(serve_module, tmp_path_factory):
-    """A server that is used, and the Prometheus that has seen all of it."""
+    """Yield a server under load, and the Prometheus that has scraped it."""
     server = serve_module("--memory-budget", "8M")
     said = next(line for line in server.lines if "hvpd: metrics on " in line)
     prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), re.search(r"http://(.*)/metrics", said)[1])
     try:
-        ends = time.monotonic() + WAIT
-        while prometheus.values("hvpd_build_info") != [1.0]:
-            assert time.monotonic() < ends, prometheus.lines
+        until(lambda: prometheus.values("hvpd_build_info") == [1.0])
         load = Load(server.address)
         try:
             yield prometheus, load
@@ -192,7 +193,7 @@ def watched(serve_module, tmp_path_factory):
 
 
 def eventually(watched, expression):
-    """The values of an expression, as soon as it has any."""
+    """Return the values of an expression as soon as it has any."""
     prometheus, load = watched
     ends = time.monotonic() + WAIT
     while not (found := prometheus.values(expression)):
@@ -202,7 +203,9 @@ def eventually(watched, expression):
 
 
 def filled_in(expression):
-    """As Grafana sends it, when everything is chosen."""
+    """Return an expression as Grafana sends it when all choices of all variables are
+    chosen.
+    """
     filled = expression.replace("$__rate_interval", "1m")
     return re.sub(r"\$(job|instance|objective|tenant)\b", ".*", filled)
 
@@ -216,7 +219,7 @@ def test_every_panel_has_data(target, watched):
     assert all(value >= 0 for value in found)
 
 
-def test_what_a_driver_would_have_to_tell_is_the_one_thing_that_a_cpu_has_not(watched):
+def test_only_panels_that_need_a_driver_are_empty_on_a_cpu(watched):
     prometheus, _ = watched
     left = [expression for expression in TARGETS.values() if NEEDS_A_DEVICE in expression]
     assert len(left) == 1
@@ -236,8 +239,8 @@ def test_every_rule_is_evaluated_without_an_error(watched):
     assert [rule for rule in rules if rule["health"] != "ok"] == []
 
 
-def test_a_variable_narrows_what_is_shown(watched):
-    """The queries of the dashboard's variables name what there is."""
+def test_dashboard_variables_select_names_that_exist(watched):
+    """The dashboard's variables query names that exist."""
     prometheus, _ = watched
     eventually(watched, "hvpd_usage_products_total")
     query = {"match[]": "hvpd_usage_products_total"}
@@ -247,11 +250,11 @@ def test_a_variable_narrows_what_is_shown(watched):
     assert prometheus.values('sum(hvpd_usage_products_total{objective=~"another"})') == []
 
 
-def test_what_prometheus_has_is_what_the_client_did(watched):
+def test_prometheus_counts_the_clients_requests(watched):
     prometheus, _ = watched
     eventually(watched, "hvpd_points_remade_total > 8")
     for name in ("products", "columns", "padding_columns", "points_found"):
-        assert prometheus.values(f"hvpd_{name}_total")[0] > 0, name
+        eventually(watched, f"hvpd_{name}_total > 0")
     assert prometheus.values('hvpd_failures_total{code="NOT_FOUND", reason="OBJECTIVE_NOT_FOUND"}')[0] > 0
     assert prometheus.values('hvpd_evictions_total{kind="point"}')[0] > 0
     assert prometheus.values('hvpd_transfer_seconds_count{direction="receive"}')[0] > 0

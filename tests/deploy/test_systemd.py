@@ -1,4 +1,6 @@
-"""The unit of deploy/systemd, as systemd itself reads it, and against what it speaks of."""
+"""The unit of deploy/systemd, read by systemd itself, and against the files that it
+names.
+"""
 
 import configparser
 import re
@@ -10,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hvpd import _cli
-from hvpd_server import _config
+from hvpd._cli import main
+from hvpd_server import config
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "deploy/systemd/hvpd.service").read_text()
@@ -30,30 +32,33 @@ def service():
     return parser["Service"]
 
 
-def test_it_runs_what_there_is(service):
+def test_the_unit_runs_a_command_that_exists(service):
     location, *arguments = shlex.split(service["ExecStart"])
     assert location == LOCATION
-    assert _cli._parser().parse_args(arguments).run is _cli._serve
-    page = (ROOT / "docs/operations.md").read_text()
+    assert main._parser().parse_args(arguments).run is main._serve
+    page = (ROOT / "docs/operate/run.md").read_text()
     assert f"until {location} health" in page
     assert "python3 -m venv /opt/hvpd " in page
 
 
 def test_its_variables_are_settings(service):
     names = re.findall(r"\bHVPD_\w+", TEXT)
-    settings = {f"HVPD_{name.upper()}" for name in _config.Config.__dataclass_fields__}
+    settings = {f"HVPD_{name.upper()}" for name in config.Config.__dataclass_fields__}
     assert set(names) <= settings
     assert service["StateDirectory"] == "hvpd"
     assert "HVPD_STORE=%S/hvpd" in service["Environment"].split()
 
 
 def test_there_is_time_to_drain(service):
-    assert float(service["TimeoutStopSec"]) > _config.Config().drain + 15
+    assert float(service["TimeoutStopSec"]) > config.Config().drain + 15
 
 
 def test_the_exit_code_of_wrong_settings_is_no_reason_to_try_again(service):
     done = subprocess.run(
-        [sys.executable, "-m", "hvpd._cli", "serve", "--host", "0.0.0.0"], capture_output=True, check=False, timeout=60
+        [sys.executable, "-m", "hvpd._cli", "serve", "--host", "0.0.0.0"],
+        capture_output=True,
+        check=False,
+        timeout=60,
     )
     assert done.returncode == int(service["RestartPreventExitStatus"])
 
@@ -65,7 +70,9 @@ def test_its_user_is_made(service):
 
 
 def analyze(tmp_path, text, *arguments):
-    """What systemd-analyze says of a unit, with the command of this environment in its place."""
+    """Return systemd-analyze's text about a unit, with this environment's command in
+    it.
+    """
     assert text.count(f"ExecStart={LOCATION}") == 1
     unit = tmp_path / "hvpd.service"
     unit.write_text(text.replace(f"ExecStart={LOCATION}", f"ExecStart={sys.executable} -m hvpd._cli"))
@@ -81,13 +88,13 @@ def test_systemd_understands_all_of_it(tmp_path):
 
 
 @needs_systemd
-def test_what_it_does_not_understand_is_found(tmp_path):
+def test_a_misspelt_setting_of_the_unit_is_found(tmp_path):
     done = analyze(tmp_path, TEXT.replace("ProtectSystem=strict", "ProtectSystem=strickt"), "verify", "--man=no")
     assert "strickt" in done.stderr
 
 
 @needs_systemd
-def test_it_is_exposed_to_little(tmp_path):
+def test_the_unit_has_a_low_exposure_score(tmp_path):
     """systemd's own score, from 0 to 10; in tenths here."""
     done = analyze(tmp_path, TEXT, "security", "--offline=true", "--no-pager", "--threshold=25")
     if "unrecognized option" in done.stderr:

@@ -1,16 +1,16 @@
-"""The files in deploy/, held against what a server exports and against each other: names, labels, ports, paths."""
+"""The files in deploy/ against the server's exports and against each other: names,
+labels, ports, paths.
+"""
 
 import json
 import re
-import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from hvpd_server import _config
-from hvpd_server._batcher import Job
-from hvpd_server._metrics import Live, Memory, Metrics
+from hvpd_server import config
+from hvpd_server.telemetry.metrics import Metrics, ProductRecord
+from hvpd_server.telemetry.readings import Live, Memory
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/hvpd.json").read_text())
@@ -24,22 +24,21 @@ EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]
 VARIABLES = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
 
 METRIC = re.compile(r"(?<![:\w])(?:hvpd|process)_\w+(?![:\w])")
-"""In an expression; names with colons are those of recording rules."""
+"""Names of metrics in an expression. Names with colons are those of recording rules."""
 
 
 @pytest.fixture(scope="module")
 def exported():
-    """The names of all samples that a server can export."""
+    """Return the names of all samples that a server can export."""
     metrics = Metrics()
     metrics.answered("ComputeProduct", 1.0)
-    point = types.SimpleNamespace(objective=types.SimpleNamespace(digest="a" * 64))
-    metrics.product(Job((), np.zeros((1, 1)), point=point, width=1))
+    metrics.product(ProductRecord("a" * 64, "", 1, 1, 0.0, 0.0, 0.0, 0.0))
     metrics.observe(lambda: Live({}, memory=[Memory("cuda:0", 1, 2)]))
     return {sample.name for family in metrics.registry.collect() for sample in family.samples}
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
-def test_a_panel_asks_for_what_there_is(panel, exported):
+def test_panels_query_metrics_that_exist(panel, exported):
     for target in panel["targets"]:
         found = METRIC.findall(target["expr"])
         assert found
@@ -52,7 +51,7 @@ def test_compose_builds_a_target_that_there_is():
     assert {target, "cpu", "cuda"} <= set(stages)
 
 
-def test_rules_ask_for_what_there_is(exported):
+def test_rules_query_metrics_that_exist(exported):
     found = set(METRIC.findall(RULES))
     assert len(found) > 10
     assert found <= exported
@@ -72,7 +71,7 @@ def test_every_rule_has_a_test():
     assert {record for record in records if record in RULE_TESTS} == set(records)
 
 
-def test_every_alert_says_what_is_wrong_and_what_to_do():
+def test_every_alert_has_a_summary_and_a_remedy():
     for alert in re.split(r"- alert: ", RULES)[1:]:
         assert re.search(r"severity: (critical|warning)", alert)
         assert re.search(r"summary: .*\$labels\.instance", alert)
@@ -126,7 +125,7 @@ def test_variables_are_used_and_those_that_are_used_are_there():
             assert variable["allValue"] == ".*"
 
 
-def test_what_has_an_objective_and_a_tenant_is_shown_of_those_that_are_chosen():
+def test_panels_select_by_the_dashboards_variables():
     for expression in EXPRESSIONS:
         for selector in re.findall(r"hvpd_usage_\w+\{([^}]*)\}", expression):
             assert 'objective=~"$objective"' in selector
@@ -135,7 +134,7 @@ def test_what_has_an_objective_and_a_tenant_is_shown_of_those_that_are_chosen():
             assert 'instance=~"$instance"' in selector
 
 
-# What runs all of it
+# The compose file
 
 
 def test_images_are_pinned():
@@ -144,7 +143,7 @@ def test_images_are_pinned():
     assert all(re.search(r":v?\d+\.\d+\.\d+$", image) for image in images)
 
 
-def test_what_is_mounted_is_there():
+def test_mounted_files_exist():
     mounted = re.findall(r"- (\./\S+?):(/\S+?):ro", COMPOSE)
     assert len(mounted) == 4
     assert all((DEPLOY / source).exists() for source, _ in mounted)
@@ -158,7 +157,7 @@ def test_what_is_mounted_is_there():
 
 def test_settings_of_the_server_are_ones_that_it_has():
     variables = dict(re.findall(r"(HVPD_\w+): \"?([^\s\"]+)", COMPOSE))
-    settings = {f"HVPD_{field.upper()}" for field in _config.Config.__dataclass_fields__}
+    settings = {f"HVPD_{field.upper()}" for field in config.Config.__dataclass_fields__}
     assert set(variables) <= settings
     assert f'targets: ["hvpd:{variables["HVPD_METRICS_PORT"]}"]' in SCRAPES
     assert f"127.0.0.1:{variables['HVPD_PORT']}:{variables['HVPD_PORT']}" in COMPOSE

@@ -1,4 +1,6 @@
-"""Backups of a store that is in use, by the commands of docs/operations.md; what they are restored to; and `hvpd store verify`."""
+"""Backups of a store in use by the commands of docs/operate/run.md, their restored
+stores, and `hvpd store verify`.
+"""
 
 import json
 import os
@@ -7,23 +9,21 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import hvpd
-from hvpd import _cli, _codec
-from hvpd_server import _auth
-from hvpd_server._verify import verify
+from hvpd._cli import main
+from hvpd._wire import codec
+from hvpd_server.store.verify import verify
+from hvpd_server.tenancy import token_file
+from tests.support.objectives import quadratic
+from tests.support.waiting import until
 
 N = 20
-PAGE = (Path(__file__).parents[2] / "docs/operations.md").read_text()
-
-
-def quadratic(x, A):
-    return x @ A @ x / 2
+PAGE = (Path(__file__).parents[2] / "docs/operate/run.md").read_text()
 
 
 def matrix(seed):
@@ -32,13 +32,15 @@ def matrix(seed):
 
 
 def commands(title):
-    """The shell commands below a title of the page."""
+    """Return the shell commands below a title of the page."""
     section = PAGE.partition(f"## {title}\n")[2].partition("\n## ")[0]
     return "".join(re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
 
 
 def shell(title, store, backup):
-    """Runs the commands of the page, with these paths; without those that take a user of their own."""
+    """Run the page's commands with these paths, except those that need a user of their
+    own.
+    """
     text = commands(title).replace("chown -R hvpd:hvpd", "ls -d")
     text = text.replace("hvpd store", f"{sys.executable} -m hvpd._cli store")
     for written, path in (("/var/lib/hvpd", store), ("/backup", backup)):
@@ -58,7 +60,9 @@ def restore(store, backup):
 
 
 class Registering:
-    """Somebody who registers new objectives, of new data and with new names, and moves a name, until told otherwise."""
+    """A client that registers new objectives, of new data and with new names, and moves
+    a name, until the test ends it.
+    """
 
     def __init__(self, address, **settings):
         self._settings = {"address": address, **settings}
@@ -77,7 +81,7 @@ class Registering:
                     for name in (f"new/{seed}", "moving"):
                         client.register(quadratic, np.zeros(N), matrix(seed), name=name, platforms=("cpu",))
                     self.registered.release()
-        except BaseException as error:  # noqa: BLE001 - told by whoever stops it
+        except BaseException as error:  # noqa: BLE001 - raised when it is stopped
             self.error = error
             self.registered.release(1000)
 
@@ -119,11 +123,11 @@ def test_a_backup_under_registrations_has_all_that_was_there_when_it_began(serve
     assert not [line for line in restored.lines if "ERROR" in line]
 
 
-def test_who_owns_what_is_in_a_backup_that_is_made_under_registrations(serve, tmp_path):
-    """An objective that came without its owner would be everybody's."""
+def test_a_backup_made_during_registrations_has_the_owners(serve, tmp_path):
+    """An objective without its owner would be open to all tenants."""
     tokens = tmp_path / "tokens.json"
-    mine, _ = _auth.create(tokens, "vision", ["use", "publish"])
-    others, _ = _auth.create(tokens, "audio", ["use"])
+    mine, _ = token_file.create(tokens, "vision", ["use", "publish"])
+    others, _ = token_file.create(tokens, "audio", ["use"])
     server = serve("--tokens", str(tokens))
     with Registering(server.address, token=mine) as load:
         for _ in range(3):
@@ -138,15 +142,15 @@ def test_who_owns_what_is_in_a_backup_that_is_made_under_registrations(serve, tm
 
 
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="needs rsync: apt-get install rsync")
-def test_what_is_new_is_added_to_a_backup(serve, tmp_path):
+def test_a_second_backup_adds_the_new_objectives(serve, tmp_path):
     server = serve()
     backup = tmp_path / "backup"
     with hvpd.connect(server.address) as client:
         first = client.register(quadratic, np.zeros(N), matrix(0), name="moved", platforms=("cpu",)).digest
-        shell("Back up what is new", server.store, backup)
+        shell("Back up new objectives", server.store, backup)
         second = client.register(quadratic, np.zeros(N), matrix(1), name="moved", platforms=("cpu",)).digest
         with Registering(server.address):
-            shell("Back up what is new", server.store, backup)
+            shell("Back up new objectives", server.store, backup)
     assert verify(backup).problems == []
     assert {first, second} < {path.name for path in (backup / "objectives").iterdir()}
     names = [json.loads(path.read_text()) for path in (backup / "names").iterdir()]
@@ -155,9 +159,9 @@ def test_what_is_new_is_added_to_a_backup(serve, tmp_path):
 
 @pytest.fixture(scope="module")
 def owned(serve_module, tmp_path_factory):
-    """A store with two objectives of one tenant, and their digests."""
+    """Yield a store with two objectives of one tenant, and their digests."""
     tokens = tmp_path_factory.mktemp("tokens") / "tokens.json"
-    token, _ = _auth.create(tokens, "vision", ["use", "publish"])
+    token, _ = token_file.create(tokens, "vision", ["use", "publish"])
     server = serve_module("--tokens", str(tokens))
     with hvpd.connect(server.address, token=token) as client:
         digests = [
@@ -172,14 +176,16 @@ ORDER = re.search(r"tar -cf \S+ (.*) \|\|", commands("Back up"))[1].replace("$(l
 
 
 def records(store, digest):
-    """The files of an objective, in the order in which they are written, its own blobs aside."""
+    """Return an objective's files in the order in which they are written, without its
+    own blobs.
+    """
     named = [path for path in (store / "names").iterdir() if digest in path.read_text()]
     owned = list(store.glob(f"owners/*/objectives/{digest}"))
     return [store / "derived" / digest, *owned, store / "objectives" / digest, *named]
 
 
 @pytest.mark.parametrize("gap", range(1, len(ORDER)))
-def test_what_comes_and_goes_while_it_is_copied_is_never_without_its_owner(owned, tmp_path, gap):
+def test_objectives_that_change_during_a_backup_keep_their_owners(owned, tmp_path, gap):
     """One objective is registered, and one deleted, between two of the directories."""
     original, (deleted, registered) = owned
     assert ORDER.count("owners") == 2
@@ -200,8 +206,10 @@ def test_what_comes_and_goes_while_it_is_copied_is_never_without_its_owner(owned
     assert [problem for problem in verify(backup).problems if "name" not in problem] == []
 
 
-def test_copied_in_another_order_a_backup_can_lack_what_it_refers_to(serve, tmp_path):
-    """Why the order is the page's: here blobs are first, as in a copy by the alphabet."""
+def test_a_backup_copied_in_another_order_can_lack_blobs(serve, tmp_path):
+    """This shows the reason for the page's order: here blobs come first, as in a copy
+    by the alphabet.
+    """
     server = serve()
     backup = tmp_path / "backup"
     with hvpd.connect(server.address) as client:
@@ -216,7 +224,9 @@ def test_copied_in_another_order_a_backup_can_lack_what_it_refers_to(serve, tmp_
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_restored_store_is_warm_before_it_serves_and_sooner_with_its_cache(serve, tmp_path, cached):
-    """Compiled programs are no part of a backup. Copied along, they are found, wherever the store is now."""
+    """Compiled programs are no part of a backup. If they are copied along, the server
+    finds them at any path of the store.
+    """
     server = serve()
     with hvpd.connect(server.address) as client:
         H = client.register(quadratic, np.zeros(N), matrix(0), name="old", platforms=("cpu",)).at(np.ones(N)).hessian()
@@ -240,14 +250,14 @@ def test_a_restored_store_is_warm_before_it_serves_and_sooner_with_its_cache(ser
 
 @pytest.fixture(scope="module")
 def original(serve_module):
-    """A store with an objective of one array, and another that was only uploaded."""
+    """Yield a store with an objective of one array, and an array that was only
+    uploaded.
+    """
     server = serve_module()
     with hvpd.connect(server.address) as client:
         objective = client.register(quadratic, np.zeros(N), matrix(0), name="team/a", platforms=("cpu",))
         objective.at(np.zeros(N), matrix(1))
-        ends = time.monotonic() + 60
-        while objective.registration_check().verdict == "pending":
-            assert time.monotonic() < ends
+        until(lambda: objective.registration_check().verdict != "pending")
     assert server.terminate() == 0
     return server.store, objective.digest
 
@@ -263,20 +273,20 @@ def blob(store, digest):
 
 
 def data():
-    return _codec.digest(_codec.payload(matrix(0)))
+    return codec.digest(codec.payload(matrix(0)))
 
 
 def test_a_whole_store(copy, capsys):
     store, _ = copy
     found = verify(store)
     assert (found.objectives, found.names, found.problems) == (1, 1, [])
-    assert _codec.digest(_codec.payload(matrix(1))) in found.unreferenced
+    assert codec.digest(codec.payload(matrix(1))) in found.unreferenced
     assert data() not in found.unreferenced
     assert found.blobs == sum(1 for path in (store / "blobs").rglob("*") if path.is_file())
     assert found.unreferenced_bytes < found.blob_bytes
-    assert _cli.main(["store", "verify", "--store", str(store)]) == 0
+    assert main.main(["store", "verify", "--store", str(store)]) == 0
     assert capsys.readouterr().out.endswith(": whole\n")
-    assert _cli.main(["store", "verify", "--store", str(store), "--json"]) == 0
+    assert main.main(["store", "verify", "--store", str(store), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
 
 
@@ -284,7 +294,7 @@ def test_it_changes_nothing_and_runs_beside_a_server(serve, copy, capsys):
     store, _ = copy
     server = serve(store=store)
     before = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
-    assert _cli.main(["store", "verify", "--store", str(store)]) == 0
+    assert main.main(["store", "verify", "--store", str(store)]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in store.rglob("*")}
     assert server.terminate() == 0
 
@@ -303,13 +313,13 @@ def test_it_changes_nothing_and_runs_beside_a_server(serve, copy, capsys):
         (lambda store, digest: next((store / "names").iterdir()).write_text("{}"), "is damaged: it is not that of its name"),
         (lambda store, digest: next((store / "names").iterdir()).write_bytes(b"\xff"), "is damaged"),
         (lambda store, digest: (store / "blobs/zz").mkdir() or (store / "blobs/zz/zz").touch(), "blobs/zz/zz is damaged"),
-        (lambda store, digest: (store / f"objectives/{_codec.digest(b'')}").write_text('{"create_time_ns": 1}'), "is missing"),
+        (lambda store, digest: (store / f"objectives/{codec.digest(b'')}").write_text('{"create_time_ns": 1}'), "is missing"),
     ],
 )  # fmt: skip
 def test_damage_is_told(copy, damage, says, capsys):
     store, digest = copy
     damage(store, digest)
-    assert _cli.main(["store", "verify", "--store", str(store)]) == 1
+    assert main.main(["store", "verify", "--store", str(store)]) == 1
     said = capsys.readouterr().out
     assert says.replace("DIGEST", digest).replace("DATA", data()) in said
     assert re.search(r": \d+ problems$", said.rstrip())
@@ -317,16 +327,16 @@ def test_damage_is_told(copy, damage, says, capsys):
 
 def test_a_blob_that_is_no_bundle_is_told(copy):
     store, _ = copy
-    digest = _codec.digest(b"\xff")
+    digest = codec.digest(b"\xff")
     blob(store, digest).parent.mkdir(exist_ok=True)
     blob(store, digest).write_bytes(b"\xff")
     (store / "objectives" / digest).write_text('{"create_time_ns": 1}')
     assert [problem for problem in verify(store).problems if "is no bundle" in problem]
 
 
-def test_what_is_no_store(tmp_path, capsys, monkeypatch):
-    assert _cli.main(["store", "verify", "--store", str(tmp_path)]) == 1
+def test_verify_refuses_a_folder_that_is_no_store(tmp_path, capsys, monkeypatch):
+    assert main.main(["store", "verify", "--store", str(tmp_path)]) == 1
     assert f"{tmp_path} is no store of hvpd" in capsys.readouterr().err
     monkeypatch.setenv("HVPD_STORE", str(tmp_path / "nothing"))
-    assert _cli.main(["store", "verify"]) == 1
+    assert main.main(["store", "verify"]) == 1
     assert f"{tmp_path / 'nothing'} is no store" in capsys.readouterr().err

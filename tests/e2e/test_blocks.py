@@ -1,4 +1,6 @@
-"""Principal blocks with programs of their own: the same matrix as jax's dense one, at the cost of the block."""
+"""Principal blocks with programs of their own: the same matrix as jax's dense one, at
+the cost of the block.
+"""
 
 import concurrent.futures
 import re
@@ -31,7 +33,9 @@ MODES = [
 ]
 
 BLOCKS = ["out", ("out", "hidden/b"), "hidden"]
-"""Of `network`: a leaf's parent, leaves that do not touch and are named in another order than theirs, and two leaves."""
+"""Blocks of `network`: a leaf's parent; two leaves that do not touch, in reverse order;
+and two leaves.
+"""
 
 LEAVES = (("out/0",), ("hidden/b", "out/0"), ("hidden/b", "hidden/w"))
 INDICES = (np.r_[30:42], np.r_[0:6, 30:42], np.r_[0:30])
@@ -79,20 +83,20 @@ def truth(problem):
 
 @pytest.fixture(scope="module")
 def point(client, problem):
-    """Of a plain function."""
+    """Yield a point of a plain function."""
     return client.register(loss, *problem, blocks=BLOCKS, name="blocks/plain").at(problem[0])
 
 
 @pytest.fixture(scope="module")
 def composite(client, problem):
-    """A point of a composite with all of its operators."""
+    """Yield a point of a composite with all of its operators."""
     stages = hvpd.composite(network, squared_error, distribution="normal", samples=2)
     return client.register(stages, *problem, blocks=BLOCKS).at(problem[0])
 
 
 @pytest.fixture
 def programs(server):
-    """The names of those that a call launches, whatever the server did before."""
+    """Return a function that returns the names of the programs that a call launches."""
 
     def launched(call):
         names = ["hvp", "ggn", "hvp[]", "ggn[]"]
@@ -108,7 +112,8 @@ def programs(server):
 def test_in_each_mode_blocks_are_those_of_the_dense_hessian(client, problem, truth, mode):
     point = client.register(loss, *problem, mode=mode, blocks=BLOCKS).at(problem[0])
     plain = client.register(loss, *problem, mode=mode).at(problem[0])
-    # A difference of gradients is good to eps ** (2/3), times (1 + |x|) ** 2, 64 here, and what fourth derivatives make of it.
+    # A difference of gradients is good to eps ** (2/3), times (1 + |x|) ** 2, 64 here,
+    # and a factor of the fourth derivatives.
     tolerance = 1000 * np.finfo(float).eps ** (2 / 3) if mode == "finite_difference" else 1e-10
     for leaves, indices in zip(LEAVES, INDICES, strict=True):
         block, embedded = point.hessian().block(*leaves), plain.hessian().block(*leaves)
@@ -123,7 +128,7 @@ def test_in_each_mode_blocks_are_those_of_the_dense_hessian(client, problem, tru
 
 
 def test_a_block_runs_its_own_program(client, point, problem, programs):
-    """Also a block that nobody named at registration."""
+    """That holds also for a block that was not named at registration."""
     H = point.hessian()
     for leaves in LEAVES:
         assert programs(lambda leaves=leaves: dense(H.block(*leaves))) == {"hvp[]"}
@@ -134,7 +139,7 @@ def test_a_block_runs_its_own_program(client, point, problem, programs):
     assert programs(lambda: H.block("hidden").quadratic_form(np.ones((30, 2)))) == {"hvp[]"}
 
 
-def test_who_did_not_register_it_knows_and_uses_the_blocks(client, server, point, truth, programs):
+def test_another_client_knows_and_uses_the_blocks(client, server, point, truth, programs):
     assert point.objective.blocks == LEAVES
     with hvpd.connect(server.address) as other:
         found = other.objective("blocks/plain")
@@ -164,7 +169,7 @@ def test_the_whole_can_be_a_block_and_so_can_a_single_array(client):
     assert np.allclose(dense(H.block("1")), [[12]], rtol=1e-12)
 
 
-# What else there is to a block
+# Other properties of a block
 
 
 def test_arithmetic_stays_one_product_of_the_block(client, point, truth):
@@ -187,7 +192,7 @@ def test_arithmetic_stays_one_product_of_the_block(client, point, truth):
     assert relative(dense(point.hessian().updated(W).block("hidden")), D + W[:30] @ W[:30].T) < 1e-10
 
 
-def test_what_is_made_of_many_products(point, truth):
+def test_operators_made_of_many_products_work_on_a_block(point, truth):
     H, D = point.hessian(0.5).block("out"), truth[30:, 30:] + 0.5 * np.eye(12)
     assert relative(H.diagonal().values, np.diag(D)) < 1e-10
     assert relative(H.sparse().toarray(), D) < 1e-10
@@ -290,7 +295,7 @@ def test_leaves_in_half_precision_are_computed_as_they_are(client, dtype):
 
 
 def test_blocks_and_the_whole_do_not_share_launches(point, truth):
-    """At one point, by threads: each gets its own."""
+    """Threads ask at one point. Each gets its own product."""
     operators = [point.hessian(), *(point.hessian().block(*leaves) for leaves in LEAVES)]
     expected = [truth, *(truth[np.ix_(indices, indices)] for indices in INDICES)]
 
@@ -302,11 +307,11 @@ def test_blocks_and_the_whole_do_not_share_launches(point, truth):
         assert max(pool.map(work, range(80))) < 1e-10
 
 
-# What it costs
+# Cost
 
 
 def test_the_last_layers_block_costs_less_than_half_of_the_whole():
-    """By XLA's own count of the compiled programs' operations, for eight vectors."""
+    """XLA counts the compiled programs' operations for eight vectors."""
     rng = np.random.default_rng(0)
     params = [rng.normal(size=shape) for shape in [(64, 64), (64, 64), (64, 8)]]
     X, Y = rng.normal(size=(100, 64)), rng.normal(size=(100, 8))
@@ -326,11 +331,11 @@ def test_the_last_layers_block_costs_less_than_half_of_the_whole():
 
     whole = operations("hvp")
     assert operations("hvp[2]") < whole / 2
-    # The first layer's block is no cheaper than that: all that comes after it has tangents.
+    # The first layer's block is no cheaper, because all later values have tangents.
     assert operations("hvp[2]") < operations("hvp[0]") / 2
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -377,7 +382,7 @@ def test_vectors_of_another_size_are_refused_before_they_are_sent(point):
 
 @pytest.fixture
 def product(server):
-    """Sends one product as somebody else's client would."""
+    """Send one product as a foreign client would."""
 
     def send(point, vectors, **fields):
         spec = {"point_id": point._id, "operator": curvature_pb2.OPERATOR_HESSIAN, "k": len(vectors)} | fields

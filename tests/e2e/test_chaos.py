@@ -1,4 +1,6 @@
-"""Deaths at moments that nobody chose, under many solves: each ends with the right answer."""
+"""Deaths of the server at random moments, under many solves. Each solve ends with the
+right answer.
+"""
 
 import concurrent.futures
 import os
@@ -13,13 +15,10 @@ import pytest
 import scipy.sparse.linalg
 
 import hvpd
+from tests.support.objectives import quadratic
 
 SOLVES = 16
 N = 200
-
-
-def quadratic(x, A):
-    return x @ A @ x / 2
 
 
 def logistic(x, X):
@@ -28,8 +27,10 @@ def logistic(x, X):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_kill_9_at_random_moments_under_sixteen_solves(serve, seed):
-    """CG and trust-region solves of several clients, at points of two objectives, while the server is killed four times."""
-    server = serve("--memory-budget", "4M", supervised=True)  # So that points are evicted, too.
+    """Several clients solve by CG and trust regions at points of two objectives, while
+    the server is killed four times.
+    """
+    server = serve("--memory-budget", "4M", supervised=True)  # The budget is small, so that points are evicted, too.
     rng = np.random.default_rng(seed)
     Q, _ = np.linalg.qr(rng.normal(size=(N, N)))
     A = (Q * np.geomspace(1, 1e3, N)) @ Q.T
@@ -40,7 +41,7 @@ def test_kill_9_at_random_moments_under_sixteen_solves(serve, seed):
     began, done = threading.Semaphore(0), threading.Event()
 
     def solve(number):
-        with hvpd.connect(server.address, retry_timeout=300) as own:
+        with hvpd.connect(server.address, connect_timeout=120, retry_timeout=300) as own:
             for round_ in range(4):
                 x = np.random.default_rng([seed, number, round_]).normal(size=N)
                 if number % 2:
@@ -56,7 +57,9 @@ def test_kill_9_at_random_moments_under_sixteen_solves(serve, seed):
                 np.testing.assert_allclose(solution, np.linalg.solve(expected, x), rtol=1e-6, atol=1e-9)
 
     def kill():
-        """Each time after a few more solves began: in the middle of others."""
+        """Kill the server each time after a few more solves began, in the middle of
+        others.
+        """
         chance, killed = random.Random(seed), 0
         for _ in range(4):
             for _ in range(chance.randrange(3, 12)):

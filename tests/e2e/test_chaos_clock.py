@@ -1,4 +1,6 @@
-"""The wall clock jumps, back and forth, by hours and years, under solves: nobody notices but who has a token that ends."""
+"""The wall clock jumps back and forth by hours and years under solves. Only tokens that
+end are affected.
+"""
 
 import datetime
 import os
@@ -11,7 +13,7 @@ import pytest
 import scipy.sparse.linalg
 
 import hvpd
-from hvpd_server import _auth
+from hvpd_server.tenancy import token_file
 
 N = 80
 X = np.random.default_rng(0).normal(size=(200, N))
@@ -33,11 +35,15 @@ def jumped():
 time.time = lambda: real() + jumped()
 time.time_ns = lambda: real_ns() + jumped() * 10**9
 """
-"""Python runs it before anything else. The monotonic clock is left alone, as it is when somebody sets the time."""
+"""A module that Python runs before all others. It leaves the monotonic clock alone, as
+a person does who sets the time.
+"""
 
 
 class Clock:
-    """A server's wall clock, as far as Python asks for it: gRPC and XLA keep to the monotonic one for all that they wait for."""
+    """A server's wall clock as Python sees it. gRPC and XLA use the monotonic clock for
+    all their waits.
+    """
 
     def __init__(self, directory):
         self._file = directory / "clock"
@@ -47,7 +53,9 @@ class Clock:
         self.set(0)
 
     def set(self, hours):
-        """So many hours from now. Replaced at once: it is read with every look at the clock."""
+        """Set the clock to so many hours from now. The file is replaced atomically,
+        because each look at the clock reads it.
+        """
         aside = self._file.with_suffix(".new")
         aside.write_text(str(hours * 3600))
         aside.replace(self._file)
@@ -67,7 +75,7 @@ def clock(tmp_path):
 
 
 JUMPS = [1, -1, 24, -24 * 400, 24 * 365 * 5, 0]
-"""Hours."""
+"""Jumps in hours."""
 
 
 def solve(client, seed):
@@ -83,7 +91,9 @@ def solve(client, seed):
 
 @pytest.mark.parametrize("supervised", [False, True])
 def test_solves_go_on_while_the_clock_of_the_server_jumps(serve, clock, supervised):
-    """Products, points that are pinned, new clients, and the supervisor's patience."""
+    """Products, pinned points, new clients and the supervisor's patience do not depend
+    on the wall clock.
+    """
     server = serve("--launch-timeout", "30", environment=clock.environment, supervised=supervised)
     pid = server.process.pid
     with hvpd.connect(server.address, retry_timeout=0) as client:
@@ -104,10 +114,10 @@ def test_solves_go_on_while_the_clock_of_the_server_jumps(serve, clock, supervis
 
 
 def test_a_token_ends_by_the_servers_clock_and_comes_back_with_it(serve, clock, tmp_path):
-    """It is the one thing that a wall clock decides."""
+    """Tokens are the only thing that a wall clock decides."""
     tokens = tmp_path / "tokens.json"
     ends = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=2)
-    token, _ = _auth.create(tokens, "vision", ["use", "publish"], expires=ends)
+    token, _ = token_file.create(tokens, "vision", ["use", "publish"], expires=ends)
     server = serve("--tokens", str(tokens), environment=clock.environment)
     with hvpd.connect(server.address, token=token) as client:
         client.register(logistic, np.zeros(N), X, name="clock/logistic")
@@ -120,7 +130,7 @@ def test_a_token_ends_by_the_servers_clock_and_comes_back_with_it(serve, clock, 
     assert server.terminate() == 0
 
 
-def test_what_was_registered_in_the_future_is_served_and_listed(serve, clock):
+def test_an_objective_registered_in_the_future_is_served_and_listed(serve, clock):
     server = serve(environment=clock.environment)
     clock.set(24 * 365 * 10)
     with hvpd.connect(server.address) as client:

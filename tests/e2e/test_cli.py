@@ -78,7 +78,7 @@ def test_register_and_list(serve, tmp_path):
     without = serve("--vector-port", "off")
     assert "vector port: none" in command("info", "--address", without.address).stdout
     for wrong, says in [
-        ("nothing", "SOURCE is FILE.py:NAME"),
+        ("nothing", "SOURCE must be FILE.py:NAME"),
         (f"{source}:missing", "defines no function"),
         (f"{source}:wrong", "must return"),
         (f"{tmp_path}/none.py:f", "cannot read"),
@@ -131,7 +131,7 @@ def test_no_server_is_one_line():
     assert "Traceback" not in done.stderr
 
 
-def test_register_what_somebody_else_exported(server, client, tmp_path):
+def test_register_a_foreign_export(server, client, tmp_path):
     import jax
     import numpy as np
 

@@ -1,4 +1,6 @@
-"""Gauss-Newton and Fisher matrices of composites, against dense constructions that use neither linearize nor batching."""
+"""Gauss-Newton and Fisher matrices of composites, against dense constructions that use
+neither linearize nor batching.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 import hvpd
 
 ROWS, CLASSES = 30, 3
-CUT = np.random.default_rng(9).normal(size=(60, 50))  # closed over by the model: 24 kB, lifted
+CUT = np.random.default_rng(9).normal(size=(60, 50))  # The model closes over it: 24 kB, which are lifted.
 
 
 def network(params, X):
@@ -32,7 +34,7 @@ def problem():
 
 @pytest.fixture(scope="module")
 def jacobian(problem):
-    """J[rows, classes, n] of the network, dense, in the order of the raveling."""
+    """Return the network's dense J[rows, classes, n], in the order of the raveling."""
     params, X, _, _ = problem
     with jax.enable_x64(True):
         J = jax.jacrev(network)({name: jnp.asarray(value) for name, value in params.items()}, X)
@@ -75,7 +77,9 @@ def test_softmax_ggn_is_the_fisher_matrix_and_both_are_the_dense_one(client, pro
 
 
 def test_the_fisher_matrix_is_the_expectation_over_all_labels(client, problem, jacobian):
-    """E over y ~ p(y|z) of g g', summed label by label: nothing of the formula that the program uses."""
+    """The truth is E over y ~ p(y|z) of g g', summed label by label. It does not use
+    the program's formula.
+    """
     params, X, labels, _ = problem
     composite = hvpd.composite(network, cross_entropy, distribution="categorical")
     point = client.register(composite, params, X, labels).at(params)
@@ -96,7 +100,9 @@ def test_the_empirical_fisher_matrix_is_that_of_the_rows_gradients(client, probl
 
 
 def test_a_sum_of_squares(client, problem, jacobian):
-    """J'J, for the Fisher matrix of a normal distribution too; and Hessian = GGN where the model is linear."""
+    """The truth is J'J, for the Fisher matrix of a normal distribution too. For a
+    linear model, the Hessian equals the GGN matrix.
+    """
     params, X, _, Y = problem
     composite = hvpd.composite(network, squared_error, distribution="normal", reduction="sum")
     point = client.register(composite, params, X, Y).at(params)
@@ -164,7 +170,7 @@ def test_operators_that_an_objective_cannot_give_name_the_registration_that_can(
         ({"inputs": 3}, "the model takes 3 data arguments .* 2 were given"),
         (
             {"model": lambda p, X: X @ p["w1"], "distribution": None},
-            r"the loss cannot take what the model returns, .*\[30, 5\]",
+            r"the loss cannot take the value that the model returns, .*\[30, 5\]",
         ),
         ({"model": lambda p, X: jnp.sum(X) > 0}, "the model must return real floating arrays"),
         ({"model": lambda p, X: jnp.sum(p["w1"])}, "must return one array"),
@@ -182,7 +188,7 @@ def test_composites_that_are_none(client, problem, options, says):
 
 
 def test_composites_and_plain_products_do_not_share_launches(client, problem):
-    """At one point, by threads: each operator gets its own."""
+    """Threads ask at one point. Each operator gets its own product."""
     import concurrent.futures
 
     params, X, labels, _ = problem
@@ -203,7 +209,8 @@ def test_the_monte_carlo_fisher_matrix_is_drawn_by_its_seed_and_right_on_average
     point = client.register(composite, params, X, targets).at(params)
     exact = dense(point.fisher())
     draws = [point.fisher(seed=seed) @ np.eye(len(exact)) for seed in range(60)]
-    # Not by its bits: a wider block may have been compiled since, and rounds differently.
+    # Bits may differ, because a wider block may have been compiled since, and rounds
+    # differently.
     np.testing.assert_allclose(draws[3], point.fisher(seed=3) @ np.eye(len(exact)), rtol=0, atol=1e-14)
     assert not np.array_equal(draws[3], draws[4])
     for draw in draws[:3]:
@@ -212,12 +219,15 @@ def test_the_monte_carlo_fisher_matrix_is_drawn_by_its_seed_and_right_on_average
     errors = [np.linalg.norm(draw - exact) for draw in draws]
     mean_error = np.linalg.norm(np.mean(draws, axis=0) - exact)
     assert min(errors) > 0
-    # The error of a mean of 60 independent draws is about 1 / sqrt(60) of one draw's; twice that leaves room for chance.
+    # The error of a mean of 60 independent draws is about 1 / sqrt(60) of one draw's.
+    # Twice that leaves room for chance.
     assert mean_error < 2 * np.sqrt(np.mean(np.square(errors)) / 60)
 
 
 def test_a_draw_is_of_gradients_of_the_distribution(client, problem, jacobian):
-    """With one sample for each row: J' g g' J, where each g is one of the few that the distribution has."""
+    """One sample for each row gives J' g g' J, where each g is one of the few that the
+    distribution has.
+    """
     params, X, labels, _ = problem
     composite = hvpd.composite(network, cross_entropy, distribution="categorical")
     point = client.register(composite, params, X[:1], labels[:1]).at(params)
@@ -233,5 +243,5 @@ def test_a_draw_is_of_gradients_of_the_distribution(client, problem, jacobian):
         found.add(match)
     assert len(found) > 1
     for seed in (-1, 2**64):
-        with pytest.raises(hvpd.InvalidArgumentError, match="a seed is a whole number"):
+        with pytest.raises(hvpd.InvalidArgumentError, match="seed must be an integer"):
             point.fisher(seed=seed)

@@ -1,6 +1,8 @@
-"""Every curvature of a composite against curvlinops, an independent library on PyTorch, from values that are in a file.
+"""Every curvature of a composite against curvlinops, an independent library on PyTorch.
+Its values are in a file.
 
-tests/truth/curvlinops_values.py made the file and says how; PyTorch itself is not needed here.
+tests/truth/curvlinops_values.py made the file and says how. PyTorch itself is not
+needed here.
 """
 
 import json
@@ -21,7 +23,7 @@ CASES = TRUTH["cases"]
 
 
 def truth(case, kind):
-    """A matrix of the file, in PyTorch's order of parameters."""
+    """Return a matrix of the file, in PyTorch's order of parameters."""
     rows = CASES[case]["matrices"][kind]
     lower = np.array([row + [0.0] * (len(rows) - len(row)) for row in rows])
     return np.tril(lower) + np.tril(lower, -1).T
@@ -32,8 +34,8 @@ def assert_close(found, expected):
     assert np.abs(found - expected).max() <= 1e-10 * np.abs(expected).max()
 
 
-# PyTorch's weights are [out, in], and each comes before its bias: so they are in the layout "torch". In "jax" kernels are [in, out],
-# in dicts, whose sorted keys put the bias first.
+# The layout "torch" is PyTorch's: weights are [out, in], and each comes before its
+# bias. In "jax", kernels are [in, out], in dicts, whose sorted keys put the bias first.
 def as_pytree(layers, layout):
     if layout == "torch":
         return [list(layer.values()) for layer in layers]
@@ -66,7 +68,9 @@ def model(case, layout):
 
 
 def loss(case):
-    """What PyTorch's CrossEntropyLoss and MSELoss are: the mean of the latter is over rows and outputs, and no half is taken."""
+    """Return a loss like PyTorch's CrossEntropyLoss or MSELoss. MSELoss is the mean
+    over rows and outputs, without a half.
+    """
     over = {"mean": jnp.mean, "sum": jnp.sum}[CASES[case]["reduction"]]
     if CASES[case]["loss"] == "squared_error":
         return lambda z, Y: over((z - Y) ** 2)
@@ -74,7 +78,7 @@ def loss(case):
 
 
 class Here:
-    """A case at a server: its point, and the matrices of the file in the order of its x."""
+    """A case at a server: its point, and the file's matrices in the order of its x."""
 
     def __init__(self, client, case, layout):
         spec = CASES[case]
@@ -90,7 +94,8 @@ class Here:
         params = as_pytree(layers, layout)
         objective = client.register(composite, params, np.array(spec["inputs"]), np.array(spec["targets"]))
         self.point = objective.at(params)
-        # Where each element of x lies in PyTorch's order, from raveling these places like parameters.
+        # Positions of x's elements in PyTorch's order: the positions are raveled like
+        # parameters.
         places, start = [], 0
         for layer in layers:
             places.append({})
@@ -130,7 +135,9 @@ def test_the_file_is_of_the_networks_of_the_script():
 
 
 def test_the_file_discriminates():
-    """No two curvatures of a nonlinear network are alike, nor is K-FAC the Gauss-Newton matrix: what is compared could be wrong."""
+    """No two curvatures of a nonlinear network are alike, and K-FAC is not the
+    Gauss-Newton matrix. So a wrong operator would be seen.
+    """
     for case in ("classifier", "classifier_sum", "classifier_pooled", "regression", "regression_sum"):
         found = [truth(case, kind) for kind in ("hessian", "ggn", "empirical_fisher", "kfac")]
         for i, one in enumerate(found):
@@ -151,9 +158,11 @@ def test_ggn(here):
 
 
 def test_fisher(here):
-    """Of a normal distribution ours has variance 1, and curvlinops' 1/2, so that -log p is the squared error without a half: twice
-    as much (`make_grad_output_sampler` in its fisher.py, std = sqrt(0.5)). Under a mean ours is 1/rows of the sum over rows, and
-    curvlinops' 1/(rows outputs), as MSELoss has it (`reduction_factor` in `make_batch_fmc_matrix_product`, there).
+    """Our normal distribution has variance 1, so -log p is half the squared error. That
+    of curvlinops has variance 1/2, so its -log p is the squared error, which is twice
+    as much (`make_grad_output_sampler` in its fisher.py, std = sqrt(0.5)). For a mean,
+    ours is 1/rows of the sum over rows. That of curvlinops is 1/(rows outputs), like
+    MSELoss (`reduction_factor` in `make_batch_fmc_matrix_product`, there).
     """
     factor = 1.0
     if CASES[here.case]["loss"] == "squared_error":
@@ -162,9 +171,11 @@ def test_fisher(here):
 
 
 def test_empirical_fisher(here):
-    """With l the loss of a row and c = 1/rows for a mean, ours is c sum of grad l grad l'. So is curvlinops', but for the mean of a
-    squared error, where l is itself the mean over C outputs: there curvlinops takes the sum over them for l and 1/(rows C) for c
-    (`reduction_factor` in `make_batch_ef_matrix_product`, its gradient_moments.py), which is C**2 / C = C times as much.
+    """Let l be the loss of a row, and c = 1/rows for a mean. Ours is c sum of grad l
+    grad l'. That of curvlinops is equal, except for the mean of a squared error, where
+    l is itself the mean over C outputs. There curvlinops takes the sum over them for l,
+    and 1/(rows C) for c (`reduction_factor` in `make_batch_ef_matrix_product`, its
+    gradient_moments.py), which is C**2 / C = C times as much.
     """
     factor = here.outputs if here.squared_mean else 1
     assert_close(factor * dense(here.point.empirical_fisher()), here.truth("empirical_fisher"))
@@ -181,7 +192,9 @@ def test_the_inverse_of_kfac(here):
 
 
 def test_the_factors_of_kfac(here):
-    """The split is the same: A is a mean over rows, G has the scale of the loss. A bias is the last row and column of A."""
+    """Both split alike: A is a mean over rows, and G has the scale of the loss. A bias
+    is the last row and column of A.
+    """
     layers, spec = here.point.kfac().layers, CASES[here.case]
     assert len(layers) == len(spec["factors"])
     for i, (layer, factors) in enumerate(zip(layers, spec["factors"], strict=True)):
@@ -192,7 +205,9 @@ def test_the_factors_of_kfac(here):
 
 
 def test_kfac_of_a_deep_linear_network_is_the_block_diagonal_of_the_ggn(client):
-    """Bernacchia, Lengyel and Hennequin, Exact natural gradient in deep linear networks, NeurIPS (2018)."""
+    """Source: Bernacchia, Lengyel and Hennequin, Exact natural gradient in deep linear
+    networks, NeurIPS (2018).
+    """
     point = Here(client, "deep_linear", "torch").point
     sizes = [sum(np.size(value) for value in layer.values()) for layer in CASES["deep_linear"]["parameters"]]
     blocks = scipy.linalg.block_diag(*[np.ones((size, size)) for size in sizes])

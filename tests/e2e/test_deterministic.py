@@ -1,4 +1,6 @@
-"""A fixed bucket: the bits of a product do not depend on who else was asking. Bits are held against those of the product alone."""
+"""With a fixed bucket, the bits of a product do not depend on other callers. They are
+compared with those of the product alone.
+"""
 
 import concurrent.futures
 import threading
@@ -17,7 +19,9 @@ def logistic(w, X, y):
 
 
 def network(p, X, y):
-    """In float32, at a width of two, the second vector of a block has other bits than the first on some CPUs."""
+    """Return a network. In float32 at width two, on some CPUs, the second vector of a
+    block has other bits than the first.
+    """
     W, u = p[:48].reshape(3, 16), p[48:].reshape(16, 1)
     return jnp.mean((jnp.tanh(X[:, :3] @ W) @ u - y[:, None]) ** 2)
 
@@ -29,12 +33,14 @@ def problem(dtype=np.float64, rows=ROWS, seed=0):
 
 
 def bits(product):
-    """Of each vector of a product[n,k]."""
+    """Return the bits of each vector of a product[n,k]."""
     return [column.tobytes() for column in np.ascontiguousarray(product.T)]
 
 
 def under_load(addresses, name, x, V, expected, *, product=lambda H, V: bits(H @ V), threads=16, rounds=8):
-    """Asks from many threads of several clients for blocks of all widths; returns how many vectors launches had, on average."""
+    """Ask from many threads of several clients for blocks of all widths. Return the
+    mean number of vectors in a launch.
+    """
     clients = [hvpd.connect(address) for address in addresses]
     operators = [client.objective(name).at(x).hessian() for client in clients]
     together = threading.Barrier(threads)
@@ -122,7 +128,9 @@ def test_bits_are_the_same_after_a_restart(serve):
 
 
 def test_a_point_where_everything_is_not_finite_or_zero_settles_nothing(client):
-    """The first product of the objective is where it cannot be told whether the place in a block matters."""
+    """At the point of the objective's first product, the server cannot see whether the
+    place in a block matters.
+    """
     x, X, y = problem(np.float32)
     objective = client.register(network, x, X, y, fixed_bucket=2)
     V = np.random.default_rng(4).normal(size=(N, 4)).astype(np.float32)
@@ -134,7 +142,7 @@ def test_a_point_where_everything_is_not_finite_or_zero_settles_nothing(client):
 
 
 def test_data_in_chunks(serve):
-    """Of which the budget has room for a tenth."""
+    """The budget has room for a tenth of the data."""
     x, X, y = problem(rows=3001)
     server = serve("--memory-budget", str(X.nbytes // 10))
     with hvpd.connect(server.address) as client:

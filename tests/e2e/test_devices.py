@@ -1,4 +1,6 @@
-"""Several devices of one host: objectives spread over them, and data of one objective split over all. The CPU, as if it were four."""
+"""Several devices of one host, here a CPU that acts as four. Objectives are spread over
+them, and one objective's data is split over all.
+"""
 
 import concurrent.futures
 import threading
@@ -25,7 +27,7 @@ def rows(count, seed=0):
 
 
 def truth(w, X, y):
-    """Value, gradient and Hessian."""
+    """Return the value, the gradient and the Hessian."""
     margin = y * (X @ w)
     s = 1.0 / (1.0 + np.exp(margin))
     value = np.mean(np.logaddexp(0.0, -margin)) + 0.05 * w @ w
@@ -62,8 +64,9 @@ def test_the_server_says_how_many_there_are(host, client):
     assert client.server.device_count == 1
 
 
+@pytest.mark.filterwarnings("ignore::hvpd.CurvatureWarning")  # No device has room for the checks.
 def test_objectives_are_spread_so_that_each_device_has_one_of_four(serve):
-    """A device has half of 400 kB for itself: two of these data sets are too much for one."""
+    """A device has half of 400 kB, and two of these data sets are larger."""
     server = serve("--memory-budget", "400K", environment=FOUR)
     with hvpd.connect(server.address) as client:
         data = [rows(1100, seed) for seed in range(4)]
@@ -90,10 +93,19 @@ def test_objectives_with_the_same_data_have_one_copy(serve):
 
 @pytest.mark.parametrize("options", [{}, {"any_rows": True}, {"row_reduction": "mean"}, {"fixed_bucket": 4}], ids=str)
 @pytest.mark.parametrize("count", [4, 1000, 1001, 3])
-def test_data_that_is_split_gives_what_it_gives_whole(host, options, count):
-    """Rows that four do not divide are on each device as a whole."""
+def test_split_data_gives_the_same_results_as_whole_data(host, options, count):
+    """If four does not divide the rows, each device has all of them."""
     data = rows(count)
     assert_right(host.register(logistic, np.zeros(N), *data, sharded=True, **options).at(W), *data)
+
+
+def test_krylov_runs_over_split_data(host):
+    X, y = rows(1000)
+    H = host.register(logistic, np.zeros(N), X, y, sharded=True).at(W).hessian()
+    dense = truth(W, X, y)[2]
+    with H.lanczos(N) as run:
+        np.testing.assert_allclose(run.ritz(3).values, np.linalg.eigvalsh(dense)[-3:], rtol=1e-10)
+    np.testing.assert_allclose(H.solve(W, tol=1e-12).x, np.linalg.solve(dense, W), rtol=1e-9)
 
 
 def test_other_data_and_other_numbers_of_rows(host):
@@ -102,8 +114,10 @@ def test_other_data_and_other_numbers_of_rows(host):
         assert_right(objective.at(W, *rows(count, seed=count)), *rows(count, seed=count))
 
 
-def test_one_device_does_not_need_to_hold_what_is_split_over_all(serve):
-    """Half of 400 kB on each: 530 kB fit in four of these, and in none."""
+def test_split_data_needs_room_only_for_its_part_on_each_device(serve):
+    """Each device has half of 400 kB: 530 kB fit in four halves, and in no single
+    one.
+    """
     server = serve("--memory-budget", "400K", environment=FOUR)
     with hvpd.connect(server.address) as client:
         data = rows(4000)
@@ -111,14 +125,14 @@ def test_one_device_does_not_need_to_hold_what_is_split_over_all(serve):
         with pytest.raises(hvpd.OverloadedError, match="memory budget of 204800 bytes"):
             whole.at(W)
         assert_right(client.register(logistic, np.zeros(N), *data, sharded=True).at(W), *data)
-        # On each device as a whole it is too large again.
+        # As a whole, on each device, it is too large again.
         uneven = rows(4001)
         with pytest.raises(hvpd.OverloadedError, match="memory budget of 819200 bytes"):
             client.register(logistic, np.zeros(N), *uneven, sharded=True).at(W)
 
 
 @pytest.mark.parametrize("count", [20_000, 20_003])
-def test_what_is_too_large_for_all_of_them_goes_through_in_chunks_that_are_split(serve, count):
+def test_data_too_large_for_all_devices_goes_through_in_split_chunks(serve, count):
     server = serve("--memory-budget", "200K", environment=FOUR)
     with hvpd.connect(server.address) as client:
         data = rows(count)
@@ -150,7 +164,9 @@ def test_composites_with_all_their_operators(host, client):
 
 
 def test_all_at_once(devices, host):
-    """Objectives of one device each and of all together, with points that come and go, from many threads: each gets its own."""
+    """Many threads use objectives of one device and of all devices, with points that
+    come and go. Each gets its own products.
+    """
     data = [rows(200, seed) for seed in range(6)]
     objectives = [
         host.register(logistic, np.zeros(N), *each, sharded=index % 2 == 0) for index, each in enumerate(data)
@@ -208,7 +224,7 @@ def test_killed_in_the_middle_of_a_solve(serve):
 
 
 def test_a_product_that_never_ends_on_one_device_leaves_the_others_alone(serve):
-    """At points whose first element is positive the loop does not end."""
+    """At points whose first element is positive, the loop does not end."""
     server = serve("--drain", "0.5", environment=FOUR)
 
     def trap(x):

@@ -1,10 +1,11 @@
-"""A disk that is really full: what needs room is refused, what needs none goes on, nothing half-written stays, and room mends it."""
+"""A disk that is really full. Requests that need room are refused, others go on, no
+file is half-written, and free room repairs all.
+"""
 
 import os
 import resource
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,20 +15,18 @@ import scipy.sparse.linalg
 
 import hvpd
 from hvpd.v1 import objective_pb2
-from hvpd_server import _auth
-from hvpd_server._quarantine import Quarantine
-from hvpd_server._store import Store
+from hvpd_server.store.quarantine import Quarantine
+from hvpd_server.store.store import Store
+from hvpd_server.tenancy import token_file
+from tests.support.objectives import quadratic
+from tests.support.waiting import until
 
 N = 60
 
 
-def quadratic(x, A):
-    return x @ A @ x / 2
-
-
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory):
-    """A file system of 48 MiB, in memory."""
+    """Yield a file system of 48 MiB, in memory."""
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("a file system can only be mounted by root")
     place = tmp_path_factory.mktemp("disk")
@@ -42,7 +41,9 @@ def disk(tmp_path_factory):
 
 @pytest.fixture
 def fill(disk):
-    """Takes all the room there is, but for some bytes; gives a function that takes it back."""
+    """Return fill(but=0), which fills the disk except for some bytes, and returns a
+    function that frees it.
+    """
     ballast = disk / "ballast"
 
     def fill(but=0):
@@ -60,13 +61,13 @@ def fill(disk):
 
 
 def tree(store):
-    """Every file below a store that matters."""
+    """Return every file of a store except its cache."""
     return sorted(path for path in store.rglob("*") if path.is_file() and "cache" not in path.parts)
 
 
 @pytest.fixture(scope="module")
 def place(serve_module, disk):
-    """A server whose store is there, with an objective, and a client."""
+    """Yield a server whose store is on that disk, with an objective, and a client."""
     server = serve_module(store=disk / "store")
     A = np.random.default_rng(0).normal(size=(N, N))
     A = A @ A.T / N + np.eye(N)
@@ -83,8 +84,10 @@ def solve(client, A):
 
 
 @pytest.mark.parametrize("but", [0, 5_000, 60_000])
-def test_a_full_disk_refuses_what_is_new_and_serves_what_is_there(place, fill, but):
-    """With no room at all, with room for some of the files, with room for most of them."""
+def test_a_full_disk_refuses_new_objectives_and_serves_stored_ones(place, fill, but):
+    """The disk has no room at all, room for some of the files, or room for most of
+    them.
+    """
     server, client, A = place
     empty = fill(but)
     before = tree(server.store)
@@ -107,7 +110,7 @@ def test_a_full_disk_refuses_what_is_new_and_serves_what_is_there(place, fill, b
 
 
 def test_products_of_widths_that_were_never_compiled_on_a_full_disk(place, fill):
-    """The compiled program cannot be kept, and is used all the same."""
+    """The server cannot keep the compiled program, and uses it nevertheless."""
     server, client, A = place
     fill()
     cached = sorted((server.store / "cache").rglob("*"))
@@ -118,7 +121,7 @@ def test_products_of_widths_that_were_never_compiled_on_a_full_disk(place, fill)
     assert sorted((server.store / "cache").rglob("*")) == cached
 
 
-def test_a_restart_on_a_full_disk_serves_what_was_registered(place, fill):
+def test_a_restart_on_a_full_disk_serves_the_registered_objectives(place, fill):
     server, client, A = place
     empty = fill()
     server.kill()
@@ -130,19 +133,21 @@ def test_a_restart_on_a_full_disk_serves_what_was_registered(place, fill):
 
 
 def test_records_on_a_full_disk_are_the_old_ones_or_the_new(disk, fill, tmp_path):
-    """Tokens, quarantine, names, what was derived, checks: each is written aside and renamed."""
+    """Tokens, quarantine, names, derivations and checks are each written aside and
+    renamed.
+    """
     store = Store(disk / "records")
     try:
         quarantine = Quarantine(store.root, 3)
         tokens = disk / "tokens.json"
-        _auth.create(tokens, "vision", ["use"])
+        token_file.create(tokens, "vision", ["use"])
         quarantine.strike("0" * 64, "before")
         store.add_objective("0" * 64, "a")
         store.add_derivation("0" * 64, "1", objective_pb2.Derivation(mode="auto"))
         kept = {path: path.read_bytes() for path in [tokens, *tree(store.root)]}
         empty = fill()
         for write in (
-            lambda: _auth.create(tokens, "vision", ["use"]),
+            lambda: token_file.create(tokens, "vision", ["use"]),
             lambda: quarantine.strike("0" * 64, "on a full disk"),
             lambda: store.add_objective("0" * 64, "b"),
             lambda: store.add_derivation("0" * 64, "2", objective_pb2.Derivation(mode="linearized")),
@@ -160,15 +165,15 @@ def test_records_on_a_full_disk_are_the_old_ones_or_the_new(disk, fill, tmp_path
 
 
 def test_a_server_may_run_out_of_descriptors_and_goes_on(serve):
-    """Clients beyond the limit wait or are refused; when others have left, they are served."""
+    """Clients beyond the limit wait or are refused. They are served when others have
+    left.
+    """
     server = serve()
     with hvpd.connect(server.address) as client:
         H = client.register(lambda x: jnp.sum(x**4) / 12, np.ones(3)).at(np.ones(3)).hessian()
-        ends, pool = time.monotonic() + 60, client._transport._vectors
-        while not pool.ready:  # From then on products go past gRPC.
-            H @ np.ones(3)
-            assert time.monotonic() < ends
-        for _ in range(3):  # What compiles opens files, and so does XLA in a thread that computes for the first time.
+        pool = client._transport._vectors
+        until(lambda: (H @ np.ones(3)).any() and pool.ready)  # From then on products go past gRPC.
+        for _ in range(3):  # Compiling opens files, and so does XLA in a thread's first computation.
             H @ np.ones(3)
         soft, hard = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
         used = len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))

@@ -1,7 +1,12 @@
-"""What goes wrong around a solve: the server killed, draining, full, evicting, absent; the client gone. Nothing is lost."""
+"""Faults around a solve: the server is killed, drains, is full, evicts, or is absent,
+or the client is gone. No result is lost.
+"""
 
 import concurrent.futures
 import ctypes
+import functools
+import hashlib
+import json
 import re
 import resource
 import signal
@@ -22,10 +27,13 @@ import scipy.sparse.linalg
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import hvpd
+from tests.support.objectives import quadratic
 
 
-def quadratic(x, A):
-    return 0.5 * x @ A @ x
+@pytest.fixture
+def serve(serve, compiled_programs):
+    """Start servers that share their compiled programs."""
+    return functools.partial(serve, cache=compiled_programs)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +98,9 @@ def test_objectives_data_and_names_survive_a_restart(serve, spd):
 
 
 def test_sigterm_lets_a_running_product_finish(serve):
-    """A product that takes about a second is under way when SIGTERM comes; it is answered, then the server is gone."""
+    """SIGTERM comes during a product that takes about a second. The product is
+    answered, and then the server ends.
+    """
     server = serve()
     with hvpd.connect(server.address, retry_timeout=0.5) as client:
 
@@ -119,7 +129,9 @@ def test_sigterm_lets_a_running_product_finish(serve):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads of another process can be signalled on Linux only")
 def test_sigterm_ends_a_server_whichever_thread_it_reaches(serve):
-    """As where the kernel gives it to another than the main thread, or to that one just before it waits for a lock."""
+    """The kernel may give SIGTERM to another thread than the main one, or to the main
+    thread just before it waits for a lock.
+    """
     server = serve()
     pid = server.process.pid
     threads = [int(each.name) for each in Path(f"/proc/{pid}/task").iterdir()]
@@ -128,7 +140,7 @@ def test_sigterm_ends_a_server_whichever_thread_it_reaches(serve):
 
 
 def test_points_that_do_not_fit_come_back_by_themselves(serve):
-    """The budget holds two points; three take turns."""
+    """The budget holds two points, and three take turns."""
     n = 1000
     server = serve("--memory-budget", str(2 * 2 * n * 8))
     with hvpd.connect(server.address) as client:
@@ -144,7 +156,9 @@ def test_points_that_do_not_fit_come_back_by_themselves(serve):
 
 
 def test_a_full_disk_refuses_and_recovers(serve):
-    """The server's process may write no file above 64 KiB: the system refuses as it does on a full disk."""
+    """The server's process may write no file above 64 KiB. The system refuses as it
+    does on a full disk.
+    """
     server = serve()
     with hvpd.connect(server.address) as client:
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
@@ -180,13 +194,37 @@ def test_a_blob_corrupted_on_disk_is_found_set_aside_and_healed(serve, spd):
 
 def test_no_server_at_the_address():
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound, not listening: nothing answers here, and nobody else gets the port
+        taken.bind(("127.0.0.1", 0))  # The port is taken, and nothing answers on it, because nothing listens.
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         started = time.monotonic()
-        with pytest.raises(hvpd.UnavailableError, match=f"no hvpd server answers at {address}.*hvpd serve") as error:
-            hvpd.connect(address, connect_timeout=0.5)
-        assert time.monotonic() - started < 10
+        for timeout in (0.5, None):
+            says = f"no hvpd server answers at {address}.*: port .* refuses connections: is `hvpd serve` running"
+            with pytest.raises(hvpd.UnavailableError, match=says) as error:
+                hvpd.connect(address, connect_timeout=timeout)
+            assert error.value.reason == "CONNECTION_REFUSED"
+        assert time.monotonic() - started < 8
         assert isinstance(error.value, ConnectionError)
+
+
+def test_a_host_without_an_address():
+    started = time.monotonic()
+    with pytest.raises(hvpd.UnavailableError, match=r"gpu-box.invalid has no address .*spelling") as error:
+        hvpd.connect("gpu-box.invalid:7070")
+    assert error.value.reason == "HOST_NOT_FOUND"
+    assert time.monotonic() - started < 8
+
+
+def test_a_stated_timeout_waits_for_a_server_that_starts(serve):
+    server = serve()
+    server.kill()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        connecting = pool.submit(hvpd.connect, server.address, connect_timeout=120)
+        with pytest.raises(hvpd.UnavailableError, match="refuses connections"):
+            hvpd.connect(server.address)
+        assert not connecting.done()
+        server.start()
+        with connecting.result() as client:
+            assert client.server.version == hvpd.__version__
 
 
 def test_something_that_is_not_grpc_at_the_address():
@@ -201,21 +239,23 @@ def test_something_that_is_not_grpc_at_the_address():
     "address", ["gpu-box", ":7070", "host:port", "host:99999", "http://host:7070", " host:7070", 5, b"h:1"]
 )
 def test_addresses_that_are_none(address):
-    with pytest.raises(hvpd.InvalidArgumentError, match="an address is host:port"):
+    with pytest.raises(hvpd.InvalidArgumentError, match="an address must be host:port"):
         hvpd.connect(address)
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"timeout": "a"}, "timeout is a number of seconds"),
-        ({"connect_timeout": -1}, "connect_timeout is a number of seconds"),
-        ({"retry_timeout": float("nan")}, "retry_timeout is a number of seconds"),
-        ({"priority": 101}, "priority is a whole number from -100 to 100, got 101"),
-        ({"priority": 0.5}, "priority is a whole number"),
-        ({"priority": True}, "priority is a whole number"),
-        ({"token": "é"}, "a token is made of printable ASCII"),
-        ({"token": "a\nb"}, "a token is made of printable ASCII"),
+        ({"timeout": "a"}, "timeout must be a number of seconds"),
+        ({"timeout": float("inf")}, r"timeout must be a number of seconds from 0 to 1e\+09, got inf"),
+        ({"connect_timeout": 1e10}, "connect_timeout must be a number of seconds"),
+        ({"connect_timeout": -1}, "connect_timeout must be a number of seconds"),
+        ({"retry_timeout": float("nan")}, "retry_timeout must be a number of seconds"),
+        ({"priority": 101}, "priority must be a whole number from -100 to 100, got 101"),
+        ({"priority": 0.5}, "priority must be a whole number"),
+        ({"priority": True}, "priority must be a whole number"),
+        ({"token": "é"}, "a token must consist of printable ASCII"),
+        ({"token": "a\nb"}, "a token must consist of printable ASCII"),
     ],
 )
 def test_options_of_connect_that_are_none(options, says):
@@ -227,7 +267,7 @@ def test_a_closed_client_says_so(server):
     client = hvpd.connect(server.address)
     client.close()
     client.close()
-    with pytest.raises(hvpd.HvpdError, match="is closed"):
+    with pytest.raises(hvpd.HvpdError, match="is closed: connect again, and use"):
         client.objectives()
 
 
@@ -251,7 +291,7 @@ def test_a_timeout_is_the_callers_and_the_next_call_is_fine(serve):
         assert np.allclose(client.objective("slow").hessp(np.ones(600), np.ones(600)), 2 * 600)
 
 
-def test_a_client_killed_with_products_in_flight_harms_nobody(server, client):
+def test_a_client_killed_with_products_in_flight_harms_no_others(server, client):
     objective = client.register(lambda x: jnp.sum(x**4) / 12, np.zeros(200_000), name="victim")
     program = textwrap.dedent("""
         import sys, threading, numpy as np, hvpd
@@ -277,7 +317,9 @@ def test_a_client_killed_with_products_in_flight_harms_nobody(server, client):
 
 
 def test_threads_of_one_client_and_of_many_are_batched_and_get_their_own(server):
-    """Eight threads of two clients at one point: each gets its own product, and launches were shared."""
+    """Eight threads of two clients ask at one point. Each gets its own product, and
+    they share launches.
+    """
     n = 2000
     with hvpd.connect(server.address) as one, hvpd.connect(server.address) as two:
         x = np.linspace(0, 1, n)
@@ -313,11 +355,13 @@ def test_two_servers_cannot_share_a_store_or_a_port(serve, tmp_path):
 
 
 def test_more_streams_than_the_server_keeps(serve):
-    """Sixteen clients, and a server of eight calls: whoever was idle is sent away and comes back, unnoticed."""
+    """A server of eight calls has sixteen clients. It ends idle streams, and their
+    clients come back without an error.
+    """
     server = serve("--max-calls", "8")
     clients = [hvpd.connect(server.address) for _ in range(16)]
-    clients[0].register(lambda x: jnp.sum(x**4) / 12, np.zeros(3), name="crowd")
-    operators = [client.objective("crowd").at(np.arange(3.0)).hessian() for client in clients]
+    clients[0].register(lambda x: jnp.sum(x**4) / 12, np.zeros(3), name="many")
+    operators = [client.objective("many").at(np.arange(3.0)).hessian() for client in clients]
     for _ in range(2):
         for H in operators:
             assert np.array_equal(H @ np.ones(3), np.arange(3.0) ** 2)
@@ -326,7 +370,9 @@ def test_more_streams_than_the_server_keeps(serve):
 
 
 def test_data_that_is_needed_counts_and_stays(serve):
-    """Data, and the points that hold on to it, share the budget: an objective that is in use keeps its data."""
+    """Data and the points that hold on to it share the budget. An objective in use
+    keeps its data.
+    """
     n, rows = 100, 200
     server = serve("--memory-budget", str(2 * rows * n * 8 + 10 * 2 * n * 8))
     rng = np.random.default_rng(0)
@@ -342,7 +388,9 @@ def test_data_that_is_needed_counts_and_stays(serve):
 
 
 def test_a_computation_that_never_ends_blocks_neither_health_nor_others_nor_the_end(serve):
-    """The loop's condition depends on x alone, and no derivative goes through it: at some points it ends, at others never."""
+    """The loop's condition depends on x alone, and no derivative goes through it. At
+    some points the loop ends, and at others it never does.
+    """
     server = serve("--drain", "0.5")
 
     def trap(x):
@@ -362,48 +410,66 @@ def test_a_computation_that_never_ends_blocks_neither_health_nor_others_nor_the_
     assert server.terminate() == 0
 
 
-DAMAGE = {
-    "an empty name": lambda store, digest: next((store / "names").iterdir()).write_bytes(b""),
-    "a name that is no record": lambda store, digest: next((store / "names").iterdir()).write_text("[1]"),
-    "a name that is a path": lambda store, digest: next((store / "names").iterdir()).write_text(
-        '{"name": "lost", "digest": "../../../etc/passwd"}'
-    ),
-    "a directory among names": lambda store, digest: (store / "names" / "directory").mkdir(),
-    "a directory among uploads": lambda store, digest: (store / "incoming" / "directory").mkdir(),
-    "an empty marker": lambda store, digest: (store / "objectives" / digest).write_bytes(b""),
-    "a marker of nothing": lambda store, digest: (store / "objectives" / ("0" * 64)).write_text(
-        '{"create_time_ns": 1}'
-    ),
-    "a lost bundle": lambda store, digest: (store / "blobs" / digest[:2] / digest).unlink(),
-    "an empty bundle": lambda store, digest: (store / "blobs" / digest[:2] / digest).write_bytes(b""),
-    "every blob altered": lambda store, digest: [
-        path.write_bytes(b"\0" + path.read_bytes()[1:]) for path in (store / "blobs").rglob("*") if path.is_file()
-    ],
-}
+def test_damaged_records_affect_no_other_objective_and_registering_repairs_them(serve, spd):
+    """Each record is damaged in another way, all at once."""
+    server = serve()
+    matrices = {name: spd + index for index, name in enumerate(["named", "marker", "lost", "empty", "sound"])}
+    with hvpd.connect(server.address) as client:
+        digests = {name: client.register(quadratic, np.zeros(60), A, name=name).digest for name, A in matrices.items()}
+        for name in ("no-record", "path", "other"):
+            client.register(quadratic, np.zeros(60), matrices["named"], name=name)
+    server.kill()
+    blobs, markers, names = (server.store / part for part in ("blobs", "objectives", "names"))
+    for name, content in {
+        "named": b"",
+        "no-record": b"[1]",
+        "path": b'{"name": "path", "digest": "../../../etc/passwd"}',
+        "other": json.dumps({"name": "stray", "digest": digests["sound"]}).encode(),
+    }.items():
+        record = names / hashlib.sha256(name.encode()).hexdigest()
+        assert record.is_file()
+        record.write_bytes(content)
+    (names / "directory").mkdir()
+    (server.store / "incoming" / "directory").mkdir()
+    (markers / digests["marker"]).write_bytes(b"")
+    (markers / ("0" * 64)).write_text('{"create_time_ns": 1}')
+    (blobs / digests["lost"][:2] / digests["lost"]).unlink()
+    (blobs / digests["empty"][:2] / digests["empty"]).write_bytes(b"")
+    server.start()
+    with hvpd.connect(server.address) as client:
+        client.objectives()
+        sound = client.objective("sound").hessp(np.ones(60), np.ones(60))
+        assert np.allclose(sound, matrices["sound"] @ np.ones(60))
+        for name, A in matrices.items():
+            assert client.register(quadratic, np.zeros(60), A, name=name).digest == digests[name]
+            assert np.allclose(client.objective(name).hessp(np.ones(60), np.ones(60)), A @ np.ones(60))
+        assert sorted(listing.name for listing in client.objectives()) == sorted(matrices)
+        for name in ("no-record", "path", "other"):
+            with pytest.raises(hvpd.NotFoundError):
+                client.objective(name)
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_damaged_in_the_store_costs_nobody_else_and_registering_mends_it(serve, spd, damage):
+def test_an_objective_is_repaired_after_every_blob_was_altered(serve, spd):
     server = serve()
     with hvpd.connect(server.address) as client:
         digest = client.register(quadratic, np.zeros(60), spd, name="damaged").digest
     server.kill()
-    DAMAGE[damage](server.store, digest)
+    for path in (server.store / "blobs").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"\0" + path.read_bytes()[1:])
     server.start()
     with hvpd.connect(server.address) as client:
         client.objectives()
-        mended = client.register(quadratic, np.zeros(60), spd, name="damaged")
-        assert mended.digest == digest
-        if damage == "every blob altered":  # Data is read with the first point.
-            with pytest.raises(hvpd.HvpdError, match="corrupt on the server's disk"):
-                client.objective("damaged").at(np.ones(60))
-            client.register(quadratic, np.zeros(60), spd, name="damaged")
+        assert client.register(quadratic, np.zeros(60), spd, name="damaged").digest == digest
+        with pytest.raises(hvpd.HvpdError, match="corrupt on the server's disk"):  # Data is read with the first point.
+            client.objective("damaged").at(np.ones(60))
+        client.register(quadratic, np.zeros(60), spd, name="damaged")
         product = client.objective("damaged").hessp(np.ones(60), np.ones(60))
         assert np.allclose(product, spd @ np.ones(60))
         assert [listing.name for listing in client.objectives()] == ["damaged"]
 
 
-def test_an_objective_that_lost_a_part_says_what_brings_it_back(serve, spd):
+def test_the_error_for_a_lost_part_says_to_register_again(serve, spd):
     server = serve()
     with hvpd.connect(server.address) as client:
         bundle = client.register(quadratic, np.zeros(60), spd, name="parts")._bundle
@@ -422,9 +488,11 @@ def test_an_objective_that_lost_a_part_says_what_brings_it_back(serve, spd):
 
 @pytest.mark.parametrize("call", ["H @ v", "H @ wide", "objective.at(rng.normal(size=20))", "client.objectives()"])
 def test_a_client_goes_on_after_ctrl_c(server, client, call):
-    """The interrupt strikes at times that nobody chose, many times over; each next call answers, and rightly.
+    """The interrupt comes at random times, many times. Each next call answers
+    correctly.
 
-    One that strikes in a destructor of gRPC's is lost, for Python ignores what is raised there: it strikes again, as a user would.
+    Python ignores errors in a destructor, so an interrupt in one of gRPC's is lost. The
+    test then interrupts again, as a user would.
     """
     client.register(lambda x: jnp.sum(x**4) / 12, np.zeros(20), name="interrupted")
     program = textwrap.dedent("""
@@ -459,7 +527,9 @@ def test_a_client_goes_on_after_ctrl_c(server, client, call):
 
 
 def test_data_that_a_server_has_lost_is_sent_again(serve):
-    """Of `objective.at(x, *data)`: it was pruned, or its file is damaged, or the store is another."""
+    """The data of `objective.at(x, *data)` was pruned, its file is damaged, or the
+    store is another one.
+    """
     server = serve()
     rng = np.random.default_rng(0)
     x, first, other = rng.normal(size=(3, 6))

@@ -1,4 +1,6 @@
-"""K-FAC from a real server: against dense Gauss-Newton matrices and closed forms, and through what can go wrong."""
+"""K-FAC from a real server, against dense Gauss-Newton matrices and closed forms, and
+under faults.
+"""
 
 import subprocess
 import sys
@@ -21,7 +23,9 @@ CLASSES = 3
 
 
 def network(params, X):
-    """Two dense layers, the second one's kernel [out, in] and without a bias; a scale between them is in no layer."""
+    """Return the scores of two dense layers. The second kernel is [out, in] without a
+    bias, and a scale between them is in no layer.
+    """
     hidden = jnp.tanh(X @ params["first"]["w"] + params["first"]["b"]) * params["scale"]
     return hidden @ params["second"].T
 
@@ -44,7 +48,7 @@ def softmax(z):
 
 
 def output_hessian(p):
-    """Of each row's cross-entropy in its logits."""
+    """Return the Hessian of each row's cross-entropy in its logits."""
     return np.einsum("...i,ij->...ij", p, np.eye(p.shape[-1])) - np.einsum("...i,...j->...ij", p, p)
 
 
@@ -57,7 +61,9 @@ def dense(operator):
 
 
 def block_diagonal(operator, matrix):
-    """A matrix with zeros outside of the blocks of a Kronecker operator's layers."""
+    """Return the matrix with zeros outside of the blocks of a Kronecker operator's
+    layers.
+    """
     kept = np.zeros_like(matrix)
     for layer in operator.layers:
         inside = np.ix_(layer.elements.reshape(-1), layer.elements.reshape(-1))
@@ -66,7 +72,7 @@ def block_diagonal(operator, matrix):
 
 
 def ggn_of(model, loss, params, *data):
-    """J' H J, dense, from jax's Jacobian and Hessian of the two stages."""
+    """Return the dense J' H J, from jax's Jacobian and Hessian of the two stages."""
     with jax.enable_x64(True):
         flat, unravel = jax.flatten_util.ravel_pytree(params)
         J = np.asarray(jax.jacrev(lambda x: jnp.ravel(model(unravel(x), data[0])))(flat))
@@ -85,7 +91,7 @@ def problem():
 
 @pytest.fixture(scope="module")
 def point(client, problem):
-    """Of a composite with a distribution, at 30 rows."""
+    """Yield a point of a composite with a distribution, at 30 rows."""
     params, X, labels = problem
     composite = hvpd.composite(network, cross_entropy, distribution="categorical", samples=2)
     return client.register(composite, params, X, labels, name="kfac/network").at(params)
@@ -93,7 +99,7 @@ def point(client, problem):
 
 @pytest.fixture(scope="module")
 def one_row(client, problem):
-    """Likewise, at one row, with one sample."""
+    """Yield a point at one row, with one sample."""
     params, X, labels = problem
     composite = hvpd.composite(network, cross_entropy, distribution="categorical")
     return client.register(composite, params, X[:1], labels[:1], any_rows=True, name="kfac/any").at(params)
@@ -112,7 +118,7 @@ def test_layers_are_named_and_say_where_their_elements_lie(point, problem):
         assert (block.A.shape, block.G.shape) == ((p, p), (q, q))
 
 
-def test_one_row_is_exact_and_what_is_in_no_layer_is_zero(one_row, problem):
+def test_one_row_is_exact_and_parameters_outside_layers_are_zero(one_row, problem):
     params, X, labels = problem
     expected = ggn_of(network, cross_entropy, params, X[:1], labels[:1])
     K = one_row.kfac()
@@ -125,7 +131,7 @@ def test_one_row_is_exact_and_what_is_in_no_layer_is_zero(one_row, problem):
 
 
 def test_many_rows_are_the_closed_form(point, problem):
-    """A: the mean of (x, 1)(x, 1)'; G: the sum of J' (diag(p) - p p') J / rows."""
+    """A is the mean of (x, 1)(x, 1)'. G is the sum of J' (diag(p) - p p') J / rows."""
     params, X, _ = problem
     t = np.tanh(X @ params["first"]["w"] + params["first"]["b"])
     hidden = t * params["scale"]
@@ -142,7 +148,7 @@ def test_many_rows_are_the_closed_form(point, problem):
 @pytest.mark.parametrize("distribution", [None, "normal"])
 @pytest.mark.parametrize(("reduction", "loss"), [("mean", mean_squared_error), ("sum", squared_error)])
 def test_deep_linear_networks_are_exact_for_any_number_of_rows(client, reduction, loss, distribution):
-    """Under a squared error: all rows have the same derivatives."""
+    """Under a squared error, all rows have the same derivatives."""
     rng = np.random.default_rng(1)
     model = lambda p, X: (X @ p["a"] + p["b"]) @ p["c"].T + p["d"]  # noqa: E731
     shapes = {"a": (3, 4), "b": 4, "c": (2, 4), "d": 2}
@@ -155,7 +161,9 @@ def test_deep_linear_networks_are_exact_for_any_number_of_rows(client, reduction
 
 
 def test_rows_and_positions_are_the_expanding_formula(client):
-    """z_r = the mean over positions of tanh(y_rt) V: A is a mean over rows and positions, G a sum over both."""
+    """With z_r the mean over positions of tanh(y_rt) V, A is a mean over rows and
+    positions, and G is a sum over both.
+    """
     rng = np.random.default_rng(2)
     model = lambda p, X: jnp.mean(jnp.tanh(X @ p["w"] + p["b"]), axis=1) @ p["v"]  # noqa: E731
     params = {"w": rng.normal(size=(4, 5)), "b": rng.normal(size=5), "v": rng.normal(size=(5, CLASSES))}
@@ -187,13 +195,16 @@ def test_drawn_factors_are_their_seeds_and_right_on_average(point):
         assert not np.array_equal(found[7], found[8])
         assert all(np.linalg.eigvalsh(one).min() > -1e-12 * np.linalg.norm(G) for one in found)
         errors = [np.linalg.norm(one - G) for one in found]
-        # The error of a mean of independent draws is about one draw's divided by the root of their number.
+        # The error of a mean of independent draws is about one draw's, divided by the
+        # root of their number.
         assert np.linalg.norm(np.mean(found, axis=0) - G) < 2 * np.sqrt(np.mean(np.square(errors)) / len(found))
         assert min(errors) > 0.01 * np.linalg.norm(G)
 
 
 def test_a_draw_for_one_row_is_of_one_of_the_labels(one_row, problem):
-    """J' g g' J, where g is p - e_label for a label that was drawn: all there are, and no other."""
+    """The result is J' g g' J, where g is p - e_label for a drawn label. All labels
+    occur, and nothing else.
+    """
     params, X, _ = problem
     t = np.tanh(X[0] @ params["first"]["w"] + params["first"]["b"])
     p = softmax(t * params["scale"] @ params["second"].T)
@@ -210,13 +221,16 @@ def test_a_draw_for_one_row_is_of_one_of_the_labels(one_row, problem):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_normal_draws_have_the_variance_of_the_reduction(client, reduction):
-    """Of a linear model G is s sum over rows of g g', g standard normal, s the reduction's: s rows I on average."""
+    """For a linear model, G is s times the sum over rows of g g'. g is standard normal
+    and s is the reduction's, so G is s rows I on average.
+    """
     X = np.random.default_rng(3).normal(size=(2000, 2))
     loss = mean_squared_error if reduction == "mean" else squared_error
     composite = hvpd.composite(lambda W, X: X @ W, loss, distribution="normal", reduction=reduction, samples=3)
     (layer,) = client.register(composite, np.zeros((2, 2)), X, X).at(np.ones((2, 2))).kfac(seed=5).layers
     off = layer.G / (1 if reduction == "mean" else len(X)) - np.eye(2)
-    # Elements are means of 6000 squares or products of normal numbers, of variance 2 or 1: five standard errors.
+    # Elements are means of 6000 squares or products of normal numbers, of variance 2 or
+    # 1: five standard errors.
     assert np.abs(off).max() < 5 * np.sqrt(2 / 6000)
     assert np.abs(off).min() > 0
     assert relative(layer.A, X.T @ X / len(X)) < 1e-12
@@ -248,7 +262,9 @@ def test_products_and_the_inverse_ask_the_server_nothing(client, point):
 
 
 def test_it_preconditions_cg_on_the_gauss_newton_matrix(client):
-    """Softmax regression on features of scales 1 to 1000: CG alone takes many times the products that it takes with K-FAC."""
+    """Softmax regression has features of scales 1 to 1000. CG alone takes many times
+    the products that it takes with K-FAC.
+    """
     rng = np.random.default_rng(4)
     X, labels = rng.normal(size=(400, 20)) * np.logspace(0, 3, 20), rng.integers(0, CLASSES, 400)
     W = rng.normal(size=(20, CLASSES)) / np.logspace(0, 3, 20)[:, None] / 5
@@ -301,7 +317,7 @@ def test_other_data_of_the_registered_shapes(point, problem):
     assert relative(first.A, ones.T @ ones / len(X)) < 1e-12
 
 
-def test_who_has_neither_the_model_nor_jax_gets_it_too(point):
+def test_a_client_without_the_model_and_jax_gets_the_factors(point):
     program = textwrap.dedent("""
         import sys, numpy as np, hvpd
         with hvpd.connect(sys.argv[1]) as client:
@@ -332,7 +348,7 @@ def test_factors_of_more_than_one_chunk_arrive_whole(client):
     assert relative(layer.G, output_hessian(p).mean(axis=0)) < 1e-12
 
 
-# What goes wrong
+# Faults
 
 
 def test_a_server_that_was_killed_and_started_again_between_the_point_and_its_factors(serve, problem):
@@ -351,7 +367,7 @@ def test_a_server_that_was_killed_and_started_again_between_the_point_and_its_fa
 
 
 def test_points_that_were_evicted_have_factors_all_the_same(serve):
-    """The budget holds the data and two points; three take turns."""
+    """The budget holds the data and two points, and three take turns."""
     n, rows = 300, 4
     X, Y = np.random.default_rng(6).normal(size=(rows, n)), np.zeros((rows, 1))
     server = serve("--memory-budget", str(X.nbytes + Y.nbytes + 2 * 2 * n * 8))
@@ -388,7 +404,7 @@ def test_objectives_without_factors_name_the_registration_that_has_them(client, 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.0, "1", np.float64(2)])
 def test_seeds_that_are_none(point, seed):
-    with pytest.raises(hvpd.InvalidArgumentError, match="a seed is a whole number from 0"):
+    with pytest.raises(hvpd.InvalidArgumentError, match="seed must be an integer from 0"):
         point.kfac(seed=seed)
 
 
@@ -400,7 +416,7 @@ def test_shifts_that_are_none(point, shift):
 
 def test_a_singular_one_has_no_inverse(client, point, problem):
     with pytest.raises(hvpd.InvalidArgumentError, match=r"not positive definite: .* use a shift of "):
-        point.kfac().inverse()  # the logits' sum does not matter: G of the last layer is singular
+        point.kfac().inverse()  # The logits' sum does not matter, so G of the last layer is singular.
     with pytest.raises(hvpd.InvalidArgumentError, match="not positive definite"):
         point.kfac(-1.0).inverse()
     rng = np.random.default_rng(7)
@@ -414,7 +430,9 @@ def test_a_singular_one_has_no_inverse(client, point, problem):
 
 
 def test_an_indefinite_one_says_which_shift_makes_it_definite(client):
-    """The loss sum(cos(z)) of a linear model: G is the diagonal of -sum(cos(z)) over rows."""
+    """For the loss sum(cos(z)) of a linear model, G is the diagonal of -sum(cos(z))
+    over rows.
+    """
     X, W = np.array([[1.0, 2.0], [0.5, -1.0], [0.0, 1.0]]), np.array([[0.1], [0.2]])
     K = client.register(hvpd.composite(lambda W, X: X @ W, lambda z, _: jnp.sum(jnp.cos(z))), W, X, X).at(W).kfac()
     least = np.linalg.eigvalsh(-np.sum(np.cos(X @ W)) * X.T @ X / 3)[0]

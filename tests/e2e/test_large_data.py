@@ -1,6 +1,7 @@
-"""Data of ten times the server's memory budget: the same numbers as with all of it in memory, whatever happens meanwhile.
+"""Data of ten times the server's memory budget gives the same numbers as data that
+fits, also under faults.
 
-Truth is dense, in numpy, or the same objective on a server with room for all.
+Truth is dense, in numpy, or from the same objective on a server with room for all.
 """
 
 import concurrent.futures
@@ -17,6 +18,7 @@ import scipy.optimize
 import scipy.sparse.linalg
 
 import hvpd
+from tests.support.waiting import until
 
 N, ROWS, CLASSES = 20, 20_003, 3
 BUDGET = 330_000
@@ -28,7 +30,7 @@ def logistic(w, X, y, strength):
 
 
 def truth(w, X, y, strength):
-    """Value, gradient and Hessian."""
+    """Return the value, the gradient and the Hessian."""
     margin = y * (X @ w)
     s = 1.0 / (1.0 + np.exp(margin))
     value = np.mean(np.logaddexp(0.0, -margin)) + 0.5 * strength * w @ w
@@ -52,7 +54,7 @@ VALUE, GRADIENT, HESSIAN = truth(W, X, Y, 0.1)
 
 @pytest.fixture(scope="module")
 def small(serve_module):
-    """A server with room for a tenth of the data."""
+    """Yield a server with room for a tenth of the data."""
     assert X.nbytes + Y.nbytes >= 10 * BUDGET
     return serve_module("--memory-budget", str(BUDGET))
 
@@ -94,8 +96,8 @@ def test_quadratic_forms(point):
 
 
 def test_its_registration_was_checked_and_its_products_pass(cramped, objective):
-    while (found := objective.registration_check()).verdict == "pending":
-        pass
+    until(lambda: objective.registration_check().verdict != "pending")
+    found = objective.registration_check()
     assert (found.verdict, found.reason) == ("passed", "")
     assert objective.check(W, probes=2).passed
 
@@ -110,6 +112,14 @@ def test_solvers_do_not_notice(objective):
     step, code = scipy.sparse.linalg.cg(objective.at(found.x).hessian(), W, rtol=1e-10)
     assert code == 0
     assert_close(step, np.linalg.solve(hessian, W), 1e-8)
+
+
+def test_krylov_runs_do_not_notice(point):
+    H = point.hessian()
+    with H.lanczos(N) as run:
+        assert_close(run.ritz(3).values, np.linalg.eigvalsh(HESSIAN)[-3:])
+    assert_close(H.solve(W, tol=1e-12).x, np.linalg.solve(HESSIAN, W), 1e-9)
+    assert_close(H.trace(products=N).value, np.trace(HESSIAN))
 
 
 def test_float32(cramped):
@@ -131,7 +141,9 @@ def test_a_sum(cramped):
 
 
 def test_pytrees_and_principal_blocks(cramped):
-    """Data as a dict, of which one leaf has no rows, and integers; x as a dict, with a block that has programs of its own."""
+    """The data is a dict with a leaf without rows and with integers. x is a dict, with
+    a block that has its own programs.
+    """
 
     def loss(params, batch):
         margin = (2 * batch["label"] - 1) * (batch["X"] @ (params["w"] * batch["scale"]) + params["b"])
@@ -187,14 +199,16 @@ COMPOSITES = {
 
 @pytest.fixture(scope="module", params=["mean", "sum"])
 def both(request, cramped, client):
-    """The same point twice: where data goes through the device in chunks, and with all of it there."""
+    """Yield the same point on two servers: with data in chunks, and with all data
+    resident.
+    """
     composite, targets = COMPOSITES[request.param]
     rng = np.random.default_rng(5)
     params = {"a": {"w": rng.normal(size=(N, 3)), "b": rng.normal(size=3)}, "out": rng.normal(size=(3, CLASSES))}
     return [
         each.register(composite, params, X, targets, row_reduction=request.param).at(params)
         for each in (cramped, client)
-    ]  # Each of them compiles for itself, and the first for two lengths of chunks.
+    ]  # Each server compiles for itself, and the first one for two lengths of chunks.
 
 
 @pytest.mark.parametrize("operator", ["hessian", "ggn", "fisher", "empirical_fisher"])
@@ -211,16 +225,17 @@ def test_kronecker_factors_are_those_in_memory(both):
     assert_close(K @ (K.inverse() @ np.ones(K.shape[0])), np.ones(K.shape[0]), 1e-8)
 
 
-def test_what_is_drawn_is_the_same_for_the_same_seed_and_right_on_average(both):
+def test_samples_repeat_for_a_seed_and_are_right_on_average(both):
     point = both[0]
     probe = np.random.default_rng(6).normal(size=point.n)
     draws = [point.fisher(seed=seed) @ probe for seed in range(16)]
-    for seed in (0, 7):  # Rounded differently, perhaps, where a wider launch was compiled meanwhile.
+    for seed in (0, 7):  # A wider launch, compiled meanwhile, may round differently.
         np.testing.assert_allclose(point.fisher(seed=seed) @ probe, draws[seed], rtol=1e-9)
     exact = point.fisher() @ probe
     errors = [np.linalg.norm(draw - exact) for draw in draws]
     assert min(errors) > 0
-    # Of 16 independent draws the mean is off by a quarter of what one is; twice that leaves room for chance.
+    # The mean of 16 independent draws is off by a quarter of one draw's error. Twice
+    # that leaves room for chance.
     assert np.linalg.norm(np.mean(draws, axis=0) - exact) < 2 * np.sqrt(np.mean(np.square(errors)) / 16)
     first, second = (point.kfac(seed=seed).layers[0].G for seed in (4, 5))
     assert np.array_equal(first, point.kfac(seed=4).layers[0].G)
@@ -228,7 +243,9 @@ def test_what_is_drawn_is_the_same_for_the_same_seed_and_right_on_average(both):
 
 
 def test_chunks_draw_independently(cramped):
-    """All rows are equal: were the draws of chunks equal too, their mean would be as far off as that of one chunk."""
+    """All rows are equal. If the chunks' draws were equal too, their mean would be as
+    far off as that of one chunk.
+    """
     composite = hvpd.composite(lambda x, X: X * x, squared_error, distribution="normal", reduction="sum")
     ones = np.ones(ROWS * (N + 1))
     point = cramped.register(composite, np.ones(1), ones, ones, row_reduction="sum").at(np.ones(1))
@@ -240,7 +257,7 @@ def test_chunks_draw_independently(cramped):
     assert len(set(off)) == 10
 
 
-# What cannot be, and says so
+# Refusals
 
 
 def test_a_reduction_that_is_not_the_composites_is_refused(cramped):
@@ -252,8 +269,8 @@ def test_a_reduction_that_is_not_the_composites_is_refused(cramped):
         cramped.register(composite, params, X, targets, row_reduction="max")
 
 
-def test_what_is_no_such_mean_or_sum_is_refused_and_not_answered_wrongly(serve):
-    """A sum with a penalty would have it once for each chunk."""
+def test_an_objective_that_is_no_mean_or_sum_over_rows_is_refused(serve):
+    """A sum with a penalty would have the penalty once for each chunk."""
 
     def penalized(w, X, y):
         return jnp.sum((X @ w - y) ** 2) + w @ w
@@ -266,8 +283,8 @@ def test_what_is_no_such_mean_or_sum_is_refused_and_not_answered_wrongly(serve):
             with pytest.raises(hvpd.InvalidArgumentError, match=says) as no:
                 objective.at(W)
             assert no.value.reason == "ROW_REDUCTION"
-            while (found := objective.registration_check()).verdict == "pending":
-                pass
+            until(lambda objective=objective: objective.registration_check().verdict != "pending")
+            found = objective.registration_check()
             assert found.verdict == "undecided"
             assert "row_reduction" in found.reason
             assert objective.at(W, *few).value == pytest.approx(np.sum((few[0] @ W - few[1]) ** 2) + W @ W)
@@ -289,7 +306,7 @@ def test_a_row_that_does_not_fit_is_refused_with_its_size(cramped):
         objective.at(np.ones(1))
 
 
-def test_what_has_no_rows_and_does_not_fit_is_refused(cramped):
+def test_data_without_rows_that_does_not_fit_is_refused(cramped):
     table = np.ones(BUDGET // 8)
     objective = cramped.register(
         lambda w, X, y, table: logistic(w, X, y, 0.1) * table[0], np.zeros(N), X, Y, table, row_reduction="mean"
@@ -298,7 +315,7 @@ def test_what_has_no_rows_and_does_not_fit_is_refused(cramped):
         objective.at(W)
 
 
-# What goes wrong meanwhile
+# Faults
 
 
 def test_killed_in_the_middle_of_a_solve_and_restarted(serve):
@@ -368,7 +385,9 @@ def test_a_file_that_is_cut_short_while_it_is_in_use_ends_the_product_and_not_th
 
 
 def test_two_tenants_one_with_data_in_chunks_and_one_with_data_that_is_resident(serve):
-    """At once, from several threads each, with points that come and go: each gets its own."""
+    """Both tenants ask at once, from several threads, with points that come and go.
+    Each gets its own products.
+    """
     server = serve("--memory-budget", str(BUDGET))
     few = rows(300, seed=9)
     with hvpd.connect(server.address) as one, hvpd.connect(server.address) as two:
@@ -392,8 +411,9 @@ def test_two_tenants_one_with_data_in_chunks_and_one_with_data_that_is_resident(
 
 
 def test_the_process_does_not_hold_the_data(serve):
-    """Thirty million numbers: 240 MB on the disk, through a budget of 2 MB. What has passed through the allocator stays there: so much
-    does."""
+    """Thirty million numbers, 240 MB on the disk, go through a budget of 2 MB. Memory
+    that has passed through the allocator stays there.
+    """
     server = serve("--memory-budget", "2M")
 
     def anonymous_bytes():

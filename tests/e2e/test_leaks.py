@@ -1,4 +1,6 @@
-"""A hundred thousand products by clients that come and go: descriptors, threads and memory of the server stay what they were."""
+"""After a hundred thousand products by clients that come and go, the server has as many
+descriptors and threads and as much memory as before.
+"""
 
 import concurrent.futures
 import os
@@ -14,7 +16,9 @@ import scipy.sparse.linalg
 import hvpd
 
 PRODUCTS = int(os.environ.get("HVPD_LEAK_PRODUCTS", "2500"))
-"""After a warm-up of 5,000, or as many as that, whichever is less."""
+"""Products after a warm-up. The warm-up has 5,000, or as many as this if that is
+less.
+"""
 
 CALLERS = 4
 EACH = 125
@@ -24,8 +28,9 @@ N = 60
 X = np.random.default_rng(0).normal(size=(2 * N, N)) / 8
 
 MEMORY_MIB = 24
-"""What memory may grow by, whatever the number of products: several times what it wanders by (the allocator's arenas, one
-for each thread). A leak of 300 bytes a product would be 29 MiB after 100,000.
+"""Most MiB by which memory may grow, for any number of products. It is several times
+the usual variation (the allocator's arenas, one for each thread). A leak of 300 bytes a
+product would be 29 MiB after 100,000.
 """
 
 
@@ -39,7 +44,7 @@ def truth(x):
 
 
 def seen(server):
-    """Descriptors, threads, MiB of memory."""
+    """Return the numbers of descriptors and threads, and the MiB of memory."""
     root = Path(f"/proc/{server.process.pid}")
     status = (root / "status").read_text()
     return (
@@ -50,7 +55,7 @@ def seen(server):
 
 
 def visit(server, number):
-    """One client: comes, solves, makes products, goes. Its points are new ones."""
+    """Connect one client, solve, make products at new points, and leave."""
     rng = np.random.default_rng(number)
     x = rng.normal(size=N)
     with hvpd.connect(server.address) as client:
@@ -70,12 +75,14 @@ def visit(server, number):
         for _ in range(EACH - made - 1):
             assert np.array_equal(H @ v, Hv) or np.allclose(H @ v, Hv, rtol=1e-9)
         if number % 10 == 0:
-            hvpd.connect(server.address)._transport._channel.close()  # One that does not say goodbye.
+            hvpd.connect(server.address)._transport.channel.close()  # A client that just hangs up.
         return client.statistics().products
 
 
 def visits(server, first, products):
-    """As many products, by visits of several clients at once; returns how many it were."""
+    """Make at least as many products by visits of several clients at once. Return their
+    number.
+    """
     made, number = 0, first
     with concurrent.futures.ThreadPoolExecutor(CALLERS) as pool:
         while made < products:
@@ -86,7 +93,7 @@ def visits(server, first, products):
 
 def test_products_without_end_leave_nothing_behind(serve):
     """The budget holds two hundred points, so that points are evicted, too."""
-    server = serve("--memory-budget", "256K")
+    server = serve("--memory-budget", "256K", forked=False)  # Its own memory is measured.
     with hvpd.connect(server.address) as client:
         client.register(logistic, np.zeros(N), X, name="leaks/logistic")
     _, number = visits(server, 0, min(5000, PRODUCTS))
@@ -95,7 +102,7 @@ def test_products_without_end_leave_nothing_behind(serve):
         made, number = visits(server, number, max(PRODUCTS // 10, 1))
         total += made
         readings.append(seen(server))
-    print(f"\n{total} products after the warm-up; descriptors, threads, MiB: {before}, then {readings}")  # noqa: T201 - a reading for docs/security.md
+    print(f"\n{total} products after the warm-up; descriptors, threads, MiB: {before}, then {readings}")  # noqa: T201 - a reading for docs/operate/security/attacks.md
     middle = [statistics.median(column) for column in zip(*readings[-5:], strict=True)]
     assert middle[0] <= before[0] + 4
     assert middle[1] <= before[1] + 8
@@ -104,7 +111,7 @@ def test_products_without_end_leave_nothing_behind(serve):
     assert server.metric("hvpd_pending_vectors") == 0
 
 
-def test_an_idle_client_keeps_nothing_of_what_it_has_multiplied(client):
+def test_an_idle_client_keeps_no_vector_that_it_multiplied(client):
     H = client.register(logistic, np.zeros(N), X).at(np.ones(N)).hessian()
     v, gone = np.ones(N), threading.Event()
     weakref.finalize(v, gone.set)

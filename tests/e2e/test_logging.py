@@ -1,10 +1,11 @@
-"""What users see of a failure and what the operator's log says of it have an id in common; the log is one object a line."""
+"""A failure's error and the operator's log have an id in common. The log is one object
+a line.
+"""
 
 import contextlib
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import grpc
@@ -14,10 +15,11 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 import hvpd
-from hvpd import _request_id
-from hvpd._exchange import Asked
+from hvpd._transport.exchange import Asked
+from hvpd._wire import request_id as _request_id
 from hvpd.v1 import curvature_pb2, curvature_pb2_grpc, objective_pb2, objective_pb2_grpc
-from hvpd_server import _auth
+from hvpd_server.tenancy import token_file
+from tests.support.waiting import until
 
 WAIT = 60
 FORGED = 'x"\n{"level":"ERROR","message":"forged"}\r\x1b[2J\u2028'
@@ -29,7 +31,7 @@ def cubic(x, a):
 
 @pytest.fixture(scope="module")
 def logged(serve_module):
-    """A server that says all it can as JSON; at the end all of it was."""
+    """Yield a server that logs all it can as JSON. At the end all lines were JSON."""
     server = serve_module("--log-format", "json", "--log-level", "DEBUG")
     yield server
     assert server.terminate() == 0
@@ -49,16 +51,8 @@ def objective(caller):
     return caller.register(cubic, np.ones(3), np.ones(3), name="cubic")
 
 
-def until(find):
-    """Waits for something that is found."""
-    ends = time.monotonic() + WAIT
-    while not (found := find()):
-        assert time.monotonic() < ends, "it never was there"
-    return found
-
-
 def said(server, **facts):
-    """The lines that have all of these facts, once there are some."""
+    """Return the lines with all of these fields, once there are some."""
 
     def find():
         lines = [json.loads(line) for line in tuple(server.lines)]
@@ -93,7 +87,7 @@ def test_products_of_a_stream_have_the_streams_id_and_their_tag(logged, objectiv
     asked = Asked(point._id, curvature_pb2.OPERATOR_GGN)
     ids = []
     pool = point._transport._vectors
-    until(lambda: (point.hessian() @ np.ones(3)).any() and pool.ready)  # From then on they go past gRPC.
+    until(lambda: (point.hessian() @ np.ones(3)).any() and pool.ready)  # From then on products go past gRPC.
     for _ in range(2):
         with pytest.raises(hvpd.HvpdError) as error:
             point._transport.multiply(asked, np.ones((1, 3)), restore=point._restore)
@@ -115,7 +109,7 @@ def test_blocks_too_wide_for_one_launch_have_ids_too(objective, caller):
     assert error.value.request_id.count("/") == 1
 
 
-def test_answered_calls_are_lines_for_who_wants_all(logged, caller):
+def test_answered_calls_are_lines_at_the_debug_level(logged, caller):
     caller.objectives()
     assert said(logged, message="request answered", method="ListObjectives", level="DEBUG")
 
@@ -136,14 +130,14 @@ def test_a_point_that_is_forgotten_is_no_news(logged, objective):
 
 
 def info(error):
-    """The RequestInfo of an error."""
+    """Return the RequestInfo of an error."""
     found = error_details_pb2.RequestInfo()
     assert [detail for detail in rpc_status.from_call(error).details if detail.Unpack(found)]
     return found.request_id
 
 
 @pytest.mark.parametrize("sent", ["0192ab4e-77b0-7cc3-98c4-dc0c0c07398f", None, "not an id", "x" * 65])
-def test_who_sends_an_id_finds_it_and_who_sends_none_has_one(logged, sent):
+def test_a_sent_id_is_logged_and_a_missing_id_is_made(logged, sent):
     metadata = [] if sent is None else [("x-request-id", sent)]
     with grpc.insecure_channel(logged.address) as channel:
         unary = objective_pb2_grpc.ObjectiveServiceStub(channel)
@@ -167,7 +161,7 @@ def test_who_sends_an_id_finds_it_and_who_sends_none_has_one(logged, sent):
         assert said(logged, request_id=request_id)
 
 
-def test_what_clients_send_is_no_line(logged, caller):
+def test_a_clients_text_makes_no_log_line(logged, caller):
     with pytest.raises(hvpd.HvpdError) as error:
         caller.objective(FORGED)
     (line,) = said(logged, request_id=error.value.request_id)
@@ -181,7 +175,7 @@ def test_it_is_none_in_text_either(serve):
     with hvpd.connect(server.address) as client, pytest.raises(hvpd.HvpdError) as error:
         client.objective(forged)
     (line,) = until(lambda: [line for line in tuple(server.lines) if f"request_id={error.value.request_id}" in line])
-    assert " INFO hvpd_server._requests: request failed " in line
+    assert " INFO hvpd_server.telemetry.requests: request failed " in line
     assert "forged" in line
     assert server.terminate() == 0
     assert not [line for line in server.lines if line.startswith("2026-01-01")]
@@ -190,15 +184,15 @@ def test_it_is_none_in_text_either(serve):
 
 def test_tokens_are_in_no_line(serve, tmp_path):
     path = tmp_path / "tokens.json"
-    token, _ = _auth.create(path, "vision", ["use"])
+    token, _ = token_file.create(path, "vision", ["use"])
     wrong = token[:-4] + "AAAA"
     server = serve("--tokens", str(path), "--log-level", "DEBUG", "--log-format", "json")
     with hvpd.connect(server.address, token=token) as client:
         client.objectives()
         with pytest.raises(hvpd.AccessError) as missing:
             client.register(cubic, np.ones(3), np.ones(3))
-    with hvpd.connect(server.address, token=wrong) as client, pytest.raises(hvpd.AccessError) as unknown:
-        client.objectives()
+    with pytest.raises(hvpd.AccessError) as unknown:
+        hvpd.connect(server.address, token=wrong)
     with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError):
         metadata = [("authorization", f"Bearer {wrong}"), ("x-request-id", wrong)]
         request = objective_pb2.ListObjectivesRequest()
@@ -236,7 +230,7 @@ def test_an_embedded_server_is_not_confused_by_the_variable(monkeypatch):
         hvpd.local(log_format="json")
 
 
-def test_nobody_to_quote_an_id_to(serve):
+def test_an_absent_server_has_no_id_to_quote(serve):
     server = serve()
     with hvpd.connect(server.address, retry_timeout=0.1) as client:
         server.kill()

@@ -1,24 +1,25 @@
-"""A device whose memory really does not suffice: the server says so, and everybody else goes on. What gives way before that, and
-that launches get narrower, is in tests/server/test_lane.py."""
+"""A device whose memory is really too small: the server refuses the request, and serves
+all others.
+
+tests/server/lane/test_memory_relief.py tests the steps before: evictions and narrower
+launches.
+"""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import hvpd
-
-
-def quartic(x):
-    return jnp.sum(x**4) / 12
+from tests.support.objectives import quartic
 
 
 def square(x, C):
-    """Needs a matrix of n x n for each vector that it is multiplied with."""
+    """Return f(x), which needs a matrix of n x n for each vector of a product."""
     return jnp.sum((jnp.tanh(jnp.outer(x, x)) @ C) ** 2)
 
 
-def test_what_no_memory_is_enough_for_is_refused_with_the_sizes_and_others_go_on(serve):
-    """A matrix of three million rows and columns: 72 TB."""
+def test_a_request_beyond_all_memory_is_refused_with_the_sizes_and_others_go_on(serve):
+    """A matrix of three million rows and columns takes 72 TB."""
     n = 3_000_000
     with hvpd.connect(serve().address) as client:
         other = client.register(quartic, np.zeros(9)).at(np.arange(9.0))

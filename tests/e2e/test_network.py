@@ -1,4 +1,6 @@
-"""A network that is slow, cuts, and goes black, between a solve and its server: the solve ends with the right answer, or says why not."""
+"""A network between a solve and its server that is slow, cuts, or goes black. The solve
+ends with the right answer, or with the reason.
+"""
 
 import concurrent.futures
 import contextlib
@@ -15,17 +17,19 @@ import scipy.optimize
 import scipy.sparse.linalg
 
 import hvpd
+from tests.support.waiting import until
 
 N = 100
 
 
 class Network:
-    """A way to a server that can be slow, cut, or black: it takes what comes and passes nothing on.
+    """A path to a server that can be slow, cut, or black. When it is black, it takes
+    bytes and passes none on.
 
     Args:
-        port: Of the server, on this machine.
-        delay: Seconds that each piece takes.
-        rate: Bytes a second, each way of each connection; 0: as fast as it goes.
+        port: The server's port on this machine.
+        delay: Seconds of delay for each piece.
+        rate: Bytes a second, each way of each connection; 0 for no limit.
     """
 
     def __init__(self, port, *, delay=0.0, rate=0):
@@ -72,7 +76,7 @@ class Network:
                 end.shutdown(socket.SHUT_RDWR)
 
     def cut(self, how=socket.SHUT_RDWR):
-        """Ends every connection there is, in the middle of whatever it carries."""
+        """End every connection, in the middle of its messages."""
         with self._lock:
             opened, self._open = self._open, []
         for pair in opened:
@@ -82,11 +86,11 @@ class Network:
         self.cuts += bool(opened)
 
     def darken(self):
-        """From now on nothing arrives, and nobody is told."""
+        """Pass nothing on from now on, without telling the ends."""
         self._light.clear()
 
     def lighten(self):
-        """What was held up goes on."""
+        """Pass the held bytes on."""
         self._light.set()
 
     def close(self):
@@ -104,7 +108,7 @@ class Network:
 
 @pytest.fixture
 def network(server):
-    """Makes networks to the server; all are gone after the test."""
+    """Make networks to the server. All of them end with the test."""
     with contextlib.ExitStack() as stack:
 
         def make(**settings):
@@ -165,7 +169,9 @@ def test_a_slow_network_is_only_slow(network, registered, A, solve, settings):
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_network_that_cuts_at_random_moments(network, registered, A, seed):
-    """Cut at least twelve times, each time after some more bytes, under three solves of three clients."""
+    """The network cuts at least twelve times, each time after some more bytes, under
+    three solves of three clients.
+    """
     flaky = network()
     chance, done = random.Random(seed), threading.Event()
 
@@ -196,14 +202,16 @@ def test_a_network_that_cuts_at_random_moments(network, registered, A, seed):
 
 
 def test_a_network_that_is_black_for_a_while(network, registered, A):
-    """In the middle of a solve, for longer than a product takes: what was under way arrives late."""
+    """The network is black in a solve for longer than a product takes. Calls under way
+    arrive late.
+    """
     black = network()
     with hvpd.connect(black.address) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
         solve_cg(client, A)
         before = black.passed
         solving = pool.submit(solve_cg, client, A)
-        while black.passed < before + 5_000:
-            assert not solving.done()
+        until(lambda: black.passed >= before + 5_000 or solving.done())
+        assert not solving.done()
         black.darken()
         with pytest.raises(concurrent.futures.TimeoutError):
             solving.result(timeout=2)
@@ -212,14 +220,14 @@ def test_a_network_that_is_black_for_a_while(network, registered, A):
 
 
 def test_a_network_that_is_black_and_then_cut(network, registered, A):
-    """What was under way never arrives."""
+    """Calls under way never arrive."""
     black = network()
     with hvpd.connect(black.address) as client, concurrent.futures.ThreadPoolExecutor(1) as pool:
         solve_cg(client, A)
         before = black.passed
         solving = pool.submit(solve_cg, client, A)
-        while black.passed < before + 5_000:
-            assert not solving.done()
+        until(lambda: black.passed >= before + 5_000 or solving.done())
+        assert not solving.done()
         black.darken()
         black.cut()
         black.lighten()
@@ -244,7 +252,9 @@ def test_a_network_that_stays_black_ends_a_call_that_has_a_timeout(network, regi
 @pytest.mark.slow
 @pytest.mark.skipif("HVPD_LONG" not in os.environ, reason="takes a minute: set $HVPD_LONG")
 def test_a_network_that_stays_black_is_noticed_without_a_timeout(network, registered, A):
-    """By the keepalive: 20 s of silence, 10 s without an answer, then 1 s of trying to connect again."""
+    """The keepalive notices: 20 s of silence, 10 s without an answer, then 1 s of
+    attempts to connect.
+    """
     black = network()
     with hvpd.connect(black.address, retry_timeout=1) as client:
         H = client.objective("network/quadratic").at(np.zeros(N)).hessian()

@@ -1,4 +1,6 @@
-"""Operators on a real server, against dense matrices that are not ours, with the products counted."""
+"""Operators on a real server, against dense matrices from other code, with counts of
+products.
+"""
 
 import jax
 import jax.flatten_util
@@ -10,14 +12,11 @@ import scipy.sparse.linalg
 from scipy.optimize import rosen_hess
 
 import hvpd
+from tests.support.objectives import quadratic
 
 
 def rosenbrock(x):
     return jnp.sum(100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2)
-
-
-def quadratic(x, A):
-    return 0.5 * x @ A @ x
 
 
 def mlp(params, X, y):
@@ -31,7 +30,7 @@ def relative(found, expected):
 
 @pytest.fixture
 def counted(client):
-    """Calls something; returns the result, and how many products and vectors it took."""
+    """Call a function; return its result, and its numbers of products and vectors."""
 
     def count(call):
         before = client.statistics()
@@ -44,7 +43,7 @@ def counted(client):
 
 @pytest.fixture(scope="module")
 def network(client):
-    """A point, and jax's own dense Hessian there."""
+    """Yield a point, and jax's own dense Hessian there."""
     rng = np.random.default_rng(3)
     params = {"hidden": {"w": rng.normal(size=(4, 6)), "b": rng.normal(size=6)}, "out": [rng.normal(size=(6, 2))]}
     X, y = rng.normal(size=(30, 4)), rng.normal(size=(30, 2))
@@ -200,3 +199,26 @@ def test_directions_of_another_shape_are_refused(network, shape):
         point.hessian().quadratic_form(np.ones(shape))
     with pytest.raises(hvpd.InvalidArgumentError, match="real vectors"):
         point.hessian().quadratic_form(np.ones(point.n) * 1j)
+
+
+def test_leaves_have_names_shapes_and_offsets(network):
+    point, _ = network
+    leaves = point.objective.leaves
+    assert [(leaf.name, leaf.shape, leaf.offset, leaf.size) for leaf in leaves] == [
+        ("hidden/b", (6,), 0, 6),
+        ("hidden/w", (4, 6), 6, 24),
+        ("out/0", (6, 2), 30, 12),
+    ]
+
+
+def test_named_leaves_are_taken_in_any_order(network):
+    point, _ = network
+    objective, x = point.objective, point.x
+    named = {leaf.name: x[leaf.offset : leaf.offset + leaf.size].reshape(leaf.shape) for leaf in objective.leaves}
+    shuffled = dict(reversed(named.items()))
+    assert objective.at(shuffled).value == point.value
+    np.testing.assert_array_equal(objective.hessp(shuffled, shuffled), point.hessian() @ x)
+    with pytest.raises(hvpd.InvalidArgumentError, match="shape"):
+        objective.at(named | {"out/0": named["out/0"].T})
+    with pytest.raises(hvpd.InvalidArgumentError, match="structure"):
+        objective.at({name: leaf for name, leaf in named.items() if name != "out/0"})

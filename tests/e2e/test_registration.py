@@ -1,4 +1,6 @@
-"""What may be registered, what is refused and how, and that the same thing is stored and compiled once."""
+"""Registrations that are accepted, and those that are refused. The same objective is
+stored and compiled once.
+"""
 
 import collections
 import functools
@@ -12,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.sparse
+from jax.experimental import checkify, io_callback
 
 import hvpd
-
-
-def quadratic(x, A):
-    return 0.5 * x @ A @ x
+from tests.support.objectives import quadratic
 
 
 def test_the_same_again_uploads_and_compiles_nothing(serve):
@@ -37,7 +39,9 @@ def test_the_same_again_uploads_and_compiles_nothing(serve):
 
 
 def test_the_digest_does_not_depend_on_the_checkout_and_no_path_travels(tmp_path):
-    """Two copies of a file, on other lines of other directories, with other hash seeds, give the same bytes."""
+    """Two copies of a file give the same bytes, at other lines of other directories,
+    with other hash seeds.
+    """
     source = textwrap.dedent("""
         import jax, jax.numpy as jnp, numpy as np
         def loss(params, X):
@@ -101,7 +105,9 @@ def test_float64_is_never_cut_although_x64_is_off(client):
 @pytest.mark.parametrize("rows", [3, 400], ids=["baked in", "lifted"])
 @pytest.mark.parametrize("jitted", [True, False])
 def test_nor_are_arrays_that_were_closed_over_in_32_bits_before(client, rows, jitted):
-    """jax remembers what it made of an array for as long as there is anything traced with it, as here what the user has jitted."""
+    """jax caches an array's conversion while a traced function uses the array. Here a
+    function that the user has jitted does.
+    """
     A = np.random.default_rng(0).normal(size=(rows, 6))
 
     def fun(x):
@@ -118,7 +124,9 @@ def test_nor_are_arrays_that_were_closed_over_in_32_bits_before(client, rows, ji
 
 
 def test_data_is_taken_as_jax_takes_it(client):
-    """With a float32 x and x64 off, 64-bit data is narrowed; integers that do not fit are refused, not wrapped."""
+    """With a float32 x and x64 off, 64-bit data is narrowed. Integers that do not fit
+    are refused, not wrapped.
+    """
     X, labels = np.ones((3, 2)), np.array([0, 1, 1])
     objective = client.register(
         lambda x, X, labels, scale: scale * jnp.sum((X @ x - labels) ** 2), np.zeros(2, np.float32), X, labels, 0.5
@@ -186,6 +194,19 @@ def test_half_precision_leaves_are_computed_as_they_are_and_raveled_to_float32(c
     )
 
 
+class _Tensor:
+    """A tensor of PyTorch that requires grad."""
+
+    requires_grad = True
+    shape = (4,)
+
+    def __array__(self, *_, **__):
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
+
+
+NARROW = jnp.ones(40_000, jnp.int4)
+
+
 def _prints(x):
     jax.debug.print("x = {}", x)
     return jnp.sum(x)
@@ -204,31 +225,145 @@ def _prints(x):
         (lambda x, s: jnp.sum(x), np.ones(3), (np.array(["a"]),), r"data\[0\] must be an array of numbers"),
         (lambda x, k: jnp.sum(x), np.ones(3), (jax.random.key(0),), "jax.random.key_data"),
         (lambda x: jnp.sum(x) + undefined, np.ones(3), (), "NameError"),  # noqa: F821
-        (lambda x: jax.lax.while_loop(lambda c: c < 5, lambda c: c * 2, jnp.sum(x)), np.ones(3), (), "while_loop"),
+        (
+            lambda x: jax.lax.while_loop(lambda c: c < 5, lambda c: c * 2, jnp.sum(x)),
+            np.ones(3),
+            (),
+            "while_loop.*finite_difference",
+        ),
         (lambda x: jax.pure_callback(np.sum, x[0], x), np.ones(3), (), "jax cannot trace"),
-        (_prints, np.ones(3), (), "_prints has side effects .* printing and callbacks cannot be served"),
+        (
+            lambda x, X: jnp.sum(X @ x) / range(len(X)).stop,
+            np.ones(3),
+            (np.ones((5, 3)), "any_rows"),
+            "without any_rows",
+        ),
+        (lambda x, k: jnp.sum(x.reshape(k)), np.ones(4), (4,), "functools.partial"),
+        (lambda x, flag: jnp.sum(x) if flag else x[0], np.ones(4), (True,), "functools.partial"),
+        (lambda x, s: jnp.sum(x), np.ones(4), ("mean",), r"data\[0\].*a string.*functools.partial"),
+        (lambda x: jnp.sum(np.sin(x)), np.ones(4), (), "use jax.numpy"),
+        (lambda x, k: jnp.sum(x) * k[0], np.ones(4), (jnp.ones(2, jnp.int4),), r"int4.*astype\(jnp.int8\)"),
+        (lambda x: jax.pure_callback(np.sum, jax.ShapeDtypeStruct((), x.dtype), x), np.ones(3), (), "EQX_ON_ERROR=nan"),
+        (
+            lambda x: jax.lax.platform_dependent(x, cpu=jnp.sum, tpu=jnp.prod),
+            np.ones(3),
+            (),
+            r"platforms=\('cpu',\)",
+        ),
+        (_prints, np.ones(3), (), "_prints has side effects .*a callback, print or checkify.check.*EQX_ON_ERROR=nan"),
+        (
+            lambda x: io_callback(np.sum, jax.ShapeDtypeStruct((), x.dtype), x),
+            np.ones(3),
+            (),
+            "IOEffect.*EQX_ON_ERROR=nan",
+        ),
+        (lambda x: [checkify.check(x[0] > 0, "sign"), jnp.sum(x)][1], np.ones(3), (), "ErrorEffect.*checkify"),
+        (lambda x: jnp.sum(x), _Tensor(), (), r"x is a tensor that requires grad.*detach\(\)"),
+        (lambda x, y: jnp.sum(x), np.ones(3), (_Tensor(),), r"data\[0\] is a tensor that requires grad"),
+        (lambda x: jnp.sum(x["w"]), {"w": np.ones(3), "act": jax.nn.relu}, (), r"x\['act'\].*eqx.partition"),
+        (lambda x, m: jnp.sum(x), np.ones(3), ([jax.nn.relu],), r"data\[0\]\[0\].*a function.*eqx.partition"),
+        (lambda x: jnp.sum(x) * jnp.sum(NARROW.astype(x.dtype)), np.ones(3), (), r"int4\[40000\].*astype\(jnp.int8\)"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_registered_says_why(client, fun, x, data, says):
-    with pytest.raises(hvpd.InvalidArgumentError, match=says):
-        client.register(fun, x, *data)
+def test_a_refused_registration_gives_the_reason(client, fun, x, data, says):
+    any_rows = data[-1:] == ("any_rows",)
+    with pytest.raises(hvpd.InvalidArgumentError, match=says) as caught:
+        client.register(fun, x, *(data[:-1] if any_rows else data), any_rows=any_rows)
+    assert "stages.py" not in str(caught.value)
+
+
+def test_several_platforms_as_one_string(client):
+    with pytest.raises(hvpd.InvalidArgumentError, match=r"such as platforms=\('cuda', 'cpu'\), got 'gpu,cpu'"):
+        client.register(lambda x: jnp.sum(x), np.ones(2), platforms="gpu,cpu")
+
+
+def test_a_mesh_around_a_registration_changes_nothing(client):
+    fun = lambda x: jnp.sum(x**3)  # noqa: E731
+    plain = client.register(fun, np.ones(3))
+    with jax.set_mesh(jax.make_mesh((1,), ("a",))):
+        meshed = client.register(fun, np.ones(3))
+    assert meshed.digest == plain.digest
+    assert np.allclose(meshed.hessp(np.arange(3.0), np.ones(3)), 6 * np.arange(3.0))
+
+
+def test_programs_can_tell_why_a_registration_or_data_is_refused(client):
+    def reason(call, *arguments):
+        with pytest.raises(hvpd.InvalidArgumentError) as error:
+            call(*arguments)
+        return error.value.reason
+
+    assert reason(client.register, lambda x: jnp.sum(np.sin(x)), np.ones(3)) == "NOT_TRACEABLE"
+    assert reason(client.register, _prints, np.ones(3)) == "SIDE_EFFECTS"
+    objective = client.register(lambda x, y: jnp.sum(x**2) * y.sum(), np.ones(3), np.ones(2))
+    assert reason(objective.at, np.ones(3), np.ones(3)) == "DATA_MISMATCH"
+    assert reason(objective.at, np.ones(3), np.ones(2), np.ones(2)) == "DATA_MISMATCH"
+    assert reason(objective.at, np.ones(4)) == "INVALID_ARGUMENT"
+
+
+def test_without_a_name_an_objective_has_one_of_its_names(client):
+    def fun(x):
+        return (x**4).sum() + 0.0625 * x.sum()
+
+    assert client.register(fun, np.ones(3)).name == ""
+    client.register(fun, np.ones(3), name="without/a-name")
+    assert client.register(fun, np.ones(3)).name == "without/a-name"
+
+
+def test_plain_numbers_are_vectors(client):
+    objective = client.register(lambda x: jnp.sum(x**3), np.ones(3))
+    assert np.allclose(objective.gradient([1, 2, 3]), [3, 12, 27])
+    assert np.allclose(objective.value_and_grad((1, 2, 3))[1], [3, 12, 27])
+    assert np.allclose(objective.hessp([1, 2, 3], [1, 0, 1]), [6, 0, 18])
+    tree = client.register(lambda x: jnp.sum(x["a"] ** 3), {"a": np.ones(2)})
+    assert np.allclose(tree.hessp(np.array([1.0, 2.0]), [1, 1]), [6, 12])
+    assert np.allclose(client.register(lambda x: x**3, 1.0).gradient(2.0), 12)
+
+
+SHARDED = """
+import sys, jax, jax.numpy as jnp, numpy as np, hvpd
+
+mesh = jax.make_mesh((2,), ("rows",))
+place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+small, large = (jax.device_put(np.ones((rows, 3), np.float32), place) for rows in (4, 4000))
+with hvpd.connect(sys.argv[1]) as client:
+    for array in (small, large):
+        for fun in (lambda x: jnp.sum((array @ x) ** 2), jax.jit(lambda x: jnp.sum((array @ x) ** 2))):
+            print(client.register(fun, np.ones(3, np.float32)).hessp(np.ones(3), np.eye(3)[0]).tolist())
+    print(client.register(lambda x: jnp.sum(x**2), small).value(small))
+"""
+
+
+def test_arrays_on_several_devices_may_be_closed_over(server):
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, server.address],
+        check=True,
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == [*2 * ["[8.0, 8.0, 8.0]"], *2 * ["[8000.0, 8000.0, 8000.0]"], "12.0"]
 
 
 @pytest.mark.parametrize("name", ["../escape", "a//b", "/root", "a b", "ä", "x" * 201, "0" * 64, "a/../b", ".hidden"])
 def test_names_that_are_none(client, name):
-    with pytest.raises(hvpd.InvalidArgumentError, match="a name is made of"):
+    with pytest.raises(hvpd.InvalidArgumentError, match="a name must have"):
         client.register(lambda x: jnp.sum(x), np.ones(2), name=name)
 
 
-@pytest.mark.parametrize(("argument", "value"), [("platforms", ("gpu",)), ("platforms", ()), ("precision", "tf32")])
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("platforms", ("gpu",)), ("platforms", "cpu"), ("platforms", "gpu"), ("platforms", ()), ("precision", "tf32")],
+)
 def test_options_that_are_none(client, argument, value):
     with pytest.raises(hvpd.InvalidArgumentError, match=argument):
         client.register(lambda x: jnp.sum(x), np.ones(2), **{argument: value})
 
 
 def test_another_platform_than_the_servers(client):
-    """A program without branches is the same everywhere; one with branches needs one for the server's device."""
+    """A program without branches is the same on all platforms. A program with branches
+    needs one for the server's device.
+    """
     objective = client.register(lambda x: jnp.sum(x**2), np.ones(2), platforms=("tpu",))
     assert objective.platforms == ()
     assert np.allclose(objective.at(np.ones(2)).hessian() @ np.eye(2), 2 * np.eye(2))
@@ -250,9 +385,16 @@ def objective(client):
 @pytest.mark.parametrize(
     ("call", "says"),
     [
+        (lambda o: o.at(_Tensor()), "x is a tensor that requires grad"),
+        (lambda o: o.hessp(np.ones(4), _Tensor()), "p is a tensor that requires grad"),
+        (lambda o: o.at(np.ones(4)).hessian() @ _Tensor(), "the operand is a tensor that requires grad"),
+        (lambda o: o.at(np.ones(4)).hessian().matvec(_Tensor()), "the operand is a tensor that requires grad"),
         (lambda o: o.at(np.ones(5)), r"x must be a vector of shape \(4,\).*got shape \(5,\)"),
-        (lambda o: o.at(np.ones(4, int)), "real floating elements, got dtype int64"),
-        (lambda o: o.at(np.ones(4) * 1j), "real floating elements, got dtype complex128"),
+        (lambda o: o.at(np.ones(4) * 1j), "real elements, got dtype complex128"),
+        (
+            lambda o: o.at(np.ones(4), scipy.sparse.csr_array(np.ones((2, 3)))),
+            r"data\[0\].*a scipy.sparse csr_array.*registered with a dense array.*toarray\(\)",
+        ),
         (lambda o: o.at({"w": np.ones(3)}), r"must be a dict with the keys \{b, w\}, got a dict with the keys \{w\}"),
         (lambda o: o.at([np.ones(3), 1.0]), "got a list of 2"),
         (lambda o: o.at({"w": np.ones(4), "b": 0.0}), r"x\['w'\] must have the shape \(3,\)"),
@@ -263,14 +405,15 @@ def objective(client):
         (lambda o: o.at(np.ones(4), np.ones((2, 3)), 1.0), "takes 1 data arguments after x, got 2"),
         (
             lambda o: o.at(np.ones(4), np.ones((3, 3))),
-            r"data\[0\] must be float64\[2, 3\] as registered, got float64\[3, 3\]",
+            r"data\[0\] must be float64\[2, 3\] as registered, got float64\[3, 3\]: .*any_rows=True",
         ),
         (lambda o: o.at(np.ones(4), np.ones((2, 3)) * 1j), r"data\[0\].*complex128"),
         (lambda o: o.at(np.ones(4), [np.ones((2, 3))]), "data has another structure"),
         (lambda o: o.at(np.ones(4)).hessian() @ (np.ones(4) * 1j), "real vectors, got dtype complex128.*imaginary"),
+        (lambda o: o.at(np.ones(4)).hessian() @ np.ones((4, 2, 2)), r"of shape \(4, 4\) multiplies .*got \(4, 2, 2\)$"),
         (lambda o: o.at(np.ones(4)).multiply(np.ones((2, 5))), r"a block must be float64\[k, 4\]"),
         (lambda o: o.unravel(np.ones(3)), r"vector must be a vector of shape \(4,\)|must be a vector"),
-        (lambda o: o.ravel({"w": np.ones(3), "b": "text"}), r"x\['b'\] must have real floating"),
+        (lambda o: o.ravel({"w": np.ones(3), "b": "text"}), r"x\['b'\] must have real elements"),
     ],
 )
 def test_wrong_arguments_of_any_call(objective, call, says):
@@ -292,7 +435,7 @@ def test_unknown_names_and_digests_suggest_near_ones(client, objective):
     assert client.objective(objective.digest).digest == objective.digest
 
 
-def test_a_name_moves_to_what_was_registered_last(client):
+def test_a_name_moves_to_the_last_registration(client):
     first = client.register(lambda x: jnp.sum(x**2), np.ones(2), name="moving")
     second = client.register(lambda x: jnp.sum(x**4), np.ones(2), name="moving")
     assert client.objective("moving").digest == second.digest != first.digest
@@ -314,7 +457,7 @@ def test_two_clients_register_the_same_at_once(serve):
                 product = objective.at(np.zeros(400)).hessian() @ np.ones(400)
                 assert np.allclose(product, (A + A.T) @ np.ones(400) / 2)
                 digests.append(objective.digest)
-        except BaseException as error:  # noqa: BLE001 - shown by the assertion below
+        except BaseException as error:  # noqa: BLE001 - the assertion below shows it
             errors.append(error)
 
     threads = [threading.Thread(target=register) for _ in range(2)]
@@ -334,7 +477,7 @@ def test_a_digest_can_be_shortened_where_it_is_the_only_one(client):
         client.objective(digest[:7])
 
 
-def test_byte_order_and_shape_of_what_is_given_do_not_matter(client):
+def test_byte_order_and_shape_of_arguments_do_not_matter(client):
     x = np.arange(1.0, 4.0)
     objective = client.register(lambda x, s: s * jnp.sum(x**4) / 12, x.astype(">f8"), np.array(2.0, ">f8"))
     assert np.array_equal(objective.hessp(x.astype(">f8"), np.ones(3, ">f4")), 2 * x**2)
@@ -351,3 +494,68 @@ def test_captured_arrays_have_the_dtype_that_the_function_sees(client):
     )
     assert [tensor.dtype for tensor in objective._bundle.captured] == ["float32"]
     assert np.allclose(objective.hessp(np.ones(3), np.ones(3)), 2 * large[:3], rtol=1e-5)
+
+
+def test_implicit_differentiation_inside_of_the_loss(client):
+    """A custom_vjp made in the loss closes over the loss's data, as jax.grad allows."""
+
+    def loss(x, A):
+        @jax.custom_vjp
+        def solve(b):
+            return jnp.linalg.solve(A, b)
+
+        def backward(_, slope):
+            return (jnp.linalg.solve(A.T, slope),)
+
+        solve.defvjp(lambda b: (solve(b), None), backward)
+        return jnp.sum(solve(x) ** 4)
+
+    A = np.eye(4) + 0.1 * np.arange(16).reshape(4, 4)
+    x, v = np.random.default_rng(0).normal(size=(2, 4))
+    with pytest.warns(UserWarning, match="reverse_over_reverse"):
+        objective = client.register(loss, x, A)
+    inverse = np.linalg.inv(A)
+    y = inverse @ x
+    np.testing.assert_allclose(objective.gradient(x), 4 * inverse.T @ y**3, rtol=1e-9)
+    np.testing.assert_allclose(objective.hessp(x, v), 12 * inverse.T @ (y**2 * (inverse @ v)), rtol=1e-9)
+
+
+def test_scipy_passes_other_data_as_args(client):
+    rng = np.random.default_rng(0)
+    X, other = rng.normal(size=(2, 6, 3))
+    y = rng.normal(size=6)
+    objective = client.register(lambda x, X, y: jnp.sum((X @ x - y) ** 2), np.zeros(3), X, y)
+    found = scipy.optimize.minimize(
+        objective.value_and_grad, np.zeros(3), args=(other, y), jac=True, hessp=objective.hessp, method="trust-ncg"
+    )
+    np.testing.assert_allclose(found.x, np.linalg.lstsq(other, y)[0], rtol=1e-6)
+    x, p = rng.normal(size=(2, 3))
+    assert objective.value(x, other, y) == pytest.approx(np.sum((other @ x - y) ** 2))
+    np.testing.assert_allclose(objective.gradient(x, other, y), 2 * other.T @ (other @ x - y), rtol=1e-9)
+    np.testing.assert_allclose(objective.hessp(x, p, other, y), 2 * other.T @ other @ p, rtol=1e-9)
+    assert objective.at(x, other, y) is objective.at(x, other.copy(), y)
+    assert objective.at(x, other, y) is not objective.at(x)
+    np.testing.assert_allclose(objective.hessp(x, p), 2 * X.T @ X @ p, rtol=1e-9)
+
+
+def test_integers_are_a_point(client):
+    objective = client.register(lambda x: jnp.sum(x**4), np.ones(3))
+    assert objective.at([1, 2, 3]).value == objective.at(np.array([1, 2, 3])).value == 98.0
+    with pytest.raises(hvpd.InvalidArgumentError, match=r"x must be .*got a dict with the keys \{w\}"):
+        objective.at({"w": np.ones(3)})
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:", "gpu-box.example"])
+def test_an_address_without_a_port(address):
+    with pytest.raises(hvpd.InvalidArgumentError, match=f"such as {address.rstrip(':')}:7070, got"):
+        hvpd.connect(address)
+
+
+def _product(x):
+    return x @ np.ones(7)
+
+
+def test_an_error_names_the_users_own_line(client):
+    line = _product.__code__.co_firstlineno + 1
+    with pytest.raises(hvpd.InvalidArgumentError, match=rf"\(at .*test_registration.py:{line}, in _product\)"):
+        client.register(lambda x: _product(x), np.ones(3))

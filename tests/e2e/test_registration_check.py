@@ -1,4 +1,6 @@
-"""What a server finds at the x of a registration, as the user sees it: in the listing, on the command line, in log and metrics."""
+"""A server's check at the x of a registration, as users see it: in the listing, on the
+command line, in log and metrics.
+"""
 
 import json
 import os
@@ -6,23 +8,23 @@ import re
 import subprocess
 import sys
 import textwrap
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse.linalg
 
 import hvpd
-
-
-def quadratic(x, A):
-    return 0.5 * x @ A @ x
+from tests.support.objectives import quadratic
+from tests.support.waiting import until
 
 
 @jax.custom_jvp
 def off(x):
-    """Sum of x^4, whose second derivative is written down 0.1 % too large."""
+    """Return the sum of x^4, whose second derivative is written down 0.1 % too
+    large.
+    """
     return jnp.sum(x**4)
 
 
@@ -37,7 +39,7 @@ cubed.defjvp(lambda primals, tangents: (cubed(*primals), 12 * 1.001 * primals[0]
 
 @jax.custom_jvp
 def on(x):
-    """The same, right."""
+    """Return the sum of x^4, with the right second derivative."""
     return jnp.sum(x**4)
 
 
@@ -45,11 +47,9 @@ on.defjvp(lambda primals, tangents: (on(*primals), jnp.vdot(4 * primals[0] ** 3,
 
 
 def checked(objective):
-    """What the server found, when it has."""
-    ends = time.monotonic() + 120
-    while (found := objective.registration_check()).verdict == "pending":
-        assert time.monotonic() < ends
-    return found
+    """Return the server's check when it has one."""
+    until(lambda: objective.registration_check().verdict != "pending")
+    return objective.registration_check()
 
 
 def listed(client, objective):
@@ -95,7 +95,7 @@ def test_a_wrong_rule_fails_at_registration_and_by_check(serve, dtype):
         assert difference.measured == pytest.approx(1e-3, rel=0.05)
         assert listed(client, objective) == "failed"
         assert not objective.check(x).passed
-        # It is told, and served all the same.
+        # The check fails, and the server still serves it.
         assert np.allclose(objective.hessp(x, np.ones(6)), 12 * 1.001 * x**2, rtol=1e-5)
     (line,) = [line for line in server.lines if " WARNING " in line]
     for part in ("team/off", objective.digest, "difference"):
@@ -104,16 +104,56 @@ def test_a_wrong_rule_fails_at_registration_and_by_check(serve, dtype):
     assert server.metric("hvpd_registration_checks_total") == 1
 
 
-def test_what_is_not_finite_at_x_is_undecided_until_it_is_registered_elsewhere(client):
+def test_an_objective_that_is_not_finite_at_x_is_undecided_until_another_x_comes(client):
     fun = lambda x: jnp.sum(jnp.log(x) * x**2)  # noqa: E731
     objective = client.register(fun, np.zeros(3))
     found = checked(objective)
     assert found.verdict == "undecided"
     assert found.items[0].verdict == "undecided"
     assert "NaN or infinity" in found.items[0].meaning
+    assert found.reason.endswith("check it at another x")
     again = client.register(fun, np.ones(3))
     assert again.digest == objective.digest
     assert checked(again).verdict == "passed"
+
+
+def test_a_derivative_that_is_not_finite_fails_as_in_a_certificate(client):
+    fun = lambda x: jnp.sum(jnp.sqrt(x))  # noqa: E731
+    objective = client.register(fun, np.zeros(3))
+    found = checked(objective)
+    assert found.verdict == "failed"
+    assert found.reason == ("NaN or infinity in gradient, products at the x of the registration: check it at another x")
+    assert not objective.check(np.zeros(3)).passed
+    assert checked(client.register(fun, np.ones(3))).verdict == "passed"
+
+
+def test_a_failed_check_warns_each_client_once_at_the_users_line(serve):
+    server = serve()
+    x = np.linspace(0.5, 2.0, 6)
+    with hvpd.connect(server.address) as client:
+        objective = client.register(off, x, name="team/off")
+        objective.watch._next = float("inf")  # The point does not ask.
+        H = objective.at(x).hessian()
+        checked(objective)
+        with pytest.warns(hvpd.CurvatureWarning, match="objective team/off are wrong .* difference is") as caught:
+            scipy.sparse.linalg.cg(H, x, maxiter=2)
+        assert [each.filename for each in caught] == [__file__]
+        assert "check=failed" in repr(client.objective("team/off"))
+        client.objective("team/off").at(2 * x)  # No second warning.
+    with hvpd.connect(server.address) as other, pytest.warns(hvpd.CurvatureWarning, match="difference"):
+        other.objective("team/off").value(x)
+
+
+def test_a_verdict_that_comes_late_warns_when_the_client_closes(serve):
+    server = serve()
+    x = np.linspace(0.5, 2.0, 6)
+    with hvpd.connect(server.address) as client:
+        objective = client.register(off, x)
+        objective.watch._next = float("inf")  # Products do not ask.
+        objective.value(x)
+        checked(objective)
+        with pytest.warns(hvpd.CurvatureWarning):
+            client.close()
 
 
 def test_a_restart_keeps_the_verdict(serve):
@@ -129,7 +169,7 @@ def test_a_restart_keeps_the_verdict(serve):
     assert server.metric("hvpd_registration_checks_total") == 0
 
 
-def test_it_counts_as_nobodys_product_and_leaves_no_point(serve):
+def test_a_check_counts_for_no_tenant_and_leaves_no_point(serve):
     server = serve()
     with hvpd.connect(server.address) as client:
         assert checked(client.register(quadratic, np.ones(5), np.eye(5))).verdict == "passed"
@@ -151,7 +191,7 @@ def test_every_mode(client, mode, dtype):
 
 
 def test_linearized_products_are_those_that_are_checked(serve):
-    """Where `apply` makes all products, no `hvp` is compiled for a check."""
+    """If `apply` makes all products, no `hvp` is compiled for a check."""
     server = serve()
     with hvpd.connect(server.address) as client:
         objective = client.register(lambda x: jnp.sum(jnp.cosh(x)), np.ones(5), mode="linearized")
@@ -211,10 +251,10 @@ def test_a_server_that_has_no_room_for_x_registers_all_the_same(client, monkeypa
     upload = client._transport.upload
     x = np.linspace(0.5, 1.5, 1234)
 
-    def full(digest, content):
+    def full(digest, content, stage):
         if memoryview(content).nbytes == x.nbytes:
             raise hvpd.OverloadedError("the server's store has no room")
-        upload(digest, content)
+        upload(digest, content, stage)
 
     monkeypatch.setattr(client._transport, "upload", full)
     objective = client.register(lambda x: jnp.sum(x**2), x)

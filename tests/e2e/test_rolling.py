@@ -1,4 +1,6 @@
-"""Servers that are replaced on purpose while others work: what systemd and a StatefulSet do, one after the other, never both at once."""
+"""Servers are replaced on purpose while others work, one after the other, as systemd
+and a StatefulSet do.
+"""
 
 import concurrent.futures
 import contextlib
@@ -10,15 +12,12 @@ import pytest
 import scipy.sparse.linalg
 
 import hvpd
+from tests.support.objectives import quadratic
 
 SOLVERS = 8
 RESTARTS = 3
 N = 120
 WAIT = 120
-
-
-def quadratic(x, A):
-    return x @ A @ x / 2
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,9 @@ def spd():
 
 
 def test_rolling_restarts_under_load_lose_no_product(serve, spd):
-    """Each product of each solve is asked for once, and is right; each server drains, and the next one has its store and its port."""
+    """Each product of each solve is requested once, and is right. Each server drains,
+    and the next one has its store and its port.
+    """
     server = serve(supervised=True)
     with hvpd.connect(server.address) as client:
         client.register(quadratic, np.zeros(N), spd, name="rolling", platforms=("cpu",))
@@ -36,7 +37,9 @@ def test_rolling_restarts_under_load_lose_no_product(serve, spd):
     solved = [threading.Semaphore(0) for _ in range(SOLVERS)]
 
     def solve(number):
-        """Solves until told otherwise; returns how many products it asked for, had, and how many calls were repeated."""
+        """Solve until the test ends it. Return the numbers of requested products, of
+        answered products, and of repeated calls.
+        """
         asked = 0
         with hvpd.connect(server.address, retry_timeout=WAIT) as client:
             rng = np.random.default_rng(number)
@@ -83,7 +86,9 @@ def test_rolling_restarts_under_load_lose_no_product(serve, spd):
 
 
 class Service:
-    """What a Service of Kubernetes is to its clients: an address whose connections go to whichever server is chosen now."""
+    """An address like a Kubernetes Service: its connections go to the server that is
+    chosen now.
+    """
 
     def __init__(self, port):
         self.port = port
@@ -124,7 +129,7 @@ class Service:
 
 @pytest.fixture
 def replicas(serve):
-    """Two servers that share nothing, and the address of both."""
+    """Yield two servers that share nothing, and the address of both."""
     first, second = serve(), serve()
     with contextlib.closing(Service(first.port)) as service:
         yield first, second, service
@@ -145,7 +150,7 @@ def test_a_solve_goes_on_at_another_replica_where_the_objective_is_registered_to
     assert second.terminate() == 0
 
 
-def test_it_ends_clearly_where_it_is_not_and_whoever_registers_at_its_start_works_anywhere(replicas, spd):
+def test_a_solve_ends_clearly_at_a_replica_without_the_objective_unless_it_registers(replicas, spd):
     first, second, service = replicas
 
     def register(client):
@@ -163,8 +168,10 @@ def test_it_ends_clearly_where_it_is_not_and_whoever_registers_at_its_start_work
     assert second.terminate() == 0
 
 
-def test_other_data_is_sent_again_to_who_does_not_have_it(replicas, spd):
-    """What `objective.at(x, *data)` uploads goes to one server: at another it is sent again, by itself."""
+def test_other_data_is_sent_again_to_a_server_without_it(replicas, spd):
+    """`objective.at(x, *data)` uploads data to one server. At another server the client
+    sends the data again by itself.
+    """
     first, second, service = replicas
     for each in (first, second):
         with hvpd.connect(each.address) as client:

@@ -95,7 +95,7 @@ def test_rows_that_do_not_fit_each_other(objective, data, says):
         objective.at(np.zeros(6), *data)
 
 
-def test_what_any_rows_does_not_go_with(client):
+def test_any_rows_is_refused_with_settings_that_contradict_it(client):
     import jax.numpy as jnp
 
     for mode in ("linearized", "auto"):

@@ -1,4 +1,6 @@
-"""Several clients of one device: blocks that wait for each other where that is configured, whatever the clients' priorities."""
+"""Several clients share one device. If a delay is configured, their blocks wait for
+each other, with any priorities.
+"""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 import hvpd
+from tests.support.waiting import until
 
 WAIT = 60
 X = np.arange(1.0, 6.0)
@@ -15,22 +18,23 @@ X = np.arange(1.0, 6.0)
 
 @pytest.fixture(scope="module")
 def patient(serve_module):
-    """A server on which blocks wait for up to half a minute for others to fill them."""
+    """Yield a server on which blocks wait for up to half a minute for others to fill
+    them.
+    """
     return serve_module("--max-queue-delay", "30", "--max-block-width", "2")
 
 
 def quartic(client):
-    """The Hessian of x -> sum(x^4) / 12, which is diag(x^2), where launches of two vectors are compiled.
+    """Return the Hessian of x -> sum(x^4) / 12, which is diag(x^2), when launches of
+    two vectors are compiled.
 
-    Until then a block of one is as wide as can be, and has nothing to wait for.
+    Until then a block of one has the largest width, and waits for no other.
     """
     objective = client.register(lambda x: jnp.sum(x**4) / 12, X, name="sharing/quartic")
     H = objective.at(X).hessian()
-    for _ in range(10_000):
-        np.testing.assert_allclose(H @ np.ones((5, 2)), np.outer(X**2, np.ones(2)))
-        if any((c.program, c.width, c.state) == ("hvp", 2, "ready") for c in objective.compiles()):
-            return H
-    pytest.fail(f"no launches of two vectors: {objective.compiles()}")
+    np.testing.assert_allclose(H @ np.ones((5, 2)), np.outer(X**2, np.ones(2)))
+    until(lambda: any((c.program, c.width, c.state) == ("hvp", 2, "ready") for c in objective.compiles()))
+    return H
 
 
 def test_products_of_two_clients_wait_for_each_other(patient):

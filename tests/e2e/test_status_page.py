@@ -1,5 +1,5 @@
-"""The status page in a browser: Debian's chromium without a screen, spoken to by the DevTools protocol over a pipe, which takes no
-package.
+"""The status page in Debian's headless chromium. The test speaks the DevTools protocol
+over a pipe, which needs no package.
 """
 
 import contextlib
@@ -14,20 +14,20 @@ import sys
 import tempfile
 import threading
 import time
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import hvpd
-from hvpd_server._batcher import Job
-from hvpd_server._catalogue import Entry, Facts
-from hvpd_server._errors import Code, ServiceError, to_status
-from hvpd_server._history import History
-from hvpd_server._metrics import Live, Memory, Metrics
-from hvpd_server._status import Status
-from hvpd_server._web import Door
+from hvpd_server.errors import Code, ServiceError, to_status
+from hvpd_server.status_page.history import History
+from hvpd_server.status_page.http_server import HttpServer
+from hvpd_server.status_page.objectives import Entry, Facts
+from hvpd_server.status_page.page import Status
+from hvpd_server.telemetry.metrics import Metrics, ProductRecord
+from hvpd_server.telemetry.readings import Live, Memory
+from tests.support.objectives import quadratic
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT = 120.0
@@ -40,7 +40,7 @@ for there, here in ((100, int(sys.argv[1])), (101, int(sys.argv[2])), (3, 100), 
     os.dup2(here, there)
 os.execv(sys.argv[3], sys.argv[3:])
 """
-"""Starts a program with two descriptors as its 3 and 4."""
+"""A script that starts a program with two descriptors as its 3 and 4."""
 
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
@@ -49,7 +49,7 @@ FLAGS = (
 
 
 class Browser:
-    """A chromium of one's own. https://chromedevtools.github.io/devtools-protocol/"""
+    """A chromium process. https://chromedevtools.github.io/devtools-protocol/"""
 
     def __init__(self, profile):
         (theirs_in, self._out), (self._in, theirs_out) = os.pipe(), os.pipe()
@@ -101,7 +101,7 @@ class Browser:
 
 
 class Tab:
-    """One page, as large as a phone unless it is told otherwise."""
+    """A page, by default as large as a phone."""
 
     def __init__(self, browser, address):
         self._browser = browser
@@ -127,20 +127,22 @@ class Tab:
         return found["result"].get("value")
 
     def until(self, expression):
-        """Asks until it is so."""
+        """Ask until a condition holds."""
         ends = time.monotonic() + WAIT
         while not self.value(expression):
             assert time.monotonic() < ends, f"never: {expression}; the page says {self.text()}"
 
     def fits(self):
-        """Whether nothing is wider than the window. What is makes the window of a phone wider, too."""
+        """Return whether nothing is wider than the window. Wide content makes a phone's
+        window wider, too.
+        """
         return self.value("document.documentElement.scrollWidth") <= self._width
 
     def text(self, selector="body"):
         return self.value(f"document.querySelector({json.dumps(selector)}).innerText")
 
     def said(self):
-        """What the console has, and errors that nobody caught."""
+        """Return the console's messages, and errors that were not caught."""
         kinds = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
         return [
             event["params"]
@@ -162,7 +164,7 @@ def browser():
 
 @pytest.fixture
 def tab(browser):
-    """Opens pages."""
+    """Yield a function that opens pages."""
     with contextlib.ExitStack() as stack:
         yield lambda address: stack.enter_context(contextlib.closing(Tab(browser, address)))
 
@@ -171,7 +173,7 @@ TILE = "[...document.querySelectorAll('.tile')].find((tile) => tile.innerText.st
 
 
 def tile(tab, name):
-    """The value of a tile."""
+    """Return the value of a tile."""
     found = TILE.format(name=json.dumps(name))
     return tab.value(f"({found})?.querySelector('.value').innerText")
 
@@ -182,17 +184,15 @@ DRAWN = "document.querySelectorAll('tbody tr').length > 0 && document.querySelec
 # Against a server that works
 
 
-def quadratic(x, A):
-    return x @ A @ x / 2
-
-
 def page_of(server):
     return next(line for line in reversed(server.lines) if "hvpd: status page on " in line).split(" on ")[1]
 
 
 @contextlib.contextmanager
 def load(address):
-    """Somebody who asks for products all the time, of an objective that is registered here."""
+    """Run a client that asks for products all the time, of an objective that is
+    registered here.
+    """
     with hvpd.connect(address) as client:
         objective = client.register(quadratic, np.zeros(20), np.eye(20), name="watched/quadratic")
         with pytest.raises(hvpd.NotFoundError):
@@ -213,7 +213,7 @@ def load(address):
             asking.join(WAIT)
 
 
-def test_it_shows_what_a_server_does_and_that_it_is_gone_and_back(serve, tab):
+def test_the_page_shows_the_load_and_that_the_server_is_gone_and_back(serve, tab):
     server = serve(supervised=True)
     page = tab(page_of(server))
     page.until("document.querySelector('#state').innerText === 'serving'")
@@ -249,7 +249,7 @@ def test_it_shows_what_a_server_does_and_that_it_is_gone_and_back(serve, tab):
     page.until("!document.querySelector('#lost').hidden")
 
 
-# With what no server would let itself be given
+# Hostile contents, which a real server would refuse
 
 
 HOSTILE = '<img src=x onerror="window.hit = 1"><script>window.hit = 1</script>'
@@ -274,7 +274,7 @@ class Listing:
 
 @pytest.fixture
 def shown(tab):
-    """A page of these objectives, whose tenants and errors are hostile, too."""
+    """Open a page of these objectives, whose tenants and errors are hostile, too."""
     with contextlib.ExitStack() as stack:
 
         def shown(*names):
@@ -285,10 +285,8 @@ def shown(tab):
             history = History(metrics, lambda: 2.0 * next(clock))
             for number, name in enumerate(names[:20]):
                 metrics.named(f"{number:064x}", name)
-                point = types.SimpleNamespace(objective=types.SimpleNamespace(digest=f"{number:064x}"))
-                job = Job((), np.zeros((2, 1)), f"{HOSTILE}{number}", point=point, width=2)
-                job.queued, job.started, job.finished = 0.0, 0.001, 0.3
-                metrics.product(job)
+                record = ProductRecord(f"{number:064x}", f"{HOSTILE}{number}", 2, 2, 0.001, 0.299, 0.0, 0.3)
+                metrics.product(record)
                 metrics.failed(
                     to_status(ServiceError(Code.NOT_FOUND, HOSTILE, f"{HOSTILE} {'x' * number}")), HOSTILE, HOSTILE
                 )
@@ -296,17 +294,17 @@ def shown(tab):
                 history.sample()
             facts = dict.fromkeys(("version", "jax", "platform", "device", "devices", "address"), HOSTILE)
             status = Status(facts, lambda: "draining", metrics, history, Listing(names))
-            door = Door("127.0.0.1", 0, status.pages())
-            door.start()
-            stack.callback(door.close)
-            page = tab(f"http://{door.address}/")
+            web = HttpServer("127.0.0.1", 0, status.pages())
+            web.start()
+            stack.callback(web.close)
+            page = tab(f"http://{web.address}/")
             page.until(DRAWN)
             return page
 
         yield shown
 
 
-def test_what_users_have_chosen_is_text(shown):
+def test_user_texts_are_shown_as_text(shown):
     page = shown(HOSTILE, "long" * 50, "a b")
     for place in ("#objectives", "#tenants", "#errors", "#facts", "#residency"):
         assert HOSTILE in page.text(place), place
@@ -371,7 +369,7 @@ def test_tables_have_captions_headings_and_roles(shown):
     assert page.value("document.querySelectorAll('h1').length") == 1
 
 
-def test_it_rests_while_nobody_looks(shown):
+def test_the_page_rests_while_it_is_hidden(shown):
     page = shown("a")
     page.until("page.timer !== 0")
     for hidden in (True, False):
@@ -388,5 +386,100 @@ def test_no_width_is_too_small(width, shown):
     page.value("document.querySelectorAll('.more').forEach((button) => button.click())")
     assert page.fits()
     page.value("document.querySelector('h1').style.paddingRight = '2000px'")
-    assert not page.fits()  # It would be seen.
+    assert not page.fits()  # The test would see it.
     assert page.said() == []
+
+
+HOLES = """(() => {
+  const places = [...document.querySelectorAll('.chart')].map((chart) => chart.getBoundingClientRect());
+  const grid = document.querySelector('.charts').getBoundingClientRect();
+  const row = (place) => places.filter((each) => Math.abs(each.top - place.top) < 1);
+  return places.filter((place) => Math.abs(Math.max(...row(place).map((each) => each.right)) - grid.right) > 1).length;
+})()"""
+"""How many charts are in a row that does not reach the right edge."""
+
+BROKEN = r"""(() => {
+  const broken = [];
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT, (node) => (
+    node.parentElement.closest('th, td') ? NodeFilter.FILTER_ACCEPT : NodeFilter.FILTER_SKIP));
+  while (texts.nextNode()) {
+    const range = document.createRange();
+    for (const { 0: word, index } of texts.currentNode.data.matchAll(/[^\s\u200b/-]+/g)) {
+      range.setStart(texts.currentNode, index);
+      range.setEnd(texts.currentNode, index + word.length);
+      if (word.length <= 18 && new Set([...range.getClientRects()].map((each) => each.top)).size > 1) broken.push(word);
+    }
+  }
+  return broken;
+})()"""
+"""Words of at most 18 characters in tables that are on two lines."""
+
+CLIPPED = """[...document.querySelectorAll('table')].filter((table) => (
+  table.scrollWidth > table.parentElement.clientWidth)).map((table) => table.parentElement.id)"""
+"""The tables that are wider than their place."""
+
+
+@pytest.mark.parametrize("width", [320, 390, 759, 760, 999, 1000, 1280, 1920])
+def test_no_hole_is_between_charts_and_no_word_is_broken(width, shown):
+    page = shown("team/quadratic", "long" * 50, *(f"team/classifier-of-digits{number}" for number in range(12)))
+    page.size(width, 740, mobile=width < 700)
+    page.until(f"innerWidth === {width}")
+    assert page.value(HOLES) == 0
+    assert page.value(BROKEN) == []
+    assert page.value(CLIPPED) == []
+    # The test would see them.
+    page.value("document.querySelector('.chart').remove()")
+    page.value("document.querySelector('.charts').style.gridTemplateColumns = '1fr 1fr'")
+    narrow = "'display: inline-block; max-width: 3ch; overflow-wrap: anywhere'"
+    page.value(f"document.querySelector('#objectives tbody th .text').style.cssText = {narrow}")
+    assert page.value(HOLES) == 1
+    assert page.value(BROKEN) != []
+
+
+CONTRAST = """(() => {
+  const rgb = (color) => { const [r, g, b, a = 1] = color.match(/[\\d.]+/g).map(Number); return { r, g, b, a }; };
+  const light = ({ r, g, b }) => [r, g, b].map((part) => part / 255).map((part) => (
+    part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)).reduce((sum, part, index) => (
+    sum + part * [0.2126, 0.7152, 0.0722][index]), 0);
+  const behind = (node) => {
+    const color = rgb(getComputedStyle(node).backgroundColor);
+    return color.a === 1 || !node.parentElement ? color : behind(node.parentElement);
+  };
+  const ratio = (one, other) => {
+    const [low, high] = [light(one), light(other)].sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const found = [];
+  for (const node of document.querySelectorAll('body *')) {
+    const style = getComputedStyle(node), svg = node instanceof SVGElement;
+    const said = [...node.childNodes].some((child) => child.nodeType === Node.TEXT_NODE && child.data.trim());
+    const drawn = node.matches('.line');
+    if ((!said && !drawn) || !node.checkVisibility()) continue;
+    const color = rgb(drawn ? style.stroke : svg ? style.fill : style.color);
+    const opacity = Number(style.opacity) * Number(drawn ? style.strokeOpacity : 1);
+    found.push([ratio(color, behind(node)), `${node.tagName}.${node.getAttribute('class')}`, drawn, opacity]);
+  }
+  return found;
+})()"""
+"""The contrast of each text and line with its background, by WCAG 2's formula."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_and_lines_stand_out_in_light_and_dark(scheme, shown):
+    page = shown("a", "b")
+    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    page.until(f"matchMedia('(prefers-color-scheme: {scheme})').matches")
+    found = page.value(CONTRAST)
+    assert {drawn for _, _, drawn, _ in found} == {True, False}
+    assert [each for each in found if each[3] != 1 or each[0] < (3.0 if each[2] else 4.5)] == []
+    page.value("document.querySelector('h1').style.color = '#777'")
+    assert [name for ratio, name, _, _ in page.value(CONTRAST) if name == "H1.null" and ratio < 4.5]
+
+
+def test_the_line_of_p99_can_be_seen(shown):
+    page = shown("a", "b")
+    thin = "getComputedStyle(document.querySelector('.line.thin'))"
+    assert page.value(f"parseFloat({thin}.strokeWidth)") >= 1.5
+    assert page.value(f"{thin}.strokeOpacity") == "1"
+    assert page.value(f"{thin}.strokeDasharray") != "none"
+    assert "p99 (dashed)" in page.text("#charts")

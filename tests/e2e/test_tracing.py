@@ -1,4 +1,6 @@
-"""One trace has what the client asked for and what the server did about it, with the right parents and true times."""
+"""One trace shows the client's call and the server's work for it, with the right
+parents and true times.
+"""
 
 import concurrent.futures
 import contextlib
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 
 import grpc
@@ -17,9 +20,10 @@ import numpy as np
 import pytest
 
 import hvpd
-from hvpd import _tracing
-from hvpd._exchange import Asked
+from hvpd._transport import tracing as _tracing
+from hvpd._transport.exchange import Asked
 from hvpd.v1 import curvature_pb2, curvature_pb2_grpc
+from hvpd_server.tenancy import token_file
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc", reason="pip install 'hvpd[otel]'")
 
@@ -32,7 +36,9 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 WAIT = 60
 SLACK = 2_000_000
-"""Nanoseconds by which two processes may read the clock apart, and threads wake late."""
+"""Most nanoseconds by which two processes' clocks differ, and by which threads wake
+late.
+"""
 
 SERVER, INTERNAL = 2, 1
 ERROR = 2
@@ -43,7 +49,7 @@ def cubic(x, a):
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Receives what a server exports, as any collector does."""
+    """Receives the spans that a server exports, as any collector does."""
 
     def __init__(self):
         self.spans = []
@@ -59,7 +65,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         return trace_service_pb2.ExportTraceServiceResponse()
 
     def find(self, count=1, **wanted):
-        """The spans with these fields or attributes, once there are so many."""
+        """Return the spans with these fields or attributes, once there are so many."""
 
         def found():
             return [span for span in self.spans if wanted.items() <= facts(span).items()]
@@ -110,7 +116,9 @@ def provider(exporter):
 
 @pytest.fixture
 def tracing(provider, traced, monkeypatch):
-    """Clients that connect now are traced. The provider of a process can be set only once, so it is not."""
+    """Trace clients that connect now. The provider of a process can be set only once,
+    so the test passes its own.
+    """
     monkeypatch.setattr(_tracing, "of", lambda address: _tracing.Tracing(provider, address))
     return provider.get_tracer("application")
 
@@ -127,7 +135,7 @@ def point(client):
 
 
 def named(exporter, name):
-    """The spans of that name that the client has ended."""
+    """Return the spans of that name that the client has ended."""
     return [span for span in exporter.get_finished_spans() if span.name == name]
 
 
@@ -236,10 +244,67 @@ def test_a_failure_is_in_both_spans_and_the_log_knows_the_trace(client, exporter
     (theirs,) = collector.find(name=ours.name, parent=span_id)
     found = facts(theirs)
     assert (found["rpc_response_status_code"], found["reason"]) == ("NOT_FOUND", error.value.reason)
-    assert theirs.status.code != ERROR  # It is the caller's.
+    assert theirs.status.code != ERROR  # The error is the caller's.
     (line,) = [line for line in tuple(traced.lines) if error.value.request_id in line]
     assert json.loads(line)["trace_id"] == trace_id
     assert json.loads(line)["span_id"] == theirs.span_id.hex()
+
+
+def pages_of(server):
+    """Return the text of the server's metrics and of its status page."""
+    (metrics,) = {line.split(" on ")[1] for line in server.lines if "hvpd: metrics on " in line}
+    for address in (metrics, f"{metrics.removesuffix('/metrics')}/status.json"):
+        with urllib.request.urlopen(address, timeout=WAIT) as response:
+            yield response.read().decode()
+
+
+def test_a_token_is_in_no_trace_metric_line_page_or_error(serve, collector, provider, exporter, monkeypatch, tmp_path):
+    monkeypatch.setattr(_tracing, "of", lambda address: _tracing.Tracing(provider, address))
+    path = tmp_path / "tokens.json"
+    publishes, _ = token_file.create(path, "token-test", ["use", "publish"])
+    uses, grant = token_file.create(path, "token-test", ["use"])
+    wrong = f"{uses[:-4]}AAAA"
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "20"}
+    server = serve("--tokens", str(path), "--log-level", "DEBUG", environment=environment)
+    errors = []
+
+    def refused(call, *arguments):
+        with pytest.raises(hvpd.AccessError) as error:
+            call(*arguments)
+        errors.append(error.value)
+        return error.value.reason
+
+    with hvpd.connect(server.address, token=publishes) as client:
+        H = client.register(cubic, np.ones(3), np.ones(3), name="cubic").at(np.ones(3)).hessian()
+        np.testing.assert_allclose(H @ np.ones(3), 6 * np.ones(3))
+    assert refused(lambda: hvpd.connect(server.address, token=wrong)) == "TOKEN_UNKNOWN"
+    with hvpd.connect(server.address, token=uses) as client:
+        assert refused(client.delete, "cubic") == "RIGHT_MISSING"
+        H = client.objective("cubic").at(np.ones(3)).hessian()
+        token_file.revoke(path, grant.id)
+        time_is_over = time.monotonic() + WAIT
+        assert refused(lambda: [H @ np.ones(3) for _ in iter(lambda: time.monotonic() < time_is_over, False)])
+    with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as doubled:
+        twice = [("authorization", f"Bearer {publishes}")] * 2
+        curvature_pb2_grpc.CurvatureServiceStub(channel).ComputeProduct(
+            curvature_pb2.ComputeProductRequest(), metadata=twice, timeout=WAIT
+        )
+    for reason in ("TOKEN_UNKNOWN", "RIGHT_MISSING", "TOKEN_MALFORMED"):
+        collector.find(reason=reason)
+    pages = list(pages_of(server))
+    assert server.terminate() == 0
+    places = {
+        "log": server.lines,
+        "pages": pages,
+        "server's spans": list(map(str, collector.spans)),
+        "client's spans": [span.to_json() for span in exporter.get_finished_spans()],
+        "errors": [f"{error} {vars(error)}" for error in errors] + [str(doubled.value)],
+    }
+    for place, texts in places.items():
+        said = "\n".join(texts)
+        assert "token-test" in said or "TOKEN_UNKNOWN" in said, place  # These calls are there.
+        for token in (publishes, uses, wrong):
+            assert token.removeprefix("hvpd_") not in said, place
 
 
 def test_so_is_that_of_a_product_on_a_stream(point, exporter, collector):
@@ -254,12 +319,12 @@ def test_so_is_that_of_a_product_on_a_stream(point, exporter, collector):
     assert facts(theirs)["request_id"] == error.value.request_id == ours.attributes["hvpd.request_id"]
 
 
-def test_a_product_whose_point_was_forgotten_is_one_span_with_what_it_took(client, exporter):
+def test_a_product_at_a_lost_point_is_one_span_with_its_retry(client, exporter):
     def registered():
         return client.register(cubic, np.ones(3), np.full(3, 2.0), name="forgotten")
 
     point = registered().at(np.ones(3))
-    assert client.delete("forgotten")  # With its points.
+    assert client.delete("forgotten")  # Its points go with it.
     registered()
     exporter.clear()
     np.testing.assert_allclose(point.hessian() @ np.ones(3), np.full(3, 12.0))
@@ -318,7 +383,7 @@ def test_a_product_of_one_message_goes_on_with_the_trace_of_its_call(point, trac
 
 
 @pytest.mark.parametrize("sent", [None, "", "nonsense", "00-" + "0" * 32 + "-" + "0" * 16 + "-01", "x" * 5000])
-def test_who_traces_nothing_or_nonsense_begins_a_trace_on_the_server(sent, point, traced, collector):
+def test_a_call_without_a_valid_trace_begins_one_on_the_server(sent, point, traced, collector):
     request_id = f"begins-{len(sent) if sent is not None else 'none'}"
     metadata = [("x-request-id", request_id), *([("traceparent", sent)] if sent is not None else [])]
     with grpc.insecure_channel(traced.address) as channel:
@@ -335,7 +400,7 @@ def test_who_traces_nothing_or_nonsense_begins_a_trace_on_the_server(sent, point
         assert facts(theirs)["parent"] == ""
 
 
-def test_what_the_client_does_not_sample_the_server_does_not_either(point, traced, collector):
+def test_the_server_does_not_sample_a_call_that_the_client_does_not_sample(point, traced, collector):
     with grpc.insecure_channel(traced.address) as channel:
         stub = curvature_pb2_grpc.CurvatureServiceStub(channel)
         unsampled = [("traceparent", PARENT[:-1] + "0"), ("x-request-id", "not-sampled")]
@@ -345,7 +410,7 @@ def test_what_the_client_does_not_sample_the_server_does_not_either(point, trace
     assert not [span for span in collector.spans if facts(span).get("request_id") == "not-sampled"]
 
 
-def test_a_caller_who_goes_away_is_cancelled(point, traced, collector):
+def test_a_call_of_a_client_that_leaves_is_cancelled(point, traced, collector):
     with grpc.insecure_channel(traced.address) as channel:
         requests = queue.SimpleQueue()
         call = curvature_pb2_grpc.CurvatureServiceStub(channel).CreatePoint(
@@ -385,14 +450,14 @@ def test_the_service_is_called_hvpd_and_the_last_spans_leave_before_it_ends(serv
         ),
     ],
 )
-def test_what_cannot_be_is_said_and_the_server_serves(serve, environment, said):
+def test_a_wrong_trace_setting_is_logged_and_the_server_serves(serve, environment, said):
     server = serve(environment=environment)
     assert [line for line in server.lines if said in line]
     with hvpd.connect(server.address) as client:
         assert client.objectives() == []
 
 
-def test_a_collector_that_is_away_keeps_nobody_waiting(serve, closed_port):
+def test_an_absent_collector_delays_no_call(serve, closed_port):
     server = serve(environment={"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{closed_port}"})
     with hvpd.connect(server.address) as client:
         assert client.objectives() == []
@@ -403,17 +468,17 @@ def test_a_collector_that_is_away_keeps_nobody_waiting(serve, closed_port):
 
 @pytest.fixture
 def closed_port():
-    """A port that nobody listens on."""
+    """Yield a port on which nothing listens."""
     import socket
 
     with contextlib.closing(socket.socket()) as bound:
-        bound.bind(("127.0.0.1", 0))  # Bound, so that nobody else takes it; not listening.
+        bound.bind(("127.0.0.1", 0))  # The port is taken, and nothing listens on it.
         yield bound.getsockname()[1]
 
 
 @pytest.fixture
 def absent(tmp_path):
-    """An environment in which OpenTelemetry cannot be imported."""
+    """Return an environment in which OpenTelemetry cannot be imported."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['opentelemetry'] = None\n")
     return {"PYTHONPATH": str(tmp_path)}
 

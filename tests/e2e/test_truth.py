@@ -1,4 +1,4 @@
-"""Products, values and gradients against truth that is not ours, through a real server."""
+"""Products, values and gradients of a real server, against truth from other code."""
 
 import jax
 import jax.flatten_util
@@ -18,7 +18,7 @@ def logistic(w, X, y):
 
 
 def logistic_hessian(w, X, y):
-    """The closed form: X' diag(s (1 - s)) X / m + 1e-3 I."""
+    """Return the closed form: X' diag(s (1 - s)) X / m + 1e-3 I."""
     s = 1.0 / (1.0 + np.exp(-y * (X @ w)))
     return (X.T * (s * (1 - s))) @ X / len(y) + 1e-3 * np.eye(len(w))
 

@@ -1,4 +1,6 @@
-"""Bundles that somebody made by hand, sent over the wire: refused with a reason, and the server goes on for everybody else."""
+"""Bundles that were made by hand and sent over the wire are refused with a reason. The
+server serves other callers.
+"""
 
 import contextlib
 import dataclasses
@@ -40,18 +42,18 @@ def channel(server):
 
 @pytest.fixture(scope="module")
 def honest():
-    """x -> sum(x^4) / 12, whose Hessian is diag(x^2)."""
+    """Return a bundle of x -> sum(x^4) / 12, whose Hessian is diag(x^2)."""
     return _export.export(lambda x: jnp.sum(x**4) / 12, X, (), platforms=("cpu",), precision="highest")
 
 
 @pytest.fixture(scope="module")
 def program(honest):
-    """Its objective, a portable artifact."""
+    """Return its objective, a portable artifact."""
     return bytes(honest.blobs[honest.bundle.programs["objective"].digest])
 
 
 def forged(text):
-    """The portable artifact of a text."""
+    """Return the portable artifact of a text."""
     with jax.interpreters.mlir.make_ir_context(), ir.Location.unknown():
         return bytes(
             jax.extend.mlir.serialize_portable_artifact(ir.Module.parse(text), stablehlo.get_current_version())
@@ -75,7 +77,7 @@ def send(channel, content):
 
 
 def register(channel, honest, blob, name="evil", size_bytes=None, **fields):
-    """Sends the honest bundle with another objective, or with other fields."""
+    """Send the honest bundle with another objective, or with other fields."""
     bundle = objective_pb2.Bundle.FromString(honest.bundle.SerializeToString())
     for content in honest.blobs.values():
         send(channel, bytes(content))
@@ -88,7 +90,7 @@ def register(channel, honest, blob, name="evil", size_bytes=None, **fields):
 
 
 def refused(channel, honest, blob, code=grpc.StatusCode.INVALID_ARGUMENT, **options):
-    """Reason and message of the refusal."""
+    """Return the reason and the message of the refusal."""
     with pytest.raises(grpc.RpcError) as error:
         register(channel, honest, blob, **options)
     assert error.value.code() is code, error.value
@@ -99,7 +101,9 @@ def refused(channel, honest, blob, code=grpc.StatusCode.INVALID_ARGUMENT, **opti
 
 @pytest.fixture(autouse=True)
 def unharmed(server, channel, honest):
-    """After each test the server is the same process, has not registered what it refused, and registers what is honest."""
+    """Check after each test: the server is the same process, has not registered the
+    refused bundle, and registers an honest one.
+    """
     process = server.process.pid
     yield
     assert server.process.pid == process
@@ -126,10 +130,10 @@ def printing(x):
 
 @pytest.mark.parametrize("fun", [pure, with_effects, printing])
 def test_callbacks_as_jax_writes_them(channel, honest, fun):
-    """jax refuses to export them; their modules are there all the same."""
+    """jax refuses to export callbacks, but their modules can be made."""
     text = jax.jit(fun).lower(X).as_text()
     assert "callback" in text
-    # Shardings of one device, which would be refused first.
+    # Shardings of one device would be refused first.
     text = re.sub(r"sdy\.mesh .*|, sdy\.sharding = #sdy\.sharding_per_value<\[<@\w+, \[\]>\]>", "", text)
     assert "sdy" not in text
     reason, message = refused(channel, honest, forged(text))
@@ -167,13 +171,13 @@ OVERFLOW = f"""module {{ {MAIN} {{
         (OVERFLOW, "BUNDLE_INVALID", r"stablehlo\.custom_call at line \d+ .*float32\[99, 99\].*float32\[1, 1\]"),
     ],
 )
-def test_what_is_written_by_hand(channel, honest, text, reason, says):
+def test_a_harmful_program_written_by_hand_is_refused(channel, honest, text, reason, says):
     found, message = refused(channel, honest, forged(text))
     assert found == reason
     assert re.search(f"objective has a {says}", message), message
 
 
-def test_the_client_raises_what_the_server_says(server, honest, monkeypatch):
+def test_the_client_raises_the_servers_refusal(server, honest, monkeypatch):
     blob = forged(BACKDOOR)
     digest = hashlib.sha256(blob).hexdigest()
     bundle = objective_pb2.Bundle.FromString(honest.bundle.SerializeToString())
@@ -195,7 +199,9 @@ def test_the_client_raises_what_the_server_says(server, honest, monkeypatch):
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damaged_programs(channel, honest, program, data):
-    """Bytes changed, or cut off: still a program, or a clear refusal."""
+    """Bytes are changed or cut off. The result is a program, or is refused with a
+    reason.
+    """
     blob = bytearray(program)
     places = st.integers(0, len(blob) - 1)
     for place in data.draw(st.lists(places, min_size=1, max_size=4)):
@@ -205,11 +211,11 @@ def test_damaged_programs(channel, honest, program, data):
         register(channel, honest, bytes(blob[:cut]), name="")
     except grpc.RpcError as error:
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, error  # noqa: PT017 - some are still programs
-        assert len(error.details()) < 4000  # noqa: PT017 - likewise
+        assert len(error.details()) < 4000  # noqa: PT017 - as above
 
 
 def nested(levels):
-    """Conditionals inside each other."""
+    """Return conditionals inside each other."""
     text = f"module {{ {MAIN} {{ %c = stablehlo.constant dense<true> : tensor<i1>\n %y = stablehlo.constant dense<1.0> : tensor<f32>\n"
     text += "".join(f'%y{level} = "stablehlo.if"(%c) ({{\n' for level in range(levels))
     text += "%t = stablehlo.tanh %y : tensor<f32>\n"
@@ -226,14 +232,18 @@ def test_a_thousand_conditionals_inside_each_other(channel, honest):
 
 
 def test_a_hundred_thousand_modules_inside_each_other(channel, honest):
-    """As text, for no writer of bytecode gets so far: MLIR's parser has no stack left."""
+    """The modules are text, because no writer of bytecode gets so far: MLIR's parser
+    has no stack left.
+    """
     reason, message = refused(channel, honest, b"module {" * 100_000 + b"}" * 100_000)
     assert reason == "VETTING_FAILED"
     assert "SIGSEGV" in message
 
 
 def test_an_objective_without_second_derivatives(channel, honest):
-    """An endless loop is not run: how often it turns depends on x, so it has no reverse."""
+    """An endless loop is not run. Its number of rounds depends on x, so it has no
+    reverse.
+    """
     text = f"""module {{ {MAIN} {{
         %z = stablehlo.constant dense<0.0> : tensor<f32>
         %s = stablehlo.reduce(%x init: %z) applies stablehlo.add across dimensions = [0] : (tensor<3xf32>, tensor<f32>) -> tensor<f32>
@@ -265,7 +275,7 @@ def test_an_objective_without_second_derivatives(channel, honest):
         ({"platforms": ["cuda", "tpu"]}, "INVALID_ARGUMENT", "BUNDLE_INCOMPATIBLE", "branches for cuda, tpu"),
         ({"platforms": ["abacus"]}, "INVALID_ARGUMENT", "BUNDLE_INVALID", "platforms must be of"),
         ({"composite": {"reduction": "mean", "samples": 1}}, "INVALID_ARGUMENT", "BUNDLE_INVALID", "a composite has"),
-        ({"programs": {"hvp": objective_pb2.Program()}}, "INVALID_ARGUMENT", "BUNDLE_INVALID", "it has hvp, objective"),
+        ({"programs": {"hvp": objective_pb2.Program()}}, "INVALID_ARGUMENT", "BUNDLE_INVALID", "got hvp, objective"),
         ({"blocks": [{"leaves": [1]}]}, "INVALID_ARGUMENT", "UNKNOWN_BLOCK", "ascending positions of leaves of x"),
         ({"stablehlo_version": "1" * 10_000}, "INVALID_ARGUMENT", "BUNDLE_INVALID", "has 10000 characters"),
         ({"n": 4}, "INVALID_ARGUMENT", "BUNDLE_INVALID", "n = 4 elements"),
@@ -285,8 +295,10 @@ def test_a_program_that_claims_another_size(channel, honest, program, claim):
     assert str(claim) in message
 
 
-def test_what_was_admitted_is_served_after_a_restart_without_being_read_again(serve, honest):
-    """The record is in the store; who removes it has it read again, and served all the same."""
+def test_an_admitted_objective_is_served_after_a_restart_without_a_second_reading(serve, honest):
+    """The record is in the store. If it is removed, the server reads the program again,
+    and serves it nevertheless.
+    """
     server = serve()
     with hvpd.connect(server.address) as client:
         objective = client.register(lambda x: jnp.sum(x**4) / 12, X, name="quartic", platforms=("cpu",))
@@ -304,7 +316,9 @@ def test_what_was_admitted_is_served_after_a_restart_without_being_read_again(se
 
 
 def vetters(server):
-    """The processes that read programs for a server: descendants of it, found in /proc."""
+    """Return the processes that read programs for a server. They are its descendants in
+    /proc.
+    """
     parents, found = {}, []
     for status in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -314,7 +328,7 @@ def vetters(server):
         while ancestor in parents and ancestor != server.process.pid:
             ancestor = parents[ancestor]
         with contextlib.suppress(OSError):
-            if ancestor == server.process.pid and b"_vetter" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if ancestor == server.process.pid and b"admission.vetter" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)
     return found
 
@@ -322,7 +336,7 @@ def vetters(server):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("end", ["kill", "terminate"])
 def test_a_server_that_ends_leaves_no_process_behind(serve, end):
-    server = serve()
+    server = serve(forked=False)  # So that the vetter is a child of the server.
     with hvpd.connect(server.address) as client:
         client.register(lambda x: jnp.sum(x**4) / 12, X, platforms=("cpu",))
     watched = [os.pidfd_open(pid) for pid in vetters(server)]

@@ -1,10 +1,11 @@
-"""The wire as somebody else's client sees it: uploads that go wrong, streams, versions, health, reflection, details."""
+"""The wire as a foreign client sees it: failing uploads, streams, versions, health,
+reflection, details.
+"""
 
 import concurrent.futures
 import contextlib
 import hashlib
 import queue
-import time
 
 import grpc
 import jax
@@ -17,7 +18,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from grpc_status import rpc_status
 
 import hvpd
-from hvpd._exchange import Asked
+from hvpd._transport.exchange import Asked
 from hvpd.v1 import (
     blob_pb2,
     blob_pb2_grpc,
@@ -28,6 +29,7 @@ from hvpd.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
+from tests.support.waiting import until
 
 N = 300_000
 
@@ -50,13 +52,15 @@ def curvature(channel):
 
 @pytest.fixture(scope="module")
 def point(client):
-    """x -> sum(x^4) / 12 at x = 0, 1, ..., whose Hessian is diag(x^2)."""
+    """Yield a point of x -> sum(x^4) / 12 at x = 0, 1, ..., whose Hessian is
+    diag(x^2).
+    """
     x = np.arange(N, dtype=float) % 100
     return client.register(lambda x: jnp.sum(x**4) / 12, x, name="quartic").at(x)
 
 
 def reason(error):
-    """ErrorInfo.reason of a failed call."""
+    """Return ErrorInfo.reason of a failed call."""
     info = error_details_pb2.ErrorInfo()
     status = rpc_status.from_call(error.value)
     assert any(detail.Unpack(info) for detail in status.details)
@@ -65,7 +69,7 @@ def reason(error):
 
 
 def upload(content, *, digest=None, size=None, offsets=None, cut=None, step=1000):
-    """The messages of an upload, rightly or wrongly made."""
+    """Return the messages of an upload, right or wrong."""
     digest = digest or hashlib.sha256(content).hexdigest()
     pieces = [content[start : start + step] for start in range(0, len(content), step)]
     offsets = offsets or [step * index for index in range(len(pieces))]
@@ -80,7 +84,9 @@ def upload(content, *, digest=None, size=None, offsets=None, cut=None, step=1000
 
 
 def stored(server):
-    """The files of the store; without compiled programs, which come whenever somebody's compile is done."""
+    """Return the store's files without compiled programs, which come whenever a compile
+    ends.
+    """
     cache = server.store / "cache"
     return sorted(path for path in server.store.rglob("*") if path.is_file() and cache not in path.parents)
 
@@ -147,7 +153,7 @@ class Stream:
         self.outgoing.put(curvature_pb2.StreamProductsRequest(tag=tag, spec=spec, chunk=chunk))
 
     def answer(self, answers):
-        """Collects answers until one is complete; returns its tag."""
+        """Collect answers until one is complete; return its tag."""
         message = next(self.incoming)
         if message.HasField("error"):
             answers[message.tag] = message.error
@@ -173,7 +179,7 @@ def product_of(point, k=1, **changes):
 
 
 def test_products_are_pipelined_and_their_chunks_interleave(point, stream):
-    """Two products of 2.3 MiB each arrive chunk by chunk in turn; both are right."""
+    """Two products of 2.3 MiB each arrive chunk by chunk in turn. Both are right."""
     V = np.random.default_rng(0).normal(size=(2, N))
     raw = [v.tobytes() for v in V]
     step = 1 << 20
@@ -203,7 +209,7 @@ def test_products_are_pipelined_and_their_chunks_interleave(point, stream):
 )
 def test_a_bad_product_is_an_answer_and_the_stream_goes_on(point, stream, spec, chunk, expected):
     stream.send(1, b"\0" * chunk, spec=product_of(point, **spec))
-    stream.send(1, b"late")  # what was on its way when it was refused
+    stream.send(1, b"late")  # This chunk was on its way when the product was refused.
     stream.send(2, np.ones(N).tobytes(), spec=product_of(point))
     answers = {}
     while not isinstance(answers.get(2), bytearray) or len(answers[2]) < N * 8:
@@ -224,7 +230,7 @@ def test_a_tag_cannot_be_used_twice_at_once(point, stream):
     assert info.reason == "INVALID_TAG"
 
 
-def test_a_stream_cut_in_the_middle_of_a_vector_harms_nobody(point, curvature):
+def test_a_stream_cut_in_the_middle_of_a_vector_harms_no_others(point, curvature):
     cut = Stream(curvature)
     cut.send(1, b"\0" * 1000, spec=product_of(point))
     cut.incoming.cancel()
@@ -233,7 +239,7 @@ def test_a_stream_cut_in_the_middle_of_a_vector_harms_nobody(point, curvature):
 
 
 def why(answer):
-    """ErrorInfo.reason of an answer that is an error."""
+    """Return ErrorInfo.reason of an answer that is an error."""
     info = error_details_pb2.ErrorInfo()
     assert answer.details[0].Unpack(info)
     return info.reason
@@ -266,8 +272,8 @@ def test_a_stream_that_ends_in_the_middle_of_a_vector_says_so(point, stream, pip
 
 
 @pytest.mark.parametrize("timeout", [None, 0.02])
-def test_who_leaves_in_the_middle_of_a_vector_has_made_no_mistake(serve, timeout):
-    """By cancelling, or since its time is over."""
+def test_a_caller_that_leaves_in_the_middle_of_a_vector_is_no_failure(serve, timeout):
+    """The caller cancels, or its time is over."""
     server = serve("--metrics-port", "0")
     with hvpd.connect(server.address) as client, grpc.insecure_channel(server.address) as channel:
         point = client.register(lambda x: jnp.sum(x**4) / 12, np.zeros(N)).at(np.ones(N))
@@ -279,16 +285,12 @@ def test_who_leaves_in_the_middle_of_a_vector_has_made_no_mistake(serve, timeout
                 iter(outgoing.get, None), timeout=timeout
             )
             if timeout is None:
-                ends = time.monotonic() + 30
-                while server.metric("hvpd_open_streams") == 0:
-                    assert time.monotonic() < ends
+                until(lambda: server.metric("hvpd_open_streams"))
                 products.cancel()
             with pytest.raises(grpc.RpcError):
                 next(products)
             outgoing.put(None)
-        ends = time.monotonic() + 30
-        while server.metric("hvpd_open_streams"):
-            assert time.monotonic() < ends
+        until(lambda: not server.metric("hvpd_open_streams"))
         assert server.metric("hvpd_failures_total") == 0
 
 
@@ -299,7 +301,9 @@ def small(client):
 
 
 def test_products_that_are_sent_ahead_share_launches_and_go_by_priority(client, curvature, small, stream):
-    """Beside a product that holds the device; before, a stream had one product in the queue at most."""
+    """The products wait behind one that holds the device. Before, a stream had at most
+    one product in the queue.
+    """
     slow = client.register(
         lambda x: jnp.sum(x**2) * jax.lax.fori_loop(0, 40_000_000, lambda i, c: jnp.cos(c), 1.0),
         np.ones(3),
@@ -357,8 +361,8 @@ def test_a_bad_product_among_those_that_are_sent_ahead_is_an_answer(small, strea
         np.testing.assert_allclose(np.frombuffer(answers[tag]), small.x**2, rtol=1e-12)
 
 
-def test_who_sends_ahead_and_does_not_read_is_held_up_and_nobody_else(server, client, point, curvature):
-    """400 MiB of products, of which none is read at first."""
+def test_a_caller_that_sends_ahead_without_reading_delays_only_itself(server, client, point, curvature):
+    """The caller sends 400 MiB of products, and reads none at first."""
     greedy = Stream(curvature)
     raw = np.ones(N).tobytes()
     for tag in range(180):
@@ -381,9 +385,7 @@ def test_a_client_that_leaves_with_products_sent_ahead_leaves_nothing(server, cl
     next(leaving.incoming)
     leaving.incoming.cancel()
     leaving.outgoing.put(None)
-    ends = time.monotonic() + 60
-    while server.metric("hvpd_open_calls") > before or server.metric("hvpd_pending_vectors"):
-        assert time.monotonic() < ends
+    until(lambda: server.metric("hvpd_open_calls") <= before and not server.metric("hvpd_pending_vectors"))
     assert np.allclose(small.hessian() @ np.ones(50), small.x**2)
 
 
@@ -393,7 +395,7 @@ def test_a_block_wider_than_the_servers_limit_is_products_that_are_sent_ahead(sm
 
 
 def test_wide_blocks_of_several_callers_get_through_a_narrow_queue_and_nothing_is_computed_twice(serve):
-    """Of each, more products are sent ahead than the queue has room for."""
+    """Each caller sends more products ahead than the queue has room for."""
     server, x = serve("--max-pending", "8", "--max-block-width", "8"), np.arange(1.0, 51.0)
     V = np.random.default_rng(0).normal(size=(50, 200))
     with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(3) as pool:
@@ -474,7 +476,7 @@ def test_a_client_of_another_protocol_is_told_both_versions(channel, said):
 
 @contextlib.contextmanager
 def serving(*services):
-    """A gRPC server that is not hvpd's, or that of another time."""
+    """Run a gRPC server that is not hvpd, or is another version of it."""
     from concurrent.futures import ThreadPoolExecutor
 
     server = grpc.server(ThreadPoolExecutor(2))
@@ -552,6 +554,40 @@ def test_listing_in_pages(client, channel):
             break
     assert names == [listing.name for listing in client.objectives()]
     assert [name for name in names if name.startswith("page/")] == ["page/0", "page/1", "page/2"]
-    with pytest.raises(grpc.RpcError) as error:
-        objectives.ListObjectives(objective_pb2.ListObjectivesRequest(page_token="x"))
-    assert reason(error) == "INVALID_PAGE"
+    for request, says in [
+        ({"page_token": "x"}, "page_token must be .* got 'x'"),
+        ({"page_token": "1" * 50}, r"page_token must be .* got '1{40}'\.\.\. \(50 characters\)"),
+        ({"page_size": -1}, "page_size must be from 0 to 100, .* got -1"),
+    ]:
+        with pytest.raises(grpc.RpcError, match=says) as error:
+            objectives.ListObjectives(objective_pb2.ListObjectivesRequest(**request))
+        assert reason(error) == "INVALID_PAGE"
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "says"),
+    [
+        ({"pin_seconds": -5}, "PIN_SECONDS", "pin_seconds must be from 0 to 604800, got -5"),
+        ({"pin_seconds": 604_801}, "PIN_SECONDS", "pin_seconds must be from 0 to 604800, got 604801"),
+        *(
+            ({"move": curvature_pb2.Move(alpha=float(alpha))}, "MOVE", f"alpha must be a finite number, got {alpha}")
+            for alpha in ("nan", "inf", "-inf")
+        ),
+    ],
+)
+def test_a_number_of_a_point_that_is_out_of_range_is_refused(curvature, point, fields, code, says):
+    request = curvature_pb2.CreatePointRequest(spec=point._spec, **fields)
+    with pytest.raises(grpc.RpcError, match=says) as error:
+        list(curvature.CreatePoint(iter([request])))
+    assert reason(error) == code
+
+
+@pytest.mark.parametrize(
+    ("operator", "says"),
+    [(0, "operator is not set: set ProductSpec.operator"), (77, "has the operators 1 to 5, got 77: upgrade")],
+)
+def test_an_operator_that_is_unset_or_unknown_is_refused(curvature, point, operator, says):
+    spec = curvature_pb2.ProductSpec(point_id=point._id, operator=operator, k=1)
+    with pytest.raises(grpc.RpcError, match=says) as error:
+        curvature.ComputeProduct(curvature_pb2.ComputeProductRequest(spec=spec))
+    assert reason(error) == "UNKNOWN_OPERATOR"

@@ -1,4 +1,6 @@
-"""How much is tried: little and always the same here, as much as one likes with $HVPD_FUZZ_EXAMPLES."""
+"""The number of tried examples: few and always the same ones here, or
+$HVPD_FUZZ_EXAMPLES.
+"""
 
 import os
 

@@ -1,9 +1,11 @@
-"""Fuzzing that is guided by coverage, of our own reading of messages, by atheris, which nothing else needs (Linux, CPython):
+"""Fuzzes hvpd's own reading of messages, guided by coverage. This needs atheris (Linux,
+CPython):
 
     .venv/bin/pip install atheris
-    .venv/bin/python -m tests.fuzz.guided -max_total_time=60     # and whatever other flags libFuzzer has
+    .venv/bin/python -m tests.fuzz.guided -max_total_time=60
 
-It ends at the first input that is read otherwise than protobuf reads it, and writes it to a file.
+libFuzzer's other flags may be given, too. The run ends at the first input that is read
+otherwise than protobuf reads it, and writes that input to a file.
 """
 
 import sys
@@ -12,7 +14,7 @@ import atheris
 from google.protobuf.message import DecodeError
 
 with atheris.instrument_imports(include=["hvpd"], enable_loader_override=False):
-    from hvpd import _frames
+    from hvpd._wire import frames as _frames
     from hvpd.v1 import blob_pb2, curvature_pb2
 
 KINDS = [
@@ -26,7 +28,7 @@ KINDS = [
 
 
 def frames(data):
-    """Of each type, the message that protobuf reads, or both refuse."""
+    """Read bytes as each type: the message is protobuf's, or both refuse."""
     for kind in KINDS:
         try:
             expected = kind.FromString(data).SerializeToString(deterministic=True)

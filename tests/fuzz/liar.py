@@ -1,4 +1,4 @@
-"""A server that answers as a real one would, and lies where a test says so."""
+"""A server that answers like a real server, and lies if a test says so."""
 
 import collections
 
@@ -19,9 +19,11 @@ POINT = curvature_pb2.Point(id="0" * 64, value=float(np.sum(X**4) / 12))
 
 
 class Liar(grpc.GenericRpcHandler):
-    """Answers as a real server would for x -> sum(x^4) / 12 at X, and as `lies` says where that has the method.
+    """Answers as a real server would for x -> sum(x^4) / 12 at X, or with an answer
+    from `lies`, if `lies` has the method.
 
-    A lie is what is sent, as bytes, and how the call ends: code, message and trailing metadata, or None for OK.
+    A lie is the bytes to send, and the call's end: code, message and trailing
+    metadata, or None for OK.
     """
 
     def __init__(self):
@@ -50,7 +52,7 @@ class Liar(grpc.GenericRpcHandler):
     def honest(self, method, requests):
         if method == "GetServer":
             yield server_pb2.GetServerResponse(
-                min_protocol=1, max_protocol=1, platform="cpu", max_block_width=64
+                min_protocol=1, max_protocol=1, platform="cpu", max_block_width=64, krylov_runs=True
             ).SerializeToString()
         elif method in ("GetObjective", "CreateObjective"):
             yield objective_pb2.GetObjectiveResponse(objective=OBJECTIVE).SerializeToString()

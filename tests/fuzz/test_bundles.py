@@ -1,4 +1,6 @@
-"""Bundles with something changed: refused with a reason, or still bundles; and programs that are damaged on every level."""
+"""Changed bundles are refused with a reason, or are still bundles. Programs are damaged
+on every level.
+"""
 
 import contextlib
 import gzip
@@ -17,8 +19,10 @@ from hypothesis import strategies as st
 import hvpd
 from hvpd._registration import export as _export
 from hvpd.v1 import blob_pb2, blob_pb2_grpc, objective_pb2, objective_pb2_grpc
-from hvpd_server import _admission, _rules, _vetting
-from hvpd_server._errors import Code, ServiceError
+from hvpd_server import bundle as _admission
+from hvpd_server.admission import vetting
+from hvpd_server.errors import Code, ServiceError
+from hvpd_server.importer import rules
 from tests.fuzz import wire
 from tests.fuzz.wire import send
 
@@ -48,7 +52,7 @@ HONEST = [_honest(), _honest(composite=True)]
 
 @st.composite
 def changed(draw):
-    """An honest bundle of which some fields are others, at any depth, or some bytes."""
+    """Draw an honest bundle with some fields changed, at any depth, or some bytes."""
     made = objective_pb2.Bundle.FromString(draw(st.sampled_from(HONEST)).bundle.SerializeToString())
     for _ in range(draw(st.integers(1, 3))):
         at = made
@@ -90,14 +94,14 @@ def nested(depth):
 @given(data=changed())
 @example(data=nested(90))
 def test_a_bundle_is_taken_or_refused_with_a_reason(tried, data):
-    """What is taken has the programs and blocks that the server goes on with."""
+    """An accepted bundle has the programs and blocks that the server goes on with."""
     tried("bundles with something changed")
     try:
         bundle = _admission.parse(data)
     except ServiceError as error:
         assert error.code in (Code.INVALID_ARGUMENT, Code.FAILED_PRECONDITION)  # noqa: PT017 - either may be
-        assert error.reason in ("BUNDLE_INVALID", "BUNDLE_INCOMPATIBLE", "UNKNOWN_BLOCK")  # noqa: PT017 - likewise
-        assert len(str(error)) < 2000  # noqa: PT017 - likewise
+        assert error.reason in ("BUNDLE_INVALID", "BUNDLE_INCOMPATIBLE", "UNKNOWN_BLOCK")  # noqa: PT017 - as above
+        assert len(str(error)) < 2000  # noqa: PT017 - as above
         return
     list(_admission.references(bundle))
     assert set(bundle.programs) in ({"objective"}, {"model", "loss"})
@@ -149,7 +153,7 @@ def test_a_bundle_that_was_changed_is_registered_or_refused_by_a_server(server, 
 
 @pytest.fixture(scope="module")
 def vetter():
-    with contextlib.closing(_vetting.Vetter()) as started:
+    with contextlib.closing(vetting.Vetter()) as started:
         yield started
 
 
@@ -160,7 +164,9 @@ OTHER = bytes(HONEST[1].blobs[HONEST[1].bundle.programs["model"].digest])
 
 @st.composite
 def damaged_programs(draw):
-    """Header, sections or all of it: bytes changed, runs of them, pieces of another program, cut, packed."""
+    """Draw a program whose header, sections or whole is damaged: bytes changed, runs of
+    them, pieces of another program, cut, packed.
+    """
     blob = bytearray(PROGRAM)
     low, high = draw(st.sampled_from([(0, 40), (40, 240), (len(blob) // 2, len(blob)), (0, len(blob))]))
     for _ in range(draw(st.integers(1, 4))):
@@ -195,14 +201,14 @@ def test_a_damaged_program_is_a_program_or_refused_and_the_next_is_read(vetter, 
         vetter.vet({"bundle": BUNDLE, "objective": blob})
     except ServiceError as error:
         assert error.code is Code.INVALID_ARGUMENT  # noqa: PT017 - some are still programs
-        assert error.reason in _rules.REASONS  # noqa: PT017 - likewise
+        assert error.reason in rules.REASONS  # noqa: PT017 - as above
     assert "hvp" in vetter.vet({"bundle": BUNDLE, "objective": PROGRAM}).programs
 
 
 @settings(settings.get_profile("fuzz-slow"))
 @given(blob=damaged_programs())
-def test_a_server_survives_damaged_programs_and_serves_what_is_honest(server, channel, tried, blob):
-    """What passes is compiled, too."""
+def test_a_server_survives_damaged_programs_and_serves_honest_ones(server, channel, tried, blob):
+    """Programs that pass are compiled, too."""
     tried("damaged programs, registered")
     export = HONEST[0]
     for content in export.blobs.values():

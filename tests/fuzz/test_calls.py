@@ -1,4 +1,6 @@
-"""Anything at all as the request of every method: the server answers with a status that blames the caller, and serves the others."""
+"""Any bytes as the request of every method: the server answers with a status that
+blames the caller, and serves the others.
+"""
 
 import grpc
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 import hvpd
 from hvpd.v1 import blob_pb2, curvature_pb2, curvature_pb2_grpc, objective_pb2, objective_pb2_grpc
 from tests.fuzz import wire
+from tests.support.objectives import quartic
 
 CODE = grpc.StatusCode
 
@@ -30,11 +33,6 @@ def channel(server):
         yield opened
 
 
-def quartic(x):
-    """Its Hessian is diag(x^2)."""
-    return jnp.sum(x**4) / 12
-
-
 @pytest.fixture(scope="module")
 def point(client):
     return client.register(quartic, np.arange(50.0), name="quartic").at(np.arange(50.0))
@@ -42,7 +40,9 @@ def point(client):
 
 @pytest.fixture(scope="module")
 def neighbour(client, point):
-    """Somebody else, who solves all the while, and registers again what a caller had deleted."""
+    """Run another client that solves all the while, and registers again if a caller
+    deletes its objective.
+    """
 
     def check():
         try:
@@ -56,7 +56,7 @@ def neighbour(client, point):
 
 
 def raw(channel, method, requests, timeout=60):
-    """Sends bytes to a method; gives the status, and the answers as they came."""
+    """Send bytes to a method; return the status, and the answers' bytes."""
     path = f"/{method.containing_service.full_name}/{method.name}"
     kind = {
         (False, False): channel.unary_unary,
@@ -73,7 +73,9 @@ def raw(channel, method, requests, timeout=60):
 
 @pytest.fixture(scope="module")
 def facts(point):
-    """What a caller can know: real ids and digests among junk get further."""
+    """Return facts that a caller can know. Junk with real ids and digests gets
+    further.
+    """
     return [
         point._id,
         point.objective.digest,
@@ -83,7 +85,7 @@ def facts(point):
 
 
 def fill(made, facts, draw):
-    """Puts real digests where there are strings."""
+    """Put real digests in place of strings."""
     for field in made.DESCRIPTOR.fields:
         if field.message_type is not None:
             if made.HasField(field.name) if not hasattr(getattr(made, field.name), "extend") else False:
@@ -119,17 +121,17 @@ def test_a_request_of_any_bytes_is_answered_and_the_neighbour_is_served(
 
 
 @pytest.mark.parametrize("method", wire.METHODS, ids=lambda method: method.name)
-def test_what_is_no_message_is_the_callers_fault(server, channel, method):
+def test_bytes_that_are_no_message_are_invalid_arguments(server, channel, method):
     code, answer = raw(channel, method, [b"\xff" * 7])
     if method.input_type.fields:
         assert code is CODE.INVALID_ARGUMENT
         assert "a message cannot be read" in answer
-    else:  # There is nothing in it to look at.
+    else:  # The message has no field to fill.
         assert code is CODE.OK
     assert not [line for line in server.lines if "Exception deserializing" in line]
 
 
-def test_a_stream_ends_with_the_message_that_is_none_after_what_came_before(channel, point):
+def test_a_stream_ends_at_an_unreadable_message_after_answering_the_earlier_ones(channel, point):
     spec = curvature_pb2.ProductSpec(point_id=point._id, operator=curvature_pb2.OPERATOR_HESSIAN, k=1)
     for pipelined in (False, True):
         spec.pipelined = pipelined
@@ -143,8 +145,8 @@ def test_a_stream_ends_with_the_message_that_is_none_after_what_came_before(chan
 
 
 @pytest.mark.parametrize("announced", [1 << 40, (1 << 63) - 1, -1, -(1 << 63)])
-def test_what_is_announced_takes_no_room_before_it_comes(server, channel, announced):
-    """A blob of a tebibyte, of which nothing comes."""
+def test_an_announced_blob_takes_no_memory_before_it_comes(server, channel, announced):
+    """The upload of a blob of a tebibyte is announced, and nothing comes."""
     before = server.metric("process_resident_memory_bytes")
     first = blob_pb2.UploadBlobRequest(digest="0" * 64, size_bytes=announced, chunk=b"x").SerializeToString()
     method = next(method for method in wire.METHODS if method.name == "UploadBlob")
@@ -166,7 +168,9 @@ def test_a_thousand_digests_that_are_none(channel):
 @pytest.mark.parametrize("name", ["a" * 3_000_000, "\u4e00" * 100_000, "../" * 10_000, "0" * 65_000])
 @pytest.mark.parametrize("method", ["GetObjective", "GetPlan", "FindMissingBlobs", "UploadBlob"])
 def test_a_name_of_any_length_is_refused_in_few_words(channel, method, name):
-    """The answer has to fit into what HTTP/2 has for it, or the caller is told of that, and of nothing else."""
+    """The answer has to fit into HTTP/2's limit. Otherwise the caller gets an error
+    about the limit instead.
+    """
     method = next(each for each in wire.METHODS if each.name == method)
     kind = GetMessageClass(method.input_type)
     field = kind.DESCRIPTOR.fields[0].name
@@ -184,7 +188,7 @@ def test_pages_that_are_none(channel, page_token):
     assert code in (CODE.OK, CODE.INVALID_ARGUMENT)
 
 
-# What was found this way
+# Inputs that were found this way
 
 
 def refused(call, *arguments, **settings):

@@ -1,4 +1,6 @@
-"""The client as the one attacked: whatever a server answers, each call ends, with an HvpdError where it did not get what it asked for."""
+"""The client under attack: each call ends, with any answer of a server. If the call has
+no result, it raises an HvpdError.
+"""
 
 import contextlib
 import time
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hvpd
-from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2
+from hvpd.v1 import blob_pb2, curvature_pb2, krylov_pb2, objective_pb2, server_pb2
 from tests.fuzz import wire
 from tests.fuzz.liar import EXPORT, Liar, N, X
 
@@ -61,6 +63,8 @@ CALLS = {
     "ComputeFactors": lambda client: client._transport.factors(
         curvature_pb2.ComputeFactorsRequest(), [2, 3], np.dtype(float), restore=lambda: None
     ),
+    "StartRun": lambda client: client.objective("quartic").at(X).hessian().lanczos(3),
+    "Compute": lambda client: client.objective("quartic").at(X).hessian().solve(np.ones(N)),
 }
 
 KINDS = {
@@ -74,12 +78,14 @@ KINDS = {
     "CreatePoint": curvature_pb2.CreatePointResponse,
     "StreamProducts": curvature_pb2.StreamProductsResponse,
     "ComputeFactors": curvature_pb2.ComputeFactorsResponse,
+    "StartRun": krylov_pb2.StartRunResponse,
+    "Compute": krylov_pb2.ComputeResponse,
 }
 
 
 @st.composite
 def details(draw, whole=True):
-    """A google.rpc.Status, as bytes, with details of all kinds."""
+    """Draw a google.rpc.Status, as bytes, with details of all kinds."""
     status = status_pb2.Status(code=draw(st.integers(0, 17)), message=draw(st.text(max_size=20)))
     for _ in range(draw(st.integers(0, 3))):
         packed = any_pb2.Any()
@@ -134,7 +140,7 @@ def test_answers_of_any_bytes(liar, tried, method, data):
 @settings(settings.get_profile("fuzz"))
 @given(derivation=wire.message(objective_pb2.Derivation))
 def test_derivations_of_any_content(liar, tried, derivation):
-    """Layers of leaves that x does not have, modes and programs that nobody knows."""
+    """The layers have leaves that x lacks, and modes and programs are unknown."""
     tried("derivations of a server that lies")
     objective = objective_pb2.Objective(digest=EXPORT.digest, bundle=EXPORT.bundle, derivation=derivation)
     sent = [objective_pb2.GetObjectiveResponse(objective=objective).SerializeToString()]
@@ -146,7 +152,9 @@ def test_derivations_of_any_content(liar, tried, derivation):
 
 @st.composite
 def answers(draw):
-    """Products in pieces, of the right tags or others, too short, too long, twice, with errors, NaN."""
+    """Draw products in pieces, of the right tags or others, too short, too long, twice,
+    with errors, NaN.
+    """
     messages = []
     for _ in range(draw(st.integers(0, 6))):
         size = draw(st.sampled_from([0, 0, 8 * N, 8 * N, 16 * N, 24 * N, 1, 7, 8, 1 << 20]))
@@ -163,7 +171,9 @@ def answers(draw):
 @settings(settings.get_profile("fuzz-slow"))
 @given(sent=answers(), end=ends(whole=True), wide=st.booleans())
 def test_products_that_are_none(liar, tried, sent, end, wide):
-    """130 vectors are three products of one exchange: what is returned came from the server, all of it."""
+    """130 vectors are three products of one exchange. All of the returned product came
+    from the server.
+    """
     tried("products of a server that lies")
     with talking(liar, {"StreamProducts": (sent, end)}) as client:
         H = client.objective("quartic").at(X).hessian()

@@ -1,11 +1,12 @@
-"""Connections that are abused: junk, silence, slowness, floods, bombs. Others are served meanwhile, and nothing stays behind."""
+"""Abused connections: junk, silence, slowness, floods, bombs. The server serves others
+meanwhile, and leaks nothing.
+"""
 
 import contextlib
 import os
 import socket
 import struct
 import threading
-import time
 from pathlib import Path
 
 import grpc
@@ -17,19 +18,20 @@ from hypothesis import strategies as st
 
 import hvpd
 from hvpd.v1 import blob_pb2, blob_pb2_grpc, curvature_pb2, curvature_pb2_grpc, objective_pb2
+from tests.support.waiting import until
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 X = np.arange(1.0, 31)
 
 
 def frame(kind, flags, stream, payload=b"", length=None):
-    """RFC 9113, section 4.1."""
+    """Return a frame (RFC 9113, section 4.1)."""
     size = len(payload) if length is None else length
     return size.to_bytes(3, "big") + struct.pack(">BBI", kind, flags, stream) + payload
 
 
 def literal(name, value):
-    """RFC 7541, section 6.2.2, without Huffman codes."""
+    """Return a literal header without Huffman codes (RFC 7541, section 6.2.2)."""
     return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
 
 
@@ -44,13 +46,17 @@ PRODUCTS = b"/hvpd.v1.CurvatureService/StreamProducts"
 
 @pytest.fixture(scope="module")
 def server(serve_module):
-    """Of this module alone: what it opens is counted."""
-    return serve_module()
+    """Start a server for this module alone, because its open descriptors are
+    counted, and its memory is measured.
+    """
+    return serve_module(forked=False)
 
 
 @pytest.fixture(scope="module")
 def neighbour(server):
-    """x -> sum(x^4) / 12, whose Hessian is diag(x^2); the neighbour solves all the while."""
+    """Run a neighbour that solves all the while, on x -> sum(x^4) / 12, whose Hessian
+    is diag(x^2).
+    """
     with hvpd.connect(server.address, timeout=60) as client:
         H = client.register(lambda x: jnp.sum(x**4) / 12, X).at(X).hessian()
 
@@ -66,15 +72,9 @@ def descriptors(server):
 
 
 def memory(server):
-    """Resident, in MiB."""
+    """Return the resident memory in MiB."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) >> 10
-
-
-def wait_for(condition):
-    ends = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < ends
 
 
 @contextlib.contextmanager
@@ -84,7 +84,7 @@ def raw(server):
 
 
 def drain(opened, seconds=0.05):
-    """Whatever comes until the other side is silent or gone."""
+    """Return all bytes until the other side is silent or gone."""
     opened.settimeout(seconds)
     got = b""
     with contextlib.suppress(OSError):
@@ -138,30 +138,32 @@ def test_a_connection_closed_by_junk_leaves_nothing(server, neighbour, tried):
         with raw(server) as opened:
             opened.sendall(PREFACE + os.urandom(index))
     tried("connections of any bytes", 300)
-    wait_for(lambda: descriptors(server) <= before)
+    until(lambda: descriptors(server) <= before)
     neighbour()
 
 
 def test_a_thousand_connections_that_say_nothing(server, neighbour, tried):
-    """Half of them not even that they speak HTTP/2."""
+    """Half of them do not even say that they speak HTTP/2."""
     before, held = descriptors(server), memory(server)
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(raw(server)) for _ in range(1000)]
         for each in opened[::2]:
             each.sendall(PREFACE + SETTINGS)
         tried("connections that say nothing", len(opened))
-        wait_for(lambda: descriptors(server) > 1000)  # Of those before, some may be closing.
+        until(lambda: descriptors(server) > 1000)  # Some of the earlier connections may still be closing.
         for _ in range(20):
             neighbour()
         with hvpd.connect(server.address) as newcomer:
             newcomer.objectives()
         assert memory(server) - held < 200
-    wait_for(lambda: descriptors(server) <= before)
+    until(lambda: descriptors(server) <= before)
     neighbour()
 
 
 def test_a_thousand_streams_of_one_connection_that_say_nothing(server, neighbour, tried):
-    """A stream without a message takes a thread: beyond --max-calls others wait, and are served when these are gone."""
+    """A stream without a message takes a thread. Beyond --max-calls others wait, and
+    are served when these are gone.
+    """
     with raw(server) as opened:
         opened.sendall(PREFACE + SETTINGS)
         for index in range(1000):
@@ -170,12 +172,14 @@ def test_a_thousand_streams_of_one_connection_that_say_nothing(server, neighbour
         for _ in range(20):
             neighbour()
         assert server.process.poll() is None
-    wait_for(lambda: server.metric("hvpd_open_calls") <= 4)
+    until(lambda: server.metric("hvpd_open_calls") <= 4)
     neighbour()
 
 
-def test_who_writes_a_byte_at_a_time_keeps_nobody_waiting(server, neighbour, tried):
-    """A hundred, each in the middle of a message, of an upload, of the preface."""
+def test_callers_that_write_a_byte_at_a_time_delay_no_others(server, neighbour, tried):
+    """A hundred connections are each in the middle of a message, of an upload, or of
+    the preface.
+    """
     body = blob_pb2.UploadBlobRequest(digest="0" * 64, size_bytes=1000, chunk=bytes(1000)).SerializeToString()
     said = (
         PREFACE
@@ -194,13 +198,14 @@ def test_who_writes_a_byte_at_a_time_keeps_nobody_waiting(server, neighbour, tri
                 at = len(said) * index // 100 + position
                 each.sendall(said[at : at + 1])
             neighbour()
-    wait_for(lambda: descriptors(server) <= before)
-    wait_for(lambda: not list((server.store / "incoming").iterdir()))
+    until(lambda: descriptors(server) <= before)
+    until(lambda: not list((server.store / "incoming").iterdir()))
 
 
-def test_who_never_reads_is_held_up_alone(server, neighbour, tried):
-    """Eight callers send 160 MiB of products ahead, each, and read nothing: no more is taken from them than a stream may have under
-    way, 64 MiB of vectors with as much of answers. When they are gone there is room for the next eight.
+def test_a_caller_that_never_reads_holds_up_only_itself(server, neighbour, tried):
+    """Eight callers each send 160 MiB of products ahead, and read nothing. The server
+    takes only the bytes that a stream may have under way from each: 64 MiB of vectors,
+    and as much of answers. When they are gone there is room for the next eight.
     """
     held = memory(server)
     for _ in range(2):
@@ -233,7 +238,7 @@ def read_nothing(server, neighbour, tried, held):
                 grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)])
             )
             calls.append(curvature_pb2_grpc.CurvatureServiceStub(channel).StreamProducts(requests(index)))
-        tried("streams whose answers nobody reads", len(calls))
+        tried("streams whose answers are not read", len(calls))
         computed = -1.0
         while server.metric("hvpd_products_total") != computed:
             computed = server.metric("hvpd_products_total")
@@ -245,8 +250,8 @@ def read_nothing(server, neighbour, tried, held):
         stop.set()
         for call in calls:
             call.cancel()
-    wait_for(lambda: descriptors(server) <= before)
-    wait_for(lambda: server.metric("hvpd_open_calls") <= 4 and not server.metric("hvpd_pending_vectors"))
+    until(lambda: descriptors(server) <= before)
+    until(lambda: server.metric("hvpd_open_calls") <= 4 and not server.metric("hvpd_pending_vectors"))
     neighbour()
 
 
@@ -260,10 +265,8 @@ def varint(number):
 
 @pytest.mark.parametrize("compression", list(grpc.Compression), ids=lambda compression: compression.name)
 @pytest.mark.parametrize("size", [(4 << 20) - 100, (4 << 20) + 1, 100 << 20])
-def test_the_limit_is_on_what_a_message_is_and_not_on_what_it_was_packed_to(
-    server, neighbour, tried, compression, size
-):
-    """A field that nobody knows, full of zeros: 100 MiB of them are 100 KiB on the wire."""
+def test_the_limit_is_on_a_messages_unpacked_size(server, neighbour, tried, compression, size):
+    """An unknown field is full of zeros: 100 MiB of them are 100 KiB on the wire."""
     tried("messages around 4 MiB and far beyond, packed and not")
     held = memory(server)
     options = [("grpc.max_send_message_length", -1)]
@@ -275,7 +278,7 @@ def test_the_limit_is_on_what_a_message_is_and_not_on_what_it_was_packed_to(
             channel.unary_unary("/hvpd.v1.ObjectiveService/GetObjective")(request, timeout=60)
     fits = size < 4 << 20
     assert error.value.code() is (grpc.StatusCode.NOT_FOUND if fits else grpc.StatusCode.RESOURCE_EXHAUSTED)
-    # An old grpcio unpacks a message before it weighs it.
+    # An old grpcio unpacks a message before it checks the size.
     assert memory(server) - held < 32 or tuple(map(int, grpc.__version__.split(".")[:2])) < (1, 85)
     neighbour()
 
@@ -300,7 +303,9 @@ def test_messages_that_say_to_be_packed_and_are_not(server, neighbour, tried):
 
 
 def test_pings_settings_and_resets_without_end(server, neighbour, tried):
-    """Streams that are reset as soon as they are opened (CVE-2023-44487), pings, settings: the connection may be closed for it."""
+    """Streams that are reset as soon as they are opened (CVE-2023-44487), pings,
+    settings: the server may close the connection.
+    """
     with raw(server) as opened, contextlib.suppress(OSError):
         opened.sendall(PREFACE + SETTINGS)
         for index in range(2000):
@@ -312,7 +317,7 @@ def test_pings_settings_and_resets_without_end(server, neighbour, tried):
             )
         drain(opened)
     tried("streams that are reset at once", 2000)
-    wait_for(lambda: server.metric("hvpd_open_calls") <= 4)
+    until(lambda: server.metric("hvpd_open_calls") <= 4)
     neighbour()
 
 
@@ -328,10 +333,10 @@ def test_uploads_that_go_nowhere_leave_nothing(server, neighbour, tried):
 
         calls = [blobs.UploadBlob.future(begun(index)) for index in range(100)]
         tried("uploads that are broken off", len(calls))
-        wait_for(lambda: len(list((server.store / "incoming").iterdir())) == 100)
+        until(lambda: len(list((server.store / "incoming").iterdir())) == 100)
         neighbour()
         stop.set()
         for call in calls:
             call.cancel()
-        wait_for(lambda: not list((server.store / "incoming").iterdir()))
-    wait_for(lambda: descriptors(server) <= before)
+        until(lambda: not list((server.store / "incoming").iterdir()))
+    until(lambda: descriptors(server) <= before)

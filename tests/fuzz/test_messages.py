@@ -1,4 +1,6 @@
-"""Our own reading of messages with chunks, held against protobuf's: the same message and chunk, or both refuse."""
+"""hvpd's own reading of messages with chunks, against protobuf's: the same message and
+chunk, or both refuse.
+"""
 
 import pytest
 from google.protobuf.message import DecodeError
@@ -6,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import hvpd
-from hvpd import _frames
+from hvpd._wire import frames
 from hvpd.v1 import blob_pb2, curvature_pb2
 from tests.fuzz import wire
 
@@ -21,15 +23,15 @@ KINDS = [
 
 
 def check(kind, data):
-    """Reads bytes both ways."""
-    codec = _frames.codec(kind)
+    """Read bytes both ways, and compare."""
+    codec = frames.codec(kind)
     try:
         expected = kind.FromString(data)
     except DecodeError:
         with pytest.raises(DecodeError):
             codec.read(data)
         with pytest.raises(hvpd.InvalidArgumentError, match="a message cannot be read"):
-            _ = _frames.codec(kind, lambda error: _frames.Malformed(str(error))).read(data).message
+            _ = frames.codec(kind, lambda error: frames.Malformed(str(error))).read(data).message
         return
     read, chunk = codec.read(data)
     assert bytes(chunk) == expected.chunk
@@ -45,7 +47,7 @@ def check(kind, data):
 @settings(settings.get_profile("fuzz"))
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-def test_what_is_read_is_what_protobuf_reads(kind, data, tried):
+def test_messages_are_read_as_protobuf_reads_them(kind, data, tried):
     tried("messages with chunks, read both ways")
     check(kind, data.draw(wire.looks_like(kind)))
 
@@ -77,7 +79,7 @@ CHUNK, SPEC = (
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_of_what_excludes_each_other_the_last_counts(kind, data):
+def test_the_last_of_exclusive_fields_counts(kind, data):
     check(kind, data)
 
 

@@ -1,4 +1,6 @@
-"""Names and digests that were made to lead somewhere: nothing outside of the store is opened, made, moved or told."""
+"""Names and digests that look like paths: the server opens, makes, moves or shows
+nothing outside of the store.
+"""
 
 import contextlib
 import os
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hvpd import _codec
+from hvpd._wire import codec
 from hvpd.v1 import (
     blob_pb2,
     blob_pb2_grpc,
@@ -24,11 +26,11 @@ from hvpd.v1 import (
     objective_pb2_grpc,
     tensor_pb2,
 )
-from hvpd_server._admission import check_name
-from hvpd_server._errors import ServiceError
-from hvpd_server._owners import Owners
-from hvpd_server._quarantine import Quarantine
-from hvpd_server._store import Store
+from hvpd_server.bundle import check_name
+from hvpd_server.errors import ServiceError
+from hvpd_server.store.ownership import Owners
+from hvpd_server.store.quarantine import Quarantine
+from hvpd_server.store.store import Store
 
 SECRET = b"what nobody asked for"
 
@@ -77,7 +79,7 @@ def _hook(event, arguments):
 
 @contextlib.contextmanager
 def watched(root):
-    """Fails where a file is touched that is not below root: Python tells of each."""
+    """Fail if a file outside of root is touched. Python reports each access."""
     touched = []
     _watching.append(touched)
     try:
@@ -95,7 +97,7 @@ def hook():
 
 @pytest.fixture(scope="module")
 def place():
-    """A store with an objective in it, beside what is nobody's business."""
+    """Yield a store with an objective, beside a file that is secret."""
     root = Path(tempfile.mkdtemp())
     for path in ("secret", "secret.json", "a"):
         (root / path).write_bytes(SECRET)
@@ -107,7 +109,7 @@ def place():
 
 
 def asks(store, owners, quarantine, name):
-    """Everything that a caller's string reaches."""
+    """Return all functions that a caller's string reaches."""
     tensor = tensor_pb2.Tensor(dtype="uint8", shape=[1], digest=name)
     yield lambda: store.has(name) and pytest.fail("it has it")
     yield lambda: store.size(name) and pytest.fail("it has a size")
@@ -116,7 +118,7 @@ def asks(store, owners, quarantine, name):
     yield lambda: store.read_tensor(tensor)
     yield lambda: store.open_tensor(tensor)
     yield lambda: store.upload(name, 1)
-    yield lambda: store.registered(name) and not _codec.is_digest(name) and pytest.fail("it is registered")
+    yield lambda: store.registered(name) and not codec.is_digest(name) and pytest.fail("it is registered")
     yield lambda: store.objective(name)
     yield lambda: owners.find("tenant", name)
     yield lambda: owners.has_blob("tenant", name)
@@ -160,7 +162,7 @@ def digest(client):
 
 
 def tree(root):
-    """Everything beside the store, and how it is."""
+    """Return all files beside the store, with their state."""
     return {path.name: path.stat().st_mtime_ns for path in root.parent.iterdir()}
 
 

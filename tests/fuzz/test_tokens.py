@@ -1,4 +1,4 @@
-"""Whatever is said to be a token, and whatever is said to be a file of them."""
+"""Any text as a token, and any text as a file of tokens."""
 
 import dataclasses
 import datetime
@@ -11,17 +11,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hvpd.v1 import objective_pb2, objective_pb2_grpc
-from hvpd_server import _auth
-from hvpd_server._errors import Code, ServiceError
+from hvpd_server.errors import Code, ServiceError
+from hvpd_server.tenancy import token_file
+from hvpd_server.tenancy.limits import TenantLimits
+from hvpd_server.tenancy.tokens import Tokens
 
 NOON = datetime.datetime(2027, 1, 1, 12, tzinfo=datetime.UTC)
 
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory):
-    """The file's path, and a token in it that ends at noon."""
+    """Yield the file's path, and a token in it that ends at noon."""
     path = tmp_path_factory.mktemp("tokens") / "tokens.json"
-    token, _ = _auth.create(path, "vision", ["use"], expires=NOON)
+    token, _ = token_file.create(path, "vision", ["use"], expires=NOON)
     return path, token
 
 
@@ -44,7 +46,7 @@ HEADERS = st.one_of(
 @example(said=[b"Bearer \xff"])
 def test_nothing_else_is_a_token(known, tried, said):
     path, token = known
-    tokens = _auth.Tokens(path, clock=lambda: NOON.timestamp() - 1)
+    tokens = Tokens(path, clock=lambda: NOON.timestamp() - 1)
     tried("authorizations")
     with pytest.raises(ServiceError) as error:
         tokens.find(said)
@@ -64,7 +66,7 @@ def test_no_token_near_a_token_is_one(known, tried, where, to, how):
     where = min(where, len(token) - 1)
     other = token[:where] + {"set": to, "cut": "", "put": to + token[where]}[how] + token[where + 1 :]
     tried("tokens that are nearly right")
-    tokens = _auth.Tokens(path, clock=lambda: NOON.timestamp() - 1)
+    tokens = Tokens(path, clock=lambda: NOON.timestamp() - 1)
     if other == token:
         return
     with pytest.raises(ServiceError):
@@ -74,10 +76,10 @@ def test_no_token_near_a_token_is_one(known, tried, where, to, how):
 @settings(settings.get_profile("fuzz"))
 @given(seconds=st.floats(-1e9, 1e9) | st.sampled_from([0.0, -1e-6, 1e-6, -0.5]))
 def test_a_token_is_good_before_it_ends_and_never_after(known, tried, seconds):
-    """Whatever the clock says, and however it gets there."""
+    """This holds for any time on the clock, and any jump to it."""
     path, token = known
     now = NOON.timestamp() + seconds
-    tokens = _auth.Tokens(path, clock=lambda: now)
+    tokens = Tokens(path, clock=lambda: now)
     tried("moments around the end of a token")
     if now < NOON.timestamp():
         assert tokens.find([f"Bearer {token}"]).tenant == "vision"
@@ -114,7 +116,7 @@ LIMITS = st.dictionaries(
     VALUES["tenant"] | st.just("*"),
     JSON
     | st.dictionaries(
-        st.sampled_from([*(field.name for field in dataclasses.fields(_auth.TenantLimits)), "x"]),
+        st.sampled_from([*(field.name for field in dataclasses.fields(TenantLimits)), "x"]),
         VALUES["weight"] | JSON,
         max_size=3,
     ),
@@ -133,37 +135,41 @@ FILES = st.one_of(
 @given(content=FILES)
 @example(content=b"[" * 100_000)
 @example(content=b'{"tokens": [{"sha256": ' + b"1" * 5000 + b"}]}")
-def test_a_file_is_tokens_or_says_what_is_wrong_with_it(known, tmp_path_factory, tried, content):
-    """What is taken is what is written back; what is not changes nothing."""
+def test_a_token_file_is_accepted_or_refused_with_a_reason(known, tmp_path_factory, tried, content):
+    """An accepted file is written back with the same content. A refused file changes
+    nothing.
+    """
     tried("files of tokens")
     path = tmp_path_factory.getbasetemp() / "fuzzed.json"
     path.write_bytes(content)
     try:
-        file = _auth.read(path)
+        file = token_file.read(path)
     except ValueError as error:
         assert str(path) in str(error)  # noqa: PT017 - either may be
         good, token = known
         path.write_bytes(good.read_bytes())
-        tokens = _auth.Tokens(path, clock=lambda: NOON.timestamp() - 1)
+        tokens = Tokens(path, clock=lambda: NOON.timestamp() - 1)
         path.write_bytes(content)
         tokens.refresh()
         assert tokens.find([f"Bearer {token}"]).tenant == "vision"
         return
     for grant in file.grants:
-        assert grant.rights <= set(_auth.RIGHTS)
+        assert grant.rights <= set(token_file.RIGHTS)
         assert grant.rights
         assert grant.expires is None or grant.expires.tzinfo is not None
         assert 1e-6 <= grant.weight <= 1e6
-    _auth._write(path, file)
-    assert _auth.read(path) == file
+    token_file._write(path, file)
+    assert token_file.read(path) == file
 
 
 @pytest.fixture(scope="module")
 def guarded(serve_module, known):
-    """A server that asks for tokens; those of this module are too old by then."""
+    """Yield a server that asks for tokens. The tokens of this module have expired by
+    then.
+    """
     path, _ = known
     fresh = path.parent / "served.json"
-    token, _ = _auth.create(fresh, "vision", ["use"])
+    token, _ = token_file.create(fresh, "vision", ["use"])
     return serve_module("--tokens", str(fresh)), token
 
 

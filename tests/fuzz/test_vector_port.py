@@ -1,11 +1,12 @@
-"""The vector port and what strangers, and callers gone wrong, may send to it. Others are served meanwhile, and nothing stays behind."""
+"""The vector port under any bytes that strangers and faulty callers may send. It serves
+others meanwhile, and leaks nothing.
+"""
 
 import contextlib
 import os
 import socket
 import struct
 import threading
-import time
 from pathlib import Path
 
 import grpc
@@ -16,9 +17,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import hvpd
-from hvpd import _vectors
-from hvpd._vectors import Connection
+from hvpd._wire import vector_protocol
+from hvpd._wire.vector_protocol import CallerEnd, ServerEnd
+from hvpd._wire.vector_socket import Connection, open_caller
 from hvpd.v1 import curvature_pb2, curvature_pb2_grpc
+from tests.support.waiting import until
 
 N = 30
 X = np.arange(1.0, N + 1)
@@ -26,7 +29,9 @@ X = np.arange(1.0, N + 1)
 
 @pytest.fixture(scope="module")
 def server(serve_module):
-    """Of this module alone: what it opens is counted."""
+    """Start a server for this module alone, because its open descriptors are
+    counted.
+    """
     return serve_module()
 
 
@@ -38,9 +43,9 @@ def point(server):
 
 @pytest.fixture(scope="module")
 def neighbour(point):
-    """Multiplies past gRPC all the while."""
+    """Run a neighbour that multiplies past gRPC all the while."""
     H, pool = point.hessian(), point.objective._transport._vectors
-    wait_for(lambda: np.array_equal(H @ np.ones(N), X**2) and pool.ready)
+    until(lambda: np.array_equal(H @ np.ones(N), X**2) and pool.ready)
 
     def check():
         assert pool.ready
@@ -51,16 +56,10 @@ def neighbour(point):
 
 @pytest.fixture(scope="module")
 def ticket(server):
-    """Gets tickets, as a caller does."""
+    """Yield a function that gets tickets, as a caller does."""
     with grpc.insecure_channel(server.address) as channel:
         stub = curvature_pb2_grpc.CurvatureServiceStub(channel)
         yield lambda: stub.CreateVectorTicket(curvature_pb2.CreateVectorTicketRequest())
-
-
-def wait_for(condition):
-    ends = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < ends
 
 
 def descriptors(server):
@@ -69,32 +68,30 @@ def descriptors(server):
 
 @contextlib.contextmanager
 def connected(ticket):
-    """A connection that is let in."""
+    """Yield a connection that is let in."""
     given = ticket()
     with socket.create_connection(("127.0.0.1", given.port), 30) as sock:
-        connection = Connection(sock, 30)
-        assert connection.receive(_vectors.OPENING_BYTES) == _vectors.MAGIC + given.greeting
-        connection.send(_vectors.MAGIC + given.id)
-        assert connection.receive(_vectors.PROOF_BYTES) == given.server_proof
-        connection.send(given.client_proof)
+        end = CallerEnd(given.greeting, given.id, given.server_proof, given.client_proof)
+        connection = Connection(sock, end, 30)
+        open_caller(connection)
         yield connection
 
 
-def until_the_end(connection):
-    """Reads whatever is answered."""
-    connection.socket.shutdown(socket.SHUT_WR)
+def until_the_end(sock):
+    """Read all answers until the connection ends."""
+    sock.shutdown(socket.SHUT_WR)
     with contextlib.suppress(OSError):
-        while True:
-            connection.skip(1)
+        while sock.recv(1 << 16):
+            pass
 
 
 @settings(settings.get_profile("fuzz-calls"))
-@given(said=st.one_of(st.binary(max_size=200), st.binary(max_size=60).map(lambda junk: _vectors.MAGIC + junk)))
+@given(said=st.one_of(st.binary(max_size=200), st.binary(max_size=60).map(lambda junk: vector_protocol.MAGIC + junk)))
 def test_strangers_may_say_anything(server, neighbour, ticket, tried, said):
     tried("openings of the vector port of any bytes")
     with socket.create_connection(("127.0.0.1", ticket().port), 30) as sock:
         sock.sendall(said)
-        until_the_end(Connection(sock, 30))
+        until_the_end(sock)
     neighbour()
 
 
@@ -130,14 +127,14 @@ SIZES = st.sampled_from([0, 1, 8 * N - 1, 8 * N, 8 * N + 1, 1 << 20, 1 << 32, 2*
 def test_callers_may_ask_for_anything(
     server, neighbour, ticket, point, tried, spec, real, announced, reserved, size, wait, payload
 ):
-    """Also for what is nearly right, of a point that is there."""
+    """Requests may also be nearly right, of a point that exists."""
     tried("products of the vector port of any bytes")
     if real:
         spec += curvature_pb2.ProductSpec(point_id=point._id, operator=1, k=1).SerializeToString()
     with connected(ticket) as connection, contextlib.suppress(OSError):
-        head = _vectors.REQUEST.pack(len(spec) if announced is None else announced, reserved, size, wait)
+        head = vector_protocol.REQUEST.pack(len(spec) if announced is None else announced, reserved, size, wait)
         connection.send(head + spec, payload)
-        until_the_end(connection)
+        until_the_end(connection.socket)
     neighbour()
     assert server.process.poll() is None
 
@@ -148,7 +145,7 @@ def test_callers_may_send_anything(server, neighbour, ticket, tried, said):
     tried("products of the vector port of any bytes")
     with connected(ticket) as connection, contextlib.suppress(OSError):
         connection.send(said)
-        until_the_end(connection)
+        until_the_end(connection.socket)
     neighbour()
 
 
@@ -158,14 +155,14 @@ def test_nothing_of_them_stays(server, neighbour, ticket, point, tried):
     spec = curvature_pb2.ProductSpec(point_id=point._id, operator=1, k=1).SerializeToString()
     for index in range(300):
         with connected(ticket) as connection:
-            connection.send((_vectors.REQUEST.pack(len(spec), 0, 8 * N, 0) + spec + os.urandom(8 * N))[: 2 * index])
+            connection.send((vector_protocol.request(spec, 8 * N, 0) + os.urandom(8 * N))[: 2 * index])
     tried("products of the vector port that are broken off", 300)
-    wait_for(lambda: descriptors(server) <= before)
-    wait_for(lambda: server.metric("hvpd_open_streams") <= 2)
+    until(lambda: descriptors(server) <= before)
+    until(lambda: server.metric("hvpd_open_streams") <= 2)
     neighbour()
 
 
-def test_a_thousand_who_come_and_say_nothing(server, neighbour, ticket, tried):
+def test_a_thousand_silent_connections(server, neighbour, ticket, tried):
     before, port = descriptors(server), ticket().port
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 30)) for _ in range(1000)]
@@ -174,8 +171,8 @@ def test_a_thousand_who_come_and_say_nothing(server, neighbour, ticket, tried):
             neighbour()
         with connected(ticket):  # A newcomer is let in.
             neighbour()
-        wait_for(lambda: descriptors(server) < before + 200)
-    wait_for(lambda: descriptors(server) <= before)
+        until(lambda: descriptors(server) < before + 200)
+    until(lambda: descriptors(server) <= before)
     neighbour()
 
 
@@ -190,14 +187,15 @@ class Lying:
         with self.listener, contextlib.suppress(OSError):
             sock, _ = self.listener.accept()
             with sock:
-                connection = Connection(sock, 30)
-                connection.send(_vectors.MAGIC + ticket.greeting)
-                connection.receive(_vectors.OPENING_BYTES)
-                connection.send(ticket.server_proof)
-                connection.receive(_vectors.PROOF_BYTES)
-                connection.receive(_vectors.REQUEST.size)
+                end = ServerEnd(ticket.greeting)
+                connection = Connection(sock, end, 30)
+                connection.send(end.greeting)
+                connection.next_event()
+                connection.send(end.admit(ticket.server_proof, ticket.client_proof))
+                connection.next_event()
+                connection.next_event()
                 connection.send(self._answer)
-                until_the_end(connection)
+                until_the_end(sock)
 
 
 INFO = curvature_pb2.ProductInfo(batch_width=1).SerializeToString()
@@ -209,12 +207,13 @@ INFO = curvature_pb2.ProductInfo(batch_width=1).SerializeToString()
         (b"", None),
         (b"\0" * 7, None),
         (struct.pack("<IIQ", len(INFO), 0, 8 * N) + INFO + bytes(8 * N - 1), None),
-        (struct.pack("<IIQ", 2**32 - 1, 0, 8 * N), "240 bytes with 240, after a message of 4294967295"),
-        (struct.pack("<IIQ", len(INFO), 0, 2**64 - 1) + INFO, f"240 bytes with {2**64 - 1}"),
-        (struct.pack("<IIQ", len(INFO), 0, 0) + INFO, "240 bytes with 0"),
-        (struct.pack("<IIQ", 5, 7, 8 * N) + b"\xff" * 5 + bytes(8 * N), "240 bytes with 240"),
+        (struct.pack("<IIQ", 2**32 - 1, 0, 8 * N), "a message of 4294967295 bytes, of at most 65536"),
+        (struct.pack("<IIQ", len(INFO), 0, 2**64 - 1) + INFO, f"the result has {2**64 - 1} bytes, expected 240"),
+        (struct.pack("<IIQ", len(INFO), 0, 0) + INFO, "the result has 0 bytes, expected 240"),
+        (struct.pack("<IIQ", 5, 7, 8 * N) + b"\xff" * 5 + bytes(8 * N), "kind 7"),
         (struct.pack("<IIQ", 5, 0, 8 * N) + b"\xff" * 5 + bytes(8 * N), "answer cannot be read"),
         (struct.pack("<IIQ", 5, 1, 0) + b"\xff" * 5, "answer cannot be read"),
+        (struct.pack("<IIQ", 0, 1, 8 * N) + bytes(8 * N), "kind 1, and 240 bytes of result"),
     ],
 )
 def test_a_server_that_lies_there_is_an_error_and_one_that_goes_away_is_asked_again(
@@ -224,7 +223,7 @@ def test_a_server_that_lies_there_is_an_error_and_one_that_goes_away_is_asked_ag
     lying = Lying(answer)
     with hvpd.connect(server.address, retry_timeout=20) as client:
         H, transport = client.register(lambda x: jnp.sum(x**4) / 12, X).at(X).hessian(), client._transport
-        create, connect, tickets = transport._create_vector_ticket, socket.create_connection, []
+        create, connect, tickets = transport.channel.create_vector_ticket, socket.create_connection, []
 
         def noted(request, **settings):
             tickets.append(create(request, **settings))
@@ -235,10 +234,10 @@ def test_a_server_that_lies_there_is_an_error_and_one_that_goes_away_is_asked_ag
             threading.Thread(target=lying.serve, args=(tickets[-1],), daemon=True).start()
             return connect(lying.listener.getsockname(), *rest)
 
-        monkeypatch.setattr(transport, "_create_vector_ticket", noted)
+        monkeypatch.setattr(transport.channel, "create_vector_ticket", noted)
         monkeypatch.setattr(socket, "create_connection", elsewhere)
         assert np.array_equal(H @ np.ones(N), X**2)
-        wait_for(lambda: transport._vectors.ready)
+        until(lambda: transport._vectors.ready)
         with pytest.raises(hvpd.HvpdError, match=says) if says else contextlib.nullcontext():
             assert np.array_equal(H @ np.ones(N), X**2)
         assert np.array_equal(H @ np.ones(N), X**2)

@@ -1,4 +1,6 @@
-"""Bytes that look like protobuf messages: fields of all kinds, real messages with something changed, and anything at all."""
+"""Bytes that look like protobuf messages: fields of all kinds, changed real messages,
+and any bytes.
+"""
 
 import hashlib
 
@@ -6,11 +8,11 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
 
-from hvpd.v1 import blob_pb2, blob_pb2_grpc, curvature_pb2, objective_pb2, server_pb2
+from hvpd.v1 import blob_pb2, blob_pb2_grpc, curvature_pb2, krylov_pb2, objective_pb2, server_pb2
 
 METHODS = [
     method
-    for file in (blob_pb2, curvature_pb2, objective_pb2, server_pb2)
+    for file in (blob_pb2, curvature_pb2, krylov_pb2, objective_pb2, server_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 ]
@@ -45,7 +47,7 @@ NAMES = st.one_of(
 
 
 def varint(number, pad=0):
-    """A number as it goes over the wire, in more bytes than it needs."""
+    """Draw a number as a varint, in more bytes than it needs."""
     digits = bytearray()
     while number > 0x7F or pad > 0:
         digits.append(number & 0x7F | 0x80)
@@ -55,7 +57,7 @@ def varint(number, pad=0):
 
 
 def message(kind, depth=2):  # noqa: C901 - one case for each type of field
-    """A message of a type, its fields of whatever value."""
+    """Draw a message of a type, with any values in its fields."""
     descriptor = kind.DESCRIPTOR
 
     def value(field):
@@ -100,7 +102,7 @@ def message(kind, depth=2):  # noqa: C901 - one case for each type of field
 
 @st.composite
 def fields(draw):
-    """Fields one after the other, of which no type need know anything."""
+    """Draw fields one after the other, which no type need know."""
     parts = []
     for _ in range(draw(st.integers(0, 6))):
         number, kind = draw(st.integers(0, 18)), draw(st.sampled_from([0, 0, 1, 2, 2, 2, 2, 3, 4, 5, 6, 7]))
@@ -118,7 +120,7 @@ def fields(draw):
 
 @st.composite
 def damaged(draw, source):
-    """Bytes of which some were changed, taken out, doubled or put in."""
+    """Draw bytes of which some are changed, taken out, doubled or added."""
     data = bytearray(draw(source))
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, len(data)))
@@ -135,7 +137,7 @@ def damaged(draw, source):
 
 
 def looks_like(kind):
-    """Bytes that are a message of a type, or were one, or are none."""
+    """Draw bytes that are a message of a type, a damaged message, or no message."""
     real = message(kind).map(lambda made: made.SerializeToString())
     return st.one_of(
         real, damaged(real), damaged(st.tuples(real, real).map(b"".join)), fields(), st.binary(max_size=80)

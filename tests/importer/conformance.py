@@ -1,11 +1,14 @@
-"""Runs a folder of StableHLO files through the importer: `python -m tests.importer.conformance DIR`.
+"""Runs a folder of StableHLO files through the importer:
+`python -m tests.importer.conformance DIR`.
 
-Made for the folders stablehlo/testdata and stablehlo/tests/interpret of the repository openxla/stablehlo, of which it fetches
-nothing. A program makes inputs, runs one operation, and compares the results with expected ones, by custom calls
-(`check.expect_eq`, `check.expect_close`, `check.expect_almost_eq`) or by operations of a dialect of the same name, which this
-command makes custom calls. These calls are the comparison, so this command takes them out of the program and compares. The
-inputs are passed under `jax.jit`, as data of a registration is. Programs with arguments and without expected results are only
-traced, with all unknown extents and sizes equal.
+It is for the folders stablehlo/testdata and stablehlo/tests/interpret of the repository
+openxla/stablehlo, and fetches nothing. A program makes inputs, runs one
+operation, and compares the results with expected ones, by custom calls
+(`check.expect_eq`, `check.expect_close`, `check.expect_almost_eq`) or by operations of
+a dialect of the same name, which this command turns into custom calls. They are the
+comparison, so this command takes them out of the program and compares. The inputs are
+passed under `jax.jit`, like a registration's data. Programs with arguments and
+without expected results are only traced, with all unknown extents and sizes equal.
 """
 
 import argparse
@@ -29,13 +32,19 @@ from hvpd_server.importer.graph import Module, Operation, TensorType
 from hvpd_server.importer.table import Refused
 
 ULPS: Final = 3
-"""Steps of a floating-point type that `check.expect_close` allows, as StableHLO's interpreter does."""
+"""Steps of a floating-point type that `check.expect_close` allows, as StableHLO's
+interpreter does.
+"""
 
 LOOSE: Final = {"float64": 1e-11, "float32": 5e-5, "float16": 4e-3, "bfloat16": 3e-2}
-"""Relative error, by dtype, within which a result is "near": the same function, by another approximation of the compiler's."""
+"""Relative error, by dtype, within which a result is "near": the same function, by
+another approximation of the compiler's.
+"""
 
 ABSOLUTE: Final = 1e-3
-"""Absolute error that `check.expect_almost_eq` allows, as StableHLO's interpreter does."""
+"""Absolute error that `check.expect_almost_eq` allows, as StableHLO's interpreter
+does.
+"""
 
 SIZES: Final = (3, 4, 8, 12, 16, 2, 1)
 """Extents to try for files whose sizes are unknown."""
@@ -43,7 +52,7 @@ SIZES: Final = (3, 4, 8, 12, 16, 2, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of a file."""
+    """The result of a file."""
 
     verdict: str
     """"passed", "near", "traced", "differs", "refused", "quantized", or "failed"."""
@@ -51,7 +60,9 @@ class Outcome:
 
 
 def _steps(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Positions of floating-point numbers among all of their type, in order."""
+    """Return the positions of floating-point numbers among all of their type, in
+    order.
+    """
     width = array.dtype.itemsize
     bits = array.view(f"u{width}").astype(object)
     half = 1 << (8 * width - 1)
@@ -59,7 +70,9 @@ def _steps(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _ulps(got: np.ndarray[Any, Any], want: np.ndarray[Any, Any]) -> float:
-    """Largest distance in steps of the type; infinite if one is not finite and the other is something else."""
+    """Return the largest distance in steps of the type. It is infinite if one is not
+    finite and the other differs.
+    """
     worst = 0.0
     same = (got == want) | (np.isnan(got) & np.isnan(want))
     if same.all():
@@ -76,7 +89,7 @@ def _parts(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def compare(how: str, got: Any, want: Any) -> Outcome:
-    """Compares a result with the expected one.
+    """Compare a result with the expected one.
 
     Args:
         how: "check.expect_eq", "check.expect_close" or "check.expect_almost_eq".
@@ -107,10 +120,11 @@ def compare(how: str, got: Any, want: Any) -> Outcome:
 
 
 def split(module: Module) -> tuple[Module, list[str], list[Operation]]:
-    """The module with inputs as arguments and compared values as results.
+    """Split a module into inputs as arguments and compared values as results.
 
     Returns:
-        The module; the name of the comparison for each two results; the calls that make the inputs.
+        The module; the name of the comparison for each two results; the calls that make
+        the inputs.
     """
     main = module.main
     kept: list[Operation] = []
@@ -151,14 +165,16 @@ def _with_expected(module: Module, *, known: bool) -> Outcome:
 
 
 def _argument(type_: TensorType, size: int, *, known: bool) -> Any:
-    """An array, or a known size."""
+    """Return an array, or a known size."""
     if known:
         return np.asarray(size, type_.dtype)
     return jax.ShapeDtypeStruct([size if extent is None else extent for extent in type_.shape], dtype(type_.dtype))
 
 
 def _traced(module: Module) -> Outcome:
-    """Traces with several sizes. Lone integers are sizes: all of them, or those before the first array."""
+    """Trace with several sizes. Lone integers are sizes: all of them, or those before
+    the first array.
+    """
     run: Callable[..., Any] = evaluate.function(module)
     types = module.main.types
     lone = [not type_.shape and type_.dtype.startswith("int") for type_ in types]
@@ -189,7 +205,8 @@ _CHECK: Final = re.compile(
 
 
 def programs(text: str) -> list[str]:
-    """The programs of a file that compare something, or the one program of the file.
+    """Return the programs of a file that compare something, or the one program of the
+    file.
 
     Args:
         text: Programs that are divided by comments of dashes.
@@ -208,11 +225,12 @@ def programs(text: str) -> list[str]:
 
 
 def outcome(text: str, *, known: bool = False) -> Outcome:
-    """What comes of a module in text.
+    """Return the result of a module in text.
 
     Args:
         text: The module.
-        known: Whether the inputs are known while the program is read, as sizes are, and not data.
+        known: Whether the inputs are known while the program is read, as sizes are, and
+            not data.
     """
     try:
         module = reader.read(text)
@@ -234,7 +252,7 @@ _WHERE: Final = re.compile(r" at \S+:\d+|\d+")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs all files, and prints each that did not pass, then the counts."""
+    """Run all files, and print each that did not pass, then the counts."""
     parser = argparse.ArgumentParser(prog="python -m tests.importer.conformance", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--match", default="", help="regular expression that the file's name must contain")

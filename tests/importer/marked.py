@@ -1,4 +1,6 @@
-"""A function the whole way: exported with marks as a client does, read, and evaluated as a server does."""
+"""A function's whole way: exported with marks as by a client, read, and evaluated as by
+a server.
+"""
 
 import jax
 import jax.export
@@ -13,10 +15,15 @@ from hvpd_server.importer import evaluate
 
 
 def artifact(fun, specs, platforms):
-    """The bytes that a client sends: a portable artifact of the oldest version that servers read, without locations."""
+    """Return the bytes that a client sends: a portable artifact of the oldest version
+    that servers read, without locations.
+    """
     with hijax.kept_rules():
         exported = jax.export.export(
-            jax.jit(fun, keep_unused=True), platforms=platforms, _override_lowering_rules=marks.rules()
+            jax.jit(fun, keep_unused=True),
+            platforms=platforms,
+            disabled_checks=marks.ALLOWED_CALLS,
+            _override_lowering_rules=marks.rules(),
         )(*specs)
     with jax.interpreters.mlir.make_ir_context() as context:
         module = jax.extend.mlir.deserialize_portable_artifact(exported.mlir_module_serialized)
@@ -29,7 +36,7 @@ def artifact(fun, specs, platforms):
 
 
 def imported(module, platform_index=None):
-    """The function of a module that was read."""
+    """Return the function of a module that was read."""
     function = evaluate.function(module)
     first = [] if platform_index is None else [np.asarray(platform_index, module.main.types[0].dtype)]
     return lambda *args: function(*first, *args)[0]

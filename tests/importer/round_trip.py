@@ -12,7 +12,9 @@ from hvpd_server.importer import evaluate, reader
 from hvpd_server.importer.table import Report
 
 PLATFORMS = ("cpu", "cuda")
-"""Platforms for which functions are lowered; the imported function runs on the test's own."""
+"""Platforms for which functions are lowered; the imported function runs on the test's
+own.
+"""
 
 
 def imported(
@@ -38,7 +40,9 @@ def imported(
 
 
 def text(module: str, *args: Any) -> list[Any]:
-    """Run the main function of a module in MLIR's text; NumPy arguments count as known."""
+    """Run the main function of a module in MLIR's text; NumPy arguments count as
+    known.
+    """
     return evaluate.function(reader.read(module))(*args)
 
 
@@ -62,13 +66,15 @@ def assert_same(
 ) -> None:
     """Assert that the values, gradients and HVPs of functions survive the round trip.
 
-    All functions are compiled as one program, because most of the time goes into starting a compilation.
+    All functions are compiled as one program, because most of the time goes into
+    starting a compilation.
 
     Args:
         functions: Functions of one array, by name.
         points: Arrays of the same shape and dtype.
         platforms: Platforms for which the functions are lowered.
-        derivatives: Whether to compare the gradient and an HVP of a weighted sum of squares of the results.
+        derivatives: Whether to compare the gradient and an HVP of a weighted sum of
+            squares of the results.
         tolerance: Relative and absolute tolerance for floats; 0 asserts equal bits.
     """
 

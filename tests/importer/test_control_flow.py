@@ -1,4 +1,6 @@
-"""Calls, branches and loops against jax's own: a loop that counts is a scan again, with the scan's memory."""
+"""Calls, branches and loops against jax's own. A loop that counts becomes a scan again,
+with the memory of a scan.
+"""
 
 import textwrap
 from collections.abc import Callable, Iterator
@@ -31,7 +33,9 @@ def _scans(function: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def _layout(scan: Any) -> tuple[int, bool, int, int, int]:
-    """Length, direction, and the numbers of xs, ys and carried floats of a scan."""
+    """Return the length, the direction, and the numbers of xs, ys and carried floats of
+    a scan.
+    """
     parameters = scan.params
     consts, carry = marks._scan_counts(parameters)
     carried = parameters["jaxpr"].out_avals[:carry]
@@ -83,7 +87,9 @@ def test_scans_are_rebuilt(name: str) -> None:
 
 
 def test_symbolic_sizes_are_rebuilt() -> None:
-    """Both the number of rounds and the width of a row are known only when the program is evaluated."""
+    """Both the number of rounds and the width of a row are known only when the program
+    is evaluated.
+    """
 
     def function(x: jax.Array) -> Any:
         return lax.scan(_cell, jnp.ones(x.shape[1]), x)
@@ -97,7 +103,9 @@ def test_symbolic_sizes_are_rebuilt() -> None:
 
 
 def _loop(condition: str, body: str, start: str = "0") -> str:
-    """A loop over a counter of i32 and a float, which the body names %i and %c, and whose next values it names %j and %d."""
+    """Return a loop over a counter of i32 and a float, which the body names %i and %c.
+    Their next values are %j and %d.
+    """
     return textwrap.dedent(f"""
     func.func @main(%x: tensor<5xf64>, %n: tensor<i32>) -> (tensor<i32>, tensor<f64>) {{
       %start = stablehlo.constant dense<{start}> : tensor<i32>
@@ -218,7 +226,9 @@ def test_other_loops_only_have_forward_mode(name: str) -> None:
 
 
 def test_a_counter_that_misses_its_limit_is_no_scan() -> None:
-    """A counter that goes from 3 in steps of 2 is never 4, so the number of rounds depends on how integers wrap around."""
+    """A counter that goes from 3 in steps of 2 is never 4, so the number of rounds
+    depends on how integers wrap around.
+    """
     module = _loop(_compare("i", "NE", "four"), "%j = stablehlo.add %i, %two : tensor<i32>", "3")
     report = Report()
     jaxpr = jax.make_jaxpr(evaluate.function(reader.read(module), report=report))(jnp.ones(5), jnp.array(3, jnp.int32))
@@ -288,7 +298,9 @@ _SHIFTED = "= stablehlo.add %i, %one : tensor<i32>"
     ],
 )
 def test_rows_in_any_order(read: str, write: str, rows: int, xs: int, ys: int) -> None:
-    """A row outside of the array is moved inside by StableHLO, so such a loop reads or writes the whole array as before."""
+    """A row outside of the array is moved inside by StableHLO, so such a loop reads or
+    writes the whole array as before.
+    """
     run = evaluate.function(reader.read(_WRITES.format(read=f"%p {read}", write=f"%q {write}", rows=rows)))
     x, y = jnp.asarray(_normal(3, 2)), jnp.asarray(_normal(rows, 2, seed=1))
 
@@ -326,7 +338,9 @@ def _rnn(weights: jax.Array, xs: jax.Array) -> jax.Array:
 
 
 def test_memory_of_a_recurrent_network_grows_as_natively() -> None:
-    """A loop that carried its arrays whole would keep a copy of each for each round in reverse mode."""
+    """A loop that carried its arrays whole would keep a copy of each for each round in
+    reverse mode.
+    """
 
     def hvp(function: Callable[..., Any], rounds: int) -> int:
         xs = jax.ShapeDtypeStruct((rounds, 8), jnp.float64)
@@ -340,7 +354,8 @@ def test_memory_of_a_recurrent_network_grows_as_natively() -> None:
         assert hvp(again, rounds) <= 1.2 * hvp(_rnn, rounds)
 
 
-# Loops as TensorFlow writes them: regions that only call functions, and reshapes that change nothing.
+# Loops as TensorFlow writes them: regions that only call functions, and reshapes that
+# change nothing.
 
 _STATE = "tensor<i32>, tensor<i32>, tensor<i32>, tensor<3xf64>, tensor<3x3xf64>, tensor<5x3xf64>"
 _ARGUMENTS = (
@@ -349,7 +364,9 @@ _ARGUMENTS = (
 
 
 def _sweep(rounds: int, condition: str, body: str) -> str:
-    """A loop over two counters from 0, a limit and three arrays, whose regions only call functions. Its state is %r#3."""
+    """Return a loop over two counters from 0, a limit and three arrays, whose regions
+    only call functions. Its state is %r#3.
+    """
     return f"""
       %zero = stablehlo.constant dense<0> : tensor<i32>
       %limit = stablehlo.constant dense<{rounds}> : tensor<i32>
@@ -410,7 +427,9 @@ _PASSES = f"""
 
 
 def _framed(main: str) -> str:
-    """A recurrent network. @sweep runs @cell for all rows of %y, and @passes runs @sweep and one more @cell."""
+    """Return a recurrent network. @sweep runs @cell for all rows of %y, and @passes
+    runs @sweep and one more @cell.
+    """
     return f"""
     func.func private @row(%k: tensor<i32>, %y: tensor<5x3xf64>) -> tensor<3xf64> {{
       %zero = stablehlo.constant dense<0> : tensor<i32>
@@ -488,7 +507,9 @@ FRAMED = {
 
 @pytest.mark.parametrize("name", FRAMED)
 def test_loops_whose_regions_only_call_functions(name: str) -> None:
-    """Such a loop becomes a scan that reads its rows. @relu stays a call, because it has a derivative rule by its name."""
+    """Such a loop becomes a scan that reads its rows. @relu stays a call, because it
+    has a derivative rule by its name.
+    """
     module, rows, loops = FRAMED[name]
     report = Report()
     run = evaluate.function(reader.read(module), report=report)

@@ -43,7 +43,9 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_convolutions(name: str) -> None:
-    """Differentiates with respect to both operands, whose transposes are convolutions with dilations and groups."""
+    """Differentiates with respect to both operands, whose transposes are convolutions
+    with dilations and groups.
+    """
     lhs, rhs, settings = CASES[name]
     size = int(np.prod(lhs))
 
@@ -56,7 +58,9 @@ def test_convolutions(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["strides", "dilations", "groups of features", "groups of batches", "mixed axes"])
 def test_transposes_as_programs(name: str) -> None:
-    """The program is itself a gradient, as an exporter of another framework may write it."""
+    """The program is itself a gradient, as an exporter of another framework may write
+    it.
+    """
     lhs, rhs, settings = CASES[name]
     kernel = _normal(*rhs)
 

@@ -1,4 +1,6 @@
-"""Custom calls: what jax writes for a CPU and for a GPU is rebuilt with jax's own derivatives, all else is refused."""
+"""Custom calls that jax writes for a CPU and for a GPU are rebuilt with jax's own
+derivatives. All others are refused.
+"""
 
 import re
 from collections.abc import Callable, Iterator
@@ -101,7 +103,9 @@ def test_eigenvalues() -> None:
 
 @pytest.mark.parametrize("shape", [(1030, 2), (2, 1030)])
 def test_large_singular_values_on_a_gpu(shape: tuple[int, int]) -> None:
-    """jax calls another routine for large matrices; it gives a wide matrix to the routine as its transpose."""
+    """jax calls another routine for large matrices; it gives a wide matrix to the
+    routine as its transpose.
+    """
 
     def function(x: jax.Array) -> Any:
         u, s, v = jnp.linalg.svd(x, full_matrices=False)
@@ -115,7 +119,9 @@ def test_large_singular_values_on_a_gpu(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", [(5, 2), (2, 5)])
 def test_the_complement_of_singular_vectors(shape: tuple[int, int]) -> None:
-    """For a GPU, jax computes all singular vectors. Those beyond the thin ones have a derivative that jax lacks."""
+    """For a GPU, jax computes all singular vectors. Those beyond the thin ones have a
+    derivative that jax lacks.
+    """
 
     def projector(x: jax.Array) -> jax.Array:
         u, _, v = jnp.linalg.svd(x)
@@ -294,7 +300,9 @@ def test_a_call_as_text_is_served() -> None:
 
 
 def test_reflectors_cannot_be_used_in_another_way() -> None:
-    """jax has no derivative of reflectors, so they are NaN rather than silently constant."""
+    """jax has no derivative of reflectors, so they are NaN rather than silently
+    constant.
+    """
     x = jnp.asarray(_normal(3, 3))
     reflectors, scales = round_trip.imported(lambda x: tuple(jnp.linalg.qr(x, mode="raw")), x)(x)
     assert np.all(np.isnan(scales))
@@ -371,18 +379,20 @@ def test_other_top_ks_are_refused(direction: str, second: str, indices: str, mes
     np.testing.assert_array_equal(found, [3.0, 2.0])
 
 
-def test_targets_cover_what_jax_promises_to_keep() -> None:
-    """A new target in jax's list needs a rule, or a place here with the reason for which there is none."""
+def test_targets_cover_those_that_jax_promises_to_keep() -> None:
+    """A new target in jax's list needs a rule, or a place here with the reason for its
+    absence.
+    """
     without = {
-        *(f"lapack_{each}{name}_ffi" for each in "sd" for name in ("sytrd", "gehrd", "gees")),  # No derivative in jax.
+        *(f"lapack_{each}{name}_ffi" for each in "sd" for name in ("sytrd", "gehrd", "gees")),  # No jax derivative.
         *(f"lapack_{each}{name}_ffi" for each in "cz" for name in ("hetrd", "gehrd", "gees")),
         "cusolver_sytrd_ffi",
         "hipsolver_sytrd_ffi",
-        *("Eigh", "Qr", "ProductOfElementaryHouseholderReflectors", "LuDecomposition"),  # TPUs.
-        *("tpu_custom_call", "mosaic_gpu_v2"),  # Kernels.
-        "tf.call_tf_function",  # A function that is not in the program.
-        "AllocateBuffer",  # Memory that is not initialised.
-        *("SPMDFullToShardShape", "SPMDShardToFullShape"),  # Several devices.
+        *("Eigh", "Qr", "ProductOfElementaryHouseholderReflectors", "LuDecomposition"),  # For TPUs.
+        *("tpu_custom_call", "mosaic_gpu_v2"),  # These are kernels.
+        "tf.call_tf_function",  # It calls a function that is not in the program.
+        "AllocateBuffer",  # It returns memory that is not initialised.
+        *("SPMDFullToShardShape", "SPMDShardToFullShape"),  # For several devices.
     }
     promised = export._export._CUSTOM_CALL_TARGETS_GUARANTEED_STABLE if hasattr(export, "_export") else None
     if promised is None:

@@ -1,4 +1,6 @@
-"""Elementwise operations: derivatives as native jax's, and known integers by StableHLO's rules."""
+"""Elementwise operations have native jax's derivatives, and known integers follow
+StableHLO's rules.
+"""
 
 import itertools
 
@@ -199,7 +201,8 @@ def test_conversions_of_complex_numbers():
         return %0, %1 : tensor<3xf64>, tensor<3xi1> }"""
     parts, nonzero = text(module, z)
     np.testing.assert_array_equal(parts, [1, 0, 0])
-    # The specification ignores the imaginary part. jax writes a comparison where all of the number counts.
+    # The specification ignores the imaginary part. jax writes a comparison in which all
+    # of the number counts.
     np.testing.assert_array_equal(nonzero, [True, False, False])
 
 

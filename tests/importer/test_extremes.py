@@ -1,4 +1,6 @@
-"""Extremes of complex numbers and of windows, and CHLO's scan: values and derivatives as native jax's."""
+"""Extremes of complex numbers and of windows, and CHLO's scan, have native jax's values
+and derivatives.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from hvpd_server.importer import evaluate, reader
 from tests.importer.round_trip import assert_equal, assert_same, imported
 
 POINT = np.array([0.3, -1.2, 0.7, 0.7, -0.4, 1.1, 0.3, 2.0])
-"""Has ties within windows of three."""
+"""A point with ties within windows of three."""
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +27,7 @@ def pooled(x, *, largest=True):
 
 
 def turned(x):
-    """Complex numbers of which two have the same real part."""
+    """Return complex numbers of which two have the same real part."""
     return jnp.round(x) + 1j * x[::-1]
 
 
@@ -59,7 +61,8 @@ def test_extremes_of_complex_numbers():
 
 
 def test_tangents_of_extremes():
-    # For GPUs jax packs value and tangent into one number, with a warning that this loses precision.
+    # For GPUs jax packs value and tangent into one number, with a warning that this
+    # loses precision.
     assert_same(TANGENTS, POINT, platforms=["cpu"])
 
 

@@ -1,4 +1,4 @@
-"""Fourier transforms: values and derivatives as native jax's."""
+"""Fourier transforms have native jax's values and derivatives."""
 
 import jax
 import jax.numpy as jnp

@@ -46,7 +46,9 @@ def test_gathers() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gathers_out_of_bounds(mode: str) -> None:
-    """jax promises nothing about derivatives of indices that were promised to be in bounds, so only values are compared."""
+    """jax promises nothing about derivatives of indices that were promised to be in
+    bounds, so only values are compared.
+    """
 
     def take(x: jax.Array) -> jax.Array:
         return jnp.nan_to_num(x.at[FAR].get(mode=mode, fill_value=0.5, wrap_negative_indices=False))
@@ -55,7 +57,8 @@ def test_gathers_out_of_bounds(mode: str) -> None:
 
 
 PUTS = [(update, "drop") for update in ("set", "add", "subtract", "multiply", "min", "max")] + [
-    # Native jax gives NaN as second derivatives of an extreme whose indices are clipped.
+    # Native jax gives NaN as second derivatives of an extreme whose indices are
+    # clipped.
     (update, "clip")
     for update in ("set", "add", "subtract", "multiply")
 ]
@@ -63,7 +66,9 @@ PUTS = [(update, "drop") for update in ("set", "add", "subtract", "multiply", "m
 
 @pytest.mark.parametrize(("update", "mode"), PUTS)
 def test_scatters(update: str, mode: str) -> None:
-    """Each row is updated at most once, since native jax leaves the order of updates open."""
+    """Each row is updated at most once, since native jax leaves the order of updates
+    open.
+    """
     flags = {"unique_indices": True} if update == "multiply" else {}
 
     def put(x: jax.Array) -> jax.Array:
@@ -164,7 +169,7 @@ func.func @main(%x: tensor<4xf64>, %i: tensor<2x1xi32>, %u: tensor<2xf64>) -> te
     ],
 )
 def test_bodies(body: str, expected: list[float]) -> None:
-    """The second index is outside, and so its update is dropped."""
+    """The second index is outside, so its update is dropped."""
     arguments = np.arange(1.0, 5), np.array([[0], [9]], np.int32), np.array([10.0, 20.0])
     (found,) = round_trip.text(_SCATTER.format(body=body), *arguments)
     np.testing.assert_array_equal(found, expected)

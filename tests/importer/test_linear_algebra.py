@@ -1,4 +1,6 @@
-"""Matrix products, Cholesky factors and triangular systems of StableHLO against jax's own."""
+"""Matrix products, Cholesky factors and triangular systems of StableHLO against jax's
+own.
+"""
 
 from collections.abc import Iterator
 
@@ -55,7 +57,9 @@ def test_product_of_integers() -> None:
     ],
 )
 def test_precision(stated: str, asked: str, expected: tuple[str, str]) -> None:
-    """The program's own precision counts; DEFAULT is replaced by what the registration asks for."""
+    """The program's own precision counts. DEFAULT is replaced by the precision that the
+    registration requests.
+    """
 
     def product(x: jax.Array) -> jax.Array:
         return lax.dot(x, x, precision=stated)
@@ -136,7 +140,9 @@ def test_cholesky_derivatives(lower: bool) -> None:
     [(True, "none", False), (False, "none", True), (True, "transpose", True), (False, "adjoint", False)],
 )
 def test_triangular_systems(left_side: bool, transpose: str, unit: bool) -> None:
-    """cuda's lowering is the operation of StableHLO; the CPU's is a routine of LAPACK."""
+    """cuda's lowering is the operation of StableHLO; the CPU's is a routine of
+    LAPACK.
+    """
 
     def solve(x: jax.Array) -> jax.Array:
         a = (_definite(x) + 1j * jnp.sin(x)) if transpose == "adjoint" else _definite(x)

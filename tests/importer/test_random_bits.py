@@ -1,4 +1,4 @@
-"""Random bits: the same state gives the same bits, and draws without a state are refused."""
+"""The same state gives the same random bits, and draws without a state are refused."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,6 @@
-"""Functions of jax in programs without marks: recognised by name and operations together, and by neither alone."""
+"""Functions of jax in programs without marks are recognised by name and operations
+together, and by neither alone.
+"""
 
 import jax
 import jax.export
@@ -20,7 +22,7 @@ def _wide():
 
 
 def unmarked(fun, dtype=np.float64):
-    """The function and the report of a program that plain jax exported."""
+    """Return the function and the report of a program that plain jax exported."""
     exported = jax.export.export(jax.jit(fun))(jax.ShapeDtypeStruct(POINTS.shape, dtype))
     report = Report()
     function = evaluate.function(reader.read(exported.mlir_module_serialized), report=report)
@@ -50,7 +52,8 @@ def test_a_function_of_jax_gets_its_rule(name, dtype):
 
     for left, right in zip(derivatives(found), derivatives(fun), strict=True):
         np.testing.assert_array_equal(np.asarray(left, np.float64), np.asarray(right, np.float64))
-    # jax 0.11 writes sinc as a series without a rule of its own, so that there is nothing to recognise.
+    # jax 0.11 writes sinc as a series without a rule of its own, so that there is
+    # nothing to recognise.
     has_rule = any(what in str(jax.make_jaxpr(fun)(x)) for what in ("custom_jvp_call", "logistic"))
     assert (sum(report.recognised.values()) > 0) == has_rule
 
@@ -77,7 +80,8 @@ def program(symbol, body):
     [
         ("relu", "%2 = stablehlo.maximum %arg0, %0 : tensor<3xf64>", [0, 0, 1]),
         ("relu_17", "%2 = stablehlo.maximum %0, %arg0 : tensor<3xf64>", [0, 0, 1]),
-        # The name alone, and the operations alone, have the derivatives of the operations.
+        # The name alone, and the operations alone, have the derivatives of the
+        # operations.
         ("relu", "%2 = stablehlo.maximum %arg0, %1 : tensor<3xf64>", [0, 0, 1]),
         ("relu", "%2 = stablehlo.minimum %arg0, %0 : tensor<3xf64>", [1, 0.5, 0]),
         ("ramp", "%2 = stablehlo.maximum %arg0, %0 : tensor<3xf64>", [0, 0.5, 1]),

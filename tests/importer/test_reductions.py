@@ -1,4 +1,6 @@
-"""Reductions: bodies are recognised, derivatives at ties are native jax's, and other bodies are refused."""
+"""Bodies of reductions are recognised, derivatives at ties are native jax's, and other
+bodies are refused.
+"""
 
 import jax
 import jax.numpy as jnp

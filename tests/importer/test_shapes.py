@@ -1,4 +1,6 @@
-"""Shapes: derivatives as native jax's, symbolic extents that stay known, and sizes that are refused."""
+"""Operations on shapes have native jax's derivatives, symbolic extents stay known, and
+bad sizes are refused.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,6 @@
-"""Sorting: comparators are recognised, tangents move along, and other comparators are refused."""
+"""Comparators of sorts are recognised, tangents move along, and other comparators are
+refused.
+"""
 
 import jax
 import jax.numpy as jnp

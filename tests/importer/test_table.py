@@ -1,4 +1,6 @@
-"""One small case for each operation of the table, with results by NumPy and SciPy, or worked out by hand."""
+"""One small case for each operation of the table, with results by NumPy and SciPy, or
+worked out by hand.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -19,11 +21,13 @@ class Case:
     """A program of one operation."""
 
     body: str
-    """Operations that make %r from %x0, %x1, ...; {t0}, {t1} and {r} are the types of arguments and result."""
+    """Operations that make %r from %x0, %x1, ...; {t0}, {t1} and {r} are the types of
+    arguments and result.
+    """
     arguments: Sequence[np.ndarray[Any, Any]]
     expected: Sequence[np.ndarray[Any, Any]]
     sizes: Sequence[int] = ()
-    """Arguments that are sizes, which have to be known."""
+    """Positions of arguments that are sizes and must be known."""
     before: str = ""
     """Other functions."""
     result: str = ""
@@ -31,7 +35,7 @@ class Case:
 
 
 def tensor(array: np.ndarray[Any, Any]) -> str:
-    """An array's type in MLIR."""
+    """Return an array's type in MLIR."""
     element = next(text for text, name in attributes.DTYPES.items() if name == array.dtype.name)
     return f"tensor<{''.join(f'{extent}x' for extent in array.shape)}{element}>"
 
@@ -74,12 +78,12 @@ def binary(
 
 
 def wrapped(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Integer arithmetic that wraps around."""
+    """Return an integer function whose results wrap around."""
     return lambda one, other: function(one.astype(np.int64), other.astype(np.int64)).astype(one.dtype)
 
 
 def truncated(one: Any, other: Any) -> Any:
-    """Division that truncates towards zero."""
+    """Return the quotient, truncated towards zero."""
     return np.trunc(one / other)
 
 
@@ -102,7 +106,9 @@ def rotate(value: int, by: int) -> int:
 
 
 def threefry(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, int]:
-    """Threefry-2x32 with 20 rounds, as in Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011)."""
+    """Return Threefry-2x32 with 20 rounds, as in Salmon et al., Parallel random
+    numbers: as easy as 1, 2, 3 (2011).
+    """
     keys = (*key, key[0] ^ key[1] ^ 0x1BD11BDA)
     one, other = (counter[0] + keys[0]) & 0xFFFFFFFF, (counter[1] + keys[1]) & 0xFFFFFFFF
     for block in range(5):
@@ -115,7 +121,7 @@ def threefry(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, int]:
 
 
 def correlated(image: Any, kernel: Any, stride: int = 1) -> Any:
-    """A correlation along one axis, with a zero on each side."""
+    """Return a correlation along one axis, with a zero on each side."""
     padded = np.pad(image.reshape(-1), 1)
     return np.array([padded[i : i + 3] @ kernel.reshape(-1) for i in range(0, len(padded) - 2, stride)]).reshape(
         1, -1, 1
@@ -481,7 +487,7 @@ REFUSED: dict[str, tuple[str, str]] = {
         "stablehlo.rng at line 3 which draws other numbers",
     ),
 }
-"""Operations that are in the table to be refused with a reason of their own, and the reason."""
+"""Operations that the table refuses with a reason of their own, and the reason."""
 
 
 @pytest.fixture(autouse=True)
@@ -491,7 +497,7 @@ def _x64():
 
 
 def written(each: Case) -> str:
-    """The case's program."""
+    """Return the case's program."""
     types = {f"t{index}": tensor(argument) for index, argument in enumerate(each.arguments)}
     results = [each.result] if each.result else [tensor(value) for value in each.expected]
     names = ["%r"] if len(results) == 1 else [f"%r#{index}" for index in range(len(results))]

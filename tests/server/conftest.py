@@ -1,4 +1,6 @@
-"""What the server's tests share: threads that are always joined, the CPU as a device, and objectives with known Hessians."""
+"""Fixtures of the server's tests: threads that are always joined, the CPU as a device,
+and objectives with known Hessians.
+"""
 
 import concurrent.futures
 import contextlib
@@ -14,19 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hvpd import _codec
 from hvpd._registration import export as _export
-from hvpd_server._engine import Engine
-from hvpd_server._kernels import devices
-from hvpd_server._limits import Limits
-from hvpd_server._metrics import Metrics
-from hvpd_server._store import Store
-from hvpd_server._vetting import Vetter
+from hvpd._wire import codec
+from hvpd_server.admission.vetting import Vetter
+from hvpd_server.device.device import devices
+from hvpd_server.engine.engine import Engine
+from hvpd_server.store.store import Store
+from hvpd_server.telemetry.metrics import Metrics
+from hvpd_server.tenancy.limits import Limits
+from tests.support.clock import Clock
 
 
 @pytest.fixture
 def start():
-    """Runs a call in a thread of its own; gives a future. All threads must have ended when the test ends."""
+    """Yield a function that runs a call in a thread of its own, and returns a future.
+    All threads must have ended when the test ends.
+    """
     threads = []
 
     def start(function, *args, **kwargs):
@@ -35,7 +40,7 @@ def start():
         def run():
             try:
                 future.set_result(function(*args, **kwargs))
-            except BaseException as error:  # noqa: BLE001 - handed to whoever asks for the result
+            except BaseException as error:  # noqa: BLE001 - the future raises it
                 future.set_exception(error)
 
         threads.append(threading.Thread(target=run, daemon=True))
@@ -50,6 +55,11 @@ def start():
 
 
 @pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
 def store(tmp_path):
     opened = Store(tmp_path / "store")
     yield opened
@@ -58,13 +68,13 @@ def store(tmp_path):
 
 @pytest.fixture(scope="session")
 def upload():
-    """Stores a blob, chunk by chunk; returns its digest."""
+    """Store a blob, chunk by chunk; return its digest."""
 
-    def upload(store, content, *, chunk_bytes=_codec.CHUNK_BYTES):
-        digest = _codec.digest(content)
+    def upload(store, content, *, chunk_bytes=codec.CHUNK_BYTES):
+        digest = codec.digest(content)
         with store.upload(digest, len(memoryview(content).cast("B"))) as uploading:
             offset = 0
-            for chunk in _codec.chunks(content, chunk_bytes):
+            for chunk in codec.chunks(content, chunk_bytes):
                 uploading.append(offset, chunk)
                 offset += len(chunk)
             uploading.commit()
@@ -75,13 +85,17 @@ def upload():
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """Of compiled programs; jax opens no second one."""
+    """Yield the cache of compiled programs. It is one for all engines, because most
+    tests use the same few programs, and because jax opens no second one.
+    """
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
 def device(cache):
-    """The CPU. It sets jax's options for the whole process; they are put back at the end, for modules of any order."""
+    """Yield the CPU as a device. It sets jax's options for the whole process. They are
+    reset at the end, so that modules run in any order.
+    """
     options = (
         "jax_enable_x64",
         "jax_compilation_cache_dir",
@@ -98,7 +112,7 @@ def device(cache):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """An objective, where to look at it, and what jax says of it there when nothing of ours is in between."""
+    """An objective, the point to look at, and jax's own results there without hvpd."""
 
     fun: Callable[..., Any]
     x: np.ndarray
@@ -143,43 +157,45 @@ def _logistic_example(dtype):
 
 @pytest.fixture(scope="session")
 def rosen():
-    """SciPy has its derivatives in closed form."""
+    """Return Rosenbrock's function, whose derivatives SciPy has in closed form."""
     return example(_rosen, np.random.default_rng(0).uniform(-1.5, 1.5, 7))
 
 
 @pytest.fixture(scope="session")
 def logistic():
-    """With data, float64."""
+    """Return a logistic regression with data, in float64."""
     return _logistic_example(np.float64)
 
 
 @pytest.fixture(scope="session")
 def logistic32():
-    """With data, float32."""
+    """Return a logistic regression with data, in float32."""
     return _logistic_example(np.float32)
 
 
 @pytest.fixture(params=["rosen", "logistic", "logistic32"])
 def objective_example(request):
-    """Each example in turn."""
+    """Return each example in turn."""
     return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session", name="export")
 def export_fixture():
-    """Exports objectives that only one test needs."""
+    """Return a function that exports objectives which only one test needs."""
     return export
 
 
 @pytest.fixture(scope="session")
 def make_example():
-    """Likewise, with their truth."""
+    """Return a function that makes such examples, with their truth."""
     return example
 
 
 @pytest.fixture(scope="session")
 def assert_product():
-    """Holds products V[k,n] -> HV[k,n] against a dense Hessian, relative to their norm: 1e-10 in float64, 1e-5 in float32."""
+    """Compare products V[k,n] -> HV[k,n] with a dense Hessian, relative to their norm:
+    1e-10 in float64, 1e-5 in float32.
+    """
 
     def check(products, hessian, vectors):
         expected = np.asarray(vectors, np.float64) @ np.asarray(hessian, np.float64)
@@ -193,15 +209,21 @@ def assert_product():
 
 @pytest.fixture(scope="session")
 def vetter():
-    """Reads the programs of all tests: it takes a while to start."""
+    """Yield a vetter that reads the programs of all tests, because it takes a while to
+    start.
+    """
     with contextlib.closing(Vetter()) as started:
         yield started
 
 
 @pytest.fixture
-def serve(tmp_path, device, upload, vetter, monkeypatch):
-    """Opens an engine on the test's store, with examples registered; an earlier one on that store is closed first."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # No power fails here, and it is most of the time.
+def serve(tmp_path, cache, device, upload, vetter, monkeypatch):
+    """Open an engine on the test's store, with examples registered. An earlier engine
+    on that store is closed first.
+    """
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # Power cannot fail here, and fsync is slow.
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "cache").symlink_to(cache)
     engines = []
 
     def close():
@@ -217,7 +239,7 @@ def serve(tmp_path, device, upload, vetter, monkeypatch):
         for each in examples:
             for content in each.export.blobs.values():
                 upload(engines[-1].store, content)
-            engines[-1].register(each.export.digest, "")
+            engines[-1].registration.register(each.export.digest, "")
         return engines[-1]
 
     yield serve

@@ -1,51 +1,73 @@
-"""What the server decides before anything is asked of it."""
+"""The server chooses the limits of programs at its start, and repeats its looks."""
 
-import os
+import dataclasses
 import types
+from pathlib import Path
 
 import pytest
 
-from hvpd_server._memory_budget import budget
+from hvpd_server import app, bundle
+from hvpd_server import config as _config
+from hvpd_server.importer import rules, table
 
-MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def device(memory_bytes, platform="cpu"):
-    return types.SimpleNamespace(memory_bytes=lambda: memory_bytes, platform=platform, kind="a kind")
+SECURITY = Path(__file__).parents[2] / "docs" / "operate" / "security" / "bundles.md"
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, MACHINE // 4),
-        ({"memory.max": "max\n"}, MACHINE // 4),
-        ({"memory.max": "1000000\n"}, 250_000),
-        ({"memory/memory.limit_in_bytes": "2000000\n"}, 500_000),
-        (
-            {"memory/memory.limit_in_bytes": "9223372036854771712\n"},
-            MACHINE // 4,
-        ),  # As the kernel says that there is none.
-    ],
-)
-def test_on_a_cpu_the_budget_is_a_quarter_of_what_the_machine_or_the_container_has(tmp_path, files, expected):
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
-    assert budget(None, device(None), tmp_path) == expected
+def test_a_look_is_repeated_also_after_an_error_until_the_server_stops(caplog):
+    looks, waits = [], []
+
+    def look():
+        looks.append(len(waits))
+        if len(looks) == 2:
+            raise OSError("the file is gone")
+
+    def wait(seconds):
+        waits.append(seconds)
+        return len(waits) == 4
+
+    app._repeat(types.SimpleNamespace(wait=wait), 1.0, look)
+    assert looks == [0, 1, 2, 3]
+    assert waits == [1.0] * 4
+    assert "failed; it tries again in 1 s" in caplog.text
+    assert "the file is gone" in caplog.text
 
 
-def test_a_device_with_memory_of_its_own_gives_three_quarters_of_it(tmp_path):
-    (tmp_path / "memory.max").write_text("1000")
-    assert budget(None, device(80 << 30), tmp_path) == 60 << 30
+LIMITS = {
+    "memory_bytes": (4 << 30, "needed more than 4 GiB"),
+    "cpu_seconds": (120, "more than 120 s of computing"),
+    "seconds": (300, "or 300 s in all"),
+    "compile_memory_bytes": (16 << 30, "on a CPU also: needed more than a quarter of the host's memory"),
+    "compile_cpu_seconds": (36_000, "or than ten hours of computing"),
+    "compile_seconds": (3600, "took longer than `--compile-timeout` (3600 s)"),
+    "bundle_bytes": (512 << 20, "| 512 MiB | all programs of a bundle together |"),
+    "operations": (1_000_000, "| 1,000,000 operations | one program; a function counts once for each call |"),
+    "nesting": (64, "| 64 levels | operations inside operations,"),
+    "calls": (64, "| 64 levels | calls of functions inside functions |"),
+    "constant_bytes": (256 << 20, "| 256 MiB | the constants of one program |"),
+    "array_bytes": (1 << 50, "1 PiB | one array |"),
+    "rank": (64, "| 64 axes,"),
+}
+"""The default limits of programs, and the words of the page for them."""
 
 
-def test_what_is_asked_for_counts_and_more_than_there_is_is_told(caplog):
-    assert budget(5 << 30, device(80 << 30)) == 5 << 30
-    assert caplog.messages == []
-    assert budget(90 << 30, device(80 << 30)) == 90 << 30
-    assert "XLA_CLIENT_MEM_FRACTION" in caplog.text
+def test_the_page_states_each_default_limit_of_programs():
+    page = " ".join(SECURITY.read_text().split())
+    assert dataclasses.asdict(rules.Limits()) == {name: value for name, (value, _) in LIMITS.items()}
+    assert [said for _, said in LIMITS.values() if said not in page] == []
+    assert table.LOOP_BYTES == 1 << 40
+    assert "| 1 TiB | the values that a loop or a derivative keeps |" in page
+    assert (bundle.MAX_BUNDLE_BYTES, bundle.MAX_TEXT, bundle.MAX_LEAVES) == (4 << 20, 80, 65_536)
+    assert "more than 4 MiB, a text of more than 80 characters" in page
+    assert "a list of more than 65,536 entries (blocks: 256; axes of a shape: 64; facts of a sparse array: 8)" in page
+    ranks = ["Tensor.shape", "ArraySpec.shape", "TreeSpec.Sparse.shape"]
+    assert dict(bundle._MAX_ENTRIES) == dict.fromkeys(ranks, 64) | {"Bundle.blocks": 256, "TreeSpec.Sparse.facts": 8}
 
 
-def test_an_accelerator_that_does_not_tell_its_memory_is_no_cpu(tmp_path):
-    with pytest.raises(ValueError, match="--memory-budget"):
-        budget(None, device(None, platform="cuda"), tmp_path)
+@pytest.mark.parametrize(("host", "reads", "compiles"), [(8 << 30, 2 << 30, 2 << 30), (64 << 30, 4 << 30, 16 << 30)])
+def test_programs_share_the_memory_of_the_machine(monkeypatch, host, reads, compiles):
+    monkeypatch.setattr(app.memory_budget, "host_bytes", lambda: host)
+    limits = app._program_limits(_config.load(_config.parse(["--compile-timeout", "5"]), {}))
+    expected = {"memory_bytes": reads, "compile_memory_bytes": compiles, "compile_seconds": 5}
+    assert limits == dataclasses.replace(rules.Limits(), **expected)
+    default = app._program_limits(_config.load(_config.parse([]), {}))
+    assert default.compile_seconds == rules.Limits().compile_seconds

@@ -1,17 +1,19 @@
-"""The queue of compiles: tenants in turn, so many at a time, an end."""
+"""The queue of compiles takes tenants in turn, runs so many at a time, and can end."""
 
 import threading
 
 import pytest
 
-from hvpd_server._compile_queue import CompileQueue
-from hvpd_server._errors import ServiceError
+from hvpd_server.errors import ServiceError
+from hvpd_server.scheduling.compile_queue import CompileQueue
 
 WAIT = 60
 
 
 class Gate:
-    """Calls that wait until they are let through, and note the order in which they began."""
+    """Calls that wait until the test releases them, and note the order in which they
+    began.
+    """
 
     def __init__(self):
         self.began, self.open = [], threading.Event()
@@ -64,7 +66,7 @@ def test_an_error_is_its_callers_and_the_next_call_runs():
     assert queue.submit("b", lambda: 3).result(WAIT) == 3
 
 
-def test_what_waits_when_it_closes_is_cancelled_and_what_runs_ends():
+def test_closing_cancels_waiting_compiles_and_lets_running_ones_end():
     queue, gate = CompileQueue(threads=1, each=1), Gate()
     running, waiting = queue.submit("a", gate.call("running")), queue.submit("a", gate.call("waiting"))
     gate.until(1)

@@ -1,4 +1,6 @@
-"""Each setting is a flag and a variable; a flag wins over the variable, the variable over the default."""
+"""Each setting is a flag and a variable. A flag wins over the variable, and the
+variable over the default.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -7,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvpd_server._config import Config, load, parse, parse_bytes, vector_port
+from hvpd_server.config import Config, load, parse, parse_bytes, vector_port
 
-# Setting: two values as they are written, and what they mean.
+# Each setting with two values as they are written, and their meanings.
 VALUES = {
     "host": ("127.0.0.2", "127.0.0.2", "::1", "::1"),
     "port": ("0", 0, "65535", 65535),
@@ -17,6 +19,7 @@ VALUES = {
     "metrics_host": ("0.0.0.0", "0.0.0.0", "::1", "::1"),
     "metrics_port": ("0", 0, "9090", 9090),
     "memory_budget": ("16G", 16 << 30, "512M", 512 << 20),
+    "program_memory": ("8G", 8 << 30, "64M", 64 << 20),
     "max_block_width": ("1", 1, "128", 128),
     "max_pending": ("128", 128, "100000", 100000),
     "max_queue_delay": ("0.005", 0.005, "1", 1.0),
@@ -36,7 +39,7 @@ VALUES = {
     "log_format": ("JSON", "json", "text", "text"),
 }
 
-# What a setting is of no use without.
+# The settings that a setting needs.
 WITH = {
     "tls_cert": {"tls_key": "key"},
     "tls_key": {"tls_cert": "cert"},
@@ -49,6 +52,7 @@ BAD = {
     "metrics_host": [" "],
     "metrics_port": ["-1", "99999"],
     "memory_budget": ["0", "-1G", "16X", "lots", "G", "nan", "inf"],
+    "program_memory": ["0", "much"],
     "max_block_width": ["0", "3", "-4", "1.5", "wide"],
     "max_pending": ["0", "-1", "1e3"],
     "max_queue_delay": ["-0.1", "inf", "a moment"],
@@ -94,7 +98,7 @@ def test_the_defaults_listen_on_loopback_only():
         (["--vector-port", "off"], None),
     ],
 )
-def test_a_port_for_vectors_is_opened_to_others_only_where_somebody_says_so(flags, expected):
+def test_a_vector_port_beyond_loopback_must_be_asked_for(flags, expected):
     assert vector_port(config(*flags)) == expected
 
 
@@ -175,21 +179,19 @@ def test_any_other_host_needs_insecure(host):
 @pytest.mark.parametrize(
     "who", [("--tokens", "t"), ("--tls-client-ca", "c"), ("--tokens", "t", "--tls-client-ca", "c")]
 )
-def test_any_other_host_takes_tls_and_who_calls(who):
+def test_any_other_host_needs_tls_and_credentials(who):
     encrypted = ("--tls-cert", "cert", "--tls-key", "key")
     assert not config("--host", "0.0.0.0", *encrypted, *who).insecure
     with pytest.raises(ValueError, match=r"--host 0.0.0.0 .*: give --tokens \(or --tls-client-ca\).*--insecure"):
         config("--host", "0.0.0.0", *encrypted)
 
 
-def test_what_is_missing_for_any_other_host_is_said():
+def test_the_error_lists_the_settings_that_a_public_host_needs():
     with pytest.raises(
         ValueError, match=r"give --tls-cert and --tls-key, .*and --tokens \(or --tls-client-ca\).*--insecure"
     ):
         config("--host", "0.0.0.0")
-    with pytest.raises(
-        ValueError, match=r"give --tls-cert and --tls-key, so that what is sent is encrypted; or"
-    ) as error:
+    with pytest.raises(ValueError, match=r"give --tls-cert and --tls-key, to encrypt the traffic; or") as error:
         config("--host", "0.0.0.0", "--tokens", "t")
     assert "--tls-client-ca" not in str(error.value)
 
@@ -197,10 +199,10 @@ def test_what_is_missing_for_any_other_host_is_said():
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"tls_cert"}, "--tls-cert and --tls-key are of no use without each other"),
-        ({"tls_key"}, "--tls-cert and --tls-key are of no use without each other"),
-        ({"tls_client_ca"}, "--tls-client-ca is of no use without --tls-cert and --tls-key"),
-        ({"tls_client_ca", "tls_key"}, "--tls-cert and --tls-key are of no use without each other"),
+        ({"tls_cert"}, "--tls-cert and --tls-key need each other"),
+        ({"tls_key"}, "--tls-cert and --tls-key need each other"),
+        ({"tls_client_ca"}, "--tls-client-ca needs --tls-cert and --tls-key"),
+        ({"tls_client_ca", "tls_key"}, "--tls-cert and --tls-key need each other"),
     ],
 )
 def test_half_of_tls_is_refused_also_where_everything_is_allowed(given, says):

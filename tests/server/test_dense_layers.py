@@ -1,4 +1,6 @@
-"""Which layers of a model are found in its jaxpr, and their factors, against closed forms and dense Jacobians."""
+"""The layers of a model that are found in its jaxpr, and their factors, against closed
+forms and dense Jacobians.
+"""
 
 import functools
 from types import SimpleNamespace
@@ -8,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hvpd import _kronecker
+from hvpd._operators import kronecker
 from hvpd.v1 import objective_pb2, tensor_pb2
 from hvpd_server.derivation import dense_layers as _dense
 from hvpd_server.derivation import layout as _layout
 from hvpd_server.derivation import products as _derivatives
 
-SIZE = 4  # Of rows, inputs and outputs: no extent tells which axis is which.
+pytestmark = pytest.mark.slow  # Real programs, compiled and run.
+
+SIZE = 4  # Rows, inputs and outputs have one size, so no extent identifies an axis.
 CLASSES = 3
 OUT = np.random.default_rng(7).normal(size=(SIZE, CLASSES))
 
@@ -34,8 +38,14 @@ def softmax(z):
     return p / p.sum(axis=-1, keepdims=True)
 
 
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""The compiler's options. The programs are small, so compiling them takes the time."""
+
+
 def trace(model, params, X, labels=None, loss=cross_entropy, **options):
-    """The layers that are found, by name; the flat x, and their factors there as a function."""
+    """Return the found layers by name, the flat x, and a function of the factors
+    there.
+    """
     leaves, treedef = jax.tree.flatten(params)
     names = ["/".join(str(key.key) for key in path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     labels = np.zeros(len(X), int) if labels is None else labels
@@ -59,15 +69,17 @@ def trace(model, params, X, labels=None, loss=cross_entropy, **options):
     bundle = objective_pb2.Bundle(x_leaves=[tensor_pb2.ArraySpec(shape=leaf.shape) for leaf in leaves])
     return SimpleNamespace(
         factors=factors,
-        layers=_kronecker.dense_layers(bundle, [layer.message for layer in factors.layers], slices),
+        layers=kronecker.dense_layers(bundle, [layer.message for layer in factors.layers], slices),
         transposed=[layer.message.transposed for layer in factors.layers],
         flat=flat,
-        kfac=lambda: [np.asarray(factor) for factor in jax.jit(factors.kfac)(flat, X, labels)],
+        kfac=lambda: [
+            np.asarray(each) for each in jax.jit(factors.kfac).lower(flat, X, labels).compile(QUICKLY)(flat, X, labels)
+        ],
     )
 
 
 def found(*args, **kwargs):
-    """Kernel and bias of each layer."""
+    """Return the kernel and the bias of each layer."""
     return [(layer.kernel, layer.bias) for layer in trace(*args, **kwargs).layers]
 
 
@@ -77,7 +89,9 @@ def assert_close(found, expected, tolerance=1e-12):
 
 
 def assert_exact_for_one_row(model, params, X):
-    """With one row A (x) G is the Gauss-Newton matrix's block, here from dense derivatives of model and loss."""
+    """Compare A (x) G of one row with the Gauss-Newton matrix's block, from dense
+    derivatives of model and loss.
+    """
     traced = trace(model, params, X)
     jacobian = jax.jacrev(model)(params, X)
     J = np.concatenate(
@@ -93,7 +107,8 @@ def assert_exact_for_one_row(model, params, X):
         assert_close(np.kron(A, G), dense[np.ix_(inside, inside)])
 
 
-# Every way to write a layer. W is [in, out] or [out, in], as the layer takes it: (function, transposed).
+# Every way to write a layer: (function, transposed). W is [in, out] or [out, in], as
+# the layer takes it.
 
 LAYERS = {
     "x @ W": (lambda W, b, X: X @ W + b, False),
@@ -140,7 +155,9 @@ LAYERS = {
 
 @pytest.mark.parametrize("way", LAYERS)
 def test_every_way_to_write_a_layer_gives_the_closed_form(way):
-    """y = x W + b, z = tanh(y) OUT: A = mean of (x, 1)(x, 1)', G = sum over rows of D OUT (diag(p) - p p') OUT' D / rows."""
+    """With y = x W + b and z = tanh(y) OUT: A = mean of (x, 1)(x, 1)', G = sum over
+    rows of D OUT (diag(p) - p p') OUT' D / rows.
+    """
     rng = np.random.default_rng(0)
     W, b, X = rng.normal(size=(SIZE, SIZE)), rng.normal(size=SIZE), rng.normal(size=(SIZE, SIZE))
     layer, transposed = LAYERS[way]
@@ -183,7 +200,7 @@ def test_kernels_that_are_not_square_without_a_bias(way):
         lambda W, b, X: b + (2 * X + X @ W.T + 1.0),
     ],
 )
-def test_a_bias_is_found_behind_what_else_is_added(layer):
+def test_a_bias_is_found_after_other_additions(layer):
     rng = np.random.default_rng(0)
     params, X = {"W": rng.normal(size=(SIZE, SIZE)), "b": rng.normal(size=SIZE)}, rng.normal(size=(5, SIZE))
     model = lambda p, X: jnp.tanh(layer(p["W"], p["b"], X)) @ OUT  # noqa: E731
@@ -192,7 +209,7 @@ def test_a_bias_is_found_behind_what_else_is_added(layer):
     assert_exact_for_one_row(model, params, X[:1])
 
 
-# Leaves that look like a bias, and are none: the kernel is found without.
+# Leaves that look like a bias, and are none. The kernel is found without them.
 
 
 def twice(y, b):
@@ -216,7 +233,7 @@ NO_BIAS = {
 
 
 @pytest.mark.parametrize("way", NO_BIAS)
-def test_what_looks_like_a_bias_and_is_none(way):
+def test_additions_that_only_look_like_a_bias_are_not_taken(way):
     rng = np.random.default_rng(1)
     params = {"W": rng.normal(size=(SIZE, SIZE)), "b": rng.normal(size=SIZE)}
     X = rng.normal(size=(SIZE, SIZE))
@@ -231,7 +248,7 @@ def test_what_looks_like_a_bias_and_is_none(way):
 
 @pytest.mark.parametrize("rows", [1, SIZE])
 def test_a_bias_along_the_rows_is_none(rows):
-    """Of a square y."""
+    """The layer's y is square."""
     rng = np.random.default_rng(1)
     params = {"W": rng.normal(size=(SIZE, SIZE)), "b": rng.normal(size=rows)}
     model = lambda p, X: jnp.tanh(X @ p["W"] + p["b"][:, None]) @ OUT  # noqa: E731
@@ -242,7 +259,9 @@ def test_a_bias_along_the_rows_is_none(rows):
 
 
 def test_a_bias_that_is_broadcast_along_the_channels_is_none():
-    """One number for all channels; and a bias as long as the channels that a y of one channel is broadcast to."""
+    """One case has one number for all channels. The other broadcasts a y of one channel
+    to a bias.
+    """
     rng = np.random.default_rng(1)
     X = rng.normal(size=(3, SIZE))
     model = lambda p, X: (X @ p["W"] + p["b"]) @ OUT  # noqa: E731
@@ -263,7 +282,8 @@ def test_one_channel_has_its_bias():
     assert_exact_for_one_row(model, params, rng.normal(size=(1, SIZE)))
 
 
-# What is no layer. Each has a leaf "V" that makes one, so that a search that stops altogether is noticed.
+# Operations that are no layer. Each model has a leaf "V" that makes a layer, so that a
+# search that stops altogether is noticed.
 
 
 @jax.custom_vjp
@@ -366,7 +386,7 @@ NO_LAYER = {
 
 
 @pytest.mark.parametrize("way", NO_LAYER)
-def test_what_is_no_layer_is_not_taken_for_one(way):
+def test_stages_that_only_look_like_a_layer_are_not_taken(way):
     rng = np.random.default_rng(2)
     shapes, stage = NO_LAYER[way]
     params = {name: rng.normal(size=shape) for name, shape in shapes.items()} | {"V": rng.normal(size=(SIZE, CLASSES))}
@@ -393,7 +413,9 @@ def test_models_that_return_nothing_have_no_layers(rows, outputs):
 
 
 def transformer(p, X, nudges=None, seen=None):
-    """One layer: attention of two heads, a gated and a rectified dense part, norms. X[rows, positions, features]."""
+    """Return a transformer of one layer: attention of two heads, a gated and a
+    rectified dense part, norms. X[rows, positions, features].
+    """
     nudges, seen = nudges or {}, {} if seen is None else seen
 
     def dense(name, a, bias=None):
@@ -437,7 +459,9 @@ def test_a_transformers_layers_are_found_and_nothing_else():
 
 
 def test_a_transformers_factors_are_those_of_the_expanding_formula():
-    """A: the mean of a'a over rows and positions; G: the sum over both of J' H J, J from the derivative in what is added to y."""
+    """A is the mean of a'a over rows and positions. G is the sum over both of J' H J,
+    with J from the derivative in an added term of y.
+    """
     params, X, labels = transformer_problem()
     seen = {}
     z = transformer(params, X, seen=seen)
@@ -483,7 +507,9 @@ def test_layers_with_anything_between_them_are_exact_for_one_row(between):
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_layers_in_half_precision_have_factors_that_do_not_overflow(dtype):
-    """The sum of 2000 squares of 16 is beyond the largest float16, and so is that of 2000 curvatures of about 200."""
+    """The sum of 2000 squares of 16 is beyond the largest float16, and so is that of
+    2000 curvatures of about 200.
+    """
     rng = np.random.default_rng(5)
     params = {"W": (rng.normal(size=(3, CLASSES)) / 16).astype(dtype), "b": rng.normal(size=CLASSES).astype(dtype)}
     X = (16 * np.sign(rng.normal(size=(2000, 3)))).astype(dtype)
@@ -520,7 +546,9 @@ def test_a_kernel_of_another_dtype_than_its_data_is_found():
 
 @pytest.mark.parametrize("positions", [1, 2])
 def test_with_any_number_of_rows_layers_are_those_that_have_them(positions):
-    """Symbolic rows: whatever their number will be, a layer that has as many, or a multiple, is one, and no other."""
+    """With symbolic rows, a value is a layer if it has as many rows, or a multiple, for
+    any number. No other value is.
+    """
     (m,) = jax.export.symbolic_shape("m")
     params = {"W": (SIZE, SIZE), "V": (SIZE, CLASSES), "P": (SIZE, SIZE), "b": (SIZE,)}
     layout = _layout.Layout([jax.ShapeDtypeStruct(params[name], np.float64) for name in sorted(params)])

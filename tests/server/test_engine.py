@@ -1,21 +1,27 @@
-"""The server without its transport: from uploaded blobs to products that are right, whoever else asks, evicts or breaks.
+"""The server without its transport: from uploaded blobs to right products, while others
+ask, evict or break.
 
 Truth is a dense `jax.hessian` of the user's own function.
 """
 
 import gc
+import queue
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hvpd import _codec
+from hvpd._wire import codec
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
-from hvpd_server._errors import Code, ServiceError
-from hvpd_server._plan import Plan
+from hvpd_server.engine.plan import Plan
+from hvpd_server.errors import Code, ServiceError
+from hvpd_server.scheduling import compile_queue
+
+pytestmark = pytest.mark.slow  # Real programs, compiled and run.
 
 WAIT = 60
 
@@ -23,21 +29,23 @@ HESSIAN = curvature_pb2.OPERATOR_HESSIAN
 
 
 def tensor(store, upload, array):
-    return tensor_pb2.Tensor(dtype=array.dtype.name, shape=array.shape, digest=upload(store, _codec.payload(array)))
+    return tensor_pb2.Tensor(dtype=array.dtype.name, shape=array.shape, digest=upload(store, codec.payload(array)))
 
 
 def point_spec(example, x=None, data=None):
-    """Of a point of an example: its own, or at another x, or with other tensors as data."""
+    """Return the spec of a point of an example: its own x or another, its own data or
+    other tensors.
+    """
     return curvature_pb2.PointSpec(
         objective_digest=example.export.digest,
-        x_digest=_codec.digest(_codec.payload(example.x if x is None else x)),
+        x_digest=codec.digest(codec.payload(example.x if x is None else x)),
         default_data=data is None,
         data=data or (),
     )
 
 
 def create_point(engine, example, x=None, data=None):
-    return engine.create_point(point_spec(example, x, data), example.x if x is None else x)
+    return engine.create_point(engine.locate(point_spec(example, x, data)), example.x if x is None else x)
 
 
 def product_spec(point, k=1, operator=HESSIAN):
@@ -58,7 +66,7 @@ def launches(engine, program):
 
 
 def compile_programs(point, *programs):
-    """Compiles (program, width) now, so that the test knows what is ready."""
+    """Compile (program, width) now, so that the test knows the ready programs."""
     for name, width in programs:
         point.objective.kernels.request(name, width).result(WAIT)
 
@@ -86,7 +94,9 @@ def test_a_point_comes_with_value_and_gradient(serve, objective_example):
 
 
 def test_products_of_every_width(serve, objective_example, assert_product):
-    """Whatever is compiled by then: widths up to 9 go through buckets of 1 to 16, at first in pieces of one."""
+    """This does not depend on the compiled widths. Widths up to 9 go through buckets of
+    1 to 16, at first in pieces of one.
+    """
     engine = serve(objective_example)
     point = create_point(engine, objective_example)
     for width in range(1, 10):
@@ -141,12 +151,12 @@ def test_the_same_data_said_explicitly_is_the_same_point(serve, logistic):
     point = create_point(engine, logistic)
     explicit = point_spec(logistic, data=list(logistic.bundle.data))
     assert not explicit.default_data
-    assert engine.find_point(explicit) is point
-    assert engine.create_point(explicit, logistic.x) is point
-    assert engine.find_point(point_spec(logistic, logistic.x + 1)) is None
+    assert engine.find_point(engine.locate(explicit)) is point
+    assert engine.create_point(engine.locate(explicit), logistic.x) is point
+    assert engine.find_point(engine.locate(point_spec(logistic, logistic.x + 1))) is None
 
 
-def test_many_who_create_a_point_at_once_get_one(serve, logistic, start):
+def test_concurrent_requests_for_a_point_get_one(serve, logistic, start):
     engine = serve(logistic)
     together = threading.Barrier(6)
 
@@ -159,8 +169,8 @@ def test_many_who_create_a_point_at_once_get_one(serve, logistic, start):
     assert engine.metrics.registry.get_sample_value("hvpd_points_total") == 1
 
 
-def test_what_is_not_finite_is_counted(serve, rosen):
-    """SciPy's line searches step there: it is an answer, not an error."""
+def test_a_point_counts_its_values_that_are_not_finite(serve, rosen):
+    """SciPy's line searches take such steps, so this is an answer, not an error."""
     x = rosen.x.copy()
     x[0], x[3] = np.nan, np.inf
     message = create_point(serve(rosen), rosen, x).message()
@@ -253,7 +263,9 @@ def test_eight_threads_at_two_points_get_their_own_products(serve, logistic, mak
     assert engine.metrics.registry.get_sample_value("hvpd_products_total") == 160
 
 
-def test_what_arrives_while_the_device_works_goes_as_one_block(serve, logistic, assert_product, start, monkeypatch):
+def test_products_that_arrive_while_the_device_works_share_a_launch(
+    serve, logistic, assert_product, start, monkeypatch
+):
     engine = serve(logistic)
     point = create_point(engine, logistic)
     compile_programs(point, ("hvp", 1), ("hvp", 8))
@@ -336,7 +348,7 @@ def test_an_evicted_point_is_not_resident_until_it_is_created_again(serve, rosen
     create_point(engine, rosen, rosen.x + 1)
     error = refusal(Code.NOT_FOUND, "POINT_NOT_RESIDENT", engine.resident, product_spec(point))
     assert "create it again" in str(error)
-    assert engine.find_point(point_spec(rosen)) is None
+    assert engine.find_point(engine.locate(point_spec(rosen))) is None
     assert engine.metrics.registry.get_sample_value("hvpd_evictions_total", {"kind": "point"}) == 1
 
     again = create_point(engine, rosen)
@@ -353,15 +365,17 @@ def test_a_product_under_way_outlives_the_eviction_of_its_point(serve, rosen, as
     assert_product(multiply(engine, point, V), rosen.hessian, V)
 
 
-def test_what_is_larger_than_the_budget_is_refused(serve, rosen, logistic):
+def test_a_point_larger_than_the_budget_is_refused(serve, rosen, logistic):
     engine = serve(rosen, logistic, memory_budget_bytes=2 * rosen.x.nbytes - 1)
     for example in (rosen, logistic):
         error = refusal(Code.RESOURCE_EXHAUSTED, "MEMORY_BUDGET", create_point, engine, example)
         assert "--memory-budget" in str(error)
 
 
-def test_the_budget_holds_for_what_is_really_on_the_device(serve, make_example, upload):
-    """Counted by jax. Points in use keep their data alive: data that is evicted from under them frees nothing."""
+def test_the_budget_holds_for_the_arrays_that_jax_counts(serve, make_example, upload):
+    """jax counts the bytes. Points in use keep their data alive, so evicting that data
+    frees nothing.
+    """
     example = make_example(lambda x, d: jnp.sum((x * d.sum()) ** 4), np.ones(2), np.zeros(10_000))
     budget = 3 * example.data[0].nbytes
     engine = serve(example, memory_budget_bytes=budget)
@@ -402,10 +416,9 @@ def test_a_product_is_checked_before_its_vectors_come(serve, rosen):
 
 def test_an_x_that_is_not_the_one_of_the_spec_is_refused(serve, rosen):
     engine = serve(rosen)
-    refusal(
-        Code.INVALID_ARGUMENT, "DIGEST_MISMATCH", engine.create_point, point_spec(rosen), np.nextafter(rosen.x, np.inf)
-    )
-    assert engine.find_point(point_spec(rosen)) is None
+    place = engine.locate(point_spec(rosen))
+    refusal(Code.INVALID_ARGUMENT, "DIGEST_MISMATCH", engine.create_point, place, np.nextafter(rosen.x, np.inf))
+    assert engine.find_point(engine.locate(point_spec(rosen))) is None
 
 
 def test_data_that_does_not_fit_or_is_not_stored_is_refused(serve, logistic, upload):
@@ -429,7 +442,7 @@ def test_a_bundle_with_blobs_missing_is_refused_by_their_digests(serve, logistic
     for digest, content in logistic.export.blobs.items():
         if digest not in missing:
             upload(engine.store, content)
-    error = refusal(Code.FAILED_PRECONDITION, "BLOBS_MISSING", engine.register, logistic.export.digest, "")
+    error = refusal(Code.FAILED_PRECONDITION, "BLOBS_MISSING", engine.registration.register, logistic.export.digest, "")
     assert set(error.metadata["digests"].split(",")) == missing
     assert engine.store.objectives() == []
 
@@ -439,18 +452,18 @@ def test_an_objective_of_a_bad_name_is_not_registered(serve, rosen, upload, name
     engine = serve()
     for content in rosen.export.blobs.values():
         upload(engine.store, content)
-    refusal(Code.INVALID_ARGUMENT, "INVALID_NAME", engine.register, rosen.export.digest, name)
+    refusal(Code.INVALID_ARGUMENT, "INVALID_NAME", engine.registration.register, rosen.export.digest, name)
     assert engine.store.objectives() == []
 
 
 def test_digests_that_are_paths_lead_nowhere(serve, tmp_path, logistic):
-    """They come from clients, in a registration and in a point's data."""
+    """Such digests come from clients, in a registration and in a point's data."""
     engine = serve(logistic)
     outside = tmp_path / "outside"
     outside.write_bytes(b"0" * 240)
     data = [logistic.bundle.data[0], tensor_pb2.Tensor(dtype="float64", shape=(30,), digest=str(outside))]
     for call in (
-        lambda: engine.register(str(outside), "stolen"),
+        lambda: engine.registration.register(str(outside), "stolen"),
         lambda: create_point(engine, logistic, data=data),
     ):
         with pytest.raises(ServiceError):
@@ -462,7 +475,9 @@ def test_digests_that_are_paths_lead_nowhere(serve, tmp_path, logistic):
 
 
 def register_changed(engine, example, upload, program=None, **fields):
-    """Registers the example's bundle with some fields changed; returns its digest without having it served."""
+    """Register the example's bundle with some fields changed; return its digest without
+    having it served.
+    """
     bundle = objective_pb2.Bundle.FromString(example.bundle.SerializeToString())
     if program is not None:
         bundle.programs["objective"].CopyFrom(program)
@@ -478,7 +493,7 @@ def register_changed(engine, example, upload, program=None, **fields):
 
 
 def damage(store, digest):
-    """Flips a bit of a blob on the disk."""
+    """Flip a bit of a blob on the disk."""
     path = store.root / "blobs" / digest[:2] / digest
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -489,10 +504,10 @@ def test_a_program_that_is_corrupt_on_disk_is_refused_and_nothing_is_registered(
     engine = serve()
     digest = register_changed(engine, rosen, upload)
     damage(engine.store, rosen.bundle.programs["objective"].digest)
-    refusal(Code.DATA_LOSS, "BLOB_CORRUPT", engine.register, digest, "rosen")
+    refusal(Code.DATA_LOSS, "BLOB_CORRUPT", engine.registration.register, digest, "rosen")
     assert engine.store.objectives() == []
     upload(engine.store, rosen.export.blobs[rosen.bundle.programs["objective"].digest])
-    assert engine.register(digest, "rosen").n == 7
+    assert engine.registration.register(digest, "rosen").n == 7
     assert [(name, digest) for name, digest, _ in engine.store.objectives()] == [("rosen", digest)]
 
 
@@ -500,7 +515,7 @@ def test_a_blob_that_is_no_program_is_refused_and_nothing_is_registered(serve, r
     engine = serve()
     junk = upload(engine.store, b"not a program")
     digest = register_changed(engine, rosen, upload, program=objective_pb2.Program(digest=junk, size_bytes=13))
-    refusal(Code.INVALID_ARGUMENT, "BUNDLE_INCOMPATIBLE", engine.register, digest, "junk")
+    refusal(Code.INVALID_ARGUMENT, "BUNDLE_INCOMPATIBLE", engine.registration.register, digest, "junk")
     assert engine.store.objectives() == []
 
 
@@ -510,7 +525,7 @@ def test_a_blob_that_is_no_program_is_refused_and_nothing_is_registered(serve, r
 def test_a_bundle_of_another_format_is_refused_and_nothing_is_registered(serve, rosen, upload, format_, says):
     engine = serve()
     digest = register_changed(engine, rosen, upload, format=format_)
-    error = refusal(Code.FAILED_PRECONDITION, "BUNDLE_INCOMPATIBLE", engine.register, digest, "other")
+    error = refusal(Code.FAILED_PRECONDITION, "BUNDLE_INCOMPATIBLE", engine.registration.register, digest, "other")
     assert f"the bundle has format {format_}" in str(error)
     assert "this server reads format 2" in str(error)
     assert says in str(error)
@@ -524,7 +539,7 @@ def test_a_program_of_a_newer_stablehlo_is_refused_and_nothing_is_registered(ser
     newer = artifact[:4] + bytes([99 * 2 + 1]) + artifact[5:]
     program = objective_pb2.Program(digest=upload(engine.store, newer), size_bytes=len(newer))
     digest = register_changed(engine, rosen, upload, program=program, jax_version="9.9.9")
-    error = refusal(Code.INVALID_ARGUMENT, "BUNDLE_INCOMPATIBLE", engine.register, digest, "future")
+    error = refusal(Code.INVALID_ARGUMENT, "BUNDLE_INCOMPATIBLE", engine.registration.register, digest, "future")
     assert "objective " in str(error)
     assert "version 99 is newer" in str(error)
     assert engine.store.objectives() == []
@@ -533,15 +548,15 @@ def test_a_program_of_a_newer_stablehlo_is_refused_and_nothing_is_registered(ser
 def test_programs_of_another_objective_are_refused(serve, rosen, logistic, upload):
     engine = serve(logistic)
     digest = register_changed(engine, rosen, upload, program=logistic.bundle.programs["objective"])
-    refusal(Code.INVALID_ARGUMENT, "BUNDLE_INVALID", engine.register, digest, "")
+    refusal(Code.INVALID_ARGUMENT, "BUNDLE_INVALID", engine.registration.register, digest, "")
     assert [(name, digest) for name, digest, _ in engine.store.objectives()] == [("", logistic.export.digest)]
 
 
 def test_registering_again_changes_nothing(serve, rosen):
     engine = serve(rosen)
-    before = engine.objective(rosen.export.digest)
-    assert engine.register(rosen.export.digest, "") is before
-    assert engine.register(rosen.export.digest, "digits/rosen") is before
+    before = engine.objectives.load(rosen.export.digest)
+    assert engine.registration.register(rosen.export.digest, "") is before
+    assert engine.registration.register(rosen.export.digest, "digits/rosen") is before
     assert [(name, digest) for name, digest, _ in engine.store.objectives()] == [("digits/rosen", rosen.export.digest)]
 
 
@@ -551,13 +566,73 @@ def test_registering_again_changes_nothing(serve, rosen):
 def test_after_a_restart_all_is_warm_and_right_without_registering(serve, rosen, logistic, assert_product):
     serve(rosen, logistic)
     engine = serve()
-    engine.warm_all()
+    engine.objectives.warm_all()
     for example in (rosen, logistic):
-        kernels = engine.objective(example.export.digest).kernels
+        kernels = engine.objectives.load(example.export.digest).kernels
         assert kernels.ready("value_and_grad")
         assert kernels.ready("hvp", 1)
         V = block(example, 3)
         assert_product(multiply(engine, create_point(engine, example), V), example.hessian, V)
+
+
+class Turns:
+    """Keeps both of a tenant's turns in the compile queue until it is closed."""
+
+    def __init__(self, engine):
+        self._open = threading.Event()
+        self._engine = engine
+
+    def __enter__(self):
+        for _ in range(compile_queue.EACH):
+            self._engine.objectives._compiles.submit("", lambda: self._open.wait(WAIT))
+
+    def __exit__(self, *error):
+        self._open.set()
+
+
+def uploaded(engine, example, upload):
+    for content in example.export.blobs.values():
+        upload(engine.store, content)
+    return example.export.digest
+
+
+def test_a_registration_that_was_given_up_leaves_the_queue(serve, rosen, upload, monkeypatch):
+    engine = serve()
+    digest = uploaded(engine, rosen, upload)
+    read = []
+    monkeypatch.setattr(engine.objectives._vetting, "known", lambda digest: None)
+    monkeypatch.setattr(engine.objectives._vetting, "admit", lambda digest, bundle, part: read.append(digest))
+    with Turns(engine), pytest.raises(ServiceError, match="gave up the registration") as error:
+        engine.registration.register(digest, "", on_wait=lambda cancel: cancel())
+    engine.objectives._compiles.close(wait=True)
+    assert error.value.reason == "CANCELLED"
+    assert read == []
+
+
+def test_compiles_of_a_given_up_registration_leave_the_queue_and_can_be_repeated(serve, rosen, upload):
+    engine = serve()
+    digest = uploaded(engine, rosen, upload)
+    engine.objectives._vetting.admit(digest, rosen.export.bundle, engine.store.read)
+    with Turns(engine), pytest.raises(ServiceError, match="gave up the registration"):
+        engine.registration.register(digest, "", on_wait=lambda cancel: cancel())
+    assert not engine.store.registered(digest)
+    assert engine.registration.register(digest, "").kernels.ready("value_and_grad")
+
+
+def test_two_register_a_bundle_and_one_gives_up(serve, rosen, upload):
+    engine = serve()
+    digest = uploaded(engine, rosen, upload)
+    engine.objectives._vetting.admit(digest, rosen.export.bundle, engine.store.read)
+    staying, leaving = queue.SimpleQueue(), queue.SimpleQueue()
+    with ThreadPoolExecutor(2) as pool:
+        with Turns(engine):
+            stays = pool.submit(engine.registration.register, digest, "", on_wait=staying.put)
+            leaves = pool.submit(engine.registration.register, digest, "", on_wait=leaving.put)
+            staying.get(timeout=WAIT)
+            leaving.get(timeout=WAIT)()
+        with pytest.raises(ServiceError, match="gave up the registration"):
+            leaves.result(WAIT)
+        assert stays.result(WAIT).digest == digest
 
 
 def _corrupt_bundle(engine, example):
@@ -566,7 +641,7 @@ def _corrupt_bundle(engine, example):
 
 def uncached(engine):
     """Drop the compiled programs, so that the next start needs the objectives' own."""
-    engine._compiles.close(wait=True)
+    engine.objectives._compiles.close(wait=True)
     engine.vetter.sweep(-1.0)
     for path in engine.store.cache.iterdir():
         path.unlink()
@@ -582,7 +657,9 @@ def _lost_program(engine, example):
 
 
 def _unreadable_program(engine, example):
-    """An OSError that is not FileNotFoundError, as of a failing disk."""
+    """Make reads of the program fail with another OSError than FileNotFoundError, like
+    a failing disk.
+    """
     _lost_program(engine, example)
     digest = example.bundle.programs["objective"].digest
     (engine.store.root / "blobs" / digest[:2] / digest).mkdir()
@@ -594,7 +671,7 @@ def test_a_store_with_a_broken_objective_serves_the_rest(serve, rosen, logistic,
     break_(broken, rosen)
     uncached(broken)
     engine = serve()
-    engine.warm_all()
+    engine.objectives.warm_all()
     assert rosen.export.digest[:12] in caplog.text
     V = block(logistic, 2)
     assert_product(multiply(engine, create_point(engine, logistic), V), logistic.hessian, V)
@@ -604,16 +681,16 @@ def test_a_store_with_a_broken_objective_serves_the_rest(serve, rosen, logistic,
 
 @pytest.mark.parametrize("break_", [_corrupt_bundle, _corrupt_program, _lost_program])
 def test_a_broken_objective_is_served_once_it_is_registered_again(serve, rosen, upload, assert_product, break_):
-    """At once, although compiles that failed are not repeated for a while."""
+    """It is served at once, although failed compiles are not repeated for a while."""
     broken = serve(rosen)
     break_(broken, rosen)
     uncached(broken)
     engine = serve()
-    engine.warm_all()
+    engine.objectives.warm_all()
     refusal(Code.DATA_LOSS, "BLOB_CORRUPT", create_point, engine, rosen)
     for content in rosen.export.blobs.values():
         upload(engine.store, content)
-    engine.register(rosen.export.digest, "")
+    engine.registration.register(rosen.export.digest, "")
     V = block(rosen, 2)
     assert_product(multiply(engine, create_point(engine, rosen), V), rosen.hessian, V)
 
@@ -623,7 +700,7 @@ def test_a_bundle_of_a_newer_server_does_not_stop_this_one(serve, rosen, logisti
     newer = register_changed(engine, rosen, upload, format=3)
     engine.store.add_objective(newer, "newer")
     engine = serve()
-    engine.warm_all()
+    engine.objectives.warm_all()
     assert newer in caplog.text
     V = block(logistic, 2)
     assert_product(multiply(engine, create_point(engine, logistic), V), logistic.hessian, V)

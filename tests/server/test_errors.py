@@ -1,4 +1,6 @@
-"""Every failure becomes a google.rpc.Status that says what happened, in a constant for programs and a sentence for people."""
+"""Every failure becomes a google.rpc.Status: a constant for programs, and a sentence
+for people.
+"""
 
 import errno
 import os
@@ -9,11 +11,11 @@ from google.rpc import error_details_pb2
 
 from hvpd import AccessError, HvpdError, InvalidArgumentError
 from hvpd._errors import DOMAIN, failure_of_status
-from hvpd_server._errors import Code, ServiceError, to_status
+from hvpd_server.errors import Code, ServiceError, to_status
 
 
 def detail(status, kind):
-    """The one detail of a kind, or None."""
+    """Return the one detail of a kind, or None."""
     found = [each for each in status.details if each.Is(kind.DESCRIPTOR)]
     if not found:
         return None
@@ -45,7 +47,7 @@ def test_a_refusal_says_when_to_retry(seconds):
     assert retry.retry_delay.ToNanoseconds() == pytest.approx(seconds * 1e9)
 
 
-def test_the_client_reads_what_the_server_says():
+def test_the_client_reads_the_servers_error():
     status = to_status(ServiceError(Code.UNAVAILABLE, "WARMING_UP", "soon", {"a": "b"}, retry_after=0.25))
     failure = failure_of_status(status)
     assert (failure.code, failure.reason, failure.message) == (Code.UNAVAILABLE, "WARMING_UP", "soon")
@@ -63,7 +65,7 @@ def test_a_full_disk_is_a_resource_that_is_exhausted(number):
 
 
 @pytest.mark.parametrize("error", [KeyError("k"), ZeroDivisionError("by zero")])
-def test_what_nobody_expected_is_internal(error):
+def test_an_unexpected_error_is_internal(error):
     status = to_status(error)
     assert status.code == Code.INTERNAL.value[0]
     assert info(status).reason == "INTERNAL"
@@ -79,9 +81,9 @@ def test_the_answer_names_the_request():
 
 
 @pytest.mark.parametrize("error", [InvalidArgumentError("bad leaf"), HvpdError("bad leaf"), AccessError("bad leaf")])
-def test_errors_of_the_shared_code_are_the_callers_fault(error):
+def test_errors_of_the_shared_code_are_the_callers_fault_and_keep_their_reason(error):
     status = to_status(error)
     assert status.code == Code.INVALID_ARGUMENT.value[0]
     assert status.message == "bad leaf"
-    assert info(status).reason == "INVALID_ARGUMENT"
+    assert info(status).reason == error.reason
     assert info(to_status(HvpdError("bad leaf", reason="LEAF"))).reason == "LEAF"

@@ -1,12 +1,15 @@
-"""Executables: from the cache, from a worker, or in this process if the backend cannot move them; and how much memory they may take."""
+"""Executables come from the cache, from a worker, or from this process if the backend
+cannot move them. Their memory is limited.
+"""
 
 import numpy as np
 import pytest
 
-from hvpd_server import _rules
-from hvpd_server._errors import Code, ServiceError
-from hvpd_server._executables import Executables
-from hvpd_server._vetting import UnsupportedError
+from hvpd_server.admission.vetting import UnsupportedError
+from hvpd_server.device.executables import Executables
+from hvpd_server.errors import Code, ServiceError
+from hvpd_server.importer import rules
+from hvpd_server.store.program_cache import ProgramCache
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def executables(rosen, device, vetter, tmp_path):
             device.parts,
             rosen.read,
             instead or vetter,
-            tmp_path,
+            ProgramCache(tmp_path, 1 << 30),
             **settings,
         )
 
@@ -36,10 +39,10 @@ def right(compiled, rosen):
 
 
 def test_a_program_is_compiled_once_and_loaded_from_then_on(executables, rosen):
-    compiled, outcome = executables()(0, "value_and_grad", 0)
+    compiled, outcome, _ = executables()(0, "value_and_grad", 0)
     assert outcome == "compiled"
     assert right(compiled, rosen)
-    loaded, outcome = executables()(0, "value_and_grad", 0)
+    loaded, outcome, _ = executables()(0, "value_and_grad", 0)
     assert outcome == "cached"
     assert right(loaded, rosen)
 
@@ -54,7 +57,7 @@ def test_a_file_that_is_damaged_is_compiled_again(executables, rosen, tmp_path, 
     (path,) = tmp_path.iterdir()
     good = path.read_bytes()
     path.write_bytes(damage(good))
-    compiled, outcome = executables()(0, "value_and_grad", 0)
+    compiled, outcome, _ = executables()(0, "value_and_grad", 0)
     assert outcome == "compiled"
     assert "is damaged, and is compiled again" in caplog.text
     assert right(compiled, rosen)
@@ -62,10 +65,10 @@ def test_a_file_that_is_damaged_is_compiled_again(executables, rosen, tmp_path, 
 
 
 @pytest.mark.parametrize("change", ["version", "flags"])
-def test_what_it_depends_on_is_part_of_its_name(executables, tmp_path, monkeypatch, change):
+def test_a_changed_dependency_changes_the_executables_name(executables, tmp_path, monkeypatch, change):
     executables()(0, "value_and_grad", 0)
     if change == "version":
-        monkeypatch.setattr(_rules, "version", lambda: "other code")
+        monkeypatch.setattr(rules, "version", lambda: "other code")
     else:
         monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
     assert executables()(0, "value_and_grad", 0)[1] == "compiled"
@@ -73,7 +76,7 @@ def test_what_it_depends_on_is_part_of_its_name(executables, tmp_path, monkeypat
 
 
 class Unable:
-    """As a backend that cannot serialize executables."""
+    """A device of a backend that cannot serialize executables."""
 
     def compile(self, *args):
         raise UnsupportedError("UNIMPLEMENTED: serialize")
@@ -82,7 +85,7 @@ class Unable:
 def test_a_backend_that_cannot_move_them_compiles_in_this_process_and_says_so(executables, rosen, caplog):
     found = executables(Unable())
     for name, width in (("value_and_grad", 0), ("hvp", 2)):
-        _, outcome = found(0, name, width)
+        _, outcome, _ = found(0, name, width)
         assert outcome == "compiled"
     assert right(found(0, "value_and_grad", 0)[0], rosen)
     assert caplog.text.count("this server compiles by itself") == 1
@@ -92,8 +95,8 @@ def test_a_disk_that_is_full_costs_only_the_cache(executables, rosen, tmp_path, 
     def full(*args, **settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hvpd_server._executables.tempfile.NamedTemporaryFile", full)
-    compiled, _ = executables()(0, "value_and_grad", 0)
+    monkeypatch.setattr("hvpd_server.device.executables.atomic_file", full)
+    compiled, *_ = executables()(0, "value_and_grad", 0)
     assert right(compiled, rosen)
     assert not list(tmp_path.iterdir())
     assert "a compiled program is not kept" in caplog.text

@@ -1,26 +1,14 @@
-"""What the status page draws of the past is what was counted in between, in a bounded number of samples."""
+"""The status page's history shows the counts between samples, in a bounded number of
+samples.
+"""
 
-import types
-
-import numpy as np
 import pytest
 
-from hvpd_server._batcher import Job
-from hvpd_server._history import KEPT, History
-from hvpd_server._metrics import Distribution, Live, Metrics, Use
-
-
-class Clock:
-    def __init__(self):
-        self.now = 50.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
+from hvpd._wire.distribution import Distribution
+from hvpd_server.status_page.history import KEPT, History
+from hvpd_server.telemetry.metrics import Metrics, ProductRecord
+from hvpd_server.telemetry.readings import Live, Use
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -34,12 +22,9 @@ def history(metrics, clock):
 
 
 def product(metrics, *, digest="a" * 64, tenant="ann", queue=0.001, compute=0.01, columns=1, width=None):
-    point = types.SimpleNamespace(objective=types.SimpleNamespace(digest=digest))
-    job = Job((), np.zeros((columns, 1)), tenant, point=point)
-    job.queued, job.started, job.finished = 0.0, queue, queue + compute
-    job.width = width or columns
-    job.device_seconds = compute * columns / job.width
-    metrics.product(job)
+    width = width or columns
+    device = compute * columns / width
+    metrics.product(ProductRecord(digest, tenant, columns, width, queue, compute, device, queue + compute))
 
 
 def test_before_the_first_interval_is_over_there_is_nothing(history):
@@ -48,7 +33,7 @@ def test_before_the_first_interval_is_over_there_is_nothing(history):
     assert history.rates().width is None
 
 
-def test_a_sample_is_what_came_since_the_last(history, metrics, clock):
+def test_a_sample_counts_from_the_sample_before(history, metrics, clock):
     product(metrics)
     clock.now += 2
     history.sample()
@@ -60,8 +45,8 @@ def test_a_sample_is_what_came_since_the_last(history, metrics, clock):
     clock.now += 4
     history.sample()
     first, second = history.since(0)
-    assert (first.number, first.products, first.columns, first.time, first.seconds) == (1, 1, 1, 1052, 2)
-    assert (second.number, second.products, second.columns, second.time, second.seconds) == (2, 3, 6, 1056, 4)
+    assert (first.number, first.products, first.columns, first.time, first.seconds) == (1, 1, 1, 1102, 2)
+    assert (second.number, second.products, second.columns, second.time, second.seconds) == (2, 3, 6, 1106, 4)
     assert (second.pending, second.in_flight) == (7, 5)
     assert dict(zip(history.width_bounds, second.widths, strict=False))[4] == sum(second.widths) == 3
     assert first.request is None
@@ -112,7 +97,7 @@ def test_the_past_is_bounded_and_numbers_go_on(history, clock):
 
 
 def test_it_takes_samples_by_itself_and_goes_on_after_one_that_failed(metrics, monkeypatch, caplog):
-    monkeypatch.setattr("hvpd_server._history.INTERVAL", 0.001)
+    monkeypatch.setattr("hvpd_server.status_page.history.INTERVAL", 0.001)
     history = History(metrics)
     answers = iter([RuntimeError("once")])
     live = metrics.live
@@ -125,8 +110,7 @@ def test_it_takes_samples_by_itself_and_goes_on_after_one_that_failed(metrics, m
     monkeypatch.setattr(metrics, "live", failing)
     history.start()
     try:
-        while len(history.since(0)) < 2:  # The suite ends what hangs.
-            pass
+        until(lambda: len(history.since(0)) >= 2)
     finally:
         history.close()
     assert "no sample could be taken" in caplog.text
@@ -145,11 +129,13 @@ def test_it_takes_samples_by_itself_and_goes_on_after_one_that_failed(metrics, m
     ],
 )
 def test_quantiles_are_those_of_prometheus(counts, share, expected):
-    """https://prometheus.io/docs/prometheus/latest/querying/functions/#histogram_quantile: linear within a bucket."""
+    """Quantiles are linear within a bucket:
+    https://prometheus.io/docs/prometheus/latest/querying/functions/#histogram_quantile
+    """
     assert Distribution((1.0, 3.0), counts).quantile(share) == expected
 
 
-def test_totals_count_what_the_metrics_export(metrics):
+def test_totals_equal_the_exported_metrics(metrics):
     for number in range(300):
         product(metrics, tenant=f"tenant{number}", columns=2)
     metrics.evicted("data")

@@ -1,4 +1,4 @@
-"""Lines are lines, whatever is in them: one JSON object each, or text that nobody can forge."""
+"""Lines of the log are one JSON object each, or text that a client cannot forge."""
 
 import datetime
 import io
@@ -12,29 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvpd_server import _logs, _requests
-from hvpd_server._errors import Code, ServiceError
-from hvpd_server._requests import Request
+from hvpd_server.errors import Code, ServiceError
+from hvpd_server.telemetry import logs, requests
+from hvpd_server.telemetry.requests import Request
 
 FORGED = "x\n2026-01-01T00:00:00.000Z ERROR hvpd_server: forged\r\x1b[2J\u2028\u202e\x00"
 
 
-class Context:
-    hvpd_tenant = "vision"
-
-    def peer(self):
-        return "ipv4:10.0.0.1:5000"
-
-
-class BrokenContext:
-    def peer(self):
-        raise RuntimeError("the call has ended")
+def request_of(method):
+    return Request(id="3f2a", method=method, owner="vision", peer="ipv4:10.0.0.1:5000")
 
 
 @pytest.fixture(autouse=True)
 def _serving_nobody():
     yield
-    _requests.serve(None)
+    requests.serve(None)
 
 
 @pytest.fixture(params=["text", "json"])
@@ -44,18 +36,18 @@ def form(request):
 
 @pytest.fixture
 def written(form, monkeypatch):
-    """Configures the process for a format, and puts it back; gives what was written."""
+    """Configure the process for a format, and return a function that reads the log."""
     root = logging.getLogger()
     level = root.level
     ours = types.SimpleNamespace(stderr=io.StringIO(), __excepthook__=None)
-    monkeypatch.setattr(_logs, "sys", ours)
+    monkeypatch.setattr(logs, "sys", ours)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    _logs.configure("DEBUG", form)
+    logs.configure("DEBUG", form)
     yield ours.stderr.getvalue
     logging.captureWarnings(False)
-    root.removeHandler(_logs._facts._handler)
+    root.removeHandler(logs._facts._handler)
     root.setLevel(level)
-    _logs._json, _logs._facts = False, None
+    logs._json, logs._facts = False, None
 
 
 def record(message, *args, level=logging.INFO, name="hvpd_server._x", died_of=None, **facts):
@@ -70,7 +62,7 @@ def fail(message):
 
 
 def raised(message):
-    """An error with a traceback."""
+    """Return an error with a traceback."""
     with pytest.raises(ValueError) as error:
         fail(message)
     return error.value
@@ -82,7 +74,7 @@ def raised(message):
 def test_json_is_one_object_with_time_level_logger_message_and_the_facts():
     made = record("compiled %s", "hvp", request_id="3f2a", duration_seconds=0.25, columns=3, tenant="", reason=None)
     made.created = 1_700_000_000.125
-    assert json.loads(_logs.Json().format(made)) == {
+    assert json.loads(logs.Json().format(made)) == {
         "time": "2023-11-14T22:13:20.125Z",
         "level": "INFO",
         "logger": "hvpd_server._x",
@@ -96,14 +88,14 @@ def test_json_is_one_object_with_time_level_logger_message_and_the_facts():
 def test_text_has_the_same_facts():
     made = record("compiled %s", "hvp", request_id="3f2a", duration_seconds=0.25, tenant="", error='no "x"')
     made.created = 1_700_000_000.125
-    assert _logs.Text().format(made) == (
+    assert logs.Text().format(made) == (
         "2023-11-14T22:13:20.125Z INFO hvpd_server._x: compiled hvp "
         'request_id=3f2a duration_seconds=0.25 error="no \\"x\\""'
     )
 
 
 def test_times_are_utc_in_rfc_3339():
-    said = json.loads(_logs.Json().format(record("x")))["time"]
+    said = json.loads(logs.Json().format(record("x")))["time"]
     parsed = datetime.datetime.fromisoformat(said)
     assert said.endswith("Z")
     assert abs((datetime.datetime.now(datetime.UTC) - parsed).total_seconds()) < 60
@@ -111,10 +103,10 @@ def test_times_are_utc_in_rfc_3339():
 
 def test_a_traceback_is_one_string_in_json_and_indented_in_text():
     made = record("failed", level=logging.ERROR, died_of=raised("first\nsecond"))
-    said = json.loads(_logs.Json().format(made))
+    said = json.loads(logs.Json().format(made))
     assert said["exception"].startswith("Traceback (most recent call last):\n")
     assert said["exception"].endswith("ValueError: first\nsecond")
-    first, *rest = _logs.Text().format(made).split("\n")
+    first, *rest = logs.Text().format(made).split("\n")
     assert first.endswith("ERROR hvpd_server._x: failed")
     assert rest[0] == "    Traceback (most recent call last):"
     assert rest[-1] == "    second"
@@ -124,42 +116,42 @@ def test_a_traceback_is_one_string_in_json_and_indented_in_text():
 @given(st.text(max_size=200), st.text(max_size=200), st.text(max_size=50))
 def test_no_text_makes_a_second_line(message, value, tenant):
     made = record("%s", message, error=value, tenant=tenant)
-    for formatter in (_logs.Json(), _logs.Text()):
+    for formatter in (logs.Json(), logs.Text()):
         said = formatter.format(made)
         assert len(said.splitlines()) == 1
         assert said.isprintable()
-    said = json.loads(_logs.Json().format(made))
+    said = json.loads(logs.Json().format(made))
     assert said["message"] == message
     assert said.get("error", "") == value
 
 
-def test_what_pretends_to_be_a_line_is_none():
+def test_a_forged_line_is_escaped():
     made = record("%s", FORGED, level=logging.ERROR, objective=FORGED, died_of=raised(FORGED))
-    first, *rest = _logs.Text().format(made).split("\n")
+    first, *rest = logs.Text().format(made).split("\n")
     assert "\\n2026-01-01" in first
     assert not [line for line in rest if not line.startswith("    ")]
     assert all(line.isprintable() for line in [first, *rest])
-    assert json.loads(_logs.Json().format(made))["objective"] == FORGED
+    assert json.loads(logs.Json().format(made))["objective"] == FORGED
 
 
 def test_a_fact_cannot_be_forged_in_a_value():
-    said = _logs.Text().format(record("failed", error="x request_id=forged", request_id="3f2a"))
+    said = logs.Text().format(record("failed", error="x request_id=forged", request_id="3f2a"))
     assert said.endswith('error="x request_id=forged" request_id=3f2a')
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), ["a"], {"a": 1}, b"x", "\ud800"])
 def test_any_value_can_be_written(value):
     made = record("x", value=value)
-    assert isinstance(json.loads(_logs.Json().format(made))["value"], str)
-    assert " value=" in _logs.Text().format(made)
-    _logs.Text().format(made).encode()
+    assert isinstance(json.loads(logs.Json().format(made))["value"], str)
+    assert " value=" in logs.Text().format(made)
+    logs.Text().format(made).encode()
 
 
-def test_what_is_long_is_cut():
+def test_a_long_text_is_cut():
     made = record("%s", "m" * (4 << 20), died_of=raised("e" * (4 << 20)), objective="o" * (4 << 20))
-    assert len(_logs.Json().format(made)) < 50_000
-    assert len(_logs.Text().format(made)) < 50_000
-    assert "(4194304 characters)" in _logs.Text().format(made)
+    assert len(logs.Json().format(made)) < 50_000
+    assert len(logs.Text().format(made)) < 50_000
+    assert "(4194304 characters)" in logs.Text().format(made)
 
 
 # The process
@@ -171,7 +163,7 @@ def parsed(text, form):
 
 
 def test_lines_for_scripts_are_found_in_either_format(written, form):
-    _logs.say("serving on 127.0.0.1:7070", address="127.0.0.1:7070")
+    logs.say("serving on 127.0.0.1:7070", address="127.0.0.1:7070")
     (line,) = parsed(written(), form)
     if form == "text":
         assert line == "hvpd: serving on 127.0.0.1:7070"
@@ -184,13 +176,13 @@ def test_lines_for_scripts_are_found_in_either_format(written, form):
 def test_they_are_said_at_any_level(written, form):
     logging.getLogger().setLevel("ERROR")
     logging.getLogger("hvpd_server").warning("not this")
-    _logs.say("serving on 127.0.0.1:7070")
+    logs.say("serving on 127.0.0.1:7070")
     assert len(parsed(written(), form)) == 1
 
 
 def test_lines_within_a_request_are_about_it(written, form):
-    _requests.serve(Request(Context(), "3f2a", "UploadBlob"))
-    logging.getLogger("hvpd_server._store").error("blob %s is corrupt", "ab12")
+    requests.serve(request_of("UploadBlob"))
+    logging.getLogger("hvpd_server.store.store").error("blob %s is corrupt", "ab12")
     (line,) = parsed(written(), form)
     if form == "text":
         assert line.endswith(
@@ -201,24 +193,18 @@ def test_lines_within_a_request_are_about_it(written, form):
 
 
 def test_threads_do_not_mix(written, form):
-    _requests.serve(Request(Context(), "3f2a", "UploadBlob"))
+    requests.serve(request_of("UploadBlob"))
     thread = threading.Thread(target=logging.getLogger("hvpd_server").info, args=("in the background",))
     thread.start()
     thread.join()
     assert "3f2a" not in written()
 
 
-def test_a_call_that_has_ended_is_logged_all_the_same(written, form):
-    _requests.serve(Request(BrokenContext(), "3f2a", "UploadBlob"))
-    logging.getLogger("hvpd_server").info("late")
-    assert "3f2a" in written()
-
-
 def test_a_client_that_fails_ten_thousand_times_is_a_few_lines(written, form):
-    request = Request(Context(), "3f2a", "CreatePoint")
+    request = request_of("CreatePoint")
     for _ in range(10_000):
-        _requests.failed(request, ServiceError(Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND", FORGED))
-    _logs.finish()
+        requests.failed(request, ServiceError(Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND", FORGED))
+    logs.finish()
     lines = parsed(written(), form)
     assert 11 <= len(lines) <= 20
     last = lines[-1]
@@ -231,7 +217,7 @@ def test_a_client_that_fails_ten_thousand_times_is_a_few_lines(written, form):
 
 def test_the_servers_own_lines_are_never_left_out(written, form):
     for number in range(1000):
-        logging.getLogger("hvpd_server._engine").error("objective %s cannot be served", number)
+        logging.getLogger("hvpd_server.engine.objectives").error("objective %s cannot be served", number)
     assert len(parsed(written(), form)) == 1000
 
 
@@ -239,11 +225,11 @@ def test_grpcs_complaints_about_bytes_that_clients_send_are(written, form):
     for number in range(1000):
         logging.getLogger("grpc._common").error("Exception deserializing message! %s", number)
         logging.getLogger("grpc._server").error(f"Exception calling application: {number}")  # noqa: G004
-    _logs.finish()
+    logs.finish()
     assert len(parsed(written(), form)) < 30
 
 
-def test_what_a_thread_dies_of_is_logged(written, form):
+def test_the_error_that_ends_a_thread_is_logged(written, form):
     thread = threading.Thread(target=lambda: 1 / 0, name="hvpd-doomed")
     thread.start()
     thread.join()
@@ -255,8 +241,8 @@ def test_what_a_thread_dies_of_is_logged(written, form):
         assert "ZeroDivisionError: division by zero" in line["exception"]
 
 
-def test_what_the_process_dies_of_is_logged(written, form):
-    _logs.sys.excepthook(ValueError, ValueError("the end"), None)
+def test_the_error_that_ends_the_process_is_logged(written, form):
+    logs.sys.excepthook(ValueError, ValueError("the end"), None)
     assert "ValueError: the end" in written()
 
 

@@ -1,4 +1,6 @@
-"""What is counted is what is exported, in few series whatever clients do, and docs/metrics.md lists it."""
+"""The metrics have right counts and a bounded number of series, and
+docs/reference/metrics.md lists them.
+"""
 
 import dataclasses
 import re
@@ -11,21 +13,22 @@ import numpy as np
 import prometheus_client
 import pytest
 from google.rpc import status_pb2
-from grpc_status import rpc_status
 from prometheus_client.parser import text_string_to_metric_families
 
-from hvpd import _codec
-from hvpd._frames import Frame
+from hvpd._wire import codec
+from hvpd._wire.frames import Frame
 from hvpd.v1 import curvature_pb2
-from hvpd_server import _metrics
-from hvpd_server._batcher import Job
-from hvpd_server._errors import Code, ServiceError, to_status
-from hvpd_server._limits import Limits
-from hvpd_server._metrics import Live, Memory, Metrics
-from hvpd_server._observer import Observer
-from hvpd_server._service import CurvatureService
+from hvpd_server.errors import Code, ServiceError, to_status
+from hvpd_server.rpc.call_context import GrpcCall
+from hvpd_server.rpc.curvature import CurvatureService
+from hvpd_server.rpc.observer import Observer
+from hvpd_server.telemetry import metrics as _metrics
+from hvpd_server.telemetry import usage
+from hvpd_server.telemetry.metrics import Metrics, ProductRecord
+from hvpd_server.telemetry.readings import Live, Memory
+from hvpd_server.tenancy.limits import Limits
 
-DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
 WAIT = 60
 
 
@@ -39,12 +42,8 @@ def value(metrics, name, **labels):
 
 
 def product(digest="a" * 64, tenant="", *, queue=0.0, compute=0.01, columns=1, width=None, end=1000.0):
-    point = types.SimpleNamespace(objective=types.SimpleNamespace(digest=digest))
-    job = Job((), np.zeros((columns, 1)), tenant, point=point)
-    job.queued, job.started, job.finished = end - compute - queue, end - compute, end
-    job.width = width or columns
-    job.device_seconds = compute * columns / job.width
-    return job
+    width = width or columns
+    return ProductRecord(digest, tenant, columns, width, queue, compute, compute * columns / width, end)
 
 
 def series(metrics, name):
@@ -78,25 +77,25 @@ def test_a_product_is_counted_in_the_totals_and_for_its_objective_and_tenant(met
 @pytest.mark.parametrize("seconds", [0.0, 1e-4, 1.1e-4, 0.25, 59.0, 60.0, 61.0, 1e6])
 def test_buckets_are_those_of_the_prometheus_client(seconds, metrics):
     registry = prometheus_client.CollectorRegistry()
-    theirs = prometheus_client.Histogram("theirs", "", buckets=_metrics._SECONDS, registry=registry)
+    theirs = prometheus_client.Histogram("theirs", "", buckets=usage.SECONDS, registry=registry)
     theirs.observe(seconds)
     metrics.answered("ComputeProduct", seconds)
-    for bound in [*map(str, map(float, _metrics._SECONDS)), "+Inf"]:
+    for bound in [*map(str, map(float, usage.SECONDS)), "+Inf"]:
         ours = value(metrics, "hvpd_request_seconds_bucket", method="ComputeProduct", le=bound)
         assert ours == registry.get_sample_value("theirs_bucket", {"le": bound})
 
 
-def test_coarse_buckets_count_what_the_fine_ones_do(metrics):
+def test_coarse_buckets_agree_with_the_fine_ones(metrics):
     for seconds in (1e-5, 2e-3, 2.5e-2, 0.3, 100.0):
         metrics.product(product(compute=seconds))
     who = {"objective": "a" * 12, "tenant": "anonymous"}
-    for bound in [*map(str, map(float, _metrics._COARSE)), "+Inf"]:
+    for bound in [*map(str, map(float, usage.COARSE)), "+Inf"]:
         ours = value(metrics, "hvpd_usage_compute_seconds_bucket", le=bound, **who)
         assert ours == value(metrics, "hvpd_compute_seconds_bucket", le=bound)
 
 
 @pytest.mark.parametrize("tenant", ["", "ipv4:10.0.0.1:5000", "ipv6:[::1]:5000", "unix:/run/hvpd"])
-def test_who_has_no_name_is_anonymous(tenant, metrics):
+def test_a_tenant_without_a_name_is_anonymous(tenant, metrics):
     metrics.product(product(tenant=tenant))
     assert series(metrics, "hvpd_usage_products_total") == [{"objective": "a" * 12, "tenant": "anonymous"}]
 
@@ -119,7 +118,7 @@ def test_objectives_that_had_a_name_one_after_the_other_are_one_series(metrics):
     assert value(metrics, "hvpd_usage_products_total", objective="team/m", tenant="anonymous") == 2
 
 
-# However many clients
+# Many clients
 
 
 def test_ten_thousand_connections_are_one_series(metrics):
@@ -140,7 +139,7 @@ def test_ten_thousand_tenants_are_a_hundred_series_and_the_rest(metrics):
 
 
 def test_objectives_in_turn_are_not_one_new_series_after_the_other(metrics):
-    """Each of them would be one more in Prometheus, which forgets none for weeks."""
+    """Prometheus keeps every series for weeks."""
     seen = set()
     for number in range(1000):
         metrics.product(product(f"{number % 150:012d}".ljust(64, "0"), end=1000.0 + number))
@@ -149,7 +148,7 @@ def test_objectives_in_turn_are_not_one_new_series_after_the_other(metrics):
     assert len(seen) == 101
 
 
-def test_who_was_idle_for_an_hour_gives_way(metrics):
+def test_a_pair_that_was_idle_for_an_hour_gives_its_series_away(metrics):
     for number in range(100):
         metrics.product(product(tenant=f"tenant{number}", end=1000.0 + number))
     metrics.product(product(tenant="new", end=1000.0 + 3599))
@@ -159,7 +158,7 @@ def test_who_was_idle_for_an_hour_gives_way(metrics):
     assert value(metrics, "hvpd_usage_products_total", objective="a" * 12, tenant="tenant0") is None
     assert value(metrics, "hvpd_usage_products_total", objective="a" * 12, tenant="tenant1") == 1
     assert value(metrics, "hvpd_usage_products_total", objective="other", tenant="other") == 1
-    assert value(metrics, "hvpd_products_total") == 102  # What has no series any more is in the total.
+    assert value(metrics, "hvpd_products_total") == 102  # The total counts identities that have no series any more.
 
 
 def test_a_name_that_stands_for_the_rest_is_counted_with_it(metrics):
@@ -184,7 +183,7 @@ def test_all_blocks_of_an_operator_are_one_series(metrics):
     assert value(metrics, "hvpd_launches_total", program="ggn[]") == 3
 
 
-def test_points_that_were_made_before_are_told_and_few_are_remembered(metrics, monkeypatch):
+def test_points_that_are_made_again_are_counted_and_few_are_remembered(metrics, monkeypatch):
     monkeypatch.setattr(_metrics, "_REMEMBERED", 3)
     for identity in "abab":
         metrics.made(identity)
@@ -231,7 +230,15 @@ def test_compiles_tell_where_they_came_from_and_failures_take_no_time(metrics):
     assert value(metrics, "hvpd_compile_seconds_count") == 3
 
 
-def test_a_device_that_tells_of_its_memory_is_told(metrics):
+def test_the_memory_of_programs_is_exported(metrics):
+    metrics.observe(lambda: Live({}, program_bytes=5, program_budget_bytes=8))
+    metrics.unloaded()
+    assert value(metrics, "hvpd_program_bytes") == 5
+    assert value(metrics, "hvpd_program_budget_bytes") == 8
+    assert value(metrics, "hvpd_unloaded_objectives_total") == 1
+
+
+def test_the_memory_of_a_device_is_exported(metrics):
     metrics.observe(lambda: Live({"data": 3}, budget_bytes=9, memory=[Memory("cuda:0", 5, 8)]))
     assert value(metrics, "hvpd_device_memory_in_use_bytes", device="cuda:0") == 5
     assert value(metrics, "hvpd_device_memory_limit_bytes", device="cuda:0") == 8
@@ -240,7 +247,7 @@ def test_a_device_that_tells_of_its_memory_is_told(metrics):
     assert value(metrics, "hvpd_budget_bytes") == 9
 
 
-def test_what_is_exported_parses_and_keeps_the_rules_of_names(metrics):
+def test_the_export_parses_and_keeps_the_rules_of_names(metrics):
     metrics.build({"version": "1"})
     metrics.product(product())
     text = prometheus_client.generate_latest(metrics.registry).decode()
@@ -259,7 +266,7 @@ def test_a_scrape_may_ask_for_some_names(metrics):
     assert [sample.name for family in some.collect() for sample in family.samples] == ["hvpd_products_total"]
 
 
-def test_the_docs_list_what_is_exported_and_nothing_else(metrics):
+def test_the_docs_list_exactly_the_exported_metrics(metrics):
     rows = re.findall(r"^\| `(hvpd_\w+)", DOCS.read_text(), re.MULTILINE)
     assert len(rows) == len(set(rows))
     suffix = {"counter": "_total", "info": "_info"}
@@ -285,19 +292,19 @@ def test_the_docs_list_the_labels_that_there_are(metrics):
             assert set(re.findall(r"[a-z]+", told[family.name + suffix.get(family.type, "")])) == labels, family.name
 
 
-# Where it is counted
+# Places of counting
 
 
 def create(engine, example, x=None):
     x = example.x if x is None else x
     spec = curvature_pb2.PointSpec(
-        objective_digest=example.export.digest, x_digest=_codec.digest(_codec.payload(x)), default_data=True
+        objective_digest=example.export.digest, x_digest=codec.digest(codec.payload(x)), default_data=True
     )
-    found = engine.find_point(spec)
-    return found or engine.create_point(spec, x)
+    place = engine.locate(spec)
+    return engine.find_point(place) or engine.create_point(place, x)
 
 
-def test_an_engine_counts_what_it_does(serve, logistic):
+def test_an_engine_counts_its_work(serve, logistic):
     engine = serve(logistic)
     metrics, point = engine.metrics, create(engine, logistic)
     assert create(engine, logistic) is point
@@ -324,7 +331,7 @@ def test_an_engine_counts_what_it_does(serve, logistic):
     assert compiled + cached == value(metrics, "hvpd_compile_seconds_count") >= 3
 
 
-def test_what_is_in_flight_is_told_while_it_is(serve, logistic, start, monkeypatch):
+def test_vectors_in_flight_are_exported(serve, logistic, start, monkeypatch):
     engine = serve(logistic)
     point = create(engine, logistic)
     launching, finish = threading.Event(), threading.Event()
@@ -379,7 +386,7 @@ def test_a_full_queue_is_counted(serve, logistic, monkeypatch):
     assert value(engine.metrics, "hvpd_refused_products_total") == 1
 
 
-def test_memory_of_a_device_is_what_its_driver_tells(device, monkeypatch):
+def test_memory_of_a_device_comes_from_its_driver(device, monkeypatch):
     def part(stats):
         return types.SimpleNamespace(memory_stats=lambda: stats)
 
@@ -394,23 +401,28 @@ def test_memory_of_a_device_is_what_its_driver_tells(device, monkeypatch):
 
 @dataclasses.dataclass(frozen=True)
 class Details:
-    """Of a call."""
+    """A fake of gRPC's details of a call."""
 
     method: str
     invocation_metadata: tuple[()] = ()
 
 
 class Context:
-    """Of a call, aborted as gRPC does it."""
+    """A fake of gRPC's context of a call."""
 
-    def __init__(self):
-        self._trailing = ()
+    def peer(self):
+        return "ipv4:10.0.0.1:5000"
 
-    def trailing_metadata(self):
-        return self._trailing
+    def time_remaining(self):
+        return float("inf")
 
-    def abort(self, status):
-        self._trailing = status.trailing_metadata
+    def add_callback(self, callback):
+        return True
+
+    def cancel(self):
+        pass
+
+    def abort_with_status(self, status):
         raise RuntimeError(status.details)
 
 
@@ -447,8 +459,8 @@ def test_a_stream_is_open_until_its_last_answer(make, metrics):
 
 @pytest.mark.parametrize("make", [*UNARY, *STREAMING])
 def test_a_call_that_is_refused_is_counted_with_its_reason(make, metrics):
-    def behaviour(request, context):
-        context.abort(rpc_status.to_status(to_status(ServiceError(Code.UNAVAILABLE, "WARMING_UP", "soon"))))
+    def behaviour(request, call):
+        call.abort(ServiceError(Code.UNAVAILABLE, "WARMING_UP", "soon"))
 
     with pytest.raises(RuntimeError, match="soon"):
         list(call(metrics, behaviour, make)(1, Context()))
@@ -457,7 +469,7 @@ def test_a_call_that_is_refused_is_counted_with_its_reason(make, metrics):
     assert value(metrics, "hvpd_request_seconds_count", method="ComputeProduct") == 1
 
 
-def test_a_caller_who_goes_away_is_no_failure(metrics):
+def test_a_client_that_goes_away_is_no_failure(metrics):
     def behaviour(request, context):
         raise grpc.RpcError
 
@@ -474,7 +486,7 @@ def test_a_stream_of_products_is_no_request(metrics):
 
 
 class Engine:
-    """Multiplies by one; where the width is two, there is no room."""
+    """An engine that multiplies by one. At width two there is no room."""
 
     def resident(self, spec, *owner):
         bundle = types.SimpleNamespace(dtype="float64")
@@ -484,24 +496,13 @@ class Engine:
             )
         )
 
-    def settle(self):
+    def record_deferred(self):
         pass
 
     def multiply(self, point, program, vectors, **settings):
         if len(vectors) == 2:
             raise ServiceError(Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "full", retry_after=0.1)
         return vectors, curvature_pb2.ProductInfo()
-
-
-class StreamContext:
-    def peer(self):
-        return "ipv4:10.0.0.1:5000"
-
-    def time_remaining(self):
-        return float("inf")
-
-    def add_callback(self, callback):
-        return True
 
 
 def product_messages(tag, k, chunks=1):
@@ -517,7 +518,7 @@ def test_each_product_of_a_stream_is_a_request(metrics):
     service = CurvatureService(Engine(), 4, metrics)
     metrics.observe_streams(lambda: service.streams.count)
     requests = [*product_messages(1, 1), *product_messages(2, 4, chunks=4), *product_messages(3, 2)]
-    answers = service.StreamProducts(iter(requests), StreamContext())
+    answers = service.StreamProducts(iter(requests), GrpcCall(Context()))
     next(answers)
     assert value(metrics, "hvpd_open_streams") == 1
     errors = [answer.message.error.message for answer in answers]
@@ -529,11 +530,11 @@ def test_each_product_of_a_stream_is_a_request(metrics):
     assert value(metrics, "hvpd_failures_total", code="RESOURCE_EXHAUSTED", reason="QUEUE_FULL") == 1
 
 
-def test_what_is_refused_with_its_first_chunk_is_a_request_too(metrics):
+def test_a_product_refused_with_its_first_chunk_is_a_request(metrics):
     service = CurvatureService(Engine(), 4, metrics)
     spec = curvature_pb2.ProductSpec(operator=curvature_pb2.OPERATOR_HESSIAN, k=1)
     too_long = Frame(curvature_pb2.StreamProductsRequest(tag=1, spec=spec), bytes(1000))
-    (answer,) = service.StreamProducts(iter([too_long]), StreamContext())
+    (answer,) = service.StreamProducts(iter([too_long]), GrpcCall(Context()))
     assert answer.message.error.code == Code.INVALID_ARGUMENT.value[0]
     assert value(metrics, "hvpd_request_seconds_count", method="StreamProducts") == 1
     assert value(metrics, "hvpd_failures_total", code="INVALID_ARGUMENT", reason="SIZE_MISMATCH") == 1
@@ -546,9 +547,9 @@ def test_other_services_are_left_alone(metrics):
     assert observer.intercept_service(lambda details: None, Details("/hvpd.v1.CurvatureService/Nothing")) is None
 
 
-def test_limits_of_a_server_are_told_for_all_its_devices(device, tmp_path, vetter):
-    from hvpd_server._engine import Engine
-    from hvpd_server._store import Store
+def test_limits_of_a_server_are_exported_for_all_its_devices(device, tmp_path, vetter):
+    from hvpd_server.engine.engine import Engine
+    from hvpd_server.store.store import Store
 
     store = Store(tmp_path / "store")
     engine = Engine(store, [device, device], Limits(3000, 16, max_pending=10), Metrics(), vetter=vetter)

@@ -1,4 +1,6 @@
-"""Where the data of a point goes, by its size and the budget: no device, no programs."""
+"""The place of a point's data follows from its size and the budget: no device, no
+programs.
+"""
 
 import math
 from types import SimpleNamespace
@@ -6,21 +8,22 @@ from types import SimpleNamespace
 import pytest
 
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
-from hvpd_server import _kernels, _sources
-from hvpd_server._errors import Code, ServiceError
-from hvpd_server._objective import MAX_BLOCKS, Objective, program_of, tensor_key
+from hvpd_server.device import data_sources
+from hvpd_server.device.programs import Kernels
+from hvpd_server.engine.objective import MAX_BLOCKS, Objective, program_of, tensor_key
+from hvpd_server.errors import Code, ServiceError
 
 N = 10
 X_BYTES = 8 * N
 
 
 class Programs:
-    """Hands out what tells the number of rows, and what was derived."""
+    """Programs that state the number of rows, and the derivation."""
 
     described = objective_pb2.Derivation(mode="forward_over_reverse", programs=["value_and_grad", "hvp"])
 
     def for_rows(self, rows):
-        found = object.__new__(_kernels.Kernels)
+        found = object.__new__(Kernels)
         found.rows = rows
         return found
 
@@ -61,17 +64,17 @@ def test_data_that_fits_is_on_the_device_as_a_whole():
     assert not found.spans
     assert found.needs == {tensor_key(FEATURES): 32_000, tensor_key(LABELS): 8000, tensor_key(TABLE): 40}
     kernels = objective(ALL).kernels
-    assert isinstance(kernels, _kernels.Kernels)
+    assert isinstance(kernels, Kernels)
     assert kernels.rows == 1000
 
 
-def test_data_that_is_a_byte_too_large_goes_in_chunks_and_what_has_no_rows_stays():
+def test_data_one_byte_too_large_goes_in_chunks_and_leaves_without_rows_stay():
     budget = ALL - 1
     found = objective(budget).placement([FEATURES, LABELS, TABLE])
     assert found.row_bytes == ROW
     room = budget - 2 * X_BYTES - 40
     assert room // 8 // ROW == 124
-    assert lengths(found) == [112] * 8 + [104]  # As few as there can be of 124 rows at most.
+    assert lengths(found) == [112] * 8 + [104]  # These are the fewest chunks of at most 124 rows.
     assert found.needs == {tensor_key(TABLE): 40, found.room_key: 2 * 112 * ROW}
 
 
@@ -89,7 +92,7 @@ def test_a_tensor_that_is_given_twice_counts_once():
 
 
 @pytest.mark.parametrize(("reduction", "row_leaves"), [("", (0, 1)), ("", ())])
-def test_what_cannot_go_in_chunks_is_to_be_on_the_device_however_large(reduction, row_leaves):
+def test_data_that_cannot_be_chunked_is_placed_whole_at_any_size(reduction, row_leaves):
     found = objective(1, reduction=reduction, row_leaves=row_leaves).placement([FEATURES, LABELS, TABLE])
     assert not found.spans
     assert sum(found.needs.values()) == ALL - 2 * X_BYTES
@@ -97,7 +100,7 @@ def test_what_cannot_go_in_chunks_is_to_be_on_the_device_however_large(reduction
 
 def test_programs_are_compiled_for_a_chunk_and_for_the_last_one():
     served = objective(ALL // 3)
-    assert isinstance(served.kernels, _sources.Several)
+    assert isinstance(served.kernels, data_sources.Several)
     expected = tuple(dict.fromkeys(lengths(served.placement([FEATURES, LABELS, TABLE]))))
     assert served.kernels.rows == expected
     assert len(expected) <= 2
@@ -105,7 +108,7 @@ def test_programs_are_compiled_for_a_chunk_and_for_the_last_one():
 
 @pytest.mark.parametrize("budget", [1, 2 * X_BYTES, 2 * X_BYTES + 40, 2 * X_BYTES + 40 + 2 * ROW - 1])
 def test_a_budget_too_small_for_two_rows_needs_more_than_it_is(budget):
-    """It is refused where a point is to be made, not here."""
+    """The request for a point is refused, not the registration."""
     found = objective(budget).placement([FEATURES, LABELS, TABLE])
     assert sum(found.needs.values()) + 2 * X_BYTES > budget
     assert sum(lengths(found)) == 1000
@@ -121,7 +124,7 @@ def test_a_budget_for_two_rows_is_enough():
 def test_rows_without_number_and_no_room_make_no_spans_without_number():
     many = tensor(10**9, digest="many")
     found = objective(1000, data=[many], row_leaves=[0]).placement([many])
-    assert len(found.spans) <= _sources.MAX_CHUNKS
+    assert len(found.spans) <= data_sources.MAX_CHUNKS
     assert sum(found.needs.values()) > 1000
 
 
@@ -152,11 +155,13 @@ def test_points_with_the_same_data_share_the_room_for_chunks_and_others_do_not()
 
 
 def split(parts):
-    """How often data is on so many devices: once where they divide its rows."""
+    """Return the settings of so many devices. They hold data once if they divide its
+    rows. Otherwise each holds a copy.
+    """
     return {"parts": parts, "copies": lambda shape: 1 if shape and shape[0] % parts == 0 else parts}
 
 
-def test_what_is_on_every_device_counts_for_every_one():
+def test_replicated_arrays_count_once_for_each_device():
     found = objective(10**6, **split(4)).placement([FEATURES, LABELS, TABLE])
     assert found.needs == {tensor_key(FEATURES): 32_000, tensor_key(LABELS): 8000, tensor_key(TABLE): 4 * 40}
     assert objective(10**6, **split(4)).vector_bytes == 4 * X_BYTES
@@ -170,7 +175,7 @@ def test_rows_that_the_devices_do_not_divide_count_four_times_and_may_have_to_go
     assert not objective(budget + 4 * (40 + 2 * X_BYTES), data=odd, **split(4)).placement(odd).spans
 
 
-def test_chunks_are_such_as_the_devices_divide_and_what_is_left_is_on_each():
+def test_the_devices_divide_the_chunks_and_each_device_has_the_remainder():
     odd = [tensor(1003, 4, digest="odd"), tensor(1003, digest="labels"), TABLE]
     found = objective(20_000, data=odd, **split(4)).placement(odd)
     assert lengths(found)[-1] == 3
@@ -179,7 +184,7 @@ def test_chunks_are_such_as_the_devices_divide_and_what_is_left_is_on_each():
     assert math.gcd(*lengths(found)[:-1]) >= 4
 
 
-# What was derived
+# Derivations
 
 
 def derived(**fields):
@@ -199,7 +204,7 @@ def test_residuals_count_as_far_as_they_are_no_arguments():
     assert found.residual_bytes == 8 * (7 * 2 + 1)
 
 
-def test_the_mode_is_the_one_that_was_derived_and_not_the_one_that_was_asked_for():
+def test_the_mode_is_the_derived_mode_and_not_the_requested_one():
     """jax forbids forward mode for some objectives."""
     found = objective(ALL, programs=derived(mode="reverse_over_reverse"))
     assert found.bundle.mode == "forward_over_reverse"

@@ -1,4 +1,6 @@
-"""Products at several points of one objective share a launch, as pairs (x, v), where that pays."""
+"""Products at several points of one objective share a launch, as pairs (x, v), if that
+pays.
+"""
 
 import threading
 
@@ -7,23 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hvpd import _codec
 from hvpd._registration import export as _export
+from hvpd._wire import codec
 from hvpd.v1 import curvature_pb2
-from hvpd_server._errors import Code, ServiceError
-from hvpd_server._plan import Plan
-from hvpd_server._rules import Limits
-from hvpd_server._vetter import derive
+from hvpd_server.admission.vetter import derive
 from hvpd_server.derivation.programs import PAIRS_BYTES
+from hvpd_server.engine.plan import Plan
+from hvpd_server.errors import Code, ServiceError
+from hvpd_server.importer.rules import Limits
+
+pytestmark = pytest.mark.slow  # Real programs, compiled and run.
 
 WAIT = 60
 
 
 def create_point(engine, example, x):
     spec = curvature_pb2.PointSpec(
-        objective_digest=example.export.digest, x_digest=_codec.digest(_codec.payload(x)), default_data=True
+        objective_digest=example.export.digest, x_digest=codec.digest(codec.payload(x)), default_data=True
     )
-    return engine.create_point(spec, x)
+    return engine.create_point(engine.locate(spec), x)
 
 
 def launches(engine, program):
@@ -32,7 +36,9 @@ def launches(engine, program):
 
 @pytest.fixture
 def at_once(start, monkeypatch):
-    """Multiplies at many points while the device is held, so that all of it waits together; then lets it go."""
+    """Return a function that multiplies at many points while the device is held, so
+    that all products wait together, and then releases it.
+    """
 
     def at_once(engine, first, rest):
         lane = engine.lanes[0]
@@ -97,7 +103,7 @@ def test_products_at_one_point_remain_a_block(points, logistic, at_once):
     assert [info.batch_width for _, info in answers] == [1, 3, 3, 3]
 
 
-def test_what_was_measured_not_to_pay_is_not_done(points, logistic, at_once, assert_product):
+def test_pairs_that_measured_slower_are_not_launched(points, logistic, at_once, assert_product):
     engine, found, rng = points
     plan = found[0].objective.plan
     for width in (1, 2, 4, 8):
@@ -133,10 +139,10 @@ def test_a_device_without_the_memory_for_pairs_takes_one_point_after_the_other(
 def test_points_with_other_data_and_other_objectives_are_no_pairs(serve, logistic, logistic32, rosen):
     engine = serve(logistic, logistic32, rosen)
     one, other = (create_point(engine, logistic, logistic.x + shift) for shift in (0.0, 1.0))
-    assert one.shares == other.shares
-    assert hash(one.shares) == hash(other.shares)
-    assert one.shares != create_point(engine, logistic32, logistic32.x).shares
-    assert one.shares != create_point(engine, rosen, rosen.x).shares
+    assert one.pair_key == other.pair_key
+    assert hash(one.pair_key) == hash(other.pair_key)
+    assert one.pair_key != create_point(engine, logistic32, logistic32.x).pair_key
+    assert one.pair_key != create_point(engine, rosen, rosen.x).pair_key
 
 
 @pytest.mark.parametrize("options", [{"fixed_bucket": 4}, {"mode": "linearized"}])
@@ -144,7 +150,7 @@ def test_objectives_whose_launches_are_fixed_have_no_pairs(serve, make_example, 
     example = make_example(lambda x: jnp.sum(x**4), np.ones(3))
     changed = _export.export(example.fun, example.x, (), platforms=("cpu",), precision="highest", **options)
     example = type(example)(example.fun, example.x, (), changed, example.value, example.gradient, example.hessian)
-    assert create_point(serve(example), example, example.x).shares is None
+    assert create_point(serve(example), example, example.x).pair_key is None
 
 
 @pytest.mark.parametrize(("more", "pairs"), [(0, True), (1, False)])

@@ -1,8 +1,10 @@
-"""Which program multiplies: by mode, by what fits, by what was measured; and the reason says which of these it was."""
+"""The plan chooses the program that multiplies by mode, by memory and by measured
+times. Its reason says by which.
+"""
 
 import pytest
 
-from hvpd_server._plan import Plan
+from hvpd_server.engine.plan import Plan
 
 
 def measured(plan, width, hvp, apply):
@@ -26,7 +28,7 @@ def test_residuals_that_do_not_fit_are_not_kept(mode):
     assert not plan.needs_apply
 
 
-def test_linearized_is_linearized_whatever_was_measured():
+def test_linearized_mode_ignores_measurements():
     plan = measured(Plan("linearized", has_apply=True, fits=True), 8, hvp=1.0, apply=9.0)
     assert plan.choose(8).program == plan.choose(1).program == "apply"
     assert plan.needs_apply
@@ -68,8 +70,10 @@ def test_residuals_that_save_hardly_any_time_are_not_kept():
     assert (plan.program(4), plan.choose(4).reason) == ("hvp", "apply is hardly faster, and takes memory")
 
 
-def test_what_was_launched_for_long_while_the_other_was_compiled_is_no_better_for_it():
-    """The least of a hundred times is less than the least of five, whatever takes them."""
+def test_more_samples_of_one_program_do_not_favour_it():
+    """The least of a hundred times is less than the least of five, even for equal
+    programs.
+    """
     plan = Plan("auto", has_apply=True, fits=True)
     for number in range(100):
         plan.add("hvp", 1, 2.0 - 0.3 * (number == 50))
@@ -80,7 +84,7 @@ def test_what_was_launched_for_long_while_the_other_was_compiled_is_no_better_fo
     assert (plan.choose(1).hvp_seconds, plan.choose(1).apply_seconds) == (2.0, 1.75)
 
 
-def test_what_was_chosen_stays_and_so_do_the_bits():
+def test_a_choice_stays_so_that_the_bits_stay():
     plan = measured(Plan("auto", has_apply=True, fits=True), 1, hvp=2.0, apply=1.0)
     assert plan.program(1) == "apply"
     for _ in range(100):

@@ -1,11 +1,14 @@
-"""What is found out by running programs: with programs that are ordinary functions, and right, wrong, or silent."""
+"""Probes of programs by running them. The programs are ordinary functions that are
+right, wrong or silent.
+"""
 
 import concurrent.futures
 
 import numpy as np
 import pytest
 
-from hvpd_server import _probes, _sources
+from hvpd_server.device import data_sources
+from hvpd_server.engine import probes
 
 ROWS = np.random.default_rng(0).normal(size=(10, 3))
 
@@ -26,14 +29,14 @@ class Kernels:
 
 
 def goes_by_rows(gradient, reduction, *, x=(1.0, 2.0, 3.0), spans=((0, 4), (4, 8), (8, 10)), multiple=1, sizes=None):
-    """Of an objective with this gradient(x, rows)."""
-    source = _sources.Streamed(None, [slice(*span) for span in spans], reduction, lambda rows: [ROWS[rows]], None)
+    """Return the verdict for an objective with this gradient(x, rows)."""
+    source = data_sources.Streamed(None, [slice(*span) for span in spans], reduction, lambda rows: [ROWS[rows]], None)
 
     def kernels_of(rows):
         (sizes if sizes is not None else []).append(rows)
         return Kernels(gradient)
 
-    return _probes.goes_by_rows(source, kernels_of, np.array(x), 1e-8, multiple)
+    return probes.goes_by_rows(source, kernels_of, np.array(x), 1e-8, multiple)
 
 
 GRADIENTS = {
@@ -51,7 +54,7 @@ GRADIENTS = {
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", GRADIENTS)
-def test_means_and_sums_over_rows_are_told_from_what_is_neither(kind, reduction):
+def test_means_and_sums_over_rows_are_told_from_other_functions(kind, reduction):
     gradient, mean, sum_ = GRADIENTS[kind]
     assert goes_by_rows(gradient, reduction) is (mean if reduction == "mean" else sum_)
 
@@ -79,11 +82,11 @@ def test_one_row_alone_tells_nothing():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_place_nearby_is_near_and_another_and_always_the_same(dtype):
     for x in (np.zeros(1000), np.full(1000, 5.0), np.linspace(-1e6, 1e6, 1000)):
-        near = _probes.nearby(x.astype(dtype))
+        near = probes.nearby(x.astype(dtype))
         assert near.dtype == dtype
         assert 0 < np.linalg.norm(near - x) < 0.2 * (np.sqrt(1000) + np.linalg.norm(x))
-        np.testing.assert_array_equal(near, _probes.nearby(x.astype(dtype)))
-    assert np.isnan(_probes.nearby(np.array([1.0, np.nan], dtype))).any()
+        np.testing.assert_array_equal(near, probes.nearby(x.astype(dtype)))
+    assert np.isnan(probes.nearby(np.array([1.0, np.nan], dtype))).any()
 
 
 # Bits
@@ -98,7 +101,9 @@ def row_by_row(block):
 
 
 def nudged(block, condition):
-    """One unit in the last place more in one element of some rows."""
+    """Return an array with one unit in the last place more, in one element of some
+    rows.
+    """
     found = row_by_row(block)
     rows = [row for row in range(len(block)) if condition(block, row)]
     found[rows, 2] = np.nextafter(found[rows, 2], np.inf)
@@ -122,7 +127,7 @@ MULTIPLY = {
 @pytest.mark.parametrize("kind", MULTIPLY)
 def test_bits_that_depend_on_the_place_or_the_neighbours_are_found(kind):
     multiply, expected = MULTIPLY[kind]
-    assert _probes.steady(multiply, V) is expected
+    assert probes.steady(multiply, V) is expected
 
 
 def test_a_zero_that_changes_its_sign_is_another_bit():
@@ -132,26 +137,26 @@ def test_a_zero_that_changes_its_sign_is_another_bit():
         found[3, 0] = -0.0
         return found
 
-    assert _probes.steady(multiply, V) is False
+    assert probes.steady(multiply, V) is False
 
 
 def test_a_block_of_one_is_steady():
-    assert _probes.steady(row_by_row, V[:1]) is True
+    assert probes.steady(row_by_row, V[:1]) is True
 
 
-def test_it_costs_few_launches_whatever_the_width():
+def test_the_probe_takes_as_many_launches_at_every_width():
     launches = []
 
     def multiply(block):
         launches.append(len(block))
         return row_by_row(block)
 
-    assert _probes.steady(multiply, np.random.default_rng(3).normal(size=(64, 6)))
-    assert launches == [64] * (_probes.PROBES + 2)
+    assert probes.steady(multiply, np.random.default_rng(3).normal(size=(64, 6)))
+    assert launches == [64] * (probes.PROBES + 2)
 
 
-def test_what_does_not_repeat_is_found():
+def test_products_that_do_not_repeat_are_found():
     order = iter([0, 0, 1, 0])
-    assert _probes.repeats(row_by_row, V)
-    assert _probes.repeats(lambda block: row_by_row(block) + next(order), V)
-    assert not _probes.repeats(lambda block: row_by_row(block) + next(order), V)
+    assert probes.repeats(row_by_row, V)
+    assert probes.repeats(lambda block: row_by_row(block) + next(order), V)
+    assert not probes.repeats(lambda block: row_by_row(block) + next(order), V)

@@ -1,19 +1,23 @@
-"""What is deleted is gone, for whom it should be, and takes nothing with it that somebody else has."""
+"""Deletion removes an objective from its tenants, and takes nothing that another tenant
+has.
+"""
 
 import contextlib
+import functools
 import os
 import time
 
 import pytest
 
 from hvpd.v1 import objective_pb2, tensor_pb2
-from hvpd_server._errors import Code, ServiceError
-from hvpd_server._owners import Owners
-from hvpd_server._removal import PRUNE_AGE_SECONDS, Removal
+from hvpd_server.errors import Code, ServiceError
+from hvpd_server.store import ownership
+from hvpd_server.store.ownership import Owners
+from hvpd_server.store.removal import PRUNE_AGE_SECONDS, Removal
 
 
 class Place:
-    """A store, whose objectives are bundles of programs and data that nobody runs."""
+    """A store whose objectives are bundles of programs and data that never run."""
 
     def __init__(self, store, upload):
         self.store = store
@@ -28,15 +32,15 @@ class Place:
         return digest
 
     def register(self, tenant, name, *parts, shared=False):
-        """An objective of these contents."""
+        """Register an objective of these contents."""
         bundle = objective_pb2.Bundle(data=[tensor_pb2.Tensor(digest=self.blob(tenant, part)) for part in parts])
         digest = self.blob(tenant, bundle.SerializeToString(deterministic=True))
         self.owners.add_objective(tenant, digest, shared=shared)
         self.store.add_objective(digest, self.owners.full_name(tenant, name))
         return digest
 
-    def delete(self, name, tenant="", *, anybodys=False, expected=""):
-        return self.removal.delete(name, tenant, expected=expected, anybodys=anybodys or not tenant)
+    def delete(self, name, tenant="", *, every_tenant=False, expected=""):
+        return self.removal.delete(name, tenant, expected=expected, every_tenant=every_tenant or not tenant)
 
     def names(self, tenant=""):
         return [name or digest for name, digest, _ in self.owners.listing(tenant)]
@@ -45,7 +49,7 @@ class Place:
         return {self.store.read(digest) for digest in self.store.blobs()}
 
     def age(self, seconds):
-        """Makes all blobs, and whose they are, so much older."""
+        """Make all blobs and their owners' records so much older."""
         then = time.time() - seconds
         for path in [*self.store.root.glob("blobs/*/*"), *self.store.root.glob("owners/*/blobs/*")]:
             os.utime(path, (then, then))
@@ -84,7 +88,7 @@ def test_by_its_digest_it_goes_with_all_its_names(place, digits):
     assert place.names() == []
 
 
-def test_what_another_objective_needs_stays(place):
+def test_blobs_that_another_objective_needs_stay(place):
     place.register("", "one", b"shared", b"own")
     other = place.register("", "two", b"shared")
     place.delete("one")
@@ -93,7 +97,7 @@ def test_what_another_objective_needs_stays(place):
     assert place.contents() == set()
 
 
-def test_a_tenant_deletes_its_own_and_nobody_elses(place):
+def test_a_tenant_deletes_its_own_objectives_only(place):
     for tenant in "ab":
         place.register(tenant, "mlp", b"data", tenant.encode(), shared=True)
     assert refused(place.delete, "a/mlp", "b") == (Code.PERMISSION_DENIED, "NOT_YOURS")
@@ -105,18 +109,18 @@ def test_a_tenant_deletes_its_own_and_nobody_elses(place):
     assert place.owners.stored_bytes("b") == 0
 
 
-def test_what_a_tenant_cannot_see_is_not_there_to_be_deleted(place):
+def test_a_tenant_cannot_delete_an_objective_that_it_cannot_see(place):
     place.register("a", "mlp", b"data")
     assert refused(place.delete, "a/mlp", "b") == (Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND")
     place.owners.add_blob("b", place.owners.find("a", "mlp")[1])
     assert refused(place.delete, "a/mlp", "b") == (Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND")
 
 
-def test_what_two_tenants_have_registered_goes_with_the_second(place):
+def test_an_objective_of_two_tenants_goes_when_the_second_deletes_it(place):
     digests = {place.register(tenant, "mlp", b"data") for tenant in "ab"}
     assert len(digests) == 1
     found = place.delete("mlp", "a")
-    assert found.gone  # As `a` is told, whether or not `b` has it.
+    assert found.gone  # `a` gets this answer, whether or not `b` has it.
     assert not found.removed
     assert place.names("a") == []
     assert place.names("b") == ["b/mlp"]
@@ -127,29 +131,29 @@ def test_what_two_tenants_have_registered_goes_with_the_second(place):
     assert Owners(place.store).listing("") == []
 
 
-def test_who_operates_the_server_deletes_anybodys(place):
+def test_an_operator_deletes_objectives_of_every_tenant(place):
     place.register("a", "mlp", b"data")
     place.register("b", "mlp", b"data")
-    assert not place.delete("a/mlp", "root", anybodys=True).gone
+    assert not place.delete("a/mlp", "root", every_tenant=True).gone
     assert place.names() == ["b/mlp"]
     digest = place.owners.find("b", "mlp")[1]
-    assert place.delete(digest, "root", anybodys=True).gone
+    assert place.delete(digest, "root", every_tenant=True).gone
     assert place.contents() == set()
 
 
-def test_who_operates_the_server_means_its_own_name_first(place):
+def test_the_operators_delete_prefers_its_own_name(place):
     place.register("root", "mlp", b"1")
     place.register("", "mlp", b"2")
-    place.delete("mlp", "root", anybodys=True)
+    place.delete("mlp", "root", every_tenant=True)
     assert place.names() == ["mlp"]
 
 
-def test_what_was_registered_without_tokens_is_not_for_tenants_to_delete(place):
+def test_tenants_cannot_delete_objectives_registered_without_tokens(place):
     place.register("", "old", b"data")
     place.register("a", "new", b"data")
     assert refused(place.delete, "old", "a") == (Code.PERMISSION_DENIED, "NOT_YOURS")
     place.delete("new", "a")
-    assert b"data" in place.contents()  # It has no owner, and needs it all the same.
+    assert b"data" in place.contents()  # It has no owner, and still needs its data.
     assert place.owners.stored_bytes("a") == 0
 
 
@@ -160,11 +164,11 @@ def test_an_objective_whose_bundle_is_lost_can_be_deleted(place):
     assert place.names() == []
 
 
-def test_pruning_takes_what_belongs_to_no_objective_and_is_old(place):
+def test_pruning_takes_old_blobs_without_an_objective(place):
     place.register("a", "mlp", b"data")
     for tenant, content in (("a", b"x of a solve"), ("b", b"x of a solve"), ("a", b"only a's")):
         place.blob(tenant, content)
-    assert place.removal.prune("a").count == 0  # All is young: it may be on its way to become an objective.
+    assert place.removal.prune("a").count == 0  # All blobs are young, and may become part of an objective.
     place.age(PRUNE_AGE_SECONDS + 1)
     found = place.removal.prune("a")
     assert (found.count, found.size_bytes) == (2, len(b"x of a solveonly a's"))
@@ -175,7 +179,7 @@ def test_pruning_takes_what_belongs_to_no_objective_and_is_old(place):
     assert place.owners.find("a", "mlp")
 
 
-def test_without_tenants_pruning_takes_what_nothing_refers_to(place):
+def test_without_tenants_pruning_takes_blobs_without_a_reference(place):
     place.register("", "mlp", b"data")
     place.register("a", "mlp", b"data of a")
     for tenant, content in (("", b"nobody's"), ("a", b"a's")):
@@ -187,18 +191,18 @@ def test_without_tenants_pruning_takes_what_nothing_refers_to(place):
 
 
 B = 4096
-"""What a blob counts at least."""
+"""Least bytes that a blob counts."""
 
 
 @pytest.fixture
 def limited(store):
-    """`a` may store ten blocks."""
+    """Yield owners of which `a` may store ten blocks."""
     return Owners(store, {"a": 10 * B}.get)
 
 
 @pytest.fixture
 def owners_and_calls(store, monkeypatch):
-    """Owners, and the digests that were looked for in the store."""
+    """Yield owners, and the digests that were looked for in the store."""
     looked, has = [], store.has
     monkeypatch.setattr(store, "has", lambda digest: looked.append(digest) or has(digest))
     return Owners(store), looked
@@ -239,7 +243,9 @@ def test_an_upload_that_fails_counts_nothing(limited):
 
 
 def test_each_upload_counts_while_it_arrives_and_its_blob_once(limited, store, upload):
-    """Also of what the tenant has already, and of one blob several times at once: each is a file of its own."""
+    """This holds also for blobs that the tenant has, and for one blob several times at
+    once: each upload is its own file.
+    """
     digest = put(limited, upload, "a", bytes(3 * B))
     with limited.adding_blob("a", digest, 3 * B), limited.adding_blob("a", digest, 3 * B):
         assert limited.stored_bytes("a") == 9 * B
@@ -258,8 +264,8 @@ def test_each_upload_counts_while_it_arrives_and_its_blob_once(limited, store, u
     assert limited.stored_bytes("a") == 3 * B
 
 
-def test_only_the_tenants_own_record_decides_what_is_looked_for(owners_and_calls, upload):
-    """Otherwise the time of an answer tells whether another tenant has a blob."""
+def test_only_blobs_in_the_tenants_record_are_looked_up(owners_and_calls, upload):
+    """Otherwise the time of an answer would show whether another tenant has a blob."""
     owners, looked = owners_and_calls
     digest = upload(owners._store, b"of b")
     owners.add_blob("b", digest)
@@ -279,7 +285,7 @@ def test_a_blob_that_is_lost_can_be_sent_again(limited, store, upload):
 
 
 @pytest.mark.parametrize("tenant", ["", "a"])
-def test_where_a_bundle_cannot_be_read_nothing_goes(place, tenant, monkeypatch):
+def test_an_unreadable_bundle_stops_every_removal(place, tenant, monkeypatch):
     place.register(tenant, "one", b"data of one", b"shared")
     two = place.register(tenant, "two", b"data of two", b"shared")
     place.age(PRUNE_AGE_SECONDS + 1)
@@ -296,11 +302,11 @@ def test_where_a_bundle_cannot_be_read_nothing_goes(place, tenant, monkeypatch):
     assert refused(place.delete, "one", tenant) == (Code.DATA_LOSS, "BLOB_CORRUPT")
     assert place.contents() == before
     assert len(place.names()) == 2
-    assert place.delete("two", tenant).gone  # It is about to be no matter.
+    assert place.delete("two", tenant).gone  # A damaged bundle does not prevent its own deletion.
     assert {b"data of one", b"shared"} <= place.contents()
 
 
-def test_what_a_product_may_need_is_not_pruned(place):
+def test_blobs_in_use_are_not_pruned(place):
     digest = place.blob("a", b"data of a point")
     place.age(PRUNE_AGE_SECONDS + 1)
     place.in_use = [digest]
@@ -310,30 +316,111 @@ def test_what_a_product_may_need_is_not_pruned(place):
 
 
 def test_a_request_that_is_repeated_deletes_nothing_else(place):
-    """The first try was heard, and its answer lost: the name is another's now, or points elsewhere."""
+    """The first try took effect, and its answer was lost. The name is now another's, or
+    points elsewhere.
+    """
     own = place.register("ops", "x", b"own")
     other = place.register("", "x", b"another's")
-    assert place.delete("x", "ops", anybodys=True, expected=own).gone
-    assert refused(place.delete, "x", "ops", anybodys=True, expected=own) == (Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND")
+    assert place.delete("x", "ops", every_tenant=True, expected=own).gone
+    assert refused(place.delete, "x", "ops", every_tenant=True, expected=own) == (Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND")
     assert place.names() == ["x"]
-    assert place.delete("x", "ops", anybodys=True, expected=other).gone
+    assert place.delete("x", "ops", every_tenant=True, expected=other).gone
 
 
-def test_who_operates_the_server_deletes_its_own_and_leaves_others_who_have_the_same(place):
+def test_an_operator_deletes_its_own_objective_and_leaves_that_of_others(place):
     digest = place.register("ops", "x", b"data")
     place.owners.add_objective("b", digest, shared=False)
     for blob in list(place.store.blobs()):
         place.owners.add_blob("b", blob)
-    assert not place.delete("x", "ops", anybodys=True).gone
+    assert not place.delete("x", "ops", every_tenant=True).gone
     assert place.names("b") == [digest]
     assert b"data" in place.contents()
 
 
 def test_an_owner_without_an_objective_keeps_nothing(place):
-    """A crash between the record of the owner and that of the objective."""
+    """The server crashed between the record of the owner and that of the objective."""
     digest = place.register("a", "mlp", b"data")
     place.store.remove_name("a/mlp")
     place.store.remove_objective(digest)
     place.age(PRUNE_AGE_SECONDS + 1)
     assert place.removal.prune("a").count == 2
     assert place.contents() == set()
+
+
+# Records
+
+
+def test_each_name_and_registration_counts_as_stored(limited, store):
+    """A registration has four records of a block each, and each name one."""
+    add = functools.partial(register_in, limited, store, "a")
+    add("ab" * 32, "one")
+    assert limited.stored_bytes("a") == Owners(store).stored_bytes("a") == 5 * B
+    add("ab" * 32, "two")
+    add("ab" * 32, "two")  # A repetition adds nothing.
+    assert limited.stored_bytes("a") == 6 * B
+    with pytest.raises(
+        ServiceError, match=r"has 24576 bytes stored .* and 20480 more exceed its limit of 40960"
+    ) as error:
+        add("cd" * 32, "three")
+    assert (error.value.code, error.value.reason) == (Code.RESOURCE_EXHAUSTED, "TENANT_STORAGE")
+    assert limited.objectives_of("a") == ["ab" * 32]
+    add("cd" * 32, "two")  # The name moves, and so the registration has room.
+    assert limited.stored_bytes("a") == 10 * B
+    add("cd" * 32, "")  # A full tenant repeats an upload.
+    register_in(limited, store, "b", "ef" * 32, "one")
+    with pytest.raises(ServiceError):
+        limited.check_objective("a", "cd" * 32, "a/three")
+    with pytest.raises(ServiceError), limited.adding_blob("a", "ef" * 32, 1):
+        pass
+    limited.remove_objective("a", "ab" * 32)
+    store.remove_name("a/one")
+    assert limited.stored_bytes("a") == 5 * B
+
+
+def test_a_derivation_counts_for_each_tenant_that_registered_its_objective(store):
+    digest = "ab" * 32
+    store.add_derivation(digest, "1", objective_pb2.Derivation(programs=["hvp" * 1000] * 10))
+    size = (store.root / "derived" / digest).stat().st_size
+    assert size > 7 * B
+    owners = Owners(store, {"a": size + 2 * B}.get)
+    with pytest.raises(ServiceError):
+        register_in(owners, store, "a", digest, "")
+    for tenant in "bc":
+        register_in(owners, store, tenant, digest, "")
+        assert owners.stored_bytes(tenant) == Owners(store).stored_bytes(tenant) == size + 3 * B
+
+
+def test_without_a_limit_the_number_of_names_is_bounded(store, monkeypatch):
+    monkeypatch.setattr(ownership, "MAX_RECORDS", 4)
+    owners = Owners(store)
+    for name in ("one", "two", "three"):
+        register_in(owners, store, "a", "ab" * 32, name)
+    before = sorted(store.root.rglob("*"))
+    for digest, name in (("ab" * 32, "four"), ("cd" * 32, "one"), ("cd" * 32, "")):
+        with pytest.raises(ServiceError, match="Tenant a has 4 names and objectives, and may not") as error:
+            register_in(owners, store, "a", digest, name)
+        assert (error.value.code, error.value.reason) == (Code.RESOURCE_EXHAUSTED, "TOO_MANY_OBJECTIVES")
+    assert sorted(store.root.rglob("*")) == before
+    register_in(owners, store, "a", "ab" * 32, "three")
+    register_in(owners, store, "b", "ab" * 32, "four")
+    store.remove_name("a/two")
+    register_in(owners, store, "a", "ab" * 32, "four")
+
+
+def test_without_a_limit_the_number_of_blobs_is_bounded(store, upload, monkeypatch):
+    monkeypatch.setattr(ownership, "MAX_BLOBS", 2)
+    owners = Owners(store)
+    first = put(owners, upload, "a", b"1")
+    with owners.adding_blob("a", "ab" * 32, 1), pytest.raises(ServiceError) as error:
+        put(owners, upload, "a", b"2")  # An upload under way counts, too.
+    assert (error.value.code, error.value.reason) == (Code.RESOURCE_EXHAUSTED, "TOO_MANY_BLOBS")
+    put(owners, upload, "b", b"2")
+    owners.remove_blob("a", "ab" * 32)
+    owners.remove_blob("a", first)
+    put(owners, upload, "a", b"2")
+
+
+def register_in(owners, store, tenant, digest, name):
+    full = owners.full_name(tenant, name)
+    owners.add_objective(tenant, digest, shared=False, name=full)
+    store.add_objective(digest, full)

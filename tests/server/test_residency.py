@@ -1,4 +1,6 @@
-"""The residency keeps what is used, within its budget, and makes what is missing once."""
+"""The residency keeps used entries within its budget, and loads a missing entry
+once.
+"""
 
 import contextlib
 import threading
@@ -8,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvpd_server._errors import Code, ServiceError
-from hvpd_server._residency import Residency
+from hvpd_server.device.residency import Residency
+from hvpd_server.errors import Code, ServiceError
+from tests.support.clock import Clock
 
 WAIT = 10
 
@@ -21,12 +24,12 @@ def evicted():
 
 @pytest.fixture
 def residency(evicted):
-    """Room for ten bytes."""
+    """Return a residency with room for ten bytes."""
     return Residency(10, on_evict=evicted.append)
 
 
 def keys(residency, candidates="abcdef"):
-    """What is resident. Asking counts as using, so tests ask once, at the end."""
+    """Return the resident keys. Asking counts as use, so tests ask once, at the end."""
     return "".join(key for key in candidates if residency.get(key) is not None)
 
 
@@ -56,7 +59,7 @@ def test_of_points_with_residuals_those_go_that_were_used_least_recently(asked):
     assert gone == [index for index in range(3) if residency.get(f"r{index}") is None] == [oldest]
 
 
-def test_residuals_that_nobody_uses_go_before_their_point_that_somebody_does(residency):
+def test_residuals_that_are_not_used_go_before_their_point_that_is(residency):
     residency.put("d", "data", "D", 2)
     residency.put("p", "point", "P", 2, needs=["d"])
     residency.put("r", "residuals", "R", 4, needs=["p"])
@@ -67,11 +70,11 @@ def test_residuals_that_nobody_uses_go_before_their_point_that_somebody_does(res
 
 
 _NEEDED = {"d": "", "p": "d", "q": "d", "r": "dp", "s": "dq"}
-"""Data, points, and their residuals."""
+"""Data, points, their residuals, and the entries that each needs."""
 
 
 @given(st.text("".join(_NEEDED), max_size=12), st.integers(1, 10))
-def test_what_is_needed_is_used_whenever_what_needs_it_is(asked, room):
+def test_use_of_an_entry_counts_as_use_of_its_needs(asked, room):
     residency, order = Residency(10), list[str]()
 
     def use(key):
@@ -91,7 +94,7 @@ def test_what_is_needed_is_used_whenever_what_needs_it_is(asked, room):
     assert keys(residency, _NEEDED) == "".join(sorted(order))
 
 
-def test_what_is_dropped_is_let_go(residency):
+def test_a_dropped_value_is_freed(residency):
     class Array:
         pass
 
@@ -137,10 +140,10 @@ def test_an_entry_larger_than_the_budget_is_refused_and_drops_nothing(residency,
     assert evicted == []
 
 
-def test_what_may_drop_nothing_is_refused_where_it_does_not_fit_beside_the_rest(residency, evicted):
+def test_a_load_that_may_not_evict_is_refused_if_it_does_not_fit(residency, evicted):
     residency.put("a", "data", "A", 6)
     assert residency.free_bytes() == 4
-    with pytest.raises(ServiceError, match=r"5 bytes more do not fit .* beside what is resident") as refused:
+    with pytest.raises(ServiceError, match=r"5 bytes more do not fit .* beside the resident values") as refused:
         residency.load("b", "data", lambda: ("B", 5), evict=False)
     assert refused.value.code is Code.RESOURCE_EXHAUSTED
     assert keys(residency) == "a"
@@ -162,7 +165,7 @@ def test_dropping_is_no_eviction(residency, evicted):
 # Entries that hold on to others
 
 
-def test_using_an_entry_uses_what_it_needs(residency, evicted):
+def test_use_of_an_entry_keeps_its_needs_resident(residency, evicted):
     residency.put("data", "data", "D", 3)
     residency.put("point", "point", "P", 1, needs=["data"])
     residency.put("other", "other", "O", 3)
@@ -171,7 +174,7 @@ def test_using_an_entry_uses_what_it_needs(residency, evicted):
     assert evicted == ["other"]
 
 
-def test_what_needs_an_entry_goes_with_it(residency, evicted):
+def test_a_dropped_entry_takes_its_dependents_with_it(residency, evicted):
     residency.put("data", "data", "D", 3)
     residency.put("point", "point", "P", 1, needs=["data"])
     residency.put("residuals", "residuals", "R", 1, needs=["point"])
@@ -191,7 +194,7 @@ def test_an_eviction_tells_of_all_that_goes_with_it(residency, evicted):
     assert residency.used_bytes() == {"data": 0, "point": 0, "new": 10}
 
 
-def test_dropping_an_entry_keeps_what_it_needed(residency):
+def test_a_dropped_entry_leaves_its_needs(residency):
     residency.put("data", "data", "D", 3)
     residency.put("point", "point", "P", 1, needs=["data"])
     residency.drop("point")
@@ -204,7 +207,7 @@ def test_a_need_that_is_gone_is_ignored(residency):
     assert residency.get("point") == "P"
 
 
-def test_an_entry_that_does_not_fit_beside_what_it_needs_is_refused_and_drops_nothing(residency, evicted):
+def test_an_entry_that_does_not_fit_beside_its_needs_is_refused_and_evicts_nothing(residency, evicted):
     residency.put("data", "data", "D", 6)
     residency.put("point", "point", "P", 1, needs=["data"])
     for needs in (["data"], ["point"]):
@@ -223,7 +226,7 @@ _others = st.tuples(st.sampled_from(["get", "drop"]), _keys, st.none(), st.none(
 
 @settings(max_examples=500, deadline=None)
 @given(steps=st.lists(_puts | _others, max_size=40))
-def test_whatever_is_done_the_count_is_right_and_nothing_outlives_what_it_needs(steps):
+def test_any_sequence_keeps_the_count_right_and_no_entry_outlives_its_needs(steps):
     residency = Residency(10)
     sizes, needed = {}, {}
 
@@ -254,7 +257,7 @@ def test_whatever_is_done_the_count_is_right_and_nothing_outlives_what_it_needs(
 # Loading
 
 
-def test_many_who_ask_at_once_share_one_load(residency, start):
+def test_concurrent_requests_share_one_load(residency, start):
     loads, loading, may_end = [], threading.Event(), threading.Event()
     together = threading.Barrier(9)
 
@@ -289,7 +292,7 @@ def test_different_entries_load_at_the_same_time(residency, start):
     assert [future.result(WAIT) for future in futures] == ["loaded", "loaded"]
 
 
-def test_what_is_resident_is_not_loaded_again_and_counts_as_used(residency, evicted):
+def test_a_resident_entry_is_not_loaded_again_and_counts_as_used(residency, evicted):
     residency.put("a", "old", "A", 5)
     residency.put("b", "young", "B", 5)
     assert residency.load("a", "old", lambda: pytest.fail("it is resident")) == "A"
@@ -308,7 +311,7 @@ def test_a_loader_that_raises_leaves_the_entry_loadable(residency):
     assert residency.get("a") == "A"
 
 
-def test_those_who_wait_for_a_loader_that_raises_load_themselves(residency, start):
+def test_callers_that_wait_for_a_failing_loader_load_themselves(residency, start):
     loading, may_fail = threading.Event(), threading.Event()
 
     def fail():
@@ -331,7 +334,7 @@ def test_a_loaded_entry_larger_than_the_budget_is_refused(residency):
 
 
 def test_the_callback_may_use_the_residency(start):
-    """It is told outside of the lock."""
+    """The callback runs outside of the lock."""
     seen = []
     residency = Residency(4, on_evict=lambda kind: seen.append((kind, residency.used_bytes())))
     residency.put("a", "data", "A", 3)
@@ -342,22 +345,11 @@ def test_the_callback_may_use_the_residency(start):
 # Pins
 
 
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
 @pytest.fixture
 def leased(evicted, clock):
-    """Room for twenty bytes, on a clock that the test turns. A point of two bytes, "p", with data of six, "d"; and another, "q"."""
+    """Return a residency with room for twenty bytes, on a clock that the test moves. It
+    has a point of two bytes, "p", with data of six, "d"; and another, "q".
+    """
     residency = Residency(20, on_evict=evicted.append, clock=clock)
     residency.put("d", "data", "D", 6)
     residency.put("p", "point", "P", 2, needs=["d"])
@@ -365,7 +357,7 @@ def leased(evicted, clock):
     return residency
 
 
-def test_what_is_pinned_stays_and_so_does_what_it_needs(leased, evicted):
+def test_a_pinned_entry_stays_with_its_needs(leased, evicted):
     leased.pin("p", 10)
     assert leased.get("q") == "Q"  # The most recently used, by now.
     leased.put("new", "data", "N", 12)
@@ -409,7 +401,7 @@ def test_a_use_from_before_the_pin_does_not_renew_it_later(leased, clock):
     assert keys(leased, ["p", "new"]) == "new"
 
 
-def test_using_what_needs_it_renews_its_lease(leased, clock):
+def test_use_of_a_dependent_renews_the_lease(leased, clock):
     leased.put("r", "residuals", "R", 1, needs=["p"])
     leased.pin("p", 10)
     clock.now += 9
@@ -419,13 +411,13 @@ def test_using_what_needs_it_renews_its_lease(leased, clock):
     assert keys(leased, ["p", "r", "new"]) == "pnew"
 
 
-def test_a_lease_that_has_ended_is_not_renewed_by_use_since_others_may_have_been_pinned_meanwhile(leased, clock):
+def test_an_ended_lease_is_not_renewed_by_use(leased, clock):
     leased.pin("p", 10)
     clock.now += 10
     leased.put("e", "data", "E", 6)
     leased.pin("e", 100)
     assert leased.get("p") == "P"
-    leased.put("new", "data", "N", 12)  # Half of the room, and more, is nobody's to hold.
+    leased.put("new", "data", "N", 12)  # At most half of the room can be pinned.
     assert keys(leased, ["p", "e", "new"]) == "enew"
 
 
@@ -440,7 +432,7 @@ def test_a_pin_can_be_changed_and_given_up(leased, clock, evicted):
     assert keys(leased, ["p", "new", "newer"]) == "newer"
 
 
-def test_giving_up_what_is_not_pinned_and_pinning_what_is_not_there_is_nothing(leased):
+def test_unpinning_without_a_pin_and_pinning_an_absent_entry_change_nothing(leased):
     leased.pin("q", 0)
     leased.pin("gone", 10)
     leased.put("gone", "data", "G", 20)
@@ -448,13 +440,14 @@ def test_giving_up_what_is_not_pinned_and_pinning_what_is_not_there_is_nothing(l
     assert keys(leased, ["gone", "new"]) == "new"
 
 
-def test_half_of_the_budget_may_be_pinned_what_it_needs_counted_once(leased, evicted):
+def test_half_of_the_budget_may_be_pinned_with_shared_needs_counted_once(leased, evicted):
     leased.put("p2", "point", "P2", 2, needs=["d"])
     leased.pin("p", 10)
     leased.pin("p2", 10)  # 2 + 2 + 6
     leased.pin("p2", 20)
     with pytest.raises(
-        ServiceError, match=r"12 bytes would be pinned, half of .* budget of 20 may be: .*unpin"
+        ServiceError,
+        match=r"12 bytes would be pinned, but at most half of .* budget of 20 bytes may be pinned: .*unpin",
     ) as refused:
         leased.pin("q", 10)
     assert (refused.value.code, refused.value.reason) == (Code.RESOURCE_EXHAUSTED, "PINNED")
@@ -483,7 +476,7 @@ def test_pins_that_have_ended_do_not_count(leased, clock):
 
 
 @pytest.mark.parametrize("ask", ["put", "check", "load"])
-def test_what_does_not_fit_beside_what_is_pinned_is_refused_with_the_sizes_and_drops_nothing(leased, evicted, ask):
+def test_an_entry_that_does_not_fit_beside_pins_is_refused_and_drops_nothing(leased, evicted, ask):
     leased.pin("p", 10)
     asks = {
         "put": lambda: leased.put("new", "data", "N", 13),
@@ -498,7 +491,7 @@ def test_what_does_not_fit_beside_what_is_pinned_is_refused_with_the_sizes_and_d
     assert keys(leased, ["d", "p", "q"]) == "dpq"
 
 
-def test_what_needs_what_is_pinned_does_not_have_it_counted_twice(leased):
+def test_a_pinned_need_is_not_counted_twice(leased):
     leased.pin("p", 10)
     leased.check(12, "a point", {"d": 6})
     leased.check(6, "a point", {"d": 6, "absent": 6})
@@ -508,38 +501,38 @@ def test_what_needs_what_is_pinned_does_not_have_it_counted_twice(leased):
     assert keys(leased, ["d", "p", "q", "new"]) == "dpnew"
 
 
-def test_what_is_absent_counts_with_the_size_that_it_will_have(residency):
+def test_an_absent_need_counts_with_its_later_size(residency):
     residency.put("d", "data", "D", 4)
     residency.check(2, "a point", {"d": 999, "e": 4})
     with pytest.raises(ServiceError, match=r"11 bytes.* larger than .* 10 bytes"):
         residency.check(2, "a point", {"d": 999, "e": 5})
 
 
-# Giving way
+# Eviction
 
 
-def test_residuals_give_way_first_all_of_them_and_then_everything_that_is_not_kept(residency, evicted):
+def test_residuals_are_evicted_first_all_of_them_and_then_everything_that_is_not_kept(residency, evicted):
     residency.put("d", "data", "D", 2)
     residency.put("e", "data", "E", 2)
     residency.put("p", "point", "P", 1, needs=["d"])
     residency.put("q", "point", "Q", 1, needs=["e"])
     residency.put("rp", "residuals", "RP", 1, needs=["p"])
     residency.put("rq", "residuals", "RQ", 1, needs=["q"])
-    assert residency.give_way(["p"])
+    assert residency.relieve(["p"])
     assert evicted == ["residuals"] * 2
-    assert residency.give_way(["p"])
+    assert residency.relieve(["p"])
     assert sorted(evicted[2:]) == ["data", "point"]
-    assert not residency.give_way(["p"])
+    assert not residency.relieve(["p"])
     assert residency.used_bytes() == {"data": 2, "point": 1, "residuals": 0}
     assert keys(residency, ["d", "p"]) == "dp"
 
 
-def test_what_is_pinned_does_not_give_way_and_what_is_kept_need_not_be_there(leased, evicted):
+def test_memory_relief_spares_pinned_entries_and_accepts_absent_keys(leased, evicted):
     leased.pin("p", 10)
-    assert leased.give_way(["gone"])
+    assert leased.relieve(["gone"])
     assert evicted == ["point"]
     assert keys(leased, ["d", "p", "q"]) == "dp"
-    assert not leased.give_way([])
+    assert not leased.relieve([])
 
 
 _pins = st.tuples(st.just("pin"), _keys, st.integers(0, 3), st.none())
@@ -548,12 +541,12 @@ _waits = st.tuples(st.just("wait"), st.none(), st.integers(0, 3), st.none())
 
 @settings(max_examples=500, deadline=None)
 @given(steps=st.lists(_puts | _others | _pins | _waits, max_size=40))
-def test_whatever_is_done_what_is_pinned_stays_and_is_half_of_the_budget_at_most(steps):
+def test_pinned_entries_always_stay_and_take_at_most_half_of_the_budget(steps):
     clock = Clock()
     residency = Residency(20, clock=clock)
 
     def held():
-        """What is pinned, with what it needs."""
+        """Return the pinned entries, with the entries that they need."""
         return residency._closure(residency._pinned())
 
     for action, key, size, needs in steps:
@@ -569,7 +562,7 @@ def test_whatever_is_done_what_is_pinned_stays_and_is_half_of_the_budget_at_most
             with contextlib.suppress(ServiceError):
                 residency.pin(key, size)
                 assert size == 0 or key in held() or key not in residency._entries
-        elif key not in before:  # Putting an entry again replaces it, and what needs it goes with it.
+        elif key not in before:  # Putting an entry again replaces it, and drops its dependents.
             with contextlib.suppress(ServiceError):
                 residency.put(key, "data", key, size, needs=[need for need in needs if need != key])
             assert held() == before
@@ -582,7 +575,7 @@ def test_whatever_is_done_what_is_pinned_stays_and_is_half_of_the_budget_at_most
 
 @pytest.fixture
 def limited(evicted):
-    """Room for a hundred bytes, of which `a` may have ten."""
+    """Return a residency with room for a hundred bytes, of which `a` may have ten."""
     return Residency(100, evicted.append, {"a": 10}.get)
 
 
@@ -591,7 +584,7 @@ def put(residency, key, size, user, *, kind="point", needs=()):
     residency.join(key, user)
 
 
-def test_an_entry_is_for_those_who_joined_it(limited):
+def test_an_entry_is_for_users_that_joined_it(limited):
     put(limited, "p", 1, "a")
     assert limited.get("p", "a") == limited.get("p") == "p"
     assert limited.get("p", "b") is None
@@ -602,7 +595,7 @@ def test_an_entry_is_for_those_who_joined_it(limited):
     assert limited.users("gone") == set()
 
 
-def test_who_would_have_more_than_it_may_leaves_what_it_used_least_recently(limited, evicted):
+def test_a_user_above_its_limit_leaves_its_least_recently_used_entries(limited, evicted):
     for key in "pqr":
         put(limited, key, 3, "a")
     put(limited, "other", 50, "b")
@@ -614,7 +607,7 @@ def test_who_would_have_more_than_it_may_leaves_what_it_used_least_recently(limi
     assert limited.had_bytes("b") == 50
 
 
-def test_what_others_have_too_is_left_and_not_dropped(limited, evicted):
+def test_an_entry_of_several_users_is_left_and_not_dropped(limited, evicted):
     put(limited, "p", 6, "a")
     limited.join("p", "b")
     put(limited, "q", 6, "a")
@@ -624,7 +617,7 @@ def test_what_others_have_too_is_left_and_not_dropped(limited, evicted):
     assert (limited.had_bytes("a"), limited.had_bytes("b")) == (6, 6)
 
 
-def test_data_counts_for_all_who_need_it_and_stays_when_they_leave(limited):
+def test_data_counts_for_all_its_users_and_stays_when_they_leave(limited):
     limited.put("data", "data", "D", 5)
     put(limited, "p", 1, "a", needs=["data"])
     put(limited, "q", 1, "a", needs=["data"])
@@ -636,7 +629,7 @@ def test_data_counts_for_all_who_need_it_and_stays_when_they_leave(limited):
     assert limited.get("r", "b") == "r"
 
 
-def test_what_needs_an_entry_counts_for_its_users(limited, evicted):
+def test_dependents_count_for_the_users_of_an_entry(limited, evicted):
     put(limited, "p", 3, "a")
     put(limited, "q", 3, "a")
     limited.put("residuals of q", "residuals", "R", 4, needs=["q"])
@@ -648,7 +641,45 @@ def test_what_needs_an_entry_counts_for_its_users(limited, evicted):
     limited.fit("gone")
 
 
-def test_what_is_pinned_is_not_left(limited):
+def test_a_users_share_of_an_entry_counts_for_that_user_only(limited):
+    put(limited, "p", 3, "a")
+    limited.join("p", "b")
+    put(limited, "run of b", 20, "b", kind="run", needs=["p"])
+    assert (limited.had_bytes("a"), limited.had_bytes("b")) == (3, 23)
+
+
+def test_an_entry_that_grows_evicts_others_and_not_its_needs(residency, evicted):
+    residency.put("point", "point", "P", 2)
+    residency.put("old", "data", "O", 3)
+    residency.put("run", "run", "R", 2, needs=["point"])
+    assert residency.resize("run", 8)
+    assert evicted == ["data"]
+    assert residency.used_bytes() == {"point": 2, "data": 0, "run": 8}
+    with pytest.raises(ServiceError, match="larger than the server's memory budget"):
+        residency.resize("run", 9)
+    assert residency.used_bytes()["run"] == 8
+    assert residency.resize("run", 1)
+    assert residency.used_bytes()["run"] == 1
+    assert not residency.resize("gone", 1)
+
+
+def test_an_entry_does_not_grow_into_pinned_ones(residency):
+    residency.put("pinned", "data", "D", 5)
+    residency.pin("pinned", 60)
+    residency.put("run", "run", "R", 4)
+    with pytest.raises(ServiceError, match="does not fit beside 5 bytes that are pinned"):
+        residency.resize("run", 6)
+    assert keys(residency, ["pinned", "run"]) == "pinnedrun"
+
+
+def test_a_user_whose_entry_grows_leaves_others(limited):
+    put(limited, "p", 4, "a")
+    put(limited, "run", 4, "a")
+    assert limited.resize("run", 8)
+    assert keys(limited, ["p", "run"]) == "run"
+
+
+def test_a_user_does_not_leave_a_pinned_entry(limited):
     put(limited, "p", 4, "a")
     limited.pin("p", 60, "a")
     put(limited, "q", 4, "a")
@@ -657,7 +688,7 @@ def test_what_is_pinned_is_not_left(limited):
 
 
 @pytest.mark.parametrize(("size", "pinned", "fits"), [(5, 0, True), (6, 0, False), (3, 2, True), (3, 3, False)])
-def test_what_a_user_may_not_have_whatever_it_leaves_is_refused(limited, size, pinned, fits):
+def test_a_size_that_can_never_fit_a_users_limit_is_refused(limited, size, pinned, fits):
     limited.put("data", "data", "D", 5)
     if pinned:
         put(limited, "p", pinned, "a")
@@ -673,7 +704,7 @@ def test_what_a_user_may_not_have_whatever_it_leaves_is_refused(limited, size, p
         limited.check_user("a", size, "a point", {"data that is not here yet": 11 - size})
 
 
-def test_what_fulfils_a_condition_is_dropped_with_what_needs_it(limited):
+def test_dropping_by_a_condition_drops_the_dependents_too(limited):
     limited.put("data", "data", "D", 5)
     put(limited, "p", 1, "a", needs=["data"])
     put(limited, "q", 1, "a", needs=["data"])
@@ -688,7 +719,7 @@ def test_what_fulfils_a_condition_is_dropped_with_what_needs_it(limited):
         st.tuples(st.sampled_from("pqrstu"), st.integers(1, 10), st.sampled_from("ab"), st.sampled_from(["", "d", "e"]))
     )
 )
-def test_nobody_has_more_than_it_may(steps):
+def test_no_user_exceeds_its_limit(steps):
     residency = Residency(40, limit_of={"a": 20, "b": 25}.get)
     for key, size, user, need in steps:
         if need and residency.get(need) is None:
@@ -704,7 +735,7 @@ def test_a_pin_is_its_owners(limited):
     put(limited, "p", 6, "b")
     limited.join("p", "a")
     limited.pin("p", 60, "b")
-    limited.check_user("a", 10, "a point")  # What b has pinned keeps a from nothing.
+    limited.check_user("a", 10, "a point")  # b's pins keep a from nothing.
     put(limited, "q", 6, "a")
     assert limited.get("p", "a") is None
     limited.join("p", "a")

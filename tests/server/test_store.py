@@ -1,4 +1,6 @@
-"""The store keeps what was committed, whole and verified, across restarts, and of all else it keeps nothing."""
+"""The store keeps committed blobs, whole and verified, across restarts, and nothing
+else.
+"""
 
 import contextlib
 import hashlib
@@ -15,12 +17,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hvpd import _codec
+from hvpd._wire import codec
 from hvpd.v1 import objective_pb2, tensor_pb2
-from hvpd_server import _store
-from hvpd_server._admission import check_name
-from hvpd_server._errors import Code, ServiceError
-from hvpd_server._store import Store
+from hvpd_server.bundle import check_name
+from hvpd_server.errors import Code, ServiceError
+from hvpd_server.store import store as _store
+from hvpd_server.store.store import Store
 
 CONTENT = bytes(range(256)) * 40
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -28,7 +30,9 @@ OTHER = hashlib.sha256(b"other").hexdigest()
 
 
 def files(root):
-    """Every file under a directory with its content; empty directories count, too."""
+    """Return every file under a directory with its content. Empty directories count,
+    too.
+    """
     return {path.relative_to(root): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 
@@ -42,7 +46,7 @@ def blob_file(store, digest):
 
 @pytest.mark.parametrize("content", [b"", b"x", CONTENT])
 @pytest.mark.parametrize("chunk_bytes", [7, 1 << 20])
-def test_what_is_uploaded_is_read_back(store, upload, content, chunk_bytes):
+def test_an_uploaded_blob_is_read_back(store, upload, content, chunk_bytes):
     digest = hashlib.sha256(content).hexdigest()
     assert not store.has(digest)
     upload(store, content, chunk_bytes=chunk_bytes)
@@ -83,7 +87,7 @@ def test_one_directory_serves_one_store_at_a_time(store):
 
 
 def test_another_process_is_locked_out_as_well(store):
-    script = "import pathlib, sys; from hvpd_server._store import Store; Store(pathlib.Path(sys.argv[1]))"
+    script = "import pathlib, sys; from hvpd_server.store.store import Store; Store(pathlib.Path(sys.argv[1]))"
     other = subprocess.run(
         [sys.executable, "-c", script, store.root], capture_output=True, text=True, timeout=60, check=False
     )
@@ -138,7 +142,7 @@ def test_an_upload_that_is_broken_off_leaves_the_store_as_it_was(store):
         (DIGEST, 1 << 62, Code.RESOURCE_EXHAUSTED, "DISK_FULL"),
     ],
 )
-def test_what_cannot_become_a_blob_is_refused_before_it_comes(store, digest, size_bytes, code, reason):
+def test_an_impossible_upload_is_refused_before_its_bytes_come(store, digest, size_bytes, code, reason):
     before = files(store.root)
     with pytest.raises(ServiceError) as refused:
         store.upload(digest, size_bytes)
@@ -183,16 +187,16 @@ def test_the_same_blob_from_two_threads_at_once(store, start):
 
 FULL_DISK = """
 import json, pathlib, resource, sys
-from hvpd_server._errors import to_status
-from hvpd_server._store import Store
-from hvpd import _codec
+from hvpd._wire import codec
+from hvpd_server.errors import to_status
+from hvpd_server.store.store import Store
 
 store = Store(pathlib.Path(sys.argv[1]))
 content = b"x" * int(sys.argv[2])
 files = lambda: sorted(str(path) for path in store.root.rglob("*"))
 
 def upload():
-    with store.upload(_codec.digest(content), len(content)) as uploading:
+    with store.upload(codec.digest(content), len(content)) as uploading:
         for offset in range(0, len(content), 1 << 16):
             uploading.append(offset, content[offset : offset + (1 << 16)])
         uploading.commit()
@@ -212,7 +216,9 @@ print(json.dumps({"code": status.code, "message": status.message, "unchanged": u
 
 @pytest.mark.parametrize("size_bytes", [2000, 1 << 20], ids=["fails when flushed", "fails when written"])
 def test_a_full_disk_stores_nothing_and_the_next_try_works(tmp_path, size_bytes):
-    """The operating system itself refuses to let a file grow (EFBIG), in a process of its own: the limit is the process's."""
+    """The operating system refuses to let a file grow (EFBIG). This runs in its own
+    process, because the limit is the process's.
+    """
     child = subprocess.run(
         [sys.executable, "-c", FULL_DISK, tmp_path / "store", str(size_bytes)],
         capture_output=True,
@@ -232,8 +238,10 @@ def test_a_full_disk_stores_nothing_and_the_next_try_works(tmp_path, size_bytes)
 
 
 @pytest.mark.parametrize("digest", ["{outside}", "../{name}", "../" * 21 + "a", "..", "", ".", "ab", "/"])
-def test_reading_what_is_no_digest_touches_no_file(tmp_path, store, digest):
-    """Digests come from clients: one that is a path must not lead out of the store, nor move what it finds there."""
+def test_reading_a_malformed_digest_touches_no_file(tmp_path, store, digest):
+    """Digests come from clients. A digest that is a path must not lead out of the
+    store, nor move files there.
+    """
     outside = tmp_path / "outside"
     outside.write_text("not the store's")
     before = files(tmp_path)
@@ -294,10 +302,16 @@ def test_near_names_are_suggested(store):
     assert unknown.value.metadata["near"].split(",")[0] == "digits/mlp"
 
 
+def test_an_error_shows_a_long_name_with_its_length(store):
+    with pytest.raises(ServiceError) as error:
+        store.objective("x" * 301)
+    assert f"no objective of name '{'x' * 300}'... (301 characters)" in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["", "x" * 500, "../names", OTHER, "\0"])
 def test_an_unknown_name_is_not_found(store, name):
     store.add_objective(DIGEST, "digits")
-    with pytest.raises(ServiceError, match="none of the stored names is near") as unknown:
+    with pytest.raises(ServiceError, match="no stored name is similar") as unknown:
         store.objective(name)
     assert unknown.value.code is Code.NOT_FOUND
 
@@ -307,7 +321,7 @@ def test_the_stored_bundle_is_parsed(store, upload):
     assert store.bundle(upload(store, bundle.SerializeToString())) == bundle
 
 
-# What was derived
+# Derivations
 
 
 DERIVATION = objective_pb2.Derivation(
@@ -326,7 +340,7 @@ DERIVATION = objective_pb2.Derivation(
 )
 
 
-def test_what_was_derived_is_kept_for_the_version_that_derived_it(tmp_path, store):
+def test_a_derivation_is_kept_for_the_version_that_made_it(tmp_path, store):
     store.add_derivation(DIGEST, "one", DERIVATION)
     assert store.derivation(DIGEST, "one") == DERIVATION
     assert store.derivation(DIGEST, "two") is None
@@ -357,7 +371,7 @@ def test_a_derivation_that_is_damaged_is_none(store, content):
     assert store.derivation(DIGEST, "one") == DERIVATION
 
 
-def test_what_was_derived_goes_with_the_objective(store):
+def test_a_derivation_is_removed_with_its_objective(store):
     store.add_objective(DIGEST, "a")
     store.add_derivation(DIGEST, "one", DERIVATION)
     store.add_derivation(OTHER, "one", DERIVATION)
@@ -437,7 +451,7 @@ def rows_tensor(store, upload, array=ROWS):
 @pytest.mark.parametrize("dtype", ["float64", "float32", "int8", "bool", "bfloat16"])
 @pytest.mark.parametrize("shape", [(100,), (100, 3), (100, 2, 5), (100, 0)])
 def test_a_tensor_is_read_by_rows_in_its_dtype(store, upload, dtype, shape):
-    array = np.random.default_rng(0).normal(size=shape).astype(_codec.dtype(dtype))
+    array = np.random.default_rng(0).normal(size=shape).astype(codec.dtype(dtype))
     rows = store.open_tensor(rows_tensor(store, upload, array))
     for start, stop in [(0, 100), (0, 1), (99, 100), (30, 70)]:
         found = rows[slice(start, stop)]
@@ -445,7 +459,7 @@ def test_a_tensor_is_read_by_rows_in_its_dtype(store, upload, dtype, shape):
         np.testing.assert_array_equal(found, array[start:stop])
 
 
-def test_what_is_read_by_rows_is_verified_once(store, upload, monkeypatch):
+def test_a_tensor_read_by_rows_is_verified_once(store, upload, monkeypatch):
     tensor, verified, verify = rows_tensor(store, upload), [], Store.verify
     monkeypatch.setattr(
         Store, "verify", lambda self, digest, **rest: verified.append(digest) or verify(self, digest, **rest)
@@ -495,7 +509,7 @@ def test_a_tensor_that_is_corrupt_is_set_aside_and_told_and_can_be_uploaded_agai
     np.testing.assert_array_equal(store.open_tensor(tensor)[slice(0, 100)], ROWS)
 
 
-def test_who_only_looks_leaves_a_corrupt_tensor_where_it_is(store, upload):
+def test_a_mere_look_leaves_a_corrupt_tensor_in_place(store, upload):
     tensor = rows_tensor(store, upload)
     blob_file(store, tensor.digest).write_bytes(b"!" + ROWS.tobytes()[1:])
     for _ in range(2):
@@ -532,7 +546,7 @@ def test_a_disk_that_cannot_be_read_is_told_with_its_own_words(store, upload, mo
     with pytest.raises(ServiceError, match=f"cannot be read from the server's disk: {os.strerror(5)}") as lost:
         rows[slice(0, 1)]
     assert (lost.value.code, lost.value.reason) == (Code.DATA_LOSS, "BLOB_CORRUPT")
-    assert store.has(tensor.digest)  # Its bytes are right, as far as anybody can read them.
+    assert store.has(tensor.digest)  # Its readable bytes are right.
 
 
 @pytest.mark.parametrize(
@@ -547,8 +561,8 @@ def test_a_tensor_of_another_size_than_its_file_is_refused(store, upload, dtype,
 
 
 @pytest.mark.parametrize("digest", ["/dev/zero", "{outside}", "../{name}", "..", "", DIGEST])
-def test_what_is_no_digest_of_a_blob_is_not_opened(tmp_path, store, digest):
-    """Not even to be hashed: there are files without end."""
+def test_a_tensor_with_a_malformed_digest_is_not_opened(tmp_path, store, digest):
+    """The store must not even hash it, because some files have no end."""
     outside = tmp_path / "outside"
     outside.write_text("not the store's")
     before = files(tmp_path)
@@ -559,23 +573,11 @@ def test_what_is_no_digest_of_a_blob_is_not_opened(tmp_path, store, digest):
     assert files(tmp_path) == before
 
 
-def test_of_compiled_programs_those_that_were_read_longest_ago_go(store):
-    for age, name in enumerate("abcde"):
-        path = store.cache / name
-        path.write_bytes(bytes(10))
-        os.utime(path, (1e9 - age, 1e9 - 100))
-    (store.cache / "directory").mkdir()
-    assert store.trim_cache(10_000_000) == 0
-    size = (store.cache / "directory").stat().st_size
-    assert store.trim_cache(25 + size) == 3
-    assert {path.name for path in store.cache.iterdir()} == {"a", "b", "directory"}
-
-
 # The index of objectives and names
 
 
 def test_a_look_up_reads_no_file(store, monkeypatch):
-    """However many names there are: they are read once, at the start."""
+    """Names are read once, at the start, so their number does not matter."""
     for index in range(20):
         store.add_objective(f"{index:064x}", f"team/{index}")
     read = []
@@ -591,7 +593,7 @@ def test_a_look_up_reads_no_file(store, monkeypatch):
     assert read == []
 
 
-def test_the_index_is_what_a_restart_reads_also_after_changes_from_many_threads(store, start, monkeypatch):
+def test_a_restart_reads_the_same_index_after_changes_from_many_threads(store, start, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     digests = [f"{index:064x}" for index in range(4)]
     stop = threading.Event()
@@ -639,7 +641,7 @@ def test_a_name_that_the_disk_does_not_take_is_not_in_the_index_either(store, mo
     def full(path, content):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(store, "_write", full)
+    monkeypatch.setattr(store, "keep", full)
     for digest, name in ((DIGEST, "new"), (OTHER, "kept")):
         with pytest.raises(OSError, match=os.strerror(28)):
             store.add_objective(digest, name)

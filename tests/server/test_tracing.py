@@ -1,13 +1,14 @@
-"""What becomes of a call's end in its span, and when there are spans at all."""
+"""The end of a call in its span, and the settings that ask for spans."""
 
 import logging
 
 import pytest
 
 from hvpd.v1 import curvature_pb2
-from hvpd_server import _requests, _tracing
-from hvpd_server._errors import Code, ServiceError
-from hvpd_server._requests import Request
+from hvpd_server.errors import Code, ServiceError
+from hvpd_server.telemetry import requests
+from hvpd_server.telemetry import tracing as _tracing
+from hvpd_server.telemetry.requests import Request
 
 pytest.importorskip("opentelemetry.sdk", reason="pip install 'hvpd[otel]'")
 
@@ -17,13 +18,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 
 PATH = "/hvpd.v1.ObjectiveService/CreateObjective"
-
-
-class Context:
-    hvpd_tenant = "vision"
-
-    def peer(self):
-        return "ipv4:10.0.0.1:5000"
 
 
 @pytest.fixture
@@ -40,11 +34,10 @@ def tracing(exporter):
 
 
 def ended(tracing, exporter, error, *, whole=False):
-    """The span of a call that ended so."""
-    request = Request(Context(), "3f2a", "CreateObjective")
-    request.objective = "o" * 10_000
+    """Return the span of a call that ended with an error, or without one."""
+    request = Request(id="3f2a", method="CreateObjective", owner="vision", objective="o" * 10_000)
     tracing.call(request, PATH, [("hvpd-protocol", "1"), ("traceparent", b"bytes")])
-    request.error = None if error is None else _requests.failed(request, error)
+    request.error = None if error is None else requests.failed(request, error)
     request.span.end(request, request.error, whole=whole)
     (span,) = exporter.get_finished_spans()
     return span
@@ -67,18 +60,18 @@ def test_faults_of_the_server_are_errors_and_others_are_not(code, tracing, expor
     assert span.attributes["hvpd.reason"] == "SOME_REASON"
 
 
-def test_what_nobody_expected_is_recorded(tracing, exporter):
+def test_an_unexpected_error_is_recorded(tracing, exporter):
     span = ended(tracing, exporter, ZeroDivisionError("by zero"))
     (event,) = span.events
     assert event.attributes["exception.type"] == "ZeroDivisionError"
     assert (span.attributes["error.type"], span.status.status_code) == ("INTERNAL", StatusCode.ERROR)
 
 
-def test_who_goes_away_is_cancelled(tracing, exporter):
+def test_a_call_whose_client_went_away_is_cancelled(tracing, exporter):
     assert ended(tracing, exporter, None).attributes["rpc.response.status_code"] == "CANCELLED"
 
 
-def test_nobody_wants_any():
+def test_no_spans_are_made_unless_they_are_asked_for():
     assert _tracing.start({}) is None
     assert _tracing.start({"OTEL_TRACES_EXPORTER": "none"}) is None
     assert _tracing.start({"OTEL_TRACES_EXPORTER": "console", "OTEL_SDK_DISABLED": "true"}) is None
@@ -107,7 +100,7 @@ def test_the_variables_of_the_specification_say_where_spans_go(environment, expo
     assert _tracing._exporters(environment) == exporters
 
 
-def test_an_exporter_that_is_not_there_is_said_with_what_to_install(caplog):
+def test_a_missing_exporter_is_logged_with_the_package_to_install(caplog):
     with caplog.at_level(logging.WARNING):
         assert _tracing.start({"OTEL_TRACES_EXPORTER": "zipkin"}) is None
     assert "no exporter zipkin of spans is installed" in caplog.text

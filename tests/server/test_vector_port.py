@@ -1,4 +1,7 @@
-"""The vector port by itself: real sockets, an engine that doubles, and whoever comes without a ticket, stops half way, or hangs up."""
+"""The vector port alone, with real sockets and an engine that doubles.
+
+Some clients have no ticket, stop half way, or hang up.
+"""
 
 import contextlib
 import itertools
@@ -13,20 +16,24 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from hvpd import _vectors
-from hvpd._vectors import ClosedError, Connection
+from hvpd._wire import vector_protocol
+from hvpd._wire.vector_protocol import CallerEnd, ClosedError
+from hvpd._wire.vector_socket import Connection, open_caller
 from hvpd.v1 import curvature_pb2, objective_pb2
-from hvpd_server import _buffers, _vector_port
-from hvpd_server._calls import Arrivals, Calls
-from hvpd_server._errors import Code, ServiceError
-from hvpd_server._gate import Gate
-from hvpd_server._metrics import Metrics
-from hvpd_server._products import Products
-from hvpd_server._streams import Streams
-from hvpd_server._vector_port import TICKET_SECONDS, Tickets, VectorPort
+from hvpd_server.errors import Code, ServiceError
+from hvpd_server.rpc import vector_connection
+from hvpd_server.rpc.call_limits import Arrivals, Calls
+from hvpd_server.rpc.gate import Gate
+from hvpd_server.rpc.products import Products
+from hvpd_server.rpc.streams import Streams
+from hvpd_server.rpc.tickets import TICKET_SECONDS, Tickets
+from hvpd_server.rpc.vector_port import VectorPort
+from hvpd_server.scheduling import blocks
+from hvpd_server.telemetry.metrics import Metrics
+from tests.support.waiting import until
 
 N = 3
-BIG = 1 << 20  # Elements: 8 MiB of float64.
+BIG = 1 << 20  # Number of elements: 8 MiB of float64.
 
 
 class Objective:
@@ -44,16 +51,18 @@ class Point:
 
 
 class Engine:
-    """Doubles, and notes for whom; refuses what begins with a negative number."""
+    """An engine that doubles, and notes the tenant. It refuses vectors that begin with
+    a negative number.
+    """
 
     busy = False
 
     def __init__(self):
         self.asked = []
-        self.settled = 0
+        self.ended = 0
 
-    def settle(self):
-        self.settled += 1
+    def record_deferred(self):
+        self.ended += 1
 
     def resident(self, spec, tenant):
         if spec.point_id == "nowhere":
@@ -87,7 +96,9 @@ def streams():
 
 @pytest.fixture
 def opened(engine, metrics, streams):
-    """Opens ports; each has ended when the test ends, with all that came in."""
+    """Yield a function that opens ports. Each port has ended when the test ends, and so
+    have its connections.
+    """
     ports = []
 
     def start(**settings):
@@ -112,20 +123,19 @@ def port(opened):
 
 @contextlib.contextmanager
 def connected(port):
+    """Yield a socket whose greeting has come, and is not read yet."""
     with socket.create_connection(("127.0.0.1", port.port), 30) as sock:
-        connection = Connection(sock, 30)
-        assert connection.receive(_vectors.OPENING_BYTES) == _vectors.MAGIC + port.greeting
-        yield connection
+        until(lambda: len(sock.recv(vector_protocol.OPENING_BYTES, socket.MSG_PEEK)) == vector_protocol.OPENING_BYTES)
+        yield sock
 
 
 class Caller:
-    """Somebody with a ticket."""
+    """A client with a ticket."""
 
-    def __init__(self, connection, ticket):
-        self.connection = connection
-        connection.send(_vectors.MAGIC + ticket.id)
-        assert connection.receive(_vectors.PROOF_BYTES) == ticket.server_proof
-        connection.send(ticket.client_proof)
+    def __init__(self, sock, port, ticket):
+        end = CallerEnd(port.greeting, ticket.id, ticket.server_proof, ticket.client_proof)
+        self.connection = Connection(sock, end, 30)
+        open_caller(self.connection)
 
     def send(self, vectors, *, timeout_ns=0, announced=None, **spec):
         message = curvature_pb2.ProductSpec(
@@ -133,35 +143,36 @@ class Caller:
         ).SerializeToString()
         payload = vectors.tobytes()
         size = len(payload) if announced is None else announced
-        self.connection.send(_vectors.REQUEST.pack(len(message), 0, size, timeout_ns) + message, payload)
+        self.connection.send(vector_protocol.request(message, size, timeout_ns), payload)
 
     def receive(self, shape=(1, N)):
-        size, kind, count = _vectors.RESPONSE.unpack(self.connection.receive(_vectors.RESPONSE.size))
-        message = bytes(self.connection.receive(size))
-        if kind == _vectors.FAILED:
-            assert count == 0
-            return status_pb2.Status.FromString(message)
+        response = self.connection.next_event()
+        if response.failed:
+            self.connection.skip()
+            return status_pb2.Status.FromString(response.message)
         found = np.empty(shape)
-        assert count == found.nbytes
         self.connection.receive_into(found.reshape(-1).view("uint8").data)
-        return curvature_pb2.ProductInfo.FromString(message), found
+        return curvature_pb2.ProductInfo.FromString(response.message), found
 
 
 @contextlib.contextmanager
 def calling(port, caller=None):
-    with connected(port) as connection:
-        yield Caller(connection, port.tickets.new(caller, "tenant", "ipv4:10.0.0.1:5000", "request"))
-
-
-def until(condition):
-    ends = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < ends
+    with connected(port) as sock:
+        yield Caller(sock, port, port.tickets.new(caller, "tenant", "ipv4:10.0.0.1:5000", "request"))
 
 
 def ends(connection):
     with pytest.raises((ClosedError, ConnectionError)):
         connection.wait()
+
+
+def hears_nothing(sock):
+    """The server ends the connection, and says nothing more than its greeting."""
+    said = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := sock.recv(1000):
+            said += piece
+    assert len(said) <= vector_protocol.OPENING_BYTES
 
 
 def reason(status):
@@ -186,7 +197,7 @@ def test_products_come_back_one_after_the_other(port, engine):
         ("tenant", 7),
         ("tenant", -100),
     ]
-    until(lambda: engine.settled == 3)
+    until(lambda: engine.ended == 3)
 
 
 def test_large_ones_do_too(port):
@@ -201,10 +212,10 @@ def test_large_ones_do_too(port):
 
 @pytest.mark.parametrize("block", [0, 1])
 def test_a_vector_is_computed_where_it_was_received(port, engine, monkeypatch, block):
-    """No copy lies between the socket's and the device's: what XLA is given is aligned as it wants it."""
+    """The device gets the memory that the socket filled, aligned as XLA wants it."""
     received, given = [], []
-    empty, multiply = _buffers.empty, engine.multiply
-    monkeypatch.setattr(_buffers, "empty", lambda *args: received.append(empty(*args)) or received[-1])
+    empty, multiply = blocks.empty, engine.multiply
+    monkeypatch.setattr(blocks, "empty", lambda *args: received.append(empty(*args)) or received[-1])
     monkeypatch.setattr(engine, "multiply", lambda *args, **rest: given.append(args[2]) or multiply(*args, **rest))
     with calling(port) as caller:
         vectors = np.ones((1, Objective.sizes[block]))
@@ -214,7 +225,7 @@ def test_a_vector_is_computed_where_it_was_received(port, engine, monkeypatch, b
         sending.join()
     (room,), (array,) = received, given
     assert np.shares_memory(room, array)
-    assert array.ctypes.data % _buffers.ALIGNMENT == 0
+    assert array.ctypes.data % blocks.ALIGNMENT == 0
 
 
 def test_a_quadratic_form_is_numbers(port):
@@ -243,7 +254,7 @@ def test_the_time_that_a_caller_has_is_a_deadline(port, engine):
     assert never == float("inf")
 
 
-# What is refused, and what goes on
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -267,7 +278,7 @@ def test_a_product_that_cannot_be_is_refused_and_the_next_one_is_made(port, engi
     assert len(engine.asked) == 1
 
 
-def test_what_the_engine_refuses_says_when_to_come_back_and_which_it_was(port, metrics):
+def test_a_refusal_has_the_time_of_a_retry_and_the_request_id(port, metrics):
     with calling(port) as caller:
         caller.send(np.ones((1, N)))
         caller.receive()
@@ -291,7 +302,7 @@ def samples(metrics, name):
 
 def test_bytes_that_are_no_spec_are_refused_and_the_next_product_is_made(port):
     with calling(port) as caller:
-        caller.connection.send(_vectors.REQUEST.pack(5, 0, 100, 0) + b"\xff" * 5, bytes(100))
+        caller.connection.send(vector_protocol.request(b"\xff" * 5, 100, 0), bytes(100))
         assert reason(caller.receive()) == "MALFORMED_MESSAGE"
         caller.send(np.ones((1, N)))
         np.testing.assert_array_equal(caller.receive()[1], np.full((1, N), 2.0))
@@ -304,29 +315,29 @@ def test_a_size_that_cannot_be_is_refused_before_it_has_come(port, size):
         assert reason(caller.receive()) == "SIZE_MISMATCH"
 
 
-def test_what_is_to_be_0_is_0(port, engine):
+def test_the_reserved_field_must_be_0(port, engine):
     with calling(port) as caller:
         message = curvature_pb2.ProductSpec(operator=curvature_pb2.OPERATOR_HESSIAN, k=1).SerializeToString()
-        caller.connection.send(_vectors.REQUEST.pack(len(message), 1, 8 * N, 0) + message, bytes(8 * N))
+        caller.connection.send(vector_protocol.REQUEST.pack(len(message), 1, 8 * N, 0) + message, bytes(8 * N))
         ends(caller.connection)
     assert not engine.asked
 
 
 def test_a_spec_of_any_size_is_not_waited_for(port):
     with calling(port) as caller:
-        caller.connection.send(_vectors.REQUEST.pack(_vectors.SPEC_BYTES + 1, 0, 0, 0))
+        caller.connection.send(vector_protocol.REQUEST.pack(vector_protocol.SPEC_BYTES + 1, 0, 0, 0))
         ends(caller.connection)
 
 
 def test_arrivals_are_counted_while_they_last(opened):
-    """Of one who has nothing else there any size is taken; of a second one that is too much it is refused."""
+    """The first product may have any size. The second is refused if it is too much."""
     arrivals = Arrivals(BIG)
     port = opened(arrivals=arrivals)
     block = np.ones((1, BIG))
     with calling(port) as caller, calling(port) as other:
         half = memoryview(block.tobytes())[: 4 * BIG]
         message = curvature_pb2.ProductSpec(operator=curvature_pb2.OPERATOR_HESSIAN, k=1, block=1).SerializeToString()
-        caller.connection.send(_vectors.REQUEST.pack(len(message), 0, block.nbytes, 0) + message, half)
+        caller.connection.send(vector_protocol.request(message, block.nbytes, 0), half)
         until(lambda: arrivals.held().get("tenant"))
         sending = threading.Thread(target=other.send, args=(block,), kwargs={"block": 1})
         sending.start()
@@ -341,11 +352,13 @@ def test_arrivals_are_counted_while_they_last(opened):
         until(lambda: not arrivals.held())
 
 
-# Who hangs up, stops, or does not read
+# Clients that hang up, stop, or do not read
 
 
 class Waiting(Engine):
-    """Multiplies when it is told to, or never, where the product is cancelled."""
+    """An engine that multiplies when the test says so, or never if the product is
+    cancelled.
+    """
 
     def __init__(self):
         super().__init__()
@@ -385,7 +398,7 @@ def patient(opened, waiting, metrics):
     return opened(engine=waiting, products=Products(waiting, metrics, None))
 
 
-def test_a_product_whose_caller_hangs_up_is_cancelled(patient, waiting):
+def test_a_product_is_cancelled_when_its_client_hangs_up(patient, waiting):
     with calling(patient) as caller:
         caller.send(np.ones((1, N)))
         assert waiting.began.acquire(timeout=30)
@@ -393,7 +406,7 @@ def test_a_product_whose_caller_hangs_up_is_cancelled(patient, waiting):
     until(lambda: waiting.cancelled == 1)
 
 
-def test_all_of_one_who_dies_are_all_cancelled(opened, waiting, metrics, streams):
+def test_all_products_of_a_client_that_dies_are_cancelled(opened, waiting, metrics, streams):
     port = opened(engine=waiting, products=Products(waiting, metrics, None), streams=Streams(200))
     with contextlib.ExitStack() as stack:
         for _ in range(64):
@@ -404,11 +417,11 @@ def test_all_of_one_who_dies_are_all_cancelled(opened, waiting, metrics, streams
     until(lambda: waiting.cancelled == 64)
 
 
-def test_a_product_that_nobody_takes_any_more_is_a_request_all_the_same(patient, waiting, metrics):
+def test_a_product_whose_answer_is_not_taken_is_still_a_request(patient, waiting, metrics):
     with calling(patient) as caller:
         caller.send(np.ones((1, N)))
         assert waiting.began.acquire(timeout=30)
-        # What is closed so is reset at once: the answer cannot leave.
+        # Such a close resets the connection at once, so the answer cannot leave.
         caller.connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     waiting.go_on()
     until(lambda: not patient._open)
@@ -424,15 +437,15 @@ def test_a_product_that_was_answered_is_not_cancelled_any_more(patient, waiting)
     assert not waiting.cancelled
 
 
-def test_who_stops_in_the_middle_of_a_product_is_ended(opened, engine):
+def test_a_connection_that_stops_within_a_product_is_ended(opened, engine):
     port = opened(stalled_seconds=0.1)
     with calling(port) as caller:
-        caller.connection.send(_vectors.REQUEST.pack(0, 0, 100, 0)[:7])
+        caller.connection.send(vector_protocol.request(b"", 100, 0)[:7])
         ends(caller.connection)
     assert not engine.asked
 
 
-def test_who_does_not_read_is_ended_and_keeps_nobody_waiting(opened):
+def test_a_connection_that_does_not_read_is_ended_and_delays_no_other(opened):
     port = opened(stalled_seconds=0.2)
     with calling(port) as deaf, calling(port) as other:
         deaf.connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -444,8 +457,8 @@ def test_who_does_not_read_is_ended_and_keeps_nobody_waiting(opened):
         other.receive()
 
 
-def test_who_has_nothing_to_ask_may_stay(opened):
-    """The time is for what has begun."""
+def test_an_idle_connection_may_stay(opened):
+    """The time limit is for a product that has begun."""
     port = opened(stalled_seconds=0.01)
     with calling(port) as caller:
         for _ in range(3):
@@ -455,9 +468,9 @@ def test_who_has_nothing_to_ask_may_stay(opened):
 
 
 def test_nothing_of_a_product_is_kept_when_it_is_answered(port, engine, monkeypatch):
-    """A large one would take its memory a second time while the next one comes."""
+    """Otherwise a large product would hold its memory while the next one comes."""
     made = []
-    empty, multiply = _buffers.empty, engine.multiply
+    empty, multiply = blocks.empty, engine.multiply
 
     def tracked(shape, dtype):
         array = empty(shape, dtype)
@@ -469,7 +482,7 @@ def test_nothing_of_a_product_is_kept_when_it_is_answered(port, engine, monkeypa
         made.append(weakref.ref(product))
         return product, info
 
-    monkeypatch.setattr(_buffers, "empty", tracked)
+    monkeypatch.setattr(blocks, "empty", tracked)
     monkeypatch.setattr(engine, "multiply", noted)
     with calling(port) as caller:
         for _ in range(3):
@@ -485,7 +498,7 @@ def test_the_memory_of_a_small_product_is_the_next_ones_when_its_answer_has_left
     def noted(point, program, vectors, **settings):
         lay.append(vectors.ctypes.data)
         product, info = multiply(point, program, vectors, **settings)
-        return (vectors if len(lay) == 2 else product), info  # XLA, too, may give back what it was given, as it lies.
+        return (vectors if len(lay) == 2 else product), info  # XLA, too, may return its input as it lies.
 
     monkeypatch.setattr(engine, "multiply", noted)
     with calling(port) as caller, calling(port) as other:
@@ -494,7 +507,7 @@ def test_the_memory_of_a_small_product_is_the_next_ones_when_its_answer_has_left
             np.testing.assert_array_equal(caller.receive()[1], np.full((1, N), factor * value))
         other.send(np.ones((1, N)))
         other.receive()
-        caller.send(-np.ones((1, N)))  # It is refused: nobody knows who still has its vectors.
+        caller.send(-np.ones((1, N)))  # It is refused, and its vectors may still be in use.
         assert caller.receive().code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
         caller.send(np.ones((2, N)))
         np.testing.assert_array_equal(caller.receive((2, N))[1], np.full((2, N), 2))
@@ -508,11 +521,11 @@ def test_the_memory_of_a_small_product_is_the_next_ones_when_its_answer_has_left
 
 @pytest.fixture
 def looks(monkeypatch):
-    """How often a connection was looked at by somebody who stays awake, which is for half a minute here."""
+    """Return how often connections were polled. A poll lasts half a minute here."""
     count = itertools.count()
     readable = Connection.readable.fget
     monkeypatch.setattr(Connection, "readable", property(lambda self: (next(count), readable(self))[1]))
-    monkeypatch.setattr(_vector_port, "_AWAKE_SECONDS", 30.0)
+    monkeypatch.setattr(vector_connection, "_SPIN_SECONDS", 30.0)
     return lambda: int(repr(count)[len("count(") : -1])
 
 
@@ -521,9 +534,9 @@ def asked(caller):
     np.testing.assert_array_equal(caller.receive()[1], np.full((1, N), 2))
 
 
-def test_the_next_product_of_a_lone_caller_who_is_quick_is_awaited_awake(port, looks):
+def test_the_next_product_of_a_quick_lone_client_is_polled_for(port, looks):
     with calling(port) as caller:
-        for _ in range(2):  # Quick, as is seen with the second.
+        for _ in range(2):  # It is quick, as the second product shows.
             asked(caller)
         until(looks)
         asked(caller)
@@ -531,15 +544,15 @@ def test_the_next_product_of_a_lone_caller_who_is_quick_is_awaited_awake(port, l
         until(lambda: looks() > seen)
 
 
-def test_of_one_who_is_slow_it_is_not(port, looks, monkeypatch):
-    monkeypatch.setattr(_vector_port, "_AWAKE_SECONDS", 0.0)
+def test_the_next_product_of_a_slow_client_is_not_polled_for(port, looks, monkeypatch):
+    monkeypatch.setattr(vector_connection, "_SPIN_SECONDS", 0.0)
     with calling(port) as caller:
         for _ in range(5):
             asked(caller)
     assert not looks()
 
 
-def test_nobody_stays_awake_beside_the_products_of_others(port, engine, looks):
+def test_a_connection_does_not_poll_while_the_engine_is_busy(port, engine, looks):
     engine.busy = True
     with calling(port) as caller:
         for _ in range(5):
@@ -547,16 +560,16 @@ def test_nobody_stays_awake_beside_the_products_of_others(port, engine, looks):
     assert not looks()
 
 
-def test_what_was_sent_ahead_is_not_looked_for(port, looks):
+def test_products_that_were_sent_ahead_are_not_polled_for(port, looks):
     with calling(port) as caller:
         for _ in range(20):
             caller.send(np.ones((1, N)))
         for _ in range(20):
             caller.receive()
-        until(looks)  # Now there is nothing.
+        until(looks)  # Now nothing comes.
 
 
-def test_nobody_stays_awake_while_somebody_else_asks(port, looks):
+def test_a_connection_does_not_poll_while_another_client_asks(port, looks):
     with calling(port) as caller, calling(port) as other:
         asked(caller)
         asked(caller)
@@ -569,17 +582,16 @@ def test_nobody_stays_awake_while_somebody_else_asks(port, looks):
         assert looks() <= seen + 1  # One look may have been under way.
 
 
-def test_a_drain_ends_who_is_awaited_awake(port, looks, streams):
+def test_a_drain_ends_a_connection_that_polls(port, looks, streams):
     with calling(port) as caller:
         asked(caller)
         asked(caller)
         until(looks)
         streams.drain()
-        with pytest.raises(ClosedError):
-            caller.connection.receive(1)
+        ends(caller.connection)
 
 
-# Who is let in
+# Admission
 
 
 @pytest.mark.parametrize(
@@ -588,34 +600,36 @@ def test_a_drain_ends_who_is_awaited_awake(port, looks, streams):
         b"",
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        _vectors.MAGIC + bytes(_vectors.PROOF_BYTES),
+        vector_protocol.MAGIC + bytes(vector_protocol.PROOF_BYTES),
         b"\x16\x03\x01\x02\x00\x01" + bytes(100),
         bytes(10_000),
     ],
 )
-def test_who_has_no_ticket_is_told_nothing(port, opening):
+def test_a_connection_without_a_ticket_is_told_nothing(port, opening):
     with connected(port) as connection:
         connection.send(opening)
-        connection.socket.shutdown(socket.SHUT_WR)
-        ends(connection)
+        connection.shutdown(socket.SHUT_WR)
+        hears_nothing(connection)
 
 
 def test_a_ticket_is_good_once(port):
     ticket = port.tickets.new(None, "tenant", "peer", "request")
     with connected(port) as connection:
-        Caller(connection, ticket)
+        Caller(connection, port, ticket)
     with connected(port) as connection:
-        connection.send(_vectors.MAGIC + ticket.id)
-        ends(connection)
+        connection.send(vector_protocol.MAGIC + ticket.id)
+        hears_nothing(connection)
 
 
-def test_who_knows_the_id_of_a_ticket_and_not_its_proof_is_not_served(port, engine):
+def test_the_id_of_a_ticket_is_of_no_use_without_its_proof(port, engine):
     ticket = port.tickets.new(None, "tenant", "peer", "request")
     with connected(port) as connection:
-        connection.send(_vectors.MAGIC + ticket.id)
-        connection.receive(_vectors.PROOF_BYTES)
-        connection.send(bytes(_vectors.PROOF_BYTES))
-        ends(connection)
+        connection.send(vector_protocol.MAGIC + ticket.id)
+        with connection.makefile("rb") as said:
+            assert said.read(vector_protocol.OPENING_BYTES) == vector_protocol.MAGIC + port.greeting
+            assert said.read(vector_protocol.PROOF_BYTES) == ticket.server_proof
+        connection.send(bytes(vector_protocol.PROOF_BYTES))
+        hears_nothing(connection)
     assert not engine.asked
 
 
@@ -629,7 +643,7 @@ def test_tickets_expire():
     assert tickets.use(late.id) is None
 
 
-def test_nobody_can_have_tickets_without_end_or_take_those_of_others():
+def test_tickets_of_a_tenant_are_bounded_and_others_keep_theirs():
     tickets = Tickets()
     others = tickets.new(None, "other", "peer", "request")
     drawn = [tickets.new(None, "tenant", "peer", "request") for _ in range(100)]
@@ -639,7 +653,7 @@ def test_nobody_can_have_tickets_without_end_or_take_those_of_others():
     assert tickets.use(others.id) is others
 
 
-def test_all_tenants_together_have_so_many_tickets_and_those_that_expired_go_first():
+def test_tickets_of_all_tenants_are_bounded_and_expired_ones_go_first():
     now = [0.0]
     tickets = Tickets(lambda: now[0])
     old = [tickets.new(None, f"old {index}", "peer", "request") for index in range(3000)]
@@ -653,14 +667,14 @@ def test_all_tenants_together_have_so_many_tickets_and_those_that_expired_go_fir
     assert tickets.use(new[0].id) is new[0]
 
 
-def test_those_who_open_and_say_nothing_are_ended_for_those_who_come(port):
+def test_silent_connections_are_ended_for_new_ones(port):
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(connected(port)) for _ in range(100)]
         with calling(port) as caller:
             caller.send(np.ones((1, N)))
             caller.receive()
         for each in silent[:30]:
-            ends(each)
+            hears_nothing(each)
         assert len(port._opening) <= 64
 
 
@@ -668,8 +682,8 @@ def test_connections_count_as_calls(opened, streams):
     port = opened(gate=Gate(None, Calls(1)))
     with calling(port) as caller:
         with connected(port) as connection:
-            connection.send(_vectors.MAGIC + port.tickets.new(None, "tenant", "peer", "request").id)
-            ends(connection)
+            connection.send(vector_protocol.MAGIC + port.tickets.new(None, "tenant", "peer", "request").id)
+            hears_nothing(connection)
         caller.send(np.ones((1, N)))
         caller.receive()
         assert streams.count == 1
@@ -694,7 +708,7 @@ def test_of_too_many_the_one_that_is_idle_goes(opened):
 
 
 class Token:
-    """A caller whose token can be taken away."""
+    """The token of a call, which can be revoked."""
 
     right = "use"
 
@@ -707,7 +721,7 @@ class Token:
             raise ServiceError(Code.UNAUTHENTICATED, "TOKEN_REVOKED", "it was revoked")
 
 
-def test_who_loses_the_token_gets_no_more_products(port, engine):
+def test_a_revoked_token_gets_no_more_products(port, engine):
     token = Token()
     with calling(port, token) as caller:
         caller.send(np.ones((1, N)))
@@ -716,8 +730,8 @@ def test_who_loses_the_token_gets_no_more_products(port, engine):
         caller.send(np.ones((1, N)))
         assert reason(caller.receive()) == "TOKEN_REVOKED"
         with connected(port) as connection:
-            connection.send(_vectors.MAGIC + port.tickets.new(token, "tenant", "peer", "request").id)
-            ends(connection)
+            connection.send(vector_protocol.MAGIC + port.tickets.new(token, "tenant", "peer", "request").id)
+            hears_nothing(connection)
     assert len(engine.asked) == 1
 
 
@@ -732,7 +746,7 @@ def listens(port):
         return False
 
 
-def test_a_drain_ends_who_is_idle_and_waits_for_who_is_not(patient, waiting, streams, start):
+def test_a_drain_ends_idle_connections_and_waits_for_busy_ones(patient, waiting, streams, start):
     with calling(patient) as idle, calling(patient) as busy:
         busy.send(np.ones((1, N)))
         assert waiting.began.acquire(timeout=30)
@@ -747,15 +761,15 @@ def test_a_drain_ends_who_is_idle_and_waits_for_who_is_not(patient, waiting, str
         stopped.result(30)
 
 
-def test_who_comes_while_it_drains_is_sent_away(port, streams, start):
-    """With a ticket that was made before, and already connected."""
+def test_a_connection_that_comes_during_a_drain_is_ended(port, streams, start):
+    """The connection has an earlier ticket, and is already connected."""
     with connected(port) as connection:
         until(lambda: port._opening)
         ticket = port.tickets.new(None, "tenant", "peer", "request")
         streams.drain()
         with contextlib.suppress(OSError):
-            Caller(connection, ticket)
-        ends(connection)
+            Caller(connection, port, ticket)
+        hears_nothing(connection)
     start(port.stop, 30).result(10)
 
 

@@ -1,19 +1,23 @@
-"""Writes curvlinops.json: the curvature matrices of a few small networks, as curvlinops computes them on PyTorch.
+"""Writes curvlinops.json: the curvature matrices of a few small networks, as curvlinops
+computes them on PyTorch.
 
-curvlinops (https://github.com/f-dangel/curvlinops) shares no code with hvpd and differentiates with another framework. The suite
-compares with its matrices (tests/e2e/test_curvlinops.py) without needing PyTorch: only this script does. In an environment of its
-own:
+curvlinops (https://github.com/f-dangel/curvlinops) shares no code with hvpd and
+differentiates with another framework. The suite compares with its matrices
+(tests/e2e/test_curvlinops.py) without needing PyTorch: only this script does. In an
+environment of its own:
 
     python3.11 -m venv /tmp/curvlinops
     /tmp/curvlinops/bin/pip install torch==2.13.0
     /tmp/curvlinops/bin/pip install torch==2.13.0 curvlinops-for-pytorch==3.0.1
     /tmp/curvlinops/bin/python tests/truth/curvlinops_values.py
 
-All is float64. Rows and columns of the matrices are in PyTorch's order of parameters: layer by layer, the weight [out, in] row-major,
-then the bias. As the matrices are symmetric, the file has their lower triangles, row by row. Numbers are written such that they are
-read back exactly. What each matrix is, `matrices` says.
+All is float64. Rows and columns of the matrices are in PyTorch's order of parameters:
+layer by layer, the weight [out, in] row-major, then the bias. As the matrices are
+symmetric, the file has their lower triangles, row by row. Numbers are written such that
+they are read back exactly. `matrices` says what each matrix is.
 
-CASES and `problem` need no PyTorch: the suite checks with them that the file is of these networks.
+CASES and `problem` need no PyTorch. The suite checks with them that the file has
+these networks.
 """
 
 import dataclasses
@@ -24,7 +28,7 @@ from typing import Any
 
 PATH = Path(__file__).with_name("curvlinops.json")
 DAMPING = 0.1
-"""What is added to K-FAC before it is inverted."""
+"""Damping that is added to K-FAC before it is inverted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,18 +36,24 @@ class Case:
     """A network of dense layers and its loss."""
 
     widths: tuple[int, ...]
-    """Of the input, and of each layer's output."""
+    """Widths of the input, and of each layer's output."""
     rows: int
     loss: str
-    """"cross_entropy", with labels; or "squared_error", with targets of the output's shape."""
+    """"cross_entropy", with labels; or "squared_error", with targets of the output's
+    shape.
+    """
     reduction: str = "mean"
-    """As PyTorch's losses take it: the mean of a squared error is over rows and outputs."""
+    """The reduction of PyTorch's losses. The mean of a squared error is over rows and
+    outputs.
+    """
     activation: str = "tanh"
-    """After each layer but the last; or "identity"."""
+    """The activation after each layer but the last; or "identity"."""
     biases: tuple[bool, ...] = (True, True)
-    """Which layers have one."""
+    """Whether each layer has a bias."""
     positions: int | None = None
-    """A row is so many vectors, which share the first layer; its activations are averaged over them."""
+    """Number of vectors in a row. They share the first layer, whose activations are
+    averaged over them.
+    """
 
 
 CASES = {
@@ -55,13 +65,18 @@ CASES = {
     "regression_sum": Case((2, 3, 3), 4, "squared_error", reduction="sum"),
     "deep_linear": Case((3, 2, 2, 3), 5, "squared_error", activation="identity", biases=(True, False, True)),
 }
-"""Rows and outputs differ in number, and means of squares have no 2 outputs: no factor can pass for another one, or cancel it."""
+"""Rows and outputs differ in number, and means of squares do not have 2 outputs. So no
+factor can be taken for another, or cancel it.
+"""
 
 
 def problem(name: str) -> dict[str, Any]:
-    """Parameters, inputs and targets of a case, as nested lists of multiples of 1/32: the same everywhere."""
+    """Return a case's parameters, inputs and targets as nested lists of multiples of
+    1/32, the same everywhere.
+    """
     case = CASES[name]
-    # random() of a seed is the same in all versions of Python, which is not promised of its other methods.
+    # random() of a seed is the same in all versions of Python. Its other methods
+    # promise less.
     draws = random.Random(name)
 
     def array(*shape: int) -> Any:
@@ -83,7 +98,7 @@ def problem(name: str) -> dict[str, Any]:
 
 
 def network(case: Case, parameters: Any) -> Any:
-    """The torch.nn.Module of a case."""
+    """Return a case's torch.nn.Module."""
     import torch
 
     class Average(torch.nn.Module):
@@ -105,12 +120,13 @@ def network(case: Case, parameters: Any) -> Any:
 
 
 def matrices(case: Case, model: Any, X: Any, y: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The matrices of a case by name, and the Kronecker factors of its layers.
+    """Return a case's matrices by name, and the Kronecker factors of its layers.
 
     hessian, ggn, empirical_fisher: curvlinops' operators of these names.
     fisher: of the model's own distribution, exactly: see `fisher`.
-    kfac: K-FAC of type 2 (the loss's exact Hessian in the model's output), expanding, weight and bias of a layer jointly.
-    kfac_inverse: of kfac + DAMPING I, by the eigenvectors of the factors.
+    kfac: K-FAC of type 2 (the loss's exact Hessian in the model's output), expanding,
+    weight and bias of a layer jointly. kfac_inverse: of kfac + DAMPING I, by the
+    eigenvectors of the factors.
     """
     import curvlinops
     import torch
@@ -130,7 +146,8 @@ def matrices(case: Case, model: Any, X: Any, y: Any) -> tuple[dict[str, Any], li
     }
     found = {name: dense(operator) for name, operator in operators.items()}
     found["fisher"] = fisher(case, model, X)
-    # The scale of the expectation is that of curvlinops' estimate: its error is about 1/100 here.
+    # The scale of the expectation is that of curvlinops' estimate: its error is about
+    # 1/100 here.
     sampled = dense(curvlinops.FisherMCLinearOperator(*arguments, mc_samples=20000))
     assert torch.linalg.norm(sampled - found["fisher"]) < 0.05 * torch.linalg.norm(sampled)
     state = kfac.state_dict()
@@ -143,7 +160,7 @@ def matrices(case: Case, model: Any, X: Any, y: Any) -> tuple[dict[str, Any], li
 
 
 def losses(reduction: str) -> dict[str, Any]:
-    """PyTorch's losses by the names of ours."""
+    """Return PyTorch's losses by hvpd's names."""
     import torch
 
     return {
@@ -153,12 +170,15 @@ def losses(reduction: str) -> dict[str, Any]:
 
 
 def fisher(case: Case, model: Any, X: Any) -> Any:
-    """The expectation of curvlinops' empirical Fisher matrix over targets from the distribution that it takes the model's to be.
+    """Return the expectation of curvlinops' empirical Fisher matrix over targets from
+    its distribution of the model.
 
-    curvlinops itself only estimates this (FisherMCLinearOperator). Labels can be summed over. Of a normal distribution of C outputs
-    the gradients are linear in the target, so that the 2C targets at z +- sqrt(C) times a standard deviation along each axis
-    have the same second moments. That deviation is sqrt(1/2): MSELoss is no half of a square (`make_grad_output_sampler` in
-    curvlinops/fisher.py), and c = 1 / (rows C) for its mean (`reduction_factor` in `make_batch_fmc_matrix_product`, there).
+    curvlinops itself only estimates this (FisherMCLinearOperator). Labels can be summed
+    over. For a normal distribution of C outputs the gradients are linear in the target,
+    so that the 2C targets at z +- sqrt(C) times a standard deviation along each axis
+    have the same second moments. That deviation is sqrt(1/2): MSELoss is no half of a
+    square (`make_grad_output_sampler` in curvlinops/fisher.py), and c = 1 / (rows C)
+    for its mean (`reduction_factor` in `make_batch_fmc_matrix_product`, there).
     """
     import curvlinops
     import torch
@@ -182,7 +202,7 @@ def fisher(case: Case, model: Any, X: Any) -> Any:
 
 
 def dense(operator: Any) -> Any:
-    """The matrix of an operator, made exactly symmetric."""
+    """Return an operator's matrix, made exactly symmetric."""
     import torch
 
     matrix = (operator @ torch.eye(operator.shape[0], dtype=torch.float64)).detach()
@@ -191,7 +211,7 @@ def dense(operator: Any) -> Any:
 
 
 def main() -> None:
-    """Computes all and writes the file."""
+    """Compute all matrices and write the file."""
     from importlib.metadata import version
 
     import torch
@@ -209,7 +229,7 @@ def main() -> None:
         cases[name] = dataclasses.asdict(case) | arrays | {"value": value, "matrices": triangles, "factors": factors}
     packages = ("torch", "curvlinops-for-pytorch")
     content = {"versions": {name: version(name) for name in packages}, "damping": DAMPING, "cases": cases}
-    # Without the indentation of what lies deep, the file has a third of the size.
+    # Without the indentation of deep levels, the file has a third of the size.
     lines = [f'"{key}": {json.dumps(content[key])}' for key in ("versions", "damping")]
     lines.append('"cases": {\n' + ",\n".join(f'"{name}": {json.dumps(case)}' for name, case in cases.items()) + "\n}")
     PATH.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -1,6 +1,8 @@
-"""Writes tensorflow.json beside this file: objectives that TensorFlow compiled to StableHLO, and its own derivatives of them.
+"""Writes tensorflow.json beside this file: objectives that TensorFlow compiled to
+StableHLO, and its own derivatives of them.
 
-`python tests/truth/tensorflow_values.py` in an environment with tensorflow 2.21; tests/e2e/test_stablehlo.py reads the file.
+`python tests/truth/tensorflow_values.py` in an environment with tensorflow 2.21;
+tests/e2e/test_stablehlo.py reads the file.
 """
 
 import base64
@@ -61,7 +63,9 @@ def normalized(w, X, y):
 
 
 def stopped(w, X, y):
-    """tf.nn.moments stops the gradient at the mean: StableHLO loses that, and with it TensorFlow's second derivative."""
+    """Return a loss with tf.nn.moments, which stops the gradient at the mean. StableHLO
+    loses that, and TensorFlow's second derivative with it.
+    """
     _, variance = tf.nn.moments(X * w, axes=[1])
     return tf.reduce_sum(variance * y)
 
@@ -80,7 +84,9 @@ CASES = {
 
 
 def case(fun, n, data):
-    """The module, where to look at it, and TensorFlow's value, gradient and Hessian there."""
+    """Return the module, its point, and TensorFlow's value, gradient and Hessian
+    there.
+    """
     x = RNG.normal(size=n) / 2
     w, arrays = tf.constant(x), [tf.constant(array) for array in data]
     compiled = tf.function(fun, jit_compile=True)

@@ -1,1 +1,1 @@
-"""Registration: from a Python function to the StableHLO program that a server differentiates."""
+"""Turns a Python function into the StableHLO program that a server differentiates."""

@@ -1,4 +1,4 @@
-"""A bundle and the blobs that it refers to, from arrays and programs. Needs no jax."""
+"""A bundle with its blobs, from arrays and programs. Needs no jax."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -6,26 +6,29 @@ from typing import Any
 
 import numpy as np
 
-from hvpd import _codec
-from hvpd._pytree import Spec
+from hvpd import _arrays
+from hvpd._errors import InvalidArgumentError
+from hvpd._wire import codec
+from hvpd._wire.pytree import Spec
 from hvpd.v1 import objective_pb2, tensor_pb2
 
 FORMAT = 2
-"""Bundle.format that this file writes."""
+"""Number of the bundle format that this file writes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A bundle with everything that it refers to."""
+    """A bundle with its blobs."""
 
     bundle: objective_pb2.Bundle
-    """What is registered."""
-    blobs: Mapping[str, _codec.Buffer]
+    """The bundle to register."""
+    blobs: Mapping[str, codec.Buffer]
     """Programs, tensors and the serialized bundle itself, by digest."""
     digest: str
-    """Digest of the serialized bundle: the objective's."""
+    """Digest of the serialized bundle, and of the objective."""
     unflatten: Callable[[Sequence[Any]], Any] | None
-    """Puts the leaves of x into the user's own containers; None for the containers of `_pytree`."""
+    """Puts the leaves of x into the user's own containers. None for
+    `pytree.rebuild`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,19 +37,37 @@ class Arrays:
 
     x_tree: Spec
     """Structure of x."""
-    x: Sequence[_codec.Array]
+    x: Sequence[codec.Array]
     """Leaves of x."""
     data_tree: Spec
     """Structure of the trailing arguments, a tuple."""
-    data: Sequence[_codec.Array]
+    data: Sequence[codec.Array]
     """Leaves of data."""
-    captured: Sequence[_codec.Array] = ()
+    captured: Sequence[codec.Array] = ()
     """Large arrays that the function closes over."""
 
 
-def flat_dtype_of(leaves: Sequence[_codec.Array]) -> "np.dtype[Any]":
-    """Return the dtype of the flat x: float64 if a leaf is, else float32."""
+def flat_dtype_of(leaves: Sequence[codec.Array]) -> "np.dtype[Any]":
+    """Return the dtype of the flat x: float64 if a leaf has it, otherwise float32."""
     return np.result_type(np.float32, *(np.float64 for leaf in leaves if leaf.dtype == np.float64))
+
+
+def floating_array(leaf: Any, where: str) -> codec.Array:
+    """Return a leaf of x as an array.
+
+    Raises:
+        InvalidArgumentError: The leaf has another dtype than float64, float32, bfloat16
+            or float16.
+    """
+    array = codec.native(_arrays.host(leaf, where))
+    if array.dtype.kind in "USO":
+        raise InvalidArgumentError(f"{where} must be an array of floating numbers, got {codec.unsent(leaf, array)}")
+    if array.dtype.name not in ("float64", "float32", "bfloat16", "float16"):
+        raise InvalidArgumentError(
+            f"{where} is of dtype {array.dtype}, and derivatives need float64, float32, bfloat16 or float16: convert it, for "
+            "instance with .astype(float), or pass it as data"
+        )
+    return array
 
 
 def assemble(
@@ -55,16 +76,16 @@ def assemble(
     options: objective_pb2.Bundle,
     unflatten: Callable[[Sequence[Any]], Any] | None = None,
 ) -> Export:
-    """Make a bundle of arrays, programs by name, and the fields that `options` has set."""
-    blobs: dict[str, _codec.Buffer] = {}
+    """Make a bundle from arrays, programs by name, and the fields set in `options`."""
+    blobs: dict[str, codec.Buffer] = {}
 
-    def blob(content: _codec.Buffer) -> str:
-        digest = _codec.digest(content)
+    def blob(content: codec.Buffer) -> str:
+        digest = codec.digest(content)
         blobs[digest] = content
         return digest
 
-    def tensor(array: _codec.Array) -> tensor_pb2.Tensor:
-        return tensor_pb2.Tensor(dtype=array.dtype.name, shape=array.shape, digest=blob(_codec.payload(array)))
+    def tensor(array: codec.Array) -> tensor_pb2.Tensor:
+        return tensor_pb2.Tensor(dtype=array.dtype.name, shape=array.shape, digest=blob(codec.payload(array)))
 
     bundle = objective_pb2.Bundle(
         format=FORMAT,

@@ -1,8 +1,9 @@
 """Keeps the derivative rules of jax's high-level primitives while a function is traced.
 
-`jax.lax.custom_root` of jax 0.11 is such a primitive, and users can define more with `jax.experimental.hijax`. jax replaces
-each by its expansion before any lowering rule is asked, so its derivative rule would be lost without an error. Inside
-`with kept_rules():` this thread binds a `jax.custom_jvp` of the expansion instead, which gets a mark.
+`jax.lax.custom_root` of jax 0.11 is such a primitive, and users can define more with
+`jax.experimental.hijax`. jax replaces each by its expansion before any lowering rule is
+asked, so its derivative rule would be lost without an error. Inside of `kept_rules`
+this thread binds a `jax.custom_jvp` of the expansion instead, which gets a mark.
 """
 
 import contextlib
@@ -27,7 +28,10 @@ _BASE: Final[Any] = getattr(jax.experimental.hijax, "HiPrim", None) or jax.exper
 
 @contextlib.contextmanager
 def kept_rules() -> Iterator[None]:
-    """Decorate tracing and lowering, so that this thread binds high-level primitives with their rules."""
+    """Decorate tracing and lowering.
+
+    This thread then binds high-level primitives with their rules.
+    """
     _install()
     before = getattr(_active, "now", False)
     _active.now = True
@@ -38,7 +42,10 @@ def kept_rules() -> Iterator[None]:
 
 
 def is_high(closed: Any) -> bool:
-    """Return whether a jaxpr has high-level primitives or values, whose rules its lowering would lose."""
+    """Return whether a jaxpr has high-level primitives or values.
+
+    Its lowering would lose their rules.
+    """
     jaxpr = getattr(closed, "jaxpr", closed)
     # jax 0.10 forgets its own flag when it removes dead code.
     return bool(jaxpr.is_high) or any(
@@ -49,7 +56,10 @@ def is_high(closed: Any) -> bool:
 
 @functools.cache
 def _install() -> None:
-    """Divert the binding of high-level primitives once; outside `kept_rules` it stays jax's."""
+    """Divert the binding of high-level primitives once.
+
+    Outside of `kept_rules` the binding stays jax's.
+    """
     registered: dict[Primitive, Any] = jax.interpreters.ad.primitive_jvps
     primitive = next(each for each in registered if each.name == _NAME)
     bind: Callable[..., Any] = primitive.bind
@@ -61,13 +71,14 @@ def _install() -> None:
 
 
 def _bind(high: Any, args: Sequence[Any]) -> list[Any]:
-    """Bind the expansion of a high-level primitive with the primitive's forward rule."""
+    """Bind the expansion of a high-level primitive with its forward rule."""
 
     def expansion(*leaves: Any) -> list[Any]:
         return _leaves(high, high.expand(*jax.tree.unflatten(high.in_tree, leaves)))
 
     if type(high).transpose is not _BASE.transpose:
-        # A linear primitive has no rule of its own to lose, and the server must be able to transpose it.
+        # A linear primitive has no rule of its own to lose, and the server must be able
+        # to transpose it.
         return expansion(*args)
     fun = jax.custom_jvp(expansion)
 

@@ -1,117 +1,148 @@
-"""Large arrays that a function closes over, made arguments of its jaxpr. Needs jax.
+"""Turns large arrays that a function closes over into arguments of its jaxpr.
 
-Arrays that a function closes over are data, not constants of a program. jax keeps those of a nested jit inside its jaxpr, so
-such calls are inlined where they hold one.
+Such arrays are data, not constants of a program. `closures` brings those of nested
+functions up to the jaxpr itself. Needs jax.
 """
 
 import contextlib
 import gc
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
 
-from hvpd import _codec
+from hvpd._errors import InvalidArgumentError
+from hvpd._registration import closures
 from hvpd._registration.hijax import is_high
+from hvpd._registration.jaxprs import held, inside, is_sharded, open_jaxpr
+from hvpd._wire import codec
 
 Lifted = Callable[[Sequence[Any], Sequence[Any]], list[Any]]
-"""The outputs of a traced function, given the captured arrays and its own flat arguments."""
+"""Maps captured arrays and flat arguments to the outputs of a traced function."""
 
 _NARROW = ("float32", "complex64", "int32", "uint32")
-"""dtypes that jax may have made of one of twice the bits."""
+"""dtypes that jax may have made from a dtype of twice the bits."""
 
-_seen = threading.local()
-"""Whether arrays were closed over in 64 bits that whatever else jax traces takes in 32."""
+
+class _Seen(threading.local):
+    widened = False
+    """Whether this thread traced NumPy arrays in 64 instead of 32 bits."""
+
+
+_seen = _Seen()
 
 
 @contextlib.contextmanager
 def forgetting() -> Iterator[None]:
-    """Decorates what traces, so that nothing of it is left to whoever traces in 32 bits afterwards; see `trace`."""
+    """Decorate a function that traces, so that later traces find nothing of it.
+
+    See `trace`.
+    """
     _seen.widened = False
     yield
     if _seen.widened:
-        _forget()
+        forget()
 
 
-def _forget() -> None:
+def forget() -> None:
+    """Forget all traces of jax."""
     jax.clear_caches()
     gc.collect()
 
 
-def trace(fun: Callable[..., Any], specs: Sequence[Any], *, widened: bool) -> tuple[Any, Any]:
-    """The jaxpr of a function for arguments of such specs, and what it returns, as shapes.
+def trace(fun: Callable[..., Any], specs: Sequence[Any], *, widened: bool, lift_bytes: int) -> tuple[Any, Any]:
+    """Return the jaxpr of a function for these specs, and its output shapes.
 
-    jax 0.10.2 converts a NumPy array that a function closes over once, and takes what it made again for as long as there is any jaxpr with it:
-    also in 64 bits where that was in 32, and the other way round. Digits are lost in silence then, or dtypes do not fit. So jax is made to forget
-    all that it traced: before this, where such an array is found in 32 bits, and after it (`forgetting`).
+    jax 0.10.2 converts a NumPy array that a function closes over once, and reuses the
+    result as long as a jaxpr holds it. It reuses a conversion to 32 bits in a trace in
+    64 bits, and the reverse. Then digits are lost without an error, or dtypes do not
+    fit. So all traces of jax are forgotten: before this one, if it finds such an array
+    in 32 bits, and after it (`forgetting`).
 
     Args:
-        widened: Whether this is in 64 bits, and whatever else jax traces in 32.
+        fun: A function of flat arrays.
+        specs: Shapes and dtypes of its arguments.
+        widened: Whether this trace is in 64 bits, while all other traces of jax are in
+            32.
+        lift_bytes: Bytes of the largest array that may stay inside the jaxpr. Larger
+            ones become its constants.
     """
-    found: tuple[Any, Any] = jax.make_jaxpr(fun, return_shape=True)(*specs)
-    arrays = (
-        [constant.dtype for constant in _constants(found[0]) if isinstance(constant, np.ndarray)] if widened else []
-    )
-    # A nested jit that jax traced before this export can have high-level primitives, whose rules `kept_rules` did not see.
-    if any(dtype.name in _NARROW for dtype in arrays) or is_high(found[0]):
+    found, arrays = _trace(fun, specs, lift_bytes)
+    # A nested jit that jax traced before this export can have high-level primitives,
+    # whose rules `kept_rules` did not see, or loops that hold arrays.
+    if (
+        (widened and any(dtype.name in _NARROW for dtype in arrays))
+        or is_high(found[0])
+        or _hides(found[0], lift_bytes)
+    ):
         del found
-        _forget()
-        found = jax.make_jaxpr(fun, return_shape=True)(*specs)
-    _seen.widened |= bool(arrays)
+        forget()
+        found, arrays = _trace(fun, specs, lift_bytes)
+    _seen.widened |= widened and bool(arrays)
     return found
 
 
-def lift(closed: Any, lift_bytes: int) -> tuple[list[_codec.Array], Lifted]:
-    """Takes the constants of more than `lift_bytes` out of a traced function: the arrays, and the function that is given them."""
-    found = {id(constant): constant for constant in _constants(closed) if getattr(constant, "nbytes", 0) > lift_bytes}
-    # A NumPy constant stands there as it was given; the jaxpr means it in the dtype that jax's x64 mode leaves it.
-    captured = [np.asarray(constant, jax.dtypes.canonicalize_dtype(constant.dtype)) for constant in found.values()]
+def _trace(fun: Callable[..., Any], specs: Sequence[Any], lift_bytes: int) -> tuple[tuple[Any, Any], list[Any]]:
+    """Return the jaxpr and the output shapes, and the dtypes of all NumPy arrays that
+    the function closes over.
+    """
+    with closures.opened(lift_bytes) as taken:
+        found: tuple[Any, Any] = jax.make_jaxpr(fun, return_shape=True)(*specs)
+    return found, [each.dtype for each in (*held(found[0]), *taken) if isinstance(each, np.ndarray)]
+
+
+def _hides(closed: Any, lift_bytes: int) -> bool:
+    return any(_bytes(constant) > lift_bytes for each in inside(closed) for constant in getattr(each, "consts", ()))
+
+
+def lift(closed: Any, lift_bytes: int) -> tuple[list[codec.Array], Lifted]:
+    """Return the constants above `lift_bytes`, and the function that takes them."""
+    places = [place for place, constant in enumerate(closed.consts) if _bytes(constant) > lift_bytes]
+    large = [closed.consts[place] for place in places]
+    small = [_whole(constant) for constant in closed.consts]
+    evaluate = open_jaxpr(closed)
 
     def lifted(arrays: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-        return _evaluate(closed, arguments, dict(zip(found, arrays, strict=True)))
+        constants = list(small)
+        for place, constant, array in zip(places, large, arrays, strict=True):
+            constants[place] = jax.random.wrap_key_data(array, impl=_impl(constant)) if _is_key(constant) else array
+        return evaluate(*constants, *arguments)
 
-    return captured, lifted
-
-
-def _calls(closed: Any) -> Iterator[tuple[Any, Any]]:
-    """The equations that call a nested jit, with its jaxpr. Loops and branches take what they close over as operands."""
-    for equation in closed.jaxpr.eqns:
-        if equation.primitive.name in ("jit", "pjit"):
-            yield equation, equation.params["jaxpr"]
+    return [_array(constant) for constant in large], lifted
 
 
-def _constants(closed: Any) -> Iterator[Any]:
-    yield from closed.consts
-    for _, inner in _calls(closed):
-        yield from _constants(inner)
+def _whole(constant: Any) -> Any:
+    """Return a constant without the mesh that its devices make."""
+    return np.asarray(constant) if is_sharded(constant) else constant
 
 
-def _evaluate(closed: Any, args: Sequence[Any], replaced: Mapping[int, Any]) -> list[Any]:
-    """Evaluate a jaxpr with values in place of constants, by the constants' id. Nested jits that hold one are inlined."""
-    opened = {
-        id(equation): inner
-        for equation, inner in _calls(closed)
-        if any(id(constant) in replaced for constant in _constants(inner))
-    }
-    constants = [replaced.get(id(constant), constant) for constant in closed.consts]
-    values = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*constants, *args], strict=True))
+def _array(constant: Any) -> codec.Array:
+    """Return the array that is sent for a constant."""
+    if _is_key(constant):
+        return np.asarray(jax.random.key_data(constant))
+    if constant.dtype.name in ("int2", "int4", "uint2", "uint4"):
+        raise InvalidArgumentError(
+            f"the function closes over an array {constant.dtype}{list(constant.shape)}, whose dtype cannot be sent: close over "
+            "its .astype(jnp.int8), and convert it in the function"
+        )
+    # The jaxpr holds a NumPy constant as the user gave it, but uses it in the dtype
+    # that jax's x64 mode allows. A view would keep a conversion alive, which must be
+    # forgotten.
+    converted = _seen.widened and type(constant) is not np.ndarray
+    return np.array(constant, jax.dtypes.canonicalize_dtype(constant.dtype), copy=True if converted else None)
 
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jex.Literal) else values[atom]
 
-    for equation in closed.jaxpr.eqns:
-        inner = opened.get(id(equation))
-        if inner is not None:
-            outputs = _evaluate(inner, [read(atom) for atom in equation.invars], replaced)
-            values.update(zip(equation.outvars, outputs, strict=True))
-        else:
-            variables = list(dict.fromkeys(atom for atom in equation.invars if not isinstance(atom, jex.Literal)))
-            kept = [variable for variable in equation.outvars if not isinstance(variable, jex.DropVar)]
-            names = jex.DebugInfo("eval", "equation", ("",) * len(variables), ("",) * len(kept))
-            single = jex.Jaxpr([], variables, kept, [equation], equation.effects, names)
-            outputs = jex.jaxpr_as_fun(jex.ClosedJaxpr(single, ()))(*map(read, variables))
-            values.update(zip(kept, outputs, strict=True))
-    return [read(atom) for atom in closed.jaxpr.outvars]
+def _bytes(constant: Any) -> int:
+    found: int = getattr(constant, "nbytes", 0)
+    return found
+
+
+def _is_key(constant: Any) -> bool:
+    return bool(jnp.issubdtype(constant.dtype, jax.dtypes.prng_key))
+
+
+def _impl(keys: Any) -> Any:
+    return jax.random.key_impl(keys)

@@ -1,23 +1,27 @@
-"""Lowers jax constructs with a derivative rule of their own so that the rule survives in StableHLO.
+"""Lowers jax constructs so that their own derivative rules survive in StableHLO.
 
-StableHLO states values, not derivative rules. `rules()` gives lowering rules for `jax.export.export(...,
-_override_lowering_rules=rules())`. A construct with a rule becomes a `stablehlo.composite` named "hvpd.<construct>". Its
-decomposition computes the plain value, so every reader gets the right value. Its attribute "mark" is strict JSON, which
-names the functions of the rule by their symbols. Its attribute "functions" refers to these functions. The server's importer
-puts the rule back.
+StableHLO states values, not derivative rules. `rules()` gives lowering rules for
+`jax.export.export(..., _override_lowering_rules=rules())`. A construct with a rule
+becomes a `stablehlo.composite` named "hvpd.<construct>". Its decomposition computes the
+plain value, so every reader gets the right value. Its attribute "mark" is strict JSON,
+which names the functions of the rule by their symbols. Its attribute "functions" refers
+to these functions. The server's importer puts the rule back.
 
-Two kinds of marks exist. Structural marks carry functions: custom_jvp, custom_vjp, checkpoint, linear_solve, scan, and
-stop_gradient. Generic marks "hvpd.jax.<primitive>" carry the parameters of a primitive whose lowering has several operations,
-or loses the rule.
+Two kinds of marks exist. Structural marks carry functions: custom_jvp, custom_vjp,
+checkpoint, linear_solve, scan, and stop_gradient. Generic marks "hvpd.jax.<primitive>"
+carry the parameters of a primitive whose lowering has several operations, or loses the
+rule.
 
-Every primitive that jax can differentiate is in one of the tables below. A primitive in none of them is refused, because its
-derivative could be silently wrong on the server.
+Every primitive that jax can differentiate is in one of the tables below. A primitive in
+none of them is refused, because its derivative could be silently wrong on the server.
 
-XLA's refinement of symbolic shapes does not enter composites. Another reader of a program with symbolic shapes must first
-turn composites into calls of their decompositions.
+XLA's refinement of symbolic shapes does not enter composites. Another reader of a
+program with symbolic shapes must first turn composites into calls of their
+decompositions.
 
-Not kept: the policy of `jax.checkpoint` (the server saves nothing of the body). Refused: a `custom_vjp` with
-`symbolic_zeros=True`, whose rule can depend on which arguments are perturbed.
+Not kept: the policy of `jax.checkpoint` (the server saves nothing of the body).
+Refused: a `custom_vjp` with `symbolic_zeros=True`, whose rule can depend on which
+arguments are perturbed.
 """
 
 import contextlib
@@ -32,9 +36,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import jax
-import jax.api_util
+import jax.export
 import jax.extend.core
-import jax.extend.linear_util
 import jax.interpreters.ad
 import jax.interpreters.mlir as lowering
 import jax.interpreters.partial_eval
@@ -43,16 +46,16 @@ from jax.extend.core import ClosedJaxpr, Primitive
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import func
 
+from hvpd._registration import third_party
+from hvpd._registration.closures import ORDERS, HiddenError, check_rule, rule
 from hvpd._registration.hijax import is_high
+from hvpd._registration.jaxprs import listed, traced
 
 VERSION: Final = 1
 """Version of all marks."""
 
-ORDERS: Final = 2
-"""Derivatives that a rule survives: a Hessian needs two, and each more repeats all rules inside rules once."""
-
 _PATTERNS: Final = 3
-"""Most arguments for which a rule with symbolic zeros is kept for each choice of zero tangents."""
+"""Most arguments with a rule for each choice of symbolic zeros."""
 
 
 def _names(text: str) -> frozenset[str]:
@@ -69,11 +72,13 @@ _LOOKS_ALIKE: Final = _names(
     rsqrt scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub select_and_scatter_add select_n
     sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin slice split sqrt squeeze stack
     sub tan tanh tile transpose unstack while xor
-    eval_jaxpr program_order with_memory_space_constraint
+    eval_jaxpr hvpd_closed_over program_order with_memory_space_constraint
     custom_vmap_call random_bits random_fold_in random_seed random_split random_unwrap random_wrap remat_opt
     """
 )
-"""Differentiable primitives that need no mark: the importer finds the primitive, and so its rule, by the operation alone."""
+"""Differentiable primitives that need no mark.
+
+The operation alone tells the importer the primitive, and so its rule."""
 
 MARKED: Final = _names(
     """
@@ -82,14 +87,38 @@ MARKED: Final = _names(
     regularized_incomplete_beta random_gamma threefry2x32
     logistic argmax argmin sort top_k approx_top_k gather
     cumsum cumprod cummax cummin cumlogsumexp select_and_gather_add
-    symmetric_product cholesky eigh eig svd qr lu lu_pivots_to_permutation householder_product ormqr triangular_solve
+    symmetric_product cholesky eigh eig svd qr geqrf lu lu_pivots_to_permutation householder_product ormqr triangular_solve
     tridiagonal tridiagonal_solve schur hessenberg
     """
 )
 """Primitives that get a generic mark with their parameters."""
 
+WRITTEN_OUT: Final = _names(
+    """
+    bcoo_dot_general bcoo_dot_general_sampled bcoo_extract bcoo_fromdense bcoo_sort_indices bcoo_spdot_general
+    bcoo_sum_duplicates bcoo_todense bcoo_transpose bcsr_dot_general bcsr_extract bcsr_fromdense bcsr_todense
+    coo_fromdense coo_matmat coo_matvec coo_todense csr_fromdense csr_matmat csr_matvec csr_todense todense
+    maybe_set nondifferentiable_backward select_if_vmap
+    """
+)
+"""Primitives of jax.experimental.sparse and equinox, which become the operations behind
+them.
+
+Each is linear in each of its arguments, so these operations have the same
+derivatives."""
+
+ALLOWED_CALLS: Final = tuple(
+    jax.export.DisabledSafetyCheck.custom_call(f"lapack_{name}_ffi")
+    for name in ("sormqr", "dormqr", "cunmqr", "zunmqr")
+)
+"""Calls of LAPACK that jax does not keep stable.
+
+They are inside of marks only, and the server binds the marked primitive instead."""
+
 _COMPLEX: Final = _names("cos exp log log1p max min sin sqrt")
-"""Primitives that are marked for complex numbers, because jax.export writes these out in real arithmetic."""
+"""Primitives that are marked for complex numbers.
+
+jax.export writes these out in real arithmetic."""
 
 _STRUCTURAL: Final = frozenset(
     ["custom_jvp_call", "custom_vjp_call", "custom_linear_solve", "remat2", "scan", "stop_gradient"]
@@ -107,16 +136,17 @@ def rules() -> tuple[tuple[Primitive, _Rule], ...]:
     """Return lowering rules for one export.
 
     Returns:
-        Pairs for `_override_lowering_rules` of `jax.export.export`. Make them anew for each export.
+        Pairs for `_override_lowering_rules` of `jax.export.export`. Make them anew for
+        each export.
     """
     return _Marks().rules(0, None)
 
 
 def _registered() -> Mapping[str, Primitive]:
-    """Return jax's primitives by name, as far as they can be lowered or differentiated."""
+    """Return by name jax's primitives that can be lowered or differentiated."""
     tables: list[Mapping[Primitive, Any]] = [
         lowering._lowerings,  # noqa: SLF001 - jax has no public list of its primitives
-        *lowering._platform_specific_lowerings.values(),  # noqa: SLF001 - likewise
+        *lowering._platform_specific_lowerings.values(),  # noqa: SLF001 - jax has no public list of its primitives
         jax.interpreters.ad.primitive_jvps,
         jax.interpreters.ad.primitive_transposes,
     ]
@@ -124,24 +154,28 @@ def _registered() -> Mapping[str, Primitive]:
 
 
 _CALL: Final = Primitive("hvpd_call")
-"""Calls a function of the module by its symbol, so that a decomposition shares the body with the mark."""
+"""Calls a function of the module by its symbol.
+
+So a decomposition shares the body with the mark."""
 _CALL.multiple_results = True
 _CALL.def_abstract_eval(lambda *_, symbol, results: list(results))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Marks:
-    """The lowering rules of one export, and what they lowered."""
+    """The lowering rules of one export, and the primitives that they lowered."""
 
     caches: dict[Any, tuple[ir.SymbolTable, dict[Any, Any], dict[Any, Any]]] = dataclasses.field(default_factory=dict)
-    """Caches of jax's lowering, one pair for each module, order, and primitive that is left plain."""
+    """Caches of jax's lowering, a pair for each module, order, and plain primitive."""
     tables: dict[tuple[int | None, str | None], tuple[tuple[Primitive, _Rule], ...]] = dataclasses.field(
         default_factory=dict
     )
     """Rules that were made, by the arguments of `rules`."""
 
     def rules(self, order: int | None, plain: str | None) -> tuple[tuple[Primitive, _Rule], ...]:
-        """Return the rules for functions inside `order` rules; for None, the rules that mark nothing.
+        """Return the rules for functions inside `order` rules.
+
+        None gives the rules that mark nothing.
 
         Args:
             order: Rules around the function that is lowered.
@@ -171,6 +205,10 @@ class _Marks:
                 found.append((primitive, _bound(structural[name], order)))
             elif name in MARKED or name in _COMPLEX or name == "pow":
                 found.append((primitive, _bound(self.generic, order)))
+            elif name in WRITTEN_OUT:
+                found.append((primitive, _bound(self.written_out, order)))
+            elif name in third_party.NAMES:
+                found.append((primitive, _bound(self.replaced, order)))
             elif name not in _LOOKS_ALIKE and _differentiable(primitive):
                 found.append((primitive, _refused))
         return found
@@ -178,7 +216,10 @@ class _Marks:
     def context(
         self, ctx: lowering.LoweringRuleContext, order: int | None, plain: str | None = None
     ) -> lowering.ModuleContext:
-        """Return the module's context with the rules of an order. Its caches are apart, because its lowerings differ."""
+        """Return the module's context with the rules of an order.
+
+        It has caches of its own, because its lowerings differ.
+        """
         module = ctx.module_context
         plain = None if order is None else plain
         key = (id(module.symbol_table), order, plain, tuple(module.platforms))
@@ -194,10 +235,11 @@ class _Marks:
     def plain(
         self, ctx: lowering.LoweringRuleContext, order: int | None, primitive: Primitive, params: Mapping[str, Any]
     ) -> str:
-        """Lower one primitive as jax does into a function, and return the function's symbol."""
-        jaxpr = _traced(lambda *args: primitive.bind(*args, **params), ctx.avals_in)
+        """Lower one primitive as jax does, and return the symbol of the function."""
+        jaxpr = traced(lambda *args: primitive.bind(*args, **params), ctx.avals_in)
         if primitive.name == "cumsum":
-            # For GPUs, jax 0.11 writes an operation with a region that older StableHLO cannot state.
+            # For GPUs, jax 0.11 writes an operation with a region that older StableHLO
+            # cannot state.
             ctx = ctx.replace(module_context=ctx.module_context.replace(platforms=("cpu",)))
         return _function(self.context(ctx, order, primitive.name), f"hvpd.plain.{primitive.name}", jaxpr)
 
@@ -207,7 +249,7 @@ class _Marks:
         """Lower one primitive without a mark, but with marks inside."""
         primitive = ctx.primitive
         assert primitive is not None
-        inlined = lowering.lower_fun(lambda *args: _listed(primitive.bind(*args, **params)))
+        inlined = lowering.lower_fun(lambda *args: listed(primitive.bind(*args, **params)))
         result: _Results = inlined(ctx.replace(module_context=self.context(ctx, order, primitive.name)), *args)
         return result
 
@@ -222,14 +264,39 @@ class _Marks:
         except UnmarkableError:
             if _differentiable(primitive) and primitive.name != "gather":
                 raise
-            # A gather's own lowering has the same derivatives: only its sizes may not be plain numbers.
+            # A gather's own lowering has the same derivatives: only its sizes may not
+            # be plain numbers.
             return self.unmarked(ctx, order, args, params)
         symbol = self.plain(ctx, None, primitive, params)
         return _composite(ctx, f"jax.{primitive.name}", symbol, facts, args)
 
+    def written_out(self, order: int, ctx: lowering.LoweringRuleContext, *args: Any, **params: Any) -> _Results:
+        """Lower a primitive as jax does for platforms without a library for it.
+
+        The operations have marks inside.
+        """
+        primitive = ctx.primitive
+        assert primitive is not None
+        lowered = lowering._lowerings[primitive].rule  # noqa: SLF001 - jax has no public way to its lowerings
+        result: _Results = lowered(ctx.replace(module_context=self.context(ctx, order)), *args, **params)
+        return result
+
+    def replaced(self, order: int, ctx: lowering.LoweringRuleContext, *args: Any, **params: Any) -> _Results:
+        """Lower a function of jax that stands for another package's primitive."""
+        primitive = ctx.primitive
+        assert primitive is not None
+        inner = params.get("prim")
+        if inner is not None and inner.name in WRITTEN_OUT:
+            return self.written_out(order, ctx, *args, **params)
+        # jax's own way to lower a function would drop the rules in the function.
+        jaxpr = traced(third_party.function(primitive, params, len(args)), ctx.avals_in)
+        # The function calls the primitive for its values.
+        symbol = _function(self.context(ctx, order, primitive.name), f"hvpd.{primitive.name}", jaxpr)
+        return _emit_call(ctx, symbol, args, ctx.avals_out)
+
     def stop_gradient(self, order: int, ctx: lowering.LoweringRuleContext, x: Any) -> _Results:
         """Mark the identity without derivative."""
-        symbol = _function(ctx.module_context, "hvpd.identity", _traced(lambda x: [x], ctx.avals_in))
+        symbol = _function(ctx.module_context, "hvpd.identity", traced(lambda x: [x], ctx.avals_in))
         return _composite(ctx, "stop_gradient", symbol, {}, [x])
 
     def checkpoint(
@@ -256,7 +323,7 @@ class _Marks:
         if jaxpr.effects or (symbolic and not scanned):
             return self.unmarked(ctx, order, args, params)
         body = _function(ctx.module_context, "hvpd.body", jaxpr)
-        called = _traced(_calls(body, jaxpr.out_avals), jaxpr.in_avals)
+        called = traced(_calls(body, jaxpr.out_avals), jaxpr.in_avals)
         assert ctx.primitive is not None
         symbol = self.plain(ctx, None, ctx.primitive, params | {"jaxpr": called})
         facts = {
@@ -287,7 +354,7 @@ class _Marks:
             taken = [*args[first : first + const_lengths.solve], *args[last:]]
             return _CALL.bind(*taken, symbol=symbols["solve"], results=tuple(jaxprs.solve.out_avals))
 
-        symbol = _function(self.context(ctx, None), "hvpd.solution", _traced(solve, ctx.avals_in))
+        symbol = _function(self.context(ctx, None), "hvpd.solution", traced(solve, ctx.avals_in))
         facts = {
             **symbols,
             "consts": [getattr(const_lengths, name) for name in names],
@@ -316,15 +383,16 @@ class _Marks:
             inner = self.context(ctx, order + 1)
             for pattern in _patterns(sum(floats), symbolic_zeros):
                 perturbed = iter(pattern)
-                # An integer's tangent is float0: no zero for jax, and no argument of the rule's function.
+                # An integer's tangent is float0: no zero for jax, and no argument of
+                # the rule's function.
                 zeros = [not next(perturbed) if floating else symbolic_zeros for floating in floats]
-                with _may_end(order):
+                with _may_end(order), rule(order):
                     jaxpr, consts, out_zeros = jvp_jaxpr_fun.call_wrapped(*zeros)
                     reduced = _without_float0(jaxpr, consts, "custom_jvp")
-                    rule = {"function": _function(inner, "hvpd.jvp", reduced), "zeros": [bool(z) for z in out_zeros]}
-                    found["".join("1" if each else "0" for each in pattern)] = rule
+                    lowered = {"function": _function(inner, "hvpd.jvp", reduced), "zeros": [bool(z) for z in out_zeros]}
+                    found["".join("1" if each else "0" for each in pattern)] = lowered
         facts = {"consts": num_consts, "symbolic_zeros": bool(symbolic_zeros), "rules": found}
-        return _composite(ctx, "custom_jvp", symbol, facts, args, [rule["function"] for rule in found.values()])
+        return _composite(ctx, "custom_jvp", symbol, facts, args, [each["function"] for each in found.values()])
 
     def custom_vjp(
         self,
@@ -341,7 +409,8 @@ class _Marks:
         """Mark a function with a backward rule.
 
         Raises:
-            UnmarkableError: The rule may depend on which arguments are perturbed, which is not known here.
+            UnmarkableError: The rule may depend on which arguments are perturbed, which
+                is not known here.
         """
         if symbolic_zeros:
             raise UnmarkableError(
@@ -352,7 +421,7 @@ class _Marks:
         facts: dict[str, Any] = {"consts": num_consts, "forward": None, "backward": None}
         if order >= ORDERS:
             return _composite(ctx, "custom_vjp", symbol, facts, args)
-        with _may_end(order):
+        with _may_end(order), rule(order):
             inner = self.context(ctx, order + 1)
             primals = ctx.avals_in[num_consts:]
             forward, consts = fwd_jaxpr_thunk.call_wrapped(*[True] * len(primals))
@@ -366,12 +435,13 @@ class _Marks:
 
             def backward(*args: Any) -> list[Any]:
                 found = bwd.call_wrapped(*args)
-                # jax 0.11 returns a pair with the logs of the rule, which a derivative drops.
+                # jax 0.11 returns a pair with the logs of the rule, which a derivative
+                # drops.
                 found = found[0] if isinstance(found, tuple) else found
                 zeros[:] = [isinstance(each, jax.interpreters.ad.Zero) for each in found]
                 return [each for each, zero in zip(found, zeros, strict=True) if not zero]
 
-            jaxpr = _traced(backward, [*residuals, *cotangents])
+            jaxpr = traced(backward, [*residuals, *cotangents])
             facts |= {
                 "forward": _function(inner, "hvpd.forward", ClosedJaxpr(forward, consts)),
                 "residuals": [None if index is None else index - num_consts for index in forwarded],
@@ -394,16 +464,20 @@ def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _may_end(order: int) -> Iterator[None]:
-    """Let a rule inside another rule raise: then the mark has no rule, and the server has one derivative fewer.
+    """Let a rule inside another rule raise.
 
-    A product by differences of gradients needs the first derivative only.
+    Then the mark has no rule, and the server has one derivative fewer. A product by
+    differences of gradients needs the first derivative only. A rule that forbids every
+    derivative may raise anywhere.
     """
     try:
         yield
-    except UnmarkableError:
+    except (UnmarkableError, HiddenError):
         raise
-    except Exception:
-        if not order:
+    except third_party.NoRuleError:
+        pass
+    except Exception as error:
+        if not order and not third_party.forbids(error):
             raise
 
 
@@ -420,7 +494,8 @@ def _refused(ctx: lowering.LoweringRuleContext, *args: Any, **params: Any) -> _R
 
 def _needs_mark(name: str, avals: Sequence[Any]) -> bool:
     if name == "pow":
-        # The lowering converts an integer exponent to the base's dtype, and with it the derivative rule.
+        # The lowering converts an integer exponent to the base's dtype, and with it the
+        # derivative rule.
         return not _floating(avals[1])
     return name not in _COMPLEX or np.issubdtype(avals[0].dtype, np.complexfloating)
 
@@ -435,23 +510,14 @@ def _floating(aval: Any) -> bool:
 
 
 def _patterns(count: int, symbolic_zeros: bool) -> list[tuple[bool, ...]]:
-    """Return the choices of perturbed arguments for which a rule is kept, all of them perturbed first."""
+    """Return the choices of perturbed arguments for which a rule is kept.
+
+    The choice of all arguments comes first.
+    """
     full = (True,) * count
     if not symbolic_zeros or not 1 < count <= _PATTERNS:
         return [full]
     return [pattern for pattern in itertools.product([True, False], repeat=count) if any(pattern)]
-
-
-def _traced(fun: Callable[..., Any], avals: Sequence[Any]) -> ClosedJaxpr:
-    """Trace a function of flat arrays, which may have symbolic shapes."""
-    debug = jax.api_util.debug_info("hvpd mark", fun, tuple(avals), {})
-    wrapped = jax.extend.linear_util.wrap_init(lambda *args: _listed(fun(*args)), debug_info=debug)
-    jaxpr, _, consts = jax.interpreters.partial_eval.trace_to_jaxpr_dynamic(wrapped, list(avals))
-    return ClosedJaxpr(jaxpr, consts)
-
-
-def _listed(results: Any) -> list[Any]:
-    return list(results) if isinstance(results, (list, tuple)) else [results]
 
 
 def _calls(symbol: str, results: Sequence[Any]) -> Callable[..., Any]:
@@ -459,7 +525,9 @@ def _calls(symbol: str, results: Sequence[Any]) -> Callable[..., Any]:
 
 
 def _without_float0(jaxpr: Any, consts: Sequence[Any], what: str) -> ClosedJaxpr:
-    """Drop the float0 arguments and results of a rule: an integer's tangent has no value to send.
+    """Drop the float0 arguments and results of a rule.
+
+    An integer's tangent has no value to send.
 
     Raises:
         UnmarkableError: The rule computes with such a tangent.
@@ -485,8 +553,10 @@ _ASKS_FOR_RESULTS: Final = "out_avals" in inspect.signature(lowering.lower_jaxpr
 def _function(module: lowering.ModuleContext, name: str, jaxpr: ClosedJaxpr) -> str:
     """Lower a jaxpr into a private function of the module, and return its symbol.
 
-    The function's leading arguments are the dimension variables, as in every function that jax lowers.
+    The function's leading arguments are the dimension variables, as in every function
+    that jax lowers.
     """
+    check_rule(jaxpr)
     if is_high(jaxpr):
         raise UnmarkableError(
             "the function has a derivative rule with a jitted function that jax traced before, and that uses custom_root or "
@@ -515,9 +585,13 @@ def _composite(
     args: Sequence[Any],
     symbols: Sequence[str] = (),
 ) -> _Results:
-    """Emit the operation of a mark. Its operands are the dimension variables, then the arguments."""
+    """Emit the operation of a mark.
+
+    Its operands are the dimension variables, then the arguments.
+    """
     mark = json.dumps({"dimensions": len(ctx.dim_var_values), **facts}, allow_nan=False, sort_keys=True)
-    # The references keep the functions of the rule alive in every pass, and let a reader count them.
+    # The references keep the functions of the rule alive in every pass, and let a
+    # reader count them.
     functions = [ir.FlatSymbolRefAttr.get(symbol) for symbol in sorted(set(symbols))]
     attributes = {"mark": ir.StringAttr.get(mark), "functions": ir.ArrayAttr.get(functions)}
     operation = ir.Operation.create(
@@ -549,7 +623,8 @@ def _parameters(primitive: Primitive, params: Mapping[str, Any], avals: Sequence
     """Return a primitive's parameters as JSON.
 
     Raises:
-        UnmarkableError: A parameter is not plain data, such as a size that depends on symbolic shapes.
+        UnmarkableError: A parameter is not plain data, such as a size that depends on
+            symbolic shapes.
     """
     found = {name: _plain(value, f"{primitive}'s {name}") for name, value in params.items() if name != "slice_sizes"}
     if primitive.name == "gather":
@@ -559,7 +634,8 @@ def _parameters(primitive: Primitive, params: Mapping[str, Any], avals: Sequence
             for size, extent in zip(params["slice_sizes"], whole, strict=True)
         ]
     if primitive.name == "top_k":
-        # jax 0.10 has no such parameter: its top_k is stable, and a stable order is allowed where any order is.
+        # jax 0.10 has no such parameter: its top_k is stable, and a stable order is
+        # allowed where any order is.
         found.pop("is_stable", None)
     if primitive.name == "random_gamma":
         found["impl"] = avals[0].dtype._impl.name  # noqa: SLF001 - jax tells an abstract key's generator nowhere else

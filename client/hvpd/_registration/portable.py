@@ -1,4 +1,4 @@
-"""MLIR in any form to a StableHLO portable artifact. Needs jax."""
+"""Converts MLIR in any form to a StableHLO portable artifact. Needs jax."""
 
 import re
 from collections.abc import Sequence
@@ -10,20 +10,28 @@ import jax.interpreters.mlir
 from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import stablehlo
 
+from hvpd import _text
 from hvpd._errors import IncompatibleError, InvalidArgumentError
 
 _VERSION = re.compile(r"[0-9]{1,5}(\.[0-9]{1,5}){2}")
 
 
 def oldest_reader(newest: str) -> str:
-    """Return the StableHLO version to write: what servers up to four weeks older read, or the server's own if that is older."""
+    """Return the StableHLO version to write.
+
+    Servers up to four weeks older than this client can read it. If the server's own
+    version is older still, it is that version.
+
+    Args:
+        newest: Newest version that the server reads; empty if it is not known.
+    """
     weeks: str = stablehlo.get_version_from_compatibility_requirement(
         stablehlo.StablehloCompatibilityRequirement.WEEK_4
     )
     least: str = stablehlo.get_minimum_version()
     if newest and (not _VERSION.fullmatch(newest) or _parts(newest) < _parts(least)):
         raise IncompatibleError(
-            f"the server reads StableHLO {newest[:40]!r}, and jax {jax.__version__} here writes versions from {least} on"
+            f"the server reads StableHLO {_text.quoted(newest, 40)}, and jax {jax.__version__} here writes versions from {least} on"
         )
     return min(weeks, newest or weeks, key=_parts)
 
@@ -33,13 +41,16 @@ def _parts(version: str) -> list[int]:
 
 
 def portable(module: bytes | str, version: str) -> bytes:
-    """Return the portable artifact of MLIR bytecode or text, without source locations: no path travels."""
+    """Return the portable artifact of MLIR bytecode or text.
+
+    It has no source locations, so that no path leaves this machine.
+    """
     with jax.interpreters.mlir.make_ir_context() as context:
         return _written(ir.Module.parse(module, context), version)
 
 
 def portable_of(exported: jax.export.Exported, version: str) -> bytes:
-    """Return the portable artifact of an exported function, without source locations."""
+    """Return the portable artifact of an exported function, without locations."""
     with jax.interpreters.mlir.make_ir_context() as context:
         module = jax.extend.mlir.deserialize_portable_artifact(exported.mlir_module_serialized)
         parsed = ir.Module.parse(module, context) if isinstance(module, str | bytes) else module
@@ -53,15 +64,16 @@ def _written(module: ir.Module, version: str) -> bytes:
 
 
 def artifact(content: bytes, newest: str, *, is_text: bool) -> tuple[bytes, Sequence[str]]:
-    """Return the portable artifact of bytecode, text, or the bytes of a `jax.export.Exported`, and the platforms of its branches.
+    """Return the portable artifact of a module, and the platforms of its branches.
 
     Args:
-        content: The module.
+        content: Bytecode, text, or the bytes of a `jax.export.Exported`.
         newest: Newest StableHLO version that the server reads.
         is_text: Whether the content does not begin as bytecode does.
 
     Raises:
-        InvalidArgumentError: It is none of these, or an exported function that lost arguments or is partitioned.
+        InvalidArgumentError: The content is none of these, or an exported function that
+            lost arguments or is partitioned.
     """
     version = oldest_reader(newest)
     if not is_text:
@@ -69,7 +81,7 @@ def artifact(content: bytes, newest: str, *, is_text: bool) -> tuple[bytes, Sequ
     try:
         exported = jax.export.deserialize(bytearray(content))
         module = portable_of(exported, version)
-    except Exception:  # noqa: BLE001 - whatever jax says of bytes that are not its own
+    except Exception:  # noqa: BLE001 - jax raises many errors for other bytes
         return _converted(content.decode(errors="replace"), version), ()
     if list(exported.module_kept_var_idx) != list(range(len(exported.in_avals))):
         raise InvalidArgumentError(
@@ -89,5 +101,5 @@ def _converted(module: bytes | str, version: str) -> bytes:
     except Exception as error:
         raise InvalidArgumentError(
             f"the module is no StableHLO that jax {jax.__version__} here can read (up to {stablehlo.get_current_version()}): "
-            f"{type(error).__name__}: {str(error)[:500]}"
+            f"{type(error).__name__}: {_text.cut(str(error), 500)}"
         ) from error

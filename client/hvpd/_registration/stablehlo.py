@@ -1,17 +1,18 @@
-"""Objectives that another framework wrote as StableHLO. Needs no jax for portable artifacts.
+"""Objectives that another framework wrote as StableHLO.
 
-A module's entry function takes the leaves of x, then the leaves of data, and returns one scalar.
+Portable artifacts need no jax. A module's entry function takes the leaves of x, then
+the leaves of data, and returns one scalar.
 """
 
 import re
 from collections.abc import Sequence
 from typing import Any, Final
 
-import numpy as np
-
-from hvpd import _codec, _pytree
+from hvpd._arguments import check_choice
 from hvpd._errors import InvalidArgumentError, MissingExtraError
-from hvpd._registration.bundle import Arrays, Export, assemble, flat_dtype_of
+from hvpd._registration.bundle import Arrays, Export, assemble, flat_dtype_of, floating_array
+from hvpd._wire import codec, pytree
+from hvpd._wire.protocol import MODES, PRECISIONS
 from hvpd.v1 import objective_pb2
 
 _BYTECODE: Final = b"ML\xefR"
@@ -19,9 +20,6 @@ _BYTECODE: Final = b"ML\xefR"
 
 _PRODUCER: Final = re.compile(rb"ML\xefR.{1,9}?StableHLO_v(\d+\.\d+\.\d+)\0", re.DOTALL)
 """The beginning of a portable artifact, which is MLIR bytecode that StableHLO wrote."""
-
-PRECISIONS: Final = ("highest", "high", "default", "exported")
-"""Precisions of matrix products that state none; "exported" leaves them as they are."""
 
 
 def export(
@@ -36,31 +34,35 @@ def export(
     """Make the bundle of a module.
 
     Args:
-        module: A portable artifact or MLIR bytecode as bytes; MLIR as text; the bytes of a `jax.export.Exported`, whatever its
-            vjp_order; or an object whose text is MLIR, such as an `ir.Module`.
-        x: A pytree of floating arrays: structure, shapes, dtypes, and the values at which the server checks.
+        module: A portable artifact or MLIR bytecode as bytes; MLIR as text; the bytes
+            of a `jax.export.Exported` of any vjp_order; or an object whose text is
+            MLIR, such as an `ir.Module`.
+        x: A pytree of floating arrays: structure, shapes, dtypes, and the values at
+            which the server checks.
         data: A pytree of arrays for each further argument.
         mode: How products are made unless a product says otherwise.
-        precision: Of `PRECISIONS`.
+        precision: One of `PRECISIONS`.
         stablehlo_version: Newest version that the server reads.
 
     Raises:
-        InvalidArgumentError: The module cannot be read, or x or data cannot be registered.
-        MissingExtraError: The module is no portable artifact, and jax, which would make it one, is not installed.
+        InvalidArgumentError: The module cannot be read, or x or data cannot be
+            registered.
+        MissingExtraError: The module is no portable artifact, and jax, which converts
+            it, is not installed.
     """
-    if precision not in PRECISIONS:
-        raise InvalidArgumentError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_choice(mode, "mode", MODES)
+    check_choice(precision, "precision", PRECISIONS)
     artifact, platforms = _artifact(module, stablehlo_version)
-    x_tree, x_leaves = _pytree.flatten(x)
-    names = _pytree.leaf_paths(x_tree)
-    arrays = [_floating(leaf, f"x{name}") for leaf, name in zip(x_leaves, names, strict=True)]
+    x_tree, x_leaves = pytree.flatten(x)
+    names = pytree.leaf_paths(x_tree)
+    arrays = [floating_array(leaf, f"x{name}") for leaf, name in zip(x_leaves, names, strict=True)]
     if not sum(array.size for array in arrays):
         raise InvalidArgumentError("x has no elements: there is nothing to differentiate by")
-    data_tree, data_leaves = _pytree.flatten(tuple(data))
+    data_tree, data_leaves = pytree.flatten(tuple(data))
     flat_dtype = flat_dtype_of(arrays)
     data_arrays = [
-        _codec.data_array(leaf, f"data{path}", x_dtype=flat_dtype, x64=True)
-        for leaf, path in zip(data_leaves, _pytree.leaf_paths(data_tree), strict=True)
+        codec.data_array(leaf, f"data{path}", x_dtype=flat_dtype, x64=True)
+        for leaf, path in zip(data_leaves, pytree.leaf_paths(data_tree), strict=True)
     ]
     version = _PRODUCER.match(artifact)
     return assemble(
@@ -77,7 +79,7 @@ def export(
 
 
 def _artifact(module: Any, version: str) -> tuple[bytes, Sequence[str]]:
-    """Return a portable artifact, and the platforms that it has branches for."""
+    """Return a portable artifact and the platforms that it has branches for."""
     if isinstance(module, (bytes, bytearray, memoryview)):
         content = bytes(module)
         if _PRODUCER.match(content):
@@ -92,14 +94,3 @@ def _artifact(module: Any, version: str) -> tuple[bytes, Sequence[str]]:
             f"the bytes of jax.export into one: pip install 'hvpd[jax]' ({error})"
         ) from error
     return portable.artifact(content, version, is_text=not content.startswith(_BYTECODE))
-
-
-def _floating(leaf: Any, where: str) -> _codec.Array:
-    array = _codec.native(np.asarray(leaf))
-    narrow = array.dtype.name in ("bfloat16", "float16")
-    if not narrow and array.dtype not in (np.float32, np.float64):
-        raise InvalidArgumentError(
-            f"{where} is of dtype {array.dtype}: derivatives are taken by float64, float32, bfloat16 or float16; convert it, or "
-            "pass it as data"
-        )
-    return array

@@ -47,7 +47,9 @@ class FindMissingBlobsResponse(google.protobuf.message.Message):
     MISSING_DIGESTS_FIELD_NUMBER: builtins.int
     @property
     def missing_digests(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Those of the request that are not stored, or not from this tenant, in the order asked."""
+        """Digests of the request that are not stored, or not by this tenant, in the order of
+        the request.
+        """
 
     def __init__(
         self,
@@ -60,7 +62,9 @@ Global___FindMissingBlobsResponse: typing_extensions.TypeAlias = FindMissingBlob
 
 @typing.final
 class UploadBlobRequest(google.protobuf.message.Message):
-    """One chunk of a blob. The digest and the size are required in the first message and ignored later."""
+    """One chunk of a blob. The digest and the size are required in the first message and
+    ignored later.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -73,9 +77,9 @@ class UploadBlobRequest(google.protobuf.message.Message):
     size_bytes: builtins.int
     """Size of the whole blob, in bytes."""
     offset_bytes: builtins.int
-    """Where this chunk starts in the blob, in bytes: the number of bytes sent before."""
+    """Start of this chunk in the blob, in bytes: the number of bytes sent before."""
     chunk: builtins.bytes
-    """At most 1 MiB."""
+    """The next bytes, at most 1 MiB."""
     def __init__(
         self,
         *,
@@ -114,7 +118,9 @@ class PruneBlobsRequest(google.protobuf.message.Message):
 
     TENANT_FIELD_NUMBER: builtins.int
     tenant: builtins.str
-    """Whose; empty: the caller's own tenant's. Others' take the right `administer`."""
+    """Tenant whose blobs are removed; empty: the caller's. Another tenant needs the right
+    `administer`.
+    """
     def __init__(
         self,
         *,
@@ -133,9 +139,9 @@ class PruneBlobsResponse(google.protobuf.message.Message):
     PRUNED_COUNT_FIELD_NUMBER: builtins.int
     PRUNED_BYTES_FIELD_NUMBER: builtins.int
     pruned_count: builtins.int
-    """Blobs that the tenant has given up."""
+    """Number of blobs that the tenant no longer has."""
     pruned_bytes: builtins.int
-    """Their bytes."""
+    """Size of these blobs, in bytes."""
     def __init__(
         self,
         *,

@@ -26,9 +26,11 @@ if _version_not_supported:
 
 
 class BlobServiceStub(object):
-    """Content-addressed storage of bytes on the server's disk: programs, bundles and data. A client asks what is missing and
-    sends only that, as in the Bazel remote-execution protocol. Storing is idempotent and atomic. Where the server tells tenants apart, by
-    the token in `authorization: Bearer TOKEN` of every call, a tenant has the blobs that it has uploaded itself, and no others.
+    """Content-addressed storage of bytes on the server's disk: programs, bundles and data.
+    A client asks which blobs are missing and sends only those, as in the Bazel
+    remote-execution protocol. Storing is idempotent and atomic. If the server has
+    tenants, by the token in `authorization: Bearer TOKEN` of every call, a tenant has
+    only the blobs that it has uploaded.
     """
 
     def __init__(self, channel):
@@ -55,29 +57,33 @@ class BlobServiceStub(object):
 
 
 class BlobServiceServicer(object):
-    """Content-addressed storage of bytes on the server's disk: programs, bundles and data. A client asks what is missing and
-    sends only that, as in the Bazel remote-execution protocol. Storing is idempotent and atomic. Where the server tells tenants apart, by
-    the token in `authorization: Bearer TOKEN` of every call, a tenant has the blobs that it has uploaded itself, and no others.
+    """Content-addressed storage of bytes on the server's disk: programs, bundles and data.
+    A client asks which blobs are missing and sends only those, as in the Bazel
+    remote-execution protocol. Storing is idempotent and atomic. If the server has
+    tenants, by the token in `authorization: Bearer TOKEN` of every call, a tenant has
+    only the blobs that it has uploaded.
     """
 
     def FindMissingBlobs(self, request, context):
-        """Tells which of some blobs the server does not hold.
+        """Returns which blobs of a list the server does not hold.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UploadBlob(self, request_iterator, context):
-        """Stores one blob, sent as consecutive chunks. The reply comes when it is on disk and its digest has been verified.
-        A wrong offset, length or digest is INVALID_ARGUMENT and leaves the store as it was.
+        """Stores one blob, sent as consecutive chunks. The reply comes when it is on disk and
+        its digest has been verified. A wrong offset, length or digest is INVALID_ARGUMENT
+        and leaves the store as it was.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PruneBlobs(self, request, context):
-        """Gives up the tenant's blobs to which none of its objectives refers, which no resident point was made with, and which are older than an
-        hour: what solves have left that are over. What is nobody's then is gone from the store. Whoever needs one again uploads it again.
+        """Removes the tenant's blobs that none of its objectives needs, that no resident
+        point uses, and that are older than an hour. A blob without an owner leaves the
+        store. A client that needs it again uploads it again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,9 +116,11 @@ def add_BlobServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class BlobService(object):
-    """Content-addressed storage of bytes on the server's disk: programs, bundles and data. A client asks what is missing and
-    sends only that, as in the Bazel remote-execution protocol. Storing is idempotent and atomic. Where the server tells tenants apart, by
-    the token in `authorization: Bearer TOKEN` of every call, a tenant has the blobs that it has uploaded itself, and no others.
+    """Content-addressed storage of bytes on the server's disk: programs, bundles and data.
+    A client asks which blobs are missing and sends only those, as in the Bazel
+    remote-execution protocol. Storing is idempotent and atomic. If the server has
+    tenants, by the token in `authorization: Bearer TOKEN` of every call, a tenant has
+    only the blobs that it has uploaded.
     """
 
     @staticmethod

@@ -74,9 +74,11 @@ _BlobServicePruneBlobsType = typing_extensions.TypeVar(
 )
 
 class BlobServiceStub(typing.Generic[_BlobServiceFindMissingBlobsType, _BlobServiceUploadBlobType, _BlobServicePruneBlobsType]):
-    """Content-addressed storage of bytes on the server's disk: programs, bundles and data. A client asks what is missing and
-    sends only that, as in the Bazel remote-execution protocol. Storing is idempotent and atomic. Where the server tells tenants apart, by
-    the token in `authorization: Bearer TOKEN` of every call, a tenant has the blobs that it has uploaded itself, and no others.
+    """Content-addressed storage of bytes on the server's disk: programs, bundles and data.
+    A client asks which blobs are missing and sends only those, as in the Bazel
+    remote-execution protocol. Storing is idempotent and atomic. If the server has
+    tenants, by the token in `authorization: Bearer TOKEN` of every call, a tenant has
+    only the blobs that it has uploaded.
     """
 
     @typing.overload
@@ -112,16 +114,18 @@ class BlobServiceStub(typing.Generic[_BlobServiceFindMissingBlobsType, _BlobServ
     ], channel: grpc.aio.Channel) -> None: ...
 
     FindMissingBlobs: _BlobServiceFindMissingBlobsType
-    """Tells which of some blobs the server does not hold."""
+    """Returns which blobs of a list the server does not hold."""
 
     UploadBlob: _BlobServiceUploadBlobType
-    """Stores one blob, sent as consecutive chunks. The reply comes when it is on disk and its digest has been verified.
-    A wrong offset, length or digest is INVALID_ARGUMENT and leaves the store as it was.
+    """Stores one blob, sent as consecutive chunks. The reply comes when it is on disk and
+    its digest has been verified. A wrong offset, length or digest is INVALID_ARGUMENT
+    and leaves the store as it was.
     """
 
     PruneBlobs: _BlobServicePruneBlobsType
-    """Gives up the tenant's blobs to which none of its objectives refers, which no resident point was made with, and which are older than an
-    hour: what solves have left that are over. What is nobody's then is gone from the store. Whoever needs one again uploads it again.
+    """Removes the tenant's blobs that none of its objectives needs, that no resident
+    point uses, and that are older than an hour. A blob without an owner leaves the
+    store. A client that needs it again uploads it again.
     """
 
 BlobServiceAsyncStub: typing_extensions.TypeAlias = BlobServiceStub[
@@ -140,9 +144,11 @@ BlobServiceAsyncStub: typing_extensions.TypeAlias = BlobServiceStub[
 ]
 
 class BlobServiceServicer(metaclass=abc.ABCMeta):
-    """Content-addressed storage of bytes on the server's disk: programs, bundles and data. A client asks what is missing and
-    sends only that, as in the Bazel remote-execution protocol. Storing is idempotent and atomic. Where the server tells tenants apart, by
-    the token in `authorization: Bearer TOKEN` of every call, a tenant has the blobs that it has uploaded itself, and no others.
+    """Content-addressed storage of bytes on the server's disk: programs, bundles and data.
+    A client asks which blobs are missing and sends only those, as in the Bazel
+    remote-execution protocol. Storing is idempotent and atomic. If the server has
+    tenants, by the token in `authorization: Bearer TOKEN` of every call, a tenant has
+    only the blobs that it has uploaded.
     """
 
     @abc.abstractmethod
@@ -151,7 +157,7 @@ class BlobServiceServicer(metaclass=abc.ABCMeta):
         request: hvpd.v1.blob_pb2.FindMissingBlobsRequest,
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.blob_pb2.FindMissingBlobsResponse, collections.abc.Awaitable[hvpd.v1.blob_pb2.FindMissingBlobsResponse]]:
-        """Tells which of some blobs the server does not hold."""
+        """Returns which blobs of a list the server does not hold."""
 
     @abc.abstractmethod
     def UploadBlob(
@@ -159,8 +165,9 @@ class BlobServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[hvpd.v1.blob_pb2.UploadBlobRequest],
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.blob_pb2.UploadBlobResponse, collections.abc.Awaitable[hvpd.v1.blob_pb2.UploadBlobResponse]]:
-        """Stores one blob, sent as consecutive chunks. The reply comes when it is on disk and its digest has been verified.
-        A wrong offset, length or digest is INVALID_ARGUMENT and leaves the store as it was.
+        """Stores one blob, sent as consecutive chunks. The reply comes when it is on disk and
+        its digest has been verified. A wrong offset, length or digest is INVALID_ARGUMENT
+        and leaves the store as it was.
         """
 
     @abc.abstractmethod
@@ -169,8 +176,9 @@ class BlobServiceServicer(metaclass=abc.ABCMeta):
         request: hvpd.v1.blob_pb2.PruneBlobsRequest,
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.blob_pb2.PruneBlobsResponse, collections.abc.Awaitable[hvpd.v1.blob_pb2.PruneBlobsResponse]]:
-        """Gives up the tenant's blobs to which none of its objectives refers, which no resident point was made with, and which are older than an
-        hour: what solves have left that are over. What is nobody's then is gone from the store. Whoever needs one again uploads it again.
+        """Removes the tenant's blobs that none of its objectives needs, that no resident
+        point uses, and that are older than an hour. A blob without an owner leaves the
+        store. A client that needs it again uploads it again.
         """
 
 def add_BlobServiceServicer_to_server(servicer: BlobServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

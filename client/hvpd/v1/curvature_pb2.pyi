@@ -36,12 +36,14 @@ class _OperatorEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     OPERATOR_FISHER: _Operator.ValueType  # 3
     """The Fisher matrix of the model's own distribution."""
     OPERATOR_EMPIRICAL_FISHER: _Operator.ValueType  # 4
-    """The empirical Fisher matrix: of the gradients at the targets."""
+    """The empirical Fisher matrix, from the gradients at the targets."""
     OPERATOR_SAMPLED_FISHER: _Operator.ValueType  # 5
-    """A Monte-Carlo estimate of the Fisher matrix, from targets drawn with ProductSpec.seed."""
+    """A Monte-Carlo estimate of the Fisher matrix, from targets drawn with
+    ProductSpec.seed.
+    """
 
 class Operator(_Operator, metaclass=_OperatorEnumTypeWrapper):
-    """Which symmetric linear map at a point."""
+    """A symmetric linear map at a point."""
 
 OPERATOR_UNSPECIFIED: Operator.ValueType  # 0
 """Not set: refused."""
@@ -52,14 +54,16 @@ OPERATOR_GGN: Operator.ValueType  # 2
 OPERATOR_FISHER: Operator.ValueType  # 3
 """The Fisher matrix of the model's own distribution."""
 OPERATOR_EMPIRICAL_FISHER: Operator.ValueType  # 4
-"""The empirical Fisher matrix: of the gradients at the targets."""
+"""The empirical Fisher matrix, from the gradients at the targets."""
 OPERATOR_SAMPLED_FISHER: Operator.ValueType  # 5
-"""A Monte-Carlo estimate of the Fisher matrix, from targets drawn with ProductSpec.seed."""
+"""A Monte-Carlo estimate of the Fisher matrix, from targets drawn with
+ProductSpec.seed.
+"""
 Global___Operator: typing_extensions.TypeAlias = Operator
 
 @typing.final
 class PointSpec(google.protobuf.message.Message):
-    """Which point."""
+    """The description of a point."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -75,7 +79,7 @@ class PointSpec(google.protobuf.message.Message):
     """SHA-256 of the bytes of the flat x."""
     @property
     def data(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[hvpd.v1.tensor_pb2.Tensor]:
-        """The data to bind, one tensor a leaf, stored before; empty and default_data for what the objective was registered with."""
+        """The data to bind, one tensor a leaf, stored before. Empty with default_data."""
 
     def __init__(
         self,
@@ -103,10 +107,12 @@ class CreatePointRequest(google.protobuf.message.Message):
     chunk: builtins.bytes
     """At most 1 MiB of the flat x, little-endian, consecutive."""
     inline_x: builtins.bytes
-    """With the spec: the whole x, if it is at most 1 MiB and the client wants to save a round trip."""
+    """With the spec: the whole x, if it is at most 1 MiB and the client wants to save a
+    round trip.
+    """
     pin_seconds: builtins.int
-    """With the spec: how long the point stays after it was last used, in seconds, whatever else wants room; 0: as long as there is room.
-    Unset: as it was.
+    """With the spec: seconds that the point stays after each use, even if others need
+    room. From 0 to 604800, a week. 0: as long as there is room. Unset: no change.
     """
     @property
     def spec(self) -> Global___PointSpec:
@@ -114,7 +120,9 @@ class CreatePointRequest(google.protobuf.message.Message):
 
     @property
     def move(self) -> Global___Move:
-        """With the spec: how x comes about from what the server may hold. x need not be sent then."""
+        """With the spec: how x follows from a point that the server may hold. Then x need not
+        be sent.
+        """
 
     def __init__(
         self,
@@ -136,7 +144,9 @@ Global___CreatePointRequest: typing_extensions.TypeAlias = CreatePointRequest
 
 @typing.final
 class Move(google.protobuf.message.Message):
-    """x = base.x + alpha * direction, in the objective's dtype: the product rounded, then the sum."""
+    """x = base.x + alpha * direction, in the objective's dtype: the product rounded, then
+    the sum.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -144,9 +154,9 @@ class Move(google.protobuf.message.Message):
     ALPHA_FIELD_NUMBER: builtins.int
     DIRECTION_DIGEST_FIELD_NUMBER: builtins.int
     base_id: builtins.str
-    """Point.id of the base: of the same objective."""
+    """Point.id of the base, a point of the same objective."""
     alpha: builtins.float
-    """In the objective's dtype."""
+    """The factor, in the objective's dtype; finite."""
     direction_digest: builtins.str
     """SHA-256 of the bytes of the direction, dtype[n], little-endian."""
     def __init__(
@@ -209,7 +219,9 @@ class CreatePointResponse(google.protobuf.message.Message):
     chunk: builtins.bytes
     """At most 1 MiB of the gradient, dtype[n], little-endian, consecutive."""
     direction_wanted: builtins.bool
-    """The server has the base of the move, and needs the direction: send it, in place of x."""
+    """The server has the base of the move, and needs the direction: send it, in place
+    of x.
+    """
     @property
     def point(self) -> Global___Point:
         """The point."""
@@ -230,7 +242,7 @@ Global___CreatePointResponse: typing_extensions.TypeAlias = CreatePointResponse
 
 @typing.final
 class ProductSpec(google.protobuf.message.Message):
-    """Which product."""
+    """The description of a product."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -253,31 +265,44 @@ class ProductSpec(google.protobuf.message.Message):
     k: builtins.int
     """Number of vectors, k."""
     quadratic_form: builtins.bool
-    """Whether to answer v'Hv for each vector, k numbers in the objective's dtype, in place of the vectors HV[k,n]."""
+    """Whether to answer v'Hv for each vector, k numbers in the objective's dtype, instead
+    of the vectors HV[k,n].
+    """
     seed: builtins.int
-    """Seed of operators that are drawn; ignored by the others. The same seed is the same matrix."""
+    """Seed of a drawn operator; other operators ignore it. The same seed gives the same
+    matrix.
+    """
     block: builtins.int
-    """0 for the whole operator; i for the principal block Bundle.blocks[i - 1]. Older clients say so; newer ones set `leaves`."""
+    """0 for the whole operator; i for the principal block Bundle.blocks[i - 1]. Older
+    clients set this, newer ones `leaves`.
+    """
     priority: builtins.int
-    """Among the products of one tenant that wait, those of higher priority go first. From -100 to 100."""
+    """Priority among the waiting products of one tenant, from -100 to 100. Higher ones go
+    first.
+    """
     pipelined: builtins.bool
-    """In StreamProducts: more products of this stream follow before this one is answered. From the first that says so, those of the
-    stream are computed beside each other, and answered in whichever order they are done.
+    """In StreamProducts: more products of this stream follow before this one is answered.
+    From the first such product on, the products of the stream are computed beside each
+    other, and answered in the order in which they are done.
     """
     traceparent: builtins.str
-    """In StreamProducts, whose metadata is older than the product: the caller's span, as a W3C Trace Context traceparent
-    (https://www.w3.org/TR/trace-context/). Unset where the caller traces nothing; one that is malformed is ignored.
+    """In StreamProducts, whose metadata is older than the product: the caller's span, as
+    a W3C Trace Context traceparent (https://www.w3.org/TR/trace-context/). Unset if
+    the caller does not trace; a malformed one is ignored.
     """
     mode: builtins.str
-    """How a product of the Hessian is made: "forward_over_reverse", "reverse_over_forward", "reverse_over_reverse", "linearized" or
-    "finite_difference". Empty: as the objective says. Other operators have no modes.
+    """Mode of a product of the Hessian: "forward_over_reverse", "reverse_over_forward",
+    "reverse_over_reverse", "linearized" or "finite_difference". Empty: the objective's
+    mode. Other operators have no modes.
     """
     precision: builtins.str
-    """Precision of the program's matrix products that state none: "highest", "high" or "default". Empty: as the objective says."""
+    """Precision of the program's matrix products that state none: "highest", "high" or
+    "default". Empty: the objective's precision.
+    """
     @property
     def leaves(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The principal block of these leaves of x, by position, ascending: its vectors have the block's elements only. Empty: the whole
-        operator, or `block`.
+        """The principal block of these leaves of x, by position, ascending: its vectors have
+        the block's elements only. Empty: the whole operator, or `block`.
         """
 
     def __init__(
@@ -302,7 +327,7 @@ Global___ProductSpec: typing_extensions.TypeAlias = ProductSpec
 
 @typing.final
 class ProductInfo(google.protobuf.message.Message):
-    """How a product was made."""
+    """Facts about the computation of a product."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -311,13 +336,13 @@ class ProductInfo(google.protobuf.message.Message):
     BATCH_WIDTH_FIELD_NUMBER: builtins.int
     PROGRAM_FIELD_NUMBER: builtins.int
     queue_duration_ns: builtins.int
-    """Time from the arrival of the last chunk until the device started, in nanoseconds."""
+    """Time from the arrival of the last chunk until the launch began, in nanoseconds."""
     compute_duration_ns: builtins.int
-    """Time from then until the result was back in the host's memory, in nanoseconds."""
+    """Time from the launch until the result was in the host's memory, in nanoseconds."""
     batch_width: builtins.int
-    """Number of vectors, of all clients, that were multiplied together in the launch; padding not counted."""
+    """Number of vectors in the launch, of all clients, without padding."""
     program: builtins.str
-    """Program that made it: "hvp", or "apply" from the residuals of the point."""
+    """Program of the launch: "hvp", or "apply" from the residuals of the point."""
     def __init__(
         self,
         *,
@@ -342,7 +367,7 @@ class ComputeProductRequest(google.protobuf.message.Message):
     """V[k,n], row-major, little-endian, in the objective's dtype."""
     @property
     def spec(self) -> Global___ProductSpec:
-        """Which product."""
+        """The product."""
 
     def __init__(
         self,
@@ -367,7 +392,7 @@ class ComputeProductResponse(google.protobuf.message.Message):
     """HV[k,n], row-major, little-endian, in the objective's dtype."""
     @property
     def info(self) -> Global___ProductInfo:
-        """How it was made."""
+        """Facts about its computation."""
 
     def __init__(
         self,
@@ -390,12 +415,14 @@ class StreamProductsRequest(google.protobuf.message.Message):
     SPEC_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
     tag: builtins.int
-    """Names the product within the stream. Not reused while its answer is outstanding."""
+    """Tag of the product within the stream. Not to be reused while its answer is
+    outstanding.
+    """
     chunk: builtins.bytes
     """At most 1 MiB of V[k,n], row-major, little-endian, consecutive."""
     @property
     def spec(self) -> Global___ProductSpec:
-        """In the first message of a product."""
+        """The product, in its first message."""
 
     def __init__(
         self,
@@ -420,16 +447,18 @@ class StreamProductsResponse(google.protobuf.message.Message):
     CHUNK_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
     tag: builtins.int
-    """The product that this belongs to."""
+    """Tag of the product."""
     chunk: builtins.bytes
     """At most 1 MiB of HV[k,n], row-major, little-endian, consecutive."""
     @property
     def info(self) -> Global___ProductInfo:
-        """In the first message of an answer."""
+        """Facts about the computation, in the first message of an answer."""
 
     @property
     def error(self) -> google.rpc.status_pb2.Status:
-        """Why there is no product. The only message of its answer, or the last, with ErrorInfo and perhaps RetryInfo."""
+        """Error of the product, with ErrorInfo and perhaps RetryInfo. This is the last
+        message of its answer.
+        """
 
     def __init__(
         self,
@@ -469,18 +498,24 @@ class CreateVectorTicketResponse(google.protobuf.message.Message):
     VALID_SECONDS_FIELD_NUMBER: builtins.int
     GREETING_FIELD_NUMBER: builtins.int
     port: builtins.int
-    """Where to connect, at the server's host: GetServerResponse.vector_port. Over TLS where the server speaks it here."""
+    """Port on the server's host: GetServerResponse.vector_port. Connect over TLS if the
+    server uses TLS here.
+    """
     id: builtins.bytes
-    """What the caller says once the server has sent the greeting, 16 bytes: which ticket this is."""
+    """Id of the ticket, 16 bytes. The caller sends it after the server's greeting."""
     server_proof: builtins.bytes
-    """What the server answers, 16 bytes: it is the one that made the ticket."""
+    """Proof of the server, 16 bytes. The server answers it, to show that it made the
+    ticket.
+    """
     client_proof: builtins.bytes
-    """What the caller says then, 16 bytes: it is the one for whom it was made."""
+    """Proof of the caller, 16 bytes. The caller sends it then, to show that the ticket is
+    its own.
+    """
     valid_seconds: builtins.int
-    """For how long the ticket is good, in seconds."""
+    """Seconds for which the ticket is valid."""
     greeting: builtins.bytes
-    """What the server says first on each connection, 16 bytes: the caller sends nothing before that. Empty from servers of before, on
-    which the caller does not connect.
+    """Greeting of the server, 16 bytes. The server sends it first on each connection, and
+    the caller sends nothing before it. Empty from older servers; then do not connect.
     """
     def __init__(
         self,
@@ -507,7 +542,9 @@ class ComputeFactorsRequest(google.protobuf.message.Message):
     point_id: builtins.str
     """Point.id."""
     seed: builtins.int
-    """Of the targets that are drawn from the model's distribution; unset: exact, from the loss's Hessian in the model's output."""
+    """Seed of targets that are drawn from the model's distribution. Unset: exact, from
+    the loss's Hessian in the model's output.
+    """
     def __init__(
         self,
         *,
@@ -528,7 +565,9 @@ class ComputeFactorsResponse(google.protobuf.message.Message):
 
     CHUNK_FIELD_NUMBER: builtins.int
     chunk: builtins.bytes
-    """At most 1 MiB of the factors, each row-major, little-endian, in the objective's dtype, consecutive."""
+    """At most 1 MiB of the factors, each row-major, little-endian, in the objective's
+    dtype, consecutive.
+    """
     def __init__(
         self,
         *,

@@ -157,30 +157,38 @@ class CurvatureServiceStub(typing.Generic[_CurvatureServiceCreatePointType, _Cur
     ], channel: grpc.aio.Channel) -> None: ...
 
     CreatePoint: _CurvatureServiceCreatePointType
-    """Makes a point resident and returns its value and gradient. The client sends the spec, with x inline where it is small.
-    The server answers x_wanted where it needs an x that was not inline; then the client sends it in chunks.
-    The last answers are the point, then its gradient in chunks. Asking again for a resident point costs nothing.
+    """Makes a point resident and returns its value and gradient. The client sends the
+    spec, with x inline if x is small. If the server needs an x that was not inline, it
+    answers x_wanted, and the client sends x in chunks. The last answers are the point,
+    then its gradient in chunks. A resident point is not computed again.
     """
 
     ComputeProduct: _CurvatureServiceComputeProductType
-    """One product in one message each way, for clients that want no stream: 4 MiB at most.
-    NOT_FOUND with reason POINT_NOT_RESIDENT: create the point again, and repeat.
+    """Computes one product with one message each way, of at most 4 MiB, for clients
+    without streams. NOT_FOUND with reason POINT_NOT_RESIDENT: create the point again,
+    and repeat.
     """
 
     StreamProducts: _CurvatureServiceStreamProductsType
-    """Products without limit of size, as chunks, many on one stream. Each has a tag of the client's choice; requests may be
-    sent before earlier replies have come, and the chunks of different products, 16 at once, may interleave. A failed product
-    is an answer with an error, and the stream goes on; chunks of it that are still on their way are ignored. Whoever sends
-    ahead says so (ProductSpec.pipelined): else a product is computed when the one before it has been answered.
+    """Computes many products on one stream, in chunks, without a limit of size. Each
+    product has a tag that the client chooses. Requests may be sent before earlier
+    replies have come, and the chunks of up to 16 products may interleave. A failed
+    product is an answer with an error, and the stream goes on; its further chunks are
+    ignored. A client that sends ahead sets ProductSpec.pipelined. Otherwise a product
+    is computed after the one before it was answered.
     """
 
     CreateVectorTicket: _CurvatureServiceCreateVectorTicketType
-    """Lets the caller connect to the vector port once: products go over that connection as over a stream, past gRPC, in a fraction
-    of its time. How is in docs/vector-port.md. FAILED_PRECONDITION with reason NO_VECTOR_PORT: the server has none.
+    """Lets the caller connect to the vector port once. Products go over that connection
+    as over a stream, past gRPC, in a fraction of the time. The protocol is
+    in docs/reference/vector-port.md. FAILED_PRECONDITION with reason NO_VECTOR_PORT:
+    the server has no such port.
     """
 
     ComputeFactors: _CurvatureServiceComputeFactorsType
-    """The Kronecker factors of the dense layers at a point: the bytes of A_0, G_0, A_1, ... (see DenseLayer), one after the other."""
+    """Computes the Kronecker factors of the dense layers at a point. Returns the bytes of
+    A_0, G_0, A_1, ... (see DenseLayer), one after the other.
+    """
 
 CurvatureServiceAsyncStub: typing_extensions.TypeAlias = CurvatureServiceStub[
     grpc.aio.StreamStreamMultiCallable[
@@ -214,9 +222,10 @@ class CurvatureServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[hvpd.v1.curvature_pb2.CreatePointRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[hvpd.v1.curvature_pb2.CreatePointResponse], collections.abc.AsyncIterator[hvpd.v1.curvature_pb2.CreatePointResponse]]:
-        """Makes a point resident and returns its value and gradient. The client sends the spec, with x inline where it is small.
-        The server answers x_wanted where it needs an x that was not inline; then the client sends it in chunks.
-        The last answers are the point, then its gradient in chunks. Asking again for a resident point costs nothing.
+        """Makes a point resident and returns its value and gradient. The client sends the
+        spec, with x inline if x is small. If the server needs an x that was not inline, it
+        answers x_wanted, and the client sends x in chunks. The last answers are the point,
+        then its gradient in chunks. A resident point is not computed again.
         """
 
     @abc.abstractmethod
@@ -225,8 +234,9 @@ class CurvatureServiceServicer(metaclass=abc.ABCMeta):
         request: hvpd.v1.curvature_pb2.ComputeProductRequest,
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.curvature_pb2.ComputeProductResponse, collections.abc.Awaitable[hvpd.v1.curvature_pb2.ComputeProductResponse]]:
-        """One product in one message each way, for clients that want no stream: 4 MiB at most.
-        NOT_FOUND with reason POINT_NOT_RESIDENT: create the point again, and repeat.
+        """Computes one product with one message each way, of at most 4 MiB, for clients
+        without streams. NOT_FOUND with reason POINT_NOT_RESIDENT: create the point again,
+        and repeat.
         """
 
     @abc.abstractmethod
@@ -235,10 +245,12 @@ class CurvatureServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[hvpd.v1.curvature_pb2.StreamProductsRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[hvpd.v1.curvature_pb2.StreamProductsResponse], collections.abc.AsyncIterator[hvpd.v1.curvature_pb2.StreamProductsResponse]]:
-        """Products without limit of size, as chunks, many on one stream. Each has a tag of the client's choice; requests may be
-        sent before earlier replies have come, and the chunks of different products, 16 at once, may interleave. A failed product
-        is an answer with an error, and the stream goes on; chunks of it that are still on their way are ignored. Whoever sends
-        ahead says so (ProductSpec.pipelined): else a product is computed when the one before it has been answered.
+        """Computes many products on one stream, in chunks, without a limit of size. Each
+        product has a tag that the client chooses. Requests may be sent before earlier
+        replies have come, and the chunks of up to 16 products may interleave. A failed
+        product is an answer with an error, and the stream goes on; its further chunks are
+        ignored. A client that sends ahead sets ProductSpec.pipelined. Otherwise a product
+        is computed after the one before it was answered.
         """
 
     @abc.abstractmethod
@@ -247,8 +259,10 @@ class CurvatureServiceServicer(metaclass=abc.ABCMeta):
         request: hvpd.v1.curvature_pb2.CreateVectorTicketRequest,
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.curvature_pb2.CreateVectorTicketResponse, collections.abc.Awaitable[hvpd.v1.curvature_pb2.CreateVectorTicketResponse]]:
-        """Lets the caller connect to the vector port once: products go over that connection as over a stream, past gRPC, in a fraction
-        of its time. How is in docs/vector-port.md. FAILED_PRECONDITION with reason NO_VECTOR_PORT: the server has none.
+        """Lets the caller connect to the vector port once. Products go over that connection
+        as over a stream, past gRPC, in a fraction of the time. The protocol is
+        in docs/reference/vector-port.md. FAILED_PRECONDITION with reason NO_VECTOR_PORT:
+        the server has no such port.
         """
 
     @abc.abstractmethod
@@ -257,6 +271,8 @@ class CurvatureServiceServicer(metaclass=abc.ABCMeta):
         request: hvpd.v1.curvature_pb2.ComputeFactorsRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[hvpd.v1.curvature_pb2.ComputeFactorsResponse], collections.abc.AsyncIterator[hvpd.v1.curvature_pb2.ComputeFactorsResponse]]:
-        """The Kronecker factors of the dense layers at a point: the bytes of A_0, G_0, A_1, ... (see DenseLayer), one after the other."""
+        """Computes the Kronecker factors of the dense layers at a point. Returns the bytes of
+        A_0, G_0, A_1, ... (see DenseLayer), one after the other.
+        """
 
 def add_CurvatureServiceServicer_to_server(servicer: CurvatureServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

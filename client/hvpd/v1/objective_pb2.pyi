@@ -32,25 +32,25 @@ class _VerdictEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTy
     VERDICT_PENDING: _Verdict.ValueType  # 1
     """The check has not finished."""
     VERDICT_PASSED: _Verdict.ValueType  # 2
-    """As they must be."""
+    """The products are right."""
     VERDICT_FAILED: _Verdict.ValueType  # 3
-    """Wrong."""
+    """The products are wrong."""
     VERDICT_UNDECIDED: _Verdict.ValueType  # 4
-    """Rounding, a kink, or what is not finite hides the answer."""
+    """Rounding, a kink, or values that are not finite hide the answer."""
 
 class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper):
-    """How an objective's products were found."""
+    """The verdict on an objective's products."""
 
 VERDICT_UNSPECIFIED: Verdict.ValueType  # 0
 """Not checked."""
 VERDICT_PENDING: Verdict.ValueType  # 1
 """The check has not finished."""
 VERDICT_PASSED: Verdict.ValueType  # 2
-"""As they must be."""
+"""The products are right."""
 VERDICT_FAILED: Verdict.ValueType  # 3
-"""Wrong."""
+"""The products are wrong."""
 VERDICT_UNDECIDED: Verdict.ValueType  # 4
-"""Rounding, a kink, or what is not finite hides the answer."""
+"""Rounding, a kink, or values that are not finite hide the answer."""
 Global___Verdict: typing_extensions.TypeAlias = Verdict
 
 @typing.final
@@ -62,9 +62,13 @@ class DeleteObjectiveRequest(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     DIGEST_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """A name, which is taken off; or a digest, or the beginning of one (8 digits at least): all its names are, as far as they are the tenant's."""
+    """A name to take off; or a digest, or at least its first 8 digits, to take off all of
+    the tenant's names.
+    """
     digest: builtins.str
-    """Digest of the objective that is meant, or empty. NOT_FOUND where the name points at another: so a request can be repeated."""
+    """Digest of the objective that the caller means, or empty. NOT_FOUND if the name
+    points at another one, so that a request can be repeated.
+    """
     def __init__(
         self,
         *,
@@ -86,7 +90,9 @@ class DeleteObjectiveResponse(google.protobuf.message.Message):
     digest: builtins.str
     """Digest of the objective."""
     deleted: builtins.bool
-    """Whether the tenant has it no longer. For callers with `administer`, and without tokens: whether it is gone from the store."""
+    """Whether the tenant no longer has it. For callers with `administer`, and without
+    tokens: whether it has left the store.
+    """
     def __init__(
         self,
         *,
@@ -123,7 +129,7 @@ class ReleaseObjectiveResponse(google.protobuf.message.Message):
 
     STRIKES_FIELD_NUMBER: builtins.int
     strikes: builtins.int
-    """How many times it had ended the server; 0 where it was not quarantined, nor about to be."""
+    """Number of its strikes."""
     def __init__(
         self,
         *,
@@ -135,13 +141,15 @@ Global___ReleaseObjectiveResponse: typing_extensions.TypeAlias = ReleaseObjectiv
 
 @typing.final
 class Program(google.protobuf.message.Message):
-    """A function as StableHLO: a blob that holds a portable artifact (https://openxla.org/stablehlo/compatibility), whose function `main`
-    takes and returns arrays. An objective that is one function has one program, a composite has two:
+    """A function as StableHLO: a blob that holds a portable artifact
+    (https://openxla.org/stablehlo/compatibility), whose function `main` takes and
+    returns arrays. An objective of one function has one program, a composite has two:
       objective   (leaves of x, *captured, *data) -> value
       model       (leaves of x, *captured, *data) -> leaves of z
       loss        (leaves of z, *captured, *data) -> value
-    The server differentiates them. Where the client's framework had derivative rules of its own, the program carries marks:
-    `stablehlo.composite` operations whose names begin with `hvpd.`, which compute the plain values for any other reader.
+    The server differentiates them. If the client's framework had derivative rules of its
+    own, the program has marks: `stablehlo.composite` operations whose names begin with
+    `hvpd.`. Other readers compute the plain values from them.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -164,7 +172,7 @@ Global___Program: typing_extensions.TypeAlias = Program
 
 @typing.final
 class Residual(google.protobuf.message.Message):
-    """Where `apply` finds one of its residuals."""
+    """The source of a residual of `apply`."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -177,7 +185,7 @@ class Residual(google.protobuf.message.Message):
     """Position among the arguments (x, *captured, *data), from 0."""
     @property
     def spec(self) -> hvpd.v1.tensor_pb2.ArraySpec:
-        """Its shape and dtype."""
+        """Shape and dtype of the residual."""
 
     def __init__(
         self,
@@ -201,7 +209,9 @@ class Block(google.protobuf.message.Message):
     LEAVES_FIELD_NUMBER: builtins.int
     @property
     def leaves(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Positions of the leaves, ascending. The block's elements are theirs, in the order of the flat x."""
+        """Positions of the leaves, ascending. The block has their elements, in the order of
+        the flat x.
+        """
 
     def __init__(
         self,
@@ -222,13 +232,14 @@ class Composite(google.protobuf.message.Message):
     REDUCTION_FIELD_NUMBER: builtins.int
     SAMPLES_FIELD_NUMBER: builtins.int
     distribution: builtins.str
-    """What the model's output parametrizes: "categorical" (logits[rows, classes]) or "normal" (means[rows, ...] of variance 1).
-    Empty: no distribution, and no Fisher matrix.
+    """Distribution that the model's output parametrizes: "categorical" (logits[rows,
+    classes]) or "normal" (means[rows, ...] of variance 1). Empty: no distribution, and
+    no Fisher matrix.
     """
     reduction: builtins.str
-    """How the loss goes over rows: "mean" or "sum"."""
+    """Reduction of the loss over rows: "mean" or "sum"."""
     samples: builtins.int
-    """Draws for each row of the Monte-Carlo Fisher matrix; 1 at least."""
+    """Draws for each row of the Monte-Carlo Fisher matrix, at least 1."""
     def __init__(
         self,
         *,
@@ -242,10 +253,12 @@ Global___Composite: typing_extensions.TypeAlias = Composite
 
 @typing.final
 class DenseLayer(google.protobuf.message.Message):
-    """A dense layer of a composite's model, y = a W + b over rows a, whose Kronecker factors the program `kfac` computes: A[p,p], the
-    mean of a'a over rows, where a has a last element of 1 if there is a bias; and G[q,q], the sum over rows of J'MJ, where J is the
-    derivative of the model's output in y, and M the loss's Hessian in the model's output. Of a kernel W[p,q] and its bias, the block
-    of the Gauss-Newton matrix is about A (x) G.
+    """A dense layer of a composite's model, y = a W + b over rows a. The program `kfac`
+    computes its Kronecker factors. A[p,p] is the mean of a'a over rows, where a has a
+    last element of 1 if there is a bias. G[q,q] is the sum over rows of J'MJ, where J is
+    the derivative of the model's output in y, and M the loss's Hessian in the model's
+    output. The block of the Gauss-Newton matrix for a kernel W[p,q] and its bias is
+    about A (x) G.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -256,7 +269,7 @@ class DenseLayer(google.protobuf.message.Message):
     kernel: builtins.int
     """Position of the kernel among the leaves of x, of shape [in, out]."""
     bias: builtins.int
-    """Position of the bias, of shape [out]; none where the layer has none."""
+    """Position of the bias, of shape [out]; unset if the layer has no bias."""
     transposed: builtins.bool
     """Whether the kernel is [out, in]."""
     def __init__(
@@ -274,8 +287,9 @@ Global___DenseLayer: typing_extensions.TypeAlias = DenseLayer
 
 @typing.final
 class Bundle(google.protobuf.message.Message):
-    """What is registered: an objective f(x, *data). The digest of an objective is the SHA-256 of the serialized bundle. Below, x is f's
-    first argument raveled to `dtype`[n]; `captured` and `data` are leaves.
+    """An objective f(x, *data), as it is registered. The digest of an objective is the
+    SHA-256 of the serialized bundle. Below, x is f's first argument raveled to
+    `dtype`[n]; `captured` and `data` are leaves.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -320,36 +334,45 @@ class Bundle(google.protobuf.message.Message):
     ROW_REDUCTION_FIELD_NUMBER: builtins.int
     SHARDED_FIELD_NUMBER: builtins.int
     format: builtins.int
-    """Revision of this message's meaning; 2 today. A server refuses revisions that it does not know. Revision 1 held derivative
-    programs that the client had made.
+    """Revision of this message's meaning; 2 today. A server refuses revisions that it
+    does not know. Revision 1 held derivative programs that the client had made.
     """
     n: builtins.int
     """Number of elements of the flat x."""
     dtype: builtins.str
     """dtype of the flat x, of the gradient and of products: "float32" or "float64"."""
     mode: builtins.str
-    """How products are made unless a product says otherwise, and when `apply` is used: "forward_over_reverse" (where it pays, for
-    single vectors), "reverse_over_forward", "reverse_over_reverse", "finite_difference" (never), "linearized" (always), "auto"
-    (for each block width, whichever the server has measured to be faster).
+    """Mode of products that have none of their own, and their use of `apply`:
+    "forward_over_reverse" (for single vectors, if it pays), "reverse_over_forward",
+    "reverse_over_reverse", "finite_difference" (never), "linearized" (always), "auto"
+    (for each block width, if the server has measured that it pays).
     """
     precision: builtins.str
-    """Precision of matrix products that state none: "highest", "high" or "default"; "exported": as the program has it."""
+    """Precision of matrix products that state none: "highest", "high" or "default";
+    "exported": as the program states.
+    """
     x64: builtins.bool
-    """Whether the programs were traced with 64-bit types enabled. Without, 64-bit data is narrowed as jax itself does it."""
+    """Whether the programs were traced with 64-bit types enabled. If not, 64-bit data is
+    narrowed, as jax itself does.
+    """
     jax_version: builtins.str
-    """Version of jax that traced the programs, for messages; empty where another framework made them."""
+    """Version of jax that traced the programs, for messages; empty if another framework
+    made them.
+    """
     stablehlo_version: builtins.str
     """StableHLO version of the programs, such as "1.14.0"."""
     fixed_bucket: builtins.int
-    """The only block width that launches have, a power of two, so that the bits of a product do not depend on who else was asking.
-    0: any.
+    """The only block width of launches, a power of two, so that the bits of a product do
+    not depend on other callers. 0: any width.
     """
     row_reduction: builtins.str
-    """How the value goes over the rows of row_leaves: "mean" (of terms of a row each, perhaps plus what no row has part in) or "sum"
-    (of terms of a row each, and nothing else). Then data that does not fit is gone through in chunks. Empty: unknown.
+    """Reduction of the value over the rows of row_leaves: "mean" (of terms of one row
+    each, perhaps plus terms without rows) or "sum" (of terms of one row each, and
+    nothing else). With it, data that does not fit goes through the device in chunks.
+    Empty: unknown.
     """
     sharded: builtins.bool
-    """Whether data is split by rows over all devices of the server, where there are several."""
+    """Whether data is split by rows over all devices of the server."""
     @property
     def x_tree(self) -> hvpd.v1.tensor_pb2.TreeSpec:
         """Structure of x."""
@@ -368,8 +391,8 @@ class Bundle(google.protobuf.message.Message):
 
     @property
     def row_leaves(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Which leaves of data, by position, may have any number of rows, the same for all: their first axis is symbolic.
-        The mode of such an objective uses no residuals.
+        """Positions of the leaves of data that may have any number of rows, the same for all:
+        their first axis is symbolic. The mode of such an objective uses no residuals.
         """
 
     @property
@@ -386,14 +409,15 @@ class Bundle(google.protobuf.message.Message):
 
     @property
     def platforms(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Platforms between whose branches the programs choose by their first argument, an integer: "cpu", "cuda", "rocm", "tpu". Empty
-        for programs that are the same everywhere, which have no such argument.
+        """Platforms for which the programs have branches: "cpu", "cuda", "rocm", "tpu". The
+        programs choose by their first argument, an integer. Empty for programs that are
+        the same on every platform; they have no such argument.
         """
 
     @property
     def blocks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Block]:
-        """Principal blocks that are compiled when the objective is registered. Products of any other block are compiled when they
-        are first asked for.
+        """Principal blocks to compile at registration. Other blocks are compiled at their
+        first product.
         """
 
     def __init__(
@@ -428,7 +452,7 @@ Global___Bundle: typing_extensions.TypeAlias = Bundle
 
 @typing.final
 class Derivation(google.protobuf.message.Message):
-    """What the server derived from the programs of a bundle."""
+    """The result of differentiating the programs of a bundle."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -472,9 +496,13 @@ class Derivation(google.protobuf.message.Message):
     PRESUMED_FIELD_NUMBER: builtins.int
     REVERSE_STAGES_FIELD_NUMBER: builtins.int
     mode: builtins.str
-    """The bundle's mode; "reverse_over_reverse" where jax forbids forward mode for the objective (a custom_vjp)."""
+    """The bundle's mode; "reverse_over_reverse" if jax forbids forward mode for the
+    objective (a custom_vjp).
+    """
     reverse_stages: builtins.bool
-    """Whether a composite's products use reverse mode only, because jax forbids forward mode for a stage (a custom_vjp)."""
+    """Whether a composite's products use reverse mode only, because jax forbids forward
+    mode for a stage (a custom_vjp).
+    """
     @property
     def programs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Programs that the server can compile, by name, with k the block width:
@@ -489,8 +517,9 @@ class Derivation(google.protobuf.message.Message):
           empirical_fisher       the same arguments and result, if the model's output has a row for each example
           kfac                   (x, *captured, *data) -> (A_0, G_0, A_1, G_1, ...), two factors for each of dense_layers
           sampled_kfac           (x, key uint32[2], *captured, *data) -> the factors of kfac, with targets drawn from the model's distribution
-        Of hvp, ggn and the Fisher matrices there is each principal block, too, such as "hvp[0,2]" of the leaves 0 and 2:
-        (x, V[k,m], *captured, *data) -> [k,m], where the block has m elements.
+        Of hvp, ggn and the Fisher matrices there is each principal block, too, such as
+        "hvp[0,2]" of the leaves 0 and 2: (x, V[k,m], *captured, *data) -> [k,m], where the
+        block has m elements.
         """
 
     @property
@@ -503,11 +532,15 @@ class Derivation(google.protobuf.message.Message):
 
     @property
     def recognised(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
-        """Derivative rules that the server put back, and how often: from the program's marks, or from forms that it recognises."""
+        """Derivative rules that the server put back, and how often: from the program's marks,
+        or from forms that it recognises.
+        """
 
     @property
     def presumed(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
-        """Derivative rules that the program does not state, which the server chose as jax would, and how often."""
+        """Derivative rules that the program does not state, which the server chose as jax
+        would, and how often.
+        """
 
     def __init__(
         self,
@@ -526,7 +559,7 @@ Global___Derivation: typing_extensions.TypeAlias = Derivation
 
 @typing.final
 class CheckItem(google.protobuf.message.Message):
-    """One thing that was looked at."""
+    """One item of a check."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -536,15 +569,17 @@ class CheckItem(google.protobuf.message.Message):
     VERDICT_FIELD_NUMBER: builtins.int
     MEANING_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """"finite", "symmetry", "linearity", "difference"; for programs of other frameworks also "finite beside x", ..., at a point close by."""
+    """Name: "finite", "symmetry", "linearity", "difference"; for programs of other
+    frameworks also "finite beside x", ..., at a point close by.
+    """
     measured: builtins.float
-    """What was measured: a relative error. NaN where there was nothing to measure."""
+    """Measured relative error. NaN if there was nothing to measure."""
     threshold: builtins.float
-    """The most that passes. NaN where there is none."""
+    """Largest error that passes. NaN if there is none."""
     verdict: Global___Verdict.ValueType
-    """What follows."""
+    """Verdict of this item."""
     meaning: builtins.str
-    """What was measured, in words."""
+    """Meaning of the measurement, in words."""
     def __init__(
         self,
         *,
@@ -560,7 +595,7 @@ Global___CheckItem: typing_extensions.TypeAlias = CheckItem
 
 @typing.final
 class RegistrationCheck(google.protobuf.message.Message):
-    """What the server found when it multiplied a few vectors at the x of the registration."""
+    """The check of a few products at the x of the registration."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -568,12 +603,12 @@ class RegistrationCheck(google.protobuf.message.Message):
     ITEMS_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     verdict: Global___Verdict.ValueType
-    """The worst of the items; failed before undecided."""
+    """The worst verdict of the items; failed is worse than undecided."""
     reason: builtins.str
-    """Why there are no items: in words, empty where there are."""
+    """Reason, in words, if there are no items, or if something is not finite; else empty."""
     @property
     def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___CheckItem]:
-        """What it rests on."""
+        """The items."""
 
     def __init__(
         self,
@@ -599,7 +634,7 @@ class Objective(google.protobuf.message.Message):
     CHECK_FIELD_NUMBER: builtins.int
     DERIVATION_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """The name by which it was found, or one of its names; empty where it has none."""
+    """The name by which it was found, or one of its names; empty if it has none."""
     digest: builtins.str
     """SHA-256 of the serialized bundle, 64 lower-case hexadecimal digits."""
     @property
@@ -608,15 +643,17 @@ class Objective(google.protobuf.message.Message):
 
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
-        """When the tenant first registered it; of an objective that another tenant shares, when that tenant did."""
+        """Time of the tenant's first registration; of the other tenant's, if that tenant
+        shares it.
+        """
 
     @property
     def check(self) -> Global___RegistrationCheck:
-        """The cheap check that runs after that registration, off the product path."""
+        """The check after that registration."""
 
     @property
     def derivation(self) -> Global___Derivation:
-        """What the server derived from the bundle. Listings come without it."""
+        """The derivation of the bundle. Listings leave it out."""
 
     def __init__(
         self,
@@ -643,14 +680,30 @@ class CreateObjectiveRequest(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     X_DIGEST_FIELD_NUMBER: builtins.int
     SHARED_FIELD_NUMBER: builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    UPLOAD_BYTES_FIELD_NUMBER: builtins.int
     digest: builtins.str
     """Digest of the bundle's blob."""
     name: builtins.str
-    """Name to point at it: parts of letters, digits, '.', '_' and '-', joined by '/', 200 characters at most. Empty: no name."""
+    """Name to point at it: parts of letters, digits, '.', '_' and '-', joined by '/', 200
+    characters at most. Empty: no name.
+    """
     x_digest: builtins.str
-    """Digest of a blob with the flat x of the registration, at which the objective is checked; empty: it is not checked."""
+    """Digest of a blob with the flat x at which to check the objective; empty: no check."""
     shared: builtins.bool
-    """Where the server tells tenants apart: whether others may use the objective. Each registration of a tenant says it anew."""
+    """If the server has tenants: whether others may use the objective. Each registration
+    of a tenant sets this anew.
+    """
+    validate_only: builtins.bool
+    """Whether to register nothing, and only to answer whether the caller may register this
+    name (AIP-163). Then `digest` is empty, and so is the answer.
+    """
+    @property
+    def upload_bytes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """With validate_only: sizes in bytes of the blobs that the caller would upload. They
+        are refused if the store or the tenant's limit has no room for them.
+        """
+
     def __init__(
         self,
         *,
@@ -658,8 +711,10 @@ class CreateObjectiveRequest(google.protobuf.message.Message):
         name: builtins.str = ...,
         x_digest: builtins.str = ...,
         shared: builtins.bool = ...,
+        validate_only: builtins.bool = ...,
+        upload_bytes: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["digest", b"digest", "name", b"name", "shared", b"shared", "x_digest", b"x_digest"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["digest", b"digest", "name", b"name", "shared", b"shared", "upload_bytes", b"upload_bytes", "validate_only", b"validate_only", "x_digest", b"x_digest"]) -> None: ...
 
 Global___CreateObjectiveRequest: typing_extensions.TypeAlias = CreateObjectiveRequest
 
@@ -692,7 +747,9 @@ class GetObjectiveRequest(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """A name, or a digest of 64 lower-case hexadecimal digits. Of names the tenant's own come first, then full ones, `tenant/name`."""
+    """A name, or a digest of 64 lower-case hexadecimal digits. The tenant's own names
+    come first, then full names, `tenant/name`.
+    """
     def __init__(
         self,
         *,
@@ -754,10 +811,10 @@ class ListObjectivesResponse(google.protobuf.message.Message):
     OBJECTIVES_FIELD_NUMBER: builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
     next_page_token: builtins.str
-    """Token of the next page; empty on the last one."""
+    """Token of the next page; empty on the last page."""
     @property
     def objectives(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Objective]:
-        """One page. Bundles come without tree structures."""
+        """One page of objectives. Their bundles have no tree structures."""
 
     def __init__(
         self,
@@ -789,7 +846,7 @@ Global___GetPlanRequest: typing_extensions.TypeAlias = GetPlanRequest
 
 @typing.final
 class Choice(google.protobuf.message.Message):
-    """What multiplies blocks of one width."""
+    """The program for blocks of one width."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -803,11 +860,15 @@ class Choice(google.protobuf.message.Message):
     program: builtins.str
     """"hvp" or "apply"."""
     hvp_seconds: builtins.float
-    """Least time of a launch of `hvp` at this width that was measured here, in seconds; 0 where none was."""
+    """Least measured time of a launch of `hvp` at this width, in seconds; 0 if there was
+    none.
+    """
     apply_seconds: builtins.float
-    """Likewise of `apply`."""
+    """Least measured time of a launch of `apply` at this width, in seconds; 0 if there
+    was none.
+    """
     reason: builtins.str
-    """Why, in words."""
+    """Reason of the choice, in words."""
     def __init__(
         self,
         *,
@@ -823,7 +884,7 @@ Global___Choice: typing_extensions.TypeAlias = Choice
 
 @typing.final
 class Compile(google.protobuf.message.Message):
-    """What became of one program at one block width."""
+    """The compile of one program for one block width."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -836,13 +897,13 @@ class Compile(google.protobuf.message.Message):
         STATE_UNSPECIFIED: Compile._State.ValueType  # 0
         """Not set."""
         STATE_QUEUED: Compile._State.ValueType  # 1
-        """Others compile first."""
+        """Waits for other compiles."""
         STATE_COMPILING: Compile._State.ValueType  # 2
         """Under way."""
         STATE_READY: Compile._State.ValueType  # 3
-        """Can be launched."""
+        """Ready to be launched."""
         STATE_FAILED: Compile._State.ValueType  # 4
-        """Cannot be compiled; tried again when it is asked for."""
+        """Failed; the next request tries again."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """State of a compile."""
@@ -850,13 +911,13 @@ class Compile(google.protobuf.message.Message):
     STATE_UNSPECIFIED: Compile.State.ValueType  # 0
     """Not set."""
     STATE_QUEUED: Compile.State.ValueType  # 1
-    """Others compile first."""
+    """Waits for other compiles."""
     STATE_COMPILING: Compile.State.ValueType  # 2
     """Under way."""
     STATE_READY: Compile.State.ValueType  # 3
-    """Can be launched."""
+    """Ready to be launched."""
     STATE_FAILED: Compile.State.ValueType  # 4
-    """Cannot be compiled; tried again when it is asked for."""
+    """Failed; the next request tries again."""
 
     PROGRAM_FIELD_NUMBER: builtins.int
     WIDTH_FIELD_NUMBER: builtins.int
@@ -868,11 +929,11 @@ class Compile(google.protobuf.message.Message):
     width: builtins.int
     """Block width; 0 for programs that multiply nothing."""
     state: Global___Compile.State.ValueType
-    """Where it is."""
+    """State of the compile."""
     seconds: builtins.float
-    """How long it took, or has taken so far, in seconds."""
+    """Seconds that it took, or has taken so far."""
     error: builtins.str
-    """Why it failed."""
+    """Reason of a failure."""
     def __init__(
         self,
         *,
@@ -896,14 +957,14 @@ class GetPlanResponse(google.protobuf.message.Message):
     RESIDUAL_BYTES_FIELD_NUMBER: builtins.int
     COMPILES_FIELD_NUMBER: builtins.int
     residual_bytes: builtins.int
-    """Size of a point's residuals, in bytes; 0 where the objective has no `apply`."""
+    """Size of a point's residuals, in bytes; 0 if the objective has no `apply`."""
     @property
     def choices(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Choice]:
         """One for each width that has been compiled, ascending."""
 
     @property
     def compiles(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Compile]:
-        """Every program that was compiled or is to be, in the order in which they were asked for."""
+        """Every compile so far, in the order of the requests."""
 
     def __init__(
         self,

@@ -72,45 +72,50 @@ class ObjectiveServiceServicer(object):
     """
 
     def CreateObjective(self, request, context):
-        """Registers a bundle that was uploaded as a blob, and points a name at it. Idempotent: the same bundle is the same
-        objective. FAILED_PRECONDITION with reason BLOBS_MISSING where a blob that the bundle refers to is not stored.
+        """Registers a bundle that was uploaded as a blob, and points a name at it.
+        Idempotent: the same bundle is the same objective. FAILED_PRECONDITION with reason
+        BLOBS_MISSING: a blob that the bundle needs is not stored.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetObjective(self, request, context):
-        """Finds an objective by name or digest. NOT_FOUND suggests names that are near. Where the server tells tenants apart, the objectives of
-        others are not there for any method, unless they are shared.
+        """Finds an objective by name or digest. NOT_FOUND suggests similar names. If the
+        server has tenants, no method finds the objectives of other tenants, unless they
+        are shared.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListObjectives(self, request, context):
-        """Lists the registered objectives, sorted by name, the nameless ones last, by digest.
+        """Lists the registered objectives by name. Those without a name come last, by digest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetPlan(self, request, context):
-        """Tells which program multiplies blocks of which width, and what that choice rests on.
+        """Returns the program for each block width, and the measurements behind the choice.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteObjective(self, request, context):
-        """Takes a name off an objective, and with the last one the objective out of the store, and the blobs that nothing else refers to. Where
-        tenants are told apart, only what is the tenant's own; PERMISSION_DENIED with reason NOT_YOURS otherwise, unless `administer`.
+        """Takes a name off an objective. With the last name the objective leaves the store,
+        with the blobs that no other objective needs. If the server has tenants, a tenant
+        can delete its own objectives only; other objectives need the right `administer`,
+        otherwise PERMISSION_DENIED with reason NOT_YOURS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseObjective(self, request, context):
-        """Serves an objective again that ended the server too often. For operators.
+        """Ends the quarantine of an objective that crashed the server too often. For
+        operators.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -181,28 +181,34 @@ class ObjectiveServiceStub(typing.Generic[_ObjectiveServiceCreateObjectiveType, 
     ], channel: grpc.aio.Channel) -> None: ...
 
     CreateObjective: _ObjectiveServiceCreateObjectiveType
-    """Registers a bundle that was uploaded as a blob, and points a name at it. Idempotent: the same bundle is the same
-    objective. FAILED_PRECONDITION with reason BLOBS_MISSING where a blob that the bundle refers to is not stored.
+    """Registers a bundle that was uploaded as a blob, and points a name at it.
+    Idempotent: the same bundle is the same objective. FAILED_PRECONDITION with reason
+    BLOBS_MISSING: a blob that the bundle needs is not stored.
     """
 
     GetObjective: _ObjectiveServiceGetObjectiveType
-    """Finds an objective by name or digest. NOT_FOUND suggests names that are near. Where the server tells tenants apart, the objectives of
-    others are not there for any method, unless they are shared.
+    """Finds an objective by name or digest. NOT_FOUND suggests similar names. If the
+    server has tenants, no method finds the objectives of other tenants, unless they
+    are shared.
     """
 
     ListObjectives: _ObjectiveServiceListObjectivesType
-    """Lists the registered objectives, sorted by name, the nameless ones last, by digest."""
+    """Lists the registered objectives by name. Those without a name come last, by digest."""
 
     GetPlan: _ObjectiveServiceGetPlanType
-    """Tells which program multiplies blocks of which width, and what that choice rests on."""
+    """Returns the program for each block width, and the measurements behind the choice."""
 
     DeleteObjective: _ObjectiveServiceDeleteObjectiveType
-    """Takes a name off an objective, and with the last one the objective out of the store, and the blobs that nothing else refers to. Where
-    tenants are told apart, only what is the tenant's own; PERMISSION_DENIED with reason NOT_YOURS otherwise, unless `administer`.
+    """Takes a name off an objective. With the last name the objective leaves the store,
+    with the blobs that no other objective needs. If the server has tenants, a tenant
+    can delete its own objectives only; other objectives need the right `administer`,
+    otherwise PERMISSION_DENIED with reason NOT_YOURS.
     """
 
     ReleaseObjective: _ObjectiveServiceReleaseObjectiveType
-    """Serves an objective again that ended the server too often. For operators."""
+    """Ends the quarantine of an objective that crashed the server too often. For
+    operators.
+    """
 
 ObjectiveServiceAsyncStub: typing_extensions.TypeAlias = ObjectiveServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -240,8 +246,9 @@ class ObjectiveServiceServicer(metaclass=abc.ABCMeta):
         request: hvpd.v1.objective_pb2.CreateObjectiveRequest,
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.objective_pb2.CreateObjectiveResponse, collections.abc.Awaitable[hvpd.v1.objective_pb2.CreateObjectiveResponse]]:
-        """Registers a bundle that was uploaded as a blob, and points a name at it. Idempotent: the same bundle is the same
-        objective. FAILED_PRECONDITION with reason BLOBS_MISSING where a blob that the bundle refers to is not stored.
+        """Registers a bundle that was uploaded as a blob, and points a name at it.
+        Idempotent: the same bundle is the same objective. FAILED_PRECONDITION with reason
+        BLOBS_MISSING: a blob that the bundle needs is not stored.
         """
 
     @abc.abstractmethod
@@ -250,8 +257,9 @@ class ObjectiveServiceServicer(metaclass=abc.ABCMeta):
         request: hvpd.v1.objective_pb2.GetObjectiveRequest,
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.objective_pb2.GetObjectiveResponse, collections.abc.Awaitable[hvpd.v1.objective_pb2.GetObjectiveResponse]]:
-        """Finds an objective by name or digest. NOT_FOUND suggests names that are near. Where the server tells tenants apart, the objectives of
-        others are not there for any method, unless they are shared.
+        """Finds an objective by name or digest. NOT_FOUND suggests similar names. If the
+        server has tenants, no method finds the objectives of other tenants, unless they
+        are shared.
         """
 
     @abc.abstractmethod
@@ -260,7 +268,7 @@ class ObjectiveServiceServicer(metaclass=abc.ABCMeta):
         request: hvpd.v1.objective_pb2.ListObjectivesRequest,
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.objective_pb2.ListObjectivesResponse, collections.abc.Awaitable[hvpd.v1.objective_pb2.ListObjectivesResponse]]:
-        """Lists the registered objectives, sorted by name, the nameless ones last, by digest."""
+        """Lists the registered objectives by name. Those without a name come last, by digest."""
 
     @abc.abstractmethod
     def GetPlan(
@@ -268,7 +276,7 @@ class ObjectiveServiceServicer(metaclass=abc.ABCMeta):
         request: hvpd.v1.objective_pb2.GetPlanRequest,
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.objective_pb2.GetPlanResponse, collections.abc.Awaitable[hvpd.v1.objective_pb2.GetPlanResponse]]:
-        """Tells which program multiplies blocks of which width, and what that choice rests on."""
+        """Returns the program for each block width, and the measurements behind the choice."""
 
     @abc.abstractmethod
     def DeleteObjective(
@@ -276,8 +284,10 @@ class ObjectiveServiceServicer(metaclass=abc.ABCMeta):
         request: hvpd.v1.objective_pb2.DeleteObjectiveRequest,
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.objective_pb2.DeleteObjectiveResponse, collections.abc.Awaitable[hvpd.v1.objective_pb2.DeleteObjectiveResponse]]:
-        """Takes a name off an objective, and with the last one the objective out of the store, and the blobs that nothing else refers to. Where
-        tenants are told apart, only what is the tenant's own; PERMISSION_DENIED with reason NOT_YOURS otherwise, unless `administer`.
+        """Takes a name off an objective. With the last name the objective leaves the store,
+        with the blobs that no other objective needs. If the server has tenants, a tenant
+        can delete its own objectives only; other objectives need the right `administer`,
+        otherwise PERMISSION_DENIED with reason NOT_YOURS.
         """
 
     @abc.abstractmethod
@@ -286,6 +296,8 @@ class ObjectiveServiceServicer(metaclass=abc.ABCMeta):
         request: hvpd.v1.objective_pb2.ReleaseObjectiveRequest,
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.objective_pb2.ReleaseObjectiveResponse, collections.abc.Awaitable[hvpd.v1.objective_pb2.ReleaseObjectiveResponse]]:
-        """Serves an objective again that ended the server too often. For operators."""
+        """Ends the quarantine of an objective that crashed the server too often. For
+        operators.
+        """
 
 def add_ObjectiveServiceServicer_to_server(servicer: ObjectiveServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

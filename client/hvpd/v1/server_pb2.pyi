@@ -8,6 +8,7 @@ import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
+import google.protobuf.timestamp_pb2
 import sys
 import typing
 
@@ -19,6 +20,169 @@ else:
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
+class GetLoadRequest(google.protobuf.message.Message):
+    """Request of GetLoad."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___GetLoadRequest: typing_extensions.TypeAlias = GetLoadRequest
+
+@typing.final
+class GetLoadResponse(google.protobuf.message.Message):
+    """Reply of GetLoad. Counts begin with the server's process. Two replies give rates."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    PRODUCTS_FIELD_NUMBER: builtins.int
+    VECTORS_FIELD_NUMBER: builtins.int
+    FAILURES_FIELD_NUMBER: builtins.int
+    PADDING_VECTORS_FIELD_NUMBER: builtins.int
+    REQUEST_SECONDS_FIELD_NUMBER: builtins.int
+    QUEUE_SECONDS_FIELD_NUMBER: builtins.int
+    LAUNCH_VECTORS_FIELD_NUMBER: builtins.int
+    PENDING_VECTORS_FIELD_NUMBER: builtins.int
+    PENDING_LIMIT_FIELD_NUMBER: builtins.int
+    IN_FLIGHT_VECTORS_FIELD_NUMBER: builtins.int
+    RESIDENT_BYTES_FIELD_NUMBER: builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: builtins.int
+    OPEN_CALLS_FIELD_NUMBER: builtins.int
+    SHARES_FIELD_NUMBER: builtins.int
+    state: builtins.str
+    """Whether the server is "warming", "serving" or "draining"."""
+    products: builtins.int
+    """Products that were answered."""
+    vectors: builtins.int
+    """Vectors of these products."""
+    failures: builtins.int
+    """Requests that failed."""
+    padding_vectors: builtins.int
+    """Vectors of zeros that filled launches up to a compiled width."""
+    pending_vectors: builtins.int
+    """Vectors that wait for the device."""
+    pending_limit: builtins.int
+    """Most vectors that may wait."""
+    in_flight_vectors: builtins.int
+    """Vectors in launches."""
+    resident_bytes: builtins.int
+    """Bytes of points, residuals, data and Krylov runs on the devices."""
+    budget_bytes: builtins.int
+    """Most bytes that these may have."""
+    open_calls: builtins.int
+    """Open calls and streams."""
+    @property
+    def time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """The server's time."""
+
+    @property
+    def request_seconds(self) -> Global___Histogram:
+        """Seconds from a request for a product to its answer."""
+
+    @property
+    def queue_seconds(self) -> Global___Histogram:
+        """Seconds that products waited for their launch."""
+
+    @property
+    def launch_vectors(self) -> Global___Histogram:
+        """Vectors in the launch of each product."""
+
+    @property
+    def shares(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Share]:
+        """Counts by objective and tenant. Those that are counted together have the name
+        "other".
+        """
+
+    def __init__(
+        self,
+        *,
+        time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        state: builtins.str = ...,
+        products: builtins.int = ...,
+        vectors: builtins.int = ...,
+        failures: builtins.int = ...,
+        padding_vectors: builtins.int = ...,
+        request_seconds: Global___Histogram | None = ...,
+        queue_seconds: Global___Histogram | None = ...,
+        launch_vectors: Global___Histogram | None = ...,
+        pending_vectors: builtins.int = ...,
+        pending_limit: builtins.int = ...,
+        in_flight_vectors: builtins.int = ...,
+        resident_bytes: builtins.int = ...,
+        budget_bytes: builtins.int = ...,
+        open_calls: builtins.int = ...,
+        shares: collections.abc.Iterable[Global___Share] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["launch_vectors", b"launch_vectors", "queue_seconds", b"queue_seconds", "request_seconds", b"request_seconds", "time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["budget_bytes", b"budget_bytes", "failures", b"failures", "in_flight_vectors", b"in_flight_vectors", "launch_vectors", b"launch_vectors", "open_calls", b"open_calls", "padding_vectors", b"padding_vectors", "pending_limit", b"pending_limit", "pending_vectors", b"pending_vectors", "products", b"products", "queue_seconds", b"queue_seconds", "request_seconds", b"request_seconds", "resident_bytes", b"resident_bytes", "shares", b"shares", "state", b"state", "time", b"time", "vectors", b"vectors"]) -> None: ...
+
+Global___GetLoadResponse: typing_extensions.TypeAlias = GetLoadResponse
+
+@typing.final
+class Histogram(google.protobuf.message.Message):
+    """Counts by bucket."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BOUNDS_FIELD_NUMBER: builtins.int
+    COUNTS_FIELD_NUMBER: builtins.int
+    @property
+    def bounds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Upper bounds of the buckets, ascending."""
+
+    @property
+    def counts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Counts by bucket. The last one is above all bounds."""
+
+    def __init__(
+        self,
+        *,
+        bounds: collections.abc.Iterable[builtins.float] | None = ...,
+        counts: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bounds", b"bounds", "counts", b"counts"]) -> None: ...
+
+Global___Histogram: typing_extensions.TypeAlias = Histogram
+
+@typing.final
+class Share(google.protobuf.message.Message):
+    """One tenant's use of one objective."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OBJECTIVE_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
+    PRODUCTS_FIELD_NUMBER: builtins.int
+    VECTORS_FIELD_NUMBER: builtins.int
+    DEVICE_SECONDS_FIELD_NUMBER: builtins.int
+    objective: builtins.str
+    """Name of the objective, or its digest."""
+    tenant: builtins.str
+    """Name of the tenant; empty if the server has no tenants."""
+    products: builtins.int
+    """Products that were answered."""
+    vectors: builtins.int
+    """Vectors of these products."""
+    device_seconds: builtins.float
+    """Seconds of device time."""
+    def __init__(
+        self,
+        *,
+        objective: builtins.str = ...,
+        tenant: builtins.str = ...,
+        products: builtins.int = ...,
+        vectors: builtins.int = ...,
+        device_seconds: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_seconds", b"device_seconds", "objective", b"objective", "products", b"products", "tenant", b"tenant", "vectors", b"vectors"]) -> None: ...
+
+Global___Share: typing_extensions.TypeAlias = Share
+
+@typing.final
 class GetUsageRequest(google.protobuf.message.Message):
     """Request of GetUsage."""
 
@@ -26,7 +190,9 @@ class GetUsageRequest(google.protobuf.message.Message):
 
     ALL_TENANTS_FIELD_NUMBER: builtins.int
     all_tenants: builtins.bool
-    """Whether to tell of all tenants: PERMISSION_DENIED without the right `administer`."""
+    """Whether to return the usage of all tenants. PERMISSION_DENIED without the right
+    `administer`.
+    """
     def __init__(
         self,
         *,
@@ -45,7 +211,9 @@ class GetUsageResponse(google.protobuf.message.Message):
     USAGES_FIELD_NUMBER: builtins.int
     @property
     def usages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Usage]:
-        """By tenant, in the order of their names. Where tenants are not told apart, one without a name, of all together."""
+        """Usage by tenant, in the order of their names. Without tenants, one usage without a
+        name, of all callers together.
+        """
 
     def __init__(
         self,
@@ -58,7 +226,7 @@ Global___GetUsageResponse: typing_extensions.TypeAlias = GetUsageResponse
 
 @typing.final
 class Usage(google.protobuf.message.Message):
-    """What a tenant may use, and uses. What has no limit is absent."""
+    """The limits and the use of a tenant. A limit that does not exist is unset."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -72,26 +240,47 @@ class Usage(google.protobuf.message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: builtins.int
     STORED_BYTES_LIMIT_FIELD_NUMBER: builtins.int
     STORED_BYTES_FIELD_NUMBER: builtins.int
+    TRANSIT_BYTES_LIMIT_FIELD_NUMBER: builtins.int
+    TRANSIT_BYTES_FIELD_NUMBER: builtins.int
+    PROGRAM_BYTES_LIMIT_FIELD_NUMBER: builtins.int
+    PROGRAM_BYTES_FIELD_NUMBER: builtins.int
+    CACHED_PROGRAM_BYTES_FIELD_NUMBER: builtins.int
     tenant: builtins.str
-    """Who; empty where tenants are not told apart."""
+    """Name of the tenant; empty if the server has no tenants."""
     weight: builtins.float
-    """Share of the device, in proportion to those of the others who wait for it."""
+    """Share of the device, in proportion to the weights of the other waiting tenants."""
     vectors_per_second_limit: builtins.float
-    """Most vectors that are multiplied in a second; a point that is made counts as one."""
+    """Most vectors that are multiplied in a second; a new point counts as one."""
     vectors_in_flight_limit: builtins.int
     """Most vectors that wait for the device, or are being multiplied."""
     vectors_in_flight: builtins.int
-    """Vectors that are now. Counted where anything of this is limited."""
+    """Vectors that wait or are being multiplied now. Counted if the tenant has any limit."""
     device_share_limit: builtins.float
-    """Most seconds of device time in a second, on the average over some."""
+    """Most seconds of device time in a second, averaged over some seconds."""
     resident_bytes_limit: builtins.int
-    """Most bytes of points, their residuals and data, on each device."""
+    """Most bytes of points, their residuals and data, and Krylov runs, on each device."""
     resident_bytes: builtins.int
-    """Bytes that are resident, on the device that has most. Data that several tenants use counts for each."""
+    """Resident bytes, on the device that has most. Data of several tenants counts for
+    each.
+    """
     stored_bytes_limit: builtins.int
-    """Most bytes of blobs in the store."""
+    """Most bytes of blobs, names and registrations in the store."""
     stored_bytes: builtins.int
-    """Bytes that are stored. What several tenants have uploaded counts for each."""
+    """Stored bytes. A blob of several tenants counts for each."""
+    transit_bytes_limit: builtins.int
+    """Most bytes of vectors and answers in the host's memory. One product may be larger."""
+    transit_bytes: builtins.int
+    """Bytes of vectors and answers that arrive, wait, are computed, or wait to be read."""
+    program_bytes_limit: builtins.int
+    """Most bytes of compiled programs in the host's memory, and as many in the cache on
+    the server's disk.
+    """
+    program_bytes: builtins.int
+    """Bytes of compiled programs in the host's memory, estimated. Programs of an
+    objective of several tenants count for each.
+    """
+    cached_program_bytes: builtins.int
+    """Bytes of compiled programs in the cache on the server's disk."""
     def __init__(
         self,
         *,
@@ -105,15 +294,24 @@ class Usage(google.protobuf.message.Message):
         resident_bytes: builtins.int = ...,
         stored_bytes_limit: builtins.int | None = ...,
         stored_bytes: builtins.int = ...,
+        transit_bytes_limit: builtins.int | None = ...,
+        transit_bytes: builtins.int = ...,
+        program_bytes_limit: builtins.int | None = ...,
+        program_bytes: builtins.int = ...,
+        cached_program_bytes: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_device_share_limit", b"_device_share_limit", "_resident_bytes_limit", b"_resident_bytes_limit", "_stored_bytes_limit", b"_stored_bytes_limit", "_vectors_in_flight_limit", b"_vectors_in_flight_limit", "_vectors_per_second_limit", b"_vectors_per_second_limit", "device_share_limit", b"device_share_limit", "resident_bytes_limit", b"resident_bytes_limit", "stored_bytes_limit", b"stored_bytes_limit", "vectors_in_flight_limit", b"vectors_in_flight_limit", "vectors_per_second_limit", b"vectors_per_second_limit"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_device_share_limit", b"_device_share_limit", "_resident_bytes_limit", b"_resident_bytes_limit", "_stored_bytes_limit", b"_stored_bytes_limit", "_vectors_in_flight_limit", b"_vectors_in_flight_limit", "_vectors_per_second_limit", b"_vectors_per_second_limit", "device_share_limit", b"device_share_limit", "resident_bytes", b"resident_bytes", "resident_bytes_limit", b"resident_bytes_limit", "stored_bytes", b"stored_bytes", "stored_bytes_limit", b"stored_bytes_limit", "tenant", b"tenant", "vectors_in_flight", b"vectors_in_flight", "vectors_in_flight_limit", b"vectors_in_flight_limit", "vectors_per_second_limit", b"vectors_per_second_limit", "weight", b"weight"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_device_share_limit", b"_device_share_limit", "_program_bytes_limit", b"_program_bytes_limit", "_resident_bytes_limit", b"_resident_bytes_limit", "_stored_bytes_limit", b"_stored_bytes_limit", "_transit_bytes_limit", b"_transit_bytes_limit", "_vectors_in_flight_limit", b"_vectors_in_flight_limit", "_vectors_per_second_limit", b"_vectors_per_second_limit", "device_share_limit", b"device_share_limit", "program_bytes_limit", b"program_bytes_limit", "resident_bytes_limit", b"resident_bytes_limit", "stored_bytes_limit", b"stored_bytes_limit", "transit_bytes_limit", b"transit_bytes_limit", "vectors_in_flight_limit", b"vectors_in_flight_limit", "vectors_per_second_limit", b"vectors_per_second_limit"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_device_share_limit", b"_device_share_limit", "_program_bytes_limit", b"_program_bytes_limit", "_resident_bytes_limit", b"_resident_bytes_limit", "_stored_bytes_limit", b"_stored_bytes_limit", "_transit_bytes_limit", b"_transit_bytes_limit", "_vectors_in_flight_limit", b"_vectors_in_flight_limit", "_vectors_per_second_limit", b"_vectors_per_second_limit", "cached_program_bytes", b"cached_program_bytes", "device_share_limit", b"device_share_limit", "program_bytes", b"program_bytes", "program_bytes_limit", b"program_bytes_limit", "resident_bytes", b"resident_bytes", "resident_bytes_limit", b"resident_bytes_limit", "stored_bytes", b"stored_bytes", "stored_bytes_limit", b"stored_bytes_limit", "tenant", b"tenant", "transit_bytes", b"transit_bytes", "transit_bytes_limit", b"transit_bytes_limit", "vectors_in_flight", b"vectors_in_flight", "vectors_in_flight_limit", b"vectors_in_flight_limit", "vectors_per_second_limit", b"vectors_per_second_limit", "weight", b"weight"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_device_share_limit", b"_device_share_limit"]) -> typing.Literal["device_share_limit"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_program_bytes_limit", b"_program_bytes_limit"]) -> typing.Literal["program_bytes_limit"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_resident_bytes_limit", b"_resident_bytes_limit"]) -> typing.Literal["resident_bytes_limit"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_stored_bytes_limit", b"_stored_bytes_limit"]) -> typing.Literal["stored_bytes_limit"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_transit_bytes_limit", b"_transit_bytes_limit"]) -> typing.Literal["transit_bytes_limit"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_vectors_in_flight_limit", b"_vectors_in_flight_limit"]) -> typing.Literal["vectors_in_flight_limit"] | None: ...
     @typing.overload
@@ -150,12 +348,14 @@ class GetServerResponse(google.protobuf.message.Message):
     DEVICE_COUNT_FIELD_NUMBER: builtins.int
     VECTOR_PORT_FIELD_NUMBER: builtins.int
     PORT_FIELD_NUMBER: builtins.int
+    TIME_FIELD_NUMBER: builtins.int
+    KRYLOV_RUNS_FIELD_NUMBER: builtins.int
     version: builtins.str
-    """Version of hvpd that serves."""
+    """Version of hvpd."""
     min_protocol: builtins.int
-    """Oldest protocol revision that is served."""
+    """Oldest protocol revision that the server serves."""
     max_protocol: builtins.int
-    """Newest protocol revision that is served."""
+    """Newest protocol revision that the server serves."""
     jax_version: builtins.str
     """Version of jax that compiles the programs."""
     platform: builtins.str
@@ -165,13 +365,25 @@ class GetServerResponse(google.protobuf.message.Message):
     max_block_width: builtins.int
     """Most vectors in one product; send wider blocks as several."""
     stablehlo_version: builtins.str
-    """Newest version of StableHLO that can be read, such as "1.17.0". Clients with a newer jax write that one."""
+    """Newest version of StableHLO that the server reads, such as "1.17.0". Clients with a
+    newer jax write that version.
+    """
     device_count: builtins.int
-    """How many devices it computes on; 0 from servers that do not say."""
+    """Number of devices; 0 from older servers."""
     vector_port: builtins.int
-    """Port of the server's own on which it takes products past gRPC (CurvatureService.CreateVectorTicket); 0 where there is none."""
+    """Port for products past gRPC (CurvatureService.CreateVectorTicket); 0 if there is
+    none.
+    """
     port: builtins.int
-    """Port of the server's own on which it listens for calls. Who came by another one came through something that stands between."""
+    """Port on which the server listens for calls. A client that used another port came
+    through a proxy or a tunnel.
+    """
+    krylov_runs: builtins.bool
+    """Whether the server has the KrylovService."""
+    @property
+    def time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+        """The server's time; unset from older servers."""
+
     def __init__(
         self,
         *,
@@ -186,7 +398,10 @@ class GetServerResponse(google.protobuf.message.Message):
         device_count: builtins.int = ...,
         vector_port: builtins.int = ...,
         port: builtins.int = ...,
+        time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        krylov_runs: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device_count", b"device_count", "device_kind", b"device_kind", "jax_version", b"jax_version", "max_block_width", b"max_block_width", "max_protocol", b"max_protocol", "min_protocol", b"min_protocol", "platform", b"platform", "port", b"port", "stablehlo_version", b"stablehlo_version", "vector_port", b"vector_port", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["time", b"time"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["device_count", b"device_count", "device_kind", b"device_kind", "jax_version", b"jax_version", "krylov_runs", b"krylov_runs", "max_block_width", b"max_block_width", "max_protocol", b"max_protocol", "min_protocol", b"min_protocol", "platform", b"platform", "port", b"port", "stablehlo_version", b"stablehlo_version", "time", b"time", "vector_port", b"vector_port", "version", b"version"]) -> None: ...
 
 Global___GetServerResponse: typing_extensions.TypeAlias = GetServerResponse

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ServerServiceStub(object):
-    """Tells about the server itself.
+    """Facts about the server.
     """
 
     def __init__(self, channel):
@@ -45,21 +45,34 @@ class ServerServiceStub(object):
                 request_serializer=hvpd_dot_v1_dot_server__pb2.GetUsageRequest.SerializeToString,
                 response_deserializer=hvpd_dot_v1_dot_server__pb2.GetUsageResponse.FromString,
                 _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/hvpd.v1.ServerService/GetLoad',
+                request_serializer=hvpd_dot_v1_dot_server__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=hvpd_dot_v1_dot_server__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
 
 
 class ServerServiceServicer(object):
-    """Tells about the server itself.
+    """Facts about the server.
     """
 
     def GetServer(self, request, context):
-        """What the server is and how it wants to be talked to. Answers clients of every version.
+        """Returns the versions and limits of the server. Answers clients of every version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetUsage(self, request, context):
-        """What the tenant may use of the server, and how much of it is used now. UNIMPLEMENTED from servers of before.
+        """Returns the limits and the use of the tenant. UNIMPLEMENTED from older servers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLoad(self, request, context):
+        """Returns counts since the start, and the load at the moment, of all tenants.
+        PERMISSION_DENIED without the right `administer`; UNIMPLEMENTED from older servers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,6 +91,11 @@ def add_ServerServiceServicer_to_server(servicer, server):
                     request_deserializer=hvpd_dot_v1_dot_server__pb2.GetUsageRequest.FromString,
                     response_serializer=hvpd_dot_v1_dot_server__pb2.GetUsageResponse.SerializeToString,
             ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=hvpd_dot_v1_dot_server__pb2.GetLoadRequest.FromString,
+                    response_serializer=hvpd_dot_v1_dot_server__pb2.GetLoadResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'hvpd.v1.ServerService', rpc_method_handlers)
@@ -87,7 +105,7 @@ def add_ServerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ServerService(object):
-    """Tells about the server itself.
+    """Facts about the server.
     """
 
     @staticmethod
@@ -134,6 +152,33 @@ class ServerService(object):
             '/hvpd.v1.ServerService/GetUsage',
             hvpd_dot_v1_dot_server__pb2.GetUsageRequest.SerializeToString,
             hvpd_dot_v1_dot_server__pb2.GetUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hvpd.v1.ServerService/GetLoad',
+            hvpd_dot_v1_dot_server__pb2.GetLoadRequest.SerializeToString,
+            hvpd_dot_v1_dot_server__pb2.GetLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,8 +57,24 @@ _ServerServiceGetUsageType = typing_extensions.TypeVar(
     ],
 )
 
-class ServerServiceStub(typing.Generic[_ServerServiceGetServerType, _ServerServiceGetUsageType]):
-    """Tells about the server itself."""
+_ServerServiceGetLoadType = typing_extensions.TypeVar(
+    '_ServerServiceGetLoadType',
+    grpc.UnaryUnaryMultiCallable[
+        hvpd.v1.server_pb2.GetLoadRequest,
+        hvpd.v1.server_pb2.GetLoadResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        hvpd.v1.server_pb2.GetLoadRequest,
+        hvpd.v1.server_pb2.GetLoadResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        hvpd.v1.server_pb2.GetLoadRequest,
+        hvpd.v1.server_pb2.GetLoadResponse,
+    ],
+)
+
+class ServerServiceStub(typing.Generic[_ServerServiceGetServerType, _ServerServiceGetUsageType, _ServerServiceGetLoadType]):
+    """Facts about the server."""
 
     @typing.overload
     def __init__(self: ServerServiceStub[
@@ -69,6 +85,10 @@ class ServerServiceStub(typing.Generic[_ServerServiceGetServerType, _ServerServi
         grpc.UnaryUnaryMultiCallable[
             hvpd.v1.server_pb2.GetUsageRequest,
             hvpd.v1.server_pb2.GetUsageResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            hvpd.v1.server_pb2.GetLoadRequest,
+            hvpd.v1.server_pb2.GetLoadResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -82,13 +102,22 @@ class ServerServiceStub(typing.Generic[_ServerServiceGetServerType, _ServerServi
             hvpd.v1.server_pb2.GetUsageRequest,
             hvpd.v1.server_pb2.GetUsageResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            hvpd.v1.server_pb2.GetLoadRequest,
+            hvpd.v1.server_pb2.GetLoadResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     GetServer: _ServerServiceGetServerType
-    """What the server is and how it wants to be talked to. Answers clients of every version."""
+    """Returns the versions and limits of the server. Answers clients of every version."""
 
     GetUsage: _ServerServiceGetUsageType
-    """What the tenant may use of the server, and how much of it is used now. UNIMPLEMENTED from servers of before."""
+    """Returns the limits and the use of the tenant. UNIMPLEMENTED from older servers."""
+
+    GetLoad: _ServerServiceGetLoadType
+    """Returns counts since the start, and the load at the moment, of all tenants.
+    PERMISSION_DENIED without the right `administer`; UNIMPLEMENTED from older servers.
+    """
 
 ServerServiceAsyncStub: typing_extensions.TypeAlias = ServerServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -99,10 +128,14 @@ ServerServiceAsyncStub: typing_extensions.TypeAlias = ServerServiceStub[
         hvpd.v1.server_pb2.GetUsageRequest,
         hvpd.v1.server_pb2.GetUsageResponse,
     ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        hvpd.v1.server_pb2.GetLoadRequest,
+        hvpd.v1.server_pb2.GetLoadResponse,
+    ],
 ]
 
 class ServerServiceServicer(metaclass=abc.ABCMeta):
-    """Tells about the server itself."""
+    """Facts about the server."""
 
     @abc.abstractmethod
     def GetServer(
@@ -110,7 +143,7 @@ class ServerServiceServicer(metaclass=abc.ABCMeta):
         request: hvpd.v1.server_pb2.GetServerRequest,
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.server_pb2.GetServerResponse, collections.abc.Awaitable[hvpd.v1.server_pb2.GetServerResponse]]:
-        """What the server is and how it wants to be talked to. Answers clients of every version."""
+        """Returns the versions and limits of the server. Answers clients of every version."""
 
     @abc.abstractmethod
     def GetUsage(
@@ -118,6 +151,16 @@ class ServerServiceServicer(metaclass=abc.ABCMeta):
         request: hvpd.v1.server_pb2.GetUsageRequest,
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.server_pb2.GetUsageResponse, collections.abc.Awaitable[hvpd.v1.server_pb2.GetUsageResponse]]:
-        """What the tenant may use of the server, and how much of it is used now. UNIMPLEMENTED from servers of before."""
+        """Returns the limits and the use of the tenant. UNIMPLEMENTED from older servers."""
+
+    @abc.abstractmethod
+    def GetLoad(
+        self,
+        request: hvpd.v1.server_pb2.GetLoadRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[hvpd.v1.server_pb2.GetLoadResponse, collections.abc.Awaitable[hvpd.v1.server_pb2.GetLoadResponse]]:
+        """Returns counts since the start, and the load at the moment, of all tenants.
+        PERMISSION_DENIED without the right `administer`; UNIMPLEMENTED from older servers.
+        """
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

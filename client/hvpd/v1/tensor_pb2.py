@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hvpd/v1/tensor.proto\x12\x07hvpd.v1\"6\n\x06Tensor\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\")\n\tArraySpec\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\"\xd0\x02\n\x08TreeSpec\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.hvpd.v1.TreeSpec.Kind\x12#\n\x08\x63hildren\x18\x02 \x03(\x0b\x32\x11.hvpd.v1.TreeSpec\x12#\n\x04keys\x18\x03 \x03(\x0b\x32\x15.hvpd.v1.TreeSpec.Key\x12\x11\n\ttype_name\x18\x04 \x01(\t\x1a/\n\x03Key\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x10\n\x06number\x18\x02 \x01(\x03H\x00\x42\x06\n\x04kind\"\x8f\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\r\n\tKIND_LEAF\x10\x01\x12\r\n\tKIND_NONE\x10\x02\x12\r\n\tKIND_DICT\x10\x03\x12\r\n\tKIND_LIST\x10\x04\x12\x0e\n\nKIND_TUPLE\x10\x05\x12\x14\n\x10KIND_NAMED_TUPLE\x10\x06\x12\x0f\n\x0bKIND_CUSTOM\x10\x07\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hvpd/v1/tensor.proto\x12\x07hvpd.v1\"6\n\x06Tensor\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\")\n\tArraySpec\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\"\xa2\x03\n\x08TreeSpec\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.hvpd.v1.TreeSpec.Kind\x12#\n\x08\x63hildren\x18\x02 \x03(\x0b\x32\x11.hvpd.v1.TreeSpec\x12#\n\x04keys\x18\x03 \x03(\x0b\x32\x15.hvpd.v1.TreeSpec.Key\x12\x11\n\ttype_name\x18\x04 \x01(\t\x12(\n\x06sparse\x18\x05 \x01(\x0b\x32\x18.hvpd.v1.TreeSpec.Sparse\x1a/\n\x03Key\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x10\n\x06number\x18\x02 \x01(\x03H\x00\x42\x06\n\x04kind\x1a&\n\x06Sparse\x12\r\n\x05shape\x18\x01 \x03(\x03\x12\r\n\x05\x66\x61\x63ts\x18\x02 \x03(\t\"\x8f\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\r\n\tKIND_LEAF\x10\x01\x12\r\n\tKIND_NONE\x10\x02\x12\r\n\tKIND_DICT\x10\x03\x12\r\n\tKIND_LIST\x10\x04\x12\x0e\n\nKIND_TUPLE\x10\x05\x12\x14\n\x10KIND_NAMED_TUPLE\x10\x06\x12\x0f\n\x0bKIND_CUSTOM\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,9 +36,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ARRAYSPEC']._serialized_start=89
   _globals['_ARRAYSPEC']._serialized_end=130
   _globals['_TREESPEC']._serialized_start=133
-  _globals['_TREESPEC']._serialized_end=469
-  _globals['_TREESPEC_KEY']._serialized_start=276
-  _globals['_TREESPEC_KEY']._serialized_end=323
-  _globals['_TREESPEC_KIND']._serialized_start=326
-  _globals['_TREESPEC_KIND']._serialized_end=469
+  _globals['_TREESPEC']._serialized_end=551
+  _globals['_TREESPEC_KEY']._serialized_start=318
+  _globals['_TREESPEC_KEY']._serialized_end=365
+  _globals['_TREESPEC_SPARSE']._serialized_start=367
+  _globals['_TREESPEC_SPARSE']._serialized_end=405
+  _globals['_TREESPEC_KIND']._serialized_start=408
+  _globals['_TREESPEC_KIND']._serialized_end=551
 # @@protoc_insertion_point(module_scope)

@@ -21,7 +21,9 @@ DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
 class Tensor(google.protobuf.message.Message):
-    """A content-addressed array. Its bytes are the elements in row-major order, little-endian, without padding."""
+    """A content-addressed array. Its bytes are the elements in row-major order,
+    little-endian, without padding.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -29,9 +31,13 @@ class Tensor(google.protobuf.message.Message):
     SHAPE_FIELD_NUMBER: builtins.int
     DIGEST_FIELD_NUMBER: builtins.int
     dtype: builtins.str
-    """Element type by its NumPy name: "float64", "float32", "bfloat16", "int32", "bool", ..."""
+    """Element type by its NumPy name: "float64", "float32", "bfloat16", "int32", "bool",
+    ...
+    """
     digest: builtins.str
-    """SHA-256 of the bytes, 64 lower-case hexadecimal digits: the digest of the blob that holds them."""
+    """SHA-256 of the bytes, 64 lower-case hexadecimal digits: the digest of the blob that
+    holds them.
+    """
     @property
     def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Extent of each axis, in elements. Empty for a scalar."""
@@ -73,7 +79,9 @@ Global___ArraySpec: typing_extensions.TypeAlias = ArraySpec
 
 @typing.final
 class TreeSpec(google.protobuf.message.Message):
-    """The structure of a pytree, in jax's flattening order, so that clients without jax can flatten and rebuild it."""
+    """The structure of a pytree, in jax's flattening order, so that clients without jax can
+    flatten and rebuild it.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -98,10 +106,12 @@ class TreeSpec(google.protobuf.message.Message):
         KIND_NAMED_TUPLE: TreeSpec._Kind.ValueType  # 6
         """collections.namedtuple: type_name and keys give its name and fields."""
         KIND_CUSTOM: TreeSpec._Kind.ValueType  # 7
-        """Any other registered container. Clients without jax see it as a dict of its children."""
+        """Any other registered container. Clients without jax see it as a dict of its
+        children.
+        """
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
-        """What stands at a node."""
+        """The kind of a node."""
 
     KIND_UNSPECIFIED: TreeSpec.Kind.ValueType  # 0
     """Not set: an invalid node."""
@@ -118,7 +128,9 @@ class TreeSpec(google.protobuf.message.Message):
     KIND_NAMED_TUPLE: TreeSpec.Kind.ValueType  # 6
     """collections.namedtuple: type_name and keys give its name and fields."""
     KIND_CUSTOM: TreeSpec.Kind.ValueType  # 7
-    """Any other registered container. Clients without jax see it as a dict of its children."""
+    """Any other registered container. Clients without jax see it as a dict of its
+    children.
+    """
 
     @typing.final
     class Key(google.protobuf.message.Message):
@@ -142,12 +154,39 @@ class TreeSpec(google.protobuf.message.Message):
         def ClearField(self, field_name: typing.Literal["kind", b"kind", "number", b"number", "text", b"text"]) -> None: ...
         def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["text", "number"] | None: ...
 
+    @typing.final
+    class Sparse(google.protobuf.message.Message):
+        """What a program relies on in a sparse matrix, beside its arrays."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        SHAPE_FIELD_NUMBER: builtins.int
+        FACTS_FIELD_NUMBER: builtins.int
+        @property
+        def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+            """The shape of the matrix."""
+
+        @property
+        def facts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+            """Names of the properties that jax.experimental.sparse states for the matrix, such as
+            indices_sorted and unique_indices. Other data must have them, too.
+            """
+
+        def __init__(
+            self,
+            *,
+            shape: collections.abc.Iterable[builtins.int] | None = ...,
+            facts: collections.abc.Iterable[builtins.str] | None = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["facts", b"facts", "shape", b"shape"]) -> None: ...
+
     KIND_FIELD_NUMBER: builtins.int
     CHILDREN_FIELD_NUMBER: builtins.int
     KEYS_FIELD_NUMBER: builtins.int
     TYPE_NAME_FIELD_NUMBER: builtins.int
+    SPARSE_FIELD_NUMBER: builtins.int
     kind: Global___TreeSpec.Kind.ValueType
-    """What stands here."""
+    """The kind of this node."""
     type_name: builtins.str
     """Class name of a named tuple or custom node, for messages."""
     @property
@@ -158,6 +197,12 @@ class TreeSpec(google.protobuf.message.Message):
     def keys(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TreeSpec.Key]:
         """One key for each child of a dict, named tuple or custom node."""
 
+    @property
+    def sparse(self) -> Global___TreeSpec.Sparse:
+        """Set for a custom node that is a sparse matrix of jax.experimental.sparse, whose class
+        is type_name. Its children are arrays.
+        """
+
     def __init__(
         self,
         *,
@@ -165,7 +210,9 @@ class TreeSpec(google.protobuf.message.Message):
         children: collections.abc.Iterable[Global___TreeSpec] | None = ...,
         keys: collections.abc.Iterable[Global___TreeSpec.Key] | None = ...,
         type_name: builtins.str = ...,
+        sparse: Global___TreeSpec.Sparse | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["children", b"children", "keys", b"keys", "kind", b"kind", "type_name", b"type_name"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["sparse", b"sparse"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["children", b"children", "keys", b"keys", "kind", b"kind", "sparse", b"sparse", "type_name", b"type_name"]) -> None: ...
 
 Global___TreeSpec: typing_extensions.TypeAlias = TreeSpec

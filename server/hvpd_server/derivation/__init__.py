@@ -1,4 +1,6 @@
-"""From one imported objective to every program that the server runs: gradients, products, factors.
+"""Derives every program that the server runs from one imported objective: gradients,
+products, factors.
 
-`objective` traces what the importer read, `programs` differentiates it. Needs jax; knows no device, no queue and no store.
+`objective` traces what the importer read, `programs` differentiates it. Needs jax;
+knows no device, no queue and no store.
 """

@@ -1,4 +1,4 @@
-"""Compile a derived program for the devices that it will run on. Used where a program may crash, and where it runs."""
+"""Compile a derived program for its devices: in a worker, or in the server."""
 
 import logging
 import pickle
@@ -19,8 +19,8 @@ _DETERMINISTIC: Final[Mapping[str, str | bool]] = {
     "xla_gpu_deterministic_ops": True,
     "xla_gpu_exclude_nondeterministic_ops": True,
 }
-"""XLA options that make a GPU add in the same order every time; XLA refuses a program for which this is impossible.
-https://openxla.org/xla/determinism
+"""XLA options that make a GPU add in the same order every time; XLA refuses a program
+for which this is impossible. https://openxla.org/xla/determinism
 """
 
 
@@ -50,7 +50,8 @@ class Target:
     def compile(
         self, function: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct], *, deterministic: bool = False
     ) -> jax.stages.Compiled:
-        """Compile a function for arguments of such specs; its results are whole on each part.
+        """Compile a function for arguments of such specs; its results are whole on each
+        part.
 
         Args:
             deterministic: Whether the program must give the same bits each time.
@@ -70,7 +71,8 @@ def compile_program(
         name: One of `Derivation.programs`, or a variant of it; see `derivation.names`.
         width: Vectors in the block; 0 if the program takes none.
         target: Where the program runs.
-        data: How many arguments, the last ones, are captured arrays and data, which may be split by rows.
+        data: Number of last arguments that are captured arrays and data, which may be
+            split by rows.
         deterministic: Whether the program must give the same bits each time.
     """
     with sized.tracing(name):
@@ -88,7 +90,8 @@ def compile_program(
 
 
 def dump(compiled: jax.stages.Compiled) -> bytes:
-    """Return an executable as bytes for `load`, on the same kind of device and of the same jax.
+    """Return an executable as bytes for `load`, on the same kind of device and of the
+    same jax.
 
     Raises:
         Exception: The backend cannot serialize executables.
@@ -97,9 +100,10 @@ def dump(compiled: jax.stages.Compiled) -> bytes:
 
 
 def load(blob: bytes, parts: Sequence[jax.Device]) -> jax.stages.Compiled:
-    """Return the executable of bytes that `dump` returned; neither traces nor lowers.
+    """Return the executable of bytes that `dump` returned, without tracing or lowering.
 
-    Executables are machine code: bytes from an untrusted place can do anything, with or without pickle.
+    Executables are machine code: bytes from an untrusted place can do anything, with or
+    without pickle.
     """
     payload, in_tree, out_tree = pickle.loads(blob)  # noqa: S301 - see above
     found: jax.stages.Compiled = serialize_executable.deserialize_and_load(

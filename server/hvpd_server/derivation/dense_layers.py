@@ -1,9 +1,10 @@
-"""The dense layers of a model, found in its jaxpr, and their Kronecker factors. Needs jax.
+"""The dense layers of a model, found in its jaxpr, and their Kronecker factors.
 
-A layer is y = a W + b: a `dot_general` of a leaf W of x with something else, whose result a leaf b may be added to. Each of both
-must be used there only, and a must have as many rows as the model's output, or a multiple, and not be made of leaves of x alone:
-what all examples share has no factors by rows. What lies inside a loop, a branch or a function with its own derivative is not
-looked into.
+A layer is y = a W + b: a `dot_general` of a leaf W of x with another operand a. A leaf
+b may be added to the result. W and b must be used there only. a must have as many rows
+as the model's output, or a multiple, and must depend on more than leaves of x: a value
+that all examples share has no factors by rows. Layers inside a loop, a branch or a
+function with its own derivative are not found.
 """
 
 import dataclasses
@@ -28,11 +29,11 @@ class Dense:
     """A dense layer, y = a W + b."""
 
     message: objective_pb2.DenseLayer
-    """Which leaves of x it is made of."""
+    """Leaves of x in the layer."""
     equation: Any
-    """The dot_general that makes y."""
+    """The dot_general whose result is y."""
     operand: int
-    """Which of its operands is a."""
+    """Position of a among the operands of the dot_general."""
 
     @property
     def contracted(self) -> int:
@@ -46,19 +47,24 @@ class Dense:
         return -1 if self.operand == 0 else 0
 
     def rows_of_a(self, a: jax.Array, dtype: Any) -> jax.Array:
-        """a[N,p], with a last column of ones where there is a bias; at least of a dtype, since half precision cannot hold sums."""
+        """Return a[N,p], with a last column of ones if there is a bias.
+
+        Its dtype is at least a given one, because half precision cannot hold sums.
+        """
         rows = jnp.moveaxis(a, self.contracted, -1).reshape(-1, a.shape[self.contracted])
         rows = rows.astype(jnp.promote_types(rows.dtype, dtype))
         return jnp.pad(rows, ((0, 0), (0, 1)), constant_values=1) if self.message.HasField("bias") else rows
 
     def rows_of_y(self, y: jax.Array, dtype: Any) -> jax.Array:
-        """y[N,q], in the same order of rows; likewise."""
+        """Return y[N,q], with its rows in the order of a's and a dtype of at least a
+        given one.
+        """
         rows = jnp.moveaxis(y, self.channels, -1).reshape(-1, y.shape[self.channels])
         return rows.astype(jnp.promote_types(rows.dtype, dtype))
 
 
 class _Uses:
-    """Who reads a variable of a jaxpr."""
+    """The equations that read each variable of a jaxpr."""
 
     def __init__(self, jaxpr: Any) -> None:
         self._readers: dict[Any, list[Any]] = {}
@@ -71,15 +77,18 @@ class _Uses:
                 self._readers.setdefault(atom, []).append(None)
 
     def only(self, variable: Any) -> Any:
-        """The one equation that reads a variable; None where several do, or it is a result."""
+        """Return the one equation that reads a variable; None if several do, or it is a
+        result.
+        """
         readers = self._readers.get(variable, ())
         return readers[0] if len(readers) == 1 else None
 
     def end(self, variable: Any, axes: tuple[int, ...]) -> tuple[Any, Any, tuple[int, ...]]:
-        """Follows a variable through what only converts, transposes or broadcasts it.
+        """Follow a variable through conversions, transpositions and broadcasts.
 
         Returns:
-            The variable that it becomes, the equation that reads that, and where `axes` of the first one lie in it.
+            The last variable, the equation that reads it, and the positions in it of
+            `axes` of the first variable.
         """
         while (equation := self.only(variable)) is not None and (moved := _moved(equation, axes)) is not None:
             variable, axes = equation.outvars[0], moved
@@ -87,7 +96,9 @@ class _Uses:
 
 
 def _moved(equation: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Where axes of an operand are after an operation that keeps its elements; None where it is another operation."""
+    """Return the positions of axes after an operation that only moves elements, else
+    None.
+    """
     before, after = equation.invars[0].aval, equation.outvars[0].aval
     match equation.primitive.name:
         case "copy":
@@ -105,20 +116,26 @@ def _moved(equation: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
             moved = tuple(place for axis in axes for place in _reshaped(before.shape, after.shape, axis))
         case _:
             return None
-    # Axes get lost where they are split or squeezed, and those of one element can be broadcast along.
+    # Splitting or squeezing loses an axis; an axis of one element can be broadcast.
     same = [before.shape[axis] for axis in axes] == [after.shape[axis] for axis in moved]
     return moved if same else None
 
 
 def _reshaped(before: Sequence[Any], after: Sequence[Any], axis: int) -> list[int]:
-    """Where an axis is after a reshape, if it is still one: it has as many elements in front of it as before."""
+    """Return the position of an axis after a reshape, or None if the axis is gone.
+
+    The axis stays if it has as many elements in front of it as before.
+    """
     front = math.prod(before[:axis])
     places = [place for place, size in enumerate(after) if size == before[axis]]
     return [place for place in places if math.prod(after[:place]) == front][-1:]
 
 
 def layers_of(closed: Any, count: int) -> list[Dense]:
-    """The dense layers of a traced model without nested jits, whose first `count` arguments are x's leaves; by their kernels."""
+    """Return the dense layers of a traced model without nested jits, by their kernels.
+
+    The model's first `count` arguments are the leaves of x.
+    """
     leaves, z = closed.jaxpr.invars[:count], closed.out_avals[0]
     if 0 in z.shape:
         return []
@@ -143,7 +160,10 @@ def layers_of(closed: Any, count: int) -> list[Dense]:
 
 
 def _layer(uses: _Uses, given: set[Any], leaf: Any, rows: Any) -> Dense | None:
-    """The layer of a kernel, without its leaves' positions; None where it makes no layer of as many rows, or a multiple."""
+    """Return the layer of a kernel, without its leaves' positions.
+
+    None if the kernel makes no layer of as many rows as the output, or a multiple.
+    """
     if leaf.aval.ndim != 2 or not leaf.aval.size:
         return None
     kernel, equation, axes = uses.end(leaf, (0, 1))
@@ -162,7 +182,7 @@ def _layer(uses: _Uses, given: set[Any], leaf: Any, rows: Any) -> Dense | None:
 
 
 def _given(jaxpr: Any, count: int) -> set[Any]:
-    """The variables that depend on more than the first `count` arguments: on data, or on arrays that are closed over."""
+    """Return the variables that depend on more than the first `count` arguments."""
     found = {*jaxpr.constvars, *jaxpr.invars[count:]}
     for equation in jaxpr.eqns:
         if any(not isinstance(atom, jex.Literal) and atom in found for atom in equation.invars):
@@ -171,10 +191,10 @@ def _given(jaxpr: Any, count: int) -> set[Any]:
 
 
 def _bias(uses: _Uses, layer: Dense, biases: dict[tuple[Any, tuple[int, ...]], int]) -> int | None:
-    """The position of the leaf that is added to y along its channels."""
+    """Return the position of the leaf that is added to y along its channels."""
     axes: tuple[int, ...]
     result, axes = layer.equation.outvars[0], (layer.channels % layer.equation.outvars[0].aval.ndim,)
-    while True:  # What else is added on the way, as in residual layers, changes nothing.
+    while True:  # Other additions on the way, as in residual layers, change nothing.
         result, equation, axes = uses.end(result, axes)
         if equation is None or equation.primitive.name != "add":
             return None
@@ -191,26 +211,30 @@ def _bias(uses: _Uses, layer: Dense, biases: dict[tuple[Any, tuple[int, ...]], i
 class Factors:
     """The Kronecker factors of a composite's dense layers, as functions to compile.
 
-    Of each layer A = mean over rows of a'a, and G = sum over rows of J'MJ, with J the derivative of the model's output in y. M is the
-    loss's Hessian in that output; or it is drawn: then G is the Fisher matrix's, with targets from the model's distribution.
-    Sources: Martens and Grosse, Optimizing neural networks with Kronecker-factored approximate curvature, ICML (2015); for layers
-    with more rows than examples, the expanding one of Eschenhagen and others, NeurIPS (2023).
+    A layer has A = mean over rows of a'a, and G = sum over rows of J'MJ, with J the
+    derivative of the model's output in y. M is the loss's Hessian in that output, or it
+    is drawn: then G is the Fisher matrix's, with targets from the model's distribution.
+    Sources: Martens and Grosse, Optimizing neural networks with Kronecker-factored
+    approximate curvature, ICML (2015); for layers with more rows than examples, the
+    expanding one of Eschenhagen and others, NeurIPS (2023).
     """
 
     stages: Stages
-    """The composite in the leaves of x, its model's output one array with a row for each example."""
+    """Composite in the leaves of x. Its model's output is one array with a row for each
+    example.
+    """
     layout: Layout
-    """Of those leaves."""
+    """Specs of the leaves of x."""
     composite: objective_pb2.Composite
-    """For its distribution."""
+    """Message of the composite, with its distribution."""
     closed: Any
     """The model, traced, without nested jits."""
     layers: Sequence[Dense]
-    """What was found in it."""
+    """Layers of the model."""
 
     @classmethod
     def of(cls, stages: Stages, layout: Layout, args: Sequence[Any], composite: objective_pb2.Composite) -> "Factors":
-        """Traces the model for arguments of these shapes and dtypes."""
+        """Trace the model for arguments of these shapes and dtypes."""
         count = len(layout.leaves)
         closed = inlined(
             jax.make_jaxpr(lambda *inputs: stages.model(inputs[:count], *inputs[count:]))(*layout.leaves, *args)
@@ -218,7 +242,7 @@ class Factors:
         return cls(stages, layout, composite, closed, layers_of(closed, count))
 
     def programs(self) -> dict[str, Function]:
-        """By name; none where there is no dense layer."""
+        """Return the programs by name; none if there is no dense layer."""
         if not self.layers:
             return {}
         if not self.composite.distribution:
@@ -226,12 +250,12 @@ class Factors:
         return {"kfac": self.kfac, "sampled_kfac": self.sampled_kfac}
 
     def kfac(self, x: jax.Array, *args: jax.Array) -> tuple[jax.Array, ...]:
-        """A and G of each layer, from the loss's Hessian."""
+        """Return A and G of each layer, from the loss's Hessian."""
         z, backward, rows = self._linearized(x, args)
         outputs, hessian = math.prod(z.shape[1:]), loss_hessian(self.stages)
 
         def column(output: jax.Array) -> list[jax.Array]:
-            # One output of every row at once: rows do not see each other.
+            # One output of every row at once, because rows are independent.
             unit = jnp.broadcast_to(jnp.arange(outputs) == output, (z.shape[0], outputs)).reshape(z.shape)
             left, right = backward(unit.astype(z.dtype)), backward(hessian(z, unit.astype(z.dtype), args))
             return [u.T @ w for u, w in zip(left, right, strict=True)]
@@ -239,7 +263,7 @@ class Factors:
         return _interleaved(x.dtype, rows, [(G + G.T) / 2 for G in _sum(column, jnp.arange(outputs))])
 
     def sampled_kfac(self, x: jax.Array, key: jax.Array, *args: jax.Array) -> tuple[jax.Array, ...]:
-        """A and G of each layer, from targets that are drawn."""
+        """Return A and G of each layer, from drawn targets."""
         z, backward, rows = self._linearized(x, args)
         weight = row_scale(self.composite, z.shape[0]) / self.composite.samples
 
@@ -249,7 +273,7 @@ class Factors:
         return _interleaved(x.dtype, rows, _sum(draw, keys_of(self.composite, key)))
 
     def _linearized(self, x: jax.Array, args: Sequence[jax.Array]) -> tuple[Any, Function, list[jax.Array]]:
-        """z; u -> the rows of J'u of each layer; and the rows of a."""
+        """Return z, the function u -> rows of J'u of each layer, and the rows of a."""
         by_equation = {id(layer.equation): index for index, layer in enumerate(self.layers)}
 
         def forward(nudges: Sequence[jax.Array]) -> Any:
@@ -275,13 +299,15 @@ class Factors:
 
 
 def _interleaved(dtype: Any, rows: Sequence[jax.Array], Gs: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """A_0, G_0, A_1, ..."""
+    """Return A_0, G_0, A_1, ..."""
     As = [a.T @ a / a.shape[0] for a in rows]
     return tuple(factor.astype(dtype) for pair in zip(As, Gs, strict=True) for factor in pair)
 
 
 def _sum(function: Callable[[jax.Array], list[jax.Array]], over: jax.Array) -> list[jax.Array]:
-    """The sums of what `function` returns for each element, one after the other."""
+    """Return the sums of the results of `function` for each element, one after the
+    other.
+    """
 
     def add(sums: list[jax.Array], element: jax.Array) -> tuple[list[jax.Array], None]:
         return [total + more for total, more in zip(sums, function(element), strict=True)], None

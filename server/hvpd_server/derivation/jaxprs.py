@@ -7,7 +7,7 @@ import jax
 import jax.extend.core as jex
 
 Tap = Callable[[Any, Sequence[Any], list[Any]], list[Any]]
-"""(equation, operands, results) -> results."""
+"""Maps (equation, operands, results) to results."""
 
 
 def inlined(closed: Any) -> Any:
@@ -16,7 +16,9 @@ def inlined(closed: Any) -> Any:
 
 
 def _inner(equation: Any) -> Any:
-    """Return the jaxpr of a call of a nested jit or of a `jax.checkpoint`; None for other equations."""
+    """Return the jaxpr of a call of a nested jit or of a `jax.checkpoint`; None for
+    other equations.
+    """
     name = equation.primitive.name
     if name in ("jit", "pjit"):
         return equation.params["jaxpr"]
@@ -34,9 +36,10 @@ def evaluate(
     """Evaluate a jaxpr, its nested jits and checkpoints inlined.
 
     Args:
-        closed: What `jax.make_jaxpr` gave.
-        args: Its arguments.
-        tap: Takes each equation with its operands and results; returns the results to go on with.
+        closed: A jaxpr of `jax.make_jaxpr`.
+        args: Arguments of the jaxpr.
+        tap: Takes each equation with its operands and results; returns the results to
+            go on with.
     """
     values = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*closed.consts, *args], strict=True))
 
@@ -54,7 +57,7 @@ def evaluate(
 
 
 def _single(equation: Any, operands: Sequence[Any], read: Callable[[Any], Any], tap: Tap) -> dict[Any, Any]:
-    """Evaluate one equation; return its results, as the tap changed them, by variable."""
+    """Evaluate one equation; return its results by variable, changed by the tap."""
     variables = list(dict.fromkeys(atom for atom in equation.invars if not isinstance(atom, jex.Literal)))
     kept = [variable for variable in equation.outvars if not isinstance(variable, jex.DropVar)]
     names = jex.DebugInfo("eval", "equation", ("",) * len(variables), ("",) * len(kept))

@@ -1,4 +1,6 @@
-"""How the leaves of x lie in the flat vector, for programs: x whole, or some of its leaves while the others stay. Needs jax."""
+"""The layout of the leaves of x in the flat vector: all of x, or some leaves while the
+others stay.
+"""
 
 import dataclasses
 import itertools
@@ -10,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 View = Callable[..., Any]
-"""(y, *args) -> (leaves of x, *the function's own args), where y is what derivatives are taken by."""
+"""Maps (y, *args) to (leaves of x, *the function's own args). Derivatives are taken by
+y.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,21 +22,24 @@ class Layout:
     """The leaves of x in the order in which they are raveled."""
 
     leaves: Sequence[jax.ShapeDtypeStruct]
-    """Shape and dtype of each."""
+    """Shape and dtype of each leaf."""
 
     def split(self, x: jax.Array) -> list[jax.Array]:
-        """The leaves of the flat x, in their own dtypes."""
+        """Return the leaves of the flat x, in their own dtypes."""
         return [
             x[span].reshape(leaf.shape).astype(leaf.dtype)
             for span, leaf in zip(self._spans(), self.leaves, strict=True)
         ]
 
     def whole(self, x: jax.Array, *args: jax.Array) -> Any:
-        """The view in which x itself is what derivatives are taken by."""
+        """Return the view in which derivatives are taken by x itself."""
         return self.split(x), *args
 
     def block(self, positions: Sequence[int]) -> View:
-        """The view in which that is some leaves, raveled: (y, x, *args) -> (leaves, *args), the other leaves being x's."""
+        """Return the view in which derivatives are taken by some leaves, raveled.
+
+        It maps (y, x, *args) to (leaves, *args); the other leaves are those of x.
+        """
 
         def view(y: jax.Array, x: jax.Array, *args: jax.Array) -> Any:
             leaves = self.split(x)
@@ -44,12 +51,12 @@ class Layout:
         return view
 
     def take(self, x: jax.Array, positions: Sequence[int]) -> jax.Array:
-        """The elements of some leaves of the flat x."""
+        """Return the elements of some leaves of the flat x."""
         spans = self._spans()
         return jnp.concatenate([x[spans[position]] for position in positions])
 
     def size(self, positions: Sequence[int] | None = None) -> int:
-        """How many elements some leaves have, or all."""
+        """Return the number of elements of some leaves, or of all."""
         leaves = self.leaves if positions is None else [self.leaves[position] for position in positions]
         return sum(math.prod(leaf.shape) for leaf in leaves)
 

@@ -1,4 +1,7 @@
-"""Names of programs, such as "hvp", "ggn[0,2]" or "hvp@reverse_over_reverse~default". Needs no jax."""
+"""Names of programs, such as "hvp", "ggn[0,2]" or "hvp@reverse_over_reverse~default".
+
+Needs no jax.
+"""
 
 import re
 from typing import Final, NamedTuple, Self
@@ -7,7 +10,7 @@ _NAME: Final = re.compile(r"(\w+)(?:@(\w+))?(?:~(\w+))?(?:\[([\d,]+)\])?")
 
 
 class Name(NamedTuple):
-    """What a program computes."""
+    """The parsed name of a program."""
 
     base: str
     """Kind of program, such as "hvp"."""

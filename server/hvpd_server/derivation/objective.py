@@ -1,4 +1,6 @@
-"""An imported objective, traced once for data of one size: f as a function that can be differentiated."""
+"""An imported objective, traced once for data of one size: f as a function that can be
+differentiated.
+"""
 
 import contextlib
 import dataclasses
@@ -11,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from hvpd.v1 import objective_pb2
-from hvpd_server import _rules
 from hvpd_server.derivation.layout import Layout
 from hvpd_server.derivation.products import Stages
-from hvpd_server.importer import evaluate
+from hvpd_server.importer import evaluate, rules
 from hvpd_server.importer.graph import Block, Module
 from hvpd_server.importer.table import Refused, Report
 
 OBJECTIVE: Final = "objective"
-"""Name of the program of an objective that is one function: (leaves of x, *captured, *data) -> value."""
+"""Name of the program of an objective that is one function: (leaves of x, *captured,
+*data) -> value.
+"""
 
 MODEL: Final = "model"
 """Name of a composite's first stage: (leaves of x, *captured, *data) -> leaves of z."""
@@ -32,9 +35,11 @@ Function = Callable[..., Any]
 
 @contextlib.contextmanager
 def tracing(precision: str) -> Iterator[None]:
-    """Set jax up for derivatives of an objective: 64-bit types, and the precision of matrix products.
+    """Set jax up for derivatives of an objective: 64-bit types, and the precision of
+    matrix products.
 
-    A program states each of its types, so 64-bit types change nothing in a program that has none.
+    A program states each of its types, so 64-bit types change nothing in a program that
+    has none.
     """
     with jax.enable_x64(True), jax.default_matmul_precision("highest" if precision == "exported" else precision):
         yield
@@ -45,7 +50,9 @@ class Traced:
     """An objective for data of one size."""
 
     objective: Function
-    """objective(leaves of x, *args) -> scalar; args are the captured arrays and the leaves of data."""
+    """objective(leaves of x, *args) -> scalar; args are the captured arrays and the
+    leaves of data.
+    """
     stages: Stages | None
     """Both stages of a composite, in the leaves of x."""
     composite: objective_pb2.Composite | None
@@ -71,18 +78,21 @@ def trace(
     precision: str = "default",
     report: Report | None = None,
 ) -> Traced:
-    """Evaluates the programs of a bundle once under a jax trace. Call it within `tracing`.
+    """Evaluate the programs of a bundle once under a jax trace.
+
+    Call it within `tracing`.
 
     Args:
         bundle: Describes x and data.
         modules: The bundle's programs by name: `OBJECTIVE`, or `MODEL` and `LOSS`.
         rows: Rows of data, if their number is symbolic.
-        platform: Branch to take where the program has one for each platform.
+        platform: Branch to take if the program has one for each platform.
         precision: Precision of matrix products that state none.
         report: Where to note recognised and presumed derivative rules.
 
     Raises:
-        Refused: The program has an operation that is not served, or other arguments and results than the bundle says.
+        Refused: The program has an operation that is not served, or other arguments and
+            results than the bundle says.
     """
     layout = Layout([jax.ShapeDtypeStruct(tuple(leaf.shape), _dtype(leaf.dtype)) for leaf in bundle.x_leaves])
     args = [
@@ -116,7 +126,7 @@ def trace(
     first = stage(MODEL, [*layout.leaves, *args])
     outputs = first.out_avals
     if not outputs or not all(jnp.issubdtype(output.dtype, jnp.floating) for output in outputs):
-        raise Refused(_rules.BUNDLE_INVALID, f"{MODEL} must return real floating arrays, it returns {outputs}")
+        raise Refused(rules.BUNDLE_INVALID, f"{MODEL} must return real floating arrays, it returns {outputs}")
     second = stage(LOSS, [*(jax.ShapeDtypeStruct(output.shape, output.dtype) for output in outputs), *args])
     _check_scalar(LOSS, second.out_avals)
     run_model, run_loss = jex.jaxpr_as_fun(first), jex.jaxpr_as_fun(second)
@@ -136,19 +146,21 @@ def trace(
         least = 2 if composite.distribution == "categorical" else 1
         if rows_of_z is None or outputs[0].ndim < least:
             raise Refused(
-                _rules.BUNDLE_INVALID,
+                rules.BUNDLE_INVALID,
                 f"{MODEL} of distribution {composite.distribution} must return one array [rows, ...], it returns {outputs}",
             )
     return Traced(stages.whole, stages, composite, layout, x, args)
 
 
 def _branch(platforms: Sequence[str], platform: str, main: Block) -> list[np.ndarray[Any, Any]]:
-    """Return the leading argument of a program with branches for several platforms: the platform's number."""
+    """Return the leading argument of a program with branches for several platforms: the
+    platform's number.
+    """
     if not platforms:
         return []
     if platform not in platforms:
         raise Refused(
-            _rules.BUNDLE_INCOMPATIBLE,
+            rules.BUNDLE_INCOMPATIBLE,
             f"has branches for {', '.join(platforms)}, and this server's device is {platform}: "
             f"register with platforms=({platform!r}, ...)",
         )
@@ -163,7 +175,11 @@ def _dtype(name: str) -> np.dtype[Any]:
 
 
 def _check_arguments(name: str, main: Block, specs: Sequence[Any]) -> None:
-    """The entry function takes what the bundle says; extents that the program leaves open fit any size."""
+    """Raise Refused unless the entry function has the arguments and results of the
+    bundle.
+
+    Extents that the program leaves open fit any size.
+    """
     taken = [(type_.dtype, type_.shape) for type_ in main.types]
     given = [(np.dtype(spec.dtype).name, tuple(spec.shape)) for spec in specs]
     fits = len(taken) == len(given) and all(
@@ -174,7 +190,7 @@ def _check_arguments(name: str, main: Block, specs: Sequence[Any]) -> None:
     )
     if not fits:
         raise Refused(
-            _rules.BUNDLE_INVALID,
+            rules.BUNDLE_INVALID,
             f"{name} takes {_listed(taken)}, and the bundle says that it takes {_listed(given)}",
         )
 
@@ -187,6 +203,6 @@ def _listed(specs: Sequence[tuple[str, Sequence[int | None]]]) -> str:
 def _check_scalar(name: str, results: Sequence[Any]) -> None:
     if len(results) != 1 or results[0].shape != () or not jnp.issubdtype(results[0].dtype, jnp.floating):
         raise Refused(
-            _rules.BUNDLE_INVALID,
+            rules.BUNDLE_INVALID,
             f"{name} must return one real floating scalar, it returns {', '.join(map(str, results)) or 'nothing'}",
         )

@@ -1,7 +1,7 @@
-"""The mathematics of the programs: how products come from a function, in jax.
+"""The mathematics of the programs: products of a function's derivatives, in jax.
 
-Each product is written for one vector and takes the way to batch it (`jax.vmap`, or a loop for operations that cannot be
-vectorized).
+Each product is written for one vector. It takes the way to batch it: `jax.vmap`, or a
+loop for operations that cannot be vectorized.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ Function = Callable[..., Any]
 
 
 def array_spec(array: Any) -> tensor_pb2.ArraySpec:
-    """Shape and dtype as they go over the wire."""
+    """Shape and dtype, as on the wire."""
     return tensor_pb2.ArraySpec(dtype=np.dtype(array.dtype).name, shape=array.shape)
 
 
 def hvp_of(fun: Function, mode: str) -> Callable[[Function], Function]:
-    """hvp(x, V[k,n], *args) -> HV[k,n] in a mode, given how to batch one vector's product."""
+    """Return hvp(x, V[k,n], *args) -> HV[k,n] in a mode, given a way to batch it."""
     one = _product_of(fun, mode)
 
     def batched(batch: Function) -> Function:
@@ -37,7 +37,10 @@ def hvp_of(fun: Function, mode: str) -> Callable[[Function], Function]:
 
 
 def pairs_of(fun: Function, mode: str) -> Callable[[Function], Function]:
-    """hvp_pairs(X[k,n], V[k,n], *args) -> H(x_i) v_i for each row, likewise: products of many points in one launch."""
+    """Return hvp_pairs(X[k,n], V[k,n], *args) -> H(x_i) v_i for each row.
+
+    It multiplies at many points in one launch.
+    """
     one = _product_of(fun, mode)
 
     def batched(batch: Function) -> Function:
@@ -50,10 +53,11 @@ def pairs_of(fun: Function, mode: str) -> Callable[[Function], Function]:
 
 
 def _product_of(fun: Function, mode: str) -> Function:
-    """(x, v, *args) -> Hv in a mode."""
+    """Return (x, v, *args) -> Hv in a mode."""
 
     def forward_over_reverse(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
-        # Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6 (1994).
+        # Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6
+        # (1994).
         return jax.jvp(jax.grad(lambda x: fun(x, *args)), (x,), (v,))[1]
 
     def reverse_over_forward(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
@@ -63,9 +67,11 @@ def _product_of(fun: Function, mode: str) -> Function:
         return jax.grad(lambda x: jnp.vdot(jax.grad(lambda x: fun(x, *args))(x), v))(x)
 
     def finite_difference(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
-        # Central, its step balancing rounding and truncation: Nocedal and Wright, Numerical Optimization (2006), section 8.1.
-        # Rounding of x + step u decides how far the points really are apart; v = 0 needs some direction, and gets H 0 = 0. By way of
-        # the largest element, for squares of small and of large ones leave the dtype's range.
+        # Central, its step balancing rounding and truncation: Nocedal and Wright,
+        # Numerical Optimization (2006), section 8.1. Rounding of x + step u decides how
+        # far the points really are apart; v = 0 needs some direction, and gets H 0 = 0.
+        # By way of the largest element, for squares of small and of large ones leave
+        # the dtype's range.
         gradient = jax.grad(lambda x: fun(x, *args))
         largest = jnp.max(jnp.abs(v))
         scaled = v / jnp.where(largest > 0, largest, 1.0)
@@ -84,11 +90,13 @@ def _product_of(fun: Function, mode: str) -> Function:
 def linearized(
     fun: Function, specs: Sequence[jax.ShapeDtypeStruct]
 ) -> tuple[Function, Callable[[Function], Function], list[objective_pb2.Residual]]:
-    """Splits the product into what depends on x only and what is linear in V, as jax.linearize does.
+    """Split the product into a part that depends on x only and one that is linear in V.
 
     Returns:
-        prepare(x, *args) -> (value, gradient, *results); apply(V, *residuals), given how to batch; and where apply's
-        residuals come from. One that is an argument (a data matrix, often) is taken from there: prepare need not copy it.
+        prepare(x, *args) -> (value, gradient, *results); apply(V, *residuals), given a
+        way to batch; and the sources of apply's residuals. A residual that is an
+        argument, such as a data matrix, is taken from there, so prepare need not copy
+        it.
     """
     linear: list[Any] = []
 
@@ -137,18 +145,23 @@ class Stages:
     loss: Function
     """loss(z, *args) -> scalar."""
     arguments: int
-    """How many args there are."""
+    """Number of args."""
     rows: int | None
-    """Rows of z, where that is one array with a row for each example; else None."""
+    """Rows of z if it is one array with a row for each example; else None."""
     reverse: bool = False
-    """Whether only reverse mode is used, for functions in which jax forbids forward mode."""
+    """Whether only reverse mode is used, for functions in which jax forbids forward
+    mode.
+    """
 
     def whole(self, x: Any, *args: jax.Array) -> Any:
-        """The objective."""
+        """Return the value of the objective."""
         return self.loss(self.model(x, *args), *args)
 
     def through(self, view: Function, extra: int = 0) -> "Stages":
-        """The same in another first argument: view(y, *args) -> (x, *args without the first `extra` ones)."""
+        """Return the stages in another first argument.
+
+        view(y, *args) -> (x, *args without the first `extra` ones).
+        """
         return Stages(
             lambda y, *args: self.model(*view(y, *args)),
             lambda z, *args: self.loss(z, *args[extra:]),
@@ -159,17 +172,23 @@ class Stages:
 
 
 Middle = Callable[[Any, Any, Sequence[jax.Array]], Any]
-"""A symmetric linear map in the space of the model's output: (z, J v, args) -> M J v."""
+"""A symmetric linear map in the space of model outputs: (z, J v, args) -> M J v."""
 
 
 def curvatures_of(stages: Stages, composite: objective_pb2.Composite) -> dict[str, Callable[[Function], Function]]:
-    """The Gauss-Newton and Fisher products of a composite, by program name: each (x, V[k,n], *args) -> [k,n], given how to batch.
+    """Return the Gauss-Newton and Fisher products of a composite, by program name.
 
-    With z = model(x) and J its Jacobian, each is J' M J with a symmetric M in the space of z: for Gauss-Newton the loss's Hessian
-    in z; for the Fisher matrices row by row s E[g g'], where g is the gradient of -log p, taken over the model's own distribution
-    or at the targets, and s is 1 over the rows for a mean, else 1. Sources: Schraudolph, Fast curvature matrix-vector products,
-    Neural Computation 14 (2002); Martens, New insights and perspectives on the natural gradient method, JMLR 21 (2020);
-    Kunstner, Balles and Hennig, Limitations of the empirical Fisher approximation, NeurIPS (2019).
+    Each maps (x, V[k,n], *args) to [k,n], given how to batch.
+
+    With z = model(x) and J its Jacobian, each is J' M J with a symmetric M in the space
+    of z. For Gauss-Newton, M is the loss's Hessian in z. For the Fisher matrices, M is
+    s E[g g'], row by row. Here g is the gradient of -log p, over the model's own
+    distribution or at the targets. The factor s is 1 over the rows for a mean, else 1.
+
+    Sources: Schraudolph, Fast curvature matrix-vector products, Neural Computation 14
+    (2002); Martens, New insights and perspectives on the natural gradient method, JMLR
+    21 (2020); Kunstner, Balles and Hennig, Limitations of the empirical Fisher
+    approximation, NeurIPS (2019).
     """
     middles: dict[str, Middle] = {"ggn": loss_hessian(stages)}
     if stages.rows is not None:
@@ -181,7 +200,7 @@ def curvatures_of(stages: Stages, composite: objective_pb2.Composite) -> dict[st
 
 
 def _around(stages: Stages, middle: Middle) -> Callable[[Function], Function]:
-    """The program of J' middle J. A middle that is drawn takes its random key in front of the other arguments."""
+    """Return the program of J' middle J. A drawn middle takes its random key first."""
 
     def batched(batch: Function) -> Function:
         def multiply(x: jax.Array, V: jax.Array, *args: jax.Array) -> Any:
@@ -204,14 +223,14 @@ def _around(stages: Stages, middle: Middle) -> Callable[[Function], Function]:
 
 
 def loss_hessian(stages: Stages) -> Middle:
-    """The loss's Hessian in the model's output."""
+    """Multiply by the loss's Hessian in the model's output."""
     if stages.reverse:  # It is symmetric.
         return lambda z, Jv, args: jax.vjp(jax.grad(lambda z: stages.loss(z, *args)), z)[1](Jv)[0]
     return lambda z, Jv, args: jax.jvp(jax.grad(lambda z: stages.loss(z, *args)), (z,), (Jv,))[1]
 
 
 def _outer(composite: objective_pb2.Composite, z: jax.Array, Jv: jax.Array, gradients: jax.Array) -> jax.Array:
-    """Row by row s g (g . Jv)."""
+    """Multiply row by row: s g (g . Jv)."""
     inner: jax.Array = jnp.sum(gradients * Jv, axis=tuple(range(1, z.ndim)), keepdims=True)
     return row_scale(composite, z.shape[0]) * gradients * inner
 
@@ -237,17 +256,22 @@ def _normal(composite: objective_pb2.Composite) -> Middle:
 
 
 def row_scale(composite: objective_pb2.Composite, rows: int) -> float:
-    """Return the factor of each row's share in the loss: 1 over the rows for a mean, else 1."""
+    """Return the factor of each row's share in the loss: 1 over the rows for a mean,
+    else 1.
+    """
     return 1.0 / rows if composite.reduction == "mean" else 1.0
 
 
 def keys_of(composite: objective_pb2.Composite, key: jax.Array) -> jax.Array:
-    """One key for each sample, from the data of a threefry key."""
+    """Return one key for each sample, from the data of a threefry key."""
     return jax.random.split(jax.random.wrap_key_data(key, impl="threefry2x32"), composite.samples)
 
 
 def drawn_gradient(composite: objective_pb2.Composite, z: jax.Array, key: jax.Array) -> jax.Array:
-    """Row by row the gradient of -log p in z, at targets drawn from the model's own distribution p."""
+    """Return, row by row, the gradient of -log p in z at targets drawn from p.
+
+    p is the model's own distribution.
+    """
     if composite.distribution == "normal":
         return jax.random.normal(key, z.shape, z.dtype)
     labels = jax.random.categorical(key, z)

@@ -1,4 +1,4 @@
-"""The programs of an objective, by name, for one size of data and one block width each."""
+"""The programs of an objective, by name, each for one data size and block width."""
 
 import contextlib
 import dataclasses
@@ -12,20 +12,24 @@ from typing import Any, Final
 import jax
 import numpy as np
 
+from hvpd import _text
 from hvpd.v1 import objective_pb2
-from hvpd_server import _rules
+from hvpd_server.derivation import iterations
 from hvpd_server.derivation.dense_layers import Factors
 from hvpd_server.derivation.layout import View
 from hvpd_server.derivation.names import Name
 from hvpd_server.derivation.objective import Traced, trace, tracing
 from hvpd_server.derivation.products import Function, curvatures_of, hvp_of, linearized, pairs_of
+from hvpd_server.importer import rules
 from hvpd_server.importer.graph import Module
 from hvpd_server.importer.table import LOOP_BYTES, Refused, Report
 
 PAIRS_BYTES: Final = 64 << 10
-"""Largest x, in bytes, whose products at many points share a launch: a larger x fills a launch by itself."""
+"""Largest x, in bytes, whose products at many points share a launch: a larger x fills a
+launch by itself.
+"""
 
-_ARRAY_BYTES: Final = _rules.Limits().array_bytes
+_ARRAY_BYTES: Final = rules.Limits().array_bytes
 
 Batched = Callable[[Function], Function]
 """A product of a block, given how to batch the product of one vector."""
@@ -36,12 +40,15 @@ class Program:
     """A program to compile."""
 
     ways: Sequence[Function]
-    """The program, written in the ways to try in order: vectorized, then one vector after the other."""
+    """The program, written in the ways to try in order: vectorized, then one vector
+    after the other.
+    """
     specs: Sequence[jax.ShapeDtypeStruct]
     """Arguments."""
 
     def check(self) -> None:
-        """Trace the program in the first way that jax can; raise the last way's error if there is none.
+        """Trace the program in the first way that jax can; raise the last way's error
+        if there is none.
 
         Raises:
             Refused: The program has an array that no device can hold.
@@ -59,9 +66,11 @@ class Program:
 
 
 def _check_sizes(jaxpr: Any) -> None:
-    """Check every array that a program makes, those of loops and branches too: XLA aborts if a size overflows.
+    """Check every array that a program makes, those of loops and branches too: XLA
+    aborts if a size overflows.
 
-    What a scan stacks is in memory. Any other array may exist only in part, so its limit is far above any memory.
+    What a scan stacks is in memory. Any other array may exist only in part, so its
+    limit is far above any memory.
     """
     pending = [jaxpr]
     while pending:
@@ -70,7 +79,7 @@ def _check_sizes(jaxpr: Any) -> None:
             for variable in equation.outvars:
                 if math.prod(variable.aval.shape) * variable.aval.dtype.itemsize > limit:
                     raise Refused(
-                        _rules.PROGRAM_TOO_LARGE,
+                        rules.PROGRAM_TOO_LARGE,
                         f"makes an array of {variable.aval.str_short()} in {equation.primitive}, and {limit >> 40} TiB are "
                         "allowed: a derivative keeps the values of all rounds of a loop",
                     )
@@ -80,7 +89,7 @@ def _check_sizes(jaxpr: Any) -> None:
 
 
 def forbids_forward_mode(error: Exception) -> bool:
-    """Whether jax says that there is no forward mode, because of a custom_vjp."""
+    """Return whether an error says that a custom_vjp forbids forward mode."""
     return "custom_vjp" in str(error) or "custom_lin" in str(error)
 
 
@@ -88,10 +97,11 @@ class Derivation:
     """The programs of one objective.
 
     Args:
-        bundle: What was registered.
-        read: Reads the bundle's program of a name; called for each size of data and each precision.
+        bundle: The registered bundle.
+        read: Reads the bundle's program of a name; called for each size of data and
+            each precision.
         platform: Platform that the programs are for.
-        described: What `Sized.describe` returned for the objective; None in the process that calls it.
+        described: Result of `Sized.describe`; None in the process that calls it.
     """
 
     def __init__(
@@ -106,11 +116,14 @@ class Derivation:
         self._read = read
         self._platform = platform
         self._lock = threading.Lock()
-        # Programs of one size of data share a trace; it is forgotten with the last point of that size.
+        # Programs of one size of data share a trace, until the last point of that size
+        # goes.
         self._sized: weakref.WeakValueDictionary[int, Sized] = weakref.WeakValueDictionary()
 
     def for_rows(self, rows: int) -> "Sized":
-        """Return the programs for data of this many rows if their number is symbolic, or for 0 otherwise."""
+        """Return the programs for data of this many rows if their number is symbolic,
+        or for 0 otherwise.
+        """
         with self._lock:
             found = self._sized.get(rows)
             if found is None:
@@ -125,7 +138,9 @@ class Derivation:
 
 
 class Sized:
-    """The programs of an objective for data of one size, and one precision unless a program's name has another."""
+    """The programs of an objective for data of one size, and one precision unless a
+    program's name has another.
+    """
 
     def __init__(self, derivation: Derivation, rows: int, precision: str = "") -> None:
         self._derivation = derivation
@@ -165,7 +180,8 @@ class Sized:
             yield
 
     def program(self, name: str, width: int) -> Program:
-        """Return a program for a block width, to be traced and lowered within `tracing(name)`.
+        """Return a program for a block width, to be traced and lowered within
+        `tracing(name)`.
 
         Raises:
             LookupError: There is no program of this name.
@@ -176,36 +192,60 @@ class Sized:
             return self._at(parsed.precision)._program(parsed, width)  # noqa: SLF001 - another of this class
 
     def _program(self, name: Name, width: int) -> Program:
+        found = None if name.leaves else self._of_whole(name, width)
+        if found is not None:
+            return found
+        if name.base.startswith(iterations.PREFIX):
+            return self._iteration(name._replace(base=name.base.removeprefix(iterations.PREFIX)), width)
         traced = self.traced
+        product, drawn = self._whole_or_block(name)
+        block = jax.ShapeDtypeStruct((width, traced.layout.size(name.leaves or None)), traced.x.dtype)
+        return _batched(product, [traced.x, block, *drawn, *traced.args])
+
+    def _of_whole(self, name: Name, width: int) -> Program | None:
+        """Return a program that exists for the whole x only, or None."""
+        traced, base = self.traced, name.base
         x, args = traced.x, traced.args
-        base, leaves = name.base, name.leaves
-        if not leaves:
-            if base == "value_and_grad":
-                return Program([jax.value_and_grad(traced.fun)], [x, *args])
-            if base == "prepare":
-                return Program([self._linearized[0]], [x, *args])
-            block = jax.ShapeDtypeStruct((width, x.size), x.dtype)
-            if base == "apply":
-                residuals = [
-                    jax.ShapeDtypeStruct(tuple(r.spec.shape), np.dtype(jax.numpy.dtype(r.spec.dtype)))
-                    for r in self._linearized[2]
-                ]
-                return _batched(self._linearized[1], [block, *residuals])
-            if base == "hvp_pairs":
-                return _batched(pairs_of(traced.fun, self._derivation.described.mode), [block, block, *args])
-            if base in ("kfac", "sampled_kfac"):
-                if self._factors is None:
-                    raise LookupError(str(name))
-                return Program([self._factors.programs()[base]], [x, *_drawn(base), *args])
-        layout = traced.layout
-        size = layout.size(leaves or None)
-        block = jax.ShapeDtypeStruct((width, size), x.dtype)
+        block = jax.ShapeDtypeStruct((width, x.size), x.dtype)
+        if base == "value_and_grad":
+            return Program([jax.value_and_grad(traced.fun)], [x, *args])
+        if base == "prepare":
+            return Program([self._linearized[0]], [x, *args])
+        if base == "apply":
+            residuals = [
+                jax.ShapeDtypeStruct(tuple(r.spec.shape), np.dtype(jax.numpy.dtype(r.spec.dtype)))
+                for r in self._linearized[2]
+            ]
+            return _batched(self._linearized[1], [block, *residuals])
+        if base == "hvp_pairs":
+            return _batched(pairs_of(traced.fun, self._derivation.described.mode), [block, block, *args])
+        if base in ("kfac", "sampled_kfac"):
+            if self._factors is None:
+                raise LookupError(str(name))
+            return Program([self._factors.programs()[base]], [x, *_drawn(base), *args])
+        return None
+
+    def _iteration(self, name: Name, rows: int) -> Program:
+        """Return Lanczos's iteration around a product, for a basis of so many rows."""
+        traced = self.traced
+        n = traced.layout.size(name.leaves or None)
+        product, drawn = self._whole_or_block(name)
+        multiply = product(lambda f: lambda V: f(V[0])[None])
+        lanczos = iterations.lanczos_of(lambda x, v, *args: multiply(x, v[None], *args)[0], iterations.steps_of(n))
+        specs = iterations.specs_of(rows, n, traced.x.dtype)
+        return Program([lanczos], [traced.x, *specs, *drawn, *traced.args])
+
+    def _whole_or_block(self, name: Name) -> tuple[Batched, list[jax.ShapeDtypeStruct]]:
+        """Return the product of an operator, or of a principal block of it, and the
+        specs of its random key.
+        """
+        layout, leaves = self.traced.layout, name.leaves
         view: View = layout.block(leaves) if leaves else layout.whole
         product = self._product(name, view, extra=1 if leaves else 0)
-        drawn = _drawn(base)
+        drawn = _drawn(name.base)
         if leaves:
             product = _restricted(product, functools.partial(layout.take, positions=leaves), len(drawn))
-        return _batched(product, [x, block, *drawn, *args])
+        return product, drawn
 
     def _product(self, name: Name, view: View, extra: int) -> Batched:
         """Return the product of an operator in a view of x."""
@@ -217,13 +257,16 @@ class Sized:
         stages = dataclasses.replace(traced.stages, reverse=described.reverse_stages)
         return curvatures_of(stages.through(view, extra), traced.composite)[name.base]
 
-    # What the vetting process finds out
+    # For the vetting process
 
     def describe(self) -> objective_pb2.Derivation:
-        """Find which programs there are, in which mode, and with which residuals. Traces each kind of derivative once.
+        """Find which programs there are, in which mode, and with which residuals.
+
+        Traces each kind of derivative once.
 
         Raises:
-            Refused: jax cannot differentiate the objective, or the program is not served.
+            Refused: jax cannot differentiate the objective, or the program is not
+                served.
         """
         with self._lock, self.tracing():
             return self._describe()
@@ -251,7 +294,9 @@ class Sized:
         return described
 
     def _differentiable(self, mode: str) -> str:
-        """Return the mode, or reverse over reverse if jax forbids forward mode for the objective (a custom_vjp)."""
+        """Return the mode, or reverse over reverse if jax forbids forward mode for the
+        objective (a custom_vjp).
+        """
         traced = self.traced
         block = jax.ShapeDtypeStruct((1, traced.x.size), traced.x.dtype)
         for each in dict.fromkeys([mode, "reverse_over_reverse"]):
@@ -262,7 +307,7 @@ class Sized:
                 if forbids_forward_mode(error) and each != "reverse_over_reverse":
                     continue
                 raise _not_differentiable(error) from error
-            except Refused:  # It says more than that jax cannot.
+            except Refused:  # Its message says more than jax's.
                 raise
             except Exception as error:
                 raise _not_differentiable(error) from error
@@ -270,7 +315,10 @@ class Sized:
         raise AssertionError
 
     def _has_forward_mode(self, base: str) -> bool:
-        """Whether jax allows forward mode for a product of a composite: it does not if a stage has a custom_vjp."""
+        """Return whether jax allows forward mode for a product of a composite.
+
+        It does not if a stage has a custom_vjp.
+        """
         try:
             self._program(Name(base), 1).check()
         except (TypeError, NotImplementedError) as error:
@@ -285,8 +333,9 @@ class Sized:
 
 def _not_differentiable(error: Exception) -> Refused:
     return Refused(
-        _rules.NOT_DIFFERENTIABLE,
-        f"cannot be differentiated twice by jax on the server: {type(error).__name__}: {str(error)[:600]}",
+        rules.NOT_DIFFERENTIABLE,
+        f"cannot be differentiated twice by jax on the server: {type(error).__name__}: {_text.cut(str(error), 600)} "
+        'If it can be differentiated once, register it with mode="finite_difference".',
     )
 
 
@@ -300,7 +349,7 @@ def _batched(product: Batched, specs: Sequence[jax.ShapeDtypeStruct]) -> Program
 
 
 def _restricted(product: Batched, take: Function, drawn: int) -> Batched:
-    """(x, V, *drawn, *args) from a product of a block, (y, V, *drawn, x, *args)."""
+    """Return (x, V, *drawn, *args) from a block's product (y, V, *drawn, x, *args)."""
 
     def batched(batch: Function) -> Function:
         multiply = product(batch)

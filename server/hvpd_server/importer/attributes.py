@@ -1,7 +1,10 @@
-"""MLIR's attributes and types as plain Python. Knows single attributes, not operations or programs.
+"""MLIR's attributes and types as plain Python.
 
-jaxlib's bindings cannot convert constants of bfloat16, float8 and complex numbers. Those are read from their printed form, which
-MLIR writes so that each element can be recovered bit by bit: short decimals, hexadecimal bit patterns, or the raw bytes.
+Knows single attributes, not operations or programs.
+
+jaxlib's bindings cannot convert constants of bfloat16, float8 and complex numbers.
+Those are read from their printed form, which MLIR writes so that each element can be
+recovered bit by bit: short decimals, hexadecimal bit patterns, or the raw bytes.
 """
 
 import fractions
@@ -14,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from jaxlib.mlir import ir
 
-from hvpd_server import _rules
+from hvpd_server.importer import rules
 from hvpd_server.importer.graph import TensorType
 from hvpd_server.importer.table import Refused
 
@@ -59,43 +62,46 @@ _HIDDEN: Final = re.compile(r"value = (dense<.*> : tensor<.*?>)\}>", re.DOTALL)
 
 
 def dtype(name: str) -> np.dtype[Any]:
-    """The NumPy dtype of a name in `DTYPES.values()`."""
+    """Return the NumPy dtype of a name in `DTYPES.values()`."""
     return np.dtype(getattr(ml_dtypes, name)) if name not in np.sctypeDict else np.dtype(name)
 
 
 def items(attribute: ir.DictAttr) -> Iterator[tuple[str, Any]]:
-    """Names and values of a dictionary, whose iterator differs between versions of jaxlib."""
+    """Return the names and values of a dictionary.
+
+    Its iterator differs between versions of jaxlib.
+    """
     for named in attribute:  # type: ignore[attr-defined] # The stubs leave the iterator out.
         name = named if isinstance(named, str) else named.name
         yield name, attribute[name]
 
 
 def tensor_type(type_: ir.Type) -> TensorType:
-    """The shape and dtype of an array.
+    """Return the shape and dtype of an array.
 
     Raises:
-        Refused: It is another kind of value, or its elements or extents are not served. The message completes "has a
-            value ...".
+        Refused: It is another kind of value, or its elements or extents are not served.
+            The message completes "has a value ...".
     """
     if str(type_) == "!stablehlo.token":
         raise Refused(
-            _rules.OPERATION_REFUSED,
+            rules.OPERATION_REFUSED,
             "that is a token, which orders effects: export a function whose results are all that it does",
         )
     if not isinstance(type_, ir.RankedTensorType):
         raise Refused(
-            _rules.OPERATION_REFUSED,
+            rules.OPERATION_REFUSED,
             f"of type {short(type_)}: expected an array with a rank, such as tensor<3x?xf32>",
         )
     if type_.encoding is not None:
         raise Refused(
-            _rules.OPERATION_REFUSED,
+            rules.OPERATION_REFUSED,
             f"of type {short(type_)}, which has an encoding: expected a dense array without bounds or layout",
         )
     element = str(type_.element_type)
     if element not in DTYPES:
         raise Refused(
-            _rules.OPERATION_REFUSED,
+            rules.OPERATION_REFUSED,
             f"with elements of type {short(element)}: expected one of {', '.join(DTYPES)}",
         )
     shape = tuple(None if type_.is_dynamic_dim(axis) else type_.get_dim_size(axis) for axis in range(type_.rank))
@@ -103,14 +109,16 @@ def tensor_type(type_: ir.Type) -> TensorType:
 
 
 def plain(attribute: Any) -> Any:  # noqa: C901, PLR0911 - one case for each kind of attribute
-    """An attribute as plain Python.
+    """Return an attribute as plain Python.
 
     Returns:
-        bool, int, float, str; list; dict; a tuple for MLIR's `array`; a NumPy array for `dense`; for enums of StableHLO the
-        value's name; for its structures a dict of the printed fields.
+        bool, int, float, str; list; dict; a tuple for MLIR's `array`; a NumPy array for
+        `dense`; for enums of StableHLO the value's name; for its structures a dict of
+        the printed fields.
 
     Raises:
-        Refused: The attribute is of a kind that no operation of the table has. The message completes "has an attribute ...".
+        Refused: The attribute is of a kind that no operation of the table has. The
+            message completes "has an attribute ...".
     """
     match attribute:
         case ir.BoolAttr() | ir.IntegerAttr() | ir.FloatAttr() | ir.StringAttr() | ir.FlatSymbolRefAttr():
@@ -138,14 +146,16 @@ def plain(attribute: Any) -> Any:  # noqa: C901, PLR0911 - one case for each kin
         return found
     if printed.startswith("dense_resource<"):
         raise Refused(
-            _rules.OPERATION_REFUSED,
+            rules.OPERATION_REFUSED,
             "that is a dense_resource, stored beside the program: expected constants in place (dense<...>), or data",
         )
-    raise Refused(_rules.OPERATION_REFUSED, f"that is not served: {short(printed)}")
+    raise Refused(rules.OPERATION_REFUSED, f"that is not served: {short(printed)}")
 
 
 def _structure(name: str, body: str) -> Any:
-    """The fields of a structure of StableHLO, or None if it is printed in an unknown form."""
+    """Return the fields of a structure of StableHLO, or None if it is printed in an
+    unknown form.
+    """
     if name == "conv":
         parts = _CONVOLUTION.fullmatch(body)
         if parts is None:
@@ -177,7 +187,8 @@ def _field(printed: str) -> Any:
 
 
 def dense(attribute: ir.DenseElementsAttr) -> np.ndarray[Any, Any]:
-    """A dense constant, exact to the bit; a constant of equal elements takes the memory of one element.
+    """Return a dense constant, exact to the bit; a constant of equal elements takes the
+    memory of one element.
 
     Raises:
         Refused: The elements are of a type that is not served.
@@ -186,7 +197,7 @@ def dense(attribute: ir.DenseElementsAttr) -> np.ndarray[Any, Any]:
     shape = [shaped.get_dim_size(axis) for axis in range(shaped.rank)]
     if math.prod(shape) > ATTRIBUTE_ELEMENTS:
         raise Refused(
-            _rules.PROGRAM_TOO_LARGE,
+            rules.PROGRAM_TOO_LARGE,
             f"with more than {ATTRIBUTE_ELEMENTS} elements: {short(attribute.type)}",
         )
     if str(shaped.element_type) == "index":  # Layouts of custom calls, which the bindings cannot convert.
@@ -196,7 +207,7 @@ def dense(attribute: ir.DenseElementsAttr) -> np.ndarray[Any, Any]:
 
 
 def constant(operation: ir.Operation, type_: TensorType) -> np.ndarray[Any, Any]:
-    """The value of a stablehlo.constant, exact to the bit.
+    """Return the value of a stablehlo.constant, exact to the bit.
 
     Args:
         operation: The constant.
@@ -209,7 +220,7 @@ def constant(operation: ir.Operation, type_: TensorType) -> np.ndarray[Any, Any]
     printed = str(operation.get_asm(print_generic_op_form=True))
     hidden = _HIDDEN.search(printed)
     if hidden is None:
-        raise Refused(_rules.OPERATION_REFUSED, f"that is not served: {short(printed)}")
+        raise Refused(rules.OPERATION_REFUSED, f"that is not served: {short(printed)}")
     return parse(hidden[1], type_)
 
 
@@ -225,22 +236,23 @@ def _elements(attribute: ir.DenseElementsAttr, type_: TensorType) -> np.ndarray[
         return np.broadcast_to(np.array(found[(0,) * found.ndim], want), shape)
     found = np.array(attribute)
     if found.dtype != want or found.shape != shape:
-        raise Refused(_rules.BUNDLE_INVALID, f"that is {found.dtype}{list(found.shape)}, not {want.name}{list(shape)}")
+        raise Refused(rules.BUNDLE_INVALID, f"that is {found.dtype}{list(found.shape)}, not {want.name}{list(shape)}")
     return found
 
 
 def parse(printed: str, type_: TensorType) -> np.ndarray[Any, Any]:
-    """The elements of a printed constant: `dense<...> : tensor<...>`.
+    """Return the elements of a printed constant: `dense<...> : tensor<...>`.
 
     Args:
-        printed: As MLIR prints it: one element, nested lists of elements, or a string of hexadecimal bytes.
+        printed: As MLIR prints it: one element, nested lists of elements, or a string
+            of hexadecimal bytes.
         type_: Type that the constant has.
     """
     shape = tuple(extent or 0 for extent in type_.shape)
     want = dtype(type_.dtype)
     found = _DENSE.fullmatch(printed)
     if found is None:
-        raise Refused(_rules.OPERATION_REFUSED, f"that is not served: {short(printed)}")
+        raise Refused(rules.OPERATION_REFUSED, f"that is not served: {short(printed)}")
     body = found[1]
     size = math.prod(shape)
     if body.startswith('"'):
@@ -253,12 +265,12 @@ def parse(printed: str, type_: TensorType) -> np.ndarray[Any, Any]:
     if values.size == 1:
         return np.broadcast_to(values.reshape(()), shape)
     if values.size != size:
-        raise Refused(_rules.BUNDLE_INVALID, f"that has {values.size} elements, not {size}")
+        raise Refused(rules.BUNDLE_INVALID, f"that has {values.size} elements, not {size}")
     return values.reshape(shape)
 
 
 def _number(printed: str, want: np.dtype[Any]) -> Any:
-    """A printed element: a decimal, or the bit pattern in hexadecimal."""
+    """Return a printed element: a decimal, or the bit pattern in hexadecimal."""
     if printed.startswith("0x"):
         return np.array([int(printed, 16)], f"<u{want.itemsize}").view(want)[0]
     value = want.type(float(printed))
@@ -273,7 +285,7 @@ def _number(printed: str, want: np.dtype[Any]) -> Any:
 
 
 def short(what: object) -> str:
-    """At most 200 printable characters, because words of a program go into logs and on terminals."""
+    """Return at most 200 printable characters, because programs' texts go into logs."""
     text = str(what)[:201]
     if not text.isprintable():
         text = "".join(character if character.isprintable() else "?" for character in text)

@@ -1,6 +1,8 @@
-"""Operations of CHLO, which compilers and people write before a program is made portable.
+"""Operations of CHLO, which compilers and people write before a program is made
+portable.
 
-A portable artifact has composites in their place. `composites` gives these the same functions.
+A portable artifact has composites in their place. `composites` gives these the same
+functions.
 """
 
 import dataclasses
@@ -12,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hvpd_server import _rules
-from hvpd_server.importer import reductions
+from hvpd import _text
+from hvpd_server.importer import reductions, rules
 from hvpd_server.importer.table import Call, Value, operation
 
 FUNCTIONS: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
@@ -41,24 +43,26 @@ FUNCTIONS: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
     "tan": (1, lax.tan),
     "zeta": (2, lax.zeta),
 }
-"""Functions of CHLO, with their number of operands, as jax functions with the same derivatives as jax's own."""
+"""Functions of CHLO, with their number of operands, as jax functions with the same
+derivatives as jax's own.
+"""
 
 
 def apply(call: Call, name: str) -> Value:
     """Return the result of a function of `FUNCTIONS` for the operands of a call."""
     count, function = FUNCTIONS[name]
     if len(call.operands) != count:
-        raise call.refuse(f"chlo.{name} with {len(call.operands)} operands: expected {count}", _rules.BUNDLE_INVALID)
+        raise call.refuse(f"chlo.{name} with {len(call.operands)} operands: expected {count}", rules.BUNDLE_INVALID)
     return function(*(jnp.asarray(each) for each in call.operands))
 
 
 def top_k(call: Call, k: Any) -> list[Value]:
     """Return the k largest elements along the last axis, and their indices."""
     if len(call.operands) != 1:
-        raise call.refuse(f"chlo.top_k with {len(call.operands)} operands: expected 1", _rules.BUNDLE_INVALID)
+        raise call.refuse(f"chlo.top_k with {len(call.operands)} operands: expected 1", rules.BUNDLE_INVALID)
     (x,) = call.operands
     if type(k) is not int or not np.ndim(x) or not 0 <= k <= np.shape(x)[-1]:
-        raise call.refuse(f"chlo.top_k whose k is {str(k)[:40]}: expected an integer up to the last extent")
+        raise call.refuse(f"chlo.top_k whose k is {_text.cut(str(k), 40)}: expected an integer up to the last extent")
     return list(lax.top_k(x, k))
 
 
@@ -76,7 +80,8 @@ def _top_k(call: Call) -> list[Value]:
 
 
 def scan(call: Call) -> list[Value] | None:
-    """Return the running reduction and its last value, for a composite chlo.scan that jax 0.11 writes for GPUs.
+    """Return the running reduction and its last value, for a composite chlo.scan that
+    jax 0.11 writes for GPUs.
 
     Returns:
         None for any other scan, which is done by its decomposition.

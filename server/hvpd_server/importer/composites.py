@@ -1,15 +1,17 @@
-"""Composites: puts back derivative rules that a jax client marked, and maps CHLO's functions to jax's.
+"""Composites: puts back derivative rules that a jax client marked, and maps CHLO's
+functions to jax's.
 
-A composite named "hvpd.*" is a mark of `hvpd._registration.marks`. A mark is put back exactly, or refused by its name. Any
-other composite stands for its decomposition, which the report says.
+A composite named "hvpd.*" is a mark of `hvpd._registration.marks`. A mark is put back
+exactly, or refused by its name. Any other composite stands for its decomposition, which
+the report says.
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hvpd_server import _rules
-from hvpd_server.importer import chlo, mark, primitives, structural
+from hvpd import _text
+from hvpd_server.importer import chlo, mark, primitives, rules, structural
 from hvpd_server.importer.table import Call, Value, operation
 
 
@@ -17,22 +19,22 @@ from hvpd_server.importer.table import Call, Value, operation
 def _composite(call: Call) -> Sequence[Value]:
     name = call.attributes.get("name")
     if type(name) is not str:
-        raise call.refuse("without a name", _rules.BUNDLE_INVALID)
+        raise call.refuse("without a name", rules.BUNDLE_INVALID)
     if name == "chlo.scan" and (found := chlo.scan(call)) is not None:
         return found
     if name.startswith("hvpd."):
         if call.regions:
-            raise call.refuse(f"{name[:80]} with regions: expected none in a mark", _rules.BUNDLE_INVALID)
+            raise call.refuse(f"{_text.cut(name, 80)} with regions: expected none in a mark", rules.BUNDLE_INVALID)
         return _marked(call, name)
     if name.startswith("chlo."):
         return _chlo(call, name.removeprefix("chlo."))
-    call.report.presumed[f"the composite {name[:80]} has the derivatives of its decomposition"] += 1
+    call.report.presumed[f"the composite {_text.cut(name, 80)} has the derivatives of its decomposition"] += 1
     return call.call(call.attributes["decomposition"], *call.operands)
 
 
 def _marked(call: Call, name: str) -> Sequence[Value]:
     found = mark.read(call)
-    call.report.recognised[f"the mark {name[:80]}"] += 1
+    call.report.recognised[f"the mark {_text.cut(name, 80)}"] += 1
     dimensions = found.integer("dimensions", 0, len(call.operands))
     sizes, args = call.operands[:dimensions], call.operands[dimensions:]
     if not all(isinstance(size, np.ndarray) and size.shape == () and size.dtype.kind in "iu" for size in sizes):
@@ -51,5 +53,5 @@ def _chlo(call: Call, name: str) -> Sequence[Value]:
         return chlo.top_k(call, given["k"])
     if name in chlo.FUNCTIONS and not given:
         return [chlo.apply(call, name)]
-    call.report.presumed[f"the composite chlo.{name[:80]} has the derivatives of its decomposition"] += 1
+    call.report.presumed[f"the composite chlo.{_text.cut(name, 80)} has the derivatives of its decomposition"] += 1
     return call.call(call.attributes["decomposition"], *call.operands)

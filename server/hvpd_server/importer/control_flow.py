@@ -1,11 +1,18 @@
-"""Calls, branches and loops. A loop that counts becomes a scan, so that reverse mode can differentiate the loop.
+"""Calls, branches and loops.
+
+A loop that counts becomes a scan, so that reverse mode can differentiate the loop.
 
 A loop is raised in these steps. The loop stays a while loop if the second step fails:
-1. Functions are put in place of their calls, and operations that change nothing are left out (`loops`).
-2. The counter, its step and its limit are found; all have to be known while the program is read (`loops`).
+1. Functions are put in place of their calls, and operations that change nothing are
+   left out (`loops`).
+2. The counter, its step and its limit are found; all have to be known while the program
+   is read (`loops`).
 3. The integers that depend linearly on the counter are followed (`indices`).
-4. Rows that are read (xs) and rows that are written (ys) at such integers are taken out of the body (`scans`).
-Then time and memory are those of `jax.lax.scan`. A loop that carried whole arrays would keep a copy of each for each round.
+4. Rows that are read (xs) and rows that are written (ys) at such integers are taken out
+   of the body (`scans`).
+
+Then time and memory are those of `jax.lax.scan`. A loop that carried whole arrays would
+keep a copy of each for each round.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,13 +56,16 @@ def _case(call: Call) -> Sequence[Value]:
         return call.run(call.regions[int(index) if 0 <= index <= last else last])
     if last == 0:
         return call.run(call.regions[0])
-    # An index out of range takes the last branch; lax.switch would take the first for a negative one.
+    # An index out of range takes the last branch; lax.switch would take the first for a
+    # negative one.
     inside = jnp.where(index < 0, last, index)
     return list(lax.switch(inside, [_arrays(call.region(each)) for each in range(last + 1)]))
 
 
 def _arrays(function: Callable[..., list[Value]]) -> Callable[..., list[Value]]:
-    """Return a function whose results are jax arrays, as branches and loops of jax need them."""
+    """Return a function whose results are jax arrays, as branches and loops of jax need
+    them.
+    """
     return lambda *args: [jnp.asarray(each) for each in function(*args)]
 
 

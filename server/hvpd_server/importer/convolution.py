@@ -68,7 +68,9 @@ def _sizes(call: Call, name: str, dims: int) -> tuple[int, ...]:
 
 
 def _axes(call: Call, part: str, dims: int) -> tuple[int, ...]:
-    """Return the axes of an array in jax's order: the two labelled ones, then the spatial ones."""
+    """Return the axes of an array in jax's order: the two labelled ones, then the
+    spatial ones.
+    """
     labels = call.attributes["dimension_numbers"][part]
     expected = [*_LABELS[part], *range(dims)]
     if sorted(map(str, labels)) != sorted(map(str, expected)):

@@ -1,4 +1,7 @@
-"""Custom calls, each looked up in `targets`. Factorizations have their rules in `factorizations`, all others have them here."""
+"""Custom calls, each looked up in `targets`.
+
+Factorizations have their rules in `factorizations`, all others have them here.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,14 +12,15 @@ import numpy as np
 from jax import lax
 from jax.extend.random import threefry2x32_p
 
-from hvpd_server import _rules
-from hvpd_server.importer import factorizations, random_bits, reductions, shapes
+from hvpd import _text
+from hvpd_server.importer import factorizations, random_bits, reductions, rules, shapes
 from hvpd_server.importer.table import Call, Refused, Value, dtype_of, operation
 from hvpd_server.importer.targets import TARGETS, CustomCall, Target, check_layouts, target
 
 _ATTRIBUTES: Final = frozenset(
     [
-        # How a call is made and where its arrays lie has no meaning for an operation that is rebuilt.
+        # The calling convention and the place of arrays have no meaning for an
+        # operation that is rebuilt.
         "api_version",
         "backend_config",
         "call_target_name",
@@ -43,7 +47,7 @@ def _custom_call(call: Call) -> Sequence[Value]:
     name = call.attributes["call_target_name"]
     entry = TARGETS.get(name)
     if entry is None:
-        raise call.refuse(f"of {name[:80]}, which is not served: {factorizations.why_not(name)}")
+        raise call.refuse(f"of {_text.cut(name, 80)}, which is not served: {factorizations.why_not(name)}")
     custom = CustomCall(call, name, _without_shapes(call), _options(call))
     _check(custom, entry)
     if entry.what:
@@ -58,7 +62,9 @@ def _options(call: Call) -> Mapping[str, Any]:
 
 
 def _without_shapes(call: Call) -> list[Value]:
-    """Return the operands that are not the shape of a result; these shapes are checked with the results."""
+    """Return the operands that are not the shape of a result; these shapes are checked
+    with the results.
+    """
     indices = [int(each) for each in call.attributes.get("indices_of_shape_operands", ())]
     for index in indices:
         call.concrete(index, "result shape")
@@ -85,7 +91,9 @@ def _check(custom: CustomCall, entry: Target) -> None:
 
 @target("Sharding", "annotate_device_placement", operands=1, attributes=["mhlo.frontend_attributes"])
 def _annotation(custom: CustomCall) -> Sequence[Value]:
-    """Return the operand: an annotation says where an array should be, and changes no value."""
+    """Return the operand: an annotation says where an array should be, and changes no
+    value.
+    """
     return custom.operands
 
 
@@ -95,12 +103,12 @@ def _shape_assertion(custom: CustomCall) -> Sequence[Value]:
     holds = bool(call.concrete(0, "condition"))
     if not holds:
         values = [call.concrete(index, "sizes").item() for index in range(1, len(call.operands))]
-        text = str(call.attributes.get("error_message", ""))[:MESSAGE_CHARACTERS]
+        text = _text.cut(str(call.attributes.get("error_message", "")), MESSAGE_CHARACTERS)
         # str.format would let the program's text reach attributes of Python objects.
         message = re.sub(
             r"\{(\d{1,2})\}", lambda found: str(values[int(found[1])]) if int(found[1]) < len(values) else "?", text
         )
-        raise Refused(_rules.BUNDLE_INVALID, f"does not fit the shapes of its arguments: {message}")
+        raise Refused(rules.BUNDLE_INVALID, f"does not fit the shapes of its arguments: {message}")
     return []
 
 
@@ -156,7 +164,9 @@ def _largest(custom: CustomCall, k: int) -> Sequence[Value]:
 
 
 def _compares(custom: CustomCall) -> str:
-    """Return the direction in which a comparator orders its first two arguments: "GT" or "LT"."""
+    """Return the direction in which a comparator orders its first two arguments: "GT"
+    or "LT".
+    """
     body = custom.call.signature(_only(custom))
     comparison = body.operations[-1] if body.operations else None
     if (

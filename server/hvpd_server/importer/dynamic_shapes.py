@@ -1,4 +1,6 @@
-"""Operations that take sizes as operands. The sizes follow from the shapes of arguments, so that they are known here.
+"""Operations that take sizes as operands.
+
+The sizes follow from the shapes of arguments, so that they are known here.
 
 `jax.export` writes these operations for programs with symbolic shapes.
 """
@@ -73,7 +75,9 @@ def _slice_sizes(call: Call) -> tuple[int, ...]:
 
 
 def _is_same(call: Call, one: int, other: int) -> bool:
-    """Whether two values are equal because equal operations make them of equal values."""
+    """Return whether two values are equal because equal operations make them of equal
+    values.
+    """
     pending = [(one, other)]
     for _ in range(_MOST_COMPARED):
         if not pending:
@@ -84,7 +88,8 @@ def _is_same(call: Call, one: int, other: int) -> bool:
         first, second = call.definition(one), call.definition(other)
         if first is None or second is None:
             return False
-        # The results of a few operations are of two equal values; those with regions may be of more.
+        # The results of a few operations are of two equal values; those with regions
+        # may be of more.
         same = first.name == second.name and first.types == second.types and not (first.regions or second.regions)
         if not same or len(first.results) != 1 or first.attributes.keys() != second.attributes.keys():
             return False

@@ -1,7 +1,10 @@
-"""Elementwise operations: arithmetic, logic, comparison, conversion. Known integers are computed with NumPy.
+"""Elementwise operations: arithmetic, logic, comparison, conversion.
 
-NumPy and StableHLO differ in the division of integers, in shifts by many bits, and in comparisons of a total order. The
-functions of this file follow StableHLO: division truncates towards zero, and integers wrap around.
+Known integers are computed with NumPy.
+
+NumPy and StableHLO differ in the division of integers, in shifts by many bits, and in
+comparisons of a total order. The functions of this file follow StableHLO: division
+truncates towards zero, and integers wrap around.
 """
 
 import functools
@@ -26,7 +29,8 @@ def elementwise(build: Callable[..., Value], fold: Fold | None = None) -> Rule:
 
     Args:
         build: Function of jax arrays.
-        fold: The same function of NumPy arrays of integers or booleans; None if sizes never need the operation.
+        fold: The same function of NumPy arrays of integers or booleans; None if sizes
+            never need the operation.
     """
 
     def rule(call: Call) -> Value:
@@ -38,7 +42,9 @@ def elementwise(build: Callable[..., Value], fold: Fold | None = None) -> Rule:
 
 
 def folded(fold: Fold, *values: Array) -> Array:
-    """Compute a known result, which has the dtype of the last operand unless it is boolean."""
+    """Compute a known result, which has the dtype of the last operand unless it is
+    boolean.
+    """
     with np.errstate(all="ignore"):
         result = np.asarray(fold(*values))
     return result if result.dtype == np.bool_ else result.astype(values[-1].dtype, copy=False)
@@ -65,7 +71,9 @@ def _power(x: Value, y: Value) -> Value:
 
 
 def _integer_power(x: Value, y: Value) -> Value:
-    """Raise integers to integers by repeated squaring; a negative exponent gives the truncated reciprocal."""
+    """Raise integers to integers by repeated squaring; a negative exponent gives the
+    truncated reciprocal.
+    """
     one, zero = jnp.ones_like(x), jnp.zeros_like(x)
     exponent, factor, result = y, x, one
     for _ in range(np.dtype(y.dtype).itemsize * 8):
@@ -80,14 +88,18 @@ def _integer_power(x: Value, y: Value) -> Value:
 
 
 def quotient(x: Array, y: Array) -> Array:
-    """Divide known integers towards zero; a division by zero gives a number with all bits set, as XLA does."""
+    """Divide known integers towards zero; a division by zero gives a number with all
+    bits set, as XLA does.
+    """
     safe = np.where(y == 0, np.ones_like(y), y)
     towards_zero = (x - np.fmod(x, safe)) // safe
     return np.where(y == 0, ~np.zeros_like(x), towards_zero)
 
 
 def remainder(x: Array, y: Array) -> Array:
-    """Return what a division towards zero leaves; a division by zero leaves the dividend, as in XLA."""
+    """Return the remainder of a division towards zero; a division by zero leaves the
+    dividend, as in XLA.
+    """
     return np.where(y == 0, x, np.fmod(x, np.where(y == 0, np.ones_like(y), y)))
 
 
@@ -97,7 +109,9 @@ def _bits(x: Array, kind: str) -> Array:
 
 
 def _shift(shift: Callable[[Array, Array], Array], kind: str, x: Array, y: Array) -> Array:
-    """Shift known integers; an amount counts as unsigned, and no bit stays when it is at least the width."""
+    """Shift known integers; an amount counts as unsigned, and no bit stays when it is
+    at least the width.
+    """
     width = x.dtype.itemsize * 8
     amount = _bits(y, "u")
     if kind == "i":
@@ -158,7 +172,9 @@ _ARITHMETIC: Final[Mapping[str, tuple[Callable[..., Value], Fold | None]]] = {
     "tanh": (lax.tanh, None),
     "xor": (lax.bitwise_xor, np.bitwise_xor),
 }
-"""Operations whose meaning is one function of jax, which has the derivative rule of native jax."""
+"""Operations whose meaning is one function of jax, which has the derivative rule of
+native jax.
+"""
 
 for _name, (_build, _fold) in _ARITHMETIC.items():
     operation(f"stablehlo.{_name}")(elementwise(_build, _fold))
@@ -176,7 +192,9 @@ _COMPARISONS: Final[Mapping[str, tuple[Callable[[Value, Value], Value], Fold]]] 
 
 
 def total_order(x: Value) -> Value:
-    """Map floats to signed integers that compare in the total order: -NaN < -inf < -0 < +0 < inf < NaN."""
+    """Map floats to signed integers that compare in the total order: -NaN < -inf < -0 <
+    +0 < inf < NaN.
+    """
     width = np.dtype(x.dtype).itemsize * 8
     bits = lax.bitcast_convert_type(lax.stop_gradient(x), np.dtype(f"int{width}"))
     return jnp.where(bits < 0, bits ^ np.iinfo(bits.dtype).max, bits)
@@ -213,7 +231,8 @@ def _compare(call: Call) -> Value:
 def _select(call: Call) -> Value:
     which, on_true, on_false = call.operands
     if known(which) and which.ndim == 0:
-        # A known choice keeps sizes known, and keeps the other branch out of the program.
+        # A known choice keeps sizes known, and keeps the other branch out of the
+        # program.
         return on_true if which else on_false
     if known(which, on_true, on_false):
         return np.where(which, on_true, on_false)
@@ -221,7 +240,9 @@ def _select(call: Call) -> Value:
 
 
 def converted(x: Value, dtype: np.dtype[Any]) -> Value:
-    """Convert elements: a complex number loses its imaginary part, then any number but zero becomes true."""
+    """Convert elements: a complex number loses its imaginary part, then any number but
+    zero becomes true.
+    """
     if known(x):
         with np.errstate(all="ignore"):
             return x.astype(dtype)
@@ -250,7 +271,9 @@ def _reduce_precision(call: Call) -> Value:
 
 @operation("stablehlo.map", attributes=["dimensions"], regions=1)
 def _map(call: Call) -> Value:
-    """Apply a region to each element: the region's operations go through the table, under vmap."""
+    """Apply a region to each element: the region's operations go through the table,
+    under vmap.
+    """
     shape = np.shape(call.operands[0])
     dimensions = tuple(call.attributes.get("dimensions", range(len(shape))))
     if dimensions != tuple(range(len(shape))):

@@ -1,4 +1,6 @@
-"""Runs a graph operation by operation with the rules of `table`: under a jax trace this gives a jax function."""
+"""Runs a graph operation by operation with the rules of `table`: under a jax trace this
+gives a jax function.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -6,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hvpd_server import _rules
-from hvpd_server.importer import families
+from hvpd import _text
+from hvpd_server.importer import families, rules
 from hvpd_server.importer.graph import Block, Module, Operation
 from hvpd_server.importer.table import KINKS, TABLE, Call, Refused, Report, Value, known
 
@@ -27,23 +29,27 @@ def function(
     report: Report | None = None,
     marked: bool = False,
 ) -> Callable[..., list[Value]]:
-    """The entry function of a module as a function of jax arrays.
+    """Return the entry function of a module as a function of jax arrays.
 
     Args:
         module: Read by `reader.read`.
-        platform: Branch to take where the program has one for each platform: "cpu", "cuda", "rocm" or "tpu".
-        precision: Precision of matrix products and convolutions for which the program states none: "default", "high" or
-            "highest".
+        platform: Branch to take if the program has one for each platform: "cpu",
+            "cuda", "rocm" or "tpu".
+        precision: Precision of matrix products and convolutions for which the program
+            states none: "default", "high" or "highest".
         report: Where to note recognised and presumed derivative rules.
-        marked: Whether the program states each derivative rule by marks. Then no function is recognised by its name: a user's own
-            `relu` keeps its own derivatives.
+        marked: Whether the program states each derivative rule by marks. Then no
+            function is recognised by its name: a user's own `relu` keeps its own
+            derivatives.
 
     Returns:
-        (*arguments) -> results. Each call evaluates the operations; call it inside `jax.jit` or `jax.make_jaxpr`. NumPy arrays
-        among the arguments count as known: sizes may be computed from them.
+        (*arguments) -> results. Each call evaluates the operations; call it inside
+        `jax.jit` or `jax.make_jaxpr`. NumPy arrays among the arguments count as known:
+        sizes may be computed from them.
 
     Raises:
-        Refused: (from the returned function) An operation is not in the table, or not in a form that is served.
+        Refused: (from the returned function) An operation is not in the table, or not
+            in a form that is served.
     """
     evaluator = _Evaluator(module, platform, precision, report if report is not None else Report(), marked=marked)
 
@@ -52,7 +58,7 @@ def function(
             return evaluator.call(module.entry, *args)
         except RecursionError:
             message = "has operations inside each other that are too deep for Python: use fewer functions in functions"
-            raise Refused(_rules.PROGRAM_TOO_LARGE, message) from None
+            raise Refused(rules.PROGRAM_TOO_LARGE, message) from None
 
     return evaluate
 
@@ -68,11 +74,11 @@ class _Evaluator:
     definitions: dict[int, tuple[Block, dict[int, Operation]]] = dataclasses.field(default_factory=dict)
 
     def call(self, symbol: str, *args: Value) -> list[Value]:
-        """The results of a function."""
+        """Return the results of a function."""
         if symbol not in self.module.functions:
-            raise Refused(_rules.BUNDLE_INVALID, f"calls {symbol[:80]}, which is not there")
+            raise Refused(rules.BUNDLE_INVALID, f"calls {_text.cut(symbol, 80)}, which is not there")
         if self.depth >= MAX_CALLS:
-            raise Refused(_rules.PROGRAM_TOO_LARGE, f"has more than {MAX_CALLS} functions that call each other")
+            raise Refused(rules.PROGRAM_TOO_LARGE, f"has more than {MAX_CALLS} functions that call each other")
         self.depth += 1
         try:
             return self.run(self.module.functions[symbol], {}, args)
@@ -80,9 +86,9 @@ class _Evaluator:
             self.depth -= 1
 
     def run(self, block: Block, around: dict[int, Value], args: Sequence[Value]) -> list[Value]:
-        """The results of a block, given the values around it."""
+        """Return the results of a block, given the values around it."""
         if len(args) != len(block.arguments):
-            raise Refused(_rules.BUNDLE_INVALID, f"passes {len(args)} values where {len(block.arguments)} are taken")
+            raise Refused(rules.BUNDLE_INVALID, f"passes {len(args)} values where {len(block.arguments)} are taken")
         values = {**around, **dict(zip(block.arguments, args, strict=True))}
         for each in block.operations:
             results = self.operation(each, values, block)
@@ -90,7 +96,7 @@ class _Evaluator:
         return [values[value] for value in block.returns]
 
     def operation(self, operation: Operation, values: dict[int, Value], within: Block) -> Sequence[Value]:
-        """The results of an operation of a block."""
+        """Return the results of an operation of a block."""
         entry = TABLE.get(operation.name)
         call = Call(
             operation,
@@ -112,7 +118,7 @@ class _Evaluator:
             raise call.refuse(f"with the attribute {foreign[0]}, which is not served")
         any_regions = entry.regions == -2 or (entry.regions == -1 and operation.regions)
         if len(operation.regions) != entry.regions and not any_regions:
-            raise call.refuse(f"with {len(operation.regions)} regions", _rules.BUNDLE_INVALID)
+            raise call.refuse(f"with {len(operation.regions)} regions", rules.BUNDLE_INVALID)
         try:
             found = entry.rule(call)
         except (Refused, MemoryError, RecursionError):
@@ -128,7 +134,7 @@ class _Evaluator:
         ) as error:
             if isinstance(error, TypeError) and "custom_vjp" in str(error):
                 raise  # The program fits. jax has no forward mode for it, and the caller chooses another mode.
-            raise call.refuse(f"that does not fit: {type(error).__name__}: {str(error)[:300]}") from error
+            raise call.refuse(f"that does not fit: {type(error).__name__}: {_text.cut(str(error), 300)}") from error
         results = list(found) if isinstance(found, (list, tuple)) else [found]
         self._check(call, results)
         if operation.name in KINKS and not known(*results) and operation.types[0].dtype.startswith(_FLOATING):
@@ -136,23 +142,24 @@ class _Evaluator:
         return results
 
     def _definition(self, block: Block, value: int) -> Operation | None:
-        """The operation of a block that makes a value. Reads each block once."""
+        """Return the operation of a block that makes a value. Reads each block once."""
         if id(block) not in self.definitions:
-            # The entry keeps the block, because a rule may make blocks, and an id is used again after its object is gone.
+            # The entry keeps the block, because a rule may make blocks, and an id is
+            # used again after its object is gone.
             found = {result: each for each in block.operations for result in each.results}
             self.definitions[id(block)] = (block, found)
         return self.definitions[id(block)][1].get(value)
 
     def _signature(self, symbol: str) -> Block:
         if symbol not in self.module.functions:
-            raise Refused(_rules.BUNDLE_INVALID, f"refers to {symbol[:80]}, which is not there")
+            raise Refused(rules.BUNDLE_INVALID, f"refers to {_text.cut(symbol, 80)}, which is not there")
         return self.module.functions[symbol]
 
     def _check(self, call: Call, results: Sequence[Any]) -> None:
-        """Results are of the types that the program states."""
+        """Raise Refused unless results have the types that the program states."""
         types = call.types
         if len(results) != len(types):
-            raise call.refuse(f"with {len(types)} results, it has {len(results)}", _rules.BUNDLE_INVALID)
+            raise call.refuse(f"with {len(types)} results, it has {len(results)}", rules.BUNDLE_INVALID)
         for result, type_ in zip(results, types, strict=True):
             shape, dtype = np.shape(result), np.dtype(result.dtype).name
             fits = len(shape) == len(type_.shape) and all(
@@ -161,5 +168,5 @@ class _Evaluator:
             if not fits or dtype != type_.dtype:
                 raise call.refuse(
                     f"whose result is {dtype}{list(shape)}, the program says {type_.dtype}{list(type_.shape)}",
-                    _rules.BUNDLE_INVALID,
+                    rules.BUNDLE_INVALID,
                 )

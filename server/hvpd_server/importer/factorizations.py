@@ -1,7 +1,9 @@
-"""Factorizations of matrices by LAPACK, cuSOLVER and hipSOLVER, as jax calls them, rebuilt through `jax.lax.linalg`.
+"""Factorizations of matrices by LAPACK, cuSOLVER and hipSOLVER, as jax calls them,
+rebuilt through `jax.lax.linalg`.
 
-Each routine also returns whether it failed, as the integer `info`. The rules return success: jax's own function puts NaN where a
-factorization fails, so that the program's selection of NaN by `info` has nothing left to do.
+Each routine also returns whether it failed, as the integer `info`. The rules return
+success: jax's own function puts NaN where a factorization fails, so that the program's
+selection of NaN by `info` has nothing left to do.
 """
 
 import re
@@ -29,7 +31,7 @@ WITHOUT_DERIVATIVE: Final[Mapping[str, str]] = {
     )
     for name in names
 }
-"""Why a routine is refused, by its name without its library and dtype."""
+"""Reasons to refuse a routine, by its name without its library and dtype."""
 
 _ROUTINE: Final = re.compile(r"(?:lapack_[sdcz]|(?:cu|hip)solver_)(\w+)_ffi")
 
@@ -53,7 +55,9 @@ def _matrix(custom: CustomCall, index: int = 0) -> Value:
 
 
 def _is_lower(custom: CustomCall) -> bool:
-    """Return whether a routine reads the lower triangle: LAPACK has a letter, a GPU's routine a flag."""
+    """Return whether a routine reads the lower triangle: LAPACK has a letter, a GPU's
+    routine a flag.
+    """
     if "uplo" in custom.options:
         return bool(custom.option("uplo", {ord("L"): True, ord("U"): False}))
     return bool(custom.options["lower"])
@@ -143,7 +147,9 @@ def _stated(custom: CustomCall, shape: Sequence[int | None]) -> tuple[int, ...]:
     *gpu("gesvdj"), *gpu("gesvdp"), what=_SVD, operands=1, options=["compute_uv", "full_matrices"], column_major=True
 )
 def _gesvdj(custom: CustomCall) -> Sequence[Value]:
-    """Factorize; these routines return V instead of its adjoint, and have space for vectors that are not asked for."""
+    """Factorize; these routines return V instead of its adjoint, and have space for
+    vectors that are not asked for.
+    """
     a = _matrix(custom)
     *batch, rows, columns = a.shape
     full = custom.options["full_matrices"]
@@ -161,7 +167,8 @@ def _gesvdj(custom: CustomCall) -> Sequence[Value]:
 def _gesvd(custom: CustomCall) -> Sequence[Value]:
     a = _matrix(custom)
     transposed = custom.options["transposed"]
-    # The routine only factorizes tall matrices, so jax hands it the memory of a wide one as its transpose.
+    # The routine only factorizes tall matrices, so jax hands it the memory of a wide
+    # one as its transpose.
     if transposed and a.shape[-2] >= a.shape[-1]:
         raise custom.refuse("with the option transposed for a matrix that is not wide")
     check_layouts(custom, column_major=not transposed)
@@ -175,8 +182,9 @@ def _gesvd(custom: CustomCall) -> Sequence[Value]:
 def _vectors(a: Value, *, full: bool) -> tuple[Value, Value, Value]:
     """Return U, the singular values and the adjoint of V.
 
-    A program for GPUs may ask for all singular vectors and then take the first. jax has no derivative of all of them. The others
-    are therefore completed from the first, with a derivative of their own.
+    A program for GPUs may ask for all singular vectors and then take the first. jax has
+    no derivative of all of them. The others are therefore completed from the first,
+    with a derivative of their own.
     """
     left, values, right = lax.linalg.svd(a, full_matrices=False)
     if not full:
@@ -199,7 +207,9 @@ def _complement(vectors: Value) -> Value:
 
 @_complement.defjvp
 def _complement_jvp(primals: tuple[Value], tangents: tuple[Value]) -> tuple[Value, Value]:
-    """Move the complement as little as possible: a function of the spanned space alone has this derivative."""
+    """Move the complement as little as possible: a function of the spanned space alone
+    has this derivative.
+    """
     (vectors,), (moved,) = primals, tangents
     rest = _complement(vectors)
     return rest, -jnp.matmul(vectors, jnp.matmul(adjoint(moved), rest, precision="highest"), precision="highest")
@@ -213,7 +223,9 @@ _QR: Final = "QR factorization"
 
 @target(*_GEQRF, what=_QR, operands=1, options=[], column_major=True)
 def _geqrf(custom: CustomCall) -> Sequence[Value]:
-    """Return R, with NaN in place of the reflectors: jax has no derivative of them, and `_orgqr` does not need them."""
+    """Return R, with NaN in place of the reflectors: jax has no derivative of them, and
+    `_orgqr` does not need them.
+    """
     a = _matrix(custom)
     rows, columns = a.shape[-2:]
     _, upper = lax.linalg.qr(a, full_matrices=False)
@@ -249,7 +261,9 @@ def _is_geqrf(maker: Operation | None) -> bool:
 
 
 def _is_corner(custom: CustomCall, value: int, whole: int) -> bool:
-    """Return whether a value is an array, padded at its end, or its first rows and columns."""
+    """Return whether a value is an array, padded at its end, or its first rows and
+    columns.
+    """
     if value == whole:
         return True
     maker = custom.call.definition(value)
@@ -306,7 +320,9 @@ _TRIDIAGONAL: Final = "tridiagonal system"
 
 @target(*lapack("gtsv"), what=_TRIDIAGONAL, operands=4, options=[], column_major=True)
 def _gtsv(custom: CustomCall) -> Sequence[Value]:
-    """Solve a system; the routine overwrites the diagonals with factors that nothing reads."""
+    """Solve a system; the routine overwrites the diagonals with factors that nothing
+    reads.
+    """
     (solution,) = _gtsv2(custom)
     overwritten = [jnp.full(np.shape(each), np.nan, each.dtype) for each in custom.operands[:3]]
     return [*overwritten, solution, _success(solution)]

@@ -1,4 +1,4 @@
-"""Loads every family of operations into the table."""
+"""Load every family of operations into the table."""
 
 import importlib
 from typing import Final
@@ -23,6 +23,6 @@ FAMILIES: Final = (
 
 
 def load() -> None:
-    """Imports all families; each registers its rules."""
+    """Import all families. Each registers its rules."""
     for family in FAMILIES:
         importlib.import_module(f"hvpd_server.importer.{family}")

@@ -1,4 +1,6 @@
-"""Gather and scatter: indices out of bounds are clamped by a gather, and dropped by a scatter, as StableHLO defines."""
+"""Gather and scatter: indices out of bounds are clamped by a gather, and dropped by a
+scatter, as StableHLO defines.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from hvpd import _text
 from hvpd_server.importer.graph import Block
 from hvpd_server.importer.table import Call, Value, operation
 
@@ -88,7 +91,7 @@ def _update(call: Call, body: Block, dtype: Any) -> Callable[..., Value]:
             return _UPDATES[name]
     names = ", ".join(each.name for each in body.operations) or "no operation"
     raise call.refuse(
-        f"whose body is not recognised ({names[:200]}): expected one that returns the update, or a single "
+        f"whose body is not recognised ({_text.cut(names, 200)}): expected one that returns the update, or a single "
         f"{', '.join(name.removeprefix('stablehlo.') for name in _UPDATES)} of the element and its update"
     )
 

@@ -1,6 +1,7 @@
 """A StableHLO module as plain Python data. Knows neither MLIR nor jax.
 
-Values are numbered within a function. A region's operations may use the values of the operations around it.
+Values are numbered within a function. A region's operations may use the values of the
+operations around it.
 """
 
 import dataclasses
@@ -20,7 +21,9 @@ class TensorType:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """The body of a function, or of a region: operations in order, then the returned values."""
+    """The body of a function, or of a region: operations in order, then the returned
+    values.
+    """
 
     arguments: tuple[int, ...]
     """Values of the arguments."""
@@ -51,7 +54,7 @@ class Operation:
     regions: tuple[Block, ...] = ()
     """Regions, of one block each."""
     location: str = ""
-    """Place in the source, where the program says it."""
+    """Place in the source, if the program states it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""Integers in the body of a loop that depend linearly on the round, such as the row that a round reads."""
+"""Integers in the body of a loop that depend linearly on the round, such as the row
+that a round reads.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -42,13 +44,17 @@ class Indices:
                 self._found[value] = None
 
     def _fits(self, line: tuple[int, int], dtype: Any) -> bool:
-        """Return whether a counter other than the loop's own stays in the range of its dtype."""
+        """Return whether a counter other than the loop's own stays in the range of its
+        dtype.
+        """
         start, step = line
         range_ = np.iinfo(dtype)
         return bool(range_.min <= start + step * self._counter.rounds <= range_.max)
 
     def __call__(self, value: int) -> Linear | None:
-        """Return how a value depends on the round, or None if the dependence is not linear."""
+        """Return how a value depends on the round, or None if the dependence is not
+        linear.
+        """
         if value not in self._found:
             maker = self._loop.makers.get(value)
             self._found[value] = self._fixed(value) if maker is None else self._made(maker)
@@ -157,7 +163,9 @@ def _broadcast(maker: Operation, parts: Sequence[Linear], rounds: int) -> Linear
 
 
 def integers(array: Any) -> "np.ndarray[Any, Any]":
-    """Make an array of Python integers: NumPy turns results without axes into the integers themselves."""
+    """Make an array of Python integers: NumPy turns results without axes into the
+    integers themselves.
+    """
     return np.asarray(array, object)
 
 

@@ -1,4 +1,7 @@
-"""Matrix products, Cholesky factors and triangular systems of StableHLO. LAPACK's routines are in `factorizations`."""
+"""Matrix products, Cholesky factors and triangular systems of StableHLO.
+
+LAPACK's routines are in `factorizations`.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -15,10 +18,12 @@ _TRANSPOSES: Final = {"NO_TRANSPOSE": (False, False), "TRANSPOSE": (True, False)
 
 
 def precision(call: Call) -> tuple[lax.Precision, lax.Precision] | None:
-    """Return the precision of each operand of a product; the registration's precision replaces DEFAULT.
+    """Return the precision of each operand of a product; the registration's precision
+    replaces DEFAULT.
 
     Raises:
-        Refused: A precision is unknown, or the operation has another number of them than two.
+        Refused: A precision is unknown, or the operation has another number of them
+            than two.
     """
     stated: Sequence[str] = call.attributes.get("precision_config") or ("DEFAULT", "DEFAULT")
     if len(stated) != 2 or not all(each in ("DEFAULT", *_PRECISIONS) for each in stated):
@@ -68,7 +73,8 @@ def cholesky(a: Value, *, lower: bool) -> Value:
 
     Args:
         a: Shape [..., n, n].
-        lower: Read the lower triangle and return L of a = L L^H; otherwise read the upper and return U of a = U^H U.
+        lower: Read the lower triangle and return L of a = L L^H; otherwise read the
+            upper and return U of a = U^H U.
     """
     if lower:
         return lax.linalg.cholesky(a, symmetrize_input=False)

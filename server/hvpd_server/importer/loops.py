@@ -1,4 +1,6 @@
-"""Loops of StableHLO: which of their values stay the same, and whether the loop counts to a known limit."""
+"""Loops of StableHLO: which of their values stay the same, and whether the loop counts
+to a known limit.
+"""
 
 import dataclasses
 import itertools
@@ -14,7 +16,10 @@ from hvpd_server.importer.table import TABLE, Call, Value, known
 
 @dataclasses.dataclass
 class Loop:
-    """A loop, with what is known about its values. `invariant` says for each value whether it stays the same."""
+    """A loop, with the known facts about its values.
+
+    `invariant` says for each value whether it stays the same.
+    """
 
     call: Call
     condition: Block
@@ -40,14 +45,16 @@ _MAX_CALLS: Final = 64
 """Most functions inside each other that are put in place of their calls."""
 
 _KEEPING: Final = frozenset(f"stablehlo.{name}" for name in ("concatenate", "convert", "reshape", "slice"))
-"""Operations that return their only operand if the types of operand and result are the same."""
+"""Operations that return their only operand if the types of operand and result are the
+same.
+"""
 
 _fresh: Final[Iterator[int]] = itertools.count(-1, -1)
-"""Numbers of values that no program has, because a program's numbers are not negative."""
+"""Numbers of values that no program has: a program's numbers are not negative."""
 
 
 def flat(call: Call, block: Block) -> Block:
-    """Put functions in place of their calls, and leave out operations that change nothing.
+    """Put functions in place of their calls; leave out operations that change nothing.
 
     A function that has a derivative rule by its name stays a call.
     """
@@ -55,7 +62,9 @@ def flat(call: Call, block: Block) -> Block:
     operations: list[Operation] = []
 
     def add(part: Block, names: dict[int, int], calls: int) -> None:
-        """Add the operations of a block; `names` says which value each value of the block becomes."""
+        """Add the operations of a block; `names` says which value each value of the
+        block becomes.
+        """
         for each in part.operations:
             operands = [names.get(value, value) for value in each.operands]
             callee = _callee(call, each) if calls else None
@@ -76,7 +85,9 @@ def flat(call: Call, block: Block) -> Block:
 
 
 def _callee(call: Call, each: Operation) -> Block | None:
-    """Return the body that can take the place of an operation, or None if the operation is no such call."""
+    """Return the body that can take the place of an operation, or None if the operation
+    is no such call.
+    """
     if each.name != "func.call" or each.attributes.keys() != {"callee"}:
         return None
     symbol = each.attributes["callee"]
@@ -96,7 +107,9 @@ def _keeps(each: Operation, operands: Sequence[TensorType | None]) -> bool:
 
 
 def _renamed(each: Operation, names: dict[int, int]) -> Operation:
-    """Return an operation with fresh numbers for the values that the operation and its regions make."""
+    """Return an operation with fresh numbers for the values that the operation and its
+    regions make.
+    """
     regions = []
     for region in each.regions:
         names.update((value, next(_fresh)) for value in region.arguments)
@@ -116,7 +129,9 @@ def _renamed(each: Operation, names: dict[int, int]) -> Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Counter:
-    """The value of a loop that is start + step * t in round t, and so the number of rounds."""
+    """The value of a loop that is start + step * t in round t, and so the number of
+    rounds.
+    """
 
     index: int
     """Position among the values of the loop."""
@@ -133,7 +148,7 @@ _FLIPPED: Final = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE", "NE": "NE"}
 
 
 def counting(loop: Loop) -> Counter | None:
-    """Return the counter of a loop, or None if its start, step or limit is not known."""
+    """Return a loop's counter, or None if its start, step or limit is not known."""
     counters = [_counted(loop, test) for test in _tests(loop)]
     found = [each for each in counters if each is not None]
     # A loop with several limits ends at the first that is met.
@@ -141,7 +156,9 @@ def counting(loop: Loop) -> Counter | None:
 
 
 def _tests(loop: Loop) -> Sequence[Operation | None]:
-    """Return the tests that all have to hold for another round; None stands for a test that is not recognised."""
+    """Return the tests that all have to hold for another round; None stands for a test
+    that is not recognised.
+    """
     makers = {result: each for each in loop.condition.operations for result in each.results}
     pending, found = list(loop.condition.returns), []
     while pending:
@@ -171,7 +188,9 @@ def _counted(loop: Loop, test: Operation | None) -> Counter | None:
 
 
 def induction(loop: Loop, index: int) -> tuple[int, int] | None:
-    """Return the start and step of a value to which each round adds the same, or None if either is not known."""
+    """Return the start and step of a value to which each round adds the same, or None
+    if either is not known.
+    """
     start, step = loop.call.operands[index], _step(loop, index)
     if step is None or not known(start) or start.ndim or start.dtype.kind not in "iu":
         return None
@@ -179,7 +198,9 @@ def induction(loop: Loop, index: int) -> tuple[int, int] | None:
 
 
 def _limit(loop: Loop, test: Operation) -> tuple[int, str, int] | None:
-    """Return the counter's position, the direction of its comparison, and the limit; None if the limit is not known."""
+    """Return the counter's position, the direction of its comparison, and the limit;
+    None if the limit is not known.
+    """
     block = loop.condition
     direction = test.attributes.get("comparison_direction")
     if direction not in _FLIPPED:
@@ -202,7 +223,9 @@ def _limit(loop: Loop, test: Operation) -> tuple[int, str, int] | None:
 
 
 def _step(loop: Loop, index: int) -> int | None:
-    """Return the number that each round adds to a value of the loop, or None if this is not known."""
+    """Return the number that each round adds to a value of the loop, or None if this is
+    not known.
+    """
     argument, returned = loop.body.arguments[index], loop.body.returns[index]
     add = loop.makers.get(returned)
     if add is None or add.name not in ("stablehlo.add", "stablehlo.subtract") or argument not in add.operands:
@@ -217,7 +240,10 @@ def _step(loop: Loop, index: int) -> int | None:
 
 
 def constant(loop: Loop, value: int) -> "np.ndarray[Any, Any] | None":
-    """Return a value of the body that is known and the same in each round. Runs no operation other than constants."""
+    """Return a value of the body that is known and the same in each round.
+
+    Runs no operation other than constants.
+    """
     if value in loop.makers:
         maker = loop.makers[value]
         if maker.name != "stablehlo.constant":
@@ -229,7 +255,9 @@ def constant(loop: Loop, value: int) -> "np.ndarray[Any, Any] | None":
 
 
 def _rounds(start: int, step: int, limit: int, direction: str, range_: Any) -> int | None:
-    """Return the rounds of a loop that counts, or None if the counter misses its limit or wraps around."""
+    """Return the rounds of a loop that counts, or None if the counter misses its limit
+    or wraps around.
+    """
     distance = limit - start
     if direction in ("LE", "GE"):
         distance += 1 if direction == "LE" else -1

@@ -1,7 +1,8 @@
-"""Reads a mark: strict JSON of a composite of hvpd's, each field checked and taken once.
+"""Reads a mark, the strict JSON of a composite; checks and takes each field once.
 
-A program is hostile. No field of a mark is ignored, and the functions of a rule are those that the composite's attribute
-"functions" lists, which the reader counts as calls.
+A program is hostile. No field of a mark is ignored, and the functions of a rule are
+those that the composite's attribute "functions" lists, which the reader counts as
+calls.
 """
 
 import dataclasses
@@ -12,7 +13,8 @@ from typing import Any, Final
 import jax.numpy as jnp
 import numpy as np
 
-from hvpd_server import _rules
+from hvpd import _text
+from hvpd_server.importer import rules
 from hvpd_server.importer.graph import TensorType
 from hvpd_server.importer.table import Call, Refused, Value
 
@@ -32,8 +34,10 @@ class Mark:
     functions: frozenset[str]
 
     def refuse(self, why: str) -> Refused:
-        """Return the refusal of the mark; `why` completes "a stablehlo.composite hvpd.scan ..."."""
-        return self.call.refuse(f"{str(self.call.attributes['name'])[:80]} {why}", _rules.BUNDLE_INVALID)
+        """Return the refusal of the mark; `why` completes "a stablehlo.composite
+        hvpd.scan ...".
+        """
+        return self.call.refuse(f"{_text.cut(str(self.call.attributes['name']), 80)} {why}", rules.BUNDLE_INVALID)
 
     def take(self, name: str) -> Any:
         """Return a field."""
@@ -48,46 +52,48 @@ class Mark:
     def checked_integer(self, value: Any, name: str, low: int, high: int) -> int:
         """Return a value that is an integer from `low` to `high`."""
         if type(value) is not int or not low <= value <= high:
-            raise self.refuse(f"whose {name} is {str(value)[:40]}: expected an integer from {low} to {high}")
+            raise self.refuse(f"whose {name} is {_text.cut(str(value), 40)}: expected an integer from {low} to {high}")
         return value
 
     def boolean(self, name: str) -> bool:
         """Return a field that is true or false."""
         value = self.take(name)
         if type(value) is not bool:
-            raise self.refuse(f"whose {name} is {str(value)[:40]}: expected true or false")
+            raise self.refuse(f"whose {name} is {_text.cut(str(value), 40)}: expected true or false")
         return value
 
     def items(self, name: str) -> list[Any]:
         """Return a field that is a list."""
         value = self.take(name)
         if type(value) is not list:
-            raise self.refuse(f"whose {name} is {str(value)[:40]}: expected a list")
+            raise self.refuse(f"whose {name} is {_text.cut(str(value), 40)}: expected a list")
         return value
 
     def booleans(self, value: Any, name: str, count: int) -> list[bool]:
         """Return a value that is a list of `count` booleans."""
         if type(value) is not list or len(value) != count or any(type(each) is not bool for each in value):
-            raise self.refuse(f"whose {name} is {str(value)[:40]}: expected {count} booleans")
+            raise self.refuse(f"whose {name} is {_text.cut(str(value), 40)}: expected {count} booleans")
         return value
 
     def mapping(self, name: str) -> dict[str, Any]:
         """Return a field that is an object."""
         value = self.take(name)
         if type(value) is not dict:
-            raise self.refuse(f"whose {name} is {str(value)[:40]}: expected an object")
+            raise self.refuse(f"whose {name} is {_text.cut(str(value), 40)}: expected an object")
         return value
 
     def symbol(self, value: Any, name: str) -> str:
         """Return a value that names a function of the rule."""
         if type(value) is not str or value not in self.functions:
-            raise self.refuse(f"whose {name} is {str(value)[:40]}: expected a name in its attribute functions")
+            raise self.refuse(
+                f"whose {name} is {_text.cut(str(value), 40)}: expected a name in its attribute functions"
+            )
         return value
 
     def done(self) -> None:
         """Check that every field was taken."""
         if self.fields:
-            raise self.refuse(f"with the field {min(self.fields)[:40]}, which is not known")
+            raise self.refuse(f"with the field {_text.cut(min(self.fields), 40)}, which is not known")
 
     def fit(self, symbol: str, name: str, arguments: Sequence[TensorType], results: Sequence[TensorType]) -> None:
         """Check the types of a function.
@@ -139,23 +145,25 @@ def read(call: Call) -> Mark:
     Raises:
         Refused: Another version, or not the JSON of an object.
     """
-    name = str(call.attributes["name"])[:80]
+    name = _text.cut(str(call.attributes["name"]), 80)
     if call.attributes.get("version") != VERSION:
         raise call.refuse(
-            f"{name} of version {str(call.attributes.get('version'))[:20]}: expected version {VERSION}. Use the version of hvpd "
+            f"{name} of version {_text.cut(str(call.attributes.get('version')), 20)}: expected version {VERSION}. Use the version of hvpd "
             "that the server has"
         )
     given = call.attributes.get("composite_attributes", {})
     text, functions = (given.get("mark"), given.get("functions")) if isinstance(given, Mapping) else (None, None)
     strings = isinstance(functions, list) and all(type(each) is str for each in functions)
     if functions is None or not strings or type(text) is not str or len(given) != 2 or len(text) > _MARK_CHARACTERS:
-        raise call.refuse(f"{name} without the attributes mark and functions of a mark", _rules.BUNDLE_INVALID)
+        raise call.refuse(f"{name} without the attributes mark and functions of a mark", rules.BUNDLE_INVALID)
     try:
         fields = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise call.refuse(f"{name} whose mark is not JSON: {str(error)[:100]}", _rules.BUNDLE_INVALID) from None
+        raise call.refuse(
+            f"{name} whose mark is not JSON: {_text.cut(str(error), 100)}", rules.BUNDLE_INVALID
+        ) from None
     if type(fields) is not dict:
-        raise call.refuse(f"{name} whose mark is not a JSON object", _rules.BUNDLE_INVALID)
+        raise call.refuse(f"{name} whose mark is not a JSON object", rules.BUNDLE_INVALID)
     return Mark(call, fields, frozenset(functions))
 
 

@@ -1,4 +1,6 @@
-"""Marks of single primitives of jax: the table of those that a program may ask for, with a check of every parameter."""
+"""Marks of single primitives of jax: the table of those that a program may ask for,
+with a check of every parameter.
+"""
 
 import dataclasses
 import functools
@@ -9,14 +11,18 @@ from typing import Any, Final
 
 import jax
 import jax.extend.core.primitives
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from hvpd import _text
 from hvpd_server.importer.mark import Mark, arrays
 from hvpd_server.importer.table import Value, known
 
 _Check = Callable[[Any, Mark, Sequence[Value]], Any]
-"""Checks one parameter of a primitive: (JSON value, mark, operands) -> the value for jax."""
+"""Checks one parameter of a primitive: (JSON value, mark, operands) -> the value for
+jax.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +46,9 @@ def rebuilt(mark: Mark, name: str, args: Sequence[Value]) -> Sequence[Value]:
     if len(args) != found.operands if found.operands is not None else not args:
         raise mark.refuse(f"with {len(args)} operands: expected {found.operands or 'one or more'}")
     if given.keys() != found.parameters.keys():
-        raise mark.refuse(f"with the parameters {sorted(given)}"[:200] + f": expected {sorted(found.parameters)}")
+        raise mark.refuse(
+            f"with the parameters {_text.cut(str(sorted(given)), 200)}: expected {sorted(found.parameters)}"
+        )
     params = {key: check(given[key], mark, args) for key, check in found.parameters.items()}
     if name in _SIZES and known(*args):
         # Sizes stay known when the operations of the decomposition compute them.
@@ -64,6 +72,15 @@ def bound(name: str) -> Callable[..., Any]:
         newer = _NEWER[name]
         return lambda *args, **params: newer(*arrays(args))
     raise NotImplementedError(f"this version of jax has no {name}")
+
+
+def _geqrf(a: Value) -> list[Value]:
+    """Return the reflectors and scales of a QR factorization.
+
+    jax has no derivative of them.
+    """
+    reflectors, scales = jnp.linalg.qr(a, mode="raw")
+    return [jnp.swapaxes(reflectors, -1, -2), scales]
 
 
 @jax.custom_jvp
@@ -93,24 +110,26 @@ def _one_minus_square_jvp(primals: Sequence[Value], tangents: Sequence[Value]) -
 
 
 _NEWER: Final[Mapping[str, Callable[..., Any]]] = {"log2": _log2, "one_minus_square": _one_minus_square}
-"""Primitives of jax 0.11 that jax 0.10 lacks, with the values and the derivative rules that jax 0.11 gives them."""
+"""Primitives of jax 0.11 that jax 0.10 lacks, with the values and the derivative rules
+that jax 0.11 gives them.
+"""
 
 
 def _flag(value: Any, mark: Mark, args: Sequence[Value]) -> bool:
     if type(value) is not bool:
-        raise mark.refuse(f"with the parameter {str(value)[:40]}: expected true or false")
+        raise mark.refuse(f"with the parameter {_text.cut(str(value), 40)}: expected true or false")
     return value
 
 
 def _absent(value: Any, mark: Mark, args: Sequence[Value]) -> None:
     if value is not None:
-        raise mark.refuse(f"with the parameter {str(value)[:40]}: expected null")
+        raise mark.refuse(f"with the parameter {_text.cut(str(value), 40)}: expected null")
 
 
 def _is(expected: Any) -> _Check:
     def check(value: Any, mark: Mark, args: Sequence[Value]) -> Any:
         if value is not expected:
-            raise mark.refuse(f"with the parameter {str(value)[:40]}: expected {json.dumps(expected)}")
+            raise mark.refuse(f"with the parameter {_text.cut(str(value), 40)}: expected {json.dumps(expected)}")
         return value
 
     return check
@@ -123,14 +142,14 @@ def _integer(low: int, high: int) -> _Check:
 def _number(low: float, high: float) -> _Check:
     def check(value: Any, mark: Mark, args: Sequence[Value]) -> float:
         if type(value) not in (int, float) or not low <= value <= high:
-            raise mark.refuse(f"with the parameter {str(value)[:40]}: expected a number from {low} to {high}")
+            raise mark.refuse(f"with the parameter {_text.cut(str(value), 40)}: expected a number from {low} to {high}")
         return float(value)
 
     return check
 
 
 def _either(*checks: _Check) -> _Check:
-    """Return a check that lets null pass, or what the given check lets pass."""
+    """Return a check that accepts null, and all that the given check accepts."""
     (check,) = checks
     return lambda value, mark, args: None if value is None else check(value, mark, args)
 
@@ -145,20 +164,20 @@ def _any_axis(value: Any, mark: Mark, args: Sequence[Value]) -> int:
 
 def _one_axis(value: Any, mark: Mark, args: Sequence[Value]) -> tuple[int]:
     if type(value) is not list or len(value) != 1:
-        raise mark.refuse(f"with the axes {str(value)[:40]}: expected one axis")
+        raise mark.refuse(f"with the axes {_text.cut(str(value), 40)}: expected one axis")
     return (_axis(value[0], mark, args),)
 
 
 def _index_dtype(value: Any, mark: Mark, args: Sequence[Value]) -> Any:
     if value not in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"):
-        raise mark.refuse(f"with the parameter {str(value)[:40]}: expected the name of an integer dtype")
+        raise mark.refuse(f"with the parameter {_text.cut(str(value), 40)}: expected the name of an integer dtype")
     return np.dtype(value)
 
 
 def _choice(**choices: Any) -> _Check:
     def check(value: Any, mark: Mark, args: Sequence[Value]) -> Any:
         if type(value) is not str or value not in choices:
-            raise mark.refuse(f"with the parameter {str(value)[:40]}: expected one of {', '.join(choices)}")
+            raise mark.refuse(f"with the parameter {_text.cut(str(value), 40)}: expected one of {', '.join(choices)}")
         return choices[value]
 
     return check
@@ -177,12 +196,14 @@ def _leading(value: Any, mark: Mark, args: Sequence[Value]) -> int:
 
 
 def _integers(count: int | None, low: int, high: int) -> _Check:
-    """Return a check for a list of integers, one for each axis of the first operand when `count` is None."""
+    """Return a check for a list of integers, one for each axis of the first operand
+    when `count` is None.
+    """
 
     def check(value: Any, mark: Mark, args: Sequence[Value]) -> tuple[int, ...]:
         expected = np.ndim(args[0]) if count is None else count
         if type(value) is not list or len(value) != expected:
-            raise mark.refuse(f"with the parameter {str(value)[:40]}: expected {expected} integers")
+            raise mark.refuse(f"with the parameter {_text.cut(str(value), 40)}: expected {expected} integers")
         return tuple(mark.checked_integer(each, "parameter", low, high) for each in value)
 
     return check
@@ -190,7 +211,7 @@ def _integers(count: int | None, low: int, high: int) -> _Check:
 
 def _padding(value: Any, mark: Mark, args: Sequence[Value]) -> tuple[tuple[int, ...], ...]:
     if type(value) is not list or len(value) != np.ndim(args[0]):
-        raise mark.refuse(f"with the padding {str(value)[:40]}: expected a pair for each axis")
+        raise mark.refuse(f"with the padding {_text.cut(str(value), 40)}: expected a pair for each axis")
     return tuple(_integers(2, -_LARGE, _LARGE)(each, mark, args) for each in value)
 
 
@@ -203,17 +224,19 @@ def _gather_dimensions(value: Any, mark: Mark, args: Sequence[Value]) -> lax.Gat
         "start_indices_batching_dims",
     )
     if type(value) is not dict or value.keys() != set(names):
-        raise mark.refuse(f"with the dimension numbers {str(value)[:80]}: expected {', '.join(names)}")
+        raise mark.refuse(f"with the dimension numbers {_text.cut(str(value), 80)}: expected {', '.join(names)}")
     for each in value.values():
         if type(each) is not list or any(type(axis) is not int or not 0 <= axis < _RANK for axis in each):
-            raise mark.refuse(f"with the dimension numbers {str(each)[:80]}: expected lists of axes")
+            raise mark.refuse(f"with the dimension numbers {_text.cut(str(each), 80)}: expected lists of axes")
     return lax.GatherDimensionNumbers(**{name: tuple(value[name]) for name in names})
 
 
 def _slice_sizes(value: Any, mark: Mark, args: Sequence[Value]) -> tuple[int, ...]:
     extents = np.shape(args[0])
     if type(value) is not list or len(value) != len(extents):
-        raise mark.refuse(f"with the slice sizes {str(value)[:40]}: expected one for each of {len(extents)} axes")
+        raise mark.refuse(
+            f"with the slice sizes {_text.cut(str(value), 40)}: expected one for each of {len(extents)} axes"
+        )
     return tuple(
         extent if size is None else mark.checked_integer(size, "slice size", 0, extent)
         for size, extent in zip(value, extents, strict=True)
@@ -222,7 +245,7 @@ def _slice_sizes(value: Any, mark: Mark, args: Sequence[Value]) -> tuple[int, ..
 
 def _fill_value(value: Any, mark: Mark, args: Sequence[Value]) -> Any:
     if value is not None and type(value) not in (bool, int, float):
-        raise mark.refuse(f"with the fill value {str(value)[:40]}: expected a number or null")
+        raise mark.refuse(f"with the fill value {_text.cut(str(value), 40)}: expected a number or null")
     return value
 
 
@@ -241,7 +264,9 @@ def _random_gamma(key: Value, shape: Value, *, impl: str, log_space: bool) -> An
 
 
 def _bound_key(name: str) -> Callable[..., Any]:
-    """Return the bind of a primitive whose first operand is a random key, which is no plain array."""
+    """Return the bind of a primitive whose first operand is a random key, which is no
+    plain array.
+    """
     bind: Callable[..., Any] = getattr(jax.extend.core.primitives, f"{name}_p").bind
     return bind
 
@@ -353,6 +378,7 @@ PRIMITIVES: Final[Mapping[str, _Primitive]] = {
     ),
     "qr": _Primitive(1, {"pivoting": _flag, "full_matrices": _flag, "use_magma": _either(_flag)}),
     "lu_pivots_to_permutation": _Primitive(1, {"permutation_size": _permutation_size}),
+    "geqrf": _Primitive(1, {}, _geqrf),
     "ormqr": _Primitive(3, {"left": _flag, "transpose": _flag}),
     "triangular_solve": _Primitive(
         2,

@@ -1,4 +1,7 @@
-"""Random bits from a state that the program holds. The same state gives the same bits, so that derivatives are well defined."""
+"""Random bits from a state that the program holds.
+
+The same state gives the same bits, so that derivatives are well defined.
+"""
 
 from typing import Any, Final
 
@@ -23,7 +26,9 @@ def _rng_bit_generator(call: Call) -> list[Value]:
 
 
 def generate(call: Call, state: Value, shape: tuple[int, ...], dtype: np.dtype[Any]) -> list[Value]:
-    """Return the next state and random bits of a shape and dtype, by the algorithm that the operation states."""
+    """Return the next state and random bits of a shape and dtype, by the algorithm that
+    the operation states.
+    """
     algorithm = call.attributes["rng_algorithm"]
     if algorithm not in _ALGORITHMS:
         raise call.refuse(f"with the algorithm {algorithm}: expected one of {', '.join(_ALGORITHMS)}")

@@ -1,10 +1,15 @@
-"""MLIR to `graph`: reads a serialized program once, within limits. Does not know what operations mean.
+"""MLIR to `graph`: reads a serialized program once, within limits.
 
-Reading is not safe: bytes may be made to crash MLIR's parser, or to fill the memory. Read foreign bytes in a process that may end.
+Does not know the operations' meaning.
 
-Guarantees for a module that was read: it has one entry function; every called function is there; no function calls itself; its
-operations, counted as often as their function is called, are within the limits; every value is an array within the limits; no
-attribute says where or in whose memory a value lives.
+Reading is not safe: bytes may be made to crash MLIR's parser, or to fill the memory.
+Read foreign bytes in a process that may end.
+
+Guarantees for a module that was read:
+
+- It has one entry function. Every called function is there, and none calls itself.
+- Its operations are within the limits. They count as often as their function is called.
+- Every value is an array within the limits. No attribute places a value in memory.
 """
 
 import dataclasses
@@ -19,11 +24,10 @@ import jax.extend.mlir
 import jax.interpreters.mlir
 from jaxlib.mlir import ir
 
-from hvpd_server import _rules
-from hvpd_server._rules import Limits
-from hvpd_server.importer import attributes
+from hvpd_server.importer import attributes, rules
 from hvpd_server.importer.attributes import short
 from hvpd_server.importer.graph import Block, Module, Operation, TensorType
+from hvpd_server.importer.rules import Limits
 from hvpd_server.importer.table import Refused
 
 _BYTECODE: Final = b"ML\xefR"
@@ -53,7 +57,9 @@ _MODULE: Final[Mapping[str, frozenset[str] | None]] = {
     "mhlo.use_auto_spmd_partitioning": frozenset(["false"]),
     "tf.versions": None,
 }
-"""Attributes of a module that change nothing on one device, and the texts that they may be; None for any."""
+"""Attributes of a module that change nothing on one device, and the texts that they may
+be; None for any.
+"""
 
 _FUNCTION: Final = frozenset(
     ["sym_name", "function_type", "sym_visibility", "arg_attrs", "res_attrs", "no_inline", "tf.entry_function"]
@@ -68,7 +74,9 @@ _ARGUMENT: Final[Mapping[str, frozenset[str] | None]] = {
     "mhlo.layout_mode": frozenset(['"default"', '"auto"']),
     "mhlo.sharding": frozenset(['""', '"{replicated}"', '"{maximal device=0}"']),
 }
-"""Attributes of arguments and results that change nothing on one device, and the texts that they may be."""
+"""Attributes of arguments and results that change nothing on one device, and the texts
+that they may be.
+"""
 
 _EXPORT_PLAIN: Final = (
     "export a function of one device, without donated arguments, aliases, shardings or other memories"
@@ -81,11 +89,13 @@ _DROPPED: Final[Mapping[str, frozenset[str] | None]] = {
     "operandSegmentSizes": None,
     "resultSegmentSizes": None,
 }
-"""Attributes of operations that change no value on one device, and the texts that they may be."""
+"""Attributes of operations that change no value on one device, and the texts that they
+may be.
+"""
 
 _FRONTEND: Final = "mhlo.frontend_attributes"
 _FRONTEND_DROPPED: Final = frozenset(["num_batch_dims", "xla.sdy.sharding_rule"])
-"""Keys of a custom call's settings that only say how to divide the call among devices."""
+"""Keys of a custom call's settings that only divide the call among devices."""
 
 _EFFECTS: Final = frozenset(
     [
@@ -101,26 +111,29 @@ _EFFECTS: Final = frozenset(
 
 
 def read(blob: bytes | bytearray | str, limits: Limits | None = None, *, context: ir.Context | None = None) -> Module:
-    """The program of a serialized module.
+    """Return the program of a serialized module.
 
     Args:
-        blob: StableHLO as a portable artifact, MLIR bytecode, or MLIR text; or a `jax.export.Exported` of any number of
-            derivatives, serialized, whose derivatives are ignored.
-        limits: What the program may be.
-        context: To read in; a context keeps the memory of what was read, so the default is a fresh one.
+        blob: StableHLO as a portable artifact, MLIR bytecode, or MLIR text; or a
+            `jax.export.Exported` of any number of derivatives, serialized, whose
+            derivatives are ignored.
+        limits: The largest program.
+        context: To read in. A context keeps the memory of the programs that it
+            read, so the default is a fresh one.
 
     Raises:
-        Refused: The bytes are no program that this jax reads, or the program is not served. The message says what arrived and
-            what to do, and completes "the program ...".
+        Refused: The bytes are no program that this jax reads, or the program is not
+            served. The message says what arrived and what to do, and completes "the
+            program ...".
     """
     limits = limits if limits is not None else Limits()
     if len(blob) > limits.bundle_bytes:
         raise Refused(
-            _rules.PROGRAM_TOO_LARGE,
+            rules.PROGRAM_TOO_LARGE,
             f"has {len(blob)} bytes, more than {limits.bundle_bytes}: pass large constants as data",
         )
     if not blob.strip():
-        raise Refused(_rules.BUNDLE_INVALID, "is empty: expected StableHLO")
+        raise Refused(rules.BUNDLE_INVALID, "is empty: expected StableHLO")
     context = context if context is not None else jax.interpreters.mlir.make_ir_context()
     context.enable_multithreading(False)  # A process that has threads cannot fork, as the one that reads programs does.
     context.allow_unregistered_dialects = True  # So that the refusal of a foreign operation can name it.
@@ -129,10 +142,10 @@ def read(blob: bytes | bytearray | str, limits: Limits | None = None, *, context
         try:
             return _Reader(module, limits).module()
         except RecursionError:
-            raise Refused(_rules.PROGRAM_TOO_LARGE, "has attributes that are nested too deeply to be read") from None
+            raise Refused(rules.PROGRAM_TOO_LARGE, "has attributes that are nested too deeply to be read") from None
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise Refused(
-                _rules.BUNDLE_INVALID,
+                rules.BUNDLE_INVALID,
                 f"has names or attributes that cannot be read: {type(error).__name__}: {short(error)}",
             ) from None
 
@@ -149,39 +162,40 @@ def _parse(blob: bytes | str) -> ir.Module:
     except (MemoryError, Refused):
         raise
     except RecursionError:
-        raise Refused(_rules.PROGRAM_TOO_LARGE, "is nested too deeply to be read") from None
+        raise Refused(rules.PROGRAM_TOO_LARGE, "is nested too deeply to be read") from None
     except Exception as error:  # noqa: BLE001 - the parsers raise many kinds
         words = short(str(error).replace("\n", " "))
         if _QUANTIZED.search(words):
             raise Refused(
-                _rules.OPERATION_REFUSED,
+                rules.OPERATION_REFUSED,
                 f"has quantized types, which are not served: {words}. Expected floating-point numbers in their place",
             ) from None
         raise Refused(
-            _rules.BUNDLE_INCOMPATIBLE,
+            rules.BUNDLE_INCOMPATIBLE,
             f"cannot be read by this server (jax {jax.__version__}): {type(error).__name__}: {words}. Expected StableHLO "
             "as a portable artifact, bytecode or text, or a serialized jax.export.Exported",
         ) from None
 
 
 def _exported(blob: bytes) -> bytes:
-    """The module of a serialized `jax.export.Exported`."""
+    """Return the module of a serialized `jax.export.Exported`."""
     exported = jax.export.deserialize(bytearray(blob))
     if exported.nr_devices != 1 or any(
         sharding is not None for sharding in (*exported.in_shardings_hlo, *exported.out_shardings_hlo)
     ):
         raise Refused(
-            _rules.OPERATION_REFUSED, f"is for {exported.nr_devices} devices or says where arrays are: {_EXPORT_PLAIN}"
+            rules.OPERATION_REFUSED, f"is for {exported.nr_devices} devices or says where arrays are: {_EXPORT_PLAIN}"
         )
     return exported.mlir_module_serialized
 
 
 def _bytecode(blob: bytes) -> ir.Module:
-    """A portable artifact, or bytecode of StableHLO that was never made portable."""
+    """Return a portable artifact, or StableHLO bytecode that is not portable."""
     try:
         module: ir.Module = jax.extend.mlir.deserialize_portable_artifact(blob)
     except Exception:  # noqa: BLE001 - the parser raises many kinds
-        # Says what is wrong, which the error above does not; a handler of diagnostics there crashes jaxlib 0.11.
+        # Gives the reason, which the error above does not; a handler of diagnostics
+        # there crashes jaxlib 0.11.
         module = ir.Module.parse(blob)
         for view in module.body.operations:
             if view.operation.name.startswith("vhlo."):
@@ -195,7 +209,7 @@ _Values = dict[Any, int]
 
 @dataclasses.dataclass
 class _Size:
-    """What a function is made of, without what it calls."""
+    """The size of a function, without the functions that it calls."""
 
     operations: int = 0
     calls: list[str] = dataclasses.field(default_factory=list)
@@ -227,9 +241,9 @@ class _Frame:
     result_types: tuple[TensorType, ...] = ()
 
     def block(self) -> Block:
-        """The finished block."""
+        """Return the finished block."""
         if self.returns is None:
-            raise Refused(_rules.BUNDLE_INVALID, "has a block without a return at its end")
+            raise Refused(rules.BUNDLE_INVALID, "has a block without a return at its end")
         return Block(self.arguments, self.types, self.operations, self.returns, self.result_types)
 
 
@@ -238,7 +252,7 @@ class _Reader:
 
     Args:
         module: Parsed.
-        limits: What it may be.
+        limits: The largest program.
     """
 
     def __init__(self, module: ir.Module, limits: Limits) -> None:
@@ -250,7 +264,7 @@ class _Reader:
         self._locations: dict[ir.Location, str] = {}
 
     def module(self) -> Module:
-        """The module as plain Python."""
+        """Return the module as plain Python."""
         self._check_module()
         functions: dict[str, Block] = {}
         sizes: dict[str, _Size] = {}
@@ -272,7 +286,7 @@ class _Reader:
         others = [symbol for symbol in public if symbol not in reached]
         if others:
             raise Refused(
-                _rules.OPERATION_REFUSED,
+                rules.OPERATION_REFUSED,
                 f"has several entry points: {short(entry)} and {short(', '.join(others))}. Make all but one of them private, or "
                 "register each as a program of its own",
             )
@@ -286,13 +300,13 @@ class _Reader:
         what = (
             f"has {len(public)} public functions ({short(', '.join(public))})" if public else "has no public function"
         )
-        raise Refused(_rules.BUNDLE_INVALID, f"{what}: expected one, or one that is called main")
+        raise Refused(rules.BUNDLE_INVALID, f"{what}: expected one, or one that is called main")
 
     def _check_module(self) -> None:
         for name, value in self._attributes(self._module.operation):
             if not _allowed(_MODULE, name, value):
                 raise Refused(
-                    _rules.OPERATION_REFUSED,
+                    rules.OPERATION_REFUSED,
                     f"has the attribute {short(name)} = {short(value)} on its module, which is not served: {_EXPORT_PLAIN}",
                 )
 
@@ -301,7 +315,7 @@ class _Reader:
         for name in function.attributes:
             if name not in _FUNCTION:
                 raise Refused(
-                    _rules.OPERATION_REFUSED,
+                    rules.OPERATION_REFUSED,
                     f"has the attribute {short(name)} on the function {symbol}, which is not served: {_EXPORT_PLAIN}",
                 )
         for part in ("arg_attrs", "res_attrs"):
@@ -312,13 +326,13 @@ class _Reader:
                     if not _allowed(_ARGUMENT, name, value):
                         kind = "argument" if part == "arg_attrs" else "result"
                         raise Refused(
-                            _rules.OPERATION_REFUSED,
+                            rules.OPERATION_REFUSED,
                             f"has the attribute {short(name)} = {short(value)} on {kind} {index} of the function {symbol}, "
                             f"which is not served: {_EXPORT_PLAIN}",
                         )
 
     def _function(self, function: ir.Operation) -> tuple[Block, _Size]:
-        """The body of a function, and its size."""
+        """Return the body of a function, and its size."""
         values: _Values = {}
         size = _Size()
         (region,) = function.regions
@@ -336,7 +350,7 @@ class _Reader:
                 continue
             operation = view.operation
             if frame.returns is not None:
-                raise self._refused(operation, "behind the return of its block", _rules.BUNDLE_INVALID)
+                raise self._refused(operation, "behind the return of its block", rules.BUNDLE_INVALID)
             self._count(size)
             name = operation.name
             if name in _RETURNS:
@@ -351,7 +365,7 @@ class _Reader:
             self._regions(_Pending(operation, iter(operation.regions)), frames, values, size)
 
     def _regions(self, pending: _Pending, frames: list[_Frame], values: _Values, size: _Size) -> None:
-        """Opens the next region of an operation, or adds the operation if there is none."""
+        """Open the next region of an operation; if there is none, add the operation."""
         region = next(pending.regions, None)
         if region is None:
             frames[-1].operations.append(self._operation(pending, values, size))
@@ -359,8 +373,8 @@ class _Reader:
         if len(frames) >= self._limits.nesting:
             raise self._refused(
                 pending.operation,
-                f"more than {self._limits.nesting} regions deep: move inner parts into functions",
-                _rules.PROGRAM_TOO_LARGE,
+                f"more than {self._limits.nesting} regions deep: nest loops and conditions less deeply, or move inner parts into functions (jax.jit)",
+                rules.PROGRAM_TOO_LARGE,
             )
         frames.append(self._frame(pending.operation, region, values, pending))
 
@@ -395,7 +409,7 @@ class _Reader:
             raise self._refused(
                 operation,
                 f"with which its constants take more than {self._limits.constant_bytes} bytes: pass arrays as data",
-                _rules.PROGRAM_TOO_LARGE,
+                rules.PROGRAM_TOO_LARGE,
             )
         try:
             return {"value": attributes.constant(operation, type_)}
@@ -403,7 +417,7 @@ class _Reader:
             raise self._refused(operation, str(refused), refused.reason) from None
 
     def _plain(self, operation: ir.Operation, size: _Size) -> dict[str, Any]:
-        """The attributes that have a meaning."""
+        """Return the attributes that have a meaning."""
         found: dict[str, Any] = {}
         for name in operation.attributes:
             try:
@@ -422,7 +436,8 @@ class _Reader:
                 raise self._refused(
                     operation, f"whose attribute {short(name)} cannot be read: {short(error)}"
                 ) from None
-            # A rule gets strings for both symbols and strings, so both may name functions.
+            # A rule gets strings for both symbols and strings, so both may name
+            # functions.
             is_rule = name == "composite_attributes"
             _symbols(value, size.named if is_rule else size.calls, strings=is_rule)
         size.calls += _marked(found)
@@ -443,7 +458,7 @@ class _Reader:
             raise self._too_many()
 
     def _type(self, type_: ir.Type, operation: ir.Operation) -> TensorType:
-        """A value's type, within the limits."""
+        """Return a value's type, within the limits."""
         found = self._types.get(type_)
         if found is not None:
             return found
@@ -455,15 +470,15 @@ class _Reader:
             raise self._refused(
                 operation,
                 f"with an array of {len(found.shape)} axes, more than {self._limits.rank}",
-                _rules.PROGRAM_TOO_LARGE,
+                rules.PROGRAM_TOO_LARGE,
             )
         if any(extent is not None and extent < 0 for extent in found.shape):
-            raise self._refused(operation, f"with a negative extent: {short(type_)}", _rules.BUNDLE_INVALID)
+            raise self._refused(operation, f"with a negative extent: {short(type_)}", rules.BUNDLE_INVALID)
         if _bytes(found) > self._limits.array_bytes:
             raise self._refused(
                 operation,
                 f"with an array of more than {self._limits.array_bytes >> 40} TiB: {short(type_)}",
-                _rules.PROGRAM_TOO_LARGE,
+                rules.PROGRAM_TOO_LARGE,
             )
         self._types[type_] = found
         return found
@@ -476,10 +491,12 @@ class _Reader:
         return found
 
     def _check_calls(self, entry: str, functions: Mapping[str, _Size]) -> frozenset[str]:
-        """Functions that the entry calls, itself included.
+        """Return the functions that the entry calls, itself included.
+
 
         Raises:
-            Refused: A function calls itself, or the program is too large once calls are replaced by what they call.
+            Refused: A function calls itself, or the program is too large once calls are
+                replaced by the functions that they call.
         """
         sizes: dict[str, int] = {}
         depths: dict[str, int] = {}
@@ -491,13 +508,13 @@ class _Reader:
                 pending.pop()
                 continue
             if name not in functions:
-                raise Refused(_rules.BUNDLE_INVALID, f"calls the function {short(name)}, which is not there")
+                raise Refused(rules.BUNDLE_INVALID, f"calls the function {short(name)}, which is not there")
             calls = functions[name].calls
             missing = [called for called in dict.fromkeys(calls) if called not in sizes]
             if missing:
                 if name in under_way:
                     raise Refused(
-                        _rules.OPERATION_REFUSED,
+                        rules.OPERATION_REFUSED,
                         f"has functions that call themselves, such as {short(name)}: expected loops by stablehlo.while",
                     )
                 under_way.add(name)
@@ -509,7 +526,7 @@ class _Reader:
                 raise self._too_many()
             if depths[name] > self._limits.calls:
                 raise Refused(
-                    _rules.PROGRAM_TOO_LARGE,
+                    rules.PROGRAM_TOO_LARGE,
                     f"has more than {self._limits.calls} functions that call each other in a chain: inline some of them",
                 )
             pending.pop()
@@ -517,12 +534,13 @@ class _Reader:
 
     def _too_many(self) -> Refused:
         return Refused(
-            _rules.PROGRAM_TOO_LARGE,
-            f"has more than {self._limits.operations} operations, counted as often as they are called: use loops",
+            rules.PROGRAM_TOO_LARGE,
+            f"has more than {self._limits.operations} operations, where each call of a function counts its operations again. "
+            "Nest loops and conditions less deeply, because each level can count its body twice, or put repeated code into one loop",
         )
 
-    def _refused(self, operation: ir.Operation, why: str, reason: str = _rules.OPERATION_REFUSED) -> Refused:
-        """The refusal of an operation; `why` completes "has a stablehlo.add ..."."""
+    def _refused(self, operation: ir.Operation, why: str, reason: str = rules.OPERATION_REFUSED) -> Refused:
+        """Return an operation's refusal; `why` completes "has a stablehlo.add ..."."""
         place = self._location(operation)
         return Refused(reason, f"has a {short(operation.name)}{f' at {place}' if place else ''} {why}")
 
@@ -540,12 +558,14 @@ def _allowed(table: Mapping[str, frozenset[str] | None], name: str, value: Any) 
 
 
 def _is_default(name: str, value: Any) -> bool:
-    """Whether an attribute says what holds without it."""
+    """Return whether an attribute only states its default."""
     return name == "result_accuracy" and "mode<DEFAULT>" in str(value)
 
 
 def _symbols(attribute: Any, found: list[str], *, strings: bool) -> None:
-    """Adds the functions that an attribute names, by symbols or, if `strings`, by strings."""
+    """Add the functions that an attribute names, by symbols or, if `strings`, by
+    strings.
+    """
     if isinstance(attribute, ir.FlatSymbolRefAttr) or (strings and isinstance(attribute, ir.StringAttr)):
         found.append(attribute.value)
     elif isinstance(attribute, ir.ArrayAttr):
@@ -557,7 +577,10 @@ def _symbols(attribute: Any, found: list[str], *, strings: bool) -> None:
 
 
 def _marked(found: Mapping[str, Any]) -> list[str]:
-    """The functions that a mark of hvpd names. A portable artifact keeps them as text."""
+    """Return the functions that a mark of hvpd names.
+
+    A portable artifact keeps them as text.
+    """
     given = found.get("composite_attributes")
     if not str(found.get("name", "")).startswith("hvpd.") or not isinstance(given, dict):
         return []
@@ -566,13 +589,15 @@ def _marked(found: Mapping[str, Any]) -> list[str]:
 
 
 def _bytes(type_: TensorType) -> int:
-    """The size of an array, its symbolic extents taken as 1."""
+    """Return the size of an array, its symbolic extents taken as 1."""
     size = math.prod(extent for extent in type_.shape if extent is not None)
     return size * attributes.dtype(type_.dtype).itemsize
 
 
 def _place(location: Any) -> str:
-    """A short form of a location: "file:line", else the name that the program gives."""
+    """Return a short form of a location: "file:line", else the name that the program
+    gives.
+    """
     name = ""
     for _ in range(64):  # Locations may be nested without end.
         match location:

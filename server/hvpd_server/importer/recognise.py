@@ -1,8 +1,11 @@
-"""Recognises functions of jax in programs without marks, and gives them jax's derivative rules.
+"""Recognises functions of jax in programs without marks, and gives them jax's
+derivative rules.
 
-jax writes a jitted function as a private function of its name, such as @relu. The name alone proves nothing. A function is
-recognised only if the formula of its whole body is, operation by operation, one that jax writes for this name. Then jax's
-function takes its place. Values stay the same; derivatives at kinks and limits become jax's. Each is noted in the report.
+jax writes a jitted function as a private function of its name, such as @relu. The name
+alone proves nothing. A function is recognised only if the formula of its whole body is,
+operation by operation, one that jax writes for this name. Then jax's function takes its
+place. Values stay the same; derivatives at kinks and limits become jax's. Each is noted
+in the report.
 """
 
 import dataclasses
@@ -36,7 +39,7 @@ class _Known:
 
     function: Callable[..., Any]
     formulas: frozenset[str]
-    """What the body may be; x and y are the arguments."""
+    """Possible bodies; x and y are the arguments."""
 
 
 def _known(function: Callable[..., Any], *formulas: str) -> _Known:
@@ -70,7 +73,8 @@ _ALIKE: Final = frozenset(["stablehlo.broadcast_in_dim", "stablehlo.convert", "s
 
 
 def rule_of(call: Call, symbol: str) -> Callable[..., list[Value]] | None:
-    """Return jax's function for a private function, or None when the body is called as it is.
+    """Return jax's function for a private function, or None when the body is called as
+    it is.
 
     Args:
         call: The call; its report gets a note when the function is recognised.
@@ -99,7 +103,7 @@ def _name(symbol: str) -> str:
 
 
 def _elementwise(block: Block) -> bool:
-    """Whether a function takes one or two arrays of the type that it returns."""
+    """Return whether a function takes one or two arrays of the type that it returns."""
     return (
         1 <= len(block.arguments) <= 2
         and len(block.result_types) == 1
@@ -109,7 +113,7 @@ def _elementwise(block: Block) -> bool:
 
 
 def _formula(call: Call, block: Block, arguments: tuple[str, ...], calls: int) -> str | None:
-    """Return what a function computes as text, or None when it has another form."""
+    """Return a function's computation as text, or None if it has another form."""
     if len(block.operations) > _OPERATIONS or len(block.returns) != 1 or len(arguments) != len(block.arguments):
         return None
     terms: dict[int, str | None] = dict(zip(block.arguments, arguments, strict=True))
@@ -131,7 +135,10 @@ def _formula(call: Call, block: Block, arguments: tuple[str, ...], calls: int) -
 
 
 def _keeps(before: TensorType | None, after: TensorType) -> bool:
-    """Whether an array keeps its elements, or a number fills the array: in another form, and in a dtype that is no coarser."""
+    """Return whether an array keeps its elements, or a number fills the array.
+
+    The form may change. The dtype may not become coarser.
+    """
     if before is None or before.dtype != after.dtype:
         return False
     return before.shape in (after.shape, ())
@@ -157,7 +164,9 @@ def _term(call: Call, each: Operation, taken: list[str], calls: int) -> str | No
 
 
 def _number(value: "np.ndarray[Any, Any]") -> str | None:
-    """Return a constant's text: a floating number, or an array of one floating number; else None."""
+    """Return a constant's text: a floating number, or an array of one floating number;
+    else None.
+    """
     if not value.size or not jnp.issubdtype(value.dtype, jnp.floating) or (value != value.flat[0]).any():
         return None
     return "pi" if value.flat[0] == np.asarray(np.pi).astype(value.dtype) else repr(float(value.flat[0]))

@@ -1,7 +1,8 @@
 """Reductions: of whole axes, of windows, and the scatter of a window's maximum.
 
-A reduction's body is recognised and rebuilt as jax's own primitive, whose derivative rule is that of native jax: at a tie,
-`reduce_max` shares the derivative among the largest elements. The body itself never reaches XLA.
+The importer recognises a reduction's body, and rebuilds it as jax's own primitive. So
+its derivative rule is that of native jax. For example, `reduce_max` shares the
+derivative among equal largest elements. The body itself never reaches XLA.
 """
 
 import dataclasses
@@ -81,14 +82,16 @@ _MONOIDS: Final[Mapping[str, Monoid]] = {
 """Bodies of one operation, by its name."""
 
 _LOGICAL: Final[Mapping[str, Monoid]] = {"add": _OR, "multiply": _AND, "maximum": _OR, "minimum": _AND}
-"""What arithmetic means for booleans, in StableHLO."""
+"""The meaning of arithmetic for booleans, in StableHLO."""
 
 BODIES: Final = f"one of {', '.join(_MONOIDS)}"
 """Bodies that are served, for messages."""
 
 
 def monoids(call: Call, block: Block) -> list[Monoid] | None:
-    """Return the monoid of each result of a body that reduces each operand for itself, or None for any other body."""
+    """Return the monoid of each result of a body that reduces each operand for itself,
+    or None for any other body.
+    """
     count = len(block.returns)
     numbering = ValueNumbering(call)
     returned = numbering.block(block)
@@ -109,7 +112,9 @@ def monoids(call: Call, block: Block) -> list[Monoid] | None:
 
 
 def _lexicographic(numbering: ValueNumbering, name: str, x: int, y: int) -> int:
-    """Return the number of an extreme of complex numbers, which compares real parts and then imaginary parts."""
+    """Return the number of an extreme of complex numbers, which compares real parts and
+    then imaginary parts.
+    """
     apply, direction = numbering.apply, "GT" if name == "maximum" else "LT"
     real, imag = ((apply(part, x), apply(part, y)) for part in ("real", "imag"))
     by_part = (numbering.compare(direction, *imag), numbering.compare(direction, *real))
@@ -117,7 +122,9 @@ def _lexicographic(numbering: ValueNumbering, name: str, x: int, y: int) -> int:
 
 
 def is_identity(monoid: Monoid, start: Value) -> bool:
-    """Whether a reduction may start anywhere because its start is the neutral element."""
+    """Return whether a reduction may start anywhere because its start is the neutral
+    element.
+    """
     if not isinstance(start, np.ndarray) or start.size != 1:
         return False
     return bool(np.all(start == np.asarray(monoid.identity(start.dtype)).astype(start.dtype)))
@@ -157,7 +164,9 @@ def _reduced(call: Call, monoid: Monoid, x: Value, start: Value, axes: tuple[int
 
 
 def _extreme(call: Call, body: Block) -> str | None:
-    """Return "argmax" or "argmin" for a body that keeps the extreme value and its index, else None."""
+    """Return "argmax" or "argmin" for a body that keeps the extreme value and its
+    index, else None.
+    """
     numbering = ValueNumbering(call)
     returned = numbering.block(body)
     if len(returned) != 2 or len(body.arguments) != 4:
@@ -196,7 +205,7 @@ def _arg_extreme(call: Call, name: str, axis: int) -> list[Value]:
 
 
 def _counts_up(call: Call, axis: int) -> bool:
-    """Whether the second operand holds each element's index along an axis."""
+    """Return whether the second operand holds each element's index along an axis."""
     indices = call.operands[1]
     if isinstance(indices, np.ndarray):
         extents = [1] * indices.ndim
@@ -218,7 +227,9 @@ class Window:
     padding: tuple[tuple[int, int], ...]
 
     def running(self, shape: Sequence[int]) -> tuple[int, bool] | None:
-        """Return (axis, reverse) of windows that begin, or end, at the array's edge and grow by one element each."""
+        """Return (axis, reverse) of windows that begin, or end, at the array's edge and
+        grow by one element each.
+        """
         ones = (1,) * len(shape)
         if not self.strides == self.base_dilations == self.window_dilations == ones:
             return None
@@ -261,7 +272,8 @@ def reduce_window(
         call: The operation, for messages.
         body: Combines two elements of each array.
         values: Arrays of the same shape.
-        starts: Scalar for each array from which each window's reduction starts, also the value of the padding.
+        starts: Scalar for each array from which each window's reduction starts, also
+            the value of the padding.
         window: Windows.
     """
     found = monoids(call, body)
@@ -278,7 +290,8 @@ def reduce_window(
 
 
 def running(call: Call, body: Block, start: Value) -> Callable[..., Value] | None:
-    """Return the running reduction (x, axis, reverse) of a body with one result, or None if jax has none for it.
+    """Return the running reduction (x, axis, reverse) of a body with one result, or
+    None if jax has none for it.
 
     Args:
         call: The operation, for messages.
@@ -292,7 +305,9 @@ def running(call: Call, body: Block, start: Value) -> Callable[..., Value] | Non
 
 
 def _gathered(call: Call, body: Block) -> str | None:
-    """Return the comparison by which a body keeps one of two pairs, or None for any other body."""
+    """Return the comparison by which a body keeps one of two pairs, or None for any
+    other body.
+    """
     numbering = ValueNumbering(call)
     returned = numbering.block(body)
     if len(body.arguments) != 4:
@@ -308,7 +323,9 @@ def _gathered(call: Call, body: Block) -> str | None:
 def _select_and_gather(
     call: Call, direction: str, values: Sequence[Value], starts: Sequence[Value], window: Window
 ) -> list[Value]:
-    """Return each window's extreme, and the element of the second array at the extreme's place."""
+    """Return each window's extreme, and the element of the second array at the
+    extreme's place.
+    """
     x, tangents = values
     extreme = _MONOIDS["maximum" if direction == "GE" else "minimum"]
     if not is_identity(extreme, starts[0]) or not is_identity(_MONOIDS["add"], starts[1]):
@@ -331,7 +348,8 @@ def _windowed(call: Call, monoid: Monoid, x: Value, start: Value, window: Window
     running = window.running(x.shape)
     if running and is_identity(monoid, start) and monoid.cumulative is not None and math.prod(shape):
         return monoid.cumulative(x, *running)
-    # jax finds the derivative rule of a sum or extreme only if the start is concrete and neutral.
+    # jax finds the derivative rule of a sum or extreme only if the start is concrete
+    # and neutral.
     at = np.asarray(monoid.identity(x.dtype)).astype(x.dtype) if is_identity(monoid, start) else start
     return lax.reduce_window(
         x,
@@ -360,7 +378,7 @@ def _windows(call: Call, x: Value, window: Window) -> tuple[int, ...]:
 
 
 def _is_logaddexp(call: Call, body: Block) -> bool:
-    """Whether a body is jax's logaddexp."""
+    """Return whether a body is jax's logaddexp."""
     numbering = ValueNumbering(call)
     returned = numbering.block(body)
     if len(body.arguments) != 2:
@@ -374,7 +392,9 @@ def _is_logaddexp(call: Call, body: Block) -> bool:
 
 @operation("stablehlo.select_and_scatter", attributes=["window_dimensions", "window_strides", "padding"], regions=2)
 def _select_and_scatter(call: Call) -> Value:
-    """Add each source element to the place of its window's extreme: the transpose of a reduction to that extreme."""
+    """Add each source element to the place of its window's extreme: the transpose of a
+    reduction to that extreme.
+    """
     x, source, start = call.operands
     select = _selection(call, call.regions[0])
     scattered = monoids(call, call.regions[1])
@@ -396,7 +416,9 @@ def _select_and_scatter(call: Call) -> Value:
 
 
 def _selection(call: Call, body: Block) -> Any:
-    """Return jax's primitive for the comparison by which a body selects, or None for any other body."""
+    """Return jax's primitive for the comparison by which a body selects, or None for
+    any other body.
+    """
     numbering = ValueNumbering(call)
     returned = numbering.block(body)
     if len(body.arguments) != 2:

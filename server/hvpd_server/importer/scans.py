@@ -1,4 +1,6 @@
-"""Loops that count, as scans: which values are carried, which arrays are read in rows, and which are written in rows."""
+"""Loops that count, as scans: which values are carried, which arrays are read in rows,
+and which are written in rows.
+"""
 
 import collections
 import dataclasses
@@ -17,7 +19,9 @@ from hvpd_server.importer.table import Value
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows that a loop reads or writes: in round t the row first + step * t, where step is 1 or -1."""
+    """Rows that a loop reads or writes: in round t the row first + step * t, where step
+    is 1 or -1.
+    """
 
     index: int
     """Position of the array among the values of the loop."""
@@ -25,12 +29,16 @@ class Rows:
     """Lowest row."""
     step: int
     value: int
-    """Read: the value in the body that is the row. Written: the value that becomes the row. Both keep the axis of extent 1."""
+    """Read: the value in the body that is the row. Written: the value that becomes the
+    row. Both keep the axis of extent 1.
+    """
     type: TensorType
 
 
 class Plan:
-    """A loop that counts as a scan: which of its values are carried, read in rows, and written in rows."""
+    """A loop that counts as a scan: which of its values are carried, read in rows, and
+    written in rows.
+    """
 
     def __init__(self, loop: Loop, counter: Counter) -> None:
         self._loop, self._counter = loop, counter
@@ -71,7 +79,9 @@ class Plan:
         )
 
     def _read(self, index: int, argument: int) -> list[Rows]:
-        """Return the rows that are read of an array that does not change; none if the array is used in another way."""
+        """Return the rows that are read of an array that does not change; none if the
+        array is used in another way.
+        """
         array = self._loop.call.operands[index]
         if np.ndim(array) == 0:
             return []
@@ -112,7 +122,9 @@ class Plan:
         return starts, limit.offset - start.offset
 
     def _write(self, index: int, argument: int) -> Rows | None:
-        """Return the rows that are written of an array, or None if the loop uses the array in another way."""
+        """Return the rows that are written of an array, or None if the loop uses the
+        array in another way.
+        """
         returned = self._loop.body.returns[index]
         update = self._loop.makers.get(returned)
         if update is None or update.name != "stablehlo.dynamic_update_slice" or update.operands[0] != argument:

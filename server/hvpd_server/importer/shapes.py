@@ -1,7 +1,9 @@
-"""Operations that make, move or cut arrays of a size that the program states. Sizes that are computed: `dynamic_shapes`.
+"""Operations that make, move or cut arrays of a size that the program states.
 
-Small arrays of known integers are moved with NumPy and stay known. So does any known scalar, because a rule for reductions
-must see the value from which a reduction starts.
+Sizes that are computed: `dynamic_shapes`.
+
+Small arrays of known integers are moved with NumPy and stay known. So does any known
+scalar, because a rule for reductions must see the value from which a reduction starts.
 """
 
 import math
@@ -11,13 +13,14 @@ from typing import Any
 import numpy as np
 from jax import lax
 
-from hvpd_server import _rules
+from hvpd import _text
+from hvpd_server.importer import rules
 from hvpd_server.importer.elementwise import Array, converted
 from hvpd_server.importer.table import FOLD_ELEMENTS, Call, Value, dtype_of, known, operation, static_shape
 
 
 def stays_known(shape: Sequence[int], *values: Value) -> bool:
-    """Whether a result of this shape, made from these values, is made with NumPy."""
+    """Return whether NumPy makes a result of this shape from these values."""
     size = math.prod(shape)
     if known(*values):
         return size <= FOLD_ELEMENTS
@@ -30,12 +33,12 @@ def fits(call: Call, shape: Sequence[int], dtype: np.dtype[Any]) -> tuple[int, .
     Raises:
         Refused: An extent is negative, or the array is larger than the server allows.
     """
-    limit = _rules.Limits().array_bytes
+    limit = rules.Limits().array_bytes
     if any(extent < 0 for extent in shape):
         raise call.refuse(f"whose result would be of shape {list(shape)}: an extent is negative")
     if math.prod(shape) * dtype.itemsize > limit:
         raise call.refuse(
-            f"whose result would be {dtype.name}{list(shape)}: the limit is {limit} bytes", _rules.PROGRAM_TOO_LARGE
+            f"whose result would be {dtype.name}{list(shape)}: the limit is {limit} bytes", rules.PROGRAM_TOO_LARGE
         )
     return tuple(shape)
 
@@ -50,7 +53,9 @@ def reshape(call: Call, x: Value, shape: Sequence[int]) -> Value:
 
 
 def broadcast_in_dim(call: Call, x: Value, shape: Sequence[int], dimensions: Sequence[int]) -> Value:
-    """Broadcast to known extents; `dimensions` says which axis of the result each axis of x becomes."""
+    """Broadcast to known extents; `dimensions` says which axis of the result each axis
+    of x becomes.
+    """
     shape = fits(call, shape, np.dtype(x.dtype))
     if not stays_known(shape, x):
         return lax.broadcast_in_dim(x, shape, tuple(dimensions))
@@ -95,7 +100,9 @@ def cut(call: Call, x: Value, starts: Sequence[int], limits: Sequence[int], stri
 
 
 def pad(call: Call, x: Value, value: Value, low: Sequence[int], high: Sequence[int], interior: Sequence[int]) -> Value:
-    """Pad with known amounts, of which `low` and `high` may be negative and `interior` goes between elements."""
+    """Pad with known amounts, of which `low` and `high` may be negative and `interior`
+    goes between elements.
+    """
     if not len(low) == len(high) == len(interior) == x.ndim or any(amount < 0 for amount in interior):
         raise call.refuse(f"by {list(low)}, {list(high)} and {list(interior)} for {x.ndim} axes")
     steps = [each + 1 for each in interior]
@@ -117,9 +124,10 @@ def pad(call: Call, x: Value, value: Value, low: Sequence[int], high: Sequence[i
 def _constant(call: Call) -> Value:
     value = call.attributes["value"]
     if not isinstance(value, np.ndarray):
-        raise call.refuse(f"of the value {str(value)[:80]}: expected an array")
+        raise call.refuse(f"of the value {_text.cut(str(value), 80)}: expected an array")
     if value.size > FOLD_ELEMENTS and not any(value.strides):
-        # One element repeated: the compiled program need not contain a copy for each place.
+        # One element repeated: the compiled program need not contain a copy for each
+        # place.
         return lax.full(value.shape, value.reshape(-1)[:1].reshape(()), value.dtype)
     return value
 
@@ -182,7 +190,9 @@ def _pad(call: Call) -> Value:
 
 
 def _clamped(call: Call, starts: Sequence[Value], extents: Sequence[int], sizes: Sequence[int]) -> list[int] | None:
-    """Return known starts so that each slice is inside the array, or None if a start is not known."""
+    """Return known starts so that each slice is inside the array, or None if a start is
+    not known.
+    """
     if not len(starts) == len(extents) == len(sizes):
         raise call.refuse(f"with {len(starts)} starts and {len(sizes)} sizes for {len(extents)} axes")
     if not known(*starts):
@@ -197,7 +207,8 @@ def _dynamic_slice(call: Call) -> Value:
     clamped = _clamped(call, starts, x.shape, sizes)
     if clamped is not None:
         return cut(call, x, clamped, [a + b for a, b in zip(clamped, sizes, strict=True)], (1,) * len(sizes))
-    # jax adds the extent to a negative start by default; StableHLO takes 0 in place of a negative start.
+    # jax adds the extent to a negative start by default; StableHLO takes 0 in place of
+    # a negative start.
     return lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
 
 

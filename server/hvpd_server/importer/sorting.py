@@ -1,7 +1,9 @@
-"""Sorting. The comparator is recognised and rebuilt as keys of `jax.lax.sort`, whose derivative rule moves tangents along.
+"""Sorting. The comparator is recognised and rebuilt as keys of `jax.lax.sort`, whose
+derivative rule moves tangents along.
 
-jax's comparator first makes -0 to 0 and every NaN to one NaN, then compares floats in the total order. A comparator without
-that step, or in descending order, is served by sorting integers that have the same order.
+jax's comparator first makes -0 to 0 and every NaN to one NaN, then compares floats in
+the total order. A comparator without that step, or in descending order, is served by
+sorting integers that have the same order.
 """
 
 import dataclasses
@@ -55,7 +57,9 @@ def _sort(call: Call) -> list[Value]:
 
 
 def _leading(operands: list[Value], keys: list[Key]) -> int | None:
-    """Return how many first operands are the keys in jax's order, or None if the keys are others."""
+    """Return how many first operands are the keys in jax's order, or None if the keys
+    are others.
+    """
     expected: list[Key] = []
     for index, operand in enumerate(operands):
         is_complex = jnp.issubdtype(operand.dtype, jnp.complexfloating)
@@ -103,7 +107,7 @@ def _keys(call: Call, body: Block) -> list[Key]:
 
 
 Sides = dict[Key, tuple[int, int, bool]]
-"""Numbers of a key of the first and of the second element, and whether they are floats."""
+"""A key's number in the first and in the second element, and whether it is a float."""
 
 
 def _sides(numbering: ValueNumbering, types: tuple[TensorType, ...]) -> Sides:
@@ -126,14 +130,18 @@ def _sides(numbering: ValueNumbering, types: tuple[TensorType, ...]) -> Sides:
 
 
 def _canonical(numbering: ValueNumbering, x: int, dtype: "np.dtype[np.generic]") -> int:
-    """Return the number of a float whose zero has no sign and whose NaN is always the same."""
+    """Return the number of a float whose zero has no sign and whose NaN is always the
+    same.
+    """
     zero, nan = numbering.constant(np.zeros((), dtype)), numbering.constant(np.full((), np.nan, dtype))
     signless = numbering.apply("select", numbering.compare("EQ", x, zero), zero, x)
     return numbering.apply("select", numbering.compare("NE", x, x), nan, signless)
 
 
 def _splits(numbering: ValueNumbering, sides: Sides, number: int) -> Iterator[tuple[Key, int | None, bool]]:
-    """Yield the first key of a comparison, the comparison of the keys after it, and whether the order is presumed."""
+    """Yield the first key of a comparison, the comparison of the keys after it, and
+    whether the order is presumed.
+    """
     node = numbering.node(number)
     for side, (first, second, is_float) in sides.items():
         for total, descending in itertools.product((True, False) if is_float else (False,), (False, True)):

@@ -1,7 +1,8 @@
-"""Marks that carry functions: custom rules, checkpoints, linear solves and loops become jax's own constructs again.
+"""Marks that carry functions: custom rules, checkpoints, linear solves and loops become
+jax's own constructs again.
 
-Every function of a rule must fit the types of the operation, so that a wrong rule is refused when the program is read, and not
-when it is differentiated.
+Every function of a rule must fit the types of the operation, so that a wrong rule is
+refused when the program is read, and not when it is differentiated.
 """
 
 import functools
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from hvpd import _text
 from hvpd_server.importer.graph import TensorType
 from hvpd_server.importer.mark import Mark, arrays, is_float_type, type_of
 from hvpd_server.importer.table import Call, Refused, Value, known
@@ -66,7 +68,8 @@ def _scan(mark: Mark, sizes: Sequence[Value], args: Sequence[Value]) -> Sequence
         found = arrays(call.call(body, *sizes, *consts, *carry, *row))
         return found[:carried], found[carried:]
 
-    # Copies of the body beyond a few make programs larger, not faster. Zero means all of a loop, as in jax.
+    # Copies of the body beyond a few make programs larger, not faster. Zero means all
+    # of a loop, as in jax.
     unroll = min(unroll or max(length, 1), _UNROLLED)
     call.check_rounds(length, carry)
     last, stacked = lax.scan(step, arrays(carry), arrays(rows), length=length, reverse=reverse, unroll=unroll)
@@ -135,10 +138,10 @@ def _custom_jvp(mark: Mark, sizes: Sequence[Value], args: Sequence[Value]) -> Se
     for pattern, rule in given.items():
         if len(pattern) != len(full) or set(pattern) - {"0", "1"} or type(rule) is not dict:
             raise mark.refuse(
-                f"with a rule for {pattern[:40]}: expected 0 or 1 for each of {len(full)} floating operands"
+                f"with a rule for {_text.cut(pattern, 40)}: expected 0 or 1 for each of {len(full)} floating operands"
             )
         if rule.keys() != {"function", "zeros"} or (pattern != full and not symbolic):
-            raise mark.refuse(f"whose rule for {pattern[:40]} has the wrong fields")
+            raise mark.refuse(f"whose rule for {_text.cut(pattern, 40)} has the wrong fields")
         symbol = mark.symbol(rule["function"], "rule")
         zeros = mark.booleans(rule["zeros"], "zeros", len(call.types))
         perturbed = iter(pattern)

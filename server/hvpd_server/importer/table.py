@@ -1,7 +1,9 @@
-"""The table of operations: how each is rebuilt through jax, and which attributes and regions it may have.
+"""The table of operations: how each is rebuilt through jax, and which attributes and
+regions it may have.
 
-A rule takes a `Call` and returns the results. Every attribute that a program may set is named where the rule is registered;
-an operation with any other attribute is refused before its rule runs.
+A rule takes a `Call` and returns the results. Every attribute that a program may set is
+named where the rule is registered; an operation with any other attribute is refused
+before its rule runs.
 """
 
 import collections
@@ -13,29 +15,33 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from hvpd_server import _rules
+from hvpd_server.importer import rules
 from hvpd_server.importer.graph import Block, Operation, TensorType
 
 Value = Any
-"""A jax array, or a NumPy array where the value is known while the program is read."""
+"""A jax array, or a NumPy array if the value is known while the program is read."""
 
 Rule = Callable[["Call"], Sequence[Value] | Value]
 """Rebuilds one operation: returns its result, or the sequence of its results."""
 
 FOLD_ELEMENTS: Final = 1 << 10
-"""Largest array of integers that is computed while the program is read: sizes and indices are, data is not."""
+"""Largest array of integers that is computed while the program is read: sizes and
+indices are, data is not.
+"""
 
 
 LOOP_BYTES: Final = 1 << 40
-"""Most bytes that all rounds of a loop carry together. XLA aborts the process if such a size overflows."""
+"""Most bytes that all rounds of a loop carry together. XLA aborts the process if such a
+size overflows.
+"""
 
 
 class Refused(Exception):  # noqa: N818 - a verdict
     """A program is not served.
 
     Args:
-        reason: Constant of `_rules.REASONS`.
-        message: Operation, what arrived, and what is expected.
+        reason: Constant of `rules.REASONS`.
+        message: Operation, the value that arrived, and the expected value.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -45,12 +51,14 @@ class Refused(Exception):  # noqa: N818 - a verdict
 
 @dataclasses.dataclass
 class Report:
-    """What the importer found out about a program that its author may want to know."""
+    """The importer's findings that a program's author may want to know."""
 
     recognised: "collections.Counter[str]" = dataclasses.field(default_factory=collections.Counter)
     """Derivative rules that were put back, by description."""
     presumed: "collections.Counter[str]" = dataclasses.field(default_factory=collections.Counter)
-    """Derivative rules that the program does not state and that were chosen as jax would, by description."""
+    """Derivative rules that the program does not state and that were chosen as jax
+    would, by description.
+    """
 
 
 @dataclasses.dataclass
@@ -61,23 +69,29 @@ class Call:
     operands: Sequence[Value]
     """Values of the operands."""
     run: Callable[..., list[Value]]
-    """run(block, *args): results of a region's block, which may use the values around it."""
+    """run(block, *args): results of a region's block, which may use the values around
+    it.
+    """
     call: Callable[..., list[Value]]
     """call(symbol, *args): results of another function of the module."""
     signature: Callable[[str], Block]
     """signature(symbol): the body of another function, for its types."""
     report: Report
-    """Where to note recognised and presumed rules."""
+    """The report that gets recognised and presumed rules."""
     recognises: bool = True
-    """Whether functions are recognised by their names and operations, because the program has no marks."""
+    """Whether functions are recognised by their names and operations, because the
+    program has no marks.
+    """
     platform: str = "cpu"
-    """Platform whose branch is taken where a program has one for each."""
+    """Platform whose branch is taken if the program has one for each."""
     precision: str = "highest"
-    """Precision of matrix products and convolutions for which the program states none: "default", "high" or "highest"."""
+    """Precision of matrix products and convolutions for which the program states none:
+    "default", "high" or "highest".
+    """
     values: Mapping[int, Value] = dataclasses.field(default_factory=dict)
     """Values that the operation's regions can use."""
     definition: Callable[[int], Operation | None] = lambda value: None
-    """definition(value): the operation of the same block that makes a value, or None."""
+    """definition(value): the operation in the same block that makes it, or None."""
 
     @property
     def name(self) -> str:
@@ -100,17 +114,20 @@ class Call:
         return self.operation.regions
 
     def region(self, index: int = 0) -> Callable[..., list[Value]]:
-        """A region as a function: (*arguments) -> results."""
+        """Return a region as a function: (*arguments) -> results."""
         block = self.regions[index]
         return lambda *args: self.run(block, *args)
 
-    def refuse(self, why: str, reason: str = _rules.OPERATION_REFUSED) -> Refused:
-        """The refusal of this operation; `why` completes "has a stablehlo.add ..."."""
+    def refuse(self, why: str, reason: str = rules.OPERATION_REFUSED) -> Refused:
+        """Return the refusal of this operation; `why` completes "has a stablehlo.add
+        ...".
+        """
         where = f" at {self.operation.location}" if self.operation.location else ""
         return Refused(reason, f"has a {self.name}{where} {why}")
 
     def check_rounds(self, rounds: int, carried: Sequence[Value]) -> None:
-        """Check that a loop can keep what it carries in each round, as its derivative must.
+        """Check that a loop can keep its carried values of each round, because its
+        derivative needs them.
 
         Raises:
             Refused: That is more than `LOOP_BYTES`.
@@ -119,11 +136,11 @@ class Call:
         if rounds * max(size, 1) > LOOP_BYTES:
             raise self.refuse(
                 f"of {rounds} rounds that carry {size} bytes: its derivative keeps them all, and {LOOP_BYTES >> 40} TiB are allowed",
-                _rules.PROGRAM_TOO_LARGE,
+                rules.PROGRAM_TOO_LARGE,
             )
 
     def concrete(self, index: int, what: str) -> np.ndarray[Any, Any]:
-        """An operand that must be known while the program is read, such as a shape.
+        """Return an operand that must be known while reading, such as a shape.
 
         Raises:
             Refused: The operand depends on x or on data.
@@ -151,14 +168,16 @@ KINKS: Final = {
     "stablehlo.maximum": "maximum: half of each side's derivative at a tie",
     "stablehlo.minimum": "minimum: half of each side's derivative at a tie",
 }
-"""Derivatives that jax chooses where an operation has a kink, and other frameworks may choose otherwise."""
+"""Derivatives that jax chooses at the kink of an operation, and other frameworks may
+choose otherwise.
+"""
 
 TABLE: Final[dict[str, Entry]] = {}
 """Every operation that may be in a program, by name."""
 
 
 def operation(*names: str, attributes: Sequence[str] = (), regions: int = 0) -> Callable[[Rule], Rule]:
-    """Registers a rule for operations.
+    """Register a rule for operations.
 
     Args:
         names: Names with their dialect.
@@ -176,14 +195,16 @@ def operation(*names: str, attributes: Sequence[str] = (), regions: int = 0) -> 
 
 
 def known(*values: Value) -> bool:
-    """Whether all values are small, integral or boolean, and known while the program is read."""
+    """Return whether all values are small, integral or boolean, and known while the
+    program is read.
+    """
     return all(
         isinstance(value, np.ndarray) and value.dtype.kind in "iub" and value.size <= FOLD_ELEMENTS for value in values
     )
 
 
 def static_shape(call: Call, index: int = 0) -> tuple[int, ...]:
-    """The shape of a result whose type states it.
+    """Return the shape of a result whose type states it.
 
     Raises:
         Refused: An extent is computed.
@@ -195,5 +216,5 @@ def static_shape(call: Call, index: int = 0) -> tuple[int, ...]:
 
 
 def dtype_of(type_: TensorType) -> np.dtype[Any]:
-    """The NumPy dtype of an array type."""
+    """Return the NumPy dtype of an array type."""
     return np.dtype(jax.numpy.dtype(type_.dtype))

@@ -1,7 +1,9 @@
-"""The table of custom calls: routines outside StableHLO that are rebuilt as the jax operations from which they came.
+"""The table of custom calls: routines outside StableHLO that are rebuilt as the jax
+operations from which they came.
 
-No custom call of a program is ever made. A target that is not in this table is refused by its name, and so is a call whose
-options, number of operands, dtypes or memory layouts are not those that jax writes.
+No custom call of a program is ever made. The importer refuses a target that is not in
+this table by its name. It also refuses a call whose options, operands, dtypes or memory
+layouts differ from those that jax writes.
 """
 
 import dataclasses
@@ -29,7 +31,9 @@ class CustomCall:
     """Options from the call's configuration."""
 
     def refuse(self, why: str) -> Refused:
-        """Return the refusal of this call; `why` completes "has a stablehlo.custom_call of NAME ..."."""
+        """Return the refusal of this call; `why` completes "has a stablehlo.custom_call
+        of NAME ...".
+        """
         return self.call.refuse(f"of {self.name} {why}")
 
     def option(self, name: str, values: Mapping[int, Any]) -> Any:
@@ -53,13 +57,19 @@ class Target:
 
     rule: TargetRule
     what: str
-    """What the target computes, for the report; "" if it is no function with a derivative."""
+    """The target's function, for the report; "" if it is no function with a
+    derivative.
+    """
     operands: int | None
     """Number of operands, without those that state shapes; None for any number."""
     options: frozenset[str] | None
-    """Names of all options that the call must have; None if the rule reads no configuration."""
+    """Names of all options that the call must have; None if the rule reads no
+    configuration.
+    """
     column_major: bool | None
-    """Memory layout of matrices; None if the call states none or its layout has no meaning."""
+    """Memory layout of matrices; None if the call states none or its layout has no
+    meaning.
+    """
     dtype: str | None
     """Dtype of the first operand; None for any."""
     attributes: frozenset[str]
@@ -107,7 +117,8 @@ def gpu(name: str) -> tuple[str, ...]:
 def check_layouts(custom: CustomCall, *, column_major: bool) -> None:
     """Check that each array lies in memory as jax writes it for a routine.
 
-    A routine reads matrices column by column, so the same call with another layout would mean the transposed matrix.
+    A routine reads matrices column by column, so the same call with another layout
+    would mean the transposed matrix.
 
     Raises:
         Refused: A layout differs.

@@ -1,8 +1,9 @@
 """Value numbering of a region's body: equal expressions of scalars get equal numbers.
 
-A rule recognises a reduction or a comparator by building the expected expression with `apply` and comparing numbers. The order
-of operands of commutative operations, calls of functions, and operations that leave a scalar as it is make no difference.
-Numbering shares equal expressions, so that a body takes time in proportion to its operations.
+A rule recognises a reduction or a comparator by building the expected expression with
+`apply` and comparing numbers. The order of operands of commutative operations, calls of
+functions, and operations that leave a scalar as it is make no difference. Numbering
+shares equal expressions, so that a body takes time in proportion to its operations.
 """
 
 from collections.abc import Sequence
@@ -26,13 +27,17 @@ _MIRRORED: Final = {"GT": "LT", "GE": "LE"}
 """Comparisons that are another one with exchanged operands."""
 
 MAX_OPERATIONS: Final = 256
-"""Most operations of a body, with those of called functions: jax's longest comparator has 13 for each key."""
+"""Most operations of a body, with those of called functions: jax's longest comparator
+has 13 for each key.
+"""
 
 MAX_CALLS: Final = 8
 """Most functions that call each other in a region: jax's bodies call at most one."""
 
 Node = tuple[Any, ...]
-"""What has a number: ("argument", index), ("constant", dtype, bytes), or (name, attributes, *numbers of operands)."""
+"""An expression that has a number: ("argument", index), ("constant", dtype, bytes), or
+(name, attributes, *numbers of operands).
+"""
 
 
 class ValueNumbering:

@@ -1,0 +1,1 @@
+"""Checks of an objective's products against their definition."""

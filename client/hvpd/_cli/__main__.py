@@ -1,0 +1,8 @@
+"""`python -m hvpd._cli` is the command `hvpd`."""
+
+import sys
+
+from hvpd._cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

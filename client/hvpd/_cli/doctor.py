@@ -1,0 +1,181 @@
+"""`hvpd doctor`: finds problems between this client and a server.
+
+Each look prints one line. A look that fails says what to do, and looks that need it are
+left out.
+"""
+
+import argparse
+import datetime
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from hvpd import _environment, _profiles
+from hvpd._cli.common import connect, connection, show
+from hvpd._errors import AccessError, HvpdError, InvalidArgumentError
+from hvpd._transport import reach
+from hvpd._version import __version__
+
+if TYPE_CHECKING:
+    from hvpd._client import Client
+
+_SECONDS = 5.0
+"""Seconds to wait for each answer of the network."""
+
+_SKEW = 60.0
+"""Seconds by which the clocks of two machines may differ. Tokens and certificates
+expire by the server's clock.
+"""
+
+_MARKS = {True: "ok  ", False: "FAIL", None: "    "}
+
+
+class Finding(NamedTuple):
+    """The result of one look."""
+
+    good: bool | None
+    """None for a fact that is neither good nor bad."""
+    subject: str
+    text: str
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    doctor = commands.add_parser(
+        "doctor",
+        help="find problems between this client and a server",
+        description="Look at the address, DNS, proxies, the port, TLS, versions, clocks, the token and the vector port. Exit code 0: "
+        "nothing is wrong; 1: something is.",
+    )
+    connection(doctor)
+    doctor.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    wrong = 0
+    for finding in _look(arguments):
+        show(f"{_MARKS[finding.good]}  {finding.subject:<12} {finding.text}", sys.stdout)
+        wrong += finding.good is False
+    print("nothing is wrong" if not wrong else f"{wrong} thing{'s' * (wrong > 1)} to mend")
+    return 1 if wrong else 0
+
+
+def _look(arguments: argparse.Namespace) -> Iterator[Finding]:
+    for line in _environment.unknown(os.environ):
+        yield Finding(False, "environment", line)
+    try:
+        address, source = _address(arguments)
+    except InvalidArgumentError as error:
+        yield Finding(False, "profile", str(error))
+        return
+    yield Finding(None, "address", f"{address}, from {source}")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        yield Finding(False, "address", f"it must be host:port, such as gpu-box:7070, got {address!r}")
+        return
+    found = _resolved(host.strip("[]"), int(port))
+    yield found
+    if found.good is False:
+        return
+    yield from _proxy(host.strip("[]"))
+    yield (reached := _reached(host.strip("[]"), int(port), "port"))
+    if reached.good is False:
+        return
+    yield from _served(arguments)
+
+
+def _address(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Return the address, and its origin in words."""
+    from hvpd._connect import DEFAULT_ADDRESS
+
+    chosen = _profiles.load(arguments.profile).address
+    for value, source in (
+        (arguments.address, "--address"),
+        (os.environ.get("HVPD_ADDRESS"), "$HVPD_ADDRESS"),
+        (chosen, f"the profile in {_profiles.path()}"),
+    ):
+        if value:
+            return value, source
+    return DEFAULT_ADDRESS, "no setting: the default"
+
+
+def _resolved(host: str, port: int) -> Finding:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        return Finding(False, "DNS", reach.no_address(host, error))
+    return Finding(True, "DNS", f"{host} is {', '.join(dict.fromkeys(str(entry[4][0]) for entry in found))}")
+
+
+def _proxy(host: str) -> Iterator[Finding]:
+    if reach.is_proxied(host):
+        yield Finding(
+            None, "proxy", f"gRPC goes through the proxy of the environment; to avoid it, add {host} to $no_proxy"
+        )
+
+
+def _reached(host: str, port: int, subject: str) -> Finding:
+    try:
+        socket.create_connection((host, port), timeout=_SECONDS).close()
+    except ConnectionRefusedError:
+        return Finding(False, subject, f"{port} {reach.REFUSED}")
+    except OSError as error:
+        why = f"{port} cannot be reached within {_SECONDS:g} s ({error}): is a firewall between, or the machine down?"
+        return Finding(False, subject, why)
+    return Finding(True, subject, f"{port} accepts connections")
+
+
+def _served(arguments: argparse.Namespace) -> Iterator[Finding]:
+    try:
+        client = connect(arguments)
+    except AccessError as error:
+        yield Finding(False, "token", str(error))
+        return
+    except HvpdError as error:
+        subject = {"TLS": "TLS", "PROTOCOL_MISMATCH": "versions"}.get(error.reason, "server")
+        yield Finding(False, subject, str(error))
+        return
+    with client:
+        for look in (_server, _clock, _token, _vectors):
+            yield look(client)
+
+
+def _server(client: "Client") -> Finding:
+    server = client.server
+    facts = f"hvpd {server.version} on {server.platform} ({server.device_kind}); this client is hvpd {__version__}"
+    return Finding(True, "server", facts)
+
+
+def _clock(client: "Client") -> Finding:
+    if not client.server.HasField("time"):
+        return Finding(None, "clock", "the server is older, and does not tell its time")
+    now = datetime.datetime.now(datetime.UTC)
+    skew = (client.server.time.ToDatetime(datetime.UTC) - now).total_seconds()
+    if abs(skew) > _SKEW:
+        direction = "ahead of" if skew > 0 else "behind"
+        return Finding(False, "clock", f"the server's clock is {abs(skew):.0f} s {direction} this one: set both by NTP")
+    return Finding(True, "clock", f"the clocks differ by less than {_SKEW:g} s")
+
+
+def _token(client: "Client") -> Finding:
+    try:
+        tenant = client.usage().tenant
+    except AccessError as error:
+        return Finding(False, "token", str(error))
+    except HvpdError as error:
+        return Finding(False, "server", str(error))
+    return Finding(True, "token", f"it belongs to tenant {tenant}" if tenant else "the server asks for none")
+
+
+def _vectors(client: "Client") -> Finding:
+    port = client.server.vector_port
+    if not port:
+        return Finding(None, "vector port", "the server has none, so products go over gRPC")
+    if not client.address.endswith(f":{client.server.port}"):
+        return Finding(None, "vector port", "not used, because the address is that of a tunnel or a proxy")
+    found = _reached(client.address.rpartition(":")[0].strip("[]"), port, "vector port")
+    if found.good:
+        return found
+    return Finding(None, "vector port", f"{found.text} Products go over gRPC, which takes longer.")

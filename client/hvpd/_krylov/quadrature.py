@@ -1,0 +1,204 @@
+"""Functions of a symmetric operator by stochastic Lanczos quadrature.
+
+Each Lanczos iteration from a random sign vector v gives a Gauss quadrature of the
+spectrum, weighted by v. The mean over several vectors estimates trace f(A). For a small
+operator, n products with unit vectors cost less, and are exact.
+
+Sources: Golub and Meurant, Matrices, Moments and Quadrature (2010); Ubaru, Chen, Saad
+2017 (https://doi.org/10.1137/16M1104974); Lin, Saad, Yang 2016
+(https://doi.org/10.1137/130934283) for densities.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+
+from hvpd._arguments import integer
+from hvpd._errors import HvpdError, InvalidArgumentError
+from hvpd._krylov import probes as _probes
+from hvpd._krylov.probes import Tridiagonals
+from hvpd._krylov.results import Estimate
+from hvpd._krylov.runner import Runner
+from hvpd._krylov.spectrum import Spectrum
+from hvpd._krylov.trace import NOT_FINITE, finite_only, matrix
+from hvpd._krylov.vectors import Array
+
+_DENSE = 2048
+"""Largest n whose matrix is made for an exact trace: 32 MiB in float64."""
+
+
+def spectrum(runner: Runner, probes: int, steps: int, seed: int, reorthogonalize: str | None) -> Spectrum:
+    """Return the Spectrum of an operator; see `hvpd.krylov.spectrum`."""
+    before = runner.products
+    found = _run(runner, probes, steps, seed, reorthogonalize)
+    nodes, weights = rules(found, found.alphas.shape[1])
+    return Spectrum(
+        nodes,
+        weights,
+        found.sizes,
+        cumulative_error(nodes, weights),
+        runner.n,
+        runner.products - before,
+        found.reorthogonalize,
+        "all steps are done" if found.finite else "a product holds NaN or infinity: the nodes are from before it",
+        origin=runner.seeded(seed),
+    )
+
+
+def trace_of(
+    runner: Runner, function: Callable[[Array], Any], probes: int, steps: int, seed: int, name: str
+) -> Estimate:
+    """Return the estimate of trace f(A); see `hvpd.krylov.trace_of`."""
+    if not callable(function):
+        raise InvalidArgumentError(
+            f"function must be a function of an array of eigenvalues, such as numpy.sqrt, got {function!r}"
+        )
+    before = runner.products
+    probes, steps, seed = _checked(runner, probes, steps, seed)
+    if runner.n <= min(probes * steps, _DENSE):
+        with runner.running(f"{name} by n products"), finite_only():
+            dense = matrix(runner)
+        value, error = _exact(dense, function, name, float(np.finfo(runner.dtype).eps))
+        return Estimate(value, error, runner.products - before, "exact", origin=runner.seeded(seed))
+    found = _run(runner, probes, steps, seed, None)
+    if not found.finite:
+        raise HvpdError(NOT_FINITE, reason="NOT_FINITE")
+    most = found.alphas.shape[1]
+    samples = runner.n * _expectations(found, most, function, name)
+    # How much the second half of the steps changed the mean bounds the error of the
+    # quadrature itself, if that falls at least by half.
+    earlier = runner.n * _expectations(found, max(most // 2, 1), function, name)
+    bias = abs(float((samples - earlier).mean())) if (found.sizes == most).all() and most < runner.n else 0.0
+    rounding = np.finfo(runner.dtype).eps * float(abs(samples).max())
+    error = float(np.sqrt(_probes.standard_error(samples) ** 2 + bias**2 + rounding**2))
+    return Estimate(float(samples.mean()), error, runner.products - before, name, origin=runner.seeded(seed))
+
+
+def log(values: Array) -> Array:
+    """Return logarithms.
+
+    Raises:
+        InvalidArgumentError: A value is not positive.
+    """
+    if (values <= 0).any():
+        raise InvalidArgumentError(
+            f"the operator is not positive definite: it has an eigenvalue of at most {values.min():.6g}; add a shift of more than "
+            f"{-values.min():.3g}"
+        )
+    return np.log(values)
+
+
+def rules(found: Tridiagonals, most: int) -> tuple[Array, Array]:
+    """Return the nodes and weights of the first `most` steps, each of shape (p, most).
+
+    The weights of each row add up to 1. An iteration of fewer steps ends with weights
+    of 0.
+    """
+    p = len(found.alphas)
+    nodes, weights = np.zeros((p, most)), np.zeros((p, most))
+    for row in range(p):
+        size = min(int(found.sizes[row]), most)
+        values, Y = scipy.linalg.eigh_tridiagonal(found.alphas[row, :size], found.betas[row, : size - 1])
+        nodes[row, :size], weights[row, :size] = values, Y[0] ** 2
+        nodes[row, size:] = values[-1]
+    return nodes, weights
+
+
+def cumulative_error(nodes: Array, weights: Array) -> float:
+    """Return the largest standard error of the share of eigenvalues below a node."""
+    thresholds = np.unique(nodes)[:: max(nodes.size // 500, 1)]
+    shares = np.array([(weights * (nodes <= threshold)).sum(axis=1) for threshold in thresholds])
+    return float(_probes.standard_error(shares).max())
+
+
+def _checked(runner: Runner, probes: int, steps: int, seed: int) -> tuple[int, int, int]:
+    """Return probes, steps of at most n, and seed, if they are valid."""
+    probes, steps = integer(probes, "probes", 2), integer(steps, "steps", 1, None)
+    return probes, min(steps, runner.n), integer(seed, "seed", 0)
+
+
+def _exact(dense: Array, function: Callable[[Array], Any], name: str, eps: float) -> tuple[float, float]:
+    """Return trace f(A) of a matrix, and its error by rounding.
+
+    The error is how much f changes if rounding moves the eigenvalues.
+    """
+    values = np.linalg.eigvalsh((dense + dense.T) / 2)
+    found = _applied(function, values, name)
+    moved = _values(function, values + 4 * eps * abs(values).max(initial=0.0)) - found
+    moved = moved[np.isfinite(moved)]
+    return float(found.sum()), float(np.hypot(np.linalg.norm(moved), 4 * eps * abs(found).sum()))
+
+
+def _run(runner: Runner, probes: int, steps: int, seed: int, reorthogonalize: str | None) -> Tridiagonals:
+    probes, steps, seed = _checked(runner, probes, steps, seed)
+    _check_memory(probes, steps)
+    if reorthogonalize not in (None, "full", "none"):
+        raise InvalidArgumentError(f'reorthogonalize must be "full", "none" or None, got {reorthogonalize!r}')
+    most = {None: _probes.BASIS_BYTES, "full": 1 << 62, "none": 0}[reorthogonalize]
+    with runner.running("spectrum", probes * steps) as tick:
+        found = runner.tridiagonals(seed=seed, probes=probes, steps=steps, tick=tick, basis_bytes=most)
+    if not found.finite and not found.sizes.all():
+        raise HvpdError(NOT_FINITE, reason="NOT_FINITE")
+    return found
+
+
+def _expectations(found: Tridiagonals, most: int, function: Callable[[Array], Any], name: str) -> Array:
+    """Return the mean of the function under each iteration's quadrature, (p,)."""
+    nodes, weights = rules(found, most)
+    used = weights > 0
+    values = np.zeros_like(nodes)
+    values[used] = _applied(function, nodes[used], name)
+    result: Array = (values * weights).sum(axis=1)
+    return result
+
+
+def _applied(function: Callable[[Array], Any], nodes: Array, name: str) -> Array:
+    """Return the function's values.
+
+    Raises:
+        InvalidArgumentError: A value is not finite.
+    """
+    values = _values(function, nodes)
+    if not np.isfinite(values).all():
+        bad = nodes[~np.isfinite(values)][0]
+        raise InvalidArgumentError(
+            f"{name} is not finite at {bad:.6g}, which is near an eigenvalue of the operator: pass a function that is "
+            "finite there, or add a shift to the operator"
+        )
+    return values
+
+
+def _values(function: Callable[[Array], Any], nodes: Array) -> Array:
+    with np.errstate(all="ignore"):  # Values that are not finite get an error of their own.
+        found = np.asarray(function(nodes))
+    if found.shape != nodes.shape or found.dtype.kind not in "fiub":
+        raise InvalidArgumentError(
+            f"function must return a real number for each eigenvalue: it got an array of shape {nodes.shape}, and returned "
+            f"{found.dtype} of shape {found.shape}"
+        )
+    return found.astype(np.float64, copy=False)
+
+
+def _check_memory(probes: int, steps: int) -> None:
+    """Refuse numbers of probes and steps whose coefficients cannot fit this machine."""
+    needed, most = _STEP_BYTES * probes * steps, _machine_bytes()
+    if needed > most:
+        raise InvalidArgumentError(
+            f"{probes} probes of {steps} steps need {needed / 2**30:.4g} GiB on this machine, which has {most / 2**30:.3g} GiB: take "
+            f"at most {max(most // (_STEP_BYTES * steps), 2)} probes; about 10 are usual"
+        )
+
+
+_STEP_BYTES = 64
+"""Bytes for each step of each probe: coefficients, nodes, weights and copies."""
+
+
+def _machine_bytes() -> int:
+    """Return the bytes of this machine's memory; 1 TiB if it does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Not POSIX.
+        return 1 << 40

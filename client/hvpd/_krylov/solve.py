@@ -1,0 +1,318 @@
+"""Linear systems: arguments, the choice of the recurrence, and a check of the result.
+
+Each solve ends with a product that checks its residual. If rounding has moved the true
+residual away from the recurrence's, the solve goes on from there. So `converged` means
+that the true residual is small.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from hvpd import _arrays
+from hvpd._arguments import check_choice, finite, integer
+from hvpd._errors import InvalidArgumentError
+from hvpd._krylov import vectors
+from hvpd._krylov.computed import Solved
+from hvpd._krylov.conjugate_gradients import BlockCG, IndefiniteError
+from hvpd._krylov.preconditioning import preconditioner
+from hvpd._krylov.probes import Ticking
+from hvpd._krylov.results import Solution
+from hvpd._krylov.runner import Runner
+from hvpd._krylov.short_recurrence import Shifted, ShiftedCG, ShiftedMinres, recurrence
+from hvpd._krylov.space import Multiply, NotFiniteError
+from hvpd._krylov.vectors import Array
+
+METHODS = ("cg", "minres")
+"""Choices of `method`."""
+
+CONVERGED = "all residuals are within the tolerance"
+MAXITER = "the number of steps is at its limit"
+ROUNDING = "rounding keeps a residual above the tolerance"
+INDEFINITE = "the operator is not positive definite: `direction` has no positive curvature; use method='minres' or a larger shift"
+NOT_FINITE = "a product holds NaN or infinity: x is from before it"
+INCONSISTENT = "the operator has no inverse, and b is not in its range: x minimises the residual"
+
+
+class Systems:
+    """The systems of one call as m independent rows, and what is known of each.
+
+    Attributes:
+        B: Right-hand sides, of shape (m, n).
+        X: Solutions so far, of shape (m, n).
+        R: True residuals, of shape (m, n).
+        shifts: Shift of each row, of shape (m,).
+        targets: Norms that the residuals must reach, of shape (m,).
+        history: Norms of the residuals after each step, each of shape (m,).
+        sizes: Lower bounds of the norms of the operators, preconditioned, of shape
+            (m,); 0 if unknown.
+    """
+
+    def __init__(self, runner: Runner, B: Array, X: Array | None, shifts: Array, tol: float) -> None:
+        self._runner = runner
+        self.B = B
+        self.X = np.zeros_like(B) if X is None else X
+        self.shifts = shifts
+        self.targets = tol * vectors.norms(B)
+        self.R = B.copy()
+        if X is not None and X.any():
+            self.measure(np.arange(len(B)))
+        self.history = [vectors.norms(self.R)]
+        self.sizes = np.zeros(len(B))
+
+    def measure(self, rows: Array) -> None:
+        """Compute the residuals of some rows, with one product each."""
+        self.R[rows] = self.B[rows] - self._multiply(rows, self.X[rows])
+
+    def _multiply(self, rows: Array, V: Array) -> Array:
+        found: Array = self._runner.multiply(V) + self.shifts[rows, None].astype(V.dtype) * V
+        return found
+
+    def inconsistent(self, rows: Array, precondition: Multiply | None) -> bool:
+        """Return whether a residual of some rows is large, and A maps it to about zero.
+
+        Then no x has a smaller residual. A residual of rounding is small, or A maps it
+        to something of its own size. It takes a product for each row.
+        """
+        R, eps = self.R[rows], float(np.finfo(self.R.dtype).eps)
+        Z = R if precondition is None else precondition(R)
+        W = self._multiply(rows, Z)
+        WM = W if precondition is None else precondition(W)
+        flat = np.sqrt(abs(vectors.dots(W, WM))) <= 10 * eps**0.5 * self.sizes[rows] * np.sqrt(abs(vectors.dots(R, Z)))
+        attained = vectors.norms(self.B[rows])
+        if precondition is None:
+            attained = attained + self.sizes[rows] * vectors.norms(self.X[rows])
+        return bool((flat & (vectors.norms(R) > 100 * eps * attained)).any())
+
+    @property
+    def open(self) -> Array:
+        """Return the positions of the systems that have not converged."""
+        found: Array = np.flatnonzero(~(vectors.norms(self.R) <= self.targets))
+        return found
+
+    def note(self, rows: Array, norms: Array) -> None:
+        """Note the norms of some rows after a step; the other norms stay."""
+        latest = self.history[-1].copy()
+        latest[rows] = norms
+        self.history.append(latest)
+
+
+def solve(
+    runner: Runner,
+    b: Any,
+    *,
+    tol: float,
+    maxiter: int | None,
+    x0: Any,
+    M: Any,
+    shifts: Any,
+    method: str,
+) -> Solution:
+    """Return a Solution; see `hvpd.krylov.solve`."""
+    n, dtype = runner.n, runner.dtype
+    check_choice(method, "method", METHODS)
+    B = _rows(b, "b", n, dtype)
+    if finite(tol, "tol") < 0:
+        raise InvalidArgumentError(f"tol must be at least 0, got {tol}")
+    limit = 10 * n if maxiter is None else integer(maxiter, "maxiter", 0)
+    X = None if x0 is None else _rows(x0, "x0", n, dtype)
+    if X is not None and np.shape(x0) != np.shape(b):
+        raise InvalidArgumentError(f"x0 must have the shape of b, {np.shape(b)}, got {np.shape(x0)}")
+    every = np.zeros(1) if shifts is None else _shifts(shifts)
+    if shifts is not None and (X is not None or M is not None):
+        raise InvalidArgumentError(
+            "shifts need the Krylov space of b itself: pass no x0 and no M, or solve H.shifted(...) for each shift"
+        )
+    precondition = preconditioner(M, n, dtype)
+    before = runner.products
+    with runner.running(f"solve by {method}", None) as tick:
+        found = runner.solve(B, X, every, M, tol=tol, maxiter=limit, method=method, tick=tick)
+        if found is None:
+            found = solved(runner, B, X, every, precondition, tol=tol, maxiter=limit, method=method, tick=tick)
+    converged = bool((found.history[-1] <= tol * vectors.norms(B)).all())
+    x, history = found.X, found.history
+    if np.ndim(b) == 1:
+        x, history = x[:, 0], history[..., 0]
+    else:
+        x = x.transpose(0, 2, 1)
+    return Solution(
+        _arrays.back(x[0] if shifts is None else x, b),
+        converged,
+        history[:, 0] if shifts is None else history,
+        runner.products - before,
+        CONVERGED if converged else _worded(found.reason, limit),
+        found.direction,
+        found.curvature,
+        origin=runner.origin,
+    )
+
+
+def _worded(reason: str, limit: int) -> str:
+    """Return a reason with the limit that ended the solve."""
+    if reason != MAXITER:
+        return reason
+    return f"{MAXITER}, maxiter={limit}: allow more steps, or pass a preconditioner M or a larger tol"
+
+
+def solved(
+    runner: Runner,
+    B: Array,
+    X: Array | None,
+    shifts: Array,
+    precondition: Multiply | None,
+    *,
+    tol: float,
+    maxiter: int,
+    method: str,
+    tick: Ticking,
+) -> Solved:
+    """Solve (A + shift I) x = b for each shift and each row b of B.
+
+    Args:
+        runner: Multiplies.
+        B: Right-hand sides, of shape (m, n).
+        X: Where to start, of shape (m, n); None for zero. With several shifts: None.
+        shifts: Shifts, float64 of shape (s,).
+        precondition: Multiplies by M; None for the identity.
+        tol: Norm of a residual, relative to its right-hand side, that is small enough.
+        maxiter: Largest number of steps.
+        method: "cg" or "minres".
+        tick: Shows progress.
+    """
+    # Row i * m + j is right-hand side j with shift i.
+    systems = Systems(runner, np.tile(B, (len(shifts), 1)), X, np.repeat(shifts, len(B)), tol)
+    reason, found = _iterate(runner, systems, len(B), precondition, method, maxiter, tick)
+    history = np.array(systems.history)
+    history[-1] = vectors.norms(systems.R)
+    return Solved(
+        systems.X.reshape(len(shifts), *B.shape),
+        history.reshape(len(history), len(shifts), len(B)),
+        CONVERGED if not len(systems.open) else reason,
+        None if found is None else found.direction,
+        None if found is None else found.curvature,
+    )
+
+
+def _iterate(
+    runner: Runner, systems: Systems, k: int, precondition: Multiply | None, method: str, limit: int, tick: Ticking
+) -> tuple[str, IndefiniteError | None]:
+    """Solve until all systems have converged; return the reason and a direction."""
+    first, reason, found = True, ROUNDING, None
+    while len(rows := systems.open):
+        earlier = systems.X[rows], systems.R[rows]  # Copies.
+        steps = limit - len(systems.history) + 1
+        if steps <= 0:
+            return MAXITER, None
+        try:
+            if method == "cg" and not systems.shifts.any():
+                reason = _block_cg(runner, systems, rows, precondition, steps, tick)
+            else:
+                joint = first and k < len(rows) == len(systems.B)
+                reason = _short(runner, systems, rows, k if joint else 0, precondition, method, steps, tick)
+        except IndefiniteError as error:
+            reason, found = INDEFINITE, error
+        except NotFiniteError:
+            reason = NOT_FINITE
+        before = vectors.norms(earlier[1])
+        if reason != NOT_FINITE:
+            systems.measure(rows)
+        after = vectors.norms(systems.R[rows])
+        first = False
+        if reason == INCONSISTENT and not systems.inconsistent(rows, precondition):
+            reason = CONVERGED
+        if reason != CONVERGED:
+            return reason, found
+        worse = ~(after <= before)
+        systems.X[rows[worse]], systems.R[rows[worse]] = earlier[0][worse], earlier[1][worse]
+        left = after > systems.targets[rows]
+        if left.any() and not (after[left] < 0.5 * before[left]).all():
+            return ROUNDING, None
+    return reason, found
+
+
+def _block_cg(
+    runner: Runner, systems: Systems, rows: Array, precondition: Multiply | None, steps: int, tick: Ticking
+) -> str:
+    state = BlockCG(runner.multiply, precondition, systems.R[rows])
+    try:
+        return _run(state.step, state.residual_norms, lambda: state.finished, systems, rows, steps, tick)
+    finally:
+        systems.X[rows] += state.X
+
+
+def _short(
+    runner: Runner,
+    systems: Systems,
+    rows: Array,
+    k: int,
+    precondition: Multiply | None,
+    method: str,
+    steps: int,
+    tick: Ticking,
+) -> str:
+    """Run a short recurrence; k > 0: all rows, which are shifts of k vectors."""
+    R = systems.R[rows[:k]] if k else systems.R[rows]
+    shifts = systems.shifts[rows].reshape(-1, k).T if k else systems.shifts[rows][:, None]
+    beta, links = recurrence(runner.multiply, precondition, R)
+    state: Shifted = (
+        ShiftedCG(R, beta, shifts) if method == "cg" else ShiftedMinres(R, beta, shifts, track=precondition is not None)
+    )
+    stuck = False
+
+    def step() -> None:
+        nonlocal stuck
+        state.step(next(links))
+        stuck = isinstance(state, ShiftedMinres) and bool((state.least_squares | (state.norms == 0)).all())
+
+    try:
+        reason = _run(step, lambda: state.norms.T.reshape(-1), lambda: stuck, systems, rows, steps, tick)
+    finally:
+        systems.X[rows] += state.X.transpose(1, 0, 2).reshape(len(rows), -1)
+        if isinstance(state, ShiftedMinres):
+            systems.sizes[rows] = state.sizes.T.reshape(-1)
+    return INCONSISTENT if stuck and isinstance(state, ShiftedMinres) and state.least_squares.any() else reason
+
+
+def _run(
+    step: Callable[[], None],
+    norms: Callable[[], Array],
+    ended: Callable[[], bool],
+    systems: Systems,
+    rows: Array,
+    steps: int,
+    tick: Ticking,
+) -> str:
+    """Take steps until the recurrence's residuals are small."""
+    # A little below the target, because the true residual differs a little. Rounding
+    # keeps the true residual above the smallest targets here.
+    least = 0.1 * float(np.finfo(systems.R.dtype).eps) * vectors.norms(systems.R[rows])
+    targets = np.maximum(0.9 * systems.targets[rows], least)
+    for _ in range(steps):
+        step()
+        latest = norms()
+        systems.note(rows, latest)
+        tick(len(systems.history) - 1, float(latest.max()))
+        if ended() or (latest <= targets).all():
+            return CONVERGED
+    return MAXITER
+
+
+def _rows(vector: Any, name: str, n: int, dtype: np.dtype[Any]) -> Array:
+    """Return right-hand sides as rows."""
+    found = _arrays.host(vector, name)
+    if found.ndim not in (1, 2) or len(found) != n or found.dtype.kind not in "fiub" or not found.size:
+        raise InvalidArgumentError(
+            f"{name} must be real, of shape ({n},) or ({n}, k), got {found.dtype} of shape {found.shape}"
+        )
+    rows = np.array(found.reshape(n, -1).T, dtype, order="C")
+    if not np.isfinite(rows).all():
+        raise InvalidArgumentError(f"{name} holds NaN or infinity: pass finite numbers")
+    return rows
+
+
+def _shifts(shifts: Any) -> Array:
+    found = np.asarray(shifts)
+    if found.ndim != 1 or not found.size or found.dtype.kind not in "fiub" or not np.isfinite(found).all():
+        raise InvalidArgumentError(f"shifts must be finite real numbers of shape (s,), got {shifts!r}")
+    return found.astype(np.float64)

@@ -1,0 +1,1 @@
+"""Linear operators at a point."""

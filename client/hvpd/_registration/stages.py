@@ -1,0 +1,275 @@
+"""The traced stages of an objective: one function, or a model and a loss. Needs jax.
+
+A stage is a function of flat arrays, so that a server needs none of the user's classes.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy
+
+from hvpd._composite import Composite
+from hvpd._errors import InvalidArgumentError
+from hvpd._registration.closures import HiddenError, check_closed
+from hvpd._registration.hijax import is_high
+from hvpd._registration.lift import lift, trace
+from hvpd._wire import codec
+
+_Function = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A traced function to lower.
+
+    Its arguments are the leaves of its first argument, captured arrays, and leaves of
+    data.
+    """
+
+    fun: _Function
+    specs: Sequence[Any]
+    closed: Any
+    """The jaxpr that `fun` evaluates."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """The arguments of a user's function, and the way to trace it."""
+
+    tree_of: _Function
+    """Makes the pytree x from its leaves."""
+    arguments_of: _Function
+    """Makes the trailing arguments from their leaves."""
+    specs: Sequence[Any]
+    """Specs of the leaves of x, then of data."""
+    count: int
+    """Number of leaves of x."""
+    lift_bytes: int
+    """Bytes of the largest closed-over array that stays a constant."""
+    _: dataclasses.KW_ONLY
+    widened: bool
+    """Whether this trace is in 64 bits, while all other traces of jax are in 32."""
+
+    def trace(self, fun: _Function) -> tuple[list[codec.Array], dict[str, Stage]]:
+        """Return the large arrays that a function closes over, and its stages by name.
+
+        Raises:
+            InvalidArgumentError: The function cannot be an objective; the message says
+                why.
+        """
+        return self._composite(fun) if isinstance(fun, Composite) else self._single(fun)
+
+    def _single(self, fun: _Function) -> tuple[list[codec.Array], dict[str, Stage]]:
+        """Trace an objective of one function."""
+
+        def flat(*leaves: Any) -> Any:
+            return fun(self.tree_of(leaves[: self.count]), *self.arguments_of(leaves[self.count :]))
+
+        captured, lifted, closed = self._scalar(flat, fun, self.specs, self.count)
+        return captured, {"objective": self._stage(lifted, closed, self.specs, self.count, captured, 0, len(captured))}
+
+    def _composite(self, composite: Composite) -> tuple[list[codec.Array], dict[str, Stage]]:
+        """Trace the model and the loss of a composite separately."""
+        takes = len(jax.eval_shape(lambda *leaves: self.arguments_of(leaves), *self.specs[self.count :]))
+        if composite.inputs > takes:
+            raise InvalidArgumentError(
+                f"the model takes {composite.inputs} data arguments (inputs={composite.inputs}), {takes} were given"
+            )
+
+        def model_of(*leaves: Any) -> Any:
+            taken = self.arguments_of(leaves[self.count :])[: composite.inputs]
+            return composite.model(self.tree_of(leaves[: self.count]), *taken)
+
+        with worded(composite.model):
+            closed, z = trace(model_of, self.specs, widened=self.widened, lift_bytes=self.lift_bytes)
+            check_closed(closed, self.count)
+        _check_pure(composite.model, closed)
+        leaves, treedef = jax.tree.flatten(z)
+        _check_output(composite, z, leaves)
+        models, model = lift(closed, self.lift_bytes)
+
+        def loss_of(*z_and_leaves: Any) -> Any:
+            return composite.loss(
+                jax.tree.unflatten(treedef, z_and_leaves[: len(leaves)]),
+                *self.arguments_of(z_and_leaves[len(leaves) :])[composite.inputs :],
+            )
+
+        outputs = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        loss_specs = [*outputs, *self.specs[self.count :]]
+        try:
+            losses, loss, loss_closed = self._scalar(loss_of, composite.loss, loss_specs, len(leaves))
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(
+                f"the loss cannot take the value that the model returns, {_shapes(z)}: {error}"
+            ) from error
+        captured = [*models, *losses]
+        return captured, {
+            "model": self._stage(model, closed, self.specs, self.count, captured, 0, len(models)),
+            "loss": self._stage(loss, loss_closed, loss_specs, len(leaves), captured, len(models), len(captured)),
+        }
+
+    def _scalar(
+        self, flat: _Function, fun: _Function, specs: Sequence[Any], count: int
+    ) -> tuple[list[codec.Array], Any, Any]:
+        """Trace a function that returns one scalar.
+
+        Returns:
+            Its large arrays, the function that takes them, and its jaxpr.
+        """
+        with worded(fun):
+            closed, out = trace(flat, specs, widened=self.widened, lift_bytes=self.lift_bytes)
+        _check_scalar(fun, out)
+        _check_pure(fun, closed)
+        check_closed(closed, count)
+        return *lift(closed, self.lift_bytes), closed
+
+    @staticmethod
+    def _stage(
+        lifted: Any,
+        closed: Any,
+        specs: Sequence[Any],
+        count: int,
+        captured: Sequence[codec.Array],
+        first: int,
+        last: int,
+    ) -> Stage:
+        """Make a function of (leaves, *captured, *data) with captured[first:last]."""
+        arrays = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in captured]
+
+        def stage(*args: Any) -> Any:
+            own = args[count : count + len(captured)][first:last]
+            return lifted(own, [*args[:count], *args[count + len(captured) :]])
+
+        return Stage(stage, [*specs[:count], *arrays, *specs[count:]], closed)
+
+
+@contextlib.contextmanager
+def worded(fun: _Function) -> Iterator[None]:
+    """Word the errors of jax while it traces or lowers a function."""
+    try:
+        yield
+    except (InvalidArgumentError, HiddenError):
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        remedy = _remedy(error, said)
+        # The frame that jax names there is one of hvpd's.
+        said = re.sub(r"\n?The error occurred while tracing the function \w+ at [^\n]*", "", said)
+        raise InvalidArgumentError(
+            f"jax cannot trace, differentiate or export {_name(fun)}: {remedy}{said}{_place(error)}",
+            reason="NOT_TRACEABLE",
+        ) from error
+
+
+_FOREIGN = tuple(
+    str(Path(file).parent) + os.sep for file in (jax.__file__, np.__file__, scipy.__file__, Path(__file__).parent)
+)
+"""Folders of jax, NumPy, SciPy and hvpd, whose frames an error does not name."""
+
+
+def _place(error: Exception) -> str:
+    """Return the innermost place in the user's own code that led to an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [each for each in frames if not each.filename.startswith(("<", contextlib.__file__, *_FOREIGN))]
+    return f" (at {own[-1].filename}:{own[-1].lineno}, in {own[-1].name})" if own else ""
+
+
+_CALLBACKS = (
+    "Libraries with equinox.error_if (diffrax, lineax, optimistix) leave it out if EQX_ON_ERROR=nan is in the environment "
+    "before they are imported."
+)
+
+
+_TRAITS = (
+    (
+        "custom_vjp with symbolic_zeros",
+        (
+            "jax itself can differentiate it once only, if it is a loop of equinox with checkpoints. In diffrax, pass "
+            "adjoint=diffrax.DirectAdjoint() instead of the default; in optimistix, adjoint=optimistix.ImplicitAdjoint(). "
+        ),
+    ),
+    ("_callback", f"it has a callback inside, which the server cannot run. {_CALLBACKS} "),
+    ("not found for platforms", "register it with the platforms that can run it, such as platforms=('cpu',). "),
+)
+"""Parts of errors, each with its likely cause and what to do."""
+
+
+def _remedy(error: Exception, said: str) -> str:
+    """Return the likely cause of an error of jax, and what to do; empty if unknown."""
+    for part, remedy in _TRAITS:
+        if part in said:
+            return remedy
+    if "_DimExpr" in said or "Symbolic" in said or "symbolic" in said or "got 'm'" in said:
+        return (
+            "with any_rows=True (or row_reduction) the number of rows m is symbolic, and the function needs it as a number. "
+            "Register it without any_rows, or write this part without the number of rows. "
+        )
+    if isinstance(error, jax.errors.TracerArrayConversionError):
+        return (
+            "x and data are traced, and NumPy and SciPy cannot compute with them: use jax.numpy, and pass matrices of scipy.sparse "
+            "as data. "
+        )
+    concrete = (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError)
+    if isinstance(error, concrete) or "concrete values" in said:
+        where = (
+            "" if "leaves[0]" in said else " Bind a step count, flag or shape among the data with functools.partial."
+        )
+        return f"x and data are traced, so Python sees no values of them.{where} "
+    return ""
+
+
+def _name(fun: _Function) -> str:
+    name: str = getattr(fun, "__name__", repr(fun))
+    return name
+
+
+def _shapes(tree: Any) -> Any:
+    """Return the tree with dtype and shape in place of each leaf, for messages."""
+    return jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree)
+
+
+def _check_scalar(fun: _Function, out: Any) -> None:
+    leaves = jax.tree.leaves(out)
+    if len(leaves) != 1 or leaves[0] is not out:
+        raise InvalidArgumentError(f"{_name(fun)} must return one scalar and nothing else, it returns {_shapes(out)}")
+    if out.shape != ():
+        raise InvalidArgumentError(
+            f"{_name(fun)} must return a scalar, it returns an array of shape {out.shape}: reduce it, for instance with jnp.mean"
+        )
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise InvalidArgumentError(f"{_name(fun)} must return a real floating scalar, it returns {out.dtype}")
+
+
+def _check_pure(fun: _Function, closed: Any) -> None:
+    if closed.effects:
+        kinds = ", ".join(sorted({type(each).__name__ for each in closed.effects}))
+        raise InvalidArgumentError(
+            f"{_name(fun)} has side effects ({kinds}): it has a callback, print or checkify.check inside, which the server cannot "
+            f"run. Take it out. {_CALLBACKS}",
+            reason="SIDE_EFFECTS",
+        )
+    if is_high(closed):
+        raise InvalidArgumentError(
+            f"{_name(fun)} uses values or primitives of jax.experimental.hijax whose derivative rules hvpd cannot send to the server: "
+            "write this part of the function with arrays and other jax operations"
+        )
+
+
+def _check_output(composite: Composite, z: Any, leaves: Sequence[Any]) -> None:
+    if not leaves or not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
+        raise InvalidArgumentError(f"the model must return real floating arrays, it returns {_shapes(z)}")
+    rows = leaves[0].shape[0] if leaves[0] is z and leaves[0].ndim > 0 else None
+    least = 2 if composite.distribution == "categorical" else 1
+    if composite.distribution is not None and (rows is None or leaves[0].ndim < least):
+        raise InvalidArgumentError(
+            f"a model of distribution {composite.distribution!r} must return one array [rows, ...], it returns {_shapes(z)}"
+        )

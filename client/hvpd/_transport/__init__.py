@@ -1,0 +1,1 @@
+"""The connection to a server: calls, retries, streams, the vector port."""

@@ -1,0 +1,1 @@
+"""The formats that client and server share: codecs, frames, digests, pytrees."""

@@ -1,0 +1,438 @@
+"""The process that reads, differentiates and compiles: `python -m
+hvpd_server.admission.vetter`.
+
+`vetting` starts it. It imports jax once and forks a *session* for each bundle. The
+session takes limits on itself, reads the bundle's programs, and traces their
+derivatives. It forks again for each program that is to be compiled:
+
+    this process -> keeper -> session (reads and traces)
+                              -> keeper -> worker (compiles one program, then ends)
+
+A program that crashes the parser or the compiler, fills the memory, or never ends, ends
+its own fork only. A keeper waits for its fork, tells the server about a bad end, and
+kills the fork when the server hangs up.
+"""
+
+import base64
+import contextlib
+import ctypes
+import functools
+import gc
+import hashlib
+import itertools
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, NoReturn
+
+import jax
+
+from hvpd import _text
+from hvpd.v1 import objective_pb2
+from hvpd_server.derivation import compiling
+from hvpd_server.derivation.programs import Derivation, Sized
+from hvpd_server.importer import reader, rules
+from hvpd_server.importer.graph import Module
+from hvpd_server.importer.rules import Allowance, Limits
+from hvpd_server.importer.table import Refused
+
+_MOST = 1 << 23
+"""Most bytes of a verdict, which lists an objective's residuals and dense layers."""
+
+BUNDLE: Final = "bundle"
+"""Name of the bundle among the programs."""
+
+DERIVATION: Final = "derivation"
+"""Name of an earlier session's derivation among the programs."""
+
+_LINE = 1 << 12
+"""Bytes to read of a request at a time. Its programs come as a file."""
+
+_SIZES = 4
+"""Most numbers of rows whose traces a session keeps."""
+
+_NICE = 10
+"""Niceness of the forks, so that the server has the CPU first."""
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def serve(control: socket.socket) -> None:
+    """Fork a session for each request, until the other end of the socket is closed."""
+    _import_all()
+    gc.collect()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # The kernel reaps the keepers.
+    for request, (programs, answer) in _requests(control, 2):
+        limits = Limits(**request["limits"])
+        with socket.socket(fileno=answer) as orders:
+            _guard(orders, _session_of(request["platform"], programs, limits, orders), limits.reading(), control)
+        os.close(programs)
+
+
+def _session_of(platform: str, programs: int, limits: Limits, orders: socket.socket) -> Callable[[], None]:
+    return lambda: _Session(platform, _programs(programs), limits, orders).run()
+
+
+def _requests(control: socket.socket, descriptors: int) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Yield each line of JSON that arrives, with its file descriptors."""
+    while True:
+        line, found = b"", []
+        while not line.endswith(b"\n"):
+            try:
+                piece, more, *_ = socket.recv_fds(control, _LINE, descriptors)
+            except ConnectionError:  # The server is gone.
+                return
+            if not piece:
+                return
+            line += piece
+            found += more
+        yield json.loads(line), found
+
+
+def _import_all() -> None:
+    """Trace the derivatives of a small network, so that forks find jax's late imports
+    done.
+    """
+
+    def loss(x: Any, rows: Any) -> Any:
+        hidden = jax.numpy.tanh(rows @ x.reshape(3, 2))
+        return jax.numpy.mean(jax.nn.logsumexp(hidden, axis=1) - jax.numpy.max(hidden, axis=1))
+
+    def product(x: Any, V: Any, rows: Any) -> Any:
+        gradient = jax.grad(loss)
+        return jax.vmap(lambda v: jax.jvp(lambda y: gradient(y, rows), (x,), (v,))[1])(V)
+
+    x, V, rows = (jax.ShapeDtypeStruct(shape, "float32") for shape in [(6,), (2, 6), (4, 3)])
+    jax.make_jaxpr(product)(x, V, rows)
+    jax.make_jaxpr(lambda x, rows: jax.linearize(jax.grad(lambda y: loss(y, rows)), x)[0])(x, rows)
+
+
+class _Session:
+    """One bundle in a fork: derive its programs, then compile them in further forks.
+
+
+    Args:
+        platform: Platform of the server's device.
+        parts: The bundle and its programs by name, and `DERIVATION` if it is known
+            already.
+        limits: Limits on programs.
+        orders: Socket for orders to compile. The derivation goes out there first,
+            unless it is known.
+    """
+
+    def __init__(self, platform: str, parts: Mapping[str, bytes], limits: Limits, orders: socket.socket) -> None:
+        self._platform = platform
+        self._parts = parts
+        self._limits = limits
+        self._orders = orders
+        self._derivation: Derivation | None = None
+        self._sized: dict[int, Sized] = {}
+
+    def run(self) -> None:
+        """Serve until the server hangs up."""
+        _confine(self._limits, self._platform)
+        if DERIVATION not in self._parts:
+            signal.setitimer(signal.ITIMER_REAL, self._limits.seconds)
+            verdict = self._verdict()
+            _send(self._orders, json.dumps(verdict).encode() + b"\n")
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if DERIVATION not in verdict:
+                return
+        for order, (answer,) in _requests(self._orders, 1):
+            with socket.socket(fileno=answer) as reply:
+                self._compile(order, reply)
+
+    def _verdict(self) -> dict[str, str]:
+        def found() -> dict[str, str]:
+            # Kept with its traces for the programs that are compiled next.
+            self._derivation = derivation_of(self._parts, self._platform, self._limits)
+            derived = derive(self._parts, self._platform, self._limits, self._derivation)
+            answer = base64.b64encode(derived.SerializeToString(deterministic=True)).decode()
+            if len(answer) > _MOST:
+                raise Refused(rules.VETTING_FAILED, f"gives a derivation of more than {_MOST >> 20} MiB")
+            return {DERIVATION: answer}
+
+        return _refusal_of(found, self._limits.reading())
+
+    def _compile(self, order: Mapping[str, Any], reply: socket.socket) -> None:
+        """Trace the objective once for all its programs, and compile one of them in a
+        fork.
+        """
+
+        def traced() -> dict[str, str]:
+            rows = order["rows"]
+            if rows not in self._sized:
+                while len(self._sized) >= _SIZES:
+                    del self._sized[next(iter(self._sized))]
+                if self._derivation is None:
+                    self._derivation = derivation_of(self._parts, self._platform, self._limits)
+                    self._derivation.described = objective_pb2.Derivation.FromString(self._parts[DERIVATION])
+                self._sized[rows] = sized = self._derivation.for_rows(rows)
+                with sized.tracing():
+                    _ = sized.traced
+            return {}
+
+        refusal = _refusal_of(traced, self._limits.reading())
+        if refusal:
+            _send(reply, json.dumps(refusal).encode() + b"\n")
+            return
+        sized = self._sized[order["rows"]]
+        work = functools.partial(_work, sized, order, self._platform, self._limits, reply)
+        if _threads() > 1:  # A fork would wait for those threads without end.
+            work()
+        else:
+            _guard(reply, work, self._limits.compiling(), self._orders)
+
+
+def _work(sized: Sized, order: Mapping[str, Any], platform: str, limits: Limits, reply: socket.socket) -> None:
+    """Compile one program and send its executable.
+
+    A line with its size and SHA-256 comes first, then its bytes.
+    """
+    _compile_limits(limits, platform)
+    blob = b""
+
+    def found() -> dict[str, Any]:
+        nonlocal blob
+        jax.config.update("jax_platforms", platform if platform == "cpu" else f"{platform},cpu")
+        by_id = {device.id: device for device in jax.local_devices()}
+        target = compiling.Target([by_id[identity] for identity in order["devices"]])
+        deterministic, data = order["deterministic"], order["data"]
+        compiled = compiling.compile_program(
+            sized, order["name"], order["width"], target, data, deterministic=deterministic
+        )
+        try:
+            blob = compiling.dump(compiled)
+        except Exception as error:  # noqa: BLE001 - each backend raises another error
+            return {"unsupported": _text.cut(f"{type(error).__name__}: {error}", 500)}
+        return {"size": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
+
+    header = _refusal_of(found, limits.compiling())
+    _send(reply, json.dumps(header).encode() + b"\n")
+    _send(reply, blob)
+
+
+def _refusal_of(work: Callable[[], dict[str, Any]], allowance: Allowance) -> dict[str, Any]:
+    """Return the result of `work`, or the reason and message of its failure."""
+    reason = allowance.failed
+    try:
+        return work()
+    except Refused as refused:
+        return {"reason": refused.reason, "message": _text.cut(str(refused), 2000)}
+    except MemoryError:
+        return {
+            "reason": reason,
+            "message": f"the programs cannot be {allowance.did} in {allowance.memory_bytes >> 20} MiB of memory",
+        }
+    except Exception as error:  # noqa: BLE001 - any error refuses the program
+        if reason == rules.COMPILE_FAILED and "RESOURCE_EXHAUSTED" in str(error):
+            reason = rules.DEVICE_MEMORY
+        what = "compiled" if reason in (rules.COMPILE_FAILED, rules.DEVICE_MEMORY) else "read or differentiated"
+        return {
+            "reason": reason,
+            "message": _text.cut(f"a program cannot be {what}: {type(error).__name__}: {error}", 2000),
+        }
+
+
+# Processes
+
+
+def _guard(answer: socket.socket, work: Callable[[], None], allowance: Allowance, closing: socket.socket) -> None:
+    """Do `work` in a fork, with a keeper that reports a bad end. Return at once."""
+    if os.fork():
+        return
+    with contextlib.suppress(BaseException):
+        closing.close()
+        _die_with_parent()
+        _keep(answer, work, allowance)
+    os._exit(0)
+
+
+def _keep(answer: socket.socket, work: Callable[[], None], allowance: Allowance) -> None:
+    """Fork, wait for the fork's end, and report a bad end.
+
+    Kill the fork when the server hangs up.
+    """
+    ended, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    child = os.fork()
+    if child == 0:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        os.close(ended)
+        os.close(write)
+        _run_and_exit(work)
+    needed = sorted([2, answer.fileno(), ended, write, os.sysconf("SC_OPEN_MAX")])
+    for before, after in itertools.pairwise(needed):  # Such as the programs' file and memory, which are the fork's.
+        os.closerange(before + 1, min(after, before + 256))
+    poll = select.poll()
+    poll.register(answer, 0)  # Reports a hang-up only.
+    poll.register(ended, select.POLLIN)
+    finished = 0
+    while not finished:
+        if any(descriptor != ended for descriptor, _ in poll.poll()):
+            os.kill(child, signal.SIGKILL)
+            return
+        os.read(ended, 16)
+        finished, status = os.waitpid(child, os.WNOHANG)
+    # If the fork has answered, the server does not read this.
+    _send(answer, json.dumps(_verdict_on(os.waitstatus_to_exitcode(status), allowance)).encode() + b"\n")
+
+
+def _run_and_exit(work: Callable[[], None]) -> NoReturn:
+    code = 1
+    with contextlib.suppress(BaseException):
+        work()
+        code = 0
+    os._exit(code)
+
+
+def _verdict_on(code: int, allowance: Allowance) -> dict[str, str]:
+    """Return the reason and the message for a fork that ended without an answer."""
+    if code == 0:
+        return {"reason": allowance.failed, "message": f"the process that {allowance.did} the programs said nothing"}
+    if code in (-signal.SIGXCPU, -signal.SIGALRM):
+        took = f"{allowance.seconds:g} s" if code == -signal.SIGALRM else f"{allowance.cpu_seconds} s of computing"
+        return {"reason": allowance.late, "message": f"it took more than {took}"}
+    names = {each.value: each.name for each in signal.Signals}
+    how = f"signal {names.get(-code, -code)}" if code < 0 else f"code {code}"
+    return {
+        "reason": allowance.failed,
+        "message": f"the process that {allowance.did} the programs ended with {how}: they are damaged, or made to crash their "
+        f"reader, or take more than {allowance.memory_bytes >> 20} MiB",
+    }
+
+
+def _send(answer: socket.socket, content: bytes) -> None:
+    """Send all bytes, unless the server hangs up."""
+    with contextlib.suppress(OSError):
+        answer.sendall(content)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _confine(limits: Limits, platform: str) -> None:
+    """Limit this process: memory, time, files, core dumps, and its life to its
+    parent's.
+    """
+    silent = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(silent, stream)
+    _die_with_parent()
+    os.nice(_NICE)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:  # noqa: PTH123 - no pathlib in a confined process
+            score.write("1000")  # If the machine runs out of memory, the kernel ends this process and not the server.
+        with open("/proc/self/statm", encoding="ascii") as statm:  # noqa: PTH123 - no pathlib in a confined process
+            used = int(statm.read().split()[0]) * resource.getpagesize()
+        _limit(resource.RLIMIT_AS, used + limits.memory_bytes, _address_space(used, limits, platform))
+    _limit(resource.RLIMIT_CPU, limits.cpu_seconds, limits.compile_cpu_seconds)
+    _limit(resource.RLIMIT_CORE, 0, 0)
+    _limit(resource.RLIMIT_FSIZE, 0, 0 if platform == "cpu" else resource.RLIM_INFINITY)
+
+
+def _address_space(used: int, limits: Limits, platform: str) -> int:
+    """Return the most bytes that a compile may map.
+
+    There is no limit on a GPU, because its driver maps far more than it uses.
+    """
+    return used + limits.compile_memory_bytes if platform == "cpu" else resource.RLIM_INFINITY
+
+
+def _compile_limits(limits: Limits, platform: str) -> None:
+    """Replace the limits of reading by those of compiling."""
+    _die_with_parent()
+    for which in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE):
+        _, hard = resource.getrlimit(which)
+        resource.setrlimit(which, (hard, hard))
+    signal.setitimer(signal.ITIMER_REAL, limits.compile_seconds)
+
+
+def _limit(which: int, soft: int, hard: int) -> None:
+    _, most = resource.getrlimit(which)
+    if most != resource.RLIM_INFINITY:
+        soft = min(soft, most)
+        hard = most if hard == resource.RLIM_INFINITY else min(hard, most)
+    if hard != resource.RLIM_INFINITY:
+        soft = min(soft, hard)
+    resource.setrlimit(which, (soft, hard))
+
+
+def _threads() -> int:
+    return len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 1  # noqa: PTH208 - no pathlib in a confined process
+
+
+# Programs
+
+
+def derivation_of(parts: Mapping[str, bytes], platform: str, limits: Limits) -> Derivation:
+    """Return the programs of a bundle, to be read when they are traced.
+
+    Args:
+        parts: The bundle, as `BUNDLE`, and its programs, by name.
+        platform: Platform of the server's device.
+        limits: Limits on programs.
+    """
+    bundle = objective_pb2.Bundle.FromString(parts[BUNDLE])
+
+    def read(name: str) -> Module:
+        try:
+            return reader.read(parts[name], limits)
+        except Refused as refused:
+            raise Refused(refused.reason, f"{name} {refused}") from None
+
+    return Derivation(bundle, read, platform)
+
+
+def derive(
+    parts: Mapping[str, bytes], platform: str, limits: Limits, derivation: Derivation | None = None
+) -> objective_pb2.Derivation:
+    """Read the programs of a bundle and differentiate the objective, without compiling.
+
+    Raises:
+        Refused: A program is not served; the message begins with its name.
+    """
+    derivation = derivation or derivation_of(parts, platform, limits)
+    bundle = derivation.bundle
+    rows = bundle.data[bundle.row_leaves[0]].shape[0] if bundle.row_leaves else 0
+    return derivation.for_rows(rows).describe()
+
+
+def _programs(descriptor: int) -> dict[str, bytes]:
+    """Return the programs of a file: a line that lists [name, size] of each, then their
+    bytes.
+    """
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        file.seek(0)
+        found = {name: file.read(size) for name, size in json.loads(file.readline())}
+    os.close(descriptor)
+    return found
+
+
+def main() -> None:
+    """Serve on the socket at standard input."""
+    warnings.simplefilter("ignore")  # About forks; this process has one thread.
+    jax.config.update("jax_enable_x64", True)
+    control = socket.socket(fileno=os.dup(0))
+    with open(os.devnull, "rb") as silent:  # noqa: PTH123 - no pathlib in a confined process
+        os.dup2(silent.fileno(), 0)  # Otherwise forks inherit the socket there, and keep it open.
+    serve(control)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,534 @@
+"""Admission of bundles, and compilation of their programs, by a separate process.
+
+The process is `vetter`. `importer.table` lists the operations that it allows. The store
+keeps a derivation until the importer, the derivation code, or jax change.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, TypeVar
+
+import hvpd
+from hvpd import _text
+from hvpd.v1 import objective_pb2
+from hvpd_server.errors import Code, ServiceError
+from hvpd_server.importer import rules
+from hvpd_server.store.store import Store
+
+_log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+_COMMAND = ["-m", "hvpd_server.admission.vetter"]
+
+_PATIENCE = 120.0
+"""Seconds to wait for the process to start, or to report a limit."""
+
+_END = 10.0
+"""Seconds to wait for the process to end."""
+
+_DYING = 1.0
+"""Most seconds from the end of the process's sockets to its own end."""
+
+_MOST = 1 << 24
+"""Most bytes of an answer."""
+
+_MESSAGE = 2100
+"""Most characters of a refusal. The process sends at most 2000, and their number."""
+
+_MOST_EXECUTABLE = 2 << 30
+"""Most bytes of an executable."""
+
+_PIECE = 1 << 16
+"""Bytes to read at a time."""
+
+_IDLE = 10.0
+"""Seconds after which a session that compiles nothing is ended."""
+
+_MOST_SESSIONS = 2
+"""Most sessions that stay open without compiling."""
+
+_KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
+"""Variables of the process's environment, beside `_KEPT_PREFIXES`. Credentials are not
+among them.
+"""
+
+_ALLOCATOR = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.top_pad=8388608:"
+    "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=536870912"
+)
+"""Settings of glibc's allocator: take huge pages, and keep freed memory. With them, a
+compile has a third fewer page faults. https://sourceware.org/glibc/manual/latest/html_node/Memory-Allocation-Tunables.html
+"""
+
+_KEPT_PREFIXES = ("XLA_", "CUDA_", "NVIDIA_", "ROCR_", "HIP_", "TPU_")
+
+
+class UnsupportedError(Exception):
+    """The device's backend cannot move executables between processes."""
+
+
+class Session:
+    """A fork that has read one bundle and compiles its programs.
+
+    Args:
+        control: Socket to the fork.
+        limits: Limits on programs.
+    """
+
+    def __init__(self, control: socket.socket, limits: rules.Limits) -> None:
+        self._control = control
+        self._limits = limits
+        self._sending = threading.Lock()
+        self.users = 0
+        """Number of compiles under way."""
+        self.used = time.monotonic()
+        """Time of the last compile's end."""
+
+    def derivation(self) -> objective_pb2.Derivation:
+        """Return the derivation of the bundle.
+
+        Raises:
+            ServiceError: The programs are refused.
+            OSError: The process is gone.
+        """
+        self._control.settimeout(self._limits.seconds + _PATIENCE)
+        try:
+            verdict = _read_line(self._control)
+        except TimeoutError:
+            verdict = {"reason": rules.VETTING_TIMEOUT, "message": "the process that reads programs does not answer"}
+        if "derivation" not in verdict:
+            raise _refused(verdict, "the bundle is refused")
+        return objective_pb2.Derivation.FromString(base64.b64decode(verdict["derivation"]))
+
+    def compile(self, order: Mapping[str, object]) -> bytes:
+        """Return the executable of a program, as `derivation.compiling.load` takes it.
+
+        Args:
+            order: rows, name, width, devices, data and deterministic; see `vetter`.
+
+        Raises:
+            ServiceError: The program cannot be compiled.
+            UnsupportedError: The backend cannot serialize it.
+            OSError: The session is gone.
+        """
+        what = f"the server cannot compile {order['name']} (width {order['width']})"
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs, self._sending:
+                socket.send_fds(self._control, [json.dumps(order).encode() + b"\n"], [theirs.fileno()])
+            ours.settimeout(self._limits.compile_seconds + _PATIENCE if self._limits.compile_seconds else None)
+            try:
+                try:
+                    header = _read_line(ours)
+                except ConnectionError:  # The session ended; its keeper says why.
+                    self._control.settimeout(_END)
+                    header = _read_line(self._control)
+                if "unsupported" in header:
+                    raise UnsupportedError(header["unsupported"])
+                if "size" not in header:
+                    raise _refused(header, what)
+                blob = _read(ours, min(int(header["size"]), _MOST_EXECUTABLE))
+            except TimeoutError:
+                verdict = {
+                    "reason": rules.COMPILE_FAILED,
+                    "message": f"it takes more than {self._limits.compile_seconds:g} s",
+                }
+                raise _refused(verdict, what) from None
+        if hashlib.sha256(blob).hexdigest() != header["sha256"]:
+            verdict = {
+                "reason": rules.COMPILE_FAILED,
+                "message": "the process that compiled it ended before it had sent the whole executable",
+            }
+            raise _refused(verdict, what)
+        return blob
+
+    def end(self) -> None:
+        """End the fork."""
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
+        self._control.close()
+
+
+class Vetter:
+    """The process that reads and compiles programs.
+
+    It is started when it is first needed, and again after it died.
+
+    Args:
+        limits: Limits on programs.
+    """
+
+    def __init__(self, limits: rules.Limits | None = None) -> None:
+        self.limits = limits or rules.Limits()
+        self._opening = threading.Lock()
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._closed = False
+        self._sessions: dict[str, Session] = {}
+
+    def start(self) -> socket.socket:
+        """Start the process unless it runs, and return the socket to it, without
+        waiting.
+
+        Raises:
+            ServiceError: The server is closing.
+            OSError: It cannot be started.
+        """
+        with self._lock:
+            if self._closed:
+                raise ServiceError(Code.UNAVAILABLE, "SHUTTING_DOWN", "the server is stopping: nothing is registered")
+            if self._control is None:
+                if sys.platform != "linux":
+                    _log.warning("programs are read without a limit on memory: %s has none", sys.platform)
+                ours, theirs = socket.socketpair()
+                with theirs:
+                    self._process = _start(theirs.fileno(), _environment())
+                self._control = ours
+            return self._control
+
+    def vet(self, programs: Mapping[str, bytes], platform: str = "cpu") -> objective_pb2.Derivation:
+        """Return the derivation of a bundle. Its session stays open for compiles.
+
+        Args:
+            programs: The serialized bundle, as "bundle", and its programs, by name.
+            platform: Platform of the server's device.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT with a reason of `rules.REASONS`, and a
+                message that names program and operation; UNAVAILABLE if the process
+                does not run.
+        """
+        size = sum(map(len, programs.values()))
+        if size > self.limits.bundle_bytes:
+            raise too_large(size, self.limits)
+
+        def attempt() -> objective_pb2.Derivation:
+            session = self._open(programs, platform)
+            try:
+                found = session.derivation()
+            except BaseException:
+                session.end()
+                raise
+            self._keep(_key(programs), session)
+            return found
+
+        return self._twice(attempt)
+
+    def compile(
+        self,
+        key: str,
+        read: Callable[[], Mapping[str, bytes]],
+        derivation: objective_pb2.Derivation,
+        platform: str,
+        order: Mapping[str, object],
+    ) -> bytes:
+        """Return the executable of a program, as `Session.compile` does.
+
+        Args:
+            key: SHA-256 of the serialized bundle.
+            read: Returns the programs, as `vet` takes them.
+            derivation: Derivation of the bundle, from `vet`.
+            platform: Platform of the server's device.
+            order: The program; see `Session.compile`.
+        """
+
+        def attempt() -> bytes:
+            with self._opening:  # Otherwise programs of one bundle would not share a session and its traces.
+                with self._lock:
+                    session = self._sessions.get(key)
+                    if session is not None:
+                        session.users += 1
+                if session is None:
+                    session = self._open({**read(), "derivation": derivation.SerializeToString()}, platform)
+                    session.users = 1
+                    self._keep(key, session)
+            try:
+                return session.compile(order)
+            except (OSError, ServiceError):
+                with self._lock:
+                    if self._sessions.get(key) is session:  # The session may have failed.
+                        del self._sessions[key]
+                raise
+            finally:
+                with self._lock:
+                    session.users -= 1
+                    session.used = time.monotonic()
+                    gone = not session.users and self._sessions.get(key) is not session
+                if gone:
+                    session.end()
+
+        return self._twice(attempt)
+
+    def sweep(self, idle: float = _IDLE) -> None:
+        """End the sessions that have compiled nothing for `idle` seconds."""
+        now = time.monotonic()
+        with self._lock:
+            ended = {key: each for key, each in self._sessions.items() if not each.users and now - each.used > idle}
+            for key in ended:
+                del self._sessions[key]
+        for session in ended.values():
+            session.end()
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._closed = True
+        self._end()
+
+    def _open(self, programs: Mapping[str, bytes], platform: str) -> Session:
+        control = self.start()
+        line = json.dumps({"platform": platform, "limits": dataclasses.asdict(self.limits)}).encode() + b"\n"
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs, _file(programs) as file, self._lock:
+                socket.send_fds(control, [line], [file.fileno(), theirs.fileno()])
+        except BaseException:
+            ours.close()
+            raise
+        return Session(ours, self.limits)
+
+    def _keep(self, key: str, session: Session) -> None:
+        """Keep a session for the next compiles, and end surplus idle sessions."""
+        with self._lock:
+            ended = [self._sessions.pop(key)] if key in self._sessions else []
+            self._sessions[key] = session
+            idle = [key for key, each in self._sessions.items() if not each.users and each is not session]
+            ended += [self._sessions.pop(key) for key in idle[: max(len(self._sessions) - _MOST_SESSIONS, 0)]]
+            ended = [each for each in ended if not each.users]
+        for each in ended:
+            each.end()
+
+    def _twice(self, attempt: "Callable[[], _T]") -> "_T":
+        """Return the result of an attempt. If the process is gone, try once more with a
+        new one.
+        """
+        try:
+            return attempt()
+        except OSError:
+            self._bury()
+            try:
+                return attempt()
+            except OSError as error:
+                self._bury()
+                raise ServiceError(
+                    Code.UNAVAILABLE,
+                    "VETTING_UNAVAILABLE",
+                    "the process that reads programs does not run on the server "
+                    f"({error.strerror or type(error).__name__}): try again in a moment",
+                    retry_after=1.0,
+                ) from error
+
+    def _bury(self) -> None:
+        """Clean up after a dead process, so that `start` starts another one.
+
+        A process that lives is left alone: only a session is gone, and other sessions
+        use the process.
+        """
+        with self._lock:
+            process = self._process
+        if process is None:
+            return
+        try:
+            process.wait(_DYING)
+        except subprocess.TimeoutExpired:
+            return
+        with self._lock:
+            if self._process is not process:  # Another thread was faster.
+                return
+        self._end()
+
+    def _end(self) -> None:
+        with self._lock:
+            process, control = self._process, self._control
+            self._process = self._control = None
+            sessions, self._sessions = list(self._sessions.values()), {}
+        for session in sessions:
+            session.end()
+        if process is None or control is None:
+            return
+        with contextlib.suppress(OSError):
+            control.shutdown(socket.SHUT_RDWR)  # Wakes the threads that wait for an answer.
+        control.close()
+        try:
+            process.wait(_END)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class Vetting:
+    """Admits the bundles of a store.
+
+    Args:
+        store: Keeps derivations.
+        vetter: Reads and differentiates programs.
+        platform: Platform of the server's device.
+    """
+
+    def __init__(self, store: Store, vetter: Vetter, platform: str) -> None:
+        self._store = store
+        self._vetter = vetter
+        self._platform = platform
+        self._version = f"{rules.version()} {platform}"
+
+    def admit(
+        self, digest: str, bundle: objective_pb2.Bundle, read: Callable[[str], bytes]
+    ) -> objective_pb2.Derivation:
+        """Return the derivation of a bundle. Afterwards its programs may be used.
+
+        Args:
+            digest: Digest of the bundle.
+            bundle: The parsed bundle.
+            read: Returns the bytes of a blob.
+
+        Raises:
+            ServiceError: As for `Vetter.vet`.
+        """
+        known = self.known(digest)
+        if known is not None:
+            return known
+        size = sum(self._store.size(program.digest) for program in bundle.programs.values())
+        if size > self._vetter.limits.bundle_bytes:
+            raise too_large(size, self._vetter.limits)
+        programs = {name: read(program.digest) for name, program in sorted(bundle.programs.items())}
+        for name, program in bundle.programs.items():
+            if program.size_bytes != len(programs[name]):
+                raise ServiceError(
+                    Code.INVALID_ARGUMENT,
+                    rules.BUNDLE_INVALID,
+                    f"{name} has {len(programs[name])} bytes, the bundle says {program.size_bytes}",
+                )
+        found = self._vetter.vet({"bundle": bundle.SerializeToString()} | programs, self._platform)
+        self._store.add_derivation(digest, self._version, found)
+        return found
+
+    def known(self, digest: str) -> objective_pb2.Derivation | None:
+        """Return the derivation of a bundle; None if this version has not read the
+        bundle yet.
+        """
+        return self._store.derivation(digest, self._version)
+
+
+def _key(programs: Mapping[str, bytes]) -> str:
+    return hashlib.sha256(programs["bundle"]).hexdigest()
+
+
+def _read_line(control: socket.socket) -> Mapping[str, str]:
+    """Return a line of JSON from a process.
+
+    Raises:
+        ConnectionError: The process is gone.
+        TimeoutError: The process does not answer.
+    """
+    answer = bytearray()
+    while not answer.endswith(b"\n"):
+        # Other bytes follow the line, so nothing is read beyond its end.
+        waiting = control.recv(_PIECE, socket.MSG_PEEK)
+        end = waiting.find(b"\n") + 1
+        piece = control.recv(end or len(waiting))
+        if not piece or len(answer) > _MOST:
+            raise ConnectionError("the process is gone")
+        answer += piece
+    try:
+        found = json.loads(answer)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        return {"reason": rules.VETTING_FAILED, "message": "the process that read the programs said nothing"}
+    return found
+
+
+def _read(control: socket.socket, size: int) -> bytes:
+    """Return `size` bytes from a process, or fewer if it ends before."""
+    found = bytearray()
+    while len(found) < size and (piece := control.recv(min(size - len(found), _PIECE))):
+        found += piece
+    return bytes(found)
+
+
+def _refused(verdict: Mapping[str, str], what: str) -> ServiceError:
+    reason = verdict.get("reason")
+    reason = reason if reason in rules.REASONS else rules.VETTING_FAILED
+    return ServiceError(
+        Code.RESOURCE_EXHAUSTED if reason == rules.DEVICE_MEMORY else Code.INVALID_ARGUMENT,
+        reason,
+        f"{what}: {_text.cut(_printable(str(verdict.get('message', ''))), _MESSAGE)}",
+    )
+
+
+def too_large(size: int, limits: rules.Limits) -> ServiceError:
+    """Return the error for programs of too many bytes."""
+    return ServiceError(
+        Code.INVALID_ARGUMENT,
+        rules.PROGRAM_TOO_LARGE,
+        f"the bundle is refused: its programs have {size >> 20} MiB, at most {limits.bundle_bytes >> 20} MiB are allowed; "
+        "pass large arrays as data",
+    )
+
+
+def _printable(text: str) -> str:
+    """Return one line without control characters, because a program's words go into
+    logs.
+    """
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+
+
+@contextlib.contextmanager
+def _file(programs: Mapping[str, bytes]) -> Iterator[IO[bytes]]:
+    """Yield a file without a name.
+
+    It begins with a line that lists [name, size] of each program. The bytes follow.
+    """
+    in_memory = hasattr(os, "memfd_create")
+    with os.fdopen(os.memfd_create("hvpd-programs"), "wb") if in_memory else tempfile.TemporaryFile() as file:
+        file.write(json.dumps([[name, len(blob)] for name, blob in programs.items()]).encode() + b"\n")
+        for blob in programs.values():
+            file.write(blob)
+        file.flush()
+        yield file
+
+
+def _start(stdin: int, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """Start the process.
+
+    Args:
+        stdin: The socket to the process. The end of this stream tells the process that
+            the server has ended, even by a crash.
+        environment: The process's environment.
+    """
+    return subprocess.Popen(  # noqa: S603 - this interpreter, our own module
+        [sys.executable, "-P", *_COMMAND],
+        stdin=stdin,
+        stdout=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,  # Ctrl-C goes to the server alone, which may still need an answer.
+    )
+
+
+def _environment() -> dict[str, str]:
+    found = {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
+    roots = dict.fromkeys([str(Path(hvpd.__file__).parents[1]), str(Path(__file__).parents[2])])
+    paths = [*roots, *filter(None, [found.get("PYTHONPATH")])]
+    return found | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "JAX_PLATFORMS": "cpu",  # Only a fork that compiles opens the device.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # The server needs the device's memory.
+        "GLIBC_TUNABLES": _ALLOCATOR,
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }

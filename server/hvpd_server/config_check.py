@@ -1,0 +1,87 @@
+"""Checks settings together with the files, ports and directories that they name,
+without serving.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from hvpd_server import config as _config
+from hvpd_server.config import Config
+from hvpd_server.rpc.tls import Certificates, Files
+from hvpd_server.tenancy import token_file
+
+
+def problems(config: Config) -> Iterator[str]:
+    """Yield a line for each fault that would keep a server from serving."""
+    if config.tokens is not None:
+        try:
+            if not token_file.read(config.tokens).grants:
+                yield f"--tokens {config.tokens} has no token, so that no call is let in: make one with `hvpd token new`"
+        except ValueError as error:
+            yield f"--tokens: {error}"
+    if config.tls_cert is not None and config.tls_key is not None:
+        try:
+            Certificates(Files(config.tls_cert, config.tls_key, config.tls_client_ca))
+        except ValueError as error:
+            yield f"--tls-cert, --tls-key: {error}"
+    yield from _store(config.store)
+    ports: dict[int, str] = {}
+    for flag, host, port in (
+        ("--port", config.host, config.port),
+        ("--vector-port", config.host, _config.vector_port(config)),
+        ("--metrics-port", config.metrics_host, config.metrics_port),
+    ):
+        if not port:
+            continue
+        if port in ports:
+            yield f"{flag} {port}: {ports[port]} has the same port"
+        elif why := _taken(host.strip("[]"), port):
+            yield f"{flag} {port}: {why}"
+        ports[port] = flag
+
+
+def _store(store: Path) -> Iterator[str]:
+    """Yield the problems of the store's directory."""
+    there = next(path for path in (store, *store.absolute().parents) if path.exists())
+    if not there.is_dir():
+        yield f"--store {store}: {there} is no directory"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield f"--store {store}: this user may not write to {there}"
+    elif _in_use(store / "lock"):
+        yield f"--store {store}: another server uses it; give each server its own store"
+
+
+def _in_use(lock: Path) -> bool:
+    """Return whether a server holds the lock of a store."""
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # There is no such store yet.
+        return False
+    return False
+
+
+def _taken(host: str, port: int) -> str | None:
+    """Return why a server cannot listen on a port; None if it can."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        return f"the host {host} has no address ({error.strerror})"
+    with contextlib.closing(socket.socket(family, kind, protocol)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return "another program listens on it"
+            return f"cannot listen on it ({error.strerror})"
+    return None

@@ -1,0 +1,1 @@
+"""The server without its network: objectives, points, products."""

@@ -1,0 +1,169 @@
+"""Whole computations next to the device: solutions of linear systems, steps of trust
+regions, quadratures and estimates. The algorithms are those of the client.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from hvpd._krylov import preconditioning, probes, solve, trace, trust_region
+from hvpd._krylov.runner import Runner
+from hvpd._krylov.space import NotFiniteError
+from hvpd._wire import codec
+from hvpd_server.krylov.operator import Operator
+
+_PROGRESS_SECONDS = 0.1
+"""Seconds between two reports of progress."""
+
+
+class Progress(NamedTuple):
+    """How far a computation is."""
+
+    step: int
+    residual: float
+
+
+class Result(NamedTuple):
+    """The result of a computation."""
+
+    arrays: Mapping[str, codec.Array]
+    reason: str = ""
+    reorthogonalize: str = ""
+    finite: bool = True
+
+
+Tick = Callable[[int, float], object]
+Compute = Callable[[Runner, Tick], Result]
+"""Computes with a runner, and calls a function with the steps so far and the
+residual.
+"""
+
+
+def events(operator: Operator, compute: Compute) -> Iterator[Progress | Result]:
+    """Compute in a thread of its own. Yield the progress, and at the end the result.
+
+    The computation ends when the caller of its operator is gone, or when this generator
+    is closed.
+
+    Raises:
+        Exception: The computation failed.
+    """
+    found: queue.SimpleQueue[Progress | Result | Exception] = queue.SimpleQueue()
+    latest = time.monotonic()
+
+    def tick(step: int, residual: float) -> None:
+        nonlocal latest
+        now = time.monotonic()
+        if now - latest >= _PROGRESS_SECONDS:
+            latest = now
+            found.put(Progress(step, float(residual)))
+
+    def run() -> None:
+        try:
+            runner = Runner(operator.multiply, operator.n, operator.dtype)
+            found.put(compute(runner, tick))
+        except Exception as error:  # noqa: BLE001 - raised again in the thread of the call
+            found.put(error)
+
+    thread = threading.Thread(target=run, name="hvpd-run", daemon=True)
+    thread.start()
+    try:
+        while isinstance(event := found.get(), Progress):
+            yield event
+        if isinstance(event, Exception):
+            raise event
+        yield event
+    finally:
+        operator.work.gone.set()
+        thread.join()
+
+
+def solving(
+    arrays: Mapping[str, codec.Array],
+    shifts: codec.Array,
+    described: preconditioning.Described,
+    *,
+    tol: float,
+    maxiter: int,
+    method: str,
+) -> Compute:
+    """Return the computation of `hvpd._krylov.solve.solved`."""
+
+    def compute(runner: Runner, tick: Tick) -> Result:
+        found = solve.solved(
+            runner,
+            arrays["B"],
+            arrays.get("X"),
+            shifts,
+            preconditioning.multiply(described),
+            tol=tol,
+            maxiter=maxiter,
+            method=method,
+            tick=tick,
+        )
+        result = {"X": found.X, "history": found.history}
+        if found.direction is not None and found.curvature is not None:
+            result |= {"direction": found.direction, "curvature": np.array([found.curvature])}
+        return Result(result, found.reason)
+
+    return compute
+
+
+def trust_region_step(
+    gradient: codec.Array, described: preconditioning.Described, *, radius: float, tol: float, maxiter: int
+) -> Compute:
+    """Return the computation of `hvpd._krylov.trust_region.steihaug`."""
+
+    def compute(runner: Runner, tick: Tick) -> Result:
+        def multiply(rows: codec.Array) -> codec.Array:
+            tick(runner.products, 0.0)
+            return runner.multiply(rows)
+
+        found = trust_region.steihaug(
+            multiply,
+            gradient,
+            radius,
+            tol=tol,
+            maxiter=maxiter,
+            precondition=preconditioning.multiply(described),
+        )
+        return Result({"p": found.p, "predicted": np.array([found.predicted])}, found.reason)
+
+    return compute
+
+
+def quadrature(*, seed: int, probes_count: int, steps: int, basis_bytes: int) -> Compute:
+    """Return the computation of `hvpd._krylov.probes.tridiagonals`."""
+
+    def compute(runner: Runner, tick: Tick) -> Result:
+        found = probes.tridiagonals(
+            runner.multiply,
+            runner.n,
+            runner.dtype,
+            seed=seed,
+            probes=probes_count,
+            steps=steps,
+            tick=tick,
+            basis_bytes=basis_bytes,
+        )
+        arrays = {"alphas": found.alphas, "betas": found.betas, "sizes": found.sizes}
+        return Result(arrays, reorthogonalize=found.reorthogonalize, finite=found.finite)
+
+    return compute
+
+
+def estimate(*, of_diagonal: bool, method: str, products: int, seed: int) -> Compute:
+    """Return the computation of `hvpd._krylov.trace.estimated`."""
+
+    def compute(runner: Runner, tick: Tick) -> Result:
+        try:
+            found = trace.estimated(runner, of_diagonal, method, products, seed, tick)
+        except NotFiniteError:
+            return Result({}, finite=False)
+        return Result({"values": found.values, "errors": found.errors, "size": np.array([found.size])})
+
+    return compute

@@ -1,0 +1,3 @@
+"""Decides which work runs next, and with which other work. Knows neither devices nor
+networks.
+"""

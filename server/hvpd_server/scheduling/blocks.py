@@ -1,0 +1,49 @@
+"""Blocks of vectors in the host's memory: how several become one, and one becomes
+several again.
+
+New blocks are aligned, because XLA on a CPU copies an argument that is not.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hvpd._wire import codec
+from hvpd_server.scheduling.job import Block
+
+ALIGNMENT = 64
+"""Bytes; XLA's own, xla/backends/cpu/alignment.h."""
+
+
+def empty(shape: Sequence[int], dtype: "np.dtype[Any]") -> codec.Array:
+    """Return an aligned array that is not initialised."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.__array_interface__["data"][0] % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def pad(blocks: Sequence[Block], width: int) -> Block:
+    """Stack the blocks, and fill up with rows of zeros to `width` rows. One block of
+    that width is returned as it is.
+    """
+    if len(blocks) == 1 and len(blocks[0]) == width:
+        return blocks[0]
+    padded = empty((width, *blocks[0].shape[1:]), blocks[0].dtype)
+    row = 0
+    for block in blocks:
+        padded[row : row + len(block)] = block
+        row += len(block)
+    padded[row:] = 0
+    return padded
+
+
+def split(block: Block, widths: Sequence[int]) -> list[Block]:
+    """Undo `pad`: return views of the first rows, one for each width."""
+    found, row = [], 0
+    for width in widths:
+        found.append(block[row : row + width])
+        row += width
+    return found

@@ -1,0 +1,111 @@
+"""The compile queue shares the threads for reading and compiling between tenants, so
+that no tenant waits for all of another's objectives.
+"""
+
+import collections
+import concurrent.futures
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from hvpd_server.errors import Code, ServiceError
+
+THREADS = 4
+"""Most programs that are read or compiled at the same time."""
+
+EACH = 2
+"""Most of these that one tenant may have."""
+
+
+class CompileQueue:
+    """Runs calls in threads, at most so many at a time, and takes tenants in turn.
+
+    Args:
+        threads: Most calls at a time.
+        each: Most calls of one tenant at a time.
+    """
+
+    def __init__(self, threads: int = THREADS, each: int = EACH) -> None:
+        self._threads = threads
+        self._each = each
+        self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
+        # In the order of turns; a tenant is in it while it has calls that wait.
+        self._waiting: collections.OrderedDict[str, collections.deque[_Call]] = collections.OrderedDict()
+        self._running: collections.Counter[str] = collections.Counter()
+        self._closed = False
+
+    def of(self, tenant: str) -> "concurrent.futures.Executor":
+        """Return an executor for the calls of a tenant."""
+        return _OfTenant(self, tenant)
+
+    def submit(self, tenant: str, call: "Callable[[], Any]") -> "concurrent.futures.Future[Any]":
+        """Run a call in its turn.
+
+        Raises:
+            ServiceError: The queue is closed.
+        """
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        with self._lock:
+            if self._closed:
+                raise ServiceError(Code.UNAVAILABLE, "SHUTTING_DOWN", "the server is stopping: nothing is compiled")
+            self._waiting.setdefault(tenant, collections.deque()).append((future, call))
+            self._start()
+        return future
+
+    def close(self, *, wait: bool = False) -> None:
+        """Cancel the calls that wait. Those that run go on, and are waited for if that
+        is asked for.
+        """
+        with self._lock:
+            self._closed = True
+            waiting, self._waiting = self._waiting, collections.OrderedDict()
+        for calls in waiting.values():
+            for future, _ in calls:
+                future.cancel()
+        if wait:
+            with self._ended:
+                self._ended.wait_for(lambda: not self._running.total())
+
+    def _start(self) -> None:
+        """Start the compiles that may run now. Call this with the lock held."""
+        while self._running.total() < self._threads:
+            tenant = next((each for each in self._waiting if self._running[each] < self._each), None)
+            if tenant is None:
+                return
+            calls = self._waiting[tenant]
+            future, call = calls.popleft()
+            if calls:
+                self._waiting.move_to_end(tenant)
+            else:
+                del self._waiting[tenant]
+            self._running[tenant] += 1
+            threading.Thread(target=self._run, args=(tenant, future, call), name="hvpd-compile", daemon=True).start()
+
+    def _run(self, tenant: str, future: "concurrent.futures.Future[Any]", call: "Callable[[], Any]") -> None:
+        try:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:  # noqa: BLE001 - raised again by future.result()
+                    future.set_exception(error)
+        finally:
+            with self._lock:
+                self._running[tenant] -= 1
+                if not self._running[tenant]:
+                    del self._running[tenant]
+                self._start()
+                self._ended.notify_all()
+
+
+_Call = tuple["concurrent.futures.Future[Any]", Callable[[], Any]]
+
+
+class _OfTenant(concurrent.futures.Executor):
+    def __init__(self, queue: CompileQueue, tenant: str) -> None:
+        self._queue = queue
+        self._tenant = tenant
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **settings: Any) -> "concurrent.futures.Future[Any]":
+        """Run a call in its tenant's turn."""
+        return self._queue.submit(self._tenant, lambda: function(*args, **settings))

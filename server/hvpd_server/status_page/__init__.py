@@ -1,0 +1,1 @@
+"""The metrics endpoint and the live page for operators."""

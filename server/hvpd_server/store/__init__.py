@@ -1,0 +1,1 @@
+"""The files on disk: blobs, names, owners, quarantine."""

@@ -1,0 +1,1 @@
+"""Tokens, tenants and their limits."""

@@ -1,0 +1,251 @@
+"""Traces, diagonals and spectra against dense matrices, with honest errors."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.sparse
+import scipy.stats
+
+import hvpd
+from hvpd import krylov
+from hvpd._krylov import probes
+
+N = 80
+Q = np.linalg.qr(np.random.default_rng(0).standard_normal((N, N)))[0]
+
+
+def matrix(values, dtype=np.float64):
+    basis = Q if len(values) == N else np.linalg.qr(np.random.default_rng(0).standard_normal((len(values),) * 2))[0]
+    A = (basis * values) @ basis.T
+    return ((A + A.T) / 2).astype(dtype)
+
+
+SPECTRA = {
+    "flat": 3 - 2 * np.arange(N) / N,
+    "power": np.arange(1.0, N + 1) ** -2,
+    "step": np.r_[np.ones(10), np.full(N - 10, 1e-3)],
+    "indefinite": np.random.default_rng(1).standard_normal(N),
+}
+
+
+@pytest.mark.parametrize("method", ["xtrace", "hutch++", "hutchinson"])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_a_trace_lies_within_two_errors_in_95_of_100_seeds(name, method):
+    A = matrix(SPECTRA[name])
+    found = [krylov.trace(A, method, products=30, seed=seed) for seed in range(100)]
+    inside = [abs(each.value - np.trace(A)) <= 2 * each.standard_error for each in found]
+    assert sum(inside) >= 95
+    deviation = np.sqrt(np.mean([(each.value - np.trace(A)) ** 2 for each in found]))
+    assert np.median([each.standard_error for each in found]) < 3 * deviation
+    assert {each.products for each in found} == {30}
+
+
+@pytest.mark.parametrize("method", ["xdiag", "hutchinson"])
+def test_a_diagonal_lies_within_two_errors_in_95_of_100(method):
+    A = matrix(SPECTRA["power"])
+    found = [krylov.diagonal(A, method, products=30, seed=seed) for seed in range(50)]
+    inside = [abs(each.values - np.diag(A)) <= 2 * each.standard_error for each in found]
+    assert np.mean(inside) >= 0.95
+
+
+def test_logdet_lies_within_two_errors_in_95_of_100_seeds():
+    A = matrix(np.linspace(0.5, 8, 251))
+    exact = np.linalg.slogdet(A)[1]
+    found = [krylov.logdet(A, probes=10, steps=25, seed=seed) for seed in range(100)]
+    assert sum(abs(each.value - exact) <= 2 * each.standard_error for each in found) >= 95
+    assert found[0].products == 250
+
+
+def test_few_steps_count_as_error_of_a_logdet():
+    A = matrix(np.logspace(-2, 2, 500))
+    found = krylov.logdet(A, probes=40, steps=12)
+    assert found.products == 480
+    assert abs(found.value - np.linalg.slogdet(A)[1]) < 2 * found.standard_error
+
+
+def test_the_better_methods_are_better_where_they_should_be():
+    A = matrix(SPECTRA["power"])
+
+    def rms(method):
+        return np.sqrt(np.mean([(krylov.trace(A, method, 40, seed).value - np.trace(A)) ** 2 for seed in range(20)]))
+
+    xtrace, hutchpp, hutchinson = map(rms, ("xtrace", "hutch++", "hutchinson"))
+    assert xtrace < hutchpp < 0.2 * hutchinson
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_low_rank_and_few_dimensions_are_exact(dtype):
+    A = matrix(np.r_[np.ones(5), np.zeros(N - 5)], dtype)
+    eps = np.finfo(dtype).eps
+    for method in ("xtrace", "hutch++"):
+        found = krylov.trace(A, method, products=40)
+        assert abs(found.value - 5) < 100 * eps
+        assert abs(found.value - 5) <= 2 * found.standard_error < 1000 * eps
+    diagonal = krylov.diagonal(A, products=40)
+    assert abs(diagonal.values - np.diag(A)).max() < 100 * eps
+    for exact in (krylov.trace(A, products=N), krylov.diagonal(A, products=N)):
+        assert (exact.method, exact.products) == ("exact", N)
+    assert np.array_equal(krylov.diagonal(A, products=N).values, np.diag(A))
+    assert krylov.trace(np.zeros((300, 300))).value == 0
+
+
+def test_a_function_of_the_operator():
+    values = np.linspace(0, 3, 500)
+    A = matrix(values)
+    exact = (values / (values + 0.1)).sum()
+    found = krylov.trace_of(A, lambda values: values / (values + 0.1), probes=20, steps=24)
+    assert abs(found.value - exact) < 2 * found.standard_error < 0.1 * exact
+    assert (found.products, found.method) == (480, "trace_of")
+    assert np.isclose(float(krylov.trace_of(A, np.ones_like, probes=2, steps=20)), 500)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_n_products_are_exact_if_an_estimate_takes_as_many(dtype):
+    values = np.logspace(-3, 1, N)
+    A = matrix(values, dtype)
+    for found, exact in [
+        (krylov.logdet(A), np.linalg.slogdet(A.astype(np.float64))[1]),
+        (krylov.trace_of(A, np.sqrt), np.sqrt(np.linalg.eigvalsh(A.astype(np.float64))).sum()),
+        (krylov.trace_of(A, np.exp, probes=2, steps=40), np.exp(scipy.linalg.eigvalsh(A.astype(np.float64))).sum()),
+    ]:
+        assert (found.method, found.products) == ("exact", N)
+        assert abs(found.value - exact) <= 2 * found.standard_error < 1e5 * np.finfo(dtype).eps * abs(exact)
+    assert krylov.trace_of(A, np.exp, probes=2, steps=39).products == 78
+    assert krylov.logdet(np.eye(5)).value == 0
+    assert krylov.trace_of(np.zeros((3, 3)), np.exp).value == 3
+    large = scipy.sparse.diags(np.linspace(1, 2, 2049))
+    assert krylov.logdet(large, probes=33, steps=63).products == 2079
+
+
+def test_a_function_that_is_not_finite_gets_an_error_without_a_warning():
+    for steps in (100, 10):  # n products, and quadrature.
+        with pytest.raises(hvpd.InvalidArgumentError, match=r"not finite at -.*: pass a function .* or add a shift"):
+            krylov.trace_of(matrix(np.linspace(-1, 1, N)), np.log, probes=2, steps=steps)
+
+
+def test_density_is_within_1_percent_of_the_dense_spectrum():
+    n = 2000
+    eigenvalues = np.sort(np.random.default_rng(3).gamma(2.0, size=n))
+    rotation = np.random.default_rng(4).standard_normal((n, 3))
+    rotation /= np.linalg.norm(rotation, axis=0)
+
+    def multiply(V):  # Three reflections make eigenvectors that are no unit vectors.
+        for w in rotation.T:
+            V = V - 2 * np.outer(w, w @ V)
+        V = eigenvalues[:, None] * V
+        for w in rotation.T[::-1]:
+            V = V - 2 * np.outer(w, w @ V)
+        return V
+
+    A = scipy.sparse.linalg.LinearOperator(
+        (n, n), matvec=lambda v: multiply(v.reshape(-1, 1))[:, 0], matmat=multiply, dtype=float
+    )
+    spectrum = krylov.spectrum(A, probes=40, steps=60)
+    grid = np.linspace(-3, eigenvalues.max() + 3, 600)
+    exact = scipy.stats.norm.pdf(grid[:, None], eigenvalues, 0.3).mean(axis=1)
+    density = spectrum.density(grid, sigma=0.3)
+    assert np.trapezoid(abs(density - exact), grid) < 0.01
+    assert np.isclose(np.trapezoid(density, grid), 1, atol=1e-6)
+    share = (spectrum.weights * (spectrum.nodes <= 1.0)).sum(axis=1).mean()
+    assert abs(share - np.mean(eigenvalues <= 1.0)) < 2 * spectrum.standard_error < 0.05
+    assert abs(spectrum.moments(2) - [eigenvalues.mean(), (eigenvalues**2).mean()]).max() < 0.1
+
+
+def test_an_exhausted_space_is_exact():
+    A = np.diag(np.repeat([1.0, 2.0, 5.0], 20))
+    spectrum = krylov.spectrum(A, probes=4, steps=30)
+    assert spectrum.sizes.tolist() == [3] * 4
+    assert np.allclose(spectrum.nodes[:, :3], [1, 2, 5])
+    assert np.allclose(spectrum.weights[:, :3], 1 / 3)  # Random signs weigh unit vectors alike.
+    assert np.isclose(krylov.logdet(A).value, 20 * np.log(10))
+
+
+def test_a_spectrum_of_one_point_has_a_density():
+    zero = krylov.spectrum(np.zeros((5, 5)))
+    assert np.allclose(zero.density([0.0, 1.0]), scipy.stats.norm.pdf([0.0, 1.0]))
+    one = krylov.spectrum(np.eye(5))
+    assert np.isclose(np.trapezoid(one.density(one.grid()), one.grid()), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("sigma", [None, 0.05, 1.0, 30.0])
+def test_the_density_on_its_grid_integrates_to_1(sigma):
+    spectrum = krylov.spectrum(matrix(np.linspace(0, 3, N)), 4, 20)
+    grid = spectrum.grid(sigma=sigma)
+    assert abs(np.trapezoid(spectrum.density(grid, sigma), grid) - 1) < 1e-4
+    assert np.array_equal(spectrum.density(sigma=sigma), spectrum.density(grid, sigma))
+    with pytest.raises(hvpd.InvalidArgumentError, match="points must be"):
+        spectrum.grid(0)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_bases_that_do_not_fit_are_left_out_and_said(dtype):
+    A = matrix(np.r_[np.linspace(0, 1, N - 1), 20], dtype)
+    full, none = (krylov.spectrum(A, 6, 60, reorthogonalize=each) for each in ("full", "none"))
+    assert (full.reorthogonalize, none.reorthogonalize) == ("full", "none")
+    grid = np.linspace(-2, 22, 200)
+    assert abs(full.density(grid, 0.5) - none.density(grid, 0.5)).max() < 1e-3
+    tick = lambda done, residual: None  # noqa: E731
+    small = {"seed": 0, "probes": 6, "steps": 60, "tick": tick}
+    grouped = probes.tridiagonals(lambda V: V @ A, N, A.dtype, **small, basis_bytes=2 * 60 * N * A.itemsize)
+    assert grouped.reorthogonalize == "full"
+    whole = probes.tridiagonals(lambda V: V @ A, N, A.dtype, **small)
+    assert np.allclose(grouped.alphas[:, :10], whole.alphas[:, :10], rtol=1e-4)
+
+
+def test_an_indefinite_operator_has_no_logdet():
+    with pytest.raises(
+        hvpd.InvalidArgumentError, match=r"not positive definite: it has an eigenvalue of at most -[\d.]+; add a shift"
+    ):
+        krylov.logdet(matrix(np.linspace(-1, 1, N)))
+
+
+def test_products_that_are_not_finite():
+    A = np.full((300, 300), np.nan)
+    for call in (krylov.trace, krylov.diagonal, krylov.spectrum, krylov.logdet):
+        with pytest.raises(hvpd.HvpdError, match="hold NaN or infinity: there is no curvature") as raised:
+            call(A)
+        assert raised.value.reason == "NOT_FINITE"
+    B, count = matrix(SPECTRA["flat"]), iter(range(1000))
+    broken = scipy.sparse.linalg.LinearOperator(
+        (N, N), matvec=None, matmat=lambda V: B @ V * (np.nan if next(count) == 12 else 1), dtype=float
+    )
+    late = krylov.spectrum(broken, probes=3, steps=40)
+    assert late.sizes.tolist() == [12] * 3
+    assert "NaN" in late.reason
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda A: krylov.trace(A, "na"), "method must be one of xtrace"),
+        (lambda A: krylov.trace(A, products=3), "products must be an integer of at least 4"),
+        (lambda A: krylov.diagonal(A, products=1), "products must be an integer of at least 4"),
+        (lambda A: krylov.spectrum(A, probes=1), "probes must be an integer of at least 2"),
+        (lambda A: krylov.spectrum(A, steps=0), "steps must be an integer of at least 1"),
+        (lambda A: krylov.spectrum(A, reorthogonalize="half"), "reorthogonalize must be"),
+        (lambda A: krylov.spectrum(A).density(sigma=0.0), "sigma must be positive"),
+        (lambda A: krylov.trace_of(A, lambda v: v / 0), "trace_of is not finite at"),
+        (
+            lambda A: krylov.trace_of(A, lambda v: v[:1]),
+            r"an array of shape \(\d+,\), and returned float64 of shape \(1,\)",
+        ),
+        (lambda A: krylov.trace_of(A, lambda v: v * 1j), "and returned complex128"),
+        (lambda A: krylov.trace_of(A, 3), "function must be a function of an array of eigenvalues.*got 3"),
+        (
+            lambda A: krylov.spectrum(A, probes=10**9),
+            r"1000000000 probes of \d+ steps need .* GiB .*: take at most \d+ probes",
+        ),
+        (lambda A: krylov.logdet(A, probes=1), "probes must be an integer of at least 2"),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(hvpd.InvalidArgumentError, match=message), np.errstate(all="ignore"):
+        call(matrix(SPECTRA["flat"]))
+
+
+def test_a_picture():
+    pytest.importorskip("matplotlib")
+    axes = krylov.spectrum(matrix(SPECTRA["flat"]), steps=20).plot()
+    (line,) = axes.get_lines()
+    assert (line.get_ydata() > 0).all()
+    assert axes.get_yscale() == "log"

@@ -1,0 +1,40 @@
+"""Checks of arguments name the argument, its value, and the expected values."""
+
+import numpy as np
+import pytest
+
+from hvpd import InvalidArgumentError
+from hvpd._arguments import check_choice, finite, integer
+
+
+@pytest.mark.parametrize("number", [1, 3, np.int64(2)])
+def test_an_integer_within_its_limits_is_returned(number):
+    found = integer(number, "rank", 1, 3)
+    assert found == number
+    assert type(found) is int
+
+
+@pytest.mark.parametrize(
+    ("number", "most", "says"), [(0, None, "of at least 1"), (4, 3, "from 1 to 3"), (1.0, 3, "1.0")]
+)
+def test_another_number_is_refused(number, most, says):
+    with pytest.raises(InvalidArgumentError, match=f"rank must be an integer .*{says}"):
+        integer(number, "rank", 1, most)
+
+
+def test_a_finite_number_is_returned_as_a_float():
+    found = finite(np.float32(0.5), "shift")
+    assert found == 0.5
+    assert type(found) is float
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1j, "1", None])
+def test_a_number_that_is_not_finite_and_real_is_refused(number):
+    with pytest.raises(InvalidArgumentError, match="shift must be a finite real number, got"):
+        finite(number, "shift")
+
+
+def test_only_a_listed_word_is_accepted():
+    check_choice("sum", "reduction", ("mean", "sum"))
+    with pytest.raises(InvalidArgumentError, match="reduction must be one of mean, sum, got 'max'"):
+        check_choice("max", "reduction", ("mean", "sum"))

@@ -1,0 +1,43 @@
+from hvpd._cli.top import frame
+from hvpd.v1 import server_pb2
+
+
+def load(seconds, products, shares=(), counts=(0, 0, 0)):
+    found = server_pb2.GetLoadResponse(
+        state="serving",
+        products=products,
+        vectors=4 * products,
+        pending_vectors=3,
+        pending_limit=4096,
+        resident_bytes=3 << 20,
+        budget_bytes=1 << 30,
+        request_seconds=server_pb2.Histogram(bounds=[0.001, 0.01], counts=counts),
+        queue_seconds=server_pb2.Histogram(bounds=[0.001, 0.01], counts=[0, 0, 0]),
+        launch_vectors=server_pb2.Histogram(bounds=[1, 2], counts=[0, 0, 0]),
+        shares=shares,
+    )
+    found.time.FromNanoseconds(int(seconds * 1e9))
+    return found
+
+
+def share(objective, products, device):
+    return server_pb2.Share(objective=objective, tenant="vision", products=products, device_seconds=device)
+
+
+def test_rates_and_quantiles_are_those_between_two_moments():
+    before = load(10, 100, [share("a", 90, 5.0)], (1000, 0, 0))
+    now = load(12, 300, [share("a", 190, 6.0), share("b", 100, 1.5)], (1000, 200, 0))
+    lines = frame("gpu-box:7070", before, now)
+    assert lines[0] == "gpu-box:7070  serving  0 calls"
+    assert lines[1].startswith("products 100/s   vectors 400/s   failures 0/s")
+    assert lines[2] == "latency  p50 5.5 ms   p90 9.1 ms   p99 9.91 ms"
+    assert "no products   waiting 3 of 4096 vectors" in lines[3]
+    assert "3 MiB of 1 GiB resident" in lines[5]
+    rows = [line.split() for line in lines[8:]]
+    assert rows == [["b", "vision", "50", "0", "75%"], ["a", "vision", "50", "0", "50%"]]
+
+
+def test_a_server_that_was_started_again_counts_from_zero():
+    lines = frame("gpu-box:7070", load(10, 1000, [], (900, 0, 0)), load(12, 10, [], (10, 0, 0)))
+    assert lines[1].startswith("products 5/s")
+    assert lines[2].startswith("latency  p50 0.5 ms")

@@ -1,0 +1,263 @@
+"""Whole computations on a real server: equal to dense algebra and to the same algorithm
+here, in one call; they end with their callers, and are repeated after a crash.
+"""
+
+import threading
+
+import grpc
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from scipy.sparse.linalg import aslinearoperator
+
+import hvpd
+from hvpd._krylov.runner import runner
+from hvpd._wire.frames import Frame
+from hvpd.v1 import krylov_pb2
+from tests.support.waiting import until
+
+N, ROWS = 40, 120
+
+
+def logistic(x, X, y):
+    return jnp.mean(jnp.logaddexp(0.0, -y * (X @ x))) + 0.05 * jnp.sum(x**2)
+
+
+def problem(dtype=np.float64):
+    rng = np.random.default_rng(0)
+    X, x = rng.standard_normal((ROWS, N)).astype(dtype), rng.standard_normal(N).astype(dtype)
+    return x, X, np.sign(X[:, 0])
+
+
+@pytest.fixture(scope="module")
+def H(client):
+    x, X, y = problem()
+    return client.register(logistic, x, X, y, name="computations/logistic").at(x).hessian(shift=0.01)
+
+
+@pytest.fixture(scope="module")
+def A(H):
+    return H @ np.eye(N)
+
+
+@pytest.fixture
+def b():
+    return np.random.default_rng(1).standard_normal(N)
+
+
+@pytest.fixture
+def calls(client, monkeypatch):
+    """Return the number of products that the client asked for, when it is called."""
+    before = client.statistics().vectors
+    return lambda: client.statistics().vectors - before
+
+
+@pytest.mark.parametrize("method", ["cg", "minres"])
+def test_a_solve_is_one_call_and_equals_the_dense_solution(H, A, b, calls, method):
+    found = H.solve(b, tol=1e-12, method=method)
+    assert found.converged
+    assert found.residual_norms[0] == pytest.approx(np.linalg.norm(b))
+    np.testing.assert_allclose(found.x, np.linalg.solve(A, b), rtol=1e-10)
+    expected = hvpd.krylov.solve(aslinearoperator(A), b, tol=1e-12, method=method)
+    assert found.products == expected.products
+    np.testing.assert_allclose(found.residual_norms[:5], expected.residual_norms[:5], rtol=1e-9)
+    assert calls() == 0
+
+
+def test_many_right_hand_sides_and_many_shifts_are_solved_together(H, A):
+    B = np.random.default_rng(2).standard_normal((N, 5))
+    np.testing.assert_allclose(H.solve(B, tol=1e-12).x, np.linalg.solve(A, B), rtol=1e-9, atol=1e-11)
+    shifts = [0.0, 0.5, 3.0]
+    found = H.solve(B[:, 0], tol=1e-12, shifts=shifts)
+    for x, shift in zip(found.x, shifts, strict=True):
+        np.testing.assert_allclose(x, np.linalg.solve(A + shift * np.eye(N), B[:, 0]), rtol=1e-9)
+        np.testing.assert_allclose(x, H.shifted(shift).solve(B[:, 0], tol=1e-12).x, rtol=1e-9)
+
+
+def test_preconditioners_live_on_the_server(H, A, b, calls):
+    nystrom = hvpd.nystrom(aslinearoperator(A), 8)
+    for M in (1 / np.diag(A), nystrom):
+        found = H.solve(b, tol=1e-12, M=M)
+        expected = hvpd.krylov.solve(aslinearoperator(A), b, tol=1e-12, M=M)
+        assert abs(found.products - expected.products) <= 1
+        np.testing.assert_allclose(found.x, np.linalg.solve(A, b), rtol=1e-9)
+    start = H.solve(b, tol=1e-4).x
+    assert H.solve(b, tol=1e-12, x0=start).products < H.solve(b, tol=1e-12).products
+    assert calls() == 0
+
+
+def test_kfac_preconditions_on_the_server(client, calls):
+    rng = np.random.default_rng(3)
+    X, W = rng.standard_normal((30, 4)), rng.standard_normal((4, 3))
+
+    def model(p, X):
+        return jnp.tanh(X @ p["w"] + p["b"]) @ p["v"]
+
+    def loss(z, y):
+        return jnp.mean((z - y) ** 2)
+
+    p = {"w": W, "b": np.zeros(3), "v": rng.standard_normal((3, 2))}
+    point = client.register(hvpd.composite(model, loss), p, X, rng.standard_normal((30, 2))).at(p)
+    G, M = point.ggn(0.1), point.kfac(0.1).inverse()
+    rhs = rng.standard_normal(G.shape[0])
+    dense = G @ np.eye(len(rhs))
+    before = calls()
+    found = G.solve(rhs, tol=1e-12, M=M)
+    assert calls() == before
+    np.testing.assert_allclose(found.x, np.linalg.solve(dense, rhs), rtol=1e-9)
+    assert found.products == hvpd.krylov.solve(aslinearoperator(dense), rhs, tol=1e-12, M=M).products
+
+
+def test_an_indefinite_operator_gives_its_direction(H, A, b):
+    found = (-H).solve(b)
+    assert not found.converged
+    assert "not positive definite" in found.reason
+    assert found.curvature < 0
+    assert found.direction @ (-A) @ found.direction == pytest.approx(found.curvature)
+
+
+def test_a_preconditioner_without_arrays_runs_here(H, A, b, calls):
+    M = scipy.sparse.linalg.LinearOperator((N, N), lambda v: np.linalg.solve(A, v), dtype=float)
+    np.testing.assert_allclose(H.solve(b, tol=1e-12, M=M).x, np.linalg.solve(A, b), rtol=1e-9)
+    assert calls() > 0
+
+
+@pytest.mark.parametrize("method", ["xtrace", "hutch++", "hutchinson"])
+def test_estimates_equal_those_of_the_same_vectors_here(H, A, calls, method):
+    found = H.trace(method, products=18, seed=5)
+    expected = hvpd.krylov.trace(aslinearoperator(A), method, products=18, seed=5)
+    assert found.value == pytest.approx(expected.value, rel=1e-9)
+    assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-6)
+    assert found.products == expected.products
+    assert abs(found.value - np.trace(A)) <= 4 * found.standard_error
+    assert H.trace(products=N).value == pytest.approx(np.trace(A), rel=1e-12)
+    assert calls() == 0
+
+
+def test_diagonals_and_quadratures_equal_those_here(H, A, calls):
+    found = hvpd.krylov.diagonal(H, products=20, seed=5)
+    np.testing.assert_allclose(found.values, hvpd.krylov.diagonal(aslinearoperator(A), products=20, seed=5).values)
+    for reorthogonalize in (None, "full", "none"):
+        spectrum = H.spectrum(probes=4, steps=12, seed=5, reorthogonalize=reorthogonalize)
+        expected = hvpd.krylov.spectrum(aslinearoperator(A), 4, 12, 5, reorthogonalize)
+        np.testing.assert_allclose(spectrum.nodes, expected.nodes, rtol=1e-7)
+        assert spectrum.reorthogonalize == expected.reorthogonalize
+    found = H.trace_of(np.exp, probes=4, steps=9, seed=5)
+    truth = np.trace(scipy.linalg.expm(A))
+    assert abs(found.value - truth) <= 4 * found.standard_error
+    assert calls() == 0
+    exact = H.trace_of(np.exp)
+    assert (exact.value, exact.products) == (pytest.approx(truth, rel=1e-12), N)
+
+
+@pytest.mark.parametrize("radius", [0.1, np.inf])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_the_step_of_a_trust_region_is_one_call(H, A, b, calls, radius, preconditioned):
+    M = 1 / np.diag(A) if preconditioned else None
+    found = H._krylov().steihaug(b, radius, tol=1e-10, maxiter=200, M=M)
+    expected = runner(aslinearoperator(A)).steihaug(b, radius, tol=1e-10, maxiter=200, M=M)
+    np.testing.assert_allclose(found.p, expected.p, rtol=1e-9)
+    assert found.predicted == pytest.approx(expected.predicted)
+    assert (found.products, found.reason) == (expected.products, expected.reason)
+    if np.isinf(radius):
+        np.testing.assert_allclose(found.p, np.linalg.solve(A, -b), rtol=1e-8)
+    assert calls() == 0
+
+
+def test_a_minimisation_multiplies_on_the_server(client, calls):
+    x, X, y = problem()
+    objective = client.register(logistic, x, X, y, name="computations/logistic")
+    found = objective.minimize(x, gtol=1e-10)
+    assert found.success
+    assert np.linalg.norm(objective.gradient(found.x)) < 1e-10
+    assert found.nhev > 0
+    assert calls() == 0
+
+
+def test_a_product_that_is_not_finite_is_said(client):
+    def fun(x, data):
+        return jnp.sum(data * x**3) / 6
+
+    x = np.ones(50)
+    x[49] = 1e308
+    data = np.linspace(1, 2, 50)
+    data[49] = 100.0
+    H = client.register(fun, np.ones(50), data).at(x).hessian()
+    found = H.solve(np.ones(50))
+    assert "NaN or infinity" in found.reason
+    assert not found.converged
+    for estimate in (lambda: H.trace(products=20), lambda: H.spectrum(2, 10)):
+        with pytest.raises(hvpd.HvpdError, match="NaN or infinity"):
+            estimate()
+
+
+def slow(x, data):
+    """Return a function whose product takes a moment."""
+    return jax.lax.fori_loop(0, 2000, lambda _, y: jnp.sin(y) + data, x).sum()
+
+
+def test_a_computation_ends_with_its_caller(serve):
+    server = serve()
+    with hvpd.connect(server.address) as client:
+        n = 2000
+        x = np.ones(n)
+        H = client.register(slow, x, np.linspace(0, 1, n)).at(x).hessian()
+        H @ x
+        runner = H._krylov()
+        spec = krylov_pb2.ComputationSpec(
+            operator=runner._operator.message,
+            estimate=krylov_pb2.EstimateSpec(method="hutchinson", products=n),
+        )
+        call = runner._operator.transport.channel.compute(
+            iter([Frame(krylov_pb2.ComputeRequest(spec=spec))]), metadata=runner._operator.transport.channel.metadata
+        )
+        until(lambda: server.metric("hvpd_resident_bytes") and server.metric("hvpd_columns_total") > 1)
+        call.cancel()
+        with pytest.raises(grpc.RpcError):
+            next(call)
+        until(lambda: server.metric("hvpd_open_calls") == server.metric("hvpd_open_streams"))
+        assert server.metric("hvpd_columns_total") < n
+        assert server.metric('hvpd_resident_bytes{kind="run"}') == 0
+
+
+def test_a_computation_is_repeated_after_a_crash(serve):
+    server = serve()
+    x, X, y = problem()
+    with hvpd.connect(server.address) as client:
+        H = client.register(logistic, x, X, y, fixed_bucket=1).at(x).hessian()
+        expected = H.spectrum(probes=3, steps=20, seed=1)
+        killed = threading.Thread(target=lambda: (server.kill(), server.start()))
+        started = threading.Event()
+
+        def computed():
+            started.set()
+            return [H.spectrum(probes=3, steps=20, seed=1) for _ in range(20)]
+
+        results: list = []
+        worker = threading.Thread(target=lambda: results.extend(computed()))
+        worker.start()
+        started.wait(60)
+        killed.start()
+        killed.join(120)
+        worker.join(120)
+        assert len(results) == 20
+        for found in results:
+            assert found.nodes.tobytes() == expected.nodes.tobytes()
+
+
+def test_a_computation_beyond_the_memory_is_refused_with_sizes(serve):
+    n = 4000
+    server = serve("--memory-budget", "2000000")
+    x = np.ones(n)
+    with hvpd.connect(server.address) as client:
+        objective = client.register(lambda x, d: jnp.sum(d * x**4) / 12, x, np.linspace(1, 2, n))
+        H = objective.at(x).hessian()
+        with pytest.raises(hvpd.OverloadedError, match=r"an estimate with 100 random vectors .* 2000000 bytes"):
+            H.trace(products=200)
+        with pytest.raises(hvpd.OverloadedError, match=r"1 iterations with 85 vectors"):
+            H.spectrum(probes=2, steps=80, reorthogonalize="full")
+        assert H.spectrum(probes=2, steps=80).reorthogonalize == "none"
+        assert H.solve(np.ones(n), tol=1e-10).converged
+        assert server.metric('hvpd_runs_total{kind="solve",outcome="done"}') == 1

@@ -1,0 +1,116 @@
+"""Runs are resident: they count for their owner, need their point, and are found by
+their owner at their point only.
+"""
+
+import numpy as np
+import pytest
+
+from hvpd._wire import codec
+from hvpd.v1 import curvature_pb2
+from hvpd_server.errors import ServiceError
+from hvpd_server.krylov.operator import Operator, Terms, Work
+from hvpd_server.krylov.runs import Position, Runs
+
+N = 6
+
+
+@pytest.fixture
+def engine(serve, logistic):
+    return serve(logistic)
+
+
+@pytest.fixture
+def point(engine, logistic):
+    spec = curvature_pb2.PointSpec(
+        objective_digest=logistic.export.digest,
+        default_data=True,
+        x_digest=codec.digest(codec.payload(logistic.x)),
+    )
+    return engine.create_point(engine.locate(spec), logistic.x, "ann")
+
+
+@pytest.fixture
+def runs(engine):
+    return Runs(engine)
+
+
+@pytest.fixture
+def begin(engine, point, runs):
+    def begin(steps=3):
+        operator = Operator(engine, point, "hvp", terms=Terms())
+        return runs.start(operator, np.eye(1, N), steps, "full", Work(owner="ann"))
+
+    return begin
+
+
+@pytest.fixture
+def residency(engine):
+    return engine.lanes[0].residency
+
+
+def reason(call, *arguments):
+    with pytest.raises(ServiceError) as error:
+        call(*arguments)
+    return error.value.reason
+
+
+def position(run, **changes):
+    return Position(run.point.id, run.id, 0, run.space.rows, run.space.waiting)._replace(**changes)
+
+
+def test_a_run_counts_for_its_owner_until_it_is_closed(runs, begin, residency):
+    before = residency.had_bytes("ann")
+    run = begin()
+    assert residency.used_bytes()["run"] == residency.had_bytes("ann") - before == run.size_bytes
+    assert run.size_bytes >= 4 * N * 8
+    runs.close(run)
+    assert residency.had_bytes("ann") == before
+
+
+def test_a_run_is_found_by_its_owner_at_its_point(runs, begin):
+    run = begin()
+    assert runs.find(position(run), "ann") is run
+    assert reason(runs.find, position(run), "ben") == "RUN_NOT_RESIDENT"
+    assert reason(runs.find, position(run, run_id="0" * 32), "ann") == "RUN_NOT_RESIDENT"
+    assert reason(runs.find, position(run, point_id="0" * 64), "ann") == "RUN_OF_ANOTHER_POINT"
+
+
+def test_a_run_goes_with_its_point(runs, begin, residency, point):
+    run = begin()
+    residency.drop(point.id)
+    assert reason(runs.find, position(run), "ann") == "RUN_NOT_RESIDENT"
+    assert reason(next, run.space.extend(1)) == "RUN_NOT_RESIDENT"
+
+
+def test_a_run_goes_back_only_within_one_change(runs, begin):
+    run = begin()
+    list(run.space.extend(3))
+    runs.go_to(run, position(run, rows=2, waiting=1))
+    assert run.space.rows == 2
+    assert reason(runs.go_to, run, position(run, changes=1)) == "RUN_NOT_RESIDENT"
+    assert reason(runs.go_to, run, position(run, rows=9)) == "RUN_NOT_RESIDENT"
+
+
+def test_the_objective_of_a_pinned_run_counts_as_pinned(engine, runs, begin, logistic):
+    """Otherwise it would be unloaded before others, and the run with it."""
+    run = begin()
+    assert engine.lanes[0].pinned() == set()
+    runs.pin(run, 60)
+    assert engine.lanes[0].pinned() == {logistic.export.digest}
+
+
+def test_a_computation_counts_while_it_runs(engine, runs, point, residency):
+    operator = Operator(engine, point, "hvp", terms=Terms())
+    operator.work = Work(owner="ann")
+    with runs.holding(operator, 1000, "a solve"):
+        assert residency.used_bytes()["run"] == 1000
+        operator.multiply(np.eye(1, N))
+        residency.drop(point.id)
+        assert reason(operator.multiply, np.eye(1, N)) == "MEMORY_BUDGET"
+    assert residency.used_bytes()["run"] == 0
+    assert reason(runs.holding(operator, 1 << 40, "a solve").__enter__) == "MEMORY_BUDGET"
+
+
+def test_a_computation_takes_a_quarter_of_what_there_is(engine, runs, point):
+    operator = Operator(engine, point, "hvp", terms=Terms())
+    assert runs.room_bytes(operator) == engine.lanes[0].residency.budget_bytes // 4

@@ -1,0 +1,94 @@
+"""The server's certificates in their files, without a server."""
+
+import itertools
+import logging
+import socket
+import ssl
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+import trustme
+
+from hvpd_server.rpc.tls import Certificates, Files
+
+WAIT = 30
+
+
+@pytest.fixture(scope="module")
+def ca():
+    return trustme.CA()
+
+
+@pytest.fixture
+def issue(ca, tmp_path):
+    """Return a function that makes a certificate and its key, as bytes."""
+
+    def issue():
+        leaf = ca.issue_cert("127.0.0.1")
+        return leaf.cert_chain_pems[0].bytes(), leaf.private_key_pem.bytes()
+
+    return issue
+
+
+@pytest.fixture
+def files(tmp_path):
+    return Files(tmp_path / "server.pem", tmp_path / "server.key")
+
+
+def write(file, content):
+    """Replace a file, so that its version differs from the one before."""
+    scratch = file.with_suffix(".new")
+    scratch.write_bytes(content)
+    scratch.rename(file)
+
+
+def shown_by_grpc(ca, certificates):
+    """Return the certificate that a server of gRPC shows."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_secure_port("127.0.0.1:0", certificates.credentials())
+    server.start()
+    context = ssl.create_default_context(cadata=ca.cert_pem.bytes().decode())
+    context.set_alpn_protocols(["h2"])
+    try:
+        with (
+            socket.create_connection(("127.0.0.1", port), WAIT) as plain,
+            context.wrap_socket(plain, server_hostname="127.0.0.1") as secure,
+        ):
+            return ssl.DER_cert_to_PEM_cert(secure.getpeercert(binary_form=True)).encode()
+    finally:
+        server.stop(None).wait(WAIT)
+
+
+def test_a_certificate_and_its_key_may_be_in_one_file(ca, issue, tmp_path):
+    made = issue()
+    for number, parts in enumerate(itertools.permutations(made)):
+        file = tmp_path / f"{number}.pem"
+        file.write_bytes(b"".join(parts))
+        assert shown_by_grpc(ca, Certificates(Files(file, file))).split() == made[0].split()
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["certificate", "key"])
+def test_new_files_are_used_once_they_fit_whichever_is_written_first(ca, issue, files, caplog, first):
+    before, after = issue(), issue()
+    both = files.cert, files.key
+    for file, content in zip(both, before, strict=True):
+        write(file, content)
+    certificates = Certificates(files)
+    write(both[first], after[first])
+    with caplog.at_level(logging.ERROR):
+        assert certificates.changed() is None
+    assert "connections are shown the certificate that was read before" in caplog.text
+    assert shown_by_grpc(ca, certificates).split() == before[0].split()
+    write(both[1 - first], after[1 - first])
+    assert shown_by_grpc(ca, certificates).split() == after[0].split()
+
+
+def test_with_a_ca_of_clients_each_handshake_has_new_keys_for_sessions(ca, issue, files, tmp_path):
+    """gRPC makes them whenever it gets certificates, also those that it has."""
+    for file, content in zip((files.cert, files.key), issue(), strict=True):
+        write(file, content)
+    assert Certificates(files).changed() is None
+    ca.cert_pem.write_to_path(tmp_path / "clients.pem")
+    certificates = Certificates(Files(files.cert, files.key, tmp_path / "clients.pem"))
+    assert certificates.changed() is certificates.changed() is not None

@@ -1,0 +1,319 @@
+"""The vetter is a process that may crash, hang or lie, and then starts again."""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import types
+
+import jax
+import pytest
+
+from hvpd_server.admission import vetter as _vetter
+from hvpd_server.admission import vetting
+from hvpd_server.derivation import compiling
+from hvpd_server.errors import Code, ServiceError
+from hvpd_server.importer import rules
+from hvpd_server.importer.rules import Limits
+from tests.support.vetting import PLAIN, parts, refused
+
+pytestmark = pytest.mark.slow  # Real programs, compiled and run.
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Return a function that starts vetters whose forks run code instead of reading:
+    told(code, **limits).
+    """
+    opened = []
+
+    def told(code, **limits):
+        program = (
+            "import os, signal, sys, time, ctypes\n"
+            "from hvpd.v1 import objective_pb2\n"
+            "from hvpd_server.admission import vetter\n"
+            "def derive(programs, platform, limits, derivation):\n"
+            f"{textwrap.indent(textwrap.dedent(code), '    ')}\n"
+            "    return objective_pb2.Derivation(mode=f'told of {platform}')\n"
+            "vetter.derive = derive\n"
+            "vetter.main()\n"
+        )
+        monkeypatch.setattr(vetting, "_COMMAND", ["-c", program])
+        opened.append(vetting.Vetter(dataclasses.replace(Limits(), **limits)))
+        return opened[-1]
+
+    yield told
+    for vetter in opened:
+        vetter.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "says"),
+    [
+        ("ctypes.string_at(0)", rules.VETTING_FAILED, "SIGSEGV"),
+        ("os.abort()", rules.VETTING_FAILED, "SIGABRT"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", rules.VETTING_FAILED, "SIGKILL"),
+        (
+            "from jaxlib.mlir import ir\nir.Module.parse('module {' * 100_000 + '}' * 100_000, ir.Context())",
+            rules.VETTING_FAILED,
+            "SIGSEGV",
+        ),
+        ("os._exit(3)", rules.VETTING_FAILED, "code 3"),
+        ("os._exit(0)", rules.VETTING_FAILED, "said nothing"),
+        ("return 3", rules.VETTING_FAILED, "AttributeError"),
+        ("bytearray(1 << 31)", rules.VETTING_FAILED, "64 MiB of memory"),
+        ("while True: pass", rules.VETTING_TIMEOUT, "1 s of computing"),
+        ("recursive = lambda: recursive()\nrecursive()", rules.VETTING_FAILED, "RecursionError"),
+        (
+            "os.write(os.open(os.environ['HOME'] + '/.hvpd-test', os.O_CREAT | os.O_WRONLY), b'x')",
+            rules.VETTING_FAILED,
+            "OSError",
+        ),
+    ],
+)
+def test_a_reader_that_fails_in_any_way_refuses_and_the_next_program_is_read(
+    told, tmp_path, monkeypatch, code, reason, says
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    vetter = told(
+        f"if programs['objective'] == b'bad':\n{textwrap.indent(code, '    ')}", memory_bytes=64 << 20, cpu_seconds=1
+    )
+    for _ in range(2):
+        refused(vetter, b"bad", reason, says)
+        assert vetter.vet(parts(PLAIN, objective=b"good"), "tpu").mode == "told of tpu"
+
+
+@pytest.mark.parametrize("code", ["signal.pause()", "os.closerange(3, 100); signal.pause()"])
+def test_one_that_waits_for_ever_is_ended(told, code):
+    """It is ended also if it has closed the pipe for its verdict."""
+    vetter = told(code, seconds=0.2)
+    refused(vetter, b"", rules.VETTING_TIMEOUT, "0.2 s")
+
+
+def test_one_that_says_too_much_is_ended(told):
+    vetter = told("raise vetter.Refused('OPERATION_REFUSED', 'x' * 10_000_000)")
+    refused(vetter, b"", rules.OPERATION_REFUSED)
+
+
+def test_a_derivation_that_is_too_long_is_a_refusal(told):
+    vetter = told("if programs['objective'] == b'bad': return objective_pb2.Derivation(programs=['x' * 10_000_000])")
+    refused(vetter, b"bad", rules.VETTING_FAILED)
+    vetter.vet(parts(PLAIN))
+
+
+def test_a_long_derivation_comes_back_whole(told):
+    vetter = told("return objective_pb2.Derivation(programs=[str(number) for number in range(200_000)])")
+    assert vetter.vet(parts(PLAIN)).programs == [str(number) for number in range(200_000)]
+
+
+def test_words_of_a_program_do_not_reach_a_terminal_as_they_are(told):
+    text = "\\x1b[31mred\\r\\n\\tover\\u202ethere \\U0001f600"
+    says = refused(told(f"raise vetter.Refused('OPERATION_REFUSED', '{text}')"), b"", rules.OPERATION_REFUSED)
+    assert says == "the bundle is refused: ?[31mred over?there \U0001f600"
+
+
+def test_a_reason_that_is_unknown_is_none(told):
+    refused(told("raise vetter.Refused('BECAUSE', 'no')"), b"", rules.VETTING_FAILED, "the bundle is refused: no")
+
+
+def test_a_fork_has_neither_the_servers_streams_nor_its_environment(told, monkeypatch, capfd):
+    monkeypatch.setenv("HVPD_SECRET", "secret")
+    vetter = told(
+        """
+        os.write(1, b"out"); os.write(2, b"err")
+        open_ones = [os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+        raise vetter.Refused("OPERATION_REFUSED", f"{sorted(os.environ)} {sorted(open_ones)}")
+        """
+    )
+    says = refused(vetter, b"", rules.OPERATION_REFUSED)
+    assert "HVPD_SECRET" not in says
+    assert "JAX_PLATFORMS" in says
+    assert says.count("socket") == 1  # It answers on that socket.
+    assert capfd.readouterr() == ("", "")
+
+
+def test_reading_and_compiling_have_a_lower_priority_than_the_server(told, monkeypatch):
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    says = refused(
+        told("raise vetter.Refused('OPERATION_REFUSED', f'nice {os.nice(0)}')"), b"", rules.OPERATION_REFUSED
+    )
+    assert says.endswith(f"nice {min(ours + 10, 19)}")
+    program = (
+        "import os\n"
+        "from hvpd_server.admission import vetter\n"
+        "from hvpd_server.derivation import compiling\n"
+        "def compile_program(*args, **settings):\n"
+        "    raise ValueError(f'nice {os.nice(0)}')\n"
+        "compiling.compile_program = compile_program\n"
+        "vetter.main()\n"
+    )
+    monkeypatch.setattr(vetting, "_COMMAND", ["-c", program])
+    with contextlib.closing(vetting.Vetter()) as compiles, pytest.raises(ServiceError) as error:
+        compiled(compiles, "hvp", 1)
+    assert str(error.value).endswith(f"nice {min(ours + 10, 19)}")
+
+
+def test_a_process_that_dies_is_started_again(vetter):
+    good = parts(PLAIN)
+    vetter.vet(good)
+    before = vetter._process
+    before.kill()
+    before.wait()
+    vetter.vet(good)
+    assert vetter._process is not before
+
+
+def order(name, width=0, rows=0):
+    return {"rows": rows, "name": name, "width": width, "devices": [0], "data": 0, "deterministic": False}
+
+
+def compiled(vetter, name, width=0, parts_=None):
+    given = parts_ or parts(PLAIN)
+    key = hashlib.sha256(given["bundle"]).hexdigest()
+    return vetter.compile(key, lambda: given, vetter.vet(given), "cpu", order(name, width))
+
+
+def test_compiles_go_on_when_the_process_is_killed(vetter, start):
+    """Several compile at a time. Each starts the process again, and none ends a process
+    that another has started.
+    """
+    given = parts(PLAIN)
+    key, derived = hashlib.sha256(given["bundle"]).hexdigest(), vetter.vet(given)
+    futures = [start(vetter.compile, key, lambda: given, derived, "cpu", order("hvp", width)) for width in (1, 2, 3, 4)]
+    vetter._process.kill()
+    for future in futures:
+        compiling.load(future.result(120), jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    ("work", "reason", "says"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", rules.COMPILE_FAILED, "SIGSEGV"),
+        ("os._exit(0)", rules.COMPILE_FAILED, "said nothing"),
+        ("signal.pause()", rules.COMPILE_FAILED, "more than 0.5 s"),
+        ("bytearray(1 << 40)", rules.COMPILE_FAILED, "cannot be compiled in 16384 MiB of memory"),
+        ("raise RuntimeError('RESOURCE_EXHAUSTED: no memory')", rules.DEVICE_MEMORY, "no memory"),
+        ("raise RuntimeError('XLA does not know this')", rules.COMPILE_FAILED, "XLA does not know this"),
+    ],
+)
+def test_a_compile_that_ends_badly_is_an_answer_and_the_next_one_is_compiled(monkeypatch, work, reason, says):
+    program = (
+        "import os, signal\n"
+        "from hvpd_server.admission import vetter\n"
+        "from hvpd_server.derivation import compiling\n"
+        "compile_program = compiling.compile_program\n"
+        "def bad(sized, name, *args, **settings):\n"
+        f"    if name == 'hvp': {work}\n"
+        "    return compile_program(sized, name, *args, **settings)\n"
+        "compiling.compile_program = bad\n"
+        "vetter.main()\n"
+    )
+    monkeypatch.setattr(vetting, "_COMMAND", ["-c", program])
+    seconds = 0.5 if "pause" in work else 60
+    with contextlib.closing(vetting.Vetter(dataclasses.replace(Limits(), compile_seconds=seconds))) as vetter:
+        for _ in range(2):
+            with pytest.raises(ServiceError, match=r"the server cannot compile hvp \(width 1\): ") as error:
+                compiled(vetter, "hvp", 1)
+            assert error.value.reason == reason
+            assert says in str(error.value)
+            if "pause" not in work:
+                compiling.load(compiled(vetter, "value_and_grad"), jax.devices()[:1])
+
+
+def test_a_backend_that_cannot_serialize_is_told_apart(monkeypatch):
+    program = (
+        "from hvpd_server.admission import vetter\n"
+        "from hvpd_server.derivation import compiling\n"
+        "compiling.dump = lambda compiled: 1 / 0\n"
+        "vetter.main()\n"
+    )
+    monkeypatch.setattr(vetting, "_COMMAND", ["-c", program])
+    with (
+        contextlib.closing(vetting.Vetter()) as vetter,
+        pytest.raises(vetting.UnsupportedError, match="ZeroDivision"),
+    ):
+        compiled(vetter, "hvp", 1)
+
+
+def test_sessions_that_compile_nothing_end(vetter):
+    compiled(vetter, "hvp", 1)
+    assert vetter._sessions
+    vetter.sweep(-1.0)
+    assert not vetter._sessions
+    compiled(vetter, "hvp", 1)
+
+
+def test_a_compile_that_needs_more_than_its_memory_is_refused(vetter):
+    """XLA itself runs out of memory here. With the default limit it does not."""
+    compiling.load(compiled(vetter, "hvp", 1), jax.devices()[:1])
+    with contextlib.closing(vetting.Vetter(Limits(compile_memory_bytes=256 << 20))) as narrow:
+        with pytest.raises(ServiceError, match=r"cannot compile hvp .* take more than 256 MiB") as error:
+            compiled(narrow, "hvp", 1)
+    assert error.value.reason == rules.COMPILE_FAILED
+
+
+def test_a_compile_has_a_limit_on_memory_on_a_cpu_only():
+    limits = Limits(compile_memory_bytes=100)
+    assert _vetter._address_space(1000, limits, "cpu") == 1100
+    assert _vetter._address_space(1000, limits, "cuda") == resource.RLIM_INFINITY
+
+
+def test_on_a_system_without_a_limit_on_memory_the_log_says_so(monkeypatch, caplog):
+    process = types.SimpleNamespace(wait=lambda timeout: 0)
+    monkeypatch.setattr(vetting.subprocess, "Popen", lambda *arguments, **settings: process)
+    with contextlib.closing(vetting.Vetter()) as vetter:
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(sys, "platform", "darwin")
+            vetter.start()
+        assert caplog.messages == ["programs are read without a limit on memory: darwin has none"]
+
+
+@pytest.mark.parametrize(
+    "command", [["-c", "raise SystemExit(1)"], ["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]]
+)
+def test_one_that_cannot_be_had_is_not_the_bundles_fault(monkeypatch, command):
+    monkeypatch.setattr(vetting, "_COMMAND", command)
+    with contextlib.closing(vetting.Vetter()) as broken, pytest.raises(ServiceError) as error:
+        broken.vet({"objective": b""})
+    assert (error.value.code, error.value.reason) == (Code.UNAVAILABLE, "VETTING_UNAVAILABLE")
+    assert error.value.retry_after == 1
+
+
+def test_a_vetter_that_is_closed_says_so():
+    vetter = vetting.Vetter()
+    vetter.close()
+    with pytest.raises(ServiceError) as error:
+        vetter.vet({})
+    assert (error.value.code, error.value.reason) == (Code.UNAVAILABLE, "SHUTTING_DOWN")
+
+
+def test_kill_9_of_the_server_leaves_no_process_behind(tmp_path):
+    """Neither the process that waits for work stays, nor the one that reads. Both hold
+    a pipe open for as long as they live.
+    """
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reading = f"""
+import os, signal
+from hvpd_server.admission import vetter
+alive = os.open({str(pipe)!r}, os.O_WRONLY)
+def derive(programs, platform, limits, derivation):
+    os.write(alive, b"reading")
+    signal.pause()
+vetter.derive = derive
+vetter.main()
+"""
+    owning = f"""
+from hvpd_server.admission import vetting
+vetting._COMMAND = ["-c", {reading!r}]
+vetting.Vetter().vet({{"bundle": b""}})
+"""
+    with subprocess.Popen([sys.executable, "-c", owning]) as owner, pipe.open("rb", buffering=0) as alive:
+        assert alive.read(100) == b"reading"
+        owner.send_signal(signal.SIGKILL)
+        assert alive.read(100) == b""

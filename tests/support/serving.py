@@ -1,0 +1,139 @@
+"""A server process of a test, on a free port."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+from typing import IO
+
+from hvpd_server.admission import vetting
+from tests.support.zygote import Fork, UnsuitedError, Zygote
+
+_WAIT = 120.0
+
+_FAULTS = {"PYTHONFAULTHANDLER": "1"}
+"""Variables of all servers: a crash logs the stacks."""
+
+
+class Zygotes:
+    """The zygotes of servers and of their vetters, which start when they are needed."""
+
+    def __init__(self) -> None:
+        self._started: list[Zygote] = []
+
+    def addresses(self) -> tuple[str, str]:
+        """Return the addresses of both zygotes."""
+        if not self._started:
+            self._started = [
+                Zygote("hvpd_server", os.environ | _FAULTS),
+                Zygote("hvpd_server.admission.vetter", vetting._environment()),
+            ]
+        server, vetter = self._started
+        return server.address, vetter.address
+
+    def close(self) -> None:
+        """End the zygotes."""
+        for zygote in self._started:
+            zygote.close()
+
+
+class Serving:
+    """A server process that can be killed and started again on the same port and store.
+
+    Args:
+        store: The server's store.
+        flags: Flags of `hvpd serve`.
+        host: The address to listen on.
+        environment: Variables beside those of this process.
+        supervised: Whether to start `hvpd serve`, with its supervisor.
+        zygotes: Fork the server. None: start a Python process with the true command
+            line. The supervisor always starts such processes.
+    """
+
+    def __init__(
+        self,
+        store: Path,
+        *flags: str,
+        host: str = "127.0.0.1",
+        environment: dict[str, str] | None = None,
+        supervised: bool = False,
+        zygotes: Zygotes | None = None,
+    ) -> None:
+        self._command = ["hvpd._cli", "serve"] if supervised else ["hvpd_server"]
+        self.store = store
+        self._flags = flags
+        self._environment = os.environ | _FAULTS | (environment or {})
+        self._zygotes = None if supervised else zygotes
+        self._host = host
+        self.port = 0
+        self.lines: list[str] = []
+        self.start()
+
+    @property
+    def address(self) -> str:
+        return f"{self._host}:{self.port}"
+
+    def start(self) -> None:
+        """Start the server and wait for its ready line."""
+        self.process, stderr = self._process()
+        ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, args=(stderr, ready), daemon=True)
+        self._reader.start()
+        assert ready.wait(_WAIT), self.lines
+        assert self.process.poll() is None, self.lines
+
+    def _process(self) -> "tuple[Fork | subprocess.Popen[bytes], IO[str]]":
+        """Start a process, and return it with its stderr."""
+        flags = ["--host", self._host, "--port", str(self.port), "--store", str(self.store), "--metrics-port", "0"]
+        arguments = [*flags, *self._flags]
+        read, write = os.pipe()
+        # gRPC logs the bytes that strangers sent.
+        stderr = os.fdopen(read, encoding="utf-8", errors="backslashreplace")
+        with os.fdopen(write, "wb"):
+            if self._zygotes is not None:
+                server, vetter = self._zygotes.addresses()
+                with contextlib.suppress(UnsuitedError):
+                    return Fork(server, (0, 1, write), arguments, self._environment, vetters=vetter), stderr
+            command = [sys.executable, "-m", *self._command, *arguments]
+            return subprocess.Popen(command, stderr=write, env=self._environment), stderr
+
+    def _read(self, stderr: IO[str], ready: threading.Event) -> None:
+        with stderr:
+            for line in stderr:
+                self.lines.append(line.rstrip())
+                if found := re.search(r"hvpd: serving on [^\s\"]*:(\d+)", line):
+                    self.port = int(found[1])
+                    ready.set()
+        ready.set()
+
+    def metric(self, name: str) -> float:
+        """Return the sum of a metric's samples over its labels."""
+        said = next(line for line in reversed(self.lines) if "hvpd: metrics on " in line)
+        with urllib.request.urlopen(said.split(" on ")[1], timeout=30) as response:
+            text = response.read().decode()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"{name}[ {{}}]", line))
+
+    def kill(self) -> None:
+        """End the server with SIGKILL."""
+        self.process.kill()
+        self.process.wait(_WAIT)
+        self._reader.join(_WAIT)
+
+    def terminate(self) -> int:
+        """Send SIGTERM; return the exit code. A server that does not end logs its
+        stacks.
+        """
+        self.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_WAIT)
+        if hangs := self.process.poll() is None:
+            self.process.send_signal(signal.SIGABRT)
+            self.process.wait(_WAIT)
+        self._reader.join(_WAIT)
+        assert not hangs, "\n".join(self.lines)
+        return self.process.returncode
