@@ -35,6 +35,7 @@ from hvpd_server.rpc.methods import add_to_server
 from hvpd_server.rpc.objectives import ObjectiveService
 from hvpd_server.rpc.observer import Observer
 from hvpd_server.rpc.server_info import ServerService
+from hvpd_server.rpc.streams import Streams
 from hvpd_server.rpc.vector_port import VectorPort
 from hvpd_server.scheduling import compile_queue
 from hvpd_server.status_page.history import History
@@ -128,7 +129,8 @@ class App:
             quarantine_after=config.quarantine_after,
             vetter=vetter,
         )
-        self._gate = Gate(tokens, Calls(config.max_calls))
+        streams = Streams(max(config.max_calls * 3 // 4, 1))
+        self._gate = Gate(tokens, Calls(config.max_calls, streams.end_idle))
         self._stalls = Stalls()
         arrivals = Arrivals(memory_budget.host_bytes() // 8, lambda tenant: limits.tenants(tenant).transit_bytes)
         tenants = (lambda: [""]) if tokens is None else tokens.tenants
@@ -141,11 +143,10 @@ class App:
             options=_OPTIONS,
             maximum_concurrent_rpcs=config.max_calls + _SPARE_CALLS,
         )
-        most_streams = max(config.max_calls * 3 // 4, 1)
         self._curvature = CurvatureService(
-            self.engine, most_streams, self.metrics, tracing, stalls=self._stalls, arrivals=arrivals
+            self.engine, streams, self.metrics, tracing, stalls=self._stalls, arrivals=arrivals
         )
-        self.metrics.observe_streams(lambda: self._curvature.streams.count)
+        self.metrics.observe_streams(lambda: streams.count)
         host = f"[{config.host}]" if ":" in config.host.strip("[]") and not config.host.startswith("[") else config.host
         try:
             listen = f"{host}:{config.port}"

@@ -27,6 +27,7 @@ import scipy.sparse.linalg
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import hvpd
+from hvpd_server.tenancy import token_file
 from tests.support.objectives import quadratic
 
 
@@ -354,12 +355,17 @@ def test_two_servers_cannot_share_a_store_or_a_port(serve, tmp_path):
     assert f"cannot listen on 127.0.0.1:{server.port}" in same_port.stderr
 
 
-def test_more_streams_than_the_server_keeps(serve):
-    """A server of eight calls has sixteen clients. It ends idle streams, and their
-    clients come back without an error.
+@pytest.mark.parametrize("tenant", [None, "vision"])
+def test_more_streams_than_the_server_keeps(serve, tmp_path, tenant):
+    """A server of eight calls has sixteen clients, and a tenant has half of the calls.
+    The server ends idle streams, and their clients come back without an error.
     """
-    server = serve("--max-calls", "8")
-    clients = [hvpd.connect(server.address) for _ in range(16)]
+    token, flags = None, ["--max-calls", "8"]
+    if tenant is not None:
+        token, _ = token_file.create(tmp_path / "tokens.json", tenant, ["use", "publish"])
+        flags += ["--tokens", str(tmp_path / "tokens.json")]
+    server = serve(*flags)
+    clients = [hvpd.connect(server.address, token=token) for _ in range(16)]
     clients[0].register(lambda x: jnp.sum(x**4) / 12, np.zeros(3), name="many")
     operators = [client.objective("many").at(np.arange(3.0)).hessian() for client in clients]
     for _ in range(2):

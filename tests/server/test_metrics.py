@@ -22,6 +22,7 @@ from hvpd_server.errors import Code, ServiceError, to_status
 from hvpd_server.rpc.call_context import GrpcCall
 from hvpd_server.rpc.curvature import CurvatureService
 from hvpd_server.rpc.observer import Observer
+from hvpd_server.rpc.streams import Streams
 from hvpd_server.telemetry import metrics as _metrics
 from hvpd_server.telemetry import usage
 from hvpd_server.telemetry.metrics import Metrics, ProductRecord
@@ -515,7 +516,7 @@ def product_messages(tag, k, chunks=1):
 
 
 def test_each_product_of_a_stream_is_a_request(metrics):
-    service = CurvatureService(Engine(), 4, metrics)
+    service = CurvatureService(Engine(), Streams(4), metrics)
     metrics.observe_streams(lambda: service.streams.count)
     requests = [*product_messages(1, 1), *product_messages(2, 4, chunks=4), *product_messages(3, 2)]
     answers = service.StreamProducts(iter(requests), GrpcCall(Context()))
@@ -531,7 +532,7 @@ def test_each_product_of_a_stream_is_a_request(metrics):
 
 
 def test_a_product_refused_with_its_first_chunk_is_a_request(metrics):
-    service = CurvatureService(Engine(), 4, metrics)
+    service = CurvatureService(Engine(), Streams(4), metrics)
     spec = curvature_pb2.ProductSpec(operator=curvature_pb2.OPERATOR_HESSIAN, k=1)
     too_long = Frame(curvature_pb2.StreamProductsRequest(tag=1, spec=spec), bytes(1000))
     (answer,) = service.StreamProducts(iter([too_long]), GrpcCall(Context()))

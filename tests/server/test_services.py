@@ -16,6 +16,7 @@ from hvpd_server.errors import Code, ServiceError
 from hvpd_server.rpc.call_context import GrpcCall
 from hvpd_server.rpc.curvature import CurvatureService
 from hvpd_server.rpc.objectives import ObjectiveService
+from hvpd_server.rpc.streams import Streams
 from hvpd_server.scheduling import blocks
 
 N = 3
@@ -78,7 +79,7 @@ def engine():
 
 @pytest.fixture
 def service(engine):
-    return CurvatureService(engine, max_streams=4)
+    return CurvatureService(engine, Streams(4))
 
 
 def spec(priority):
@@ -157,7 +158,7 @@ def spec_of(example, x):
 
 
 def create_point(engine, *messages):
-    found = list(CurvatureService(engine, max_streams=4).CreatePoint(iter(messages), GrpcCall(FakeContext())))
+    found = list(CurvatureService(engine, Streams(4)).CreatePoint(iter(messages), GrpcCall(FakeContext())))
     return next(each.message for each in found if each.message.HasField("point")), found
 
 

@@ -27,15 +27,21 @@ STALLED_SECONDS = 60.0
 _RETRY_SECONDS = 0.2
 
 
+def _end_nothing(tenant: str) -> None:
+    """End no call."""
+
+
 class Calls:
     """Counts the open calls.
 
     Args:
         most: The most open calls of all tenants together.
+        end_idle: Ends an idle call of a tenant; of any tenant if the name is empty.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, end_idle: Callable[[str], None] = _end_nothing) -> None:
         self._most = most
+        self._end_idle = end_idle
         self._lock = threading.Lock()
         self._open: collections.Counter[str] = collections.Counter()
 
@@ -43,21 +49,25 @@ class Calls:
         """Count a call of a tenant; `end` must follow. Without tokens the tenant is
         empty, and has no share of its own.
 
+        A call that finds no room ends an idle one, so that its next try finds room.
+
         Raises:
             ServiceError: Too many calls are open.
         """
         with self._lock:
             own, every = self._open[tenant], self._open.total()
-            if every >= self._most or (tenant and own >= max(self._most // 2, 1)):
-                found = f"tenant {tenant} has {own}" if every < self._most else f"all tenants have {every}"
-                raise ServiceError(
-                    Code.RESOURCE_EXHAUSTED,
-                    "TOO_MANY_CALLS",
-                    f"Too many calls are open: {found}. The limit is {self._most} for all tenants, and half of that for one. "
-                    "Retry in a moment, or raise `hvpd serve --max-calls`.",
-                    retry_after=_RETRY_SECONDS,
-                )
-            self._open[tenant] += 1
+            if every < self._most and not (tenant and own >= max(self._most // 2, 1)):
+                self._open[tenant] += 1
+                return
+        self._end_idle(tenant if every < self._most else "")
+        found = f"tenant {tenant} has {own}" if every < self._most else f"all tenants have {every}"
+        raise ServiceError(
+            Code.RESOURCE_EXHAUSTED,
+            "TOO_MANY_CALLS",
+            f"Too many calls are open: {found}. The limit is {self._most} for all tenants, and half of that for one. "
+            "Retry in a moment, or raise `hvpd serve --max-calls`.",
+            retry_after=_RETRY_SECONDS,
+        )
 
     def end(self, tenant: str) -> None:
         """Count the end of a call."""

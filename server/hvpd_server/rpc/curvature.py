@@ -32,7 +32,7 @@ class CurvatureService:
 
     Args:
         engine: Makes points and computes products.
-        max_streams: Most product streams that stay open.
+        streams: The open product streams.
         metrics: Counts the products.
         tracing: Traces the products, unless it is None.
         stalls: Ends calls whose client stops sending or reading.
@@ -42,7 +42,7 @@ class CurvatureService:
     def __init__(
         self,
         engine: Engine,
-        max_streams: int,
+        streams: Streams,
         metrics: Metrics | None = None,
         tracing: Tracing | None = None,
         *,
@@ -56,7 +56,7 @@ class CurvatureService:
         self.vector_port: VectorPort | None = None
         """The port that tickets are for; the server sets it."""
         self._workers = concurrent.futures.ThreadPoolExecutor(_WORKERS, thread_name_prefix="hvpd-product")
-        self.streams = Streams(max_streams)
+        self.streams = streams
 
     @streaming
     def CreatePoint(  # noqa: N802

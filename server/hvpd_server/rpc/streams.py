@@ -13,8 +13,9 @@ class Streams:
     """The open product streams.
 
     A drain ends the idle streams and lets the busy ones finish. Each stream takes a
-    thread, so one stream too many ends the stream that has been idle for longest. Its
-    client connects again when it has another product to ask for.
+    thread, so one stream too many ends the stream that has been idle for longest. A
+    call for which there is no room ends one, too. The client of an ended stream
+    connects again when it has another product to ask for.
 
     Args:
         limit: The most streams to keep open.
@@ -39,12 +40,10 @@ class Streams:
         stream = Stream(self, call)
         with self._lock:
             self._open[stream] = None
-            idle = next((other for other in self._open if not other.busy), None)
-            too_many, late = len(self._open) > self._limit, self._draining
+            late = self._draining
         if late:
             call.cancel()
-        if too_many and idle is not None and idle is not stream:
-            idle.call.cancel()
+        self._end_surplus()
         try:
             yield stream
         finally:
@@ -61,7 +60,39 @@ class Streams:
             stream.busy = False
             del self._open[stream]
             self._open[stream] = None
-            return self._draining
+            late, too_many = self._draining, len(self._open) > self._limit
+        if too_many:
+            self._end_surplus()
+        return late
+
+    def _end_surplus(self) -> None:
+        """End idle streams, if too many are open. The newest stays: it has not asked
+        yet.
+        """
+        with self._lock:
+            staying = [stream for stream in self._open if not stream.ending]
+            idle = [stream for stream in staying[:-1] if not stream.busy]
+            surplus = idle[: max(len(staying) - self._limit, 0)]
+            for stream in surplus:
+                stream.ending = True
+        for stream in surplus:
+            stream.call.cancel()
+
+    def end_idle(self, tenant: str) -> None:
+        """End the stream that has been idle for longest, for a call that found no room.
+
+        Args:
+            tenant: The tenant whose stream must end; empty for any.
+        """
+        with self._lock:
+            found = next(
+                (each for each in self._open if not each.busy and not each.ending and tenant in ("", each.call.owner)),
+                None,
+            )
+            if found is not None:
+                found.ending = True
+        if found is not None:
+            found.call.cancel()
 
     def drain(self) -> None:
         """End idle streams now, and busy ones after the products they have begun."""
@@ -79,6 +110,8 @@ class Stream:
         self._streams = streams
         self.call = call
         self.busy = False
+        self.ending = False
+        """Whether the server has ended it to make room."""
 
     def begin(self) -> None:
         """Note that a message came."""
