@@ -67,6 +67,25 @@ def test_with_room_nothing_is_unloaded():
     assert [memory.memory.used_bytes(tenant) for tenant in ("a", "b", "")] == [75, 25, 100]
 
 
+def test_a_program_that_is_loaded_during_a_count_is_counted():
+    """A count that misses it must not make room for it: the sum was 0 then."""
+    memory = Memory(100)
+    memory.load("a1", 120)
+    count = memory.memory._loaded
+
+    def counted():
+        found = count()
+        memory.memory._loaded = count
+        memory.loaded.append(Loaded("a3", 110))
+        memory.memory.added("a", 110)
+        return found
+
+    memory.memory._loaded = counted
+    memory.memory.make_room("a2", "a")
+    assert memory.digests() == ["a3"]
+    assert not memory.memory.has_room("a")
+
+
 def test_full_memory_unloads_the_largest_tenants_least_recently_used_programs():
     memory = Memory(100)
     memory.load("b1", 20)

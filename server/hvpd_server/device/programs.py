@@ -44,6 +44,7 @@ class Programs:
         compiler: Runs the compiles.
         on_compile: Called with the seconds of each compile, and "compiled", "cached" or
             "failed".
+        on_load: Called with the bytes of memory of each loaded program, estimated.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class Programs:
         build: Build,
         compiler: concurrent.futures.Executor,
         on_compile: Callable[[float, str], None] = lambda seconds, outcome: None,
+        on_load: Callable[[int], None] = lambda size_bytes: None,
     ) -> None:
         self.described = described
         self._device = device
         self._build = build
         self._compiler = compiler
         self._on_compile = on_compile
+        self._on_load = on_load
         self._created = time.monotonic()
         self._lock = threading.Lock()
         # Programs are compiled for each number of rows, and forgotten with the last
@@ -88,7 +91,9 @@ class Programs:
         with self._lock:
             found = self._kernels.get(rows)
             if found is None:
-                found = self._kernels[rows] = Kernels(rows, self._device, self._build, self._compiler, self._on_compile)
+                found = self._kernels[rows] = Kernels(
+                    rows, self._device, self._build, self._compiler, self._on_compile, self._on_load
+                )
             return found
 
 
@@ -104,12 +109,14 @@ class Kernels:
         build: Build,
         compiler: concurrent.futures.Executor,
         on_compile: Callable[[float, str], None],
+        on_load: Callable[[int], None],
     ) -> None:
         self.rows = rows
         self._device = device
         self._build = build
         self._compiler = compiler
         self._on_compile = on_compile
+        self._on_load = on_load
         self._lock = threading.Lock()
         self._compiles: dict[tuple[str, int], _Compile] = {}
         self._ready: dict[tuple[str, int], Compiled] = {}
@@ -168,6 +175,7 @@ class Kernels:
             self.size_bytes += built.size_bytes
             self._ready[name, width] = built.compiled
             self._widths[name] = sorted(width for program, width in self._ready if program == name)
+        self._on_load(MEMORY_FACTOR * built.size_bytes)
         how = "found in the cache: " if outcome == "cached" else "compiled "
         _log.info("%s%s, width %d, in %.2f s", how, name, width, compile_.seconds)
         return built.compiled

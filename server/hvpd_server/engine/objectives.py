@@ -19,7 +19,7 @@ from hvpd_server.admission.vetting import Vetter, Vetting
 from hvpd_server.device.data_sources import Pending
 from hvpd_server.device.executables import Built, Executables
 from hvpd_server.device.memory_budget import program_bytes
-from hvpd_server.device.programs import MEMORY_FACTOR, Programs
+from hvpd_server.device.programs import Programs
 from hvpd_server.engine.lane import Lane
 from hvpd_server.engine.objective import Objective
 from hvpd_server.engine.program_memory import ProgramMemory
@@ -154,11 +154,12 @@ class Objectives:
 
         def build_with_room(rows: int, name: str, width: int) -> Built:
             self.memory.make_room(digest, tenants())
-            built = build(rows, name, width)
-            self.memory.added(tenants(), MEMORY_FACTOR * built.size_bytes)
-            return built
+            return build(rows, name, width)
 
-        programs = Programs(described, lane.device, build_with_room, compiles, self._metrics.compiled)
+        def on_load(size_bytes: int) -> None:
+            self.memory.added(tenants(), size_bytes)
+
+        programs = Programs(described, lane.device, build_with_room, compiles, self._metrics.compiled, on_load)
         objective = lane.objective(digest, bundle, programs)
         with self._lock:
             found = self._objectives.setdefault(digest, objective)

@@ -81,27 +81,28 @@ class ProgramMemory(Generic[_Loaded]):
         self._clock = clock
         self._refusals: dict[str, _Refusal] = {}  # By objective.
         self._lock = threading.Lock()
-        self._at_most: collections.Counter[str] = collections.Counter()
-        """Upper bound of the bytes of each tenant; the empty name has that of all
-        objectives. Objectives unloaded since the last count are still included.
-        """
+        self._added: collections.Counter[str] = collections.Counter()
+        """Bytes that were ever loaded for each tenant; the empty name has all."""
+        self._gone: collections.Counter[str] = collections.Counter()
+        """How many of them were gone at the last count."""
 
     def used_bytes(self, tenant: str = "") -> int:
         """Return the bytes of a tenant's loaded objectives; of all if empty."""
         return sum(_bytes_of(each) for each in self._loaded() if not tenant or tenant in self._tenants_of(each.digest))
 
     def added(self, tenants: Collection[str], size_bytes: int) -> None:
-        """Count the programs that were loaded for some tenants."""
+        """Count programs of some tenants, which `loaded` reports already."""
         with self._lock:
             for tenant in {"", *tenants}:
-                self._at_most[tenant] += size_bytes
+                self._added[tenant] += size_bytes
 
     def has_room(self, tenants: Collection[str]) -> bool:
         """Return whether neither the memory nor the share of one of the tenants is
         full.
         """
         limits = self._limits(tenants)
-        return not any(self._at_most[tenant] > limit for tenant, limit in limits.items())
+        with self._lock:
+            return not any(self._added[tenant] - self._gone[tenant] > limit for tenant, limit in limits.items())
 
     def _limits(self, tenants: Collection[str]) -> dict[str, int]:
         """Return the limits of tenants that have one, and that of all."""
@@ -123,6 +124,8 @@ class ProgramMemory(Generic[_Loaded]):
         if last is not None and now < last.until:
             raise last.error()
         limits, pinned = self._limits(tenants), self._pinned()
+        with self._lock:  # Before the count, which may miss programs that come meanwhile.
+            added = self._added.copy()
         holdings = [self._holding(each, pinned) for each in self._loaded() if each.digest != digest]
         # Without descriptions, so that each objective may have one program at least.
         own = [
@@ -137,7 +140,8 @@ class ProgramMemory(Generic[_Loaded]):
         held = shares(left)
         held[""] = sum(each.size_bytes for each in left)
         with self._lock:
-            self._at_most.update({tenant: held[tenant] - self._at_most[tenant] for tenant in limits})
+            for tenant in limits:
+                self._gone[tenant] = added[tenant] - held[tenant]
         for tenant, limit in limits.items():
             if held[tenant] > limit:
                 refusal = _Refusal(tenant, held[tenant], limit, now + _REFUSED)
