@@ -2,7 +2,8 @@
 
 protobuf copies a `bytes` field when it is set, when the message is serialized, when it
 is parsed, and when it is read. This file splits the bytes of a message into the chunk,
-as a view, and the rest, which protobuf parses. The wire does not change:
+as a view, and the rest, which protobuf parses. It is for gRPC's messages; the vector
+port's are in `vector_protocol`. The wire does not change:
 https://protobuf.dev/programming-guides/encoding/
 """
 

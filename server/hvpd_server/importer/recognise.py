@@ -1,5 +1,5 @@
 """Recognises functions of jax in programs without marks, and gives them jax's
-derivative rules.
+derivative rules, such as 0 for `relu` at 0.
 
 jax writes a jitted function as a private function of its name, such as @relu. The name
 alone proves nothing. A function is recognised only if the formula of its whole body is,

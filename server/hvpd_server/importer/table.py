@@ -2,8 +2,8 @@
 regions it may have.
 
 A rule takes a `Call` and returns the results. Every attribute that a program may set is
-named where the rule is registered; an operation with any other attribute is refused
-before its rule runs.
+named where the rule is registered; `evaluate` refuses an operation that is not in the
+table, and an operation with any other attribute before its rule runs.
 """
 
 import collections

@@ -1,4 +1,6 @@
-"""Tensors that are too large to read at once, and are read from the disk by rows."""
+"""Tensors that are too large to read at once, and are read from the disk by rows.
+`device.data_sources` takes them through the device.
+"""
 
 import math
 from collections.abc import Callable

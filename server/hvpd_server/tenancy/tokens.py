@@ -1,4 +1,6 @@
-"""The tokens that a server accepts, with their tenants, rights, weights and limits."""
+"""The tokens that a server accepts, with their tenants, rights, weights and limits.
+`rpc.gate` checks the rights of calls.
+"""
 
 import logging
 import threading
