@@ -150,7 +150,7 @@ class Client(Registrar):
 
         Args:
             tenant: Another tenant, for tokens with the right `administer`; empty for
-                the own.
+                the token's own tenant.
 
         Returns:
             Bytes that do not belong to the tenant any more.

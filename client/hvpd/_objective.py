@@ -179,8 +179,8 @@ class Objective(Layout):
 
         The value, the gradient and products with the Hessian come from the server.
         `jax.grad`, `jax.jvp`, `jax.hessian`, `jit`, `vmap`, `scan` and `while_loop`
-        work. A third derivative is an error. In a vmapped axis of x, the x are visited
-        one after the other; directions at one x are multiplied as one block.
+        work. A third derivative is an error. If x has a vmapped axis, the server visits
+        one x after the other. Directions at one x are multiplied as one block.
 
         Args:
             data: Data in place of the registered data, as for `at`.
@@ -328,8 +328,9 @@ class Objective(Layout):
         of gradients and, by the order of the Taylor remainder, with values. Thresholds
         follow from the dtype and from rounding measured close to x, which the item
         "precision" reports. If rounding or a kink hides an answer, the item is
-        undecided, which is no failure. NaN and infinity at x fail the item "finite",
-        and leave the others undecided. The check visits about 50 points for 4 probes.
+        undecided, and does not count as failed. NaN and infinity at x fail the item
+        "finite", and leave the others undecided. The check visits about 50 points for 4
+        probes.
 
         Other operators of a composite are not derivatives of its gradient. For them the
         item "definite" replaces differences and values: v'Gv must not be negative. That
@@ -383,10 +384,10 @@ class Objective(Layout):
                 a PyTorch module, for an objective of `hvpd.torch.register`: the point
                 is at its parameters, with its buffers.
             data: Data in place of the registered data, with as many arguments and the
-                same structure, shapes and dtypes. A module brings its buffers along, so
-                that data is inputs and targets. With `any_rows` they may have any
-                number of rows. Do not change the arrays later: the point keeps them,
-                and sends them again if the server has lost them.
+                same structure, shapes and dtypes. For a module, `data` is its inputs
+                and targets; its buffers are taken from the module. With `any_rows`,
+                data may have any number of rows. Do not change the arrays later: the
+                point keeps them, and sends them again if the server has lost them.
             pin: Seconds for which the point stays on the device after its last use; see
                 `Point.pin`.
 

@@ -43,7 +43,7 @@ class Registrar:
 
         The client traces `fun` once for these shapes and lowers it to StableHLO. It
         evaluates nothing. The server differentiates the program. Closed-over arrays
-        above 16 KiB are stored like data. To register the same objective again uploads
+        above 16 KiB are stored like data. Registering the same objective again uploads
         and compiles nothing. The server then multiplies a few vectors at x in the
         background: `objective.registration_check()` has the verdict.
 
@@ -58,11 +58,12 @@ class Registrar:
             data: One pytree of arrays for each further argument of `fun`; integers and
                 booleans are allowed.
             name: Name of the objective from now on: letters, digits, `._-`, and parts
-                joined by `/`. On a server with tenants the name is the tenant's own,
-                and `tenant/name` for others. Without a name, `objective.name` is a
-                name that the same objective has already, or empty.
-            platforms: Some of "cpu", "cuda", "rocm", "tpu": their branches are kept, if
-                `fun` has some (`jax.lax.platform_dependent`).
+                joined by `/`. On a server with tenants the name is the tenant's own.
+                Other tenants find it as `tenant/name`. Without a name, `objective.name`
+                is a name that the same objective has already, or empty.
+            platforms: Some of "cpu", "cuda", "rocm", "tpu". If `fun` has branches for
+                platforms (`jax.lax.platform_dependent`), those of these platforms are
+                kept.
             precision: "highest", "high" or "default", for matrix products that state
                 none. On GPUs, "high" and "default" use TF32, with errors of 1e-3.
             mode: How products are made:
@@ -88,9 +89,9 @@ class Registrar:
                 a mean over rows of terms of one row each, plus a term without rows,
                 such as a penalty. For "sum" it is a sum over rows, and nothing else.
                 Data above the server's memory budget then stays on its disk, and each
-                product reads it in chunks. The result is that of all rows at once. The
-                server tests `fun` on some rows first, and refuses it if it is no such
-                mean or sum.
+                product reads it in chunks. The result is the same as for all rows at
+                once. The server tests `fun` on some rows first, and refuses it if it is
+                no such mean or sum.
             blocks: Principal blocks that the server compiles at once, so that the first
                 product of `H.block(...)` need not wait. Each is a name, or a sequence
                 of names; see `CurvatureOperator.block`.
@@ -158,7 +159,7 @@ class Registrar:
             InvalidArgumentError: The bytes are no exported function, or lack a
                 derivative, or data does not fit.
             MissingExtraError: jax is not installed here.
-            IncompatibleError: It was exported for several platforms, without the
+            IncompatibleError: It was exported for several platforms, but not for the
                 server's.
 
         Example:

@@ -1,17 +1,17 @@
 """The client for asyncio: `async with hvpd.aio.connect(...) as client`.
 
-It is the same client with a second face. A call that may wait for the server runs in a
-thread of a pool, and is awaited. Everything else answers at once. So retries, restarts,
-errors and results are those of `hvpd.connect`, and each new call of the client is here,
-too.
+It is the same client with another interface. A call that may wait for the server runs
+in a thread of a pool, and is awaited. Everything else answers at once. So retries,
+restarts, errors and results are those of `hvpd.connect`, and each new call of the
+client is here, too.
 
     await client.objective("digits/mlp")   an objective of this module
     await objective.at(x)                  a point of this module
     point.hessian()                        an operator of this module, without a wait
     await (H @ v)                          a product
 
-To cancel a task is to cancel its call: the client ends the exchange, and the server
-drops the work if it has not begun.
+Cancelling a task cancels its call: the client ends the exchange, and the server drops
+the work if it has not begun.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class _Calls:
 
         Args:
             call: The function.
-            dropped: Takes a result that the caller waits for no more.
+            dropped: Receives the result if the caller no longer waits for it.
         """
         loop, cancellation = asyncio.get_running_loop(), Cancellation()
         waiter: asyncio.Future[None] = loop.create_future()
@@ -103,7 +103,7 @@ def _drop(dropped: Callable[[Any], object], future: "Future[Any]") -> None:
 
 
 class _Face:
-    """The awaited face of an object of the blocking client."""
+    """An object of the blocking client, with calls that are awaited."""
 
     _at_once: frozenset[str] = frozenset()
     """Methods that never wait for the server."""
@@ -319,7 +319,7 @@ def connect(address: str | None = None, *, in_flight: int = _IN_FLIGHT, **settin
         An object to await, or to enter by `async with`; both give an `AsyncClient`.
 
     Raises:
-        HvpdError: When awaited, as `hvpd.connect`.
+        HvpdError: When awaited, in the cases of `hvpd.connect`.
 
     Example:
         >>> async with hvpd.aio.connect("gpu-box:7070") as client:
@@ -339,7 +339,7 @@ def local(*, in_flight: int = _IN_FLIGHT, **settings: Any) -> Connecting:
         As `connect`.
 
     Raises:
-        HvpdError: When awaited, as `hvpd.local`.
+        HvpdError: When awaited, in the cases of `hvpd.local`.
 
     Example:
         >>> async with hvpd.aio.local() as client:

@@ -14,7 +14,7 @@ The parts, from the bottom up:
   and sketches.
 - `conjugate_gradients`, `short_recurrence`, `trust_region`: states and steps of linear
   solvers.
-- `preconditioning`: what multiplies by M.
+- `preconditioning`: preconditioners M.
 - `runner`: `Runner`, which has these parts for one operator. An operator gives its
   runner by a method `_krylov()`. A runner that uses a server overrides `space`, or
   whole computations, whose numbers are in `computed`.

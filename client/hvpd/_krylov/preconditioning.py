@@ -1,4 +1,4 @@
-"""Preconditioners: what multiplies by them, and their arrays for a server."""
+"""Preconditioners: functions that multiply by them, and their arrays for a server."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from hvpd._krylov.vectors import Array
 
 
 def preconditioner(M: Any, n: int, dtype: np.dtype[Any]) -> Multiply | None:
-    """Return what multiplies a block of rows by M.
+    """Return the function that multiplies a block of rows by M; None for no M.
 
     Args:
         M: An operator, matrix or sparse matrix of shape (n, n); or a vector of shape
@@ -92,7 +92,7 @@ def described(M: Any, dtype: np.dtype[Any]) -> Described | None:
 
 
 def multiply(described: Described) -> Multiply | None:
-    """Return what multiplies a block of rows; None for the identity."""
+    """Return the function that multiplies a block of rows; None for the identity."""
     arrays, shift = described.arrays, described.shift
     if described.kind == "diagonal":
         diagonal = arrays["M"]
@@ -123,8 +123,8 @@ def layer_count(arrays: Mapping[str, Array]) -> int:
 
 
 def fault(described: Described, n: int) -> str:
-    """Return what is wrong with a description that came from elsewhere; empty if
-    nothing is.
+    """Return the fault of a description that came from elsewhere; empty if there is
+    none.
     """
     arrays = described.arrays
     shapes = {name: array.shape for name, array in arrays.items()}

@@ -215,8 +215,8 @@ def left_out(R: Array) -> Array:
 def standard_error(samples: Array) -> Array:
     """Return the standard error of the mean over the last axis.
 
-    It is the upper bound, at 95 % confidence, for normal samples: the deviation is
-    itself an estimate from few samples. The mean then lies within 2 standard errors at
+    For normal samples it is an upper bound at 95 % confidence, because the deviation is
+    itself an estimate from few samples. So the mean lies within 2 standard errors at
     least as often as for a known deviation.
     """
     count = samples.shape[-1]

@@ -68,8 +68,8 @@ def trace_of(
         raise HvpdError(NOT_FINITE, reason="NOT_FINITE")
     most = found.alphas.shape[1]
     samples = runner.n * _expectations(found, most, function, name)
-    # How much the second half of the steps changed the mean bounds the error of the
-    # quadrature itself, if that falls at least by half.
+    # The second half of the steps has changed the mean. That change bounds the error of
+    # the quadrature itself, if these steps at least halve the error.
     earlier = runner.n * _expectations(found, max(most // 2, 1), function, name)
     bias = abs(float((samples - earlier).mean())) if (found.sizes == most).all() and most < runner.n else 0.0
     rounding = np.finfo(runner.dtype).eps * float(abs(samples).max())

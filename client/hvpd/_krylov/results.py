@@ -1,4 +1,4 @@
-"""Results of Krylov iterations: plain data that says how it came about, and saves."""
+"""Results of Krylov iterations: plain data that states its origin and can be saved."""
 
 import dataclasses
 import os

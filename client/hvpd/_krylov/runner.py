@@ -132,7 +132,7 @@ class Runner:
 
     @contextlib.contextmanager
     def running(self, name: str, total: int | None = None) -> Iterator[Ticking]:
-        """Show the progress of a `with` statement by the function that it yields."""
+        """Show progress during a `with` statement. Yield the function to call."""
         title = f"{name} of {self.label}" if self.label else name
         with self._reporter.stage(title, total, "steps") as stage:
 

@@ -251,7 +251,7 @@ def _short(
     steps: int,
     tick: Ticking,
 ) -> str:
-    """Run a short recurrence; k > 0: all rows, which are shifts of k vectors."""
+    """Run a short recurrence. With k > 0, the rows are the shifts of k vectors."""
     R = systems.R[rows[:k]] if k else systems.R[rows]
     shifts = systems.shifts[rows].reshape(-1, k).T if k else systems.shifts[rows][:, None]
     beta, links = recurrence(runner.multiply, precondition, R)

@@ -1,9 +1,9 @@
 """The space in which a Lanczos iteration runs: its basis, and products.
 
-`Space` is the seam between the iteration and the machine that holds the vectors. The
-iteration needs the small matrices alpha and beta only, so a run of any number of steps
-moves few numbers. `LocalSpace` keeps the basis here, and asks for one product of a
-block in each step.
+`Space` is the interface between the iteration and the machine that holds the vectors.
+The iteration needs the small matrices alpha and beta only, so a run of any number of
+steps moves few numbers. `LocalSpace` keeps the basis here, and asks for one product of
+a block in each step.
 
 The basis has the rows q_0, ..., q_(rows-1). The last block of it waits for its product.
 One step multiplies this block, W = A Q_last, and makes W orthogonal to all rows in two

@@ -33,7 +33,7 @@ They share most of their vectors. So their deviation understates the error of th
 mean, in measurements by a factor of up to 1.5."""
 
 _BLOCK = 64
-"""Vectors of one product, where all vectors need not be there at once."""
+"""Vectors of one product, for methods that do not need all vectors at once."""
 
 
 def trace(runner: Runner, method: str, products: int | None, seed: int) -> Estimate:
@@ -158,7 +158,9 @@ def _hutchinson(runner: Runner, seed: int, count: int, tick: probes.Ticking) -> 
 
 
 def _xtrace(runner: Runner, seed: int, count: int) -> tuple[float, float, float]:
-    """Return the mean of the leave-one-out estimates, its error, and their size."""
+    """Return the mean of the leave-one-out estimates, its error, and the size of the
+    numbers that were added.
+    """
     R, W, H = runner.sketch(seed, count)
     S = probes.left_out(R)
     X = W - S * (S * W).sum(axis=0)
@@ -172,7 +174,9 @@ def _xtrace(runner: Runner, seed: int, count: int) -> tuple[float, float, float]
 
 
 def _hutchpp(runner: Runner, seed: int, budget: int) -> tuple[float, float, float]:
-    """Return the estimate, its error and its size: a third of the products each."""
+    """Return the estimate, its error, and the size of the numbers that were added. Each
+    of three parts takes a third of the products.
+    """
     third = budget // 3
     omega = probes.signs(seed, 0, third, runner.n, runner.dtype)
     found = probes.sketched(runner.multiply, omega)

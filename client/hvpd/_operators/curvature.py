@@ -371,8 +371,9 @@ class CurvatureOperator(SymmetricOperator):
         Hutchinson's with random signs v: the mean of v * (A v)
         (https://doi.org/10.1016/j.apnum.2007.01.003). The variance of one sample of
         element i is the sum of the squares of row i of A without its diagonal. Shift
-        and low-rank update are added exactly and cost no accuracy. With "xdiag", it is
-        that of `hvpd.krylov.diagonal`, which is better if eigenvalues decay.
+        and low-rank update are added exactly and cost no accuracy. With method="xdiag",
+        the estimate is that of `hvpd.krylov.diagonal`, which is better if eigenvalues
+        decay.
 
         Args:
             samples: Number of random vectors, at least 2. From n on, the diagonal is
@@ -416,9 +417,9 @@ class CurvatureOperator(SymmetricOperator):
     ) -> "scipy.sparse.csr_array":
         """Return the sparse, exactly symmetric matrix from as few products as possible.
 
-        With a pattern, columns that do not disturb each other share a product. All
-        products go in one block. There are as many as a star colouring of the pattern's
-        graph has colours: 3 for a tridiagonal matrix, 2 for an arrow. Sources: Curtis,
+        With a pattern, columns that can be told apart share a product. All products go
+        in one block. Their number is the number of colours in a star colouring of the
+        pattern's graph: 3 for a tridiagonal matrix, 2 for an arrow. Sources: Curtis,
         Powell, Reid 1974; Coleman, Moré 1984 (https://doi.org/10.1007/BF02612334);
         Gebremedhin, Manne, Pothen 2005 (https://doi.org/10.1137/S0036144504444711).
 
@@ -476,7 +477,7 @@ class CurvatureOperator(SymmetricOperator):
         block Krylov space of random vectors. It takes `passes` round trips of min(rank
         + oversampling, n) vectors. Sources: Halko, Martinsson, Tropp 2011
         (https://doi.org/10.1137/090771806); Musco, Musco 2015
-        (https://arxiv.org/abs/1504.05477). The shift takes no part, and is added to the
+        (https://arxiv.org/abs/1504.05477). The shift is left out, and is added to the
         result.
 
         Args:

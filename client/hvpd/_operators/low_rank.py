@@ -180,7 +180,7 @@ def nystrom(
             `nystrom(H.shifted(mu), r)`. Pass other operators without their shift.
         rank: Eigenpairs to keep, 1 to n.
         shift: Shift of the system to solve; 0 for A itself.
-        seed: Of the random vectors.
+        seed: Seed of the random vectors.
         oversampling: Vectors beyond the rank.
         passes: Number of blocks of products.
 

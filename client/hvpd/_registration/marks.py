@@ -55,7 +55,7 @@ VERSION: Final = 1
 """Version of all marks."""
 
 _PATTERNS: Final = 3
-"""Most arguments with a rule for each choice of symbolic zeros."""
+"""Most arguments of a function that gets a rule for each choice of symbolic zeros."""
 
 
 def _names(text: str) -> frozenset[str]:
@@ -143,7 +143,7 @@ def rules() -> tuple[tuple[Primitive, _Rule], ...]:
 
 
 def _registered() -> Mapping[str, Primitive]:
-    """Return by name jax's primitives that can be lowered or differentiated."""
+    """Return jax's primitives that can be lowered or differentiated, by name."""
     tables: list[Mapping[Primitive, Any]] = [
         lowering._lowerings,  # noqa: SLF001 - jax has no public list of its primitives
         *lowering._platform_specific_lowerings.values(),  # noqa: SLF001 - jax has no public list of its primitives
@@ -178,7 +178,7 @@ class _Marks:
         None gives the rules that mark nothing.
 
         Args:
-            order: Rules around the function that is lowered.
+            order: Number of rules around the function that is lowered.
             plain: Primitive that is lowered as jax does.
         """
         if (order, plain) not in self.tables:

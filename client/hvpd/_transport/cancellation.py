@@ -1,9 +1,9 @@
 """Calls of one thread that another thread can cancel.
 
-`hvpd.aio` makes each call in a thread of a pool, as part of a `Cancellation`. Where a
-call waits for the server, it states with `ending` how to end that wait. To cancel is to
-end the wait, and to forbid further tries. Calls outside of a `Cancellation`, which are
-all calls of the blocking client, cannot be cancelled in this way.
+`hvpd.aio` makes each call in a thread of a pool, as part of a `Cancellation`. When a
+call waits for the server, it states with `ending` how to end that wait. Cancelling ends
+the wait, and forbids further tries. Calls outside of a `Cancellation`, which are all
+calls of the blocking client, cannot be cancelled in this way.
 """
 
 import contextlib

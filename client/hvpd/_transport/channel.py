@@ -29,7 +29,9 @@ _CONNECT_SECONDS = 10.0
 """Seconds to wait for a server by default."""
 
 _LOOKS = 2
-"""Looks in a row that find nothing at the address, after which the default gives up."""
+"""Looks in a row that must find nothing at the address before a client without a
+connect_timeout gives up.
+"""
 
 _ALIVE_SECONDS = 10.0
 """Seconds within which a living server answers."""
@@ -230,7 +232,8 @@ class Channel:
 
 
 def answered(answer: _T, address: str) -> _T:
-    """Refuse None, which gRPC returns if a server ends a call well without an answer.
+    """Refuse None, which gRPC returns if a server ends a call with OK, but without an
+    answer.
 
     Raises:
         HvpdError: There is no answer.

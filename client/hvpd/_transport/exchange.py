@@ -1,7 +1,7 @@
 """A block on its way to the server and back.
 
-A wide block consists of several products. This file tracks the answered ones, and knows
-the messages. `retry` decides about repetitions.
+A wide block consists of several products. This file tracks which of them are answered,
+and knows the messages. `retry` decides about repetitions.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Finds out why no connection to an address is possible, as gRPC does not say it."""
+"""Finds out why no connection to an address is possible, because gRPC does not say."""
 
 import socket
 from typing import NamedTuple
@@ -42,7 +42,7 @@ def unreachable(address: str, seconds: float) -> Unreachable | None:
 
 
 def no_address(host: str, error: Exception) -> str:
-    """Return that a host has no address, then what to do."""
+    """Return the text that a host has no address, and what to do."""
     why = getattr(error, "strerror", None) or error
     return f"{host} has no address ({why}): check its spelling, or use an IP address"
 

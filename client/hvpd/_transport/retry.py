@@ -26,9 +26,9 @@ _PAUSE, _LONGEST_PAUSE = 0.02, 1.0
 """Seconds before a call is repeated: at first, and at most."""
 
 _AT_WORK = 2.0
-"""Seconds after which a call counts as cut off in the middle of its work.
-
-If the server cannot be reached, the call fails sooner."""
+"""Seconds after which a failed call counts as cut off in the middle of its work. If the
+server cannot be reached, the call fails sooner.
+"""
 
 _CODE = grpc.StatusCode
 
@@ -117,7 +117,7 @@ class Retry:
                 self._reporter.end(waiting)
 
     def _repeats(self, failure: Failure, waiting: Stage | None) -> Stage:
-        """Tell that a call is repeated. Return the stage of its waiting."""
+        """Report that a call is repeated. Return the stage that shows the wait."""
         self._on_retry(failure)
         reason = failure.reason or failure.code.name
         waiting = waiting or self._reporter.begin("")
@@ -167,7 +167,7 @@ class Retry:
 
 
 def is_transient(failure: Failure) -> bool:
-    """Return whether a call that failed so may succeed later."""
+    """Return whether a call with this failure may succeed later."""
     if failure.code is _CODE.UNAVAILABLE:
         return True
     if failure.code is _CODE.RESOURCE_EXHAUSTED:

@@ -48,7 +48,7 @@ class ServerRunner(Runner):
 
     Args:
         operator: The operator, as the server knows it.
-        multiply: Multiplies by it here, for what the server does not run.
+        multiply: Multiplies by it, for methods that the server does not run.
         facts: As for `Runner`.
     """
 

@@ -34,8 +34,8 @@ _RESTARTS = 20
 """Most times in a row that a lost run is started again without a new step."""
 
 _AGREEMENT = 10.0
-"""Factor of the root of rounding, relative to the largest coefficient, within which the
-steps after a restart must equal the first ones when they are repeated.
+"""Largest difference of a repeated step's numbers after a restart, over the largest
+coefficient and the square root of eps.
 """
 
 
@@ -89,7 +89,7 @@ class ServerSpace:
     # Space
 
     def append(self, V: codec.Array) -> codec.Array:
-        """See `Space.append`. The first rows leave with the first request."""
+        """See `Space.append`. The first rows are sent with the first request."""
         if not self.rows and not self._log:
             local = LocalSpace(_never, self.n, self.dtype)
             beta = local.append(V)
@@ -286,7 +286,7 @@ class ServerSpace:
             first.alpha[...], first.beta[...] = second
 
     def _steps(self, steps: int, *, pin_seconds: int | None = None) -> Iterator[Step]:
-        """Take steps, and yield them; of a new run, if there is none."""
+        """Take steps, and yield them. If there is no run, start one."""
         stream, empty = _Answers(self, steps, pin_seconds=pin_seconds), 0
         try:
             while True:
@@ -323,7 +323,7 @@ class ServerSpace:
             )
 
     def _opened(self, steps: int, left: float | None, pin_seconds: int | None) -> Any:
-        """Ask for steps: of a new run, if there is none. Return the call."""
+        """Ask for steps. If there is no run, start one. Return the call."""
         channel = self._transport.channel
         metadata, _ = channel.new_call()
         if self._run_id:
@@ -399,7 +399,7 @@ def chunked(first: Any, kind: type[Any], *arrays: codec.Array) -> Iterator[Frame
 
 
 def _parts(arrays: Iterable[codec.Array]) -> Iterator[codec.Buffer]:
-    """Yield the bytes of arrays, those of small ones together."""
+    """Yield the bytes of arrays. Small arrays are joined."""
     small = bytearray()
     for array in arrays:
         payload = codec.payload(array)

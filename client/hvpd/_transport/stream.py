@@ -103,7 +103,7 @@ def _drain(outgoing: "queue.SimpleQueue[Iterable[_Message] | None]") -> Iterator
 
 
 _EMPTY = 4
-"""Most messages without a chunk around one array.
+"""Most messages without a chunk that may come with one array.
 
 A server asks for x or a direction, and describes a point."""
 

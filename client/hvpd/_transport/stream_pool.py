@@ -32,8 +32,9 @@ class StreamPool:
         """Give the caller a stream for one exchange.
 
         Args:
-            left: Seconds that the exchange may take. Its stream is a new one then, so
-                that the server sees the deadline. None: any stream, without a deadline.
+            left: Seconds that the exchange may take. With a limit, the stream is a new
+                one, so that the server sees the deadline. None: any stream, without a
+                deadline.
         """
         stream = None
         if left is None:

@@ -1,8 +1,8 @@
 """A client's connections to the vector port, for products past gRPC.
 
-A product takes a fraction of its time over gRPC. Connections are opened in the
-background. Without one, products go over gRPC's streams, so that no caller waits for a
-port that a firewall blocks.
+Here a product takes a fraction of the time that it takes over gRPC. Connections are
+opened in the background. Without one, products go over gRPC's streams, so that no
+caller waits for a port that a firewall blocks.
 """
 
 import contextlib

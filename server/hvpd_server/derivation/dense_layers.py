@@ -212,11 +212,11 @@ class Factors:
     """The Kronecker factors of a composite's dense layers, as functions to compile.
 
     A layer has A = mean over rows of a'a, and G = sum over rows of J'MJ, with J the
-    derivative of the model's output in y. M is the loss's Hessian in that output, or it
-    is drawn: then G is the Fisher matrix's, with targets from the model's distribution.
-    Sources: Martens and Grosse, Optimizing neural networks with Kronecker-factored
-    approximate curvature, ICML (2015); for layers with more rows than examples, the
-    expanding one of Eschenhagen and others, NeurIPS (2023).
+    derivative of the model's output in y. M is the loss's Hessian in that output. Or M
+    comes from targets that are drawn from the model's distribution, and G belongs to
+    the Fisher matrix. Sources: Martens and Grosse, Optimizing neural networks with
+    Kronecker-factored approximate curvature, ICML (2015); for layers with more rows
+    than examples, the expanding one of Eschenhagen and others, NeurIPS (2023).
     """
 
     stages: Stages

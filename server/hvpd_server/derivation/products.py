@@ -1,7 +1,7 @@
 """The mathematics of the programs: products of a function's derivatives, in jax.
 
-Each product is written for one vector. It takes the way to batch it: `jax.vmap`, or a
-loop for operations that cannot be vectorized.
+Each product is written for one vector. Its caller passes a way to batch it: `jax.vmap`,
+or a loop for operations that cannot be vectorized.
 """
 
 import dataclasses
@@ -67,11 +67,11 @@ def _product_of(fun: Function, mode: str) -> Function:
         return jax.grad(lambda x: jnp.vdot(jax.grad(lambda x: fun(x, *args))(x), v))(x)
 
     def finite_difference(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
-        # Central, its step balancing rounding and truncation: Nocedal and Wright,
-        # Numerical Optimization (2006), section 8.1. Rounding of x + step u decides how
-        # far the points really are apart; v = 0 needs some direction, and gets H 0 = 0.
-        # By way of the largest element, for squares of small and of large ones leave
-        # the dtype's range.
+        # A central difference, whose step balances rounding and truncation: Nocedal and
+        # Wright, Numerical Optimization (2006), section 8.1. Rounding of x + step u
+        # decides how far the points really are apart; v = 0 needs some direction, and
+        # gets H 0 = 0. v is first divided by its largest element, because squares of
+        # small and of large elements leave the dtype's range.
         gradient = jax.grad(lambda x: fun(x, *args))
         largest = jnp.max(jnp.abs(v))
         scaled = v / jnp.where(largest > 0, largest, 1.0)
@@ -158,7 +158,7 @@ class Stages:
         return self.loss(self.model(x, *args), *args)
 
     def through(self, view: Function, extra: int = 0) -> "Stages":
-        """Return the stages in another first argument.
+        """Return the stages as functions of another first argument.
 
         view(y, *args) -> (x, *args without the first `extra` ones).
         """

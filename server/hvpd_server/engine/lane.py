@@ -45,8 +45,8 @@ and its product.
 def lanes_of(
     devices: Sequence[Device], store: Store, limits: Limits, metrics: Metrics, liveness: Liveness
 ) -> "list[Lane]":
-    """Return a lane for each device. If there are several, a last lane has all
-    together, and each lane has half of the memory.
+    """Return a lane for each device. If there are several devices, a last lane has all
+    of them together, and each lane has half of the memory.
     """
     if len(devices) == 1:
         return [Lane(devices[0], store, limits, metrics, liveness)]

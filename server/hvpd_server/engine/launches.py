@@ -167,7 +167,7 @@ class Launches:
 
     def _in_turn(self, job: Job, on_queue: OnWait) -> Any:
         """Queue a product, and wait for it. If its objective is on probation, wait for
-        the objective's turn before, so that no launch waits for that turn.
+        the objective's turn first, so that no launch waits for that turn.
         """
         digest = job.point.objective.digest
         with self._liveness.probation.turn(digest, deadline=job.deadline, on_wait=on_queue):

@@ -2,8 +2,8 @@
 
 Does not know the operations' meaning.
 
-Reading is not safe: bytes may be made to crash MLIR's parser, or to fill the memory.
-Read foreign bytes in a process that may end.
+Reading is not safe: bytes may be made to crash MLIR's parser, or to fill the memory. So
+read foreign bytes in a process that may crash.
 
 Guarantees for a module that was read:
 
@@ -57,8 +57,8 @@ _MODULE: Final[Mapping[str, frozenset[str] | None]] = {
     "mhlo.use_auto_spmd_partitioning": frozenset(["false"]),
     "tf.versions": None,
 }
-"""Attributes of a module that change nothing on one device, and the texts that they may
-be; None for any.
+"""Attributes of a module that change nothing on one device, and the values that they
+may have, as text; None for any.
 """
 
 _FUNCTION: Final = frozenset(
@@ -74,8 +74,8 @@ _ARGUMENT: Final[Mapping[str, frozenset[str] | None]] = {
     "mhlo.layout_mode": frozenset(['"default"', '"auto"']),
     "mhlo.sharding": frozenset(['""', '"{replicated}"', '"{maximal device=0}"']),
 }
-"""Attributes of arguments and results that change nothing on one device, and the texts
-that they may be.
+"""Attributes of arguments and results that change nothing on one device, and the values
+that they may have, as text.
 """
 
 _EXPORT_PLAIN: Final = (
@@ -89,8 +89,8 @@ _DROPPED: Final[Mapping[str, frozenset[str] | None]] = {
     "operandSegmentSizes": None,
     "resultSegmentSizes": None,
 }
-"""Attributes of operations that change no value on one device, and the texts that they
-may be.
+"""Attributes of operations that change no value on one device, and the values that they
+may have, as text.
 """
 
 _FRONTEND: Final = "mhlo.frontend_attributes"
@@ -213,7 +213,7 @@ class _Size:
 
     operations: int = 0
     calls: list[str] = dataclasses.field(default_factory=list)
-    """Functions that it calls, as often as it does."""
+    """Functions that it calls, one entry for each call."""
     named: list[str] = dataclasses.field(default_factory=list)
     """Strings that may name more functions."""
 

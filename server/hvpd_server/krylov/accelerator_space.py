@@ -37,7 +37,7 @@ class AcceleratorSpace:
         self._scale = 0.0
 
     def room_rows(self, rows: int) -> Sequence[int]:
-        """Return numbers of rows to have memory for, the best first."""
+        """Return numbers of rows to reserve memory for, the best one first."""
         return [capacity(min(rows, self.n))]
 
     def reserve(self, rows: int) -> None:

@@ -31,10 +31,10 @@ _FIRST_STEPS = 4
 
 
 def is_possible(operator: Operator) -> bool:
-    """Return whether the steps of an operator can be launched so.
+    """Return whether the steps of an operator can be launched several at a time.
 
-    Not with a fixed bucket, whose bits depend on the program; nor over data in chunks,
-    or on several devices.
+    They cannot with a fixed bucket, because its bits depend on the program, with data
+    in chunks, or on several devices.
     """
     point = operator.point
     device = operator.engine.objectives.lane(point.objective).device
@@ -145,7 +145,7 @@ class DeviceSpace(HostSpace):
         self._launcher = Launcher(operator, LAUNCH_SECONDS)
 
     def room_rows(self, rows: int) -> Sequence[int]:
-        """Return numbers of rows to have memory for, the best first."""
+        """Return numbers of rows to reserve memory for, the best one first."""
         rows = min(rows, self.n)
         bucket = capacity(rows)
         return [bucket, rows] if rows < bucket <= _LARGEST else [rows]

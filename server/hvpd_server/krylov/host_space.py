@@ -37,8 +37,8 @@ class HostSpace(LocalSpace):
         self._push(np.array(rows, self.dtype), np.zeros((len(rows), len(rows))))
 
     def room_rows(self, rows: int) -> Sequence[int]:
-        """Return numbers of rows to have memory for, the best first, to hold so many
-        rows of a basis.
+        """Return numbers of rows to reserve memory for, the best one first, to hold so
+        many rows of a basis.
         """
         return [min(rows, self.n) if self.reorthogonalize == "full" else 4 * max(self._waiting, 1)]
 

@@ -22,7 +22,7 @@ _RETRY_SECONDS = 0.2
 """Seconds until a computation that was ended may be repeated."""
 
 _POLL_SECONDS = 0.05
-"""Seconds between two looks whether a request still waits for its turn."""
+"""Seconds between two checks whether a request still waits for its turn."""
 
 
 class Position(NamedTuple):
@@ -150,8 +150,8 @@ class Runs:
             residency.drop(key)
 
     def room_bytes(self, operator: Operator) -> int:
-        """Return the bytes that a computation may well take: a quarter of what its
-        tenant may have.
+        """Return the bytes that a computation should take at most: a quarter of what
+        its tenant may have.
         """
         engine = self._engine
         limit = engine.limits.tenants(operator.work.owner).resident_bytes

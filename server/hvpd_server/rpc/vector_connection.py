@@ -31,15 +31,15 @@ _log = logging.getLogger(__name__)
 
 _SPARE_BYTES = 64 << 10
 """Most bytes that a connection keeps from one product to the next. Larger vectors take
-longer to come than their memory takes to get.
+longer to arrive than their memory takes to allocate.
 """
 
 _SPIN_SECONDS = 0.0003
-"""Seconds for which the next product of a lone client is polled for."""
+"""Seconds to poll for the next product of a lone client."""
 
 
 def call_of(sock: socket.socket, ticket: Ticket) -> CallContext:
-    """Return the call that a connection with a ticket is."""
+    """Return the call of a connection that has shown its ticket."""
     return CallContext(
         id=ticket.request_id,
         method=METHOD,
@@ -79,7 +79,7 @@ class VectorConnection:
         self._encoded: bytes | None = None
         self._spec = curvature_pb2.ProductSpec()  # Parsed from `_encoded`: a client often sends the same spec again.
         self._answered = 0.0  # When the last answer had left, on time.monotonic's clock.
-        self._prompt = False  # Whether the client then asked again within the spin time, and no other client before it.
+        self._prompt = False  # Whether the client asked again within the spin time, before any other client.
         self._spare: memoryview | None = None  # Memory of the last product's vectors, for the next product's.
 
     def hung_up(self) -> None:
@@ -105,7 +105,7 @@ class VectorConnection:
         for a moment instead of sleeping. A thread that wakes up begins with cold
         caches, on a processor that slept too. That costs a small product up to a tenth
         of its time. The thread does not poll while another client's product is computed
-        or comes, because that product could use the processor.
+        or arrives, because that product could use the processor.
         """
         connection = self._connection
         ends = self._answered + _SPIN_SECONDS
@@ -159,7 +159,7 @@ class VectorConnection:
             except TimeoutError:
                 _log.info("a connection of %s is ended: its client has not read an answer", call.peer)
                 raise
-            finally:  # Also if the client takes it no more.
+            finally:  # Also if the client does not read the answer.
                 self._products.sent(call, product, answer, tag)
         finally:
             product.vectors.release()
@@ -200,7 +200,7 @@ class Hangups:
         try:
             yield
         finally:
-            # Another socket may get the number as soon as this one is closed.
+            # A new socket may get this one's number as soon as this one is closed.
             with self._lock:
                 self._epoll.unregister(descriptor)
                 del self._tell[descriptor]
@@ -217,7 +217,7 @@ class Hangups:
 def shut(sock: socket.socket) -> None:
     """End a connection, whichever thread reads or writes it.
 
-    TLS's own shutdown is not for other threads, because it takes the encryption away.
+    Other threads must not call TLS's own shutdown, because it removes the encryption.
     """
     with contextlib.suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)

@@ -67,8 +67,8 @@ class Backlog:
         return float("inf") if self._delay is None else self._delay.due()
 
     def next_leader(self) -> Job | None:
-        """Return the job whose caller should lead: that of the next launch or, if it is
-        busy, one that is not.
+        """Return the job whose caller should lead: the first job of the next launch or,
+        if its caller is busy, a job whose caller waits.
         """
         found = self.queue.head()
         if found is None and self._delay is not None:
@@ -108,8 +108,8 @@ class Backlog:
             self.queue.add(job)
 
     def _delay_rest(self, key: Hashable, room: int, now: float) -> None:
-        """Delay the jobs that a launch had no room for again, if they are neither a
-        full block nor due.
+        """Delay again the jobs that a launch had no room for, unless they fill a block
+        or one of them is due.
         """
         delay = self._delay
         if delay is None or not 0 < self.queue.columns(key) < room:

@@ -1,4 +1,5 @@
-"""The batcher launches products that arrive while the device works as one block.
+"""The batcher joins products that arrive while the device works, and launches them as
+one block.
 
 It has no thread of its own. A caller that finds the device free becomes the leader: it
 launches the waiting products, its own included, and then hands the lead to a caller
@@ -148,11 +149,13 @@ class Batcher:
             with self._lock:
                 if job.state is State.WAITING:
                     self._backlog.drop(job)
-            # The gate is open, or opens when the launch ends, which nothing can stop.
+            # The gate is open, or opens when the launch ends. No launch can be stopped.
             job.gate.acquire()
 
     def _lead(self, job: Job) -> None:
-        """Launch until the leader's own job is done; once, if launches may overlap."""
+        """Launch until the leader's own job is done. If launches may overlap, launch
+        once.
+        """
         if self._several:
             self._launch(self._take(job))
             with self._lock:
@@ -245,7 +248,7 @@ class Batcher:
             self._appoint()
         return seconds
 
-    # Shortcut: a lone product does not enter the backlog, and is recorded when answered
+    # Shortcut: a lone product skips the backlog, and is recorded after its answer
 
     def _begin_lone(self, job: Job) -> bool:
         """Begin a launch of this job, if it need not wait. Return whether it begins."""
@@ -280,7 +283,9 @@ class Batcher:
         return result
 
     def record_deferred(self) -> None:
-        """Record the last lone launch, if deferred. Otherwise the next product does."""
+        """Record the last lone launch, if its record was deferred. Without this call,
+        the next product records it.
+        """
         if self._deferred is not None:
             with self._lock:
                 self._record()

@@ -1,5 +1,5 @@
-"""Blocks of vectors in the host's memory: how several become one, and one becomes
-several again.
+"""Blocks of vectors in the host's memory: joins several to one, and splits one into
+several.
 
 New blocks are aligned, because XLA on a CPU copies an argument that is not.
 """
@@ -14,7 +14,7 @@ from hvpd._wire import codec
 from hvpd_server.scheduling.job import Block
 
 ALIGNMENT = 64
-"""Bytes; XLA's own, xla/backends/cpu/alignment.h."""
+"""Alignment of new blocks in bytes, as in xla/backends/cpu/alignment.h."""
 
 
 def empty(shape: Sequence[int], dtype: "np.dtype[Any]") -> codec.Array:

@@ -54,8 +54,8 @@ class CompileQueue:
         return future
 
     def close(self, *, wait: bool = False) -> None:
-        """Cancel the calls that wait. Those that run go on, and are waited for if that
-        is asked for.
+        """Cancel the calls that wait. Those that run go on. With `wait`, return when
+        they have ended.
         """
         with self._lock:
             self._closed = True

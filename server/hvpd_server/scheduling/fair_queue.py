@@ -5,8 +5,8 @@ The rule is start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), with 
 that may have products of several tenants. Each tenant has a virtual time. A launch adds
 the tenant's vectors, divided by its weight, to that time. The next launch begins with
 the tenant whose time is least. A tenant that was idle begins at the time of the launch
-in progress, so that idle tenants save up nothing. The cost of an operation does not
-grow with the number of jobs.
+in progress, so that idle tenants gain no credit. The cost of an operation does not grow
+with the number of jobs.
 """
 
 import collections
@@ -86,7 +86,7 @@ class FairQueue:
             head: The job that `head` returned.
             room: Most vectors of a launch. A head that is wider is launched without
                 others.
-            now: The time by which jobs are stale.
+            now: Seconds. Jobs whose deadline has passed by then are stale.
 
         Returns:
             The launch, and the stale jobs that were met on the way. Both are removed.

@@ -67,8 +67,8 @@ class Timing:
 
     def seconds(self, width: int) -> float | None:
         """Return the duration of a launch of `width` vectors; None if it was not
-        measured. The older the measurement is, the less is returned, so that one slow
-        launch is forgotten.
+        measured. The older the measurement is, the shorter the returned duration, so
+        that one slow launch is forgotten.
         """
         bucket = bucket_of(width)
         known = self._seconds.get(bucket)

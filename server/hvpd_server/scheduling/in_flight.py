@@ -66,8 +66,8 @@ class InFlight:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Let the calling launch run when all others have ended or wait here; from now
-        on launches do not overlap.
+        """Let the calling launch run when all others have ended or wait here. From then
+        on, launches do not overlap.
         """
         with self._lock:
             self.max_launches = 1

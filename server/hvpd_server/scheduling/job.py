@@ -94,7 +94,9 @@ class Job:
     """Whether the caller has given up. A launch that has begun goes on."""
     state: State = State.NEW
     gate: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-    """Closed while the job is queued; opened when it becomes the leader's, or done."""
+    """Closed while the job is queued; opened when its caller becomes the leader, or the
+    job is done.
+    """
 
     @property
     def is_queued(self) -> bool:

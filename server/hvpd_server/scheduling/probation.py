@@ -161,8 +161,8 @@ class Probation:
                 self._line.append(ticket)
 
     def _clear(self, digest: str) -> None:
-        """Take an objective off probation, if its work ended well after the time in
-        which crashes are repeated.
+        """Take an objective off probation, if its work ended without a crash after
+        `_MIN_SECONDS`.
         """
         if not self._on or self._everyone or self._clock() < self._clears:
             return

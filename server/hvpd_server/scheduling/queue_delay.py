@@ -26,9 +26,9 @@ class QueueDelay:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._blocks: dict[Hashable, _Block] = {}
-        # Every block once, also blocks that were released. The oldest job of a block
-        # only gets younger, so an entry's time is a lower bound, which is corrected
-        # when it comes to the top.
+        # Every block once, also blocks that were released. When a block loses its
+        # oldest job, the next oldest is younger. So an entry's time is a lower bound,
+        # which is corrected when it comes to the top.
         self._times: list[tuple[float, int, _Block]] = []
         self._order = itertools.count()
 

@@ -5,8 +5,8 @@
 - With a queue delay, no block is full or old enough.
 - Hold-back: callers that were just answered are about to ask again; see `holdback`.
 
-Knows no threads and no clock, and keeps nothing. A hold-back that is asked gives up
-callers that are late by then.
+Knows no threads and no clock, and has no state. When it asks a hold-back, the hold-back
+gives up callers that are late.
 """
 
 import dataclasses
