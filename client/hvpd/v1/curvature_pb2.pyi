@@ -79,7 +79,9 @@ class PointSpec(google.protobuf.message.Message):
     """SHA-256 of the bytes of the flat x."""
     @property
     def data(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[hvpd.v1.tensor_pb2.Tensor]:
-        """The data to bind, one tensor a leaf, stored before. Empty with default_data."""
+        """The data to bind: one tensor for each leaf, already stored. Empty with
+        default_data.
+        """
 
     def __init__(
         self,
@@ -286,9 +288,10 @@ class ProductSpec(google.protobuf.message.Message):
     other, and answered in the order in which they are done.
     """
     traceparent: builtins.str
-    """In StreamProducts, whose metadata is older than the product: the caller's span, as
-    a W3C Trace Context traceparent (https://www.w3.org/TR/trace-context/). Unset if
-    the caller does not trace; a malformed one is ignored.
+    """In StreamProducts: the caller's span, as a W3C Trace Context traceparent
+    (https://www.w3.org/TR/trace-context/). It is here because the stream's metadata is
+    older than the product. Unset if the caller does not trace; a malformed one is
+    ignored.
     """
     mode: builtins.str
     """Mode of a product of the Hessian: "forward_over_reverse", "reverse_over_forward",
@@ -504,12 +507,12 @@ class CreateVectorTicketResponse(google.protobuf.message.Message):
     id: builtins.bytes
     """Id of the ticket, 16 bytes. The caller sends it after the server's greeting."""
     server_proof: builtins.bytes
-    """Proof of the server, 16 bytes. The server answers it, to show that it made the
-    ticket.
+    """Proof of the server, 16 bytes. The server answers the ticket's id with it, to show
+    that it made the ticket.
     """
     client_proof: builtins.bytes
-    """Proof of the caller, 16 bytes. The caller sends it then, to show that the ticket is
-    its own.
+    """Proof of the caller, 16 bytes. The caller sends it after the server's proof, to
+    show that the ticket is its own.
     """
     valid_seconds: builtins.int
     """Seconds for which the ticket is valid."""

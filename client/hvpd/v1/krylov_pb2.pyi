@@ -696,7 +696,8 @@ Global___TridiagonalsSpec: typing_extensions.TypeAlias = TridiagonalsSpec
 class EstimateSpec(google.protobuf.message.Message):
     """An estimate of the trace or of the diagonal. Result: "values", float64, of shape [1]
     or [n], and "errors" of the same shape. For the trace, also "size", float64[1], the
-    size of the numbers that were added.
+    magnitude of the numbers that were added. The rounding of the trace is relative to
+    it.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

@@ -90,8 +90,8 @@ class DeleteObjectiveResponse(google.protobuf.message.Message):
     digest: builtins.str
     """Digest of the objective."""
     deleted: builtins.bool
-    """Whether the tenant no longer has it. For callers with `administer`, and without
-    tokens: whether it has left the store.
+    """Whether the tenant no longer has the objective. For callers with `administer`, and
+    without tokens: whether the objective has left the store.
     """
     def __init__(
         self,
@@ -342,7 +342,7 @@ class Bundle(google.protobuf.message.Message):
     dtype: builtins.str
     """dtype of the flat x, of the gradient and of products: "float32" or "float64"."""
     mode: builtins.str
-    """Mode of products that have none of their own, and their use of `apply`:
+    """Mode of products that state none, with their use of `apply` in parentheses:
     "forward_over_reverse" (for single vectors, if it pays), "reverse_over_forward",
     "reverse_over_reverse", "finite_difference" (never), "linearized" (always), "auto"
     (for each block width, if the server has measured that it pays).
@@ -383,11 +383,11 @@ class Bundle(google.protobuf.message.Message):
 
     @property
     def data_tree(self) -> hvpd.v1.tensor_pb2.TreeSpec:
-        """Structure of the trailing arguments: a tuple with one child an argument."""
+        """Structure of the trailing arguments: a tuple with one child for each argument."""
 
     @property
     def data(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[hvpd.v1.tensor_pb2.Tensor]:
-        """The data that the objective was registered with, one tensor a leaf."""
+        """The data that the objective was registered with, one tensor for each leaf."""
 
     @property
     def row_leaves(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
@@ -517,9 +517,9 @@ class Derivation(google.protobuf.message.Message):
           empirical_fisher       the same arguments and result, if the model's output has a row for each example
           kfac                   (x, *captured, *data) -> (A_0, G_0, A_1, G_1, ...), two factors for each of dense_layers
           sampled_kfac           (x, key uint32[2], *captured, *data) -> the factors of kfac, with targets drawn from the model's distribution
-        Of hvp, ggn and the Fisher matrices there is each principal block, too, such as
-        "hvp[0,2]" of the leaves 0 and 2: (x, V[k,m], *captured, *data) -> [k,m], where the
-        block has m elements.
+        For hvp, ggn and the Fisher matrices, the server can also compile each principal
+        block. Its name has the leaves, such as "hvp[0,2]": (x, V[k,m], *captured, *data)
+        -> [k,m], where the block has m elements.
         """
 
     @property
@@ -643,8 +643,8 @@ class Objective(google.protobuf.message.Message):
 
     @property
     def create_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
-        """Time of the tenant's first registration; of the other tenant's, if that tenant
-        shares it.
+        """Time of the tenant's first registration. For another tenant's
+        shared objective, the time of that tenant's first registration.
         """
 
     @property

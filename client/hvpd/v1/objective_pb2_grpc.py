@@ -104,10 +104,10 @@ class ObjectiveServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteObjective(self, request, context):
-        """Takes a name off an objective. With the last name the objective leaves the store,
-        with the blobs that no other objective needs. If the server has tenants, a tenant
-        can delete its own objectives only; other objectives need the right `administer`,
-        otherwise PERMISSION_DENIED with reason NOT_YOURS.
+        """Takes a name off an objective. If that was the last name, the objective leaves the
+        store, with the blobs that no other objective needs. If the server has tenants, a
+        tenant can delete its own objectives only; other objectives need the right
+        `administer`, otherwise PERMISSION_DENIED with reason NOT_YOURS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

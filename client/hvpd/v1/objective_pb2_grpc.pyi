@@ -199,10 +199,10 @@ class ObjectiveServiceStub(typing.Generic[_ObjectiveServiceCreateObjectiveType, 
     """Returns the program for each block width, and the measurements behind the choice."""
 
     DeleteObjective: _ObjectiveServiceDeleteObjectiveType
-    """Takes a name off an objective. With the last name the objective leaves the store,
-    with the blobs that no other objective needs. If the server has tenants, a tenant
-    can delete its own objectives only; other objectives need the right `administer`,
-    otherwise PERMISSION_DENIED with reason NOT_YOURS.
+    """Takes a name off an objective. If that was the last name, the objective leaves the
+    store, with the blobs that no other objective needs. If the server has tenants, a
+    tenant can delete its own objectives only; other objectives need the right
+    `administer`, otherwise PERMISSION_DENIED with reason NOT_YOURS.
     """
 
     ReleaseObjective: _ObjectiveServiceReleaseObjectiveType
@@ -284,10 +284,10 @@ class ObjectiveServiceServicer(metaclass=abc.ABCMeta):
         request: hvpd.v1.objective_pb2.DeleteObjectiveRequest,
         context: _ServicerContext,
     ) -> typing.Union[hvpd.v1.objective_pb2.DeleteObjectiveResponse, collections.abc.Awaitable[hvpd.v1.objective_pb2.DeleteObjectiveResponse]]:
-        """Takes a name off an objective. With the last name the objective leaves the store,
-        with the blobs that no other objective needs. If the server has tenants, a tenant
-        can delete its own objectives only; other objectives need the right `administer`,
-        otherwise PERMISSION_DENIED with reason NOT_YOURS.
+        """Takes a name off an objective. If that was the last name, the objective leaves the
+        store, with the blobs that no other objective needs. If the server has tenants, a
+        tenant can delete its own objectives only; other objectives need the right
+        `administer`, otherwise PERMISSION_DENIED with reason NOT_YOURS.
         """
 
     @abc.abstractmethod
