@@ -217,7 +217,7 @@ def vetter():
 
 
 @pytest.fixture
-def serve(tmp_path, cache, device, upload, vetter, monkeypatch):
+def open_engine(tmp_path, cache, device, upload, vetter, monkeypatch):
     """Open an engine on the test's store, with examples registered. An earlier engine
     on that store is closed first.
     """
@@ -232,7 +232,7 @@ def serve(tmp_path, cache, device, upload, vetter, monkeypatch):
             engine.store.close()
         engines.clear()
 
-    def serve(*examples, memory_budget_bytes=1 << 30, max_block_width=16, max_launches=None):
+    def open_engine(*examples, memory_budget_bytes=1 << 30, max_block_width=16, max_launches=None):
         close()
         limits = Limits(memory_budget_bytes, max_block_width, max_pending=4096, max_launches=max_launches)
         engines.append(Engine(Store(tmp_path / "store"), [device], limits, Metrics(), vetter=vetter))
@@ -242,5 +242,5 @@ def serve(tmp_path, cache, device, upload, vetter, monkeypatch):
             engines[-1].registration.register(each.export.digest, "")
         return engines[-1]
 
-    yield serve
+    yield open_engine
     close()

@@ -12,9 +12,9 @@ from hvpd_server.krylov.operator import Operator, Terms
 
 
 @pytest.fixture
-def made(serve, logistic):
+def made(open_engine, logistic):
     """Return a space at a point of the logistic regression, with its start."""
-    engine = serve(logistic)
+    engine = open_engine(logistic)
     spec = curvature_pb2.PointSpec(
         objective_digest=logistic.export.digest,
         default_data=True,

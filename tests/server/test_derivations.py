@@ -33,31 +33,31 @@ def version():
     return f"{rules.version()} cpu"
 
 
-def test_a_derivation_is_made_again_only_for_a_new_version(serve, rosen, counted, monkeypatch):
+def test_a_derivation_is_made_again_only_for_a_new_version(open_engine, rosen, counted, monkeypatch):
     digest = rosen.export.digest
-    engine = serve(rosen)
+    engine = open_engine(rosen)
     assert counted == [(["bundle", "objective"], "cpu")]
     kept = engine.store.derivation(digest, version())
     assert kept == engine.objectives.load(digest).described == engine.objectives.derivation(digest)
     assert kept.mode == "forward_over_reverse"
     engine.registration.register(digest, "again")
-    engine = serve()
+    engine = open_engine()
     engine.objectives.warm_all()
     assert len(counted) == 1
     assert engine.objectives.derivation(digest) == kept
     monkeypatch.setattr(rules, "version", lambda: "other code")
-    engine = serve()
+    engine = open_engine()
     assert engine.objectives.derivation(digest) is None
     engine.objectives.warm_all()
     assert len(counted) == 2
     assert engine.store.derivation(digest, "other code cpu") == kept
 
 
-def test_a_derivation_for_another_platform_is_made_again(serve, rosen, counted):
-    engine = serve(rosen)
+def test_a_derivation_for_another_platform_is_made_again(open_engine, rosen, counted):
+    engine = open_engine(rosen)
     derived = engine.objectives.derivation(rosen.export.digest)
     engine.store.add_derivation(rosen.export.digest, f"{rules.version()} cuda", derived)
-    engine = serve()
+    engine = open_engine()
     engine.objectives.warm_all()
     assert len(counted) == 2
     assert engine.store.derivation(rosen.export.digest, version()) == derived
@@ -69,13 +69,13 @@ def test_the_version_is_that_of_the_code_and_of_jax():
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": 3}', b'{"version": "older", "derivation": {}}'])
-def test_a_record_that_is_damaged_or_old_is_no_record(serve, rosen, counted, content):
-    engine = serve(rosen)
+def test_a_record_that_is_damaged_or_old_is_no_record(open_engine, rosen, counted, content):
+    engine = open_engine(rosen)
     record = engine.store.root / "derived" / rosen.export.digest
     before = json.loads(record.read_bytes())
     assert before["version"] == version()
     record.write_bytes(content)
-    engine = serve()
+    engine = open_engine()
     engine.objectives.warm_all()
     assert len(counted) == 2
     assert json.loads(record.read_bytes()) == before
@@ -99,8 +99,8 @@ EVIL = """
 """
 
 
-def test_a_refused_program_is_not_registered_nor_stored_nor_read_by_the_server(serve, rosen, upload, monkeypatch):
-    engine = serve()
+def test_a_refused_program_is_not_registered_nor_stored_nor_read_by_the_server(open_engine, rosen, upload, monkeypatch):
+    engine = open_engine()
     digest = changed(rosen, upload, engine.store, artifact(EVIL))
     monkeypatch.setattr(reader, "read", None)
     for _ in range(2):
@@ -112,8 +112,8 @@ def test_a_refused_program_is_not_registered_nor_stored_nor_read_by_the_server(s
     assert engine.objectives.derivation(digest) is None
 
 
-def test_a_refusal_changes_nothing_for_neighbours(serve, rosen, logistic, upload, assert_product):
-    engine = serve(logistic)
+def test_a_refusal_changes_nothing_for_neighbours(open_engine, rosen, logistic, upload, assert_product):
+    engine = open_engine(logistic)
     before = (engine.store.root / "derived" / logistic.export.digest).read_bytes()
     digest = changed(rosen, upload, engine.store, artifact(EVIL))
     with pytest.raises(ServiceError):
@@ -126,10 +126,10 @@ def test_a_refusal_changes_nothing_for_neighbours(serve, rosen, logistic, upload
     assert_product(np.asarray(kernels.call("hvp", 2, logistic.x, V, *logistic.data)), logistic.hessian, V)
 
 
-def test_one_that_a_newer_version_refuses_is_not_served_and_its_neighbours_are(serve, rosen, logistic, monkeypatch):
-    serve(rosen, logistic)
+def test_one_that_a_newer_version_refuses_is_not_served_and_its_neighbours_are(open_engine, rosen, logistic, monkeypatch):
+    open_engine(rosen, logistic)
     monkeypatch.setattr(rules, "version", lambda: "newer")
-    engine = serve()
+    engine = open_engine()
     vet = engine.objectives._vetting._vetter.vet
     evil = rosen.bundle.SerializeToString()
 
@@ -147,8 +147,8 @@ def test_one_that_a_newer_version_refuses_is_not_served_and_its_neighbours_are(s
 
 
 @pytest.mark.parametrize("claim", [0, 1 << 30, -1])
-def test_programs_have_the_sizes_that_the_bundle_says(serve, rosen, upload, claim):
-    engine = serve()
+def test_programs_have_the_sizes_that_the_bundle_says(open_engine, rosen, upload, claim):
+    engine = open_engine()
     program = rosen.read(rosen.bundle.programs["objective"].digest)
     digest = changed(rosen, upload, engine.store, program, size_bytes=claim)
     with pytest.raises(ServiceError, match=rf"objective has {len(program)} bytes, the bundle says {claim}") as error:
@@ -157,8 +157,8 @@ def test_programs_have_the_sizes_that_the_bundle_says(serve, rosen, upload, clai
     assert engine.store.objectives() == []
 
 
-def test_programs_that_are_too_large_are_not_even_read(serve, rosen, upload):
-    engine = serve()
+def test_programs_that_are_too_large_are_not_even_read(open_engine, rosen, upload):
+    engine = open_engine()
     for content in rosen.export.blobs.values():
         upload(engine.store, content)
     program = rosen.bundle.programs["objective"].digest

@@ -81,9 +81,9 @@ def refusal(code, reason, call, *args, **settings):
 # Products and points against the truth
 
 
-def test_a_point_comes_with_value_and_gradient(serve, objective_example):
+def test_a_point_comes_with_value_and_gradient(open_engine, objective_example):
     example = objective_example
-    point = create_point(serve(example), example)
+    point = create_point(open_engine(example), example)
     rtol = {"float64": 1e-12, "float32": 1e-5}[example.x.dtype.name]
     np.testing.assert_allclose(point.value, example.value, rtol=rtol)
     np.testing.assert_allclose(point.gradient, example.gradient, rtol=rtol, atol=rtol * np.abs(example.gradient).max())
@@ -93,11 +93,11 @@ def test_a_point_comes_with_value_and_gradient(serve, objective_example):
     assert message.nonfinite_gradient == 0
 
 
-def test_products_of_every_width(serve, objective_example, assert_product):
+def test_products_of_every_width(open_engine, objective_example, assert_product):
     """This does not depend on the compiled widths. Widths up to 9 go through buckets of
     1 to 16, at first in pieces of one.
     """
-    engine = serve(objective_example)
+    engine = open_engine(objective_example)
     point = create_point(engine, objective_example)
     for width in range(1, 10):
         V = block(objective_example, width)
@@ -112,9 +112,9 @@ def test_products_of_every_width(serve, objective_example, assert_product):
     ("compiled", "expected"), [([1], 7), ([1, 2], 4), ([1, 2, 4], 2), ([1, 2, 4, 8], 1), ([1, 8, 16], 1)]
 )
 def test_a_block_takes_as_few_launches_as_the_compiled_buckets_allow(
-    serve, logistic, assert_product, monkeypatch, compiled, expected
+    open_engine, logistic, assert_product, monkeypatch, compiled, expected
 ):
-    engine = serve(logistic)
+    engine = open_engine(logistic)
     point = create_point(engine, logistic)
     compile_programs(point, *(("hvp", width) for width in compiled))
     monkeypatch.setattr(engine.lanes[0].launches, "_have", lambda objective, base, width: None)
@@ -124,8 +124,8 @@ def test_a_block_takes_as_few_launches_as_the_compiled_buckets_allow(
     assert point.objective.kernels.widths("hvp") == compiled
 
 
-def test_a_bucket_that_is_missing_is_compiled_beside_the_product(serve, logistic):
-    engine = serve(logistic)
+def test_a_bucket_that_is_missing_is_compiled_beside_the_product(open_engine, logistic):
+    engine = open_engine(logistic)
     point = create_point(engine, logistic)
     multiply(engine, point, block(logistic, 5))
     point.objective.kernels.request("hvp", 8).result(WAIT)
@@ -134,8 +134,8 @@ def test_a_bucket_that_is_missing_is_compiled_beside_the_product(serve, logistic
     assert launches(engine, "hvp") == before + 1
 
 
-def test_other_data_gives_another_point(serve, logistic, upload, make_example, assert_product):
-    engine = serve(logistic)
+def test_other_data_gives_another_point(open_engine, logistic, upload, make_example, assert_product):
+    engine = open_engine(logistic)
     other_data = tuple(np.flip(array) * 0.5 for array in logistic.data)
     other = make_example(logistic.fun, logistic.x, *other_data)
     point = create_point(engine, logistic)
@@ -146,8 +146,8 @@ def test_other_data_gives_another_point(serve, logistic, upload, make_example, a
     assert_product(multiply(engine, point, V), logistic.hessian, V)
 
 
-def test_the_same_data_said_explicitly_is_the_same_point(serve, logistic):
-    engine = serve(logistic)
+def test_the_same_data_said_explicitly_is_the_same_point(open_engine, logistic):
+    engine = open_engine(logistic)
     point = create_point(engine, logistic)
     explicit = point_spec(logistic, data=list(logistic.bundle.data))
     assert not explicit.default_data
@@ -156,8 +156,8 @@ def test_the_same_data_said_explicitly_is_the_same_point(serve, logistic):
     assert engine.find_point(engine.locate(point_spec(logistic, logistic.x + 1))) is None
 
 
-def test_concurrent_requests_for_a_point_get_one(serve, logistic, start):
-    engine = serve(logistic)
+def test_concurrent_requests_for_a_point_get_one(open_engine, logistic, start):
+    engine = open_engine(logistic)
     together = threading.Barrier(6)
 
     def create():
@@ -169,11 +169,11 @@ def test_concurrent_requests_for_a_point_get_one(serve, logistic, start):
     assert engine.metrics.registry.get_sample_value("hvpd_points_total") == 1
 
 
-def test_a_point_counts_its_values_that_are_not_finite(serve, rosen):
+def test_a_point_counts_its_values_that_are_not_finite(open_engine, rosen):
     """SciPy's line searches take such steps, so this is an answer, not an error."""
     x = rosen.x.copy()
     x[0], x[3] = np.nan, np.inf
-    message = create_point(serve(rosen), rosen, x).message()
+    message = create_point(open_engine(rosen), rosen, x).message()
     assert message.nonfinite_x == 2
     assert message.nonfinite_value
     assert message.nonfinite_gradient > 0
@@ -182,9 +182,9 @@ def test_a_point_counts_its_values_that_are_not_finite(serve, rosen):
 # Residuals
 
 
-def test_both_programs_are_tried_and_residuals_stay(serve, objective_example, assert_product):
+def test_both_programs_are_tried_and_residuals_stay(open_engine, objective_example, assert_product):
     example = objective_example
-    engine = serve(example)
+    engine = open_engine(example)
     point = create_point(engine, example)
     compile_programs(point, ("hvp", 1), ("prepare", 0), ("apply", 1))
     V = block(example, 1)
@@ -195,8 +195,8 @@ def test_both_programs_are_tried_and_residuals_stay(serve, objective_example, as
     assert engine.lanes[0].residency.used_bytes()["residuals"] == point.objective.residual_bytes
 
 
-def test_blocks_make_and_use_no_residuals(serve, logistic):
-    engine = serve(logistic)
+def test_blocks_make_and_use_no_residuals(open_engine, logistic):
+    engine = open_engine(logistic)
     point = create_point(engine, logistic)
     compile_programs(point, ("hvp", 4), ("prepare", 0), ("apply", 1))
     for seed in range(3):
@@ -205,8 +205,8 @@ def test_blocks_make_and_use_no_residuals(serve, logistic):
     assert "residuals" not in engine.lanes[0].residency.used_bytes()
 
 
-def test_a_product_does_not_wait_for_the_residual_programs_to_compile(serve, rosen):
-    engine = serve(rosen)
+def test_a_product_does_not_wait_for_the_residual_programs_to_compile(open_engine, rosen):
+    engine = open_engine(rosen)
     point = create_point(engine, rosen)
     for _ in range(Plan.SAMPLES + 1):
         multiply(engine, point, block(rosen, 1))
@@ -216,10 +216,10 @@ def test_a_product_does_not_wait_for_the_residual_programs_to_compile(serve, ros
     assert launches(engine, "apply") == 1
 
 
-def test_residuals_that_would_fill_the_budget_are_not_made(serve, rosen, assert_product):
-    engine = serve(rosen)
+def test_residuals_that_would_fill_the_budget_are_not_made(open_engine, rosen, assert_product):
+    engine = open_engine(rosen)
     needed = create_point(engine, rosen).objective.residual_bytes
-    engine = serve(memory_budget_bytes=4 * needed - 1)
+    engine = open_engine(memory_budget_bytes=4 * needed - 1)
     point = create_point(engine, rosen)
     compile_programs(point, ("hvp", 1), ("prepare", 0), ("apply", 1))
     for seed in range(Plan.SAMPLES + 1):
@@ -228,13 +228,13 @@ def test_residuals_that_would_fill_the_budget_are_not_made(serve, rosen, assert_
     assert launches(engine, "apply") == 0
 
 
-def test_residuals_that_do_not_fit_beside_the_data_are_no_failure_of_the_product(serve, make_example, assert_product):
+def test_residuals_that_do_not_fit_beside_the_data_are_no_failure_of_the_product(open_engine, make_example, assert_product):
     x = np.linspace(1, 2, 5)
     example = make_example(lambda x, d: jnp.sum(x[1:] ** 4 * x[:-1]) * d.mean(), x, np.ones(1000))
-    residuals = create_point(serve(example), example).objective.residual_bytes
+    residuals = create_point(open_engine(example), example).objective.residual_bytes
     budget = example.data[0].nbytes + 2 * x.nbytes + residuals - 1
     assert 0 < residuals <= budget // 4
-    engine = serve(memory_budget_bytes=budget)
+    engine = open_engine(memory_budget_bytes=budget)
     point = create_point(engine, example)
     compile_programs(point, ("hvp", 1), ("prepare", 0), ("apply", 1))
     for seed in range(Plan.SAMPLES + 1):
@@ -245,8 +245,8 @@ def test_residuals_that_do_not_fit_beside_the_data_are_no_failure_of_the_product
 # Coalescing
 
 
-def test_eight_threads_at_two_points_get_their_own_products(serve, logistic, make_example, assert_product, start):
-    engine = serve(logistic)
+def test_eight_threads_at_two_points_get_their_own_products(open_engine, logistic, make_example, assert_product, start):
+    engine = open_engine(logistic)
     x = logistic.x + 1
     examples = [logistic, make_example(logistic.fun, x, *logistic.data)]
     points = [create_point(engine, logistic), create_point(engine, logistic, x)]
@@ -264,9 +264,9 @@ def test_eight_threads_at_two_points_get_their_own_products(serve, logistic, mak
 
 
 def test_products_that_arrive_while_the_device_works_share_a_launch(
-    serve, logistic, assert_product, start, monkeypatch
+    open_engine, logistic, assert_product, start, monkeypatch
 ):
-    engine = serve(logistic)
+    engine = open_engine(logistic)
     point = create_point(engine, logistic)
     compile_programs(point, ("hvp", 1), ("hvp", 8))
     begun, may_go, queued = threading.Event(), threading.Event(), threading.Semaphore(0)
@@ -298,8 +298,8 @@ def test_products_that_arrive_while_the_device_works_share_a_launch(
     assert launches(engine, "hvp") == 2
 
 
-def test_tenants_share_the_device_and_priorities_order_one_tenants_products(serve, rosen, start, monkeypatch):
-    engine = serve(rosen)
+def test_tenants_share_the_device_and_priorities_order_one_tenants_products(open_engine, rosen, start, monkeypatch):
+    engine = open_engine(rosen)
     points = [create_point(engine, rosen, rosen.x + shift) for shift in range(6)]
     compile_programs(points[0], ("hvp", 1))
     begun, may_go, queued, order = threading.Event(), threading.Event(), threading.Semaphore(0), []
@@ -329,8 +329,8 @@ def test_tenants_share_the_device_and_priorities_order_one_tenants_products(serv
     assert order == [0, 5, 4, 3, 2, 1]
 
 
-def test_a_product_of_no_use_any_more_is_not_made(serve, rosen):
-    engine = serve(rosen)
+def test_a_product_of_no_use_any_more_is_not_made(open_engine, rosen):
+    engine = open_engine(rosen)
     point = create_point(engine, rosen)
     V = block(rosen, 1)
     refusal(Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", multiply, engine, point, V, deadline=time.monotonic())
@@ -341,8 +341,8 @@ def test_a_product_of_no_use_any_more_is_not_made(serve, rosen):
 # Memory
 
 
-def test_an_evicted_point_is_not_resident_until_it_is_created_again(serve, rosen, assert_product):
-    engine = serve(rosen, memory_budget_bytes=3 * rosen.x.nbytes)
+def test_an_evicted_point_is_not_resident_until_it_is_created_again(open_engine, rosen, assert_product):
+    engine = open_engine(rosen, memory_budget_bytes=3 * rosen.x.nbytes)
     point = create_point(engine, rosen)
     assert engine.resident(product_spec(point)) is point
     create_point(engine, rosen, rosen.x + 1)
@@ -357,28 +357,28 @@ def test_an_evicted_point_is_not_resident_until_it_is_created_again(serve, rosen
     assert_product(multiply(engine, again, V), rosen.hessian, V)
 
 
-def test_a_product_under_way_outlives_the_eviction_of_its_point(serve, rosen, assert_product):
-    engine = serve(rosen, memory_budget_bytes=3 * rosen.x.nbytes)
+def test_a_product_under_way_outlives_the_eviction_of_its_point(open_engine, rosen, assert_product):
+    engine = open_engine(rosen, memory_budget_bytes=3 * rosen.x.nbytes)
     point = create_point(engine, rosen)
     create_point(engine, rosen, rosen.x + 1)
     V = block(rosen, 2)
     assert_product(multiply(engine, point, V), rosen.hessian, V)
 
 
-def test_a_point_larger_than_the_budget_is_refused(serve, rosen, logistic):
-    engine = serve(rosen, logistic, memory_budget_bytes=2 * rosen.x.nbytes - 1)
+def test_a_point_larger_than_the_budget_is_refused(open_engine, rosen, logistic):
+    engine = open_engine(rosen, logistic, memory_budget_bytes=2 * rosen.x.nbytes - 1)
     for example in (rosen, logistic):
         error = refusal(Code.RESOURCE_EXHAUSTED, "MEMORY_BUDGET", create_point, engine, example)
         assert "--memory-budget" in str(error)
 
 
-def test_the_budget_holds_for_the_arrays_that_jax_counts(serve, make_example, upload):
+def test_the_budget_holds_for_the_arrays_that_jax_counts(open_engine, make_example, upload):
     """jax counts the bytes. Points in use keep their data alive, so evicting that data
     frees nothing.
     """
     example = make_example(lambda x, d: jnp.sum((x * d.sum()) ** 4), np.ones(2), np.zeros(10_000))
     budget = 3 * example.data[0].nbytes
-    engine = serve(example, memory_budget_bytes=budget)
+    engine = open_engine(example, memory_budget_bytes=budget)
     gc.collect()
     before = sum(array.nbytes for array in jax.live_arrays())
     used = []
@@ -391,19 +391,19 @@ def test_the_budget_holds_for_the_arrays_that_jax_counts(serve, make_example, up
     assert sum(array.nbytes for array in jax.live_arrays()) - before <= budget
 
 
-def test_data_that_fits_one_by_one_but_not_together_is_refused(serve, make_example):
+def test_data_that_fits_one_by_one_but_not_together_is_refused(open_engine, make_example):
     example = make_example(
         lambda x, a, b: jnp.sum((x * a.sum() * b.sum()) ** 2), np.ones(2), np.ones(1000), np.zeros(1000)
     )
-    engine = serve(example, memory_budget_bytes=example.data[0].nbytes * 3 // 2)
+    engine = open_engine(example, memory_budget_bytes=example.data[0].nbytes * 3 // 2)
     refusal(Code.RESOURCE_EXHAUSTED, "MEMORY_BUDGET", create_point, engine, example)
 
 
 # Refusals
 
 
-def test_a_product_is_checked_before_its_vectors_come(serve, rosen):
-    engine = serve(rosen, max_block_width=8)
+def test_a_product_is_checked_before_its_vectors_come(open_engine, rosen):
+    engine = open_engine(rosen, max_block_width=8)
     point = create_point(engine, rosen)
     for k in (0, -1, 9):
         refusal(Code.INVALID_ARGUMENT, "BLOCK_WIDTH", engine.resident, product_spec(point, k))
@@ -414,15 +414,15 @@ def test_a_product_is_checked_before_its_vectors_come(serve, rosen):
     assert engine.resident(product_spec(point, 8)) is point
 
 
-def test_an_x_that_is_not_the_one_of_the_spec_is_refused(serve, rosen):
-    engine = serve(rosen)
+def test_an_x_that_is_not_the_one_of_the_spec_is_refused(open_engine, rosen):
+    engine = open_engine(rosen)
     place = engine.locate(point_spec(rosen))
     refusal(Code.INVALID_ARGUMENT, "DIGEST_MISMATCH", engine.create_point, place, np.nextafter(rosen.x, np.inf))
     assert engine.find_point(engine.locate(point_spec(rosen))) is None
 
 
-def test_data_that_does_not_fit_or_is_not_stored_is_refused(serve, logistic, upload):
-    engine = serve(logistic)
+def test_data_that_does_not_fit_or_is_not_stored_is_refused(open_engine, logistic, upload):
+    engine = open_engine(logistic)
     features, labels = logistic.bundle.data
     wrong = tensor(engine.store, upload, np.ones((30, 7)))
     refusal(Code.INVALID_ARGUMENT, "DATA_MISMATCH", create_point, engine, logistic, data=[wrong, labels])
@@ -431,13 +431,13 @@ def test_data_that_does_not_fit_or_is_not_stored_is_refused(serve, logistic, upl
     assert error.metadata == {"digests": "0" * 64}
 
 
-def test_a_point_of_an_unknown_objective_is_not_found(serve, rosen, logistic):
-    engine = serve(rosen)
+def test_a_point_of_an_unknown_objective_is_not_found(open_engine, rosen, logistic):
+    engine = open_engine(rosen)
     refusal(Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND", create_point, engine, logistic)
 
 
-def test_a_bundle_with_blobs_missing_is_refused_by_their_digests(serve, logistic, upload):
-    engine = serve()
+def test_a_bundle_with_blobs_missing_is_refused_by_their_digests(open_engine, logistic, upload):
+    engine = open_engine()
     missing = {logistic.bundle.programs["objective"].digest, logistic.bundle.data[0].digest}
     for digest, content in logistic.export.blobs.items():
         if digest not in missing:
@@ -448,17 +448,17 @@ def test_a_bundle_with_blobs_missing_is_refused_by_their_digests(serve, logistic
 
 
 @pytest.mark.parametrize("name", ["../x", ".", "a b", "f" * 64])
-def test_an_objective_of_a_bad_name_is_not_registered(serve, rosen, upload, name):
-    engine = serve()
+def test_an_objective_of_a_bad_name_is_not_registered(open_engine, rosen, upload, name):
+    engine = open_engine()
     for content in rosen.export.blobs.values():
         upload(engine.store, content)
     refusal(Code.INVALID_ARGUMENT, "INVALID_NAME", engine.registration.register, rosen.export.digest, name)
     assert engine.store.objectives() == []
 
 
-def test_digests_that_are_paths_lead_nowhere(serve, tmp_path, logistic):
+def test_digests_that_are_paths_lead_nowhere(open_engine, tmp_path, logistic):
     """Such digests come from clients, in a registration and in a point's data."""
-    engine = serve(logistic)
+    engine = open_engine(logistic)
     outside = tmp_path / "outside"
     outside.write_bytes(b"0" * 240)
     data = [logistic.bundle.data[0], tensor_pb2.Tensor(dtype="float64", shape=(30,), digest=str(outside))]
@@ -500,8 +500,8 @@ def damage(store, digest):
     path.write_bytes(content)
 
 
-def test_a_program_that_is_corrupt_on_disk_is_refused_and_nothing_is_registered(serve, rosen, upload):
-    engine = serve()
+def test_a_program_that_is_corrupt_on_disk_is_refused_and_nothing_is_registered(open_engine, rosen, upload):
+    engine = open_engine()
     digest = register_changed(engine, rosen, upload)
     damage(engine.store, rosen.bundle.programs["objective"].digest)
     refusal(Code.DATA_LOSS, "BLOB_CORRUPT", engine.registration.register, digest, "rosen")
@@ -511,8 +511,8 @@ def test_a_program_that_is_corrupt_on_disk_is_refused_and_nothing_is_registered(
     assert [(name, digest) for name, digest, _ in engine.store.objectives()] == [("rosen", digest)]
 
 
-def test_a_blob_that_is_no_program_is_refused_and_nothing_is_registered(serve, rosen, upload):
-    engine = serve()
+def test_a_blob_that_is_no_program_is_refused_and_nothing_is_registered(open_engine, rosen, upload):
+    engine = open_engine()
     junk = upload(engine.store, b"not a program")
     digest = register_changed(engine, rosen, upload, program=objective_pb2.Program(digest=junk, size_bytes=13))
     refusal(Code.INVALID_ARGUMENT, "BUNDLE_INCOMPATIBLE", engine.registration.register, digest, "junk")
@@ -522,8 +522,8 @@ def test_a_blob_that_is_no_program_is_refused_and_nothing_is_registered(serve, r
 @pytest.mark.parametrize(
     ("format_", "says"), [(1, "register the objective again with a newer client"), (3, "upgrade the server")]
 )
-def test_a_bundle_of_another_format_is_refused_and_nothing_is_registered(serve, rosen, upload, format_, says):
-    engine = serve()
+def test_a_bundle_of_another_format_is_refused_and_nothing_is_registered(open_engine, rosen, upload, format_, says):
+    engine = open_engine()
     digest = register_changed(engine, rosen, upload, format=format_)
     error = refusal(Code.FAILED_PRECONDITION, "BUNDLE_INCOMPATIBLE", engine.registration.register, digest, "other")
     assert f"the bundle has format {format_}" in str(error)
@@ -532,8 +532,8 @@ def test_a_bundle_of_another_format_is_refused_and_nothing_is_registered(serve, 
     assert engine.store.objectives() == []
 
 
-def test_a_program_of_a_newer_stablehlo_is_refused_and_nothing_is_registered(serve, rosen, upload):
-    engine = serve()
+def test_a_program_of_a_newer_stablehlo_is_refused_and_nothing_is_registered(open_engine, rosen, upload):
+    engine = open_engine()
     artifact = rosen.read(rosen.bundle.programs["objective"].digest)
     assert artifact[4] & 1  # The version of the bytecode, in one byte.
     newer = artifact[:4] + bytes([99 * 2 + 1]) + artifact[5:]
@@ -545,15 +545,15 @@ def test_a_program_of_a_newer_stablehlo_is_refused_and_nothing_is_registered(ser
     assert engine.store.objectives() == []
 
 
-def test_programs_of_another_objective_are_refused(serve, rosen, logistic, upload):
-    engine = serve(logistic)
+def test_programs_of_another_objective_are_refused(open_engine, rosen, logistic, upload):
+    engine = open_engine(logistic)
     digest = register_changed(engine, rosen, upload, program=logistic.bundle.programs["objective"])
     refusal(Code.INVALID_ARGUMENT, "BUNDLE_INVALID", engine.registration.register, digest, "")
     assert [(name, digest) for name, digest, _ in engine.store.objectives()] == [("", logistic.export.digest)]
 
 
-def test_registering_again_changes_nothing(serve, rosen):
-    engine = serve(rosen)
+def test_registering_again_changes_nothing(open_engine, rosen):
+    engine = open_engine(rosen)
     before = engine.objectives.load(rosen.export.digest)
     assert engine.registration.register(rosen.export.digest, "") is before
     assert engine.registration.register(rosen.export.digest, "digits/rosen") is before
@@ -563,9 +563,9 @@ def test_registering_again_changes_nothing(serve, rosen):
 # Restarts
 
 
-def test_after_a_restart_all_is_warm_and_right_without_registering(serve, rosen, logistic, assert_product):
-    serve(rosen, logistic)
-    engine = serve()
+def test_after_a_restart_all_is_warm_and_right_without_registering(open_engine, rosen, logistic, assert_product):
+    open_engine(rosen, logistic)
+    engine = open_engine()
     engine.objectives.warm_all()
     for example in (rosen, logistic):
         kernels = engine.objectives.load(example.export.digest).kernels
@@ -596,8 +596,8 @@ def uploaded(engine, example, upload):
     return example.export.digest
 
 
-def test_a_registration_that_was_given_up_leaves_the_queue(serve, rosen, upload, monkeypatch):
-    engine = serve()
+def test_a_registration_that_was_given_up_leaves_the_queue(open_engine, rosen, upload, monkeypatch):
+    engine = open_engine()
     digest = uploaded(engine, rosen, upload)
     read = []
     monkeypatch.setattr(engine.objectives._vetting, "known", lambda digest: None)
@@ -609,8 +609,8 @@ def test_a_registration_that_was_given_up_leaves_the_queue(serve, rosen, upload,
     assert read == []
 
 
-def test_compiles_of_a_given_up_registration_leave_the_queue_and_can_be_repeated(serve, rosen, upload):
-    engine = serve()
+def test_compiles_of_a_given_up_registration_leave_the_queue_and_can_be_repeated(open_engine, rosen, upload):
+    engine = open_engine()
     digest = uploaded(engine, rosen, upload)
     engine.objectives._vetting.admit(digest, rosen.export.bundle, engine.store.read)
     with Turns(engine), pytest.raises(ServiceError, match="gave up the registration"):
@@ -619,8 +619,8 @@ def test_compiles_of_a_given_up_registration_leave_the_queue_and_can_be_repeated
     assert engine.registration.register(digest, "").kernels.ready("value_and_grad")
 
 
-def test_two_register_a_bundle_and_one_gives_up(serve, rosen, upload):
-    engine = serve()
+def test_two_register_a_bundle_and_one_gives_up(open_engine, rosen, upload):
+    engine = open_engine()
     digest = uploaded(engine, rosen, upload)
     engine.objectives._vetting.admit(digest, rosen.export.bundle, engine.store.read)
     staying, leaving = queue.SimpleQueue(), queue.SimpleQueue()
@@ -666,11 +666,11 @@ def _unreadable_program(engine, example):
 
 
 @pytest.mark.parametrize("break_", [_corrupt_bundle, _corrupt_program, _lost_program, _unreadable_program])
-def test_a_store_with_a_broken_objective_serves_the_rest(serve, rosen, logistic, assert_product, caplog, break_):
-    broken = serve(rosen, logistic)
+def test_a_store_with_a_broken_objective_serves_the_rest(open_engine, rosen, logistic, assert_product, caplog, break_):
+    broken = open_engine(rosen, logistic)
     break_(broken, rosen)
     uncached(broken)
-    engine = serve()
+    engine = open_engine()
     engine.objectives.warm_all()
     assert rosen.export.digest[:12] in caplog.text
     V = block(logistic, 2)
@@ -680,12 +680,12 @@ def test_a_store_with_a_broken_objective_serves_the_rest(serve, rosen, logistic,
 
 
 @pytest.mark.parametrize("break_", [_corrupt_bundle, _corrupt_program, _lost_program])
-def test_a_broken_objective_is_served_once_it_is_registered_again(serve, rosen, upload, assert_product, break_):
+def test_a_broken_objective_is_served_once_it_is_registered_again(open_engine, rosen, upload, assert_product, break_):
     """It is served at once, although failed compiles are not repeated for a while."""
-    broken = serve(rosen)
+    broken = open_engine(rosen)
     break_(broken, rosen)
     uncached(broken)
-    engine = serve()
+    engine = open_engine()
     engine.objectives.warm_all()
     refusal(Code.DATA_LOSS, "BLOB_CORRUPT", create_point, engine, rosen)
     for content in rosen.export.blobs.values():
@@ -695,11 +695,11 @@ def test_a_broken_objective_is_served_once_it_is_registered_again(serve, rosen, 
     assert_product(multiply(engine, create_point(engine, rosen), V), rosen.hessian, V)
 
 
-def test_a_bundle_of_a_newer_server_does_not_stop_this_one(serve, rosen, logistic, upload, caplog, assert_product):
-    engine = serve(logistic)
+def test_a_bundle_of_a_newer_server_does_not_stop_this_one(open_engine, rosen, logistic, upload, caplog, assert_product):
+    engine = open_engine(logistic)
     newer = register_changed(engine, rosen, upload, format=3)
     engine.store.add_objective(newer, "newer")
-    engine = serve()
+    engine = open_engine()
     engine.objectives.warm_all()
     assert newer in caplog.text
     V = block(logistic, 2)

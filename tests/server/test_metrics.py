@@ -305,8 +305,8 @@ def create(engine, example, x=None):
     return engine.find_point(place) or engine.create_point(place, x)
 
 
-def test_an_engine_counts_its_work(serve, logistic):
-    engine = serve(logistic)
+def test_an_engine_counts_its_work(open_engine, logistic):
+    engine = open_engine(logistic)
     metrics, point = engine.metrics, create(engine, logistic)
     assert create(engine, logistic) is point
     vectors = np.eye(logistic.x.size)[:3]
@@ -332,8 +332,8 @@ def test_an_engine_counts_its_work(serve, logistic):
     assert compiled + cached == value(metrics, "hvpd_compile_seconds_count") >= 3
 
 
-def test_vectors_in_flight_are_exported(serve, logistic, start, monkeypatch):
-    engine = serve(logistic)
+def test_vectors_in_flight_are_exported(open_engine, logistic, start, monkeypatch):
+    engine = open_engine(logistic)
     point = create(engine, logistic)
     launching, finish = threading.Event(), threading.Event()
     inner = engine.lanes[0].launches._product
@@ -352,12 +352,12 @@ def test_vectors_in_flight_are_exported(serve, logistic, start, monkeypatch):
     assert value(engine.metrics, "hvpd_in_flight_vectors") == 0
 
 
-def test_programs_that_were_compiled_before_come_from_the_cache(serve, make_example):
+def test_programs_that_were_compiled_before_come_from_the_cache(open_engine, make_example):
     example = make_example(lambda x: (x**4).sum() + 3 * x[0], np.arange(1.0, 4.0))
-    first = serve(example)
+    first = open_engine(example)
     create(first, example)
     assert value(first.metrics, "hvpd_compiles_total", outcome="compiled") >= 1
-    again = serve(example)
+    again = open_engine(example)
     create(again, example)
     assert value(again.metrics, "hvpd_compiles_total", outcome="cached") >= 1
     assert value(again.metrics, "hvpd_compiles_total", outcome="compiled") == 0
@@ -367,8 +367,8 @@ def raise_(error):
     raise error
 
 
-def test_a_compile_that_fails_is_counted(serve, logistic, monkeypatch):
-    engine = serve(logistic)
+def test_a_compile_that_fails_is_counted(open_engine, logistic, monkeypatch):
+    engine = open_engine(logistic)
     point = create(engine, logistic)
     refusal = ServiceError(Code.INVALID_ARGUMENT, "COMPILE_FAILED", "the server cannot compile hvp")
     monkeypatch.setattr(engine.vetter, "compile", lambda *args: raise_(refusal))
@@ -377,8 +377,8 @@ def test_a_compile_that_fails_is_counted(serve, logistic, monkeypatch):
     assert value(engine.metrics, "hvpd_compiles_total", outcome="failed") == 1
 
 
-def test_a_full_queue_is_counted(serve, logistic, monkeypatch):
-    engine = serve(logistic)
+def test_a_full_queue_is_counted(open_engine, logistic, monkeypatch):
+    engine = open_engine(logistic)
     point = create(engine, logistic)
     monkeypatch.setattr(engine.lanes[0].launches._batcher, "_max_pending", 1)
     with pytest.raises(ServiceError) as refused:

@@ -123,11 +123,11 @@ def test_a_record_that_is_damaged_opens_nothing(owners, store, content):
 
 
 @pytest.mark.parametrize("lacking", [0, -1])
-def test_a_tenant_must_have_uploaded_all_blobs_of_its_objective(serve, logistic, lacking):
+def test_a_tenant_must_have_uploaded_all_blobs_of_its_objective(open_engine, logistic, lacking):
     """The bundle, its programs and its data count as uploaded, also if another tenant
     has them.
     """
-    engine = serve()
+    engine = open_engine()
     engine.owners.add_objective("a", logistic.export.digest, shared=True)
     for content in logistic.export.blobs.values():
         digest = codec.digest(content)
@@ -147,8 +147,8 @@ def test_a_tenant_must_have_uploaded_all_blobs_of_its_objective(serve, logistic,
     assert [name for name, _, _ in engine.owners.listing("b")] == ["b/mine"]
 
 
-def test_a_registration_without_room_is_refused_before_its_programs_are_read(serve, logistic, monkeypatch):
-    engine = serve()
+def test_a_registration_without_room_is_refused_before_its_programs_are_read(open_engine, logistic, monkeypatch):
+    engine = open_engine()
     for content in logistic.export.blobs.values():
         digest = codec.digest(content)
         with engine.store.upload(digest, len(content)) as upload:

@@ -68,8 +68,8 @@ def at_once(start, monkeypatch):
 
 
 @pytest.fixture
-def points(serve, logistic):
-    engine = serve(logistic)
+def points(open_engine, logistic):
+    engine = open_engine(logistic)
     rng = np.random.default_rng(5)
     xs = rng.standard_normal((5, logistic.x.size))
     found = [create_point(engine, logistic, x) for x in xs]
@@ -136,8 +136,8 @@ def test_a_device_without_the_memory_for_pairs_takes_one_point_after_the_other(
         assert_product(product, hessian(logistic, np.asarray(point.x)), V)
 
 
-def test_points_with_other_data_and_other_objectives_are_no_pairs(serve, logistic, logistic32, rosen):
-    engine = serve(logistic, logistic32, rosen)
+def test_points_with_other_data_and_other_objectives_are_no_pairs(open_engine, logistic, logistic32, rosen):
+    engine = open_engine(logistic, logistic32, rosen)
     one, other = (create_point(engine, logistic, logistic.x + shift) for shift in (0.0, 1.0))
     assert one.pair_key == other.pair_key
     assert hash(one.pair_key) == hash(other.pair_key)
@@ -146,11 +146,11 @@ def test_points_with_other_data_and_other_objectives_are_no_pairs(serve, logisti
 
 
 @pytest.mark.parametrize("options", [{"fixed_bucket": 4}, {"mode": "linearized"}])
-def test_objectives_whose_launches_are_fixed_have_no_pairs(serve, make_example, options):
+def test_objectives_whose_launches_are_fixed_have_no_pairs(open_engine, make_example, options):
     example = make_example(lambda x: jnp.sum(x**4), np.ones(3))
     changed = _export.export(example.fun, example.x, (), platforms=("cpu",), precision="highest", **options)
     example = type(example)(example.fun, example.x, (), changed, example.value, example.gradient, example.hessian)
-    assert create_point(serve(example), example, example.x).pair_key is None
+    assert create_point(open_engine(example), example, example.x).pair_key is None
 
 
 @pytest.mark.parametrize(("more", "pairs"), [(0, True), (1, False)])

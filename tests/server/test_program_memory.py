@@ -201,9 +201,9 @@ def right(engine, point, example, assert_product):
     assert_product(products, example.hessian, V)
 
 
-def test_unloaded_objectives_leave_the_memory_and_come_back_from_the_cache(serve, example, assert_product):
+def test_unloaded_objectives_leave_the_memory_and_come_back_from_the_cache(open_engine, example, assert_product):
     examples = [example(seed) for seed in range(6)]
-    engine = serve(examples[0])
+    engine = open_engine(examples[0])
     first = create_point(engine, examples[0])
     right(engine, first, examples[0], assert_product)
     one = engine.objectives.memory.used_bytes()
@@ -235,8 +235,8 @@ def test_unloaded_objectives_leave_the_memory_and_come_back_from_the_cache(serve
         gc.enable()
 
 
-def test_a_registration_over_the_tenants_limit_unloads_its_other_objectives(serve, example, assert_product):
-    engine = serve()
+def test_a_registration_over_the_tenants_limit_unloads_its_other_objectives(open_engine, example, assert_product):
+    engine = open_engine()
     limits = TenantLimits(program_bytes=1)
     engine.objectives.memory._limit_of = lambda tenant: limits.program_bytes if tenant == "a" else None
     examples = [example(seed) for seed in range(3)]
@@ -255,9 +255,9 @@ def test_a_registration_over_the_tenants_limit_unloads_its_other_objectives(serv
     assert error.value.reason == "TENANT_PROGRAMS"
 
 
-def test_a_deleted_objective_that_was_unloaded_leaves_nothing(serve, example):
+def test_a_deleted_objective_that_was_unloaded_leaves_nothing(open_engine, example):
     each = example(1)
-    engine = serve(each)
+    engine = open_engine(each)
     create_point(engine, each)
     (objective,) = engine.objectives._every()
     engine.objectives._unload(objective)
@@ -273,10 +273,10 @@ def test_a_deleted_objective_that_was_unloaded_leaves_nothing(serve, example):
     assert cache.bytes_of("") == before - own
 
 
-def test_a_start_loads_only_as_many_objectives_as_have_room(serve, example, caplog):
+def test_a_start_loads_only_as_many_objectives_as_have_room(open_engine, example, caplog):
     examples = [example(seed) for seed in range(4)]
-    serve(*examples)
-    engine = serve()
+    open_engine(*examples)
+    engine = open_engine()
     engine.objectives.memory.budget_bytes = 1
     engine.objectives.warm_all()
     assert 1 <= len(engine.objectives._every()) < 4

@@ -386,11 +386,11 @@ def sample(engine, name, **labels):
 
 
 @pytest.fixture
-def uploaded(serve, upload):
+def uploaded(open_engine, upload):
     """Yield an engine with the blobs of examples, which are not registered yet."""
 
     def uploaded(*examples, **limits):
-        engine = serve(**limits)
+        engine = open_engine(**limits)
         for example in examples:
             for content in example.export.blobs.values():
                 upload(engine.store, content)
@@ -412,8 +412,8 @@ def test_an_objective_passes_and_its_points_and_products_are_not_seen(uploaded, 
     assert sum(engine.lanes[0].residency.used_bytes().values()) == data
 
 
-def test_without_x_an_engine_checks_nothing(serve, rosen):
-    engine = serve(rosen)
+def test_without_x_an_engine_checks_nothing(open_engine, rosen):
+    engine = open_engine(rosen)
     assert finished(engine, rosen).verdict == UNSPECIFIED
     assert engine.lanes[0].residency.used_bytes() == {}
 

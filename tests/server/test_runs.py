@@ -15,8 +15,8 @@ N = 6
 
 
 @pytest.fixture
-def engine(serve, logistic):
-    return serve(logistic)
+def engine(open_engine, logistic):
+    return open_engine(logistic)
 
 
 @pytest.fixture

@@ -162,8 +162,8 @@ def create_point(engine, *messages):
     return next(each.message for each in found if each.message.HasField("point")), found
 
 
-def test_a_point_is_located_once_and_its_x_is_hashed_once(serve, rosen, monkeypatch):
-    engine = serve(rosen)
+def test_a_point_is_located_once_and_its_x_is_hashed_once(open_engine, rosen, monkeypatch):
+    engine = open_engine(rosen)
     located = counted(monkeypatch, engine, "locate")
     hashed = counted(monkeypatch, codec, "digest")
 
@@ -185,8 +185,8 @@ def test_a_point_is_located_once_and_its_x_is_hashed_once(serve, rosen, monkeypa
     assert (len(located), hashes(step), hashes(direction)) == (2, 1, 1)
 
 
-def test_a_step_that_the_client_rounded_otherwise_is_asked_for(serve, rosen):
-    engine = serve(rosen)
+def test_a_step_that_the_client_rounded_otherwise_is_asked_for(open_engine, rosen):
+    engine = open_engine(rosen)
     point = engine.create_point(engine.locate(spec_of(rosen, rosen.x)), rosen.x)
     direction, x = np.ones_like(rosen.x), rosen.x + 0.25
     digest = hashlib.sha256(direction.tobytes()).hexdigest()
@@ -199,8 +199,8 @@ def test_a_step_that_the_client_rounded_otherwise_is_asked_for(serve, rosen):
     assert wanted == [(True, False), (False, True)]
 
 
-def test_a_registration_parses_its_bundle_once(serve, rosen, upload, monkeypatch):
-    engine = serve()
+def test_a_registration_parses_its_bundle_once(open_engine, rosen, upload, monkeypatch):
+    engine = open_engine()
     for content in rosen.export.blobs.values():
         upload(engine.store, content)
     parsed = counted(monkeypatch, hvpd_server.bundle, "parse")

@@ -10,13 +10,13 @@ from hvpd_server.store.quarantine import Quarantine
 
 
 @pytest.fixture
-def opened(serve, clock):
+def opened(open_engine, clock):
     """Return a function that opens an engine with examples, and returns its catalogue,
     too.
     """
 
     def opened(*examples):
-        engine = serve(*examples)
+        engine = open_engine(*examples)
         quarantine = Quarantine(engine.store.root, 1)
         return engine, quarantine, Catalogue(engine.store, engine.checks, quarantine, clock)
 

@@ -216,8 +216,8 @@ def test_the_data_for_all_readers_is_made_once_a_second(status, metrics, clock, 
     assert len(looked) == 2
 
 
-def test_a_real_store_is_shown(serve, rosen, clock):
-    engine = serve(rosen)
+def test_a_real_store_is_shown(open_engine, rosen, clock):
+    engine = open_engine(rosen)
     engine.store.add_objective(rosen.export.digest, "team/rosen")
     catalogue = Catalogue(engine.store, engine.checks, Quarantine(engine.store.root, 1))
     made = Status({}, lambda: "warming", engine.metrics, History(engine.metrics), catalogue)

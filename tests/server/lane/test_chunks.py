@@ -22,8 +22,8 @@ BUDGET = ROWS * N * 8 // 4
 """Bytes of a quarter of the data."""
 
 
-def test_data_that_does_not_fit_goes_through_the_device_and_all_is_right(serve, registered, problem, assert_product):
-    engine = serve(example := chunked(registered), memory_budget_bytes=BUDGET)
+def test_data_that_does_not_fit_goes_through_the_device_and_all_is_right(open_engine, registered, problem, assert_product):
+    engine = open_engine(example := chunked(registered), memory_budget_bytes=BUDGET)
     point = create_point(engine, example)
     np.testing.assert_allclose(point.value, problem.value, rtol=1e-12)
     np.testing.assert_allclose(point.gradient, problem.gradient, rtol=1e-10, atol=1e-13)
@@ -33,8 +33,8 @@ def test_data_that_does_not_fit_goes_through_the_device_and_all_is_right(serve, 
     assert sum(engine.lanes[0].residency.used_bytes().values()) <= BUDGET
 
 
-def test_its_points_share_their_room_and_can_be_pinned(serve, registered):
-    engine = serve(example := chunked(registered), memory_budget_bytes=BUDGET)
+def test_its_points_share_their_room_and_can_be_pinned(open_engine, registered):
+    engine = open_engine(example := chunked(registered), memory_budget_bytes=BUDGET)
     points = [create_point(engine, example, example.x + shift) for shift in range(6)]
     residency = engine.lanes[0].residency
     assert all(residency.get(point.id) is point for point in points)
@@ -43,8 +43,8 @@ def test_its_points_share_their_room_and_can_be_pinned(serve, registered):
     assert residency.used_bytes()["point"] == 6 * 2 * N * 8
 
 
-def test_a_block_waits_for_its_width_since_each_launch_goes_through_all_data(serve, registered, calls):
-    engine = serve(example := chunked(registered), memory_budget_bytes=BUDGET)
+def test_a_block_waits_for_its_width_since_each_launch_goes_through_all_data(open_engine, registered, calls):
+    engine = open_engine(example := chunked(registered), memory_budget_bytes=BUDGET)
     point = create_point(engine, example)
     calls.clear()
     multiply(engine, point, vectors(16))
@@ -52,8 +52,8 @@ def test_a_block_waits_for_its_width_since_each_launch_goes_through_all_data(ser
     assert 16 in point.source.kernels.widths("hvp")
 
 
-def test_a_fixed_bucket_of_chunks_is_probed_on_two_of_them(serve, registered, calls):
-    engine = serve(example := chunked(registered, fixed_bucket=4), memory_budget_bytes=BUDGET)
+def test_a_fixed_bucket_of_chunks_is_probed_on_two_of_them(open_engine, registered, calls):
+    engine = open_engine(example := chunked(registered, fixed_bucket=4), memory_budget_bytes=BUDGET)
     point = create_point(engine, example)
     chunks = len(point.source.spans)
     assert chunks > 10
@@ -74,11 +74,11 @@ def test_a_fixed_bucket_of_chunks_is_probed_on_two_of_them(serve, registered, ca
     ],
     ids=["a sum with a penalty", "a sum called a mean", "a mean called a sum", "a square of a mean", "a deviation"],
 )
-def test_an_objective_that_is_no_mean_or_sum_over_rows_is_refused_in_chunks(serve, registered, fun, reduction):
+def test_an_objective_that_is_no_mean_or_sum_over_rows_is_refused_in_chunks(open_engine, registered, fun, reduction):
     example = registered(fun, row_reduction=reduction)
-    whole = serve(example)
+    whole = open_engine(example)
     assert create_point(whole, example, np.zeros(N)).launches == 0  # With all of its data resident, the value is right.
-    engine = serve(memory_budget_bytes=BUDGET)
+    engine = open_engine(memory_budget_bytes=BUDGET)
     for x in (example.x, np.zeros(N), example.x):
         error = refused(create_point, engine, example, x)
         assert (error.code, error.reason) == (Code.INVALID_ARGUMENT, "ROW_REDUCTION")
@@ -86,15 +86,15 @@ def test_an_objective_that_is_no_mean_or_sum_over_rows_is_refused_in_chunks(serv
         assert "--memory-budget" in str(error)
 
 
-def test_that_it_is_one_is_found_out_once(serve, registered, calls):
-    engine = serve(example := chunked(registered), memory_budget_bytes=BUDGET)
+def test_that_it_is_one_is_found_out_once(open_engine, registered, calls):
+    engine = open_engine(example := chunked(registered), memory_budget_bytes=BUDGET)
     chunks = len(create_point(engine, example).source.spans)
     assert len(calls) == chunks + 3
     create_point(engine, example, example.x + 1)
     assert len(calls) == 2 * chunks + 3
 
 
-def test_the_same_array_as_data_and_closed_over_is_cut_as_data_only(serve, problem, registered, assert_product):
+def test_the_same_array_as_data_and_closed_over_is_cut_as_data_only(open_engine, problem, registered, assert_product):
     """They have the same digest, dtype and shape."""
     features = problem.data[0]
 
@@ -103,7 +103,7 @@ def test_the_same_array_as_data_and_closed_over_is_cut_as_data_only(serve, probl
 
     example = chunked(lambda **options: registered(total, **options))
     assert [tensor.digest for tensor in example.bundle.captured] == [example.bundle.data[0].digest]
-    engine = serve(example, memory_budget_bytes=features.nbytes + 2 * N * 8 + 2 * (N + 1) * 8)
+    engine = open_engine(example, memory_budget_bytes=features.nbytes + 2 * N * 8 + 2 * (N + 1) * 8)
     point = create_point(engine, example)
     assert len(point.source.spans) > 1
     np.testing.assert_allclose(point.value, problem.value + features.sum() * 1e-3, rtol=1e-12)
@@ -111,21 +111,21 @@ def test_the_same_array_as_data_and_closed_over_is_cut_as_data_only(serve, probl
     assert_product(multiply(engine, point, V), problem.hessian, V)
 
 
-def test_the_error_for_a_budget_below_two_rows_gives_the_bytes_of_a_row(serve, registered):
-    engine = serve(example := chunked(registered), memory_budget_bytes=2 * N * 8 + 1000)
+def test_the_error_for_a_budget_below_two_rows_gives_the_bytes_of_a_row(open_engine, registered):
+    engine = open_engine(example := chunked(registered), memory_budget_bytes=2 * N * 8 + 1000)
     error = refused(create_point, engine, example)
     assert (error.code, error.reason) == (Code.RESOURCE_EXHAUSTED, "MEMORY_BUDGET")
     assert "--memory-budget" in str(error)
     assert f"1 rows of {N * 8 + 8} bytes" in str(error)
 
 
-def test_data_that_does_not_fit_and_may_not_be_cut_says_how_it_could_be(serve, problem):
-    engine = serve(problem, memory_budget_bytes=BUDGET)
+def test_data_that_does_not_fit_and_may_not_be_cut_says_how_it_could_be(open_engine, problem):
+    engine = open_engine(problem, memory_budget_bytes=BUDGET)
     assert "register it with row_reduction" in str(refused(create_point, engine, problem))
 
 
-def test_a_file_that_is_lost_in_the_middle_of_a_product_is_told(serve, registered, calls):
-    engine = serve(example := chunked(registered), memory_budget_bytes=BUDGET)
+def test_a_file_that_is_lost_in_the_middle_of_a_product_is_told(open_engine, registered, calls):
+    engine = open_engine(example := chunked(registered), memory_budget_bytes=BUDGET)
     point = create_point(engine, example)
     digest = example.bundle.data[0].digest
     calls.clear()

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.slow  # Real programs, compiled and run.
 
 
 @pytest.fixture
-def fixed(serve, registered):
+def fixed(open_engine, registered):
     """Yield a point whose launches have eight vectors each, and the engine."""
-    engine = serve(example := registered(fixed_bucket=8))
+    engine = open_engine(example := registered(fixed_bucket=8))
     return engine, create_point(engine, example)
 
 
@@ -35,11 +35,11 @@ def test_every_launch_has_the_one_width_and_no_other_is_compiled(fixed, calls, p
     assert point.source.kernels.widths("hvp") == [8]
 
 
-def test_without_it_bits_depend_on_the_width(serve, problem):
+def test_without_it_bits_depend_on_the_width(open_engine, problem):
     """The other tests here assume that this program's bits are not the same at every
     width, on this CPU.
     """
-    engine = serve(problem)
+    engine = open_engine(problem)
     point = create_point(engine, problem)
     compile_now(point, ("hvp", 1), ("hvp", 8))
     alone, beside = multiply(engine, point, vectors(8)[:1]), multiply(engine, point, vectors(8))[:1]
@@ -58,7 +58,7 @@ def test_a_vector_has_the_same_bits_wherever_in_a_block_it_stands(fixed):
 
 @pytest.mark.parametrize("program", ["hvp", "ggn", "sampled_fisher"])
 def test_bits_are_the_same_under_a_load_of_sixteen_threads_with_blocks_of_all_widths(
-    serve, problem, start, calls, program
+    open_engine, problem, start, calls, program
 ):
     """If there were other buckets, they would compile meanwhile: eight products go
     alone, and then under load.
@@ -72,7 +72,7 @@ def test_bits_are_the_same_under_a_load_of_sixteen_threads_with_blocks_of_all_wi
     )
     options = {"platforms": ("cpu",), "precision": "highest", "fixed_bucket": 8}
     example = dataclasses.replace(problem, export=_export.export(composite, problem.x, problem.data, **options))
-    engine = serve(example)
+    engine = open_engine(example)
     point = create_point(engine, example)
     V = vectors(16, seed=7)
     alone = [multiply(engine, point, row[None], program).tobytes() for row in V]
@@ -109,9 +109,9 @@ def unsteady(calls):
 
 
 def test_vectors_go_alone_in_the_first_row_if_the_row_changes_the_bits(
-    serve, registered, calls, problem, assert_product, start
+    open_engine, registered, calls, problem, assert_product, start
 ):
-    engine = serve(example := registered(fixed_bucket=8))
+    engine = open_engine(example := registered(fixed_bucket=8))
     point = create_point(engine, example)
     unsteady(calls)
     V = vectors(5)
@@ -133,9 +133,9 @@ def test_vectors_go_alone_in_the_first_row_if_the_row_changes_the_bits(
 
 
 @pytest.mark.parametrize("first", ["zero", "nan"])
-def test_a_point_without_evidence_leaves_the_probe_to_the_next_point(serve, registered, calls, first):
+def test_a_point_without_evidence_leaves_the_probe_to_the_next_point(open_engine, registered, calls, first):
     """At 0 the Hessian of x^4 is 0, so every product has the same bits at any place."""
-    engine = serve(example := registered(lambda x, features, labels: jnp.sum((features @ x) ** 4), fixed_bucket=8))
+    engine = open_engine(example := registered(lambda x, features, labels: jnp.sum((features @ x) ** 4), fixed_bucket=8))
     silent = create_point(engine, example, np.full(N, {"zero": 0.0, "nan": np.nan}[first]))
     V = vectors(3)
     assert not np.nan_to_num(multiply(engine, silent, V)).any()
@@ -169,18 +169,18 @@ def test_it_is_found_out_once_however_many_ask_at_once(fixed, calls, start):
     assert len(calls.run()) == 8 + 8  # Eight launches find out.
 
 
-def test_the_bucket_is_no_wider_than_the_server_launches(serve, registered, calls, problem, assert_product):
-    engine = serve(example := registered(fixed_bucket=64), max_block_width=4)
+def test_the_bucket_is_no_wider_than_the_server_launches(open_engine, registered, calls, problem, assert_product):
+    engine = open_engine(example := registered(fixed_bucket=64), max_block_width=4)
     point = create_point(engine, example)
     V = vectors(4)
     assert_product(multiply(engine, point, V), problem.hessian, V)
     assert set(calls.run()) == {("hvp", 4)}
 
 
-def test_a_linearized_product_is_made_by_apply_with_and_without_room_for_its_residuals(serve, registered, calls):
+def test_a_linearized_product_is_made_by_apply_with_and_without_room_for_its_residuals(open_engine, registered, calls):
     """Otherwise its bits would depend on the resident data."""
     example = registered(mode="linearized", fixed_bucket=4)
-    roomy = serve(example)
+    roomy = open_engine(example)
     point = create_point(roomy, example)
     V = vectors(4)
     expected = multiply(roomy, point, V).tobytes()

@@ -17,11 +17,11 @@ pytestmark = pytest.mark.slow  # Real programs, compiled and run.
 
 
 @pytest.fixture
-def crowded(serve, problem, rosen):
+def crowded(open_engine, problem, rosen):
     """Yield a point, another point with its residuals, a point of another objective,
     and the engine.
     """
-    engine = serve(problem, rosen)
+    engine = open_engine(problem, rosen)
     point, other = create_point(engine, problem), create_point(engine, problem, problem.x + 1)
     compile_now(point, ("hvp", 1), ("hvp", 2), ("hvp", 4), ("hvp", 8), ("prepare", 0), ("apply", 1))
     for seed in range(6):
@@ -92,11 +92,11 @@ def test_a_product_that_never_fits_fails_with_its_sizes_and_others_go_on(
     assert all(compile_.width > 0 for compile_ in point.source.kernels.compiles() if compile_.program == "hvp")
 
 
-def test_a_narrow_launch_of_much_data_does_not_make_those_of_little_narrow(serve, registered, calls, upload):
+def test_a_narrow_launch_of_much_data_does_not_make_those_of_little_narrow(open_engine, registered, calls, upload):
     """Each number of rows has its own compiled programs and its own remembered
     width.
     """
-    engine = serve(example := registered(any_rows=True))
+    engine = open_engine(example := registered(any_rows=True))
     point = create_point(engine, example)
     less = [array[:20] for array in example.data]
     digests = [upload(engine.store, codec.payload(array)) for array in less]
@@ -125,8 +125,8 @@ def test_a_width_that_is_too_wide_is_not_compiled_again_and_again(crowded, calls
     assert 16 not in point.source.kernels.widths("hvp")
 
 
-def test_a_fixed_width_stays_and_fails(serve, registered, calls):
-    engine = serve(example := registered(fixed_bucket=8))
+def test_a_fixed_width_stays_and_fails(open_engine, registered, calls):
+    engine = open_engine(example := registered(fixed_bucket=8))
     point = create_point(engine, example)
     multiply(engine, point, vectors(1))
     calls.instead = lambda name, width, args: out_of_memory() if name == "hvp" else None
@@ -167,8 +167,8 @@ def test_a_failed_launch_holds_no_arrays_while_it_is_tried_again(crowded, calls)
         gc.enable()
 
 
-def test_residuals_that_the_device_has_no_memory_for_are_done_without(serve, problem, calls, assert_product):
-    engine = serve(problem)
+def test_residuals_that_the_device_has_no_memory_for_are_done_without(open_engine, problem, calls, assert_product):
+    engine = open_engine(problem)
     point = create_point(engine, problem)
     compile_now(point, ("hvp", 1), ("prepare", 0), ("apply", 1))
     calls.instead = lambda name, width, args: out_of_memory() if name == "prepare" else None

@@ -10,11 +10,11 @@ pytestmark = pytest.mark.slow  # Real programs, compiled and run.
 
 
 @pytest.fixture
-def several_launches(serve, problem, rosen):
+def several_launches(open_engine, problem, rosen):
     """Yield warm points of two objectives, and an engine that has two launches in
     flight.
     """
-    engine = serve(problem, rosen, max_launches=2)
+    engine = open_engine(problem, rosen, max_launches=2)
     points = create_point(engine, problem), create_point(engine, rosen)
     for point, n in zip(points, (N, 7), strict=True):
         compile_now(point, ("hvp", 1), ("hvp", 2))
