@@ -16,7 +16,7 @@ import pytest
 import hvpd
 from tests.support.serving import Serving, Zygotes
 
-if not os.path.exists("/dev/nvidiactl"):
+if not Path("/dev/nvidiactl").exists():
     # XLA compiles for a CPU in a tenth of the time if it does not optimize.
     os.environ.setdefault(
         "XLA_FLAGS",
