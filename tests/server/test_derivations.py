@@ -126,7 +126,9 @@ def test_a_refusal_changes_nothing_for_neighbours(open_engine, rosen, logistic, 
     assert_product(np.asarray(kernels.call("hvp", 2, logistic.x, V, *logistic.data)), logistic.hessian, V)
 
 
-def test_one_that_a_newer_version_refuses_is_not_served_and_its_neighbours_are(open_engine, rosen, logistic, monkeypatch):
+def test_one_that_a_newer_version_refuses_is_not_served_and_its_neighbours_are(
+    open_engine, rosen, logistic, monkeypatch
+):
     open_engine(rosen, logistic)
     monkeypatch.setattr(rules, "version", lambda: "newer")
     engine = open_engine()

@@ -228,7 +228,9 @@ def test_residuals_that_would_fill_the_budget_are_not_made(open_engine, rosen, a
     assert launches(engine, "apply") == 0
 
 
-def test_residuals_that_do_not_fit_beside_the_data_are_no_failure_of_the_product(open_engine, make_example, assert_product):
+def test_residuals_that_do_not_fit_beside_the_data_are_no_failure_of_the_product(
+    open_engine, make_example, assert_product
+):
     x = np.linspace(1, 2, 5)
     example = make_example(lambda x, d: jnp.sum(x[1:] ** 4 * x[:-1]) * d.mean(), x, np.ones(1000))
     residuals = create_point(open_engine(example), example).objective.residual_bytes
@@ -695,7 +697,9 @@ def test_a_broken_objective_is_served_once_it_is_registered_again(open_engine, r
     assert_product(multiply(engine, create_point(engine, rosen), V), rosen.hessian, V)
 
 
-def test_a_bundle_of_a_newer_server_does_not_stop_this_one(open_engine, rosen, logistic, upload, caplog, assert_product):
+def test_a_bundle_of_a_newer_server_does_not_stop_this_one(
+    open_engine, rosen, logistic, upload, caplog, assert_product
+):
     engine = open_engine(logistic)
     newer = register_changed(engine, rosen, upload, format=3)
     engine.store.add_objective(newer, "newer")

@@ -22,7 +22,9 @@ BUDGET = ROWS * N * 8 // 4
 """Bytes of a quarter of the data."""
 
 
-def test_data_that_does_not_fit_goes_through_the_device_and_all_is_right(open_engine, registered, problem, assert_product):
+def test_data_that_does_not_fit_goes_through_the_device_and_all_is_right(
+    open_engine, registered, problem, assert_product
+):
     engine = open_engine(example := chunked(registered), memory_budget_bytes=BUDGET)
     point = create_point(engine, example)
     np.testing.assert_allclose(point.value, problem.value, rtol=1e-12)

@@ -135,7 +135,9 @@ def test_vectors_go_alone_in_the_first_row_if_the_row_changes_the_bits(
 @pytest.mark.parametrize("first", ["zero", "nan"])
 def test_a_point_without_evidence_leaves_the_probe_to_the_next_point(open_engine, registered, calls, first):
     """At 0 the Hessian of x^4 is 0, so every product has the same bits at any place."""
-    engine = open_engine(example := registered(lambda x, features, labels: jnp.sum((features @ x) ** 4), fixed_bucket=8))
+    engine = open_engine(
+        example := registered(lambda x, features, labels: jnp.sum((features @ x) ** 4), fixed_bucket=8)
+    )
     silent = create_point(engine, example, np.full(N, {"zero": 0.0, "nan": np.nan}[first]))
     V = vectors(3)
     assert not np.nan_to_num(multiply(engine, silent, V)).any()
