@@ -5,10 +5,8 @@ Truth is a dense `jax.hessian` of the user's own function.
 """
 
 import gc
-import queue
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -16,66 +14,26 @@ import numpy as np
 import pytest
 
 from hvpd._wire import codec
-from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
-from hvpd_server.engine.plan import Plan
+from hvpd.v1 import curvature_pb2, tensor_pb2
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.scheduling import compile_queue
+from tests.support.engine import (
+    HESSIAN,
+    WAIT,
+    block,
+    compile_now,
+    create_point,
+    launches,
+    multiply,
+    point_spec,
+    product_spec,
+    refusal,
+)
 
 pytestmark = pytest.mark.slow  # Real programs, compiled and run.
-
-WAIT = 60
-
-HESSIAN = curvature_pb2.OPERATOR_HESSIAN
 
 
 def tensor(store, upload, array):
     return tensor_pb2.Tensor(dtype=array.dtype.name, shape=array.shape, digest=upload(store, codec.payload(array)))
-
-
-def point_spec(example, x=None, data=None):
-    """Return the spec of a point of an example: its own x or another, its own data or
-    other tensors.
-    """
-    return curvature_pb2.PointSpec(
-        objective_digest=example.export.digest,
-        x_digest=codec.digest(codec.payload(example.x if x is None else x)),
-        default_data=data is None,
-        data=data or (),
-    )
-
-
-def create_point(engine, example, x=None, data=None):
-    return engine.create_point(engine.locate(point_spec(example, x, data)), example.x if x is None else x)
-
-
-def product_spec(point, k=1, operator=HESSIAN):
-    return curvature_pb2.ProductSpec(point_id=point.id, operator=operator, k=k)
-
-
-def block(example, width, seed=0):
-    return np.random.default_rng([seed, width]).standard_normal((width, example.x.size)).astype(example.x.dtype)
-
-
-def multiply(engine, point, V, **settings):
-    products, _ = engine.multiply(point, "hvp", V, **settings)
-    return products
-
-
-def launches(engine, program):
-    return engine.metrics.registry.get_sample_value("hvpd_launches_total", {"program": program}) or 0
-
-
-def compile_programs(point, *programs):
-    """Compile (program, width) now, so that the test knows the ready programs."""
-    for name, width in programs:
-        point.objective.kernels.request(name, width).result(WAIT)
-
-
-def refusal(code, reason, call, *args, **settings):
-    with pytest.raises(ServiceError) as refused:
-        call(*args, **settings)
-    assert (refused.value.code, refused.value.reason) == (code, reason)
-    return refused.value
 
 
 # Products and points against the truth
@@ -116,7 +74,7 @@ def test_a_block_takes_as_few_launches_as_the_compiled_buckets_allow(
 ):
     engine = open_engine(logistic)
     point = create_point(engine, logistic)
-    compile_programs(point, *(("hvp", width) for width in compiled))
+    compile_now(point, *(("hvp", width) for width in compiled))
     monkeypatch.setattr(engine.lanes[0].launches, "_have", lambda objective, base, width: None)
     V = block(logistic, 7)
     assert_product(multiply(engine, point, V), logistic.hessian, V)
@@ -179,71 +137,6 @@ def test_a_point_counts_its_values_that_are_not_finite(open_engine, rosen):
     assert message.nonfinite_gradient > 0
 
 
-# Residuals
-
-
-def test_both_programs_are_tried_and_residuals_stay(open_engine, objective_example, assert_product):
-    example = objective_example
-    engine = open_engine(example)
-    point = create_point(engine, example)
-    compile_programs(point, ("hvp", 1), ("prepare", 0), ("apply", 1))
-    V = block(example, 1)
-    tried = [(hvp, 0) for hvp in range(1, Plan.SAMPLES + 1)] + [(Plan.SAMPLES, 1), (Plan.SAMPLES, 2)]
-    for product, programs in enumerate(tried):
-        assert_product(multiply(engine, point, V), example.hessian, V)
-        assert (launches(engine, "hvp"), launches(engine, "apply")) == programs, product
-    assert engine.lanes[0].residency.used_bytes()["residuals"] == point.objective.residual_bytes
-
-
-def test_blocks_make_and_use_no_residuals(open_engine, logistic):
-    engine = open_engine(logistic)
-    point = create_point(engine, logistic)
-    compile_programs(point, ("hvp", 4), ("prepare", 0), ("apply", 1))
-    for seed in range(3):
-        multiply(engine, point, block(logistic, 4, seed))
-    assert launches(engine, "apply") == 0
-    assert "residuals" not in engine.lanes[0].residency.used_bytes()
-
-
-def test_a_product_does_not_wait_for_the_residual_programs_to_compile(open_engine, rosen):
-    engine = open_engine(rosen)
-    point = create_point(engine, rosen)
-    for _ in range(Plan.SAMPLES + 1):
-        multiply(engine, point, block(rosen, 1))
-    assert launches(engine, "hvp") == Plan.SAMPLES + 1
-    compile_programs(point, ("prepare", 0), ("apply", 1))
-    multiply(engine, point, block(rosen, 1))
-    assert launches(engine, "apply") == 1
-
-
-def test_residuals_that_would_fill_the_budget_are_not_made(open_engine, rosen, assert_product):
-    engine = open_engine(rosen)
-    needed = create_point(engine, rosen).objective.residual_bytes
-    engine = open_engine(memory_budget_bytes=4 * needed - 1)
-    point = create_point(engine, rosen)
-    compile_programs(point, ("hvp", 1), ("prepare", 0), ("apply", 1))
-    for seed in range(Plan.SAMPLES + 1):
-        V = block(rosen, 1, seed)
-        assert_product(multiply(engine, point, V), rosen.hessian, V)
-    assert launches(engine, "apply") == 0
-
-
-def test_residuals_that_do_not_fit_beside_the_data_are_no_failure_of_the_product(
-    open_engine, make_example, assert_product
-):
-    x = np.linspace(1, 2, 5)
-    example = make_example(lambda x, d: jnp.sum(x[1:] ** 4 * x[:-1]) * d.mean(), x, np.ones(1000))
-    residuals = create_point(open_engine(example), example).objective.residual_bytes
-    budget = example.data[0].nbytes + 2 * x.nbytes + residuals - 1
-    assert 0 < residuals <= budget // 4
-    engine = open_engine(memory_budget_bytes=budget)
-    point = create_point(engine, example)
-    compile_programs(point, ("hvp", 1), ("prepare", 0), ("apply", 1))
-    for seed in range(Plan.SAMPLES + 1):
-        V = block(example, 1, seed)
-        assert_product(multiply(engine, engine.resident(product_spec(point)), V), example.hessian, V)
-
-
 # Coalescing
 
 
@@ -270,7 +163,7 @@ def test_products_that_arrive_while_the_device_works_share_a_launch(
 ):
     engine = open_engine(logistic)
     point = create_point(engine, logistic)
-    compile_programs(point, ("hvp", 1), ("hvp", 8))
+    compile_now(point, ("hvp", 1), ("hvp", 8))
     begun, may_go, queued = threading.Event(), threading.Event(), threading.Semaphore(0)
     product, enqueue = engine.lanes[0].launches._product, engine.lanes[0].launches._batcher._enqueue
 
@@ -303,7 +196,7 @@ def test_products_that_arrive_while_the_device_works_share_a_launch(
 def test_tenants_share_the_device_and_priorities_order_one_tenants_products(open_engine, rosen, start, monkeypatch):
     engine = open_engine(rosen)
     points = [create_point(engine, rosen, rosen.x + shift) for shift in range(6)]
-    compile_programs(points[0], ("hvp", 1))
+    compile_now(points[0], ("hvp", 1))
     begun, may_go, queued, order = threading.Event(), threading.Event(), threading.Semaphore(0), []
     product, enqueue = engine.lanes[0].launches._product, engine.lanes[0].launches._batcher._enqueue
 
@@ -438,26 +331,6 @@ def test_a_point_of_an_unknown_objective_is_not_found(open_engine, rosen, logist
     refusal(Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND", create_point, engine, logistic)
 
 
-def test_a_bundle_with_blobs_missing_is_refused_by_their_digests(open_engine, logistic, upload):
-    engine = open_engine()
-    missing = {logistic.bundle.programs["objective"].digest, logistic.bundle.data[0].digest}
-    for digest, content in logistic.export.blobs.items():
-        if digest not in missing:
-            upload(engine.store, content)
-    error = refusal(Code.FAILED_PRECONDITION, "BLOBS_MISSING", engine.registration.register, logistic.export.digest, "")
-    assert set(error.metadata["digests"].split(",")) == missing
-    assert engine.store.objectives() == []
-
-
-@pytest.mark.parametrize("name", ["../x", ".", "a b", "f" * 64])
-def test_an_objective_of_a_bad_name_is_not_registered(open_engine, rosen, upload, name):
-    engine = open_engine()
-    for content in rosen.export.blobs.values():
-        upload(engine.store, content)
-    refusal(Code.INVALID_ARGUMENT, "INVALID_NAME", engine.registration.register, rosen.export.digest, name)
-    assert engine.store.objectives() == []
-
-
 def test_digests_that_are_paths_lead_nowhere(open_engine, tmp_path, logistic):
     """Such digests come from clients, in a registration and in a point's data."""
     engine = open_engine(logistic)
@@ -471,240 +344,3 @@ def test_digests_that_are_paths_lead_nowhere(open_engine, tmp_path, logistic):
         with pytest.raises(ServiceError):
             call()
         assert outside.read_bytes() == b"0" * 240
-
-
-# Bundles that cannot be served
-
-
-def register_changed(engine, example, upload, program=None, **fields):
-    """Register the example's bundle with some fields changed; return its digest without
-    having it served.
-    """
-    bundle = objective_pb2.Bundle.FromString(example.bundle.SerializeToString())
-    if program is not None:
-        bundle.programs["objective"].CopyFrom(program)
-    for name, value in fields.items():
-        field = getattr(bundle, name)
-        if hasattr(field, "CopyFrom"):
-            field.CopyFrom(value)
-        else:
-            setattr(bundle, name, value)
-    for content in example.export.blobs.values():
-        upload(engine.store, content)
-    return upload(engine.store, bundle.SerializeToString(deterministic=True))
-
-
-def damage(store, digest):
-    """Flip a bit of a blob on the disk."""
-    path = store.root / "blobs" / digest[:2] / digest
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def test_a_program_that_is_corrupt_on_disk_is_refused_and_nothing_is_registered(open_engine, rosen, upload):
-    engine = open_engine()
-    digest = register_changed(engine, rosen, upload)
-    damage(engine.store, rosen.bundle.programs["objective"].digest)
-    refusal(Code.DATA_LOSS, "BLOB_CORRUPT", engine.registration.register, digest, "rosen")
-    assert engine.store.objectives() == []
-    upload(engine.store, rosen.export.blobs[rosen.bundle.programs["objective"].digest])
-    assert engine.registration.register(digest, "rosen").n == 7
-    assert [(name, digest) for name, digest, _ in engine.store.objectives()] == [("rosen", digest)]
-
-
-def test_a_blob_that_is_no_program_is_refused_and_nothing_is_registered(open_engine, rosen, upload):
-    engine = open_engine()
-    junk = upload(engine.store, b"not a program")
-    digest = register_changed(engine, rosen, upload, program=objective_pb2.Program(digest=junk, size_bytes=13))
-    refusal(Code.INVALID_ARGUMENT, "BUNDLE_INCOMPATIBLE", engine.registration.register, digest, "junk")
-    assert engine.store.objectives() == []
-
-
-@pytest.mark.parametrize(
-    ("format_", "says"), [(1, "register the objective again with a newer client"), (3, "upgrade the server")]
-)
-def test_a_bundle_of_another_format_is_refused_and_nothing_is_registered(open_engine, rosen, upload, format_, says):
-    engine = open_engine()
-    digest = register_changed(engine, rosen, upload, format=format_)
-    error = refusal(Code.FAILED_PRECONDITION, "BUNDLE_INCOMPATIBLE", engine.registration.register, digest, "other")
-    assert f"the bundle has format {format_}" in str(error)
-    assert "this server reads format 2" in str(error)
-    assert says in str(error)
-    assert engine.store.objectives() == []
-
-
-def test_a_program_of_a_newer_stablehlo_is_refused_and_nothing_is_registered(open_engine, rosen, upload):
-    engine = open_engine()
-    artifact = rosen.read(rosen.bundle.programs["objective"].digest)
-    assert artifact[4] & 1  # The version of the bytecode, in one byte.
-    newer = artifact[:4] + bytes([99 * 2 + 1]) + artifact[5:]
-    program = objective_pb2.Program(digest=upload(engine.store, newer), size_bytes=len(newer))
-    digest = register_changed(engine, rosen, upload, program=program, jax_version="9.9.9")
-    error = refusal(Code.INVALID_ARGUMENT, "BUNDLE_INCOMPATIBLE", engine.registration.register, digest, "future")
-    assert "objective " in str(error)
-    assert "version 99 is newer" in str(error)
-    assert engine.store.objectives() == []
-
-
-def test_programs_of_another_objective_are_refused(open_engine, rosen, logistic, upload):
-    engine = open_engine(logistic)
-    digest = register_changed(engine, rosen, upload, program=logistic.bundle.programs["objective"])
-    refusal(Code.INVALID_ARGUMENT, "BUNDLE_INVALID", engine.registration.register, digest, "")
-    assert [(name, digest) for name, digest, _ in engine.store.objectives()] == [("", logistic.export.digest)]
-
-
-def test_registering_again_changes_nothing(open_engine, rosen):
-    engine = open_engine(rosen)
-    before = engine.objectives.load(rosen.export.digest)
-    assert engine.registration.register(rosen.export.digest, "") is before
-    assert engine.registration.register(rosen.export.digest, "digits/rosen") is before
-    assert [(name, digest) for name, digest, _ in engine.store.objectives()] == [("digits/rosen", rosen.export.digest)]
-
-
-# Restarts
-
-
-def test_after_a_restart_all_is_warm_and_right_without_registering(open_engine, rosen, logistic, assert_product):
-    open_engine(rosen, logistic)
-    engine = open_engine()
-    engine.objectives.warm_all()
-    for example in (rosen, logistic):
-        kernels = engine.objectives.load(example.export.digest).kernels
-        assert kernels.ready("value_and_grad")
-        assert kernels.ready("hvp", 1)
-        V = block(example, 3)
-        assert_product(multiply(engine, create_point(engine, example), V), example.hessian, V)
-
-
-class Turns:
-    """Keeps both of a tenant's turns in the compile queue until it is closed."""
-
-    def __init__(self, engine):
-        self._open = threading.Event()
-        self._engine = engine
-
-    def __enter__(self):
-        for _ in range(compile_queue.EACH):
-            self._engine.objectives._compiles.submit("", lambda: self._open.wait(WAIT))
-
-    def __exit__(self, *error):
-        self._open.set()
-
-
-def uploaded(engine, example, upload):
-    for content in example.export.blobs.values():
-        upload(engine.store, content)
-    return example.export.digest
-
-
-def test_a_registration_that_was_given_up_leaves_the_queue(open_engine, rosen, upload, monkeypatch):
-    engine = open_engine()
-    digest = uploaded(engine, rosen, upload)
-    read = []
-    monkeypatch.setattr(engine.objectives._vetting, "known", lambda digest: None)
-    monkeypatch.setattr(engine.objectives._vetting, "admit", lambda digest, bundle, part: read.append(digest))
-    with Turns(engine), pytest.raises(ServiceError, match="gave up the registration") as error:
-        engine.registration.register(digest, "", on_wait=lambda cancel: cancel())
-    engine.objectives._compiles.close(wait=True)
-    assert error.value.reason == "CANCELLED"
-    assert read == []
-
-
-def test_compiles_of_a_given_up_registration_leave_the_queue_and_can_be_repeated(open_engine, rosen, upload):
-    engine = open_engine()
-    digest = uploaded(engine, rosen, upload)
-    engine.objectives._vetting.admit(digest, rosen.export.bundle, engine.store.read)
-    with Turns(engine), pytest.raises(ServiceError, match="gave up the registration"):
-        engine.registration.register(digest, "", on_wait=lambda cancel: cancel())
-    assert not engine.store.registered(digest)
-    assert engine.registration.register(digest, "").kernels.ready("value_and_grad")
-
-
-def test_two_register_a_bundle_and_one_gives_up(open_engine, rosen, upload):
-    engine = open_engine()
-    digest = uploaded(engine, rosen, upload)
-    engine.objectives._vetting.admit(digest, rosen.export.bundle, engine.store.read)
-    staying, leaving = queue.SimpleQueue(), queue.SimpleQueue()
-    with ThreadPoolExecutor(2) as pool:
-        with Turns(engine):
-            stays = pool.submit(engine.registration.register, digest, "", on_wait=staying.put)
-            leaves = pool.submit(engine.registration.register, digest, "", on_wait=leaving.put)
-            staying.get(timeout=WAIT)
-            leaving.get(timeout=WAIT)()
-        with pytest.raises(ServiceError, match="gave up the registration"):
-            leaves.result(WAIT)
-        assert stays.result(WAIT).digest == digest
-
-
-def _corrupt_bundle(engine, example):
-    damage(engine.store, example.export.digest)
-
-
-def uncached(engine):
-    """Drop the compiled programs, so that the next start needs the objectives' own."""
-    engine.objectives._compiles.close(wait=True)
-    engine.vetter.sweep(-1.0)
-    for path in engine.store.cache.iterdir():
-        path.unlink()
-
-
-def _corrupt_program(engine, example):
-    damage(engine.store, example.bundle.programs["objective"].digest)
-
-
-def _lost_program(engine, example):
-    digest = example.bundle.programs["objective"].digest
-    (engine.store.root / "blobs" / digest[:2] / digest).unlink()
-
-
-def _unreadable_program(engine, example):
-    """Make reads of the program fail with another OSError than FileNotFoundError, like
-    a failing disk.
-    """
-    _lost_program(engine, example)
-    digest = example.bundle.programs["objective"].digest
-    (engine.store.root / "blobs" / digest[:2] / digest).mkdir()
-
-
-@pytest.mark.parametrize("break_", [_corrupt_bundle, _corrupt_program, _lost_program, _unreadable_program])
-def test_a_store_with_a_broken_objective_serves_the_rest(open_engine, rosen, logistic, assert_product, caplog, break_):
-    broken = open_engine(rosen, logistic)
-    break_(broken, rosen)
-    uncached(broken)
-    engine = open_engine()
-    engine.objectives.warm_all()
-    assert rosen.export.digest[:12] in caplog.text
-    V = block(logistic, 2)
-    assert_product(multiply(engine, create_point(engine, logistic), V), logistic.hessian, V)
-    with pytest.raises((ServiceError, OSError)):
-        create_point(engine, rosen)
-
-
-@pytest.mark.parametrize("break_", [_corrupt_bundle, _corrupt_program, _lost_program])
-def test_a_broken_objective_is_served_once_it_is_registered_again(open_engine, rosen, upload, assert_product, break_):
-    """It is served at once, although failed compiles are not repeated for a while."""
-    broken = open_engine(rosen)
-    break_(broken, rosen)
-    uncached(broken)
-    engine = open_engine()
-    engine.objectives.warm_all()
-    refusal(Code.DATA_LOSS, "BLOB_CORRUPT", create_point, engine, rosen)
-    for content in rosen.export.blobs.values():
-        upload(engine.store, content)
-    engine.registration.register(rosen.export.digest, "")
-    V = block(rosen, 2)
-    assert_product(multiply(engine, create_point(engine, rosen), V), rosen.hessian, V)
-
-
-def test_a_bundle_of_a_newer_server_does_not_stop_this_one(
-    open_engine, rosen, logistic, upload, caplog, assert_product
-):
-    engine = open_engine(logistic)
-    newer = register_changed(engine, rosen, upload, format=3)
-    engine.store.add_objective(newer, "newer")
-    engine = open_engine()
-    engine.objectives.warm_all()
-    assert newer in caplog.text
-    V = block(logistic, 2)
-    assert_product(multiply(engine, create_point(engine, logistic), V), logistic.hessian, V)

@@ -10,28 +10,14 @@ import numpy as np
 import pytest
 
 from hvpd._registration import export as _export
-from hvpd._wire import codec
-from hvpd.v1 import curvature_pb2
 from hvpd_server.admission.vetter import derive
 from hvpd_server.derivation.programs import PAIRS_BYTES
 from hvpd_server.engine.plan import Plan
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.importer.rules import Limits
+from tests.support.engine import WAIT, create_point, launches
 
 pytestmark = pytest.mark.slow  # Real programs, compiled and run.
-
-WAIT = 60
-
-
-def create_point(engine, example, x):
-    spec = curvature_pb2.PointSpec(
-        objective_digest=example.export.digest, x_digest=codec.digest(codec.payload(x)), default_data=True
-    )
-    return engine.create_point(engine.locate(spec), x)
-
-
-def launches(engine, program):
-    return engine.metrics.registry.get_sample_value("hvpd_launches_total", {"program": program}) or 0
 
 
 @pytest.fixture

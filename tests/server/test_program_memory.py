@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from hvpd._wire import codec
-from hvpd.v1 import curvature_pb2
 from hvpd_server.engine.program_memory import ProgramMemory
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.tenancy.limits import TenantLimits
+from tests.support.engine import create_point
 
 
 @dataclasses.dataclass(eq=False)
@@ -186,13 +186,6 @@ def example(make_example):
         return make_example(lambda x, data: jnp.sum(weights * data * x**4), rng.uniform(1, 2, 5), np.ones(5))
 
     return example
-
-
-def create_point(engine, example):
-    spec = curvature_pb2.PointSpec(
-        objective_digest=example.export.digest, x_digest=codec.digest(codec.payload(example.x)), default_data=True
-    )
-    return engine.create_point(engine.locate(spec), example.x)
 
 
 def right(engine, point, example, assert_product):

@@ -7,7 +7,7 @@ import pytest
 
 from hvpd._registration import export as _export
 from hvpd_server.device.programs import Kernels
-from tests.support.lane import ROWS, N, logistic
+from tests.support.engine import ROWS, N, logistic
 
 
 @pytest.fixture(scope="session")

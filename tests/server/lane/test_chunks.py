@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hvpd_server.errors import Code
-from tests.support.lane import ROWS, N, create_point, logistic, multiply, refused, vectors
+from tests.support.engine import ROWS, N, create_point, logistic, multiply, refused, vectors
 
 pytestmark = pytest.mark.slow  # Real programs, compiled and run.
 

@@ -19,7 +19,7 @@ from hvpd_server.liveness import Liveness
 from hvpd_server.store import store as _store
 from hvpd_server.telemetry.metrics import Metrics
 from hvpd_server.tenancy.limits import Limits
-from tests.support.lane import SPEC, multiply, out_of_memory, refused
+from tests.support.engine import SPEC, multiply, out_of_memory, refused
 
 pytestmark = pytest.mark.slow  # Real programs, compiled and run.
 

@@ -14,7 +14,7 @@ import pytest
 
 from hvpd._registration import export as _export
 from hvpd_server.errors import Code, ServiceError
-from tests.support.lane import WAIT, N, compile_now, create_point, multiply, vectors
+from tests.support.engine import WAIT, N, compile_now, create_point, multiply, vectors
 
 pytestmark = pytest.mark.slow  # Real programs, compiled and run.
 

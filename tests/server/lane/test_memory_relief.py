@@ -11,7 +11,7 @@ from hvpd._wire import codec
 from hvpd.v1 import curvature_pb2, tensor_pb2
 from hvpd_server.device.device import Device
 from hvpd_server.errors import Code, ServiceError
-from tests.support.lane import ROWS, N, compile_now, create_point, multiply, out_of_memory, refused, vectors
+from tests.support.engine import ROWS, N, compile_now, create_point, multiply, out_of_memory, refused, vectors
 
 pytestmark = pytest.mark.slow  # Real programs, compiled and run.
 

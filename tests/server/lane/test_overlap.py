@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from tests.support.lane import WAIT, N, compile_now, create_point, multiply, out_of_memory, vectors
+from tests.support.engine import WAIT, N, compile_now, create_point, multiply, out_of_memory, vectors
 
 pytestmark = pytest.mark.slow  # Real programs, compiled and run.
 
