@@ -3,6 +3,7 @@ them, and one objective's data is split over all.
 """
 
 import concurrent.futures
+import os
 import threading
 
 import jax
@@ -13,7 +14,7 @@ import scipy.sparse.linalg
 
 import hvpd
 
-FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+FOUR = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"}
 N = 16
 
 

@@ -338,7 +338,7 @@ def test_arrays_on_several_devices_may_be_closed_over(server):
     done = subprocess.run(
         [sys.executable, "-c", SHARDED, server.address],
         check=True,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        env=os.environ | {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"},
         capture_output=True,
         text=True,
     )

@@ -286,9 +286,13 @@ def test_a_computation_without_descriptors_asks_the_caller_to_retry(
 
 
 def test_a_device_out_of_memory_is_an_answer_and_the_next_call_works(export, rosen, kernels_of):
-    """The allocator itself refuses 256 TiB."""
-    wide = export(lambda x: jnp.sum(jnp.sort(jnp.arange(2**45, dtype=jnp.float64) * x[0])), np.ones(3))
-    kernels = kernels_of(wide)
+    """The allocator itself refuses 128 TiB."""
+
+    def wide(x):
+        rows = jnp.arange(2.0**25).reshape(-1, 8) * x[0]
+        return jnp.sum(jnp.sin(rows @ rows.T))
+
+    kernels = kernels_of(export(wide, np.ones(3)))
     with pytest.raises(ServiceError, match="the device is out of memory") as refused:
         # The call itself may return before it is known.
         host(kernels.call("value_and_grad", 0, np.ones(3))[0])

@@ -170,7 +170,11 @@ def test_data_that_is_split_really_is_and_so_is_the_work(tmp_path):
         text=True,
         timeout=120,
         check=True,
-        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"},
+        env=os.environ
+        | {
+            "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4",
+            "JAX_PLATFORMS": "cpu",
+        },
     )
     count, found, product, total, reduced, quarters = json.loads(done.stdout)
     assert count == 4
