@@ -48,6 +48,7 @@ def test_residuals_that_are_not_used_go_before_their_point_that_is(residency):
 
 
 _NEEDED = {"d": "", "p": "d", "q": "d", "r": "dp", "s": "dq"}
+"""Data, points, their residuals, and the entries that each needs."""
 
 
 @given(st.text("".join(_NEEDED), max_size=12), st.integers(1, 10))
