@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax import lax, nn
 
-from hvpd._registration import hijax, lift, marks
+from hvpd._registration import hijax, lift, marked_primitives, marks
 from hvpd_server.importer import evaluate, primitives, reader, structural
 from hvpd_server.importer.graph import Block, Module, Operation
 from hvpd_server.importer.table import Refused, Report
@@ -99,8 +99,8 @@ def differentiable():
     tests import.
     """
     code = (
-        "from hvpd._registration import marks\n"
-        "print(*(name for name, each in marks._registered().items() if marks._differentiable(each)))"
+        "from hvpd._registration import marked_primitives as marked, marks\n"
+        "print(*(name for name, each in marked.registered().items() if marked.differentiable(each)))"
     )
     run = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, timeout=120)
     return set(run.stdout.split())
@@ -110,7 +110,8 @@ def test_every_differentiable_primitive_is_decided():
     """This test fails for a primitive of a new jax. The exporter refuses it when it is
     used.
     """
-    decided = marks._LOOKS_ALIKE | marks.MARKED | marks.WRITTEN_OUT | marks._STRUCTURAL | marks._COMPLEX | {"pow"}
+    marked = marked_primitives
+    decided = marked.LOOKS_ALIKE | marked.MARKED | marked.WRITTEN_OUT | marked.STRUCTURAL | marked.COMPLEX | {"pow"}
     undecided = differentiable() - decided
     assert undecided <= REFUSED, sorted(undecided - REFUSED)
 
@@ -133,7 +134,7 @@ REFUSED = {
 
 
 def test_the_server_binds_every_primitive_that_the_client_marks():
-    assert marks.MARKED | marks._COMPLEX | {"pow"} == primitives.PRIMITIVES.keys()
+    assert marked_primitives.MARKED | marked_primitives.COMPLEX | {"pow"} == primitives.PRIMITIVES.keys()
     for name, entry in primitives.PRIMITIVES.items():
         if entry.rebuild is None:
             assert primitives.bound(name)
@@ -143,7 +144,7 @@ def test_a_primitive_without_a_mark_is_refused_on_the_client():
     def linear(x):
         return jax.custom_derivatives.linear_call(lambda r, x: r * x, lambda r, t: r * t, 2.0, x)
 
-    with pytest.raises(marks.UnmarkableError, match="linear_call"):
+    with pytest.raises(marked_primitives.UnmarkableError, match="linear_call"):
         read(linear)
 
 
@@ -536,7 +537,7 @@ def test_a_high_level_primitive_that_jax_traced_before_keeps_its_rule():
     outer.defjvp(lambda primals, tangents: (outer(*primals), inner(*primals) * jnp.sum(tangents[0])))
     try:
         found = imported(read(outer))
-    except marks.UnmarkableError as error:
+    except marked_primitives.UnmarkableError as error:
         assert "hijax" in str(error)  # noqa: PT017 - jax 0.11 takes the jaxpr that it has, jax 0.10 traces again
     else:
         second = jax.grad(lambda x: jnp.sum(jax.grad(found)(x)))

@@ -15,7 +15,7 @@ import numpy as np
 from hvpd._arguments import check_choice
 from hvpd._composite import Composite
 from hvpd._errors import InvalidArgumentError
-from hvpd._registration import marks, purity
+from hvpd._registration import marked_primitives, marks, purity
 from hvpd._registration.bundle import Arrays, Export, assemble, flat_dtype_of, floating_array
 from hvpd._registration.closures import HiddenError, lowering
 from hvpd._registration.hijax import kept_rules
@@ -331,7 +331,7 @@ def _lower(stage: Stage, platforms: Sequence[str], version: str) -> bytes:
     exported = jax.export.export(
         jax.jit(stage.fun, keep_unused=True),
         platforms=platforms,
-        disabled_checks=marks.ALLOWED_CALLS,
+        disabled_checks=marked_primitives.ALLOWED_CALLS,
         _override_lowering_rules=marks.rules(),
     )(*stage.specs)
     return portable_of(exported, version)
