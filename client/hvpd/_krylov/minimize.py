@@ -36,7 +36,7 @@ UNBOUNDED = "f still falls, and x or the gradient has grown without end: is f un
 """Added to the message of a search that fails."""
 
 _GRADIENT_GROWTH, _X_GROWTH = 1e6, 1e8
-"""Factors over the start from which on growth counts as without end."""
+"""Factors over the start above which growth counts as unbounded."""
 
 _MEMORY = 10
 """Pairs that L-BFGS keeps."""
@@ -240,8 +240,8 @@ def _trust(search: Search) -> str:
         if step.reason == trust_region.NOT_FINITE and not step.p.any():
             return NOT_FINITE
         x, point = search.moved(1.0, step.p)
-        # The differences are lifted by rounding, so that a step near the minimum, whose
-        # decrease rounding hides, counts as good.
+        # Near the minimum, rounding hides the decrease of a step. Both differences are
+        # lifted by the size of rounding, so that such a step counts as good.
         lift = search.rounding
         ratio = -np.inf
         if search.good(point):

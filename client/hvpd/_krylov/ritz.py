@@ -28,7 +28,7 @@ def select(values: Array, k: int, which: str) -> Array:
 def tolerance(values: Array, every: Array, tol: float, dtype: np.dtype[Any]) -> Array:
     """Return the largest residual of a converged pair, for each value.
 
-    A residual is never asked to be below the rounding of the operator's norm.
+    This is never less than the rounding of the operator's norm.
     """
     eps = float(np.finfo(dtype).eps)
     norm = float(abs(every).max(initial=0.0))

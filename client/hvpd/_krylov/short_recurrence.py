@@ -176,7 +176,7 @@ class ShiftedMinres:
         root = np.hypot(gamma_bar, self._delta_bar)
         active = (self.norms > 0) & ~self.least_squares
         # root is |A r| / |r| before this step. Rounding keeps it above about the square
-        # root of eps, after which X would grow without bound along the kernel.
+        # root of eps. From there on, X would grow without bound along the kernel.
         self.least_squares |= active & (root <= np.finfo(self.X.dtype).eps ** 0.5 * self.sizes)
         active &= ~self.least_squares & (gamma > np.finfo(self.X.dtype).eps * self.sizes)
         gamma = np.where(active, gamma, 1.0)

@@ -49,9 +49,9 @@ def star_colouring(structure: scipy.sparse.csr_array) -> codec.Array:
     """Return a colour 0, 1, ... for each vertex of the graph of a symmetric pattern.
 
     The colouring is greedy, and takes vertices of high degree first. Neighbours have
-    different colours, and each path of four vertices has at least three. So every two
-    colours make stars only. Then each entry is alone in its row of one of the two
-    products that hold it (Coleman, Moré 1984).
+    different colours, and each path of four vertices has at least three. So the
+    vertices of any two colours form only stars. Each entry of the matrix is in two
+    products, and in one of them it is alone in its row (Coleman, Moré 1984).
 
     The method is that of Gebremedhin, Tarafdar, Manne, Pothen 2007
     (https://doi.org/10.1137/050639879), star by star. Sets hold the colours around a

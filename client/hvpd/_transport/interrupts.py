@@ -1,6 +1,6 @@
 """Interrupts (Ctrl-C) in the middle of a call.
 
-An interrupt can strike while gRPC holds its locks. A later touch of that channel, to
+An interrupt can strike while gRPC holds its locks. A later use of that channel, to
 cancel a call or to close it, may then wait for ever. So the client leaves the channel
 as it is and opens another. An interrupt outside of gRPC costs no channel.
 """

@@ -4,12 +4,11 @@ entry is evicted first.
 A dropped entry is only forgotten: a launch that uses the entry keeps it alive until the
 launch ends. An entry that is needed again is loaded again.
 
-Entries can have users, and each user can have a limit. The share of a user is the
-entries that it joined, the entries that these need, and the entries that need these and
-have no other user. An entry that several users share counts in full for each. A user
-over its limit leaves the entries that were used least recently. An entry that its last
-user leaves is dropped.
-This module knows no jax and no gRPC.
+Entries can have users, and each user can have a limit. The share of a user has three
+parts: the entries that the user joined, the entries that these need, and the entries
+that need these and have no other user. An entry that several users share counts in full
+for each. A user over its limit leaves the entries that were used least recently. An
+entry that its last user leaves is dropped. This module knows no jax and no gRPC.
 """
 
 import collections

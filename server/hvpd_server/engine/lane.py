@@ -117,8 +117,8 @@ class Lane:
     def load_with(self, bundle: objective_pb2.Bundle) -> tuple[int, int, int]:
         """Return the load of this lane with one more objective, as a tuple to compare.
 
-        First come the bytes of data of all objectives, shared data once. Among equals
-        come the bytes that would be new, because copies are a waste, and then the
+        First come the bytes of data of all objectives, with shared data counted once.
+        Then come the bytes that would be new, because copies are a waste, and then the
         number of objectives.
         """
         own = _bytes_of(bundle)

@@ -384,8 +384,8 @@ class Launches:
         bucket: int,
         working: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:
-        """Probe whether products keep their bits beside others in a launch of fixed
-        width, unless that is known.
+        """Probe, unless it is known, whether other vectors in a launch of fixed width
+        change the bits of a product.
         """
         objective, key = point.objective, (program, point.source.kernels.rows)
         if key in objective.steady:
