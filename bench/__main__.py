@@ -23,6 +23,7 @@ BENCHMARKS = (
     "neighbour",
     "krylov",
     "as_jax",
+    "samehost",
 )
 COMPARES = ("register", "versions")
 """Benchmarks that take another checkout. `all` leaves `versions` out, because

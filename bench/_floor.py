@@ -1,7 +1,7 @@
-"""The cost of the wire without hvpd: bare echoes of gRPC and of TCP, in a process of
-their own as the server is.
+"""The cost of the wire without hvpd: bare echoes of gRPC, TCP and a Unix socket, in a
+process of their own as the server is.
 
-`python -m bench._floor` serves both until its standard input ends. It uses no protobuf
+`python -m bench._floor` serves them until its standard input ends. It uses no protobuf
 and no interceptors. Its handlers take plain bytes.
 """
 
@@ -71,11 +71,20 @@ class StreamEcho:
         self._replies.cancel()
 
 
-class TcpEcho:
-    """Sends bytes there and back on a socket."""
+class SocketEcho:
+    """Sends bytes there and back on a socket.
 
-    def __init__(self, address: tuple[str, int], payload: bytes) -> None:
-        self._socket = _no_delay(socket.create_connection(address))
+    Args:
+        address: Host and port for TCP; the name of a Unix socket.
+        payload: The bytes.
+    """
+
+    def __init__(self, address: "tuple[str, int] | str", payload: bytes) -> None:
+        if isinstance(address, str):
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.connect(address)
+        else:
+            self._socket = _no_delay(socket.create_connection(address))
         self._payload = payload
         self._buffer = memoryview(bytearray(min(len(payload), CHUNK_BYTES)))
         # A payload that fits into the socket's buffers needs no second thread. Without
@@ -105,6 +114,7 @@ class Echo:
     def __init__(self, grpc_port: int, tcp_port: int) -> None:
         self.address = f"127.0.0.1:{grpc_port}"
         self.tcp = ("127.0.0.1", tcp_port)
+        self.unix = _unix_name(tcp_port)
 
 
 def channel(address: str) -> grpc.Channel:
@@ -150,7 +160,9 @@ def joined(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator
 def _accept(listener: socket.socket) -> None:
     while True:
         connection, _ = listener.accept()
-        threading.Thread(target=_echo, args=(_no_delay(connection),), daemon=True).start()
+        if connection.family != socket.AF_UNIX:
+            _no_delay(connection)
+        threading.Thread(target=_echo, args=(connection,), daemon=True).start()
 
 
 def _echo(connection: socket.socket) -> None:
@@ -158,6 +170,11 @@ def _echo(connection: socket.socket) -> None:
     with connection, contextlib.suppress(ConnectionError):
         while count := connection.recv_into(buffer):
             connection.sendall(buffer[:count])
+
+
+def _unix_name(tcp_port: int) -> str:
+    """Return the name of the Unix socket beside a TCP port, which is no file."""
+    return f"\0hvpd-bench-echo-{tcp_port}"
 
 
 def _no_delay(connected: socket.socket) -> socket.socket:
@@ -176,8 +193,13 @@ def _serve(until: Iterable[str]) -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     listener = socket.create_server(("127.0.0.1", 0))
-    threading.Thread(target=_accept, args=(listener,), daemon=True).start()
-    print(f"echoing on {port} {listener.getsockname()[1]}", file=sys.stderr, flush=True)
+    tcp_port = listener.getsockname()[1]
+    by_name = socket.socket(socket.AF_UNIX)
+    by_name.bind(_unix_name(tcp_port))
+    by_name.listen()
+    for each in (listener, by_name):
+        threading.Thread(target=_accept, args=(each,), daemon=True).start()
+    print(f"echoing on {port} {tcp_port}", file=sys.stderr, flush=True)
     for _ in until:
         pass
     server.stop(None)

@@ -92,7 +92,7 @@ def _figures(
 ) -> Iterator[Figure]:
     n, v = problem.n, normal(6, problem.n)
     with _floor.channel(echo.address) as channel:
-        socket = _floor.TcpEcho(echo.tcp, v.tobytes())
+        socket = _floor.SocketEcho(echo.tcp, v.tobytes())
         contenders: dict[str, _timing.Call] = {
             "product": lambda: H @ v,
             "stream echo": _floor.StreamEcho(channel, v.tobytes()),

@@ -94,7 +94,7 @@ def _figures(
 
     with _floor.channel(echo.address) as channel:
         payload = v.tobytes()
-        tcp = _floor.TcpEcho(echo.tcp, payload)
+        tcp = _floor.SocketEcho(echo.tcp, payload)
         contenders: dict[str, _timing.Call] = {
             "product": lambda: H @ v,
             "gRPC": _floor.StreamEcho(channel, payload),

@@ -4,6 +4,7 @@ lie that costs the caller its result is an HvpdError.
 
 import contextlib
 import itertools
+import secrets
 import socket
 import threading
 import time
@@ -20,7 +21,7 @@ import hvpd
 from hvpd._cli import main
 from hvpd._registration import portable
 from hvpd._transport.reach import is_proxied
-from hvpd._wire import vector_protocol
+from hvpd._wire import vector_protocol, vector_socket
 from hvpd.v1 import blob_pb2, curvature_pb2, objective_pb2, server_pb2, tensor_pb2
 from tests.fuzz.liar import OBJECTIVE, POINT, Liar, N, X
 from tests.support.waiting import until
@@ -34,12 +35,17 @@ class Listener:
     connects, and notes the bytes that it receives.
     """
 
-    def __init__(self, banner=b""):
+    def __init__(self, banner=b"", unix_id=None):
         self._banner = banner
         self.connections = 0
         self.received = b""
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self._socket.getsockname()[1]
+        if unix_id is None:
+            self._socket = socket.create_server(("127.0.0.1", 0))
+            self.port = self._socket.getsockname()[1]
+        else:
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.bind(vector_socket.unix_name(unix_id))
+            self._socket.listen()
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 
@@ -113,8 +119,8 @@ def listening():
     """Make listeners, which end with the test."""
     with contextlib.ExitStack() as stack:
 
-        def listen(banner=b""):
-            listener = Listener(banner)
+        def listen(banner=b"", unix_id=None):
+            listener = Listener(banner, unix_id)
             stack.callback(listener.close)
             return listener
 
@@ -188,6 +194,30 @@ def test_a_listener_that_knows_the_greeting_and_not_the_proof_receives_no_secret
     assert not tried(connect(), liar)
     listener.close()
     assert listener.received == vector_protocol.MAGIC + PART
+
+
+@pytest.mark.parametrize(
+    ("banner", "size", "connections"),
+    [
+        (b"", 16, 1),
+        (PART + PART, 16, 1),
+        (vector_protocol.MAGIC + bytes(vector_protocol.PROOF_BYTES), 16, 1),
+        (vector_protocol.MAGIC + PART, 15, 0),
+        (vector_protocol.MAGIC + PART, 40, 0),
+    ],
+)
+def test_a_unix_socket_that_a_ticket_names_receives_nothing(
+    liar, connect, listening, monkeypatch, banner, size, connections
+):
+    """Only sockets of servers have such names. An id of another size is refused."""
+    monkeypatch.setattr("hvpd._transport.vector_pool._OPENING_SECONDS", 0.3)
+    unix_id = secrets.token_bytes(size)
+    port, listener = listening(), listening(banner, unix_id)
+    liar.vector_port, liar.ticket = port.port, ticket(port.port, unix_id=unix_id)
+    assert not tried(connect(), liar)
+    for each in (port, listener):
+        each.close()
+        assert (each.received, each.connections) == (b"", connections)
 
 
 def test_a_port_that_the_server_does_not_state_is_not_connected_to(liar, connect, listening):

@@ -126,9 +126,10 @@ def test_echoes_bring_everything_back(size):
             stream()
             stream()
             stream.close()
-        tcp = _floor.TcpEcho(echo.tcp, payload)
-        tcp()
-        tcp.close()
+        for address in (echo.tcp, echo.unix):
+            plain = _floor.SocketEcho(address, payload)
+            plain()
+            plain.close()
 
 
 def test_a_quick_run_writes_its_figures(tmp_path):

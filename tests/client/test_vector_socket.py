@@ -176,6 +176,11 @@ def test_another_thread_ends_a_wait_and_the_other_end_sees_it(pair, beside):
     assert not isinstance(failures[0], TimeoutError)
 
 
+def test_a_unix_socket_is_not_tuned_as_tcp_is(pair):
+    vector_socket.tune(pair[0].socket)
+    assert pair[0].socket.family == socket.AF_UNIX
+
+
 def test_connections_are_tuned():
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
         vector_socket.tune(sock)

@@ -43,7 +43,10 @@ def test_doctor_finds_nothing_wrong_with_a_good_server(said, place):
     code, out, _ = said("doctor", "--address", address, "--token", token)
     assert code == 0, out
     assert out.endswith("nothing is wrong\n")
-    for part in (f"{address}, from --address", "DNS", "accepts connections", "clocks differ", "belongs to tenant ops"):
+    for part in (
+        *(f"{address}, from --address", "DNS", "accepts connections", "clocks differ", "belongs to tenant ops"),
+        "over the server's Unix socket",
+    ):
         assert part in out
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ import trustme
 
 import hvpd
 from hvpd._transport.exchange import Asked
+from hvpd._wire import vector_socket
 from hvpd_server.tenancy import token_file
 from tests.support.waiting import until
 
@@ -42,6 +44,12 @@ def past(client, H):
     check(H)
     until(lambda: not pool._opening)
     return pool.ready
+
+
+def by_tcp(client):
+    """Let a client connect as one on another machine does; return it."""
+    client._transport._vectors.unix = False
+    return client
 
 
 def check(H, k=None):
@@ -78,6 +86,7 @@ def test_products_go_past_grpc_with_the_same_results(serve, client_of):
     H = registered(client)
     before = H @ np.ones(N)
     assert past(client, H)
+    assert client._transport._vectors._idle[-1].unix
     check(H)  # This product is the first that is sure to go past gRPC, and so ends the stream.
     until(lambda: server.metric("hvpd_open_streams") == 1)
     for k in (None, 1, 3, 64):
@@ -89,6 +98,20 @@ def test_products_go_past_grpc_with_the_same_results(serve, client_of):
     assert (statistics.retries, statistics.vectors) == (0, 1 + 1 + 1 + 1 + 1 + 3 + 64 + 1 + 1 + 200)
     assert 0 < statistics.compute_seconds < statistics.seconds
     assert server.metric("hvpd_request_seconds_count") > 0
+
+
+@pytest.mark.parametrize("cause", ["another machine", "another network namespace"])
+def test_where_the_unix_socket_is_not_products_go_by_tcp(plain, client_of, monkeypatch, cause):
+    """A container may share the address, and not the namespace of the socket's name."""
+    client = client_of(plain)
+    if cause == "another machine":
+        by_tcp(client)
+    else:
+        monkeypatch.setattr(vector_socket, "unix_name", lambda unix_id: f"\0hvpd/elsewhere/{unix_id.hex()}")
+    H = registered(client)
+    assert past(client, H)
+    assert not client._transport._vectors._idle[-1].unix
+    check(H)
 
 
 def test_threads_of_one_client_do_not_wait_for_each_other(plain, client_of):
@@ -155,7 +178,7 @@ def test_a_blocked_port_costs_callers_nothing(plain, client_of, monkeypatch):
     """The client tries the connection beside its products, and then for a while no
     more.
     """
-    client = client_of(plain)
+    client = by_tcp(client_of(plain))
     H = registered(client)
     tried = threading.Semaphore(0)
     connect, blocked = socket.create_connection, threading.Event()
@@ -181,7 +204,7 @@ def test_a_blocked_port_costs_callers_nothing(plain, client_of, monkeypatch):
 
 
 def test_another_service_on_the_port_gets_no_vectors(plain, client_of, monkeypatch):
-    client = client_of(plain)
+    client = by_tcp(client_of(plain))
     H = registered(client)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         got = []
@@ -204,12 +227,25 @@ def test_another_service_on_the_port_gets_no_vectors(plain, client_of, monkeypat
     assert got == []
 
 
-def test_a_solve_rides_through_kill_9_and_finds_the_other_port(serve, client_of):
+def unix_sockets():
+    """Return the names of all servers' Unix sockets."""
+    listed = Path("/proc/net/unix").read_text().split()
+    return {word for word in listed if word.startswith("@hvpd/vectors/")}
+
+
+@pytest.mark.parametrize("way", ["TCP", "Unix socket"])
+def test_a_solve_rides_through_kill_9_and_finds_the_other_port(serve, client_of, way):
     server = serve()
     client = client_of(server.address)
+    if way == "TCP":
+        by_tcp(client)
     H = registered(client)
     assert past(client, H)
-    ports = {client._transport.server.vector_port}
+
+    def peer():
+        return client._transport._vectors._idle[-1]._connection.socket.getpeername()
+
+    peers = {peer()}
     b = np.random.default_rng(1).normal(size=N)
     for _ in range(2):
         server.kill()
@@ -221,9 +257,11 @@ def test_a_solve_rides_through_kill_9_and_finds_the_other_port(serve, client_of)
         np.testing.assert_allclose(x, b / (W * X**2), rtol=1e-8)
         client._transport._vectors._not_before = 0.0
         assert past(client, H)
-        ports.add(client._transport._vectors._idle[-1]._connection.socket.getpeername()[1])
+        peers.add(peer())
     assert client.statistics().retries > 0
-    assert len(ports) == 3
+    assert len(peers) == 3
+    if way == "Unix socket":  # The names of the killed servers' sockets are gone.
+        until(lambda: {f"@{each[1:].decode()}" for each in peers} & unix_sockets() == {f"@{peer()[1:].decode()}"})
 
 
 def test_a_draining_server_ends_cleanly_and_refuses_new_products(serve, client_of):
@@ -359,7 +397,7 @@ def secured(tmp_path):
 
 def test_over_tls_with_a_token_it_is_the_same(secured, serve, client_of):
     token, _ = secured.token("vision")
-    client = client_of(serve(*secured.flags).address, token=token, ca=secured.ca)
+    client = by_tcp(client_of(serve(*secured.flags).address, token=token, ca=secured.ca))
     H = registered(client)
     assert past(client, H)
     sock = client._transport._vectors._idle[-1]._connection.socket
@@ -377,7 +415,8 @@ def test_clients_show_their_certificates_there_too(secured, serve, client_of):
     leaf.cert_chain_pems[0].write_to_path(secured.root / "client.pem")
     leaf.private_key_pem.write_to_path(secured.root / "client.key")
     server = serve(*secured.flags[:4], "--tls-client-ca", str(secured.ca))
-    client = client_of(server.address, ca=secured.ca, cert=secured.root / "client.pem", key=secured.root / "client.key")
+    files = {"ca": secured.ca, "cert": secured.root / "client.pem", "key": secured.root / "client.key"}
+    client = by_tcp(client_of(server.address, **files))
     H = registered(client)
     assert past(client, H)
     check(H)
@@ -386,7 +425,7 @@ def test_clients_show_their_certificates_there_too(secured, serve, client_of):
 def test_another_certificate_is_shown_from_the_next_connection_on(secured, serve, client_of):
     token, _ = secured.token("vision")
     server = serve(*secured.flags)
-    client = client_of(server.address, token=token, ca=secured.ca)
+    client = by_tcp(client_of(server.address, token=token, ca=secured.ca))
     H = registered(client)
     assert past(client, H)
 
@@ -395,7 +434,7 @@ def test_another_certificate_is_shown_from_the_next_connection_on(secured, serve
 
     before = shown(client)
     secured.certify()
-    other = client_of(server.address, token=token, ca=secured.ca)
+    other = by_tcp(client_of(server.address, token=token, ca=secured.ca))
     H = registered(other)
     assert past(other, H)
     assert shown(other) != before

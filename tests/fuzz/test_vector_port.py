@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import hvpd
 from hvpd._wire import vector_protocol
 from hvpd._wire.vector_protocol import CallerEnd, ServerEnd
-from hvpd._wire.vector_socket import Connection, open_caller
+from hvpd._wire.vector_socket import Connection, open_caller, unix_name
 from hvpd.v1 import curvature_pb2, curvature_pb2_grpc
 from tests.support.waiting import until
 
@@ -66,11 +66,22 @@ def descriptors(server):
     return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
 
 
+def by_tcp(given):
+    return socket.create_connection(("127.0.0.1", given.port), 30)
+
+
+def by_unix_socket(given):
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(30)
+    sock.connect(unix_name(given.unix_id))
+    return sock
+
+
 @contextlib.contextmanager
-def connected(ticket):
+def connected(ticket, reach=by_unix_socket):
     """Yield a connection that is let in."""
     given = ticket()
-    with socket.create_connection(("127.0.0.1", given.port), 30) as sock:
+    with reach(given) as sock:
         end = CallerEnd(given.greeting, given.id, given.server_proof, given.client_proof)
         connection = Connection(sock, end, 30)
         open_caller(connection)
@@ -86,10 +97,13 @@ def until_the_end(sock):
 
 
 @settings(settings.get_profile("fuzz-calls"))
-@given(said=st.one_of(st.binary(max_size=200), st.binary(max_size=60).map(lambda junk: vector_protocol.MAGIC + junk)))
-def test_strangers_may_say_anything(server, neighbour, ticket, tried, said):
+@given(
+    reach=st.sampled_from([by_tcp, by_unix_socket]),
+    said=st.one_of(st.binary(max_size=200), st.binary(max_size=60).map(lambda junk: vector_protocol.MAGIC + junk)),
+)
+def test_strangers_may_say_anything(server, neighbour, ticket, tried, reach, said):
     tried("openings of the vector port of any bytes")
-    with socket.create_connection(("127.0.0.1", ticket().port), 30) as sock:
+    with reach(ticket()) as sock:
         sock.sendall(said)
         until_the_end(sock)
     neighbour()
@@ -222,6 +236,7 @@ def test_a_server_that_lies_there_is_an_error_and_one_that_goes_away_is_asked_ag
     tried("products of a server that lies")
     lying = Lying(answer)
     with hvpd.connect(server.address, retry_timeout=20) as client:
+        client._transport._vectors.unix = False
         H, transport = client.register(lambda x: jnp.sum(x**4) / 12, X).at(X).hessian(), client._transport
         create, connect, tickets = transport.channel.create_vector_ticket, socket.create_connection, []
 

@@ -1,22 +1,24 @@
-"""The vector port alone, with real sockets and an engine that doubles.
+"""The vector port alone, by TCP and by its Unix socket, with an engine that doubles.
 
 Some clients have no ticket, stop half way, or hang up.
 """
 
 import contextlib
+import functools
 import itertools
 import socket
 import struct
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from hvpd._wire import vector_protocol
+from hvpd._wire import vector_protocol, vector_socket
 from hvpd._wire.vector_protocol import CallerEnd, ClosedError
 from hvpd._wire.vector_socket import Connection, open_caller
 from hvpd.v1 import curvature_pb2, objective_pb2
@@ -27,7 +29,7 @@ from hvpd_server.rpc.gate import Gate
 from hvpd_server.rpc.products import Products
 from hvpd_server.rpc.streams import Streams
 from hvpd_server.rpc.tickets import TICKET_SECONDS, Tickets
-from hvpd_server.rpc.vector_port import VectorPort
+from hvpd_server.rpc.vector_port import VectorPort, is_same_host
 from hvpd_server.scheduling import blocks
 from hvpd_server.telemetry.metrics import Metrics
 from tests.support.waiting import until
@@ -94,8 +96,23 @@ def streams():
     return Streams(8)
 
 
-@pytest.fixture
-def opened(engine, metrics, streams):
+def by_tcp(port):
+    return socket.create_connection(("127.0.0.1", port.port), 30)
+
+
+def by_unix_socket(port):
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(30)
+    try:
+        sock.connect(vector_socket.unix_name(port.unix_id))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+@pytest.fixture(params=[by_tcp, by_unix_socket], ids=["TCP", "Unix socket"])
+def opened(request, engine, metrics, streams):
     """Yield a function that opens ports. Each port has ended when the test ends, and so
     have its connections.
     """
@@ -105,6 +122,7 @@ def opened(engine, metrics, streams):
         common = {"gate": Gate(None, Calls(100)), "engine": engine, "products": Products(engine, metrics, None)}
         common |= {"streams": streams, "arrivals": Arrivals(1 << 30), "metrics": metrics}
         ports.append(VectorPort("127.0.0.1", 0, **common | settings))
+        ports[-1].connect = functools.partial(request.param, ports[-1])
         ports[-1].start()
         return ports[-1]
 
@@ -124,8 +142,15 @@ def port(opened):
 @contextlib.contextmanager
 def connected(port):
     """Yield a socket whose greeting has come, and is not read yet."""
-    with socket.create_connection(("127.0.0.1", port.port), 30) as sock:
-        until(lambda: len(sock.recv(vector_protocol.OPENING_BYTES, socket.MSG_PEEK)) == vector_protocol.OPENING_BYTES)
+    with port.connect() as sock:
+
+        def greeted():
+            said = sock.recv(vector_protocol.OPENING_BYTES, socket.MSG_PEEK)
+            if not said:  # The port accepted it while it ended.
+                raise ConnectionError("the port closed the connection")
+            return len(said) == vector_protocol.OPENING_BYTES
+
+        until(greeted)
         yield sock
 
 
@@ -667,6 +692,26 @@ def test_tickets_of_all_tenants_are_bounded_and_expired_ones_go_first():
     assert tickets.use(new[0].id) is new[0]
 
 
+@pytest.mark.parametrize(
+    ("peer", "expected"),
+    [
+        ("ipv4:127.0.0.1:50000", True),
+        ("ipv4:127.1.2.3:50000", True),
+        ("ipv6:%5B::1%5D:50000", True),
+        ("ipv6:[::1]:50000", True),
+        ("unix:/run/hvpd", True),
+        ("unix:", True),
+        ("ipv4:10.0.0.1:50000", False),
+        ("ipv6:%5Bfe80::1%25eth0%5D:50000", False),
+        ("ipv4:127.0.0.1.example:1", False),
+        ("unknown", False),
+        ("", False),
+    ],
+)
+def test_clients_of_loopback_are_on_the_servers_machine(peer, expected):
+    assert is_same_host(peer) is expected
+
+
 def test_silent_connections_are_ended_for_new_ones(port):
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(connected(port)) for _ in range(100)]
@@ -771,6 +816,29 @@ def test_a_connection_that_comes_during_a_drain_is_ended(port, streams, start):
             Caller(connection, port, ticket)
         hears_nothing(connection)
     start(port.stop, 30).result(10)
+
+
+def test_the_name_of_an_ended_port_is_free_again(opened):
+    first = opened()
+    first.stop(30)
+    name = f"@{vector_socket.unix_name(first.unix_id)[1:]}"
+    until(lambda: name not in Path("/proc/net/unix").read_text())
+
+
+def test_a_system_without_unix_sockets_has_the_port_alone(opened, monkeypatch, caplog):
+    """Some sandboxes forbid them."""
+
+    def forbidden(*args):
+        raise PermissionError("not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vector_socket, "unix_name", forbidden)
+        port = opened()
+    assert port.unix_id == b""
+    assert "cannot use a Unix socket: not permitted" in caplog.text
+    port.connect = functools.partial(by_tcp, port)
+    with calling(port) as caller:
+        asked(caller)
 
 
 def test_a_port_that_is_taken_is_an_error(port, engine, metrics, streams):

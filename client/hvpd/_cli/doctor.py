@@ -175,6 +175,8 @@ def _vectors(client: "Client") -> Finding:
         return Finding(None, "vector port", "the server has none, so products go over gRPC")
     if not client.address.endswith(f":{client.server.port}"):
         return Finding(None, "vector port", "not used, because the address is that of a tunnel or a proxy")
+    if client._transport.by_unix_socket():  # noqa: SLF001 - our own
+        return Finding(True, "vector port", "not needed on this machine: products go over the server's Unix socket")
     found = _reached(client.address.rpartition(":")[0].strip("[]"), port, "vector port")
     if found.good:
         return found

@@ -125,7 +125,7 @@ class Transport(Calls):
             "tls": tls is not None or None,
             "insecure": insecure,
         }
-        self._vectors = VectorPool(host, tls, self._ticket, self.channel.is_alive)
+        self._vectors = VectorPool(host, tls, self._ticket, self.channel.is_alive, local=local)
         self._streams = StreamPool(self.channel, lambda: not self._closed and not self._vectors.ready)
         try:
             with self.reporter.stage(f"connecting to {address}"):
@@ -387,6 +387,10 @@ class Transport(Calls):
         if unanswered or not self._has_vector_port(server) or ticket.port != server.vector_port:
             raise ConnectionError("the ticket is not for the vector port that the server states")
         return ticket, request_id
+
+    def by_unix_socket(self) -> bool:
+        """Return whether products can go over the server's Unix socket."""
+        return self._vectors.by_unix_socket()
 
     def _has_vector_port(self, server: server_pb2.GetServerResponse) -> bool:
         """Return whether the client may connect to the vector port.

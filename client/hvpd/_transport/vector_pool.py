@@ -2,12 +2,14 @@
 
 Here a product takes a fraction of the time that it takes over gRPC. Connections are
 opened in the background. Without one, products go over gRPC's streams, so that no
-caller waits for a port that a firewall blocks.
+caller waits for a port that a firewall blocks. On the server's own machine, a
+connection is a Unix socket if possible.
 """
 
 import contextlib
 import logging
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -69,6 +71,11 @@ class VectorStream:
         connection.be_patient(_SILENCE)
         # Also if the client is never closed, because Python warns of open sockets.
         self._end = weakref.finalize(self, connection.close)
+
+    @property
+    def unix(self) -> bool:
+        """Return whether the connection is by the server's Unix socket."""
+        return self._connection.socket.family == socket.AF_UNIX
 
     @property
     def quiet(self) -> bool:
@@ -161,13 +168,18 @@ class VectorPool:
         tls: Certificates; None for plain text.
         ticket: Asks for a ticket.
         alive: Asks the server whether it lives.
+        local: Whether the host is this machine.
 
     Attributes:
         offered: Whether the server has a vector port that the client may use.
+        unix: Whether the server's Unix socket is tried before its port.
     """
 
-    def __init__(self, host: str, tls: Tls | None, ticket: Ticket, alive: Callable[[], bool]) -> None:
+    def __init__(
+        self, host: str, tls: Tls | None, ticket: Ticket, alive: Callable[[], bool], *, local: bool = False
+    ) -> None:
         self._host = host.strip("[]")
+        self.unix = local and sys.platform == "linux"
         self._tls = tls
         self._ticket = ticket
         self._alive = alive
@@ -235,6 +247,17 @@ class VectorPool:
         if not keep:
             stream.close()
 
+    def by_unix_socket(self) -> bool:
+        """Open a connection; return whether it is by the server's Unix socket."""
+        if not (self.unix and self.offered):
+            return False
+        try:
+            stream = self._connected()
+        except (OSError, grpc.RpcError, ValueError):
+            return False
+        self.give_back(stream)
+        return stream.unix
+
     def close(self) -> None:
         """End idle connections now, and the others when they come back."""
         with self._lock:
@@ -261,17 +284,42 @@ class VectorPool:
     def _connected(self) -> VectorStream:
         ticket, request_id = self._ticket(_OPENING_SECONDS)
         _check(ticket)
+        if self.unix and ticket.unix_id:
+            try:
+                return self._opened("the server's Unix socket", self._unix_socket(ticket.unix_id), ticket, request_id)
+            except OSError as error:  # The server may be in a container, or at the other end of a tunnel.
+                _log.debug("the server's Unix socket cannot be used: %s", error)
+        return self._opened(f"port {ticket.port} of {self._host}", self._tcp_socket(ticket.port), ticket, request_id)
+
+    def _unix_socket(self, unix_id: bytes) -> socket.socket:
         with contextlib.ExitStack() as stack:
-            sock = stack.enter_context(socket.create_connection((self._host, ticket.port), _OPENING_SECONDS))
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.settimeout(_OPENING_SECONDS)
+            sock.connect(vector_socket.unix_name(unix_id))
+            stack.pop_all()
+        return sock
+
+    def _tcp_socket(self, port: int) -> socket.socket:
+        with contextlib.ExitStack() as stack:
+            sock = stack.enter_context(socket.create_connection((self._host, port), _OPENING_SECONDS))
             vector_socket.tune(sock)
             if self._tls is not None:
-                sock = stack.enter_context(self._tls.context.wrap_socket(sock, server_hostname=self._host))
+                sock = self._tls.context.wrap_socket(sock, server_hostname=self._host)
+            stack.pop_all()
+        return sock
+
+    def _opened(
+        self, where: str, sock: socket.socket, ticket: curvature_pb2.CreateVectorTicketResponse, request_id: str
+    ) -> VectorStream:
+        """Open a connection on a socket, which is closed if that fails."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(sock)
             end = CallerEnd(ticket.greeting, ticket.id, ticket.server_proof, ticket.client_proof)
             connection = Connection(sock, end, _OPENING_SECONDS)
             try:
                 vector_socket.open_caller(connection)
             except ProtocolError as error:
-                raise ConnectionError(f"port {ticket.port} of {self._host}: {error}") from None
+                raise ConnectionError(f"{where}: {error}") from None
             stack.pop_all()
         return VectorStream(connection, request_id, self._alive)
 
@@ -279,10 +327,12 @@ class VectorPool:
 def _check(ticket: curvature_pb2.CreateVectorTicketResponse) -> None:
     """Raise ConnectionError if a ticket is not valid.
 
-    An older server, which does not speak first, sends no greeting.
+    An older server, which does not speak first, sends no greeting. A server without a
+    Unix socket sends no id of it.
     """
-    sizes = [len(part) for part in (ticket.greeting, ticket.id, ticket.server_proof, ticket.client_proof)]
+    parts = (ticket.greeting, ticket.id, ticket.server_proof, ticket.client_proof)
+    sizes = [len(part) for part in (*parts, *([ticket.unix_id] if ticket.unix_id else []))]
     if any(size != vector_protocol.PROOF_BYTES for size in sizes) or not 0 < ticket.port < 1 << 16:
         raise ConnectionError(
-            f"a ticket must have four parts of {vector_protocol.PROOF_BYTES} bytes and a port, got {sizes} bytes and port {ticket.port}"
+            f"a ticket must have parts of {vector_protocol.PROOF_BYTES} bytes and a port, got {sizes} bytes and port {ticket.port}"
         )

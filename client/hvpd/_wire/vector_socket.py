@@ -158,11 +158,22 @@ def open_caller(connection: Connection[CallerEvent]) -> None:
         connection.send(event.content)
 
 
-def tune(sock: socket.socket) -> None:
-    """Set a socket to send small messages at once, and to find a dead network.
+def unix_name(unix_id: bytes) -> str:
+    """Return the name of a server's Unix socket, in Linux's abstract namespace.
 
-    A dead network ends the connection within half a minute.
+    Such a name is no file. It is free again when the server ends, however it ends.
     """
+    return f"\0hvpd/vectors/{unix_id.hex()}"
+
+
+def tune(sock: socket.socket) -> None:
+    """Set a TCP socket to send small messages at once, and to find a dead network.
+
+    A dead network ends the connection within half a minute. A Unix socket needs neither
+    setting.
+    """
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2), ("TCP_USER_TIMEOUT", 30_000)):

@@ -500,6 +500,7 @@ class CreateVectorTicketResponse(google.protobuf.message.Message):
     CLIENT_PROOF_FIELD_NUMBER: builtins.int
     VALID_SECONDS_FIELD_NUMBER: builtins.int
     GREETING_FIELD_NUMBER: builtins.int
+    UNIX_ID_FIELD_NUMBER: builtins.int
     port: builtins.int
     """Port on the server's host: GetServerResponse.vector_port. Connect over TLS if the
     server uses TLS here.
@@ -520,6 +521,12 @@ class CreateVectorTicketResponse(google.protobuf.message.Message):
     """Greeting of the server, 16 bytes. The server sends it first on each connection, and
     the caller sends nothing before it. Empty from older servers; then do not connect.
     """
+    unix_id: builtins.bytes
+    """Id of the server's Unix socket, 16 bytes. The socket's name is in Linux's abstract
+    namespace: a zero byte, "hvpd/vectors/", and the id in 32 hexadecimal digits. It
+    speaks the same protocol as the port, never over TLS. Empty if the server has no
+    such socket, or if the call did not come from the server's own machine.
+    """
     def __init__(
         self,
         *,
@@ -529,8 +536,9 @@ class CreateVectorTicketResponse(google.protobuf.message.Message):
         client_proof: builtins.bytes = ...,
         valid_seconds: builtins.int = ...,
         greeting: builtins.bytes = ...,
+        unix_id: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["client_proof", b"client_proof", "greeting", b"greeting", "id", b"id", "port", b"port", "server_proof", b"server_proof", "valid_seconds", b"valid_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client_proof", b"client_proof", "greeting", b"greeting", "id", b"id", "port", b"port", "server_proof", b"server_proof", "unix_id", b"unix_id", "valid_seconds", b"valid_seconds"]) -> None: ...
 
 Global___CreateVectorTicketResponse: typing_extensions.TypeAlias = CreateVectorTicketResponse
 

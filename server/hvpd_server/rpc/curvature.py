@@ -19,7 +19,7 @@ from hvpd_server.rpc.product_stream import ProductStream
 from hvpd_server.rpc.products import Cancellation, Products
 from hvpd_server.rpc.streams import Streams
 from hvpd_server.rpc.tickets import TICKET_SECONDS
-from hvpd_server.rpc.vector_port import VectorPort
+from hvpd_server.rpc.vector_port import VectorPort, is_same_host
 from hvpd_server.telemetry.metrics import Metrics
 from hvpd_server.telemetry.tracing import Tracing
 
@@ -165,6 +165,7 @@ class CurvatureService:
             server_proof=ticket.server_proof,
             client_proof=ticket.client_proof,
             valid_seconds=TICKET_SECONDS,
+            unix_id=self.vector_port.unix_id if is_same_host(call.peer) else b"",
         )
 
     @streaming

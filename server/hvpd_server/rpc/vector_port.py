@@ -1,11 +1,12 @@
 """The vector port: products past gRPC, on plain sockets, each connection in a thread of
-its own.
+its own. Clients on the server's machine reach it by a Unix socket, too.
 
 hvpd._wire.vector_protocol has the protocol. The gate lets a client have a ticket, and
 its token is checked again with every product.
 """
 
 import contextlib
+import ipaddress
 import itertools
 import logging
 import secrets
@@ -14,6 +15,7 @@ import socket
 import ssl
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable
 
 from hvpd._wire import vector_protocol, vector_socket
@@ -38,10 +40,25 @@ _OPENING = 64
 _OPENING_SECONDS = 10.0
 """Seconds for a connection to show its ticket."""
 
+_BACKLOG = 128
+"""Most connections of a listener that the server has not accepted yet."""
+
 
 def available() -> bool:
     """Return whether this system can have a vector port. Linux can."""
     return hasattr(select, "epoll")
+
+
+def is_same_host(peer: str) -> bool:
+    """Return whether a client, as gRPC writes its end of a call, is on this machine."""
+    kind, _, rest = peer.partition(":")
+    if kind == "unix":
+        return True
+    host = urllib.parse.unquote(rest).rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class VectorPort:
@@ -56,8 +73,9 @@ class VectorPort:
         streams: The open product streams, gRPC's too.
         arrivals: Counts the bytes in transit.
         metrics: Counts.
-        encryption: Returns the TLS context of the next connection. None leaves
-            connections unencrypted.
+        encryption: Returns the TLS context of the next connection by TCP. None leaves
+            connections unencrypted. Connections by the Unix socket never are encrypted,
+            because only root could read them.
         stalled_seconds: Seconds to wait for the rest of a product, or until the client
             takes an answer.
 
@@ -104,12 +122,21 @@ class VectorPort:
         # A name may have several addresses. Clients without IPv6 need the IPv4 one.
         family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
         dual = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
-        self._listener = socket.create_server(address[:2], family=family, backlog=128, dualstack_ipv6=dual)
-        self.port: int = self._listener.getsockname()[1]
+        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG, dualstack_ipv6=dual)
+        self.port: int = listener.getsockname()[1]
+        self._listeners = [listener]
+        self.unix_id = secrets.token_bytes(vector_protocol.PROOF_BYTES)
+        """Names the Unix socket. Empty if the system lets the server have none."""
+        try:
+            self._listeners.append(_unix_listener(self.unix_id))
+        except OSError as error:
+            self.unix_id = b""
+            _log.warning("clients on this machine cannot use a Unix socket: %s", error)
 
     def start(self) -> None:
         """Accept connections."""
-        threading.Thread(target=self._accept, name="hvpd-vector-port", daemon=True).start()
+        for listener in self._listeners:
+            threading.Thread(target=self._accept, args=(listener,), name="hvpd-vector-port", daemon=True).start()
         self._hangups.start()
 
     def stop(self, seconds: float) -> None:
@@ -118,19 +145,20 @@ class VectorPort:
         """
         with self._lock:
             self._stopped = True
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # Wakes the thread that accepts.
-        self._listener.close()
+        for listener in self._listeners:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)  # Wakes the thread that accepts.
+            listener.close()
         with self._lock:
             opening = list(self._opening.values())
             for each in opening:
                 shut(each)
             self._closed.wait_for(lambda: not self._open, seconds)
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                sock, _ = self._listener.accept()
+                sock, _ = listener.accept()
             except OSError as error:
                 if self._stopped:
                     return
@@ -164,7 +192,7 @@ class VectorPort:
         try:
             sock.settimeout(_OPENING_SECONDS)
             vector_socket.tune(sock)
-            if self._encryption is not None:
+            if self._encryption is not None and sock.family != socket.AF_UNIX:
                 sock = self._encrypted(number, sock)
             end = ServerEnd(self.greeting)
             connection = Connection(sock, end, _OPENING_SECONDS)
@@ -212,3 +240,19 @@ class VectorPort:
             secure.close()
             raise
         return secure
+
+
+def _unix_listener(unix_id: bytes) -> socket.socket:
+    """Listen on the Unix socket of an id, which leaves no file behind.
+
+    Raises:
+        OSError: The system does not allow it.
+    """
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(vector_socket.unix_name(unix_id))
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener

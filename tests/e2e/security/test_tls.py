@@ -149,6 +149,7 @@ import numpy as np
 import hvpd
 
 with hvpd.connect(sys.argv[1], tls=True, connect_timeout=60) as client:
+    client._transport._vectors.unix = False
     H = client.objective(sys.argv[2]).at(np.full(5, 3.0)).hessian()
     np.testing.assert_allclose(H @ np.ones(5), 9 * np.ones(5))
     while client._transport._vectors._opening:
