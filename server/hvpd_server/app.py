@@ -27,7 +27,7 @@ from hvpd_server.importer import rules
 from hvpd_server.liveness import Liveness
 from hvpd_server.rpc import tls, vector_port
 from hvpd_server.rpc.blobs import BlobService
-from hvpd_server.rpc.call_limits import Arrivals, Calls, Stalls
+from hvpd_server.rpc.call_limits import Arrivals, Calls, Segments, Stalls
 from hvpd_server.rpc.curvature import CurvatureService
 from hvpd_server.rpc.gate import Gate
 from hvpd_server.rpc.krylov import KrylovService
@@ -132,7 +132,9 @@ class App:
         streams = Streams(max(config.max_calls * 3 // 4, 1))
         self._gate = Gate(tokens, Calls(config.max_calls, streams.end_idle))
         self._stalls = Stalls()
-        arrivals = Arrivals(memory_budget.host_bytes() // 8, lambda tenant: limits.tenants(tenant).transit_bytes)
+        host_bytes = memory_budget.host_bytes()
+        arrivals = Arrivals(host_bytes // 8, lambda tenant: limits.tenants(tenant).transit_bytes)
+        segments = Segments(host_bytes // 8, lambda tenant: limits.tenants(tenant).transit_bytes)
         tenants = (lambda: [""]) if tokens is None else tokens.tenants
         self._stopping = threading.Event()
         self.state = "warming"
@@ -157,7 +159,7 @@ class App:
             self.address = f"{host}:{self.port}"
         except RuntimeError as error:
             raise OSError(f"cannot listen on {host}:{config.port}: is another server there? ({error})") from None
-        self._vector_port = self._curvature.vector_port = self._vectors(config, arrivals)
+        self._vector_port = self._curvature.vector_port = self._vectors(config, arrivals, segments)
         ports = {"port": self.port, "vector_port": self._vector_port.port if self._vector_port is not None else 0}
         add_to_server(self._server, blob_pb2, BlobService(self.engine, self._stalls))
         add_to_server(self._server, objective_pb2, ObjectiveService(self.engine))
@@ -173,7 +175,7 @@ class App:
         self._names = [service.full_name for file in files for service in file.DESCRIPTOR.services_by_name.values()]
         reflection.enable_server_reflection([*self._names, reflection.SERVICE_NAME], self._server)
 
-    def _vectors(self, config: Config, arrivals: Arrivals) -> VectorPort | None:
+    def _vectors(self, config: Config, arrivals: Arrivals, segments: Segments) -> VectorPort | None:
         """Return the vector port, or None if the settings or the system have none.
 
         Raises:
@@ -194,6 +196,7 @@ class App:
                 arrivals=arrivals,
                 metrics=self.metrics,
                 encryption=certificates.context if certificates is not None else None,
+                segments=segments,
             )
         except OSError as error:
             raise OSError(f"cannot listen on {config.host}:{port} for vectors ({error})") from None

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import os
 import socket
 import threading
 import time
@@ -14,8 +15,8 @@ import pytest
 from hvpd._transport import vector_pool
 from hvpd._transport.stream import RpcFailure
 from hvpd._transport.vector_pool import VectorPool, VectorStream
-from hvpd._wire import vector_protocol, vector_socket
-from hvpd._wire.vector_protocol import CallerEnd, Opening, ServerEnd
+from hvpd._wire import segment, vector_protocol, vector_socket
+from hvpd._wire.vector_protocol import CallerEnd, Offer, Opening, ServerEnd
 from hvpd._wire.vector_socket import Connection
 from hvpd.v1 import curvature_pb2
 
@@ -121,6 +122,74 @@ def test_an_end_in_the_middle_of_an_answer_is_unavailable(ends, beside):
     with pytest.raises(RpcFailure, match="broke") as broken:
         multiply(stream)
     assert broken.value.failure.code is grpc.StatusCode.UNAVAILABLE
+
+
+BIG = np.ones((1, vector_pool._SHARED_BYTES // 8))
+
+
+def answer_in_memory(served, times=1, size=None):
+    """Answer with the doubled vectors where they are, or offers with a refusal."""
+    attached = None
+    for _ in range(times):
+        event = served.next_event()
+        if isinstance(event, Offer):
+            served.send(vector_protocol.segment_answer(taken=True))
+            descriptor = served.receive_descriptor()
+            attached = segment.attach(descriptor, event.size)
+            os.close(descriptor)
+            served.send(vector_protocol.segment_answer(taken=True))
+            event = served.next_event()
+        assert event.shared
+        served.skip()
+        attached.memory[: event.size].view(float)[:] *= 2
+        served.send(vector_protocol.answer(b"", event.size if size is None else size, shared=True))
+
+
+def test_large_blocks_lie_in_memory_that_later_ones_use_too(ends, beside):
+    stream = VectorStream(ends[0], "id", lambda: True, 1 << 30)
+    beside(answer_in_memory, ends[1], 3)
+    for size in (1, 1, 2):  # The last one takes a larger segment.
+        block = np.repeat(BIG, size, axis=0)
+        found = np.empty_like(block)
+        stream.multiply(SPEC, block, found, None)
+        np.testing.assert_array_equal(found, 2 * block)
+    stream.close()
+
+
+def test_a_refused_segment_is_not_offered_again(ends, beside):
+    stream = VectorStream(ends[0], "id", lambda: True, 1 << 30)
+
+    def refuse():
+        assert ends[1].next_event() == Offer(BIG.nbytes)
+        ends[1].send(vector_protocol.segment_answer(taken=False))
+        answer(ends[1], 2)
+
+    beside(refuse)
+    for _ in range(2):
+        found = np.empty_like(BIG)
+        stream.multiply(SPEC, BIG, found, None)
+        np.testing.assert_array_equal(found, 2 * BIG)
+    assert stream.segment_bytes == 0
+
+
+def test_a_system_without_such_memory_sends_by_the_socket(ends, beside, monkeypatch):
+    def none(size):
+        raise OSError("no memory")
+
+    monkeypatch.setattr(segment, "create", none)
+    stream = VectorStream(ends[0], "id", lambda: True, 1 << 30)
+    beside(answer, ends[1])
+    found = np.empty_like(BIG)
+    stream.multiply(SPEC, BIG, found, None)
+    np.testing.assert_array_equal(found, 2 * BIG)
+
+
+@pytest.mark.parametrize("size", [0, BIG.nbytes - 8, BIG.nbytes + 8, 2**64 - 1])
+def test_an_answer_in_memory_of_a_wrong_size_is_an_error(ends, beside, size):
+    stream = VectorStream(ends[0], "id", lambda: True, 1 << 30)
+    beside(answer_in_memory, ends[1], 1, size)
+    with pytest.raises(RpcFailure, match=f"the result has {size} bytes, expected {BIG.nbytes}"):
+        stream.multiply(SPEC, BIG, np.empty_like(BIG), None)
 
 
 def refused(seconds):

@@ -13,12 +13,14 @@ from hvpd._wire import vector_protocol
 from hvpd._wire.vector_protocol import (
     CallerEnd,
     ClosedError,
+    Offer,
     Opened,
     Opening,
     ProtocolError,
     Reply,
     Request,
     Response,
+    SegmentAnswer,
     ServerEnd,
 )
 
@@ -35,9 +37,9 @@ def caller_end():
     return CallerEnd(GREETING, TICKET, SERVER_PROOF, CLIENT_PROOF)
 
 
-def asked(spec, vectors, timeout_ns=0, reserved=0):
+def asked(spec, vectors, timeout_ns=0, kind=0):
     """Return a product as docs/reference/vector-port.md has it."""
-    return struct.pack("<IIQQ", len(spec), reserved, len(vectors), timeout_ns) + spec + vectors
+    return struct.pack("<IIQQ", len(spec), kind, len(vectors), timeout_ns) + spec + vectors
 
 
 def answered(message, result, kind=0):
@@ -82,7 +84,7 @@ class Reader:
                 if event.size == self._unwanted:
                     self.end.skip()
                 else:
-                    self._payload = bytearray(event.size)
+                    self._payload = bytearray(0 if event.shared else event.size)
                     self.end.fill(memoryview(self._payload))
         assert self.end.next_event() is None
 
@@ -98,23 +100,45 @@ def opened(make):
 
 SPEC, VECTORS = b"spec" * 9, random.Random(0).randbytes(200)
 LONG = random.Random(1).randbytes(150_000)
+OFFERED, TAKEN, REFUSED = (
+    struct.pack("<IIQQ", 0, 2, 4096, 0),
+    struct.pack("<IIQ", 0, 3, 1),
+    struct.pack("<IIQ", 0, 3, 0),
+)
+SHARED = struct.pack("<IIQQ", len(SPEC), 1, 4096, 7) + SPEC, struct.pack("<IIQ", len(SPEC), 2, 4096) + SPEC
 SERVER = (
-    OPENING + asked(SPEC, VECTORS, 7) + asked(b"", b"") + asked(b"x" * vector_protocol.SPEC_BYTES, LONG),
+    OPENING
+    + asked(SPEC, VECTORS, 7)
+    + OFFERED
+    + SHARED[0]
+    + asked(b"", b"")
+    + asked(b"x" * vector_protocol.SPEC_BYTES, LONG),
     [
         Opening(TICKET),
         Opened(),
         *(Request(SPEC, 200, 7), VECTORS),
+        Offer(4096),
+        *(Request(SPEC, 4096, 7, shared=True), b""),
         *(Request(b"", 0, 0), b""),
         *(Request(b"x" * vector_protocol.SPEC_BYTES, len(LONG), 0), LONG),
     ],
 )
 CALLER = (
-    ANSWER + answered(SPEC, VECTORS) + answered(b"y" * vector_protocol.STATUS_BYTES, b"", 1) + answered(b"", LONG),
+    ANSWER
+    + answered(SPEC, VECTORS)
+    + TAKEN
+    + REFUSED
+    + SHARED[1]
+    + answered(b"y" * vector_protocol.STATUS_BYTES, b"", 1)
+    + answered(b"", LONG),
     [
         Reply(b"hvpd/v1\n" + TICKET),
         Reply(CLIENT_PROOF),
         Opened(),
         *(Response(False, SPEC, 200), VECTORS),
+        SegmentAnswer(taken=True),
+        SegmentAnswer(taken=False),
+        *(Response(False, SPEC, 4096, shared=True), b""),
         *(Response(True, b"y" * vector_protocol.STATUS_BYTES, 0), b""),
         *(Response(False, b"", len(LONG)), LONG),
     ],
@@ -212,7 +236,9 @@ def test_a_head_is_an_event_before_its_payload_comes():
         (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "does not speak the protocol"),
         (b"hvpd/v1\n" + TICKET + SERVER_PROOF, "does not have the ticket's proof"),
         (OPENING + asked(b"x" * (vector_protocol.SPEC_BYTES + 1), b""), "16385 bytes, of at most 16384"),
-        (OPENING + asked(SPEC, b"", reserved=1), "the reserved field is 1, not 0"),
+        (OPENING + asked(SPEC, b"", kind=3), "its kind is 3, of at most 2"),
+        (OPENING + asked(SPEC, b"", kind=2), "an offer has neither a spec nor a limit"),
+        (OPENING + asked(b"", b"", timeout_ns=1, kind=2), "an offer has neither a spec nor a limit"),
     ],
 )
 def test_a_caller_that_breaks_the_protocol_is_an_error(said, says):
@@ -226,7 +252,9 @@ def test_a_caller_that_breaks_the_protocol_is_an_error(said, says):
         (b"hvpd/v1\n" + TICKET, "not the vector port of the server"),
         (b"SSH-2.0-OpenSSH_9.6\r\n" + bytes(30), "not the vector port of the server"),
         (b"hvpd/v1\n" + GREETING + CLIENT_PROOF, "not the vector port of the server"),
-        (ANSWER + answered(b"", b"", kind=2), "kind 2"),
+        (ANSWER + answered(b"", b"", kind=4), "kind 4"),
+        (ANSWER + answered(b"1", b"", kind=3), "a message of 1 bytes, of at most 65536, kind 3"),
+        (ANSWER + answered(b"", b"12", kind=3), "kind 3, and 2 bytes of result"),
         (ANSWER + answered(b"", b"1", kind=1), "kind 1, and 1 bytes of result"),
         (ANSWER + struct.pack("<IIQ", vector_protocol.STATUS_BYTES + 1, 0, 0), "65537 bytes, of at most 65536"),
     ],

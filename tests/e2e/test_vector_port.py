@@ -227,6 +227,104 @@ def test_another_service_on_the_port_gets_no_vectors(plain, client_of, monkeypat
     assert got == []
 
 
+BIG = np.linspace(0.5, 1.5, 1 << 16)
+"""512 KiB: products of it use shared memory."""
+
+
+def big(client):
+    """Return the operator of a large point, when its products are in shared memory."""
+    H = client.register(lambda x: jnp.sum(x**4) / 12, BIG).at(BIG).hessian()
+    vectors = client._transport._vectors
+    until(lambda: check_big(H) or vectors.ready)
+    check_big(H)
+    assert vectors._idle[-1]._segment is not None
+    return H
+
+
+def check_big(H, v=None):
+    v = np.random.default_rng(0).normal(size=len(BIG)) if v is None else v
+    np.testing.assert_allclose(H @ v, (BIG**2 * v.T).T, rtol=1e-12)
+
+
+def segments(pid):
+    """Return how many segments of shared memory a process has mapped."""
+    return Path(f"/proc/{pid}/maps").read_text().count("memfd:hvpd-vectors")
+
+
+MULTIPLY = """
+import sys
+import numpy as np
+import hvpd
+
+with hvpd.connect(sys.argv[1]) as client:
+    objective = client.objective(sys.argv[2])
+    H, v = objective.at(np.ones(objective.n)).hessian(), np.ones(objective.n)
+    while client._transport._vectors.ready is False or client._transport._vectors._idle[-1]._segment is None:
+        H @ v
+    print("multiplying", flush=True)
+    while True:
+        H @ v
+"""
+
+
+def test_large_vectors_lie_in_shared_memory_that_ends_with_either_side(serve, client_of):
+    """After `kill -9` of a client in the middle of products, the server has nothing of
+    it. After `kill -9` of the server, the client asks the next one.
+    """
+    server = serve()
+    client = client_of(server.address)
+    H = big(client)
+    assert segments(server.process.pid) == 1
+    check_big(H, np.random.default_rng(1).normal(size=(len(BIG), 3)))
+    assert H.quadratic_form(np.ones(len(BIG))) == pytest.approx((BIG**2).sum(), rel=1e-12)
+    assert segments(server.process.pid) == 1  # A wider block needs more, and takes its place.
+    other = subprocess.Popen(
+        [sys.executable, "-c", MULTIPLY, server.address, H.point.objective.digest], stdout=subprocess.PIPE
+    )
+    with other:
+        assert other.stdout.readline() == b"multiplying\n"
+        assert segments(server.process.pid) == 2
+        other.kill()
+    until(lambda: segments(server.process.pid) == 1)
+    check_big(H)
+    server.kill()
+    server.start()
+    check_big(H)
+    assert client.statistics().retries > 0
+    client._transport._vectors._not_before = 0.0
+    until(lambda: check_big(H) or client._transport._vectors.ready)
+    check_big(H)
+    until(lambda: segments("self") == segments(server.process.pid) == 1)
+
+
+def test_a_client_that_changes_its_vectors_meanwhile_changes_only_its_own_products(plain, client_of):
+    """Both clients ask at one point, so that their products share launches."""
+    client, faulty = client_of(plain), client_of(plain)
+    H, J = big(client), big(faulty)
+    stop = threading.Event()
+    memory = faulty._transport._vectors._idle[-1]._segment.memory.view(float)
+
+    def change():
+        while not stop.is_set():
+            memory[:] = np.nan
+
+    def ask():
+        while not stop.is_set():
+            J @ np.ones(len(BIG))
+
+    threads = [threading.Thread(target=each) for each in (change, ask)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(100):
+            check_big(H)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+    check_big(J)
+
+
 def unix_sockets():
     """Return the names of all servers' Unix sockets."""
     listed = Path("/proc/net/unix").read_text().split()

@@ -131,22 +131,24 @@ SIZES = st.sampled_from([0, 1, 8 * N - 1, 8 * N, 8 * N + 1, 1 << 20, 1 << 32, 2*
     spec=SPECS,
     real=st.booleans(),
     announced=st.one_of(st.none(), st.integers(0, 2**32 - 1)),
-    reserved=st.integers(0, 2**32 - 1),
+    kind=st.one_of(st.integers(0, 2), st.integers(0, 2**32 - 1)),
     size=SIZES,
     wait=st.sampled_from([0, 1, 10**9, 2**64 - 1]),
     payload=st.binary(max_size=8 * N),
 )
-@example(spec=b"", real=True, announced=None, reserved=0, size=8 * N, wait=0, payload=bytes(8 * N))
-@example(spec=b"", real=True, announced=None, reserved=0, size=2**64 - 1, wait=1, payload=bytes(8 * N))
+@example(spec=b"", real=True, announced=None, kind=0, size=8 * N, wait=0, payload=bytes(8 * N))
+@example(spec=b"", real=True, announced=None, kind=1, size=8 * N, wait=0, payload=b"")
+@example(spec=b"", real=False, announced=None, kind=2, size=8 * N, wait=0, payload=bytes(8 * N))
+@example(spec=b"", real=True, announced=None, kind=0, size=2**64 - 1, wait=1, payload=bytes(8 * N))
 def test_callers_may_ask_for_anything(
-    server, neighbour, ticket, point, tried, spec, real, announced, reserved, size, wait, payload
+    server, neighbour, ticket, point, tried, spec, real, announced, kind, size, wait, payload
 ):
     """Requests may also be nearly right, of a point that exists."""
     tried("products of the vector port of any bytes")
     if real:
         spec += curvature_pb2.ProductSpec(point_id=point._id, operator=1, k=1).SerializeToString()
     with connected(ticket) as connection, contextlib.suppress(OSError):
-        head = vector_protocol.REQUEST.pack(len(spec) if announced is None else announced, reserved, size, wait)
+        head = vector_protocol.REQUEST.pack(len(spec) if announced is None else announced, kind, size, wait)
         connection.send(head + spec, payload)
         until_the_end(connection.socket)
     neighbour()
@@ -228,6 +230,8 @@ INFO = curvature_pb2.ProductInfo(batch_width=1).SerializeToString()
         (struct.pack("<IIQ", 5, 0, 8 * N) + b"\xff" * 5 + bytes(8 * N), "answer cannot be read"),
         (struct.pack("<IIQ", 5, 1, 0) + b"\xff" * 5, "answer cannot be read"),
         (struct.pack("<IIQ", 0, 1, 8 * N) + bytes(8 * N), "kind 1, and 240 bytes of result"),
+        (struct.pack("<IIQ", len(INFO), 2, 8 * N) + INFO, "shared memory, which this product does not have"),
+        (struct.pack("<IIQ", 0, 3, 1), "an offer is answered that was not made"),
     ],
 )
 def test_a_server_that_lies_there_is_an_error_and_one_that_goes_away_is_asked_again(

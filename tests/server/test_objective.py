@@ -10,8 +10,9 @@ import pytest
 from hvpd.v1 import curvature_pb2, objective_pb2, tensor_pb2
 from hvpd_server.device import data_sources
 from hvpd_server.device.programs import Kernels
-from hvpd_server.engine.objective import MAX_BLOCKS, Objective, program_of, tensor_key
+from hvpd_server.engine.objective import MAX_BLOCKS, OWN_RULES, Objective, program_of, tensor_key
 from hvpd_server.errors import Code, ServiceError
+from hvpd_server.importer.structural import STRUCTURAL
 
 N = 10
 X_BYTES = 8 * N
@@ -50,6 +51,16 @@ def objective(
         row_reduction=reduction,
     )
     return Objective("0" * 64, bundle, programs or Programs(), budget, **rest)
+
+
+def test_only_functions_of_the_client_get_vectors_that_may_not_change():
+    """Each kind of mark that carries functions is decided about."""
+    plain = {"hvpd.stop_gradient", "hvpd.checkpoint", "hvpd.scan"}
+    assert set(STRUCTURAL) == {*OWN_RULES, *plain}
+    for name in STRUCTURAL:
+        programs = Programs()
+        programs.described = objective_pb2.Derivation(mode="forward_over_reverse", recognised={f"the mark {name}": 1})
+        assert objective(1 << 30, programs=programs).own_rules is (name not in plain)
 
 
 def lengths(placement):

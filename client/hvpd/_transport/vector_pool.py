@@ -8,6 +8,7 @@ connection is a Unix socket if possible.
 
 import contextlib
 import logging
+import os
 import socket
 import sys
 import threading
@@ -21,8 +22,9 @@ from google.protobuf.message import DecodeError
 from hvpd._errors import Failure, failure_of_status
 from hvpd._transport.stream import RpcFailure
 from hvpd._transport.tls import Tls
-from hvpd._wire import codec, vector_protocol, vector_socket
-from hvpd._wire.vector_protocol import CallerEnd, CallerEvent, ProtocolError, Response
+from hvpd._wire import codec, segment, vector_protocol, vector_socket
+from hvpd._wire.segment import Segment
+from hvpd._wire.vector_protocol import CallerEnd, CallerEvent, ProtocolError, Response, SegmentAnswer
 from hvpd._wire.vector_socket import Connection
 from hvpd.v1 import curvature_pb2
 
@@ -47,6 +49,11 @@ _LOOK = 0.002
 _PAUSE, _MOST_PAUSE = 1.0, 300.0
 """Seconds between two failed tries to open a connection: at first, and at most."""
 
+_SHARED_BYTES = 256 << 10
+"""Bytes of the smallest block that is sent by shared memory.
+
+Smaller ones take as long by the socket (on two cores)."""
+
 Ticket = Callable[[float], tuple[curvature_pb2.CreateVectorTicketResponse, str]]
 """Asks the server for a ticket within some seconds; returns it and the id of the call.
 
@@ -60,10 +67,20 @@ class VectorStream:
         connection: The open connection.
         request_id: Id of the call that returned the ticket.
         alive: Asks the server whether it lives.
+        segment_bytes: Bytes of the largest segment that the server takes; 0: none.
     """
 
-    def __init__(self, connection: Connection[CallerEvent], request_id: str, alive: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        connection: Connection[CallerEvent],
+        request_id: str,
+        alive: Callable[[], bool],
+        segment_bytes: int = 0,
+    ) -> None:
         self.request_id = request_id
+        self.segment_bytes = segment_bytes
+        self._segment: Segment | None = None
+        """Shared memory for large vectors. It is kept for later products."""
         self._alive = alive
         self.tag = 0
         """Number of the latest product. The server counts in the same way."""
@@ -106,11 +123,16 @@ class VectorStream:
             connection.deadline = time.monotonic() + left
         try:
             timeout_ns = 0 if left is None else max(int(left * 1e9), 1)
-            connection.send(vector_protocol.request(spec, len(payload), timeout_ns), payload)
+            shared = self._segment_of(len(payload)) if len(payload) >= _SHARED_BYTES else None
+            if shared is not None:
+                shared.write(payload)
+                payload = memoryview(b"")
+            size = block.nbytes
+            connection.send(vector_protocol.request(spec, size, timeout_ns, shared=shared is not None), payload)
             response = self._awaited(target.nbytes, left)
             message = response.message
             answer = _failure(message) if response.failed else curvature_pb2.ProductInfo.FromString(message)
-            connection.receive_into(codec.octets(target)[: response.size])
+            self._receive(response, shared, codec.octets(target))
         except ProtocolError as error:
             raise RpcFailure(Failure(_CODE.DATA_LOSS, f"the server's answer is wrong: {error}")) from None
         except DecodeError as error:
@@ -137,10 +159,59 @@ class VectorStream:
             except TimeoutError:
                 if left is not None or not self._alive():
                     raise
-        assert isinstance(response, Response)
+        if not isinstance(response, Response):
+            raise ProtocolError("an offer is answered that was not made")
         if not response.failed and response.size != size:
             raise ProtocolError(f"the result has {response.size} bytes, expected {size}")
         return response
+
+    def _receive(self, response: Response, shared: Segment | None, target: memoryview) -> None:
+        """Fill `target` with the result of a response, if it has one."""
+        if not response.shared:
+            self._connection.receive_into(target[: response.size])
+        elif shared is not None and response.size <= shared.size:
+            self._connection.skip()
+            shared.read_into(target)
+        else:
+            raise ProtocolError("the result is said to be in shared memory, which this product does not have")
+
+    def _segment_of(self, size: int) -> Segment | None:
+        """Return shared memory of at least `size` bytes; None if there is none.
+
+        Raises:
+            OSError: The connection broke.
+        """
+        if self._segment is not None and self._segment.size >= size:
+            return self._segment
+        if size > self.segment_bytes:
+            return None
+        self._segment = None  # Before there is another, so that both do not take memory.
+        try:
+            found, descriptor = segment.create(size)
+        except OSError as error:
+            _log.debug("no memory to share with the server: %s", error)
+            self.segment_bytes = 0
+            return None
+        connection = self._connection
+        try:
+            connection.send(vector_protocol.offer(size))
+            taken = self._taken()
+            if taken:
+                connection.send_descriptor(descriptor)
+                taken = self._taken()
+        finally:
+            os.close(descriptor)
+        if not taken:  # Do not ask again on this connection.
+            self.segment_bytes = 0
+            return None
+        self._segment = found
+        return found
+
+    def _taken(self) -> bool:
+        answer = self._connection.next_event()
+        if not isinstance(answer, SegmentAnswer):
+            raise ProtocolError("a product is answered that was not asked for")
+        return answer.taken
 
     def interrupt(self) -> None:
         """End the product under way. Other threads may call it.
@@ -151,6 +222,7 @@ class VectorStream:
 
     def close(self) -> None:
         """End the connection."""
+        self._segment = None
         self._end()
 
 
@@ -173,6 +245,7 @@ class VectorPool:
     Attributes:
         offered: Whether the server has a vector port that the client may use.
         unix: Whether the server's Unix socket is tried before its port.
+        shares_memory: Whether large vectors are shared on connections by that socket.
     """
 
     def __init__(
@@ -180,6 +253,7 @@ class VectorPool:
     ) -> None:
         self._host = host.strip("[]")
         self.unix = local and sys.platform == "linux"
+        self.shares_memory = segment.available()
         self._tls = tls
         self._ticket = ticket
         self._alive = alive
@@ -321,7 +395,8 @@ class VectorPool:
             except ProtocolError as error:
                 raise ConnectionError(f"{where}: {error}") from None
             stack.pop_all()
-        return VectorStream(connection, request_id, self._alive)
+        segments = ticket.segment_bytes if connection.shares_memory and self.shares_memory else 0
+        return VectorStream(connection, request_id, self._alive, segments)
 
 
 def _check(ticket: curvature_pb2.CreateVectorTicketResponse) -> None:

@@ -15,6 +15,12 @@ Then one product follows the other. All integers are little-endian:
     caller: REQUEST, a ProductSpec, V
     server: RESPONSE, a ProductInfo, HV; or RESPONSE, a google.rpc.Status
 
+On a Unix socket, the caller may offer a segment of shared memory, in which V and HV
+then lie (`segment`):
+
+    caller: REQUEST (OFFER)                 server: RESPONSE (SEGMENT)
+    caller: a byte, with the descriptor     server: RESPONSE (SEGMENT)
+
 docs/reference/vector-port.md describes the protocol for authors of other clients.
 
 Each side reads with its end, `ServerEnd` or `CallerEnd`, in a loop:
@@ -50,16 +56,25 @@ OPENING_BYTES: Final = len(MAGIC) + PROOF_BYTES
 """Bytes of the first message of either side."""
 
 REQUEST: Final = struct.Struct("<IIQQ")
-"""Bytes of the ProductSpec, 0, bytes of V, and the caller's limit in nanoseconds.
+"""Bytes of the ProductSpec, kind, bytes of V, and the caller's limit in nanoseconds.
 
 A limit of 0 is none."""
+
+FOLLOWS: Final = 0
+SHARED: Final = 1
+OFFER: Final = 2
+"""Kinds of a request: V follows; V is in the segment; a segment of so many bytes."""
 
 RESPONSE: Final = struct.Struct("<IIQ")
 """Bytes of the message, its kind, and bytes of HV or v'Hv; 0 for a failure."""
 
 ANSWERED: Final = 0
 FAILED: Final = 1
-"""Kinds of the message of a response: a ProductInfo, or a google.rpc.Status."""
+ANSWERED_SHARED: Final = 2
+SEGMENT: Final = 3
+"""Kinds of a response: a ProductInfo; a google.rpc.Status; a ProductInfo, and HV is in
+the segment; an answer to an offer, without a message.
+"""
 
 SPEC_BYTES: Final = 16 << 10
 STATUS_BYTES: Final = 64 << 10
@@ -113,6 +128,16 @@ class Request:
     """Bytes of V."""
     timeout_ns: int
     """Nanoseconds that the caller waits; 0 for no limit."""
+    shared: bool = False
+    """Whether V is in the segment. Then the payload is empty."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The caller offers a segment, and waits for the answer: `segment_answer`."""
+
+    size: int
+    """Bytes of the segment."""
 
 
 @dataclass(slots=True)
@@ -124,10 +149,20 @@ class Response:
     """An encoded ProductInfo, or an encoded google.rpc.Status of a failure."""
     size: int
     """Bytes of HV or v'Hv; 0 for a failure."""
+    shared: bool = False
+    """Whether HV is in the segment. Then the payload is empty."""
 
 
-ServerEvent: TypeAlias = Opening | Opened | Request
-CallerEvent: TypeAlias = Reply | Opened | Response
+@dataclass(frozen=True)
+class SegmentAnswer:
+    """The server's answer to an offer, and then to the descriptor."""
+
+    taken: bool
+    """Whether the server takes the segment. If not, the caller sends V as before."""
+
+
+ServerEvent: TypeAlias = Opening | Opened | Request | Offer
+CallerEvent: TypeAlias = Reply | Opened | Response | SegmentAnswer
 """The events of either end."""
 
 _OPENED = Opened()
@@ -302,17 +337,23 @@ class ServerEnd(End[ServerEvent]):
         start, there = self._start, self._stop - self._start
         if there < REQUEST.size or self.missing:
             return None
-        spec_bytes, reserved, size, timeout_ns = REQUEST.unpack_from(self._room, start)
-        if spec_bytes > SPEC_BYTES or reserved:
+        spec_bytes, kind, size, timeout_ns = REQUEST.unpack_from(self._room, start)
+        if spec_bytes > SPEC_BYTES or kind > OFFER or (kind == OFFER and (spec_bytes or timeout_ns)):
             raise ProtocolError(
-                f"the spec has {spec_bytes} bytes, of at most {SPEC_BYTES}, and the reserved field is {reserved}, not 0"
+                f"the spec of a request has {spec_bytes} bytes, of at most {SPEC_BYTES}, its kind is {kind}, of at most "
+                f"{OFFER}, and its limit is {timeout_ns}; an offer has neither a spec nor a limit"
             )
         if there < REQUEST.size + spec_bytes:
             return None
         start += REQUEST.size
         self._start = stop = start + spec_bytes
-        self._size, self._state = size, _PAYLOAD
-        return Request(bytes(self._room[start:stop]), size, timeout_ns)
+        if kind == FOLLOWS:
+            self._size, self._state = size, _PAYLOAD
+            return Request(bytes(self._room[start:stop]), size, timeout_ns)
+        if kind == OFFER:
+            return Offer(size)
+        self._size, self._state = 0, _PAYLOAD
+        return Request(bytes(self._room[start:stop]), size, timeout_ns, shared=True)
 
 
 class CallerEnd(End[CallerEvent]):
@@ -351,7 +392,12 @@ class CallerEnd(End[CallerEvent]):
         if there < RESPONSE.size or self.missing:
             return None
         message_bytes, kind, size = RESPONSE.unpack_from(self._room, start)
-        if message_bytes > STATUS_BYTES or kind not in (ANSWERED, FAILED) or (kind == FAILED and size):
+        if (
+            message_bytes > STATUS_BYTES
+            or kind > SEGMENT
+            or (kind == FAILED and size)
+            or (kind == SEGMENT and (message_bytes or size > 1))
+        ):
             raise ProtocolError(
                 f"the answer has a message of {message_bytes} bytes, of at most {STATUS_BYTES}, kind {kind}, "
                 f"and {size} bytes of result"
@@ -360,26 +406,40 @@ class CallerEnd(End[CallerEvent]):
             return None
         start += RESPONSE.size
         self._start = stop = start + message_bytes
-        self._size, self._state = size, _PAYLOAD
-        return Response(kind == FAILED, bytes(self._room[start:stop]), size)
+        if kind == SEGMENT:
+            return SegmentAnswer(bool(size))
+        shared = kind == ANSWERED_SHARED
+        self._size, self._state = 0 if shared else size, _PAYLOAD
+        return Response(kind == FAILED, bytes(self._room[start:stop]), size, shared)
 
 
 # Messages
 
 
-def request(spec: bytes, size: int, timeout_ns: int) -> bytes:
+def request(spec: bytes, size: int, timeout_ns: int, *, shared: bool = False) -> bytes:
     """Return the bytes before a block of `size` bytes; see `Request`."""
-    return REQUEST.pack(len(spec), 0, size, timeout_ns) + spec
+    return REQUEST.pack(len(spec), SHARED if shared else FOLLOWS, size, timeout_ns) + spec
 
 
-def answer(info: bytes, size: int) -> bytes:
+def offer(size: int) -> bytes:
+    """Return the offer of a segment of `size` bytes."""
+    return REQUEST.pack(0, OFFER, size, 0)
+
+
+def segment_answer(*, taken: bool) -> bytes:
+    """Return the answer to an offer, or to the descriptor after it."""
+    return RESPONSE.pack(0, SEGMENT, taken)
+
+
+def answer(info: bytes, size: int, *, shared: bool = False) -> bytes:
     """Return the bytes before a result of `size` bytes.
 
     Args:
         info: An encoded ProductInfo.
         size: Bytes of HV or v'Hv.
+        shared: Whether the result is in the segment.
     """
-    return RESPONSE.pack(len(info), ANSWERED, size) + info
+    return RESPONSE.pack(len(info), ANSWERED_SHARED if shared else ANSWERED, size) + info
 
 
 def refusal(status: bytes) -> bytes:

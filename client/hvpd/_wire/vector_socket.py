@@ -1,6 +1,8 @@
 """An end of the vector port's protocol on a socket that blocks, with timeouts."""
 
+import array
 import contextlib
+import os
 import select
 import socket
 import ssl
@@ -11,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 
 from hvpd._wire import codec
-from hvpd._wire.vector_protocol import CallerEvent, End, Reply
+from hvpd._wire.vector_protocol import CallerEvent, ClosedError, End, ProtocolError, Reply
 
 _T = TypeVar("_T")
 _E = TypeVar("_E")
@@ -136,6 +138,50 @@ class Connection(Generic[_E]):
             return call(argument)
         except BlockingIOError:
             raise TimeoutError("timed out") from None
+
+    @property
+    def shares_memory(self) -> bool:
+        """Return whether descriptors can be passed: the socket is a Unix socket."""
+        return self._plain and self.socket.family == socket.AF_UNIX
+
+    def send_descriptor(self, descriptor: int) -> None:
+        """Send a byte with a descriptor; raise as `send`."""
+        self._step(lambda fds: socket.send_fds(self.socket, [b"\0"], fds), [descriptor])
+
+    def receive_descriptor(self) -> int | None:
+        """Receive a byte with one descriptor, which the caller closes.
+
+        The kernel closes descriptors that come with any other byte, because nothing
+        else here makes room for them.
+
+        Returns:
+            None if there is not exactly one.
+
+        Raises:
+            ClosedError: The connection ended before.
+            ProtocolError: Other bytes came first.
+            OSError: The connection is broken, or nothing came within the timeout.
+        """
+        if self._end.pending:
+            raise ProtocolError("a descriptor was expected, and other bytes came")
+        found = array.array("i")
+        flags = 0
+
+        def receive(room: int) -> int:
+            nonlocal flags
+            said, parts, flags, _ = self.socket.recvmsg(1, room, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+            for level, kind, content in parts:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    found.frombytes(content[: len(content) - len(content) % found.itemsize])
+            return len(said)
+
+        if not self._step(receive, socket.CMSG_LEN(found.itemsize)):
+            raise ClosedError("the other end closed the connection")
+        if len(found) == 1 and not flags & socket.MSG_CTRUNC:
+            return found[0]
+        for descriptor in found:
+            os.close(descriptor)
+        return None
 
     def interrupt(self) -> None:
         """Let steps of other threads fail. The connection cannot be used again."""

@@ -501,6 +501,7 @@ class CreateVectorTicketResponse(google.protobuf.message.Message):
     VALID_SECONDS_FIELD_NUMBER: builtins.int
     GREETING_FIELD_NUMBER: builtins.int
     UNIX_ID_FIELD_NUMBER: builtins.int
+    SEGMENT_BYTES_FIELD_NUMBER: builtins.int
     port: builtins.int
     """Port on the server's host: GetServerResponse.vector_port. Connect over TLS if the
     server uses TLS here.
@@ -527,6 +528,10 @@ class CreateVectorTicketResponse(google.protobuf.message.Message):
     speaks the same protocol as the port, never over TLS. Empty if the server has no
     such socket, or if the call did not come from the server's own machine.
     """
+    segment_bytes: builtins.int
+    """Bytes of the largest segment of shared memory that the server takes on a connection
+    by the Unix socket; 0: none.
+    """
     def __init__(
         self,
         *,
@@ -537,8 +542,9 @@ class CreateVectorTicketResponse(google.protobuf.message.Message):
         valid_seconds: builtins.int = ...,
         greeting: builtins.bytes = ...,
         unix_id: builtins.bytes = ...,
+        segment_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["client_proof", b"client_proof", "greeting", b"greeting", "id", b"id", "port", b"port", "server_proof", b"server_proof", "unix_id", b"unix_id", "valid_seconds", b"valid_seconds"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["client_proof", b"client_proof", "greeting", b"greeting", "id", b"id", "port", b"port", "segment_bytes", b"segment_bytes", "server_proof", b"server_proof", "unix_id", b"unix_id", "valid_seconds", b"valid_seconds"]) -> None: ...
 
 Global___CreateVectorTicketResponse: typing_extensions.TypeAlias = CreateVectorTicketResponse
 

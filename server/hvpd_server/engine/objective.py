@@ -59,6 +59,10 @@ def program_of(spec: curvature_pb2.ProductSpec, bundle: objective_pb2.Bundle) ->
     return str(Name(program, mode, precision, tuple(leaves)))
 
 
+OWN_RULES = ("hvpd.custom_jvp", "hvpd.custom_vjp", "hvpd.linear_solve")
+"""Marks whose functions get tangents or cotangents."""
+
+
 class Objective:
     """A registered objective with its programs.
 
@@ -95,6 +99,10 @@ class Objective:
         """The programs for the data of the registration."""
         self.described = programs.described
         """The description that the server derived from the bundle."""
+        self.own_rules = any(rule in name for name in self.described.recognised for rule in OWN_RULES)
+        """Whether V goes through functions of the client, which may choose an index or
+        a branch by V. Products are linear in V otherwise.
+        """
         self._sizes: dict[str, int] = {}
         self.residual_bytes = sum(
             array_bytes(residual.spec)

@@ -156,6 +156,51 @@ class Arrivals:
                 del self._bytes[tenant]
 
 
+class Segments:
+    """The shared memory of all connections, in use or idle. Memory beyond the limits is
+    not refused with an error: the vectors then come by the socket.
+
+    Args:
+        most_bytes: The limit of all tenants together. A tenant has half of it at most,
+            and a segment a quarter.
+        limit: Returns a tenant's own limit in bytes, or None.
+    """
+
+    def __init__(self, most_bytes: int, limit: Callable[[str], int | None] = _no_limit) -> None:
+        self._most = most_bytes
+        self._limit = limit
+        self.largest = most_bytes // 4
+        """Bytes of the largest segment."""
+        self._lock = threading.Lock()
+        self._bytes: collections.Counter[str] = collections.Counter()
+
+    def take(self, tenant: str, size_bytes: int) -> bool:
+        """Count a segment. Return whether there is room; then `give_back` must
+        follow.
+        """
+        limit = self._limit(tenant)
+        own = self._most // 2 if limit is None else min(limit, self._most // 2)
+        with self._lock:
+            room = min(own - self._bytes[tenant], self._most - self._bytes.total())
+            if not 0 < size_bytes <= min(room, self.largest):
+                return False
+            self._bytes[tenant] += size_bytes
+        return True
+
+    def give_back(self, tenant: str, size_bytes: int) -> None:
+        """Note that a segment is gone."""
+        with self._lock:
+            self._bytes[tenant] -= size_bytes
+            if not self._bytes[tenant]:
+                del self._bytes[tenant]
+
+    @property
+    def held(self) -> int:
+        """Return the bytes of all segments."""
+        with self._lock:
+            return self._bytes.total()
+
+
 class _Wait(NamedTuple):
     """A call that waits for its client."""
 

@@ -158,6 +158,7 @@ class CurvatureService:
                 Code.FAILED_PRECONDITION, "NO_VECTOR_PORT", "the server has no vector port: use StreamProducts"
             )
         ticket = self.vector_port.tickets.new(call.caller, call.tenant, call.peer, call.id)
+        same_host = is_same_host(call.peer)
         return curvature_pb2.CreateVectorTicketResponse(
             port=self.vector_port.port,
             greeting=self.vector_port.greeting,
@@ -165,7 +166,8 @@ class CurvatureService:
             server_proof=ticket.server_proof,
             client_proof=ticket.client_proof,
             valid_seconds=TICKET_SECONDS,
-            unix_id=self.vector_port.unix_id if is_same_host(call.peer) else b"",
+            unix_id=self.vector_port.unix_id if same_host else b"",
+            segment_bytes=self.vector_port.segment_bytes if same_host else 0,
         )
 
     @streaming

@@ -2,8 +2,8 @@
 
 import contextlib
 import functools
-import itertools
 import logging
+import os
 import select
 import socket
 import threading
@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator
 
 from google.protobuf.message import DecodeError
 
-from hvpd._wire import codec, vector_protocol
-from hvpd._wire.vector_protocol import ProtocolError, Request, ServerEvent
+from hvpd._wire import codec, segment, vector_protocol
+from hvpd._wire.segment import Segment
+from hvpd._wire.vector_protocol import Offer, ProtocolError, Request, ServerEvent
 from hvpd._wire.vector_socket import Connection
 from hvpd.v1 import curvature_pb2
 from hvpd_server.engine.engine import Engine
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.rpc.call_context import CallContext
-from hvpd_server.rpc.call_limits import Arrivals
-from hvpd_server.rpc.incoming import product_of
+from hvpd_server.rpc.call_limits import Arrivals, Segments
+from hvpd_server.rpc.incoming import Product, product_of
 from hvpd_server.rpc.products import METHOD, Answer, Cancellation, Products
 from hvpd_server.rpc.streams import Stream, Streams
 from hvpd_server.rpc.tickets import Ticket
@@ -60,6 +61,7 @@ class VectorConnection:
         engine: Knows the points.
         products: Computes.
         arrivals: Counts the memory of vectors and answers.
+        segments: Counts shared memory; None if the connection may share none.
     """
 
     def __init__(
@@ -69,8 +71,11 @@ class VectorConnection:
         engine: Engine,
         products: Products,
         arrivals: Arrivals,
+        segments: Segments | None = None,
     ) -> None:
         self._connection = connection
+        self._segments = segments
+        self._segment: Segment | None = None
         self._call = call
         self._engine = engine
         self._products = products
@@ -89,13 +94,22 @@ class VectorConnection:
     def serve(self, streams: Streams) -> None:
         """Answer products until either end closes the connection."""
         requests.serve(self._call)
-        with streams.opened(self._call) as stream:
-            for tag in itertools.count(1):
-                arrived = self._await(stream)
-                stream.begin()
-                self._answer(tag, arrived)
-                if stream.end():
-                    return
+        tag = 0
+        try:
+            with streams.opened(self._call) as stream:
+                while True:
+                    arrived = self._await(stream)
+                    stream.begin()
+                    event = self._next_event()
+                    if isinstance(event, Offer):
+                        self._attach(event.size)
+                    else:
+                        tag += 1
+                        self._answer(tag, event, arrived)
+                    if stream.end():
+                        return
+        finally:
+            self._detach()
 
     def _await(self, stream: Stream) -> float:
         """Wait for the next product. Return when it began to arrive, on
@@ -117,14 +131,57 @@ class VectorConnection:
         self._prompt = stream.asked_last and arrived < ends
         return arrived
 
-    def _answer(self, tag: int, arrived: float) -> None:
-        """Take one product, and answer it."""
-        connection, call, spec = self._connection, self._call, None
+    def _next_event(self) -> Request | Offer:
         try:
-            request = connection.next_event()
+            event = self._connection.next_event()
         except ProtocolError as error:
             raise ServiceError(Code.INVALID_ARGUMENT, "MALFORMED_MESSAGE", str(error)) from None
-        assert isinstance(request, Request)
+        assert isinstance(event, Request | Offer)
+        if isinstance(event, Request) and event.shared and (self._segment is None or event.size > self._segment.size):
+            raise ServiceError(
+                Code.INVALID_ARGUMENT,
+                "MALFORMED_MESSAGE",
+                f"{event.size} bytes of vectors are said to be in shared memory, and the connection has "
+                f"{self._segment.size if self._segment is not None else 0}",
+            )
+        return event
+
+    def _attach(self, size: int) -> None:
+        """Take the segment that the client offers, in place of an earlier one."""
+        self._detach()
+        taken = self._segments is not None and self._segments.take(self._call.tenant, size)
+        self._connection.send(vector_protocol.segment_answer(taken=taken))
+        if not taken:
+            return
+        try:
+            self._segment = self._received_segment(size)
+        finally:
+            if self._segment is None and self._segments is not None:
+                self._segments.give_back(self._call.tenant, size)
+        self._connection.send(vector_protocol.segment_answer(taken=self._segment is not None))
+
+    def _received_segment(self, size: int) -> Segment | None:
+        descriptor = self._connection.receive_descriptor()
+        if descriptor is None:
+            _log.info("%s sent no descriptor, or several, for shared memory", self._call.peer)
+            return None
+        try:
+            return segment.attach(descriptor, size)
+        except OSError as error:
+            _log.info("memory that %s shares is not used: %s", self._call.peer, error)
+            return None
+        finally:
+            os.close(descriptor)
+
+    def _detach(self) -> None:
+        """Give up the segment. A product that still computes keeps its memory."""
+        if self._segment is not None and self._segments is not None:
+            self._segments.give_back(self._call.tenant, self._segment.size)
+        self._segment = None
+
+    def _answer(self, tag: int, request: Request, arrived: float) -> None:
+        """Take one product, and answer it."""
+        connection, call, spec = self._connection, self._call, None
         encoded, timeout_ns = request.spec, request.timeout_ns
         try:
             if call.caller is not None:
@@ -137,14 +194,15 @@ class VectorConnection:
                 point = self._engine.resident(spec, call.owner)
                 self._encoded, self._spec = encoded, spec
             product = product_of(spec, point, self._arrivals, call.tenant)
-            room, self._spare = product.vectors.room(request.size, self._spare), None
+            spare, self._spare = self._spare, None
+            room = product.vectors.room(request.size, self._place(request, product, spare))
         except Exception as error:  # noqa: BLE001 - one product's error, the connection goes on
             failed = self._products.refused(call, tag, error, arrived, spec)
             _refuse(connection, failed)  # At once: the rest of the vectors may never come.
             connection.skip()
             return
         try:
-            connection.receive_into(room)
+            self._receive(request, product, room)
             if request.size > codec.CHUNK_BYTES:
                 product.vectors.receiving = time.monotonic() - arrived
             deadline = arrived + timeout_ns / 1e9 if timeout_ns else float("inf")
@@ -152,9 +210,8 @@ class VectorConnection:
             if not isinstance(answer, Answer):
                 _refuse(connection, answer)
                 return
-            payload, message = codec.payload(answer.result), answer.info.SerializeToString()
             try:
-                connection.send(vector_protocol.answer(message, len(payload)), payload)
+                self._send(request, answer)
                 self._answered = time.monotonic()
             except TimeoutError:
                 _log.info("a connection of %s is ended: its client has not read an answer", call.peer)
@@ -163,8 +220,37 @@ class VectorConnection:
                 self._products.sent(call, product, answer, tag)
         finally:
             product.vectors.release()
-        if len(room) <= _SPARE_BYTES:
+        if not request.shared and len(room) <= _SPARE_BYTES:
             self._spare = room
+
+    def _place(self, request: Request, product: Product, spare: memoryview | None) -> memoryview | None:
+        """Return memory for V: the segment if V may stay there, or else `spare`.
+
+        V may change there while the device reads it. XLA checks an index, and may then
+        read it again. So if an index can depend on V, V is copied.
+        """
+        if not request.shared or self._segment is None or product.point.objective.own_rules:
+            return spare
+        return self._segment.memory[: request.size].data
+
+    def _receive(self, request: Request, product: Product, room: memoryview) -> None:
+        """Fill `room` with V, unless V is there."""
+        if not request.shared:
+            self._connection.receive_into(room)
+            return
+        self._connection.skip()
+        if self._segment is not None and product.point.objective.own_rules:
+            self._segment.read_into(room)
+
+    def _send(self, request: Request, answer: Answer) -> None:
+        """Send HV as V came, and the numbers of a quadratic form by the socket."""
+        payload, message = codec.payload(answer.result), answer.info.SerializeToString()
+        size = len(payload)
+        shared = request.shared and size == request.size
+        if shared and self._segment is not None:
+            self._segment.write(payload)
+            payload = memoryview(b"")
+        self._connection.send(vector_protocol.answer(message, size, shared=shared), payload)
 
 
 def _parsed(encoded: bytes) -> curvature_pb2.ProductSpec:

@@ -18,12 +18,12 @@ import time
 import urllib.parse
 from collections.abc import Callable
 
-from hvpd._wire import vector_protocol, vector_socket
+from hvpd._wire import segment, vector_protocol, vector_socket
 from hvpd._wire.vector_protocol import Opening, ServerEnd
 from hvpd._wire.vector_socket import Connection
 from hvpd_server.engine.engine import Engine
 from hvpd_server.errors import ServiceError
-from hvpd_server.rpc.call_limits import STALLED_SECONDS, Arrivals
+from hvpd_server.rpc.call_limits import STALLED_SECONDS, Arrivals, Segments
 from hvpd_server.rpc.gate import Gate
 from hvpd_server.rpc.products import Products
 from hvpd_server.rpc.streams import Streams
@@ -76,6 +76,8 @@ class VectorPort:
         encryption: Returns the TLS context of the next connection by TCP. None leaves
             connections unencrypted. Connections by the Unix socket never are encrypted,
             because only root could read them.
+        segments: Counts the memory that connections by the Unix socket share; None for
+            none.
         stalled_seconds: Seconds to wait for the rest of a product, or until the client
             takes an answer.
 
@@ -95,6 +97,7 @@ class VectorPort:
         arrivals: Arrivals,
         metrics: Metrics,
         encryption: Callable[[], ssl.SSLContext] | None = None,
+        segments: Segments | None = None,
         stalled_seconds: float = STALLED_SECONDS,
     ) -> None:
         self.tickets = Tickets()
@@ -109,6 +112,7 @@ class VectorPort:
         self._arrivals = arrivals
         self._metrics = metrics
         self._encryption = encryption
+        self._segments = segments if segment.available() else None
         self._stalled_seconds = stalled_seconds
         self._lock = threading.Lock()
         self._opening: dict[int, socket.socket] = {}
@@ -132,6 +136,11 @@ class VectorPort:
         except OSError as error:
             self.unix_id = b""
             _log.warning("clients on this machine cannot use a Unix socket: %s", error)
+
+    @property
+    def segment_bytes(self) -> int:
+        """Return the bytes of the largest segment of a connection; 0 for none."""
+        return self._segments.largest if self._segments is not None and self.unix_id else 0
 
     def start(self) -> None:
         """Accept connections."""
@@ -209,7 +218,8 @@ class VectorPort:
                 with self._lock:
                     self._opening.pop(number, None)
                 connection.be_patient(self._stalled_seconds)
-                served = VectorConnection(connection, call, self._engine, self._products, self._arrivals)
+                segments = self._segments if connection.shares_memory else None
+                served = VectorConnection(connection, call, self._engine, self._products, self._arrivals, segments)
                 self._metrics.opened()
                 try:
                     with self._hangups.watched(sock, served.hung_up):
