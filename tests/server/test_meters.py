@@ -25,7 +25,7 @@ def refusal(meter, columns=1):
 
 def use(meter, columns, seconds=0.0):
     meter.begin(columns)
-    meter.end(columns, seconds)
+    meter.end(columns, seconds, columns)
 
 
 def test_without_limits_there_is_nothing_to_count(clock):
@@ -83,10 +83,10 @@ def test_vectors_in_flight_are_those_that_are_not_answered(clock):
     a.begin(1)
     assert a.in_flight == 4
     refusal(a)
-    a.end(3, 0.0)
+    a.end(3, 0.0, 3)
     a.begin(3)
-    a.end(1, 0.0)
-    a.end(3, 0.0)
+    a.end(1, 0.0, 1)
+    a.end(3, 0.0, 3)
     a.begin(64)  # Wider than the limit, and alone.
     refusal(a)
 
@@ -95,7 +95,7 @@ def test_a_refused_product_is_not_in_flight_and_not_charged(clock):
     a = meter(clock, vectors_in_flight=1, vectors_per_second=2)
     a.begin(1)
     refusal(a)
-    a.end(1, 0.0)
+    a.end(1, 0.0, 1)
     use(a, 1)
     assert refusal(a).reason == "TENANT_RATE"
     assert a.in_flight == 0
@@ -175,6 +175,14 @@ def test_vectors_without_an_answer_are_given_back(clock):
     a = meter(clock, vectors_per_second=2)
     for _ in range(10):
         a.begin(2)
-        a.end(2, 0.0, answered=False)
+        a.end(2, 0.0, 0)
     use(a, 2)
+    refusal(a)
+
+
+def test_a_tenant_pays_for_the_vectors_that_were_multiplied(clock):
+    a = meter(clock, vectors_per_second=2)
+    for _ in range(2):
+        a.begin(64)
+        a.end(64, 0.0, 1)
     refusal(a)

@@ -12,7 +12,7 @@ import collections
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from hvpd_server import bundle as _admission
 from hvpd_server.admission.vetting import Vetter
 from hvpd_server.device.device import Device, host
 from hvpd_server.engine.lane import lanes_of
-from hvpd_server.engine.launches import Iteration
+from hvpd_server.engine.launches import Iteration, vectors_of
 from hvpd_server.engine.objective import OPERATORS, Objective, program_of
 from hvpd_server.engine.objectives import Objectives
 from hvpd_server.engine.point import Point, point_id
@@ -280,7 +280,7 @@ class Engine:
         with self._metered(tenant, 1) as charge:
             lane = self.objectives.lane(objective)
             point = lane.create_point(objective, data, identity, x, tenant, deadline=deadline, on_wait=on_wait)
-            charge(point.seconds)
+            charge(point.seconds, 1)
         return point
 
     # Products
@@ -384,7 +384,7 @@ class Engine:
         with self._metered(tenant, 1) as charge:
             lane = self.objectives.lane(point.objective)
             found, seconds = lane.factors(point, program, seed, deadline=deadline, on_wait=on_wait)
-            charge(seconds)
+            charge(seconds, 1)
         return found
 
     def multiply(
@@ -417,7 +417,7 @@ class Engine:
             return launches.multiply(job, on_queue)
         with self._metered(tenant, len(vectors)) as charge:
             answer = launches.multiply(job, on_queue)
-            charge(job.device_seconds)
+            charge(job.device_seconds, len(vectors))
         return answer
 
     def iterate(
@@ -428,9 +428,11 @@ class Engine:
         priority: int = 0,
         deadline: float = float("inf"),
         on_queue: OnWait = lambda cancel: None,
-    ) -> tuple[list[codec.Array], float]:
-        """Launch several steps of an iteration in their turn. Return the results in the
-        host's memory, and the seconds of the device.
+    ) -> tuple[list[Any], float]:
+        """Launch several steps of an iteration in their turn. Return the results, as
+        `Launches.iterate` does, and the seconds of the device.
+
+        The tenant pays for the steps that were taken.
 
         Args:
             iteration: The steps.
@@ -444,7 +446,7 @@ class Engine:
         launches = self.objectives.lane(iteration.point.objective).launches
         with self._metered(tenant, iteration.columns) as charge:
             found = launches.iterate(job, on_queue)
-            charge(job.device_seconds)
+            charge(job.device_seconds, vectors_of(found))
         return found, job.device_seconds
 
     def record_deferred(self) -> None:
@@ -453,23 +455,28 @@ class Engine:
             lane.launches.record_deferred()
 
     @contextlib.contextmanager
-    def _metered(self, tenant: str, columns: int) -> Iterator[Callable[[float], None]]:
+    def _metered(self, tenant: str, columns: int) -> Iterator[Callable[[float, int], None]]:
         """Count vectors against the limits of a tenant. Yield a function that counts
-        seconds of the device.
+        seconds of the device, and the vectors that were multiplied.
 
         Raises:
             ServiceError: The tenant is over a limit.
         """
         meter = self._meters.of(tenant)
         if meter is None:
-            yield lambda seconds: None
+            yield lambda seconds, multiplied: None
             return
         meter.begin(columns)
-        used: list[float] = []
+        used = (0.0, 0)
+
+        def charge(seconds: float, multiplied: int) -> None:
+            nonlocal used
+            used = seconds, multiplied
+
         try:
-            yield used.append
+            yield charge
         finally:
-            meter.end(columns, sum(used), answered=bool(used))
+            meter.end(columns, *used)
 
     def choices(self, digest: str, tenant: str = "") -> objective_pb2.GetPlanResponse:
         """Return the plan's choice for each block width, and the compiles."""

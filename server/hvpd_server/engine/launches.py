@@ -48,7 +48,9 @@ class Iteration:
     front: Sequence[Any]
     """The arguments after x."""
     columns: int
-    """Vectors to multiply, one for each step."""
+    """Most vectors to multiply, one for each step. The last result of the program starts
+    with the steps that were taken.
+    """
     seed: int | None = None
     """Seed, if the operator draws random numbers."""
 
@@ -68,7 +70,6 @@ class Launches:
         self, device: Device, residency: Residency, limits: Limits, metrics: Metrics, liveness: Liveness
     ) -> None:
         self._residency = residency
-        self._overlaps = device.overlaps
         self._metrics = metrics
         self._liveness = liveness
         self._max_block_width = limits.max_block_width
@@ -132,36 +133,36 @@ class Launches:
         )
         return result, info
 
-    def iterate(self, job: Job, on_queue: OnWait) -> list[codec.Array]:
-        """Launch an iteration, the key of a job, in its turn. Return its results."""
+    def iterate(self, job: Job, on_queue: OnWait) -> list[Any]:
+        """Launch an iteration, the key of a job, in its turn. Return its results: the
+        first one where the device has it, the others in the host's memory.
+        """
         iteration = job.key
         assert isinstance(iteration, Iteration)
         job.point = point = iteration.point
-        found: list[codec.Array] = self._in_turn(job, on_queue)
-        seconds = job.finished - job.started
+        found: list[Any] = self._in_turn(job, on_queue)
+        seconds, columns = job.finished - job.started, vectors_of(found)
         self._metrics.product(
             ProductRecord(
                 point.objective.digest,
                 job.tenant,
-                iteration.columns,
-                iteration.columns,
+                columns,
+                columns,
                 job.started - job.queued,
                 seconds,
                 job.device_seconds,
                 job.finished,
             )
         )
-        self._metrics.launched(iteration.program, iteration.columns, 0)
+        self._metrics.launched(iteration.program, columns, 0)
         return found
 
-    def _iterated(self, iteration: Iteration) -> list[codec.Array]:
+    def _iterated(self, iteration: Iteration) -> list[Any]:
         point, seed = iteration.point, iteration.seed
 
-        def call() -> list[codec.Array]:
+        def call() -> list[Any]:
             found = point.source.call(iteration.program, iteration.width, point.x, *iteration.front, seed=seed)
-            if self._overlaps:  # The vectors stay in the device's memory.
-                return [computed(found[0]), *map(host, found[1:])]
-            return [host(part) for part in found]
+            return [computed(found[0]), *map(host, found[1:])]
 
         return with_relief(self._residency, call, [point.id], f"{iteration.columns} steps of {iteration.program}")
 
@@ -439,6 +440,14 @@ class Launches:
                 return host(source.kernels.call("apply", width, block, *residuals)), "apply"
         drawn = seed if program.startswith("sampled_") else None
         return host(source.call(program, width, point.x, block, seed=drawn)), program
+
+
+def vectors_of(found: Sequence[Any]) -> int:
+    """Return the vectors that an iteration multiplied, by its results.
+
+    A first product that is not used counts, too.
+    """
+    return max(int(found[-1][0]), 1)
 
 
 def _asked(program: str, bucket: int) -> str:

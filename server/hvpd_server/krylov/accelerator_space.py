@@ -11,7 +11,7 @@ from hvpd._wire import codec
 from hvpd_server.device import basis
 from hvpd_server.device.device import host
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.krylov.device_space import LAUNCH_SECONDS, Launcher, capacity
+from hvpd_server.krylov.device_space import LanczosLauncher, capacity
 from hvpd_server.krylov.operator import Operator
 
 
@@ -19,7 +19,7 @@ class AcceleratorSpace:
     """A `Space` with full reorthogonalization on the device.
 
     Args:
-        operator: Multiplies. `device_space.is_possible` holds for it.
+        operator: Multiplies. `launcher.is_possible` holds for it.
     """
 
     place = "device"
@@ -32,7 +32,7 @@ class AcceleratorSpace:
         self.products = 0
         self.waiting = 0
         self._device = operator.engine.objectives.lane(operator.point.objective).device
-        self._launcher = Launcher(operator, LAUNCH_SECONDS)
+        self._launcher = LanczosLauncher(operator)
         self._basis = basis.Basis(self._device, 0, self.n, self.dtype)
         self._scale = 0.0
 
@@ -77,7 +77,7 @@ class AcceleratorSpace:
         left = steps
         while left and self.waiting:
             found = self._launcher.launch(self._basis.array, self._basis.rows, self.rows, left, self._scale)
-            taken, finite, self._scale = int(found.facts[0]), bool(found.facts[1]), float(found.facts[2])
+            taken, self._scale = found.taken, found.scale
             self._basis.write(found.new, self.rows, min(taken, self.n - self.rows))
             for alpha, beta in zip(found.alphas[:taken], found.betas[:taken], strict=True):
                 ended = not beta or self.rows >= self.n
@@ -86,7 +86,7 @@ class AcceleratorSpace:
                 self.products += 1
                 left -= 1
                 yield Step(np.array([[alpha]]), np.zeros((0, 1)) if ended else np.array([[beta]]))
-            if not finite:
+            if not found.finite:
                 raise NotFiniteError
 
     def combine(self, Y: codec.Array) -> codec.Array:

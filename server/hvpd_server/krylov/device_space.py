@@ -14,37 +14,14 @@ import numpy as np
 from hvpd._krylov.space import NotFiniteError, Step
 from hvpd._wire import codec
 from hvpd_server.derivation import iterations
-from hvpd_server.device import data_sources
-from hvpd_server.engine.launches import Iteration
+from hvpd_server.device.device import host
 from hvpd_server.krylov.host_space import HostSpace
+from hvpd_server.krylov.launcher import Launcher
 from hvpd_server.krylov.operator import Operator
 from hvpd_server.scheduling import blocks
 
-LAUNCH_SECONDS = 0.02
-"""Seconds that a launch of several steps should take."""
-
 _SMALLEST, _LARGEST = 32, 1024
 """Rows of the smallest and of the largest basis that a program is compiled for."""
-
-_FIRST_STEPS = 4
-"""Steps of the first launch, when their time is not known."""
-
-
-def is_possible(operator: Operator) -> bool:
-    """Return whether the steps of an operator can be launched several at a time.
-
-    They cannot with a fixed bucket, because its bits depend on the program, with data
-    in chunks, or on several devices.
-    """
-    point = operator.point
-    device = operator.engine.objectives.lane(point.objective).device
-    return (
-        isinstance(point.source, data_sources.Resident)
-        and len(device.parts) == 1
-        and not point.objective.fixed_bucket
-        and operator.terms.U is None
-        and operator.program != "hvp@linearized"
-    )
 
 
 def capacity(rows: int) -> int:
@@ -62,33 +39,25 @@ class Launched(NamedTuple):
     """New rows: on an accelerator, in its memory."""
     alphas: codec.Array
     betas: codec.Array
-    facts: codec.Array
-    """Steps that were taken, whether the last product was finite, and the largest norm
-    of a product.
-    """
+    taken: int
+    """Steps that were taken."""
+    finite: bool
+    """Whether the last product was finite."""
+    scale: float
+    """Largest norm of a product so far."""
 
 
-class Launcher:
-    """Launches several steps of an operator.
+class LanczosLauncher:
+    """Launches steps of Lanczos's iteration.
 
     Args:
         operator: Multiplies.
-        seconds: Seconds that a launch should take.
     """
 
-    def __init__(self, operator: Operator, seconds: float) -> None:
-        self.name = iterations.PREFIX + operator.program
-        self._operator = operator
-        self._seconds = seconds
-        self._step_seconds = 0.0
-
-    def ready(self, bucket: int) -> bool:
-        """Return whether the program is compiled; else start its compile."""
-        kernels = self._operator.point.source.kernels
-        if not kernels.ready(self.name, bucket):
-            kernels.request(self.name, bucket)
-            return False
-        return True
+    def __init__(self, operator: Operator) -> None:
+        self._terms = operator.terms
+        self._launcher = Launcher(operator, iterations.PREFIX, iterations.steps_of(operator.n))
+        self.ready = self._launcher.ready
 
     def launch(self, Q: Any, bucket: int, rows: int, left: int, scale: float) -> Launched:
         """Take at most `left` steps, and as many as fit into the time.
@@ -100,36 +69,10 @@ class Launcher:
             left: Most steps.
             scale: Largest norm of a product so far.
         """
-        operator, work, terms = self._operator, self._operator.work, self._operator.terms
-        count = min(left, self._pace())
-        numbers, counts = np.array([terms.scale, terms.shift, scale]), np.array([rows, count], np.int32)
-        seed = operator.seed if operator.program.startswith("sampled_") else None
-        operator.point.source.kernels.request(self.name, bucket).result()
-        iteration = Iteration(operator.point, self.name, bucket, [Q, numbers, counts], count, seed)
-
-        def launch() -> Launched:
-            found, seconds = operator.engine.iterate(
-                iteration,
-                tenant=work.tenant,
-                priority=operator.priority,
-                deadline=work.deadline,
-                on_queue=work.on_wait,
-            )
-            launched = Launched(*found)
-            taken = int(launched.facts[0])
-            operator.device_seconds += seconds
-            operator.products += taken
-            self._step_seconds = seconds / max(taken, 1)
-            return launched
-
-        return operator.in_turn(launch)
-
-    def _pace(self) -> int:
-        """Return the steps of the next launch, by the time of the last one."""
-        most = iterations.steps_of(self._operator.n)
-        if not self._step_seconds:
-            return min(most, _FIRST_STEPS)
-        return min(max(int(self._seconds / self._step_seconds), 1), most)
+        steps = self._launcher.steps(left)
+        numbers, counts = np.array([self._terms.scale, self._terms.shift, scale]), np.array([rows, steps], np.int32)
+        new, alphas, betas, facts = self._launcher.launch(bucket, [Q, numbers, counts], steps)
+        return Launched(new, alphas, betas, int(facts[0]), bool(facts[1]), float(facts[2]))
 
 
 class DeviceSpace(HostSpace):
@@ -142,7 +85,7 @@ class DeviceSpace(HostSpace):
     def __init__(self, operator: Operator) -> None:
         super().__init__(operator, "full")
         self.place = "host"
-        self._launcher = Launcher(operator, LAUNCH_SECONDS)
+        self._launcher = LanczosLauncher(operator)
 
     def room_rows(self, rows: int) -> Sequence[int]:
         """Return numbers of rows to reserve memory for, the best one first."""
@@ -170,14 +113,14 @@ class DeviceSpace(HostSpace):
                 continue
             self.place = "device"
             found = self._launcher.launch(self._stored[:bucket], bucket, self.rows, left, self._scale)
-            taken, finite, self._scale = int(found.facts[0]), bool(found.facts[1]), float(found.facts[2])
-            for row, alpha, beta in zip(found.new[:taken], found.alphas[:taken], found.betas[:taken], strict=True):
+            new, taken, self._scale = host(found.new), found.taken, found.scale
+            for row, alpha, beta in zip(new[:taken], found.alphas[:taken], found.betas[:taken], strict=True):
                 ended = not beta or self.rows >= self.n
-                self._push(found.new[:0] if ended else row[None], np.zeros((0, 1)) if ended else np.array([[beta]]))
+                self._push(new[:0] if ended else row[None], np.zeros((0, 1)) if ended else np.array([[beta]]))
                 self.products += 1
                 left -= 1
                 yield Step(np.array([[alpha]]), self._beta)
-            if not finite:
+            if not found.finite:
                 raise NotFiniteError
 
     def _ready(self) -> int:

@@ -14,8 +14,9 @@ from hvpd_server.engine.engine import Engine
 from hvpd_server.engine.point import Point
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.krylov.accelerator_space import AcceleratorSpace
-from hvpd_server.krylov.device_space import DeviceSpace, is_possible
+from hvpd_server.krylov.device_space import DeviceSpace
 from hvpd_server.krylov.host_space import HostSpace
+from hvpd_server.krylov.launcher import is_possible
 from hvpd_server.krylov.operator import Operator, Work
 
 _RETRY_SECONDS = 0.2

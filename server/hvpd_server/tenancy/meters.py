@@ -102,16 +102,15 @@ class Meter:
             self._rate.spend(columns)
             self._in_flight += columns
 
-    def end(self, columns: int, device_seconds: float, *, answered: bool = True) -> None:
+    def end(self, columns: int, device_seconds: float, multiplied: int) -> None:
         """Count vectors as done, and the device time that they took.
 
-        Vectors without an answer are given back to the tenant's rate.
+        Vectors that were not multiplied are given back to the tenant's rate.
         """
         with self._lock:
             self._in_flight -= columns
             self._device.spend(device_seconds)
-            if not answered:
-                self._rate.spend(-columns)
+            self._rate.spend(multiplied - columns)
 
     def _refusal(self, reason: str, what: str, wait: float) -> ServiceError:
         return ServiceError(
