@@ -66,6 +66,52 @@ def test_a_solve_is_one_call_and_equals_the_dense_solution(H, A, b, calls, metho
     assert calls() == 0
 
 
+def launches(server, program):
+    return server.metric(f'hvpd_launches_total{{program="{program}"}}')
+
+
+@pytest.fixture(scope="module")
+def launched(server, H):
+    """Return H when its steps of conjugate gradients are launched together."""
+
+    def solved():
+        H.solve(np.ones(N), maxiter=2)
+        return launches(server, "cg_hvp")
+
+    until(solved)
+    return H
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_solve_in_launches_equals_the_iteration_here(launched, server, A, b, weighted):
+    M = 1 / np.diag(A) if weighted else None
+    before = launches(server, "cg_hvp"), launches(server, "hvp")
+    found = launched.solve(b, tol=1e-12, M=M)
+    expected = hvpd.krylov.solve(aslinearoperator(A), b, tol=1e-12, M=M)
+    assert found.converged
+    assert abs(found.products - expected.products) <= 1
+    np.testing.assert_allclose(found.residual_norms[:10], expected.residual_norms[:10], rtol=1e-9)
+    np.testing.assert_allclose(found.x, np.linalg.solve(A, b), rtol=1e-9)
+    steps = len(found.residual_norms) - 1
+    after = launches(server, "cg_hvp"), launches(server, "hvp")
+    assert 1 < after[0] - before[0] < steps
+    assert after[1] - before[1] == 1  # The check of the residual.
+
+
+def test_launches_end_with_the_reason_and_the_steps_of_the_iteration_here(launched, A, b):
+    shift = -np.sort(np.linalg.eigvalsh(A))[:2].mean()  # One eigenvalue is negative.
+    found = launched.shifted(shift).solve(b, tol=1e-12)
+    expected = hvpd.krylov.solve(aslinearoperator(A + shift * np.eye(N)), b, tol=1e-12)
+    assert found.reason == expected.reason
+    assert len(found.residual_norms) == len(expected.residual_norms) > 4
+    np.testing.assert_allclose(found.x, expected.x, rtol=1e-6)
+    assert found.curvature == pytest.approx(expected.curvature, rel=1e-6)
+    assert found.direction @ (A + shift * np.eye(N)) @ found.direction == pytest.approx(found.curvature)
+    limited = launched.solve(b, tol=1e-12, maxiter=7)
+    assert "maxiter=7" in limited.reason
+    assert len(limited.residual_norms) == 8
+
+
 def test_many_right_hand_sides_and_many_shifts_are_solved_together(H, A):
     B = np.random.default_rng(2).standard_normal((N, 5))
     np.testing.assert_allclose(H.solve(B, tol=1e-12).x, np.linalg.solve(A, B), rtol=1e-9, atol=1e-11)

@@ -11,6 +11,8 @@ https://etna.ricam.oeaw.ac.at/vol.12.2001/pp216-233.dir/pp216-233.pdf); O'Leary 
 (https://doi.org/10.1016/0024-3795(80)90247-5).
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import scipy.linalg
 
@@ -59,6 +61,27 @@ class BlockCG:
         scales[scales == 0] = 1.0
         self.Q, self.S, self.C = self._factored(R / scales[:, None].astype(R.dtype))
         self.C = self.C * scales
+
+    def advance(self, targets: vectors.Array, most: int) -> Iterator[vectors.Array]:
+        """Take at least one step. Yield the norms of the residuals after each step.
+
+        Here it is one step. A subclass may take several steps at once.
+
+        Args:
+            targets: Norms of the residuals that end the steps, of shape (k,).
+            most: Most steps.
+
+        Raises:
+            IndefiniteError: As `step` does, after the steps before it.
+            NotFiniteError: As `step` does.
+            InvalidArgumentError: As `step` does.
+        """
+        self.step()
+        yield self.residual_norms()
+
+    def solutions(self) -> vectors.Array:
+        """Return the solutions so far, of shape (k, n)."""
+        return self.X
 
     def step(self) -> None:
         """Take one step, with one product of a block.

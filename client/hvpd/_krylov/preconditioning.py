@@ -1,5 +1,6 @@
 """Preconditioners: functions that multiply by them, and their arrays for a server."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
@@ -10,6 +11,19 @@ from scipy.sparse.linalg import aslinearoperator
 from hvpd._errors import InvalidArgumentError
 from hvpd._krylov.space import Multiply
 from hvpd._krylov.vectors import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagonal:
+    """Multiplies a block of rows by a diagonal matrix."""
+
+    weights: Array
+    """The diagonal, of shape (n,)."""
+
+    def __call__(self, rows: Array) -> Array:
+        """Multiply V[k, n] -> V M."""
+        found: Array = rows * self.weights
+        return found
 
 
 def preconditioner(M: Any, n: int, dtype: np.dtype[Any]) -> Multiply | None:
@@ -37,8 +51,7 @@ def preconditioner(M: Any, n: int, dtype: np.dtype[Any]) -> Multiply | None:
                 f"a vector M is the diagonal of an approximate inverse: it must have {n} positive elements, got shape "
                 f"{diagonal.shape}, smallest {diagonal.min(initial=np.inf):.3g}"
             )
-        weights = diagonal.astype(dtype)
-        return lambda rows: rows * weights
+        return Diagonal(diagonal.astype(dtype))
     try:
         operator: Any = aslinearoperator(M)
     except (TypeError, ValueError) as error:
@@ -95,8 +108,7 @@ def multiply(described: Described) -> Multiply | None:
     """Return the function that multiplies a block of rows; None for the identity."""
     arrays, shift = described.arrays, described.shift
     if described.kind == "diagonal":
-        diagonal = arrays["M"]
-        return lambda rows: rows * diagonal
+        return Diagonal(arrays["M"])
     if described.kind == "low_rank":
         U, weights = arrays["M_U"], arrays["M_weights"]
         return lambda rows: ((rows @ U) * weights) @ U.T + U.dtype.type(shift) * rows

@@ -5,6 +5,7 @@ any symmetric operator. All calls of `hvpd.krylov`, and all methods of operators
 through a runner. A runner that has a server overrides its primitives:
 
 - `space`: where `lanczos` and `eigsh` keep a basis;
+- `conjugate_gradients`: the steps of a solve;
 - `tridiagonals`: independent Lanczos iterations from random vectors;
 - `sketch`: the small matrices of a randomized range, for traces;
 - `solve` and `steihaug`: whole linear solves.
@@ -24,6 +25,7 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from hvpd._errors import InvalidArgumentError
 from hvpd._krylov import trust_region
 from hvpd._krylov.computed import Estimated, Solved
+from hvpd._krylov.conjugate_gradients import BlockCG
 from hvpd._krylov.preconditioning import preconditioner
 from hvpd._krylov.probes import BASIS_BYTES, Sketch, Ticking, Tridiagonals, sketched, spherical, tridiagonals
 from hvpd._krylov.results import Origin
@@ -74,6 +76,10 @@ class Runner:
     def space(self, reorthogonalize: str = "full") -> Space:
         """Return an empty Krylov space."""
         return LocalSpace(self.multiply, self.n, self.dtype, reorthogonalize=reorthogonalize)
+
+    def conjugate_gradients(self, R: Array, precondition: Multiply | None) -> BlockCG:
+        """Return conjugate gradients for A X = R, from X = 0."""
+        return BlockCG(self.multiply, precondition, R)
 
     def solve(
         self,

@@ -5,7 +5,7 @@ residual away from the recurrence's, the solve goes on from there. So `converged
 that the true residual is small.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from hvpd._arguments import check_choice, finite, integer
 from hvpd._errors import InvalidArgumentError
 from hvpd._krylov import vectors
 from hvpd._krylov.computed import Solved
-from hvpd._krylov.conjugate_gradients import BlockCG, IndefiniteError
+from hvpd._krylov.conjugate_gradients import IndefiniteError
 from hvpd._krylov.preconditioning import preconditioner
 from hvpd._krylov.probes import Ticking
 from hvpd._krylov.results import Solution
@@ -234,11 +234,11 @@ def _iterate(
 def _block_cg(
     runner: Runner, systems: Systems, rows: Array, precondition: Multiply | None, steps: int, tick: Ticking
 ) -> str:
-    state = BlockCG(runner.multiply, precondition, systems.R[rows])
+    state = runner.conjugate_gradients(systems.R[rows], precondition)
     try:
-        return _run(state.step, state.residual_norms, lambda: state.finished, systems, rows, steps, tick)
+        return _run(state.advance, lambda: state.finished, systems, rows, steps, tick)
     finally:
-        systems.X[rows] += state.X
+        systems.X[rows] += state.solutions()
 
 
 def _short(
@@ -260,13 +260,14 @@ def _short(
     )
     stuck = False
 
-    def step() -> None:
+    def advance(targets: Array, most: int) -> Iterator[Array]:
         nonlocal stuck
         state.step(next(links))
         stuck = isinstance(state, ShiftedMinres) and bool((state.least_squares | (state.norms == 0)).all())
+        yield state.norms.T.reshape(-1)
 
     try:
-        reason = _run(step, lambda: state.norms.T.reshape(-1), lambda: stuck, systems, rows, steps, tick)
+        reason = _run(advance, lambda: stuck, systems, rows, steps, tick)
     finally:
         systems.X[rows] += state.X.transpose(1, 0, 2).reshape(len(rows), -1)
         if isinstance(state, ShiftedMinres):
@@ -275,25 +276,34 @@ def _short(
 
 
 def _run(
-    step: Callable[[], None],
-    norms: Callable[[], Array],
+    advance: Callable[[Array, int], Iterator[Array]],
     ended: Callable[[], bool],
     systems: Systems,
     rows: Array,
     steps: int,
     tick: Ticking,
 ) -> str:
-    """Take steps until the recurrence's residuals are small."""
+    """Take steps until the recurrence's residuals are small.
+
+    Args:
+        advance: Takes steps until the residuals are at most its first argument, and at
+            most as many as its second; see `BlockCG.advance`.
+        ended: Returns whether no step can follow.
+        systems: The systems.
+        rows: Positions of the systems that the recurrence solves.
+        steps: Most steps.
+        tick: Shows progress.
+    """
     # A little below the target, because the true residual differs a little. Rounding
     # keeps the true residual above the smallest targets here.
     least = 0.1 * float(np.finfo(systems.R.dtype).eps) * vectors.norms(systems.R[rows])
     targets = np.maximum(0.9 * systems.targets[rows], least)
-    for _ in range(steps):
-        step()
-        latest = norms()
-        systems.note(rows, latest)
-        tick(len(systems.history) - 1, float(latest.max()))
-        if ended() or (latest <= targets).all():
+    last = len(systems.history) + steps
+    while len(systems.history) < last:
+        for latest in advance(targets, last - len(systems.history)):
+            systems.note(rows, latest)
+            tick(len(systems.history) - 1, float(latest.max()))
+        if ended() or (systems.history[-1][rows] <= targets).all():
             return CONVERGED
     return MAXITER
 

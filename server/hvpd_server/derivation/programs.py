@@ -14,7 +14,7 @@ import numpy as np
 
 from hvpd import _text
 from hvpd.v1 import objective_pb2
-from hvpd_server.derivation import iterations
+from hvpd_server.derivation import conjugate_gradients, iterations
 from hvpd_server.derivation.dense_layers import Factors
 from hvpd_server.derivation.layout import View
 from hvpd_server.derivation.names import Name
@@ -195,8 +195,9 @@ class Sized:
         found = None if name.leaves else self._of_whole(name, width)
         if found is not None:
             return found
-        if name.base.startswith(iterations.PREFIX):
-            return self._iteration(name._replace(base=name.base.removeprefix(iterations.PREFIX)), width)
+        for prefix in (iterations.PREFIX, conjugate_gradients.PREFIX):
+            if name.base.startswith(prefix):
+                return self._iteration(prefix, name._replace(base=name.base.removeprefix(prefix)), width)
         traced = self.traced
         product, drawn = self._whole_or_block(name)
         block = jax.ShapeDtypeStruct((width, traced.layout.size(name.leaves or None)), traced.x.dtype)
@@ -225,15 +226,23 @@ class Sized:
             return Program([self._factors.programs()[base]], [x, *_drawn(base), *args])
         return None
 
-    def _iteration(self, name: Name, rows: int) -> Program:
-        """Return Lanczos's iteration around a product, for a basis of so many rows."""
+    def _iteration(self, prefix: str, name: Name, rows: int) -> Program:
+        """Return several steps of conjugate gradients around a product, or of Lanczos's
+        iteration for a basis of so many rows.
+        """
         traced = self.traced
-        n = traced.layout.size(name.leaves or None)
+        n, dtype = traced.layout.size(name.leaves or None), traced.x.dtype
         product, drawn = self._whole_or_block(name)
-        multiply = product(lambda f: lambda V: f(V[0])[None])
-        lanczos = iterations.lanczos_of(lambda x, v, *args: multiply(x, v[None], *args)[0], iterations.steps_of(n))
-        specs = iterations.specs_of(rows, n, traced.x.dtype)
-        return Program([lanczos], [traced.x, *specs, *drawn, *traced.args])
+        block = product(lambda f: lambda V: f(V[0])[None])
+
+        def multiply(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
+            return block(x, v[None], *args)[0]
+
+        if prefix == conjugate_gradients.PREFIX:
+            steps, specs = conjugate_gradients.cg_of(multiply), conjugate_gradients.specs_of(n, dtype)
+        else:
+            steps, specs = iterations.lanczos_of(multiply, iterations.steps_of(n)), iterations.specs_of(rows, n, dtype)
+        return Program([steps], [traced.x, *specs, *drawn, *traced.args])
 
     def _whole_or_block(self, name: Name) -> tuple[Batched, list[jax.ShapeDtypeStruct]]:
         """Return the product of an operator, or of a principal block of it, and the

@@ -48,7 +48,7 @@ class Iteration:
     front: Sequence[Any]
     """The arguments after x."""
     columns: int
-    """Most vectors to multiply, one for each step. The last result of the program starts
+    """Most vectors to multiply, one for each step. The program's last result begins
     with the steps that were taken.
     """
     seed: int | None = None

@@ -14,6 +14,7 @@ from hvpd._krylov import preconditioning, probes, solve, trace, trust_region
 from hvpd._krylov.runner import Runner
 from hvpd._krylov.space import NotFiniteError
 from hvpd._wire import codec
+from hvpd_server.krylov.device_runner import DeviceRunner
 from hvpd_server.krylov.operator import Operator
 
 _PROGRESS_SECONDS = 0.1
@@ -64,8 +65,7 @@ def events(operator: Operator, compute: Compute) -> Iterator[Progress | Result]:
 
     def run() -> None:
         try:
-            runner = Runner(operator.multiply, operator.n, operator.dtype)
-            found.put(compute(runner, tick))
+            found.put(compute(DeviceRunner(operator), tick))
         except Exception as error:  # noqa: BLE001 - raised again in the thread of the call
             found.put(error)
 
