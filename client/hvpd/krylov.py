@@ -275,8 +275,9 @@ def trace_of(A: Any, function: Callable[[Array], Any], probes: int = 30, steps: 
         seed: Seed of the vectors.
 
     Returns:
-        An `Estimate`. Its error includes how much the second half of the steps changed
-        it. If the method is "exact", the error is that of rounding.
+        An `Estimate`. Its error includes that of the quadrature, by extrapolation from
+        the changes of the last two doublings of the steps. It is infinite for 1 step.
+        If the method is "exact", the error is that of rounding.
 
     Raises:
         InvalidArgumentError: The function is not finite at an eigenvalue, or returns

@@ -66,12 +66,8 @@ def trace_of(
     found = _run(runner, probes, steps, seed, None)
     if not found.finite:
         raise HvpdError(NOT_FINITE, reason="NOT_FINITE")
-    most = found.alphas.shape[1]
-    samples = runner.n * _expectations(found, most, function, name)
-    # The second half of the steps has changed the mean. That change bounds the error of
-    # the quadrature itself, if these steps at least halve the error.
-    earlier = runner.n * _expectations(found, max(most // 2, 1), function, name)
-    bias = abs(float((samples - earlier).mean())) if (found.sizes == most).all() and most < runner.n else 0.0
+    samples = runner.n * _expectations(found, found.alphas.shape[1], function, name)
+    bias = _bias(found, samples, runner.n, function, name)
     rounding = np.finfo(runner.dtype).eps * float(abs(samples).max())
     error = float(np.sqrt(_probes.standard_error(samples) ** 2 + bias**2 + rounding**2))
     return Estimate(float(samples.mean()), error, runner.products - before, name, origin=runner.seeded(seed))
@@ -153,6 +149,43 @@ def _expectations(found: Tridiagonals, most: int, function: Callable[[Array], An
     values[used] = _applied(function, nodes[used], name)
     result: Array = (values * weights).sum(axis=1)
     return result
+
+
+def _bias(found: Tridiagonals, samples: Array, n: int, function: Callable[[Array], Any], name: str) -> float:
+    """Return the error of the quadrature itself, by extrapolation.
+
+    d1 and d2 are the changes of the mean by the last two doublings of the steps. If
+    each doubling shrinks the change by the same factor r = d2 / d1, the changes to come
+    add up to d2 r / (1 - r). An iteration of fewer steps is exact.
+
+    Args:
+        found: The iterations.
+        samples: The estimate of each, of shape (p,).
+        n: Number of eigenvalues.
+        function: The function.
+        name: Name of the result.
+    """
+    steps = found.alphas.shape[1]
+    if found.reorthogonalize == "full" and steps >= n:
+        return 0.0
+    quarter = steps // 4
+    # A quarter is rounded down, and so d2 is rather too large.
+    halves = n * _expectations(found, 2 * quarter or max(steps // 2, 1), function, name)
+    inexact = found.sizes >= steps
+    d2 = abs(float(((samples - halves) * inexact).mean()))
+    if steps == 1 and inexact.any():
+        return np.inf
+    ratio = _SLOWEST
+    if quarter:
+        earlier = n * _expectations(found, quarter, function, name)
+        d1 = abs(float(((halves - earlier) * inexact).mean()))
+        ratio = min(d2 / d1, _SLOWEST) if d1 else _SLOWEST
+    return d2 * max(ratio / (1 - ratio), 1.0)
+
+
+_SLOWEST = 0.95
+"""Largest ratio of two changes that counts. The changes of the slowest convergence add
+up to 19 times the last one."""
 
 
 def _applied(function: Callable[[Array], Any], nodes: Array, name: str) -> Array:

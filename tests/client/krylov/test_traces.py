@@ -8,7 +8,8 @@ import scipy.stats
 
 import hvpd
 from hvpd import krylov
-from hvpd._krylov import probes
+from hvpd._krylov import probes, quadrature
+from hvpd._krylov.runner import Runner, runner
 
 N = 80
 Q = np.linalg.qr(np.random.default_rng(0).standard_normal((N, N)))[0]
@@ -48,19 +49,47 @@ def test_a_diagonal_lies_within_two_errors_in_95_of_100(method):
     assert np.mean(inside) >= 0.95
 
 
-def test_logdet_lies_within_two_errors_in_95_of_100_seeds():
-    A = matrix(np.linspace(0.5, 8, 251))
-    exact = np.linalg.slogdet(A)[1]
-    found = [krylov.logdet(A, probes=10, steps=25, seed=seed) for seed in range(100)]
-    assert sum(abs(each.value - exact) <= 2 * each.standard_error for each in found) >= 95
-    assert found[0].products == 250
+def logdets(values, count, steps):
+    """Return 100 estimates from the parts of one call, and their true errors."""
+    A = matrix(values)
+    many = runner(A).tridiagonals(seed=0, probes=100 * count, steps=steps, tick=lambda *_: None)
+
+    class Part(Runner):
+        def tridiagonals(self, *, seed, **_):
+            rows = slice(seed * count, (seed + 1) * count)
+            return probes.Tridiagonals(many.alphas[rows], many.betas[rows], many.sizes[rows], "full", finite=True)
+
+    part = Part(lambda V: V @ A, len(A), A.dtype)
+    found = [quadrature.trace_of(part, quadrature.log, count, steps, seed, "logdet") for seed in range(100)]
+    return found, np.array([abs(each.value - np.log(values).sum()) for each in found])
 
 
-def test_few_steps_count_as_error_of_a_logdet():
-    A = matrix(np.logspace(-2, 2, 500))
-    found = krylov.logdet(A, probes=40, steps=12)
-    assert found.products == 480
-    assert abs(found.value - np.linalg.slogdet(A)[1]) < 2 * found.standard_error
+ILL_CONDITIONED = {
+    "four decades": np.logspace(-2, 2, 130),
+    "eight decades": np.logspace(-8, 0, 130),
+    "twelve decades": np.logspace(-12, 0, 130),
+    "powers": np.arange(1.0, 131) ** -4,
+    "outliers": np.r_[np.logspace(2, 5, 10), np.linspace(1e-3, 2e-3, 120)],
+}
+
+
+@pytest.mark.parametrize("steps", [6, 12])
+@pytest.mark.parametrize("name", ILL_CONDITIONED)
+def test_few_steps_count_as_error_of_a_logdet(name, steps):
+    found, errors = logdets(ILL_CONDITIONED[name], 10, steps)
+    assert sum(errors <= [2 * each.standard_error for each in found]) >= 95
+
+
+def test_the_error_of_a_logdet_is_that_of_the_vectors_if_the_steps_are_enough():
+    found, errors = logdets(np.linspace(0.5, 8, 130), 6, 20)
+    stated = np.array([each.standard_error for each in found])
+    assert sum(errors <= 2 * stated) >= 95
+    assert np.median(stated) < 3 * np.sqrt(np.mean(errors**2))
+
+
+def test_the_error_of_one_step_is_not_known():
+    assert krylov.logdet(matrix(np.linspace(1, 2, 130)), probes=10, steps=1).standard_error == np.inf
+    assert krylov.logdet(matrix(np.linspace(1, 2, 130))).products == 130
 
 
 def test_the_better_methods_are_better_where_they_should_be():
