@@ -247,8 +247,8 @@ def spectrum(
             at most 1 GiB. Without it, nodes have copies, which share their weight.
 
     Raises:
-        InvalidArgumentError: An argument is out of its range, or the probes do not fit
-            this machine's memory.
+        InvalidArgumentError: An argument is out of its range, or probes * steps exceeds
+            1,048,576.
         HvpdError: The first products are not finite (reason `NOT_FINITE`).
 
     Example:

@@ -9,7 +9,6 @@ Sources: Golub and Meurant, Matrices, Moments and Quadrature (2010); Ubaru, Chen
 (https://doi.org/10.1137/130934283) for densities.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ from hvpd._krylov.probes import Tridiagonals
 from hvpd._krylov.results import Estimate
 from hvpd._krylov.runner import Runner
 from hvpd._krylov.spectrum import Spectrum
-from hvpd._krylov.trace import NOT_FINITE, finite_only, matrix
+from hvpd._krylov.trace import MOST_PRODUCTS, NOT_FINITE, finite_only, matrix
 from hvpd._krylov.vectors import Array
 
 _DENSE = 2048
@@ -130,7 +129,11 @@ def _exact(dense: Array, function: Callable[[Array], Any], name: str, eps: float
 
 def _run(runner: Runner, probes: int, steps: int, seed: int, reorthogonalize: str | None) -> Tridiagonals:
     probes, steps, seed = _checked(runner, probes, steps, seed)
-    _check_memory(probes, steps)
+    if probes * steps > MOST_PRODUCTS:
+        raise InvalidArgumentError(
+            f"{probes} probes of {steps} steps are {probes * steps} products, and one call takes at most {MOST_PRODUCTS}: take fewer "
+            "probes, of which 10 to 30 are usual, or fewer steps, of which 100 are usual"
+        )
     if reorthogonalize not in (None, "full", "none"):
         raise InvalidArgumentError(f'reorthogonalize must be "full", "none" or None, got {reorthogonalize!r}')
     most = {None: _probes.BASIS_BYTES, "full": 1 << 62, "none": 0}[reorthogonalize]
@@ -213,25 +216,3 @@ def _values(function: Callable[[Array], Any], nodes: Array) -> Array:
             f"{found.dtype} of shape {found.shape}"
         )
     return found.astype(np.float64, copy=False)
-
-
-def _check_memory(probes: int, steps: int) -> None:
-    """Refuse numbers of probes and steps whose coefficients cannot fit this machine."""
-    needed, most = _STEP_BYTES * probes * steps, _machine_bytes()
-    if needed > most:
-        raise InvalidArgumentError(
-            f"{probes} probes of {steps} steps need {needed / 2**30:.4g} GiB on this machine, which has {most / 2**30:.3g} GiB: take "
-            f"at most {max(most // (_STEP_BYTES * steps), 2)} probes; about 10 are usual"
-        )
-
-
-_STEP_BYTES = 64
-"""Bytes for each step of each probe: coefficients, nodes, weights and copies."""
-
-
-def _machine_bytes() -> int:
-    """Return the bytes of this machine's memory; 1 TiB if it does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Not POSIX.
-        return 1 << 40

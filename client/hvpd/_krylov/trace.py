@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hvpd._arguments import check_choice, integer
-from hvpd._errors import HvpdError
+from hvpd._errors import HvpdError, InvalidArgumentError
 from hvpd._krylov import probes, vectors
 from hvpd._krylov.computed import Estimated
 from hvpd._krylov.results import DiagonalEstimate, Estimate
@@ -101,7 +101,14 @@ def estimated(
 
 def _budget(products: int | None, least: int, n: int) -> int:
     """Return the number of products to spend; n for an exact result."""
-    return min(100 if products is None else integer(products, "products", min(least, n)), n)
+    found = min(100 if products is None else integer(products, "products", min(least, n)), n)
+    if found > MOST_PRODUCTS:
+        raise InvalidArgumentError(f"products must be at most {MOST_PRODUCTS}, got {products}: 100 are usual")
+    return found
+
+
+MOST_PRODUCTS = 1 << 20
+"""Most products of one call. A call of more would run for hours by mistake."""
 
 
 NOT_FINITE = (

@@ -22,9 +22,6 @@ from hvpd.v1 import krylov_pb2
 _MOST_SYSTEMS = 4096
 """Most systems of one request: right-hand sides times shifts."""
 
-_MOST_STEPS = 1 << 20
-"""Most steps of one request."""
-
 _MOST_CHECKS = 1 << 10
 """Most entries of a history beside those of the steps."""
 
@@ -113,7 +110,7 @@ class ServerRunner(Runner):
 
     def estimate(self, of_diagonal: bool, method: str, products: int, seed: int, tick: Ticking) -> Estimated | None:
         """See `Runner.estimate`."""
-        if products > _MOST_STEPS or seed >= 1 << 64:
+        if seed >= 1 << 64:
             return None
         spec = krylov_pb2.EstimateSpec(diagonal=of_diagonal, method=method, products=products, seed=seed)
         size = (self.n if of_diagonal else 1,)
@@ -127,7 +124,7 @@ class ServerRunner(Runner):
         self, *, seed: int, probes: int, steps: int, tick: Ticking, basis_bytes: int = BASIS_BYTES
     ) -> Tridiagonals:
         """See `Runner.tridiagonals`."""
-        if probes * steps > _MOST_STEPS or seed >= 1 << 64:
+        if seed >= 1 << 64:
             return super().tridiagonals(seed=seed, probes=probes, steps=steps, tick=tick, basis_bytes=basis_bytes)
         spec = krylov_pb2.TridiagonalsSpec(seed=seed, probes=probes, steps=steps)
         spec.reorthogonalize = {0: "none", BASIS_BYTES: ""}.get(basis_bytes, "full")
