@@ -41,3 +41,13 @@ def test_a_server_that_was_started_again_counts_from_zero():
     lines = frame("gpu-box:7070", load(10, 1000, [], (900, 0, 0)), load(12, 10, [], (10, 0, 0)))
     assert lines[1].startswith("products 5/s")
     assert lines[2].startswith("latency  p50 0.5 ms")
+
+
+def test_one_moment_has_no_rates():
+    now = load(10, 100, [share("a", 90, 5.0)], (1000, 0, 0))
+    lines = frame("gpu-box:7070", now, now)
+    assert lines[1] == "products -/s   vectors -/s   failures -/s"
+    assert lines[2] == "latency  -"
+    assert "-   waiting 3 of 4096 vectors" in lines[3]
+    assert "median launch - vectors" in lines[4]
+    assert lines[-1].split() == ["a", "vision", "-", "-", "-"]

@@ -37,48 +37,62 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def _run(arguments: argparse.Namespace) -> int:
     if not 0 < arguments.interval < float("inf") or arguments.count < 0:
-        raise InvalidArgumentError("--interval must be above 0, and --count must be from 0")
+        raise InvalidArgumentError("--interval must be above 0, and --count must be from 0", reason="INVALID_OPTION")
+    live = sys.stdout.isatty() and not arguments.json
     shown = 0
     with connect(arguments) as client:
         before = client.load()
         try:
+            if live:  # Otherwise the screen would be empty for the first interval.
+                _show(frame(client.address, before, before), live=live)
             while not arguments.count or shown < arguments.count:
                 time.sleep(arguments.interval)
                 now = client.load()
                 if arguments.json:
                     print(json.dumps(json_format.MessageToDict(now, preserving_proto_field_name=True)), flush=True)
                 else:
-                    if sys.stdout.isatty():
-                        print(_CLEAR, end="")
-                    show("\n".join(frame(client.address, before, now)))
-                    sys.stdout.flush()
+                    _show(frame(client.address, before, now), live=live)
                 before, shown = now, shown + 1
         except KeyboardInterrupt:
             pass
     return 0
 
 
+def _show(lines: Sequence[str], *, live: bool) -> None:
+    if live:
+        print(_CLEAR, end="")
+    show("\n".join(lines))
+    sys.stdout.flush()
+
+
 def frame(address: str, before: server_pb2.GetLoadResponse, now: server_pb2.GetLoadResponse) -> list[str]:
-    """Return the lines that show the load between two moments."""
-    seconds = max((now.time.ToNanoseconds() - before.time.ToNanoseconds()) / 1e9, 1e-9)
+    """Return the lines that show the load between two moments.
+
+    If these are one moment, there are no rates, and "-" is in their places.
+    """
+    seconds = (now.time.ToNanoseconds() - before.time.ToNanoseconds()) / 1e9
     if now.products < before.products:  # The server was started again.
         before = server_pb2.GetLoadResponse()
 
-    def rate(name: str) -> float:
-        grown: float = getattr(now, name) - getattr(before, name)
-        return grown / seconds
+    def rate(name: str, digits: int = 4) -> str:
+        return _rate(getattr(now, name) - getattr(before, name), seconds, digits)
 
-    width = _since(before.launch_vectors, now.launch_vectors).quantile(0.5) or 0.0
+    queue = _spread(before.queue_seconds, now.queue_seconds, seconds)
+    width = _since(before.launch_vectors, now.launch_vectors).quantile(0.5)
     return [
         f"{address}  {now.state}  {now.open_calls} calls",
-        f"products {rate('products'):.4g}/s   vectors {rate('vectors'):.4g}/s   failures {rate('failures'):.3g}/s",
-        f"latency  {_spread(before.request_seconds, now.request_seconds)}",
-        f"queue    {_spread(before.queue_seconds, now.queue_seconds)}   waiting {now.pending_vectors} of {now.pending_limit} vectors",
-        f"device   {now.in_flight_vectors} vectors in flight   median launch {width:.3g} vectors",
+        f"products {rate('products')}/s   vectors {rate('vectors')}/s   failures {rate('failures', 3)}/s",
+        f"latency  {_spread(before.request_seconds, now.request_seconds, seconds)}",
+        f"queue    {queue}   waiting {now.pending_vectors} of {now.pending_limit} vectors",
+        f"device   {now.in_flight_vectors} vectors in flight   median launch {f'{width:.3g}' if width else '-'} vectors",
         f"memory   {show_bytes(now.resident_bytes)} of {show_bytes(now.budget_bytes)} resident",
         "",
         *_text.table(_shares(before, now, seconds)),
     ]
+
+
+def _rate(grown: float, seconds: float, digits: int) -> str:
+    return f"{grown / seconds:.{digits}g}" if seconds > 0 else "-"
 
 
 def _shares(
@@ -91,14 +105,19 @@ def _shares(
         was = earlier.get((share.objective, share.tenant), server_pb2.Share())
         if was.products > share.products:  # Another pair had the account.
             was = server_pb2.Share()
-        device = (share.device_seconds - was.device_seconds) / seconds
-        rows.append((device, share, (share.products - was.products) / seconds, (share.vectors - was.vectors) / seconds))
-    rows.sort(key=lambda row: (-row[0], row[1].objective, row[1].tenant))
+        rows.append((share, was, share.device_seconds - was.device_seconds))
+    rows.sort(key=lambda row: (-row[2], row[0].objective, row[0].tenant))
     return [
         ("OBJECTIVE", "TENANT", "PRODUCTS/s", "VECTORS/s", "DEVICE"),
         *(
-            (share.objective, share.tenant or "-", f"{products:.4g}", f"{vectors:.4g}", f"{device:.0%}")
-            for device, share, products, vectors in rows[:_ROWS]
+            (
+                share.objective,
+                share.tenant or "-",
+                _rate(share.products - was.products, seconds, 4),
+                _rate(share.vectors - was.vectors, seconds, 4),
+                f"{device / seconds:.0%}" if seconds > 0 else "-",
+            )
+            for share, was, device in rows[:_ROWS]
         ),
     ]
 
@@ -109,8 +128,8 @@ def _since(before: server_pb2.Histogram, now: server_pb2.Histogram) -> Distribut
     return Distribution(now.bounds, now.counts).since(Distribution(now.bounds, earlier))
 
 
-def _spread(before: server_pb2.Histogram, now: server_pb2.Histogram) -> str:
+def _spread(before: server_pb2.Histogram, now: server_pb2.Histogram, seconds: float) -> str:
     grown = _since(before, now)
     if not sum(grown.counts):
-        return "no products"
+        return "no products" if seconds > 0 else "-"
     return "   ".join(f"p{share * 100:g} {(grown.quantile(share) or 0.0) * 1e3:.3g} ms" for share in (0.5, 0.9, 0.99))
