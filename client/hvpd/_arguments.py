@@ -18,7 +18,7 @@ def integer(number: Any, name: str, least: int, most: int | None = None) -> int:
     """
     if not isinstance(number, (int, np.integer)) or number < least or (most is not None and number > most):
         limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise InvalidArgumentError(f"{name} must be an integer {limits}, got {number!r}")
+        raise InvalidArgumentError(f"{name} must be an integer {limits}, got {number!r}", reason="INVALID_OPTION")
     return int(number)
 
 
@@ -29,7 +29,7 @@ def finite(number: Any, name: str) -> float:
         InvalidArgumentError: The argument is no finite real number.
     """
     if not isinstance(number, numbers.Real) or not math.isfinite(number):
-        raise InvalidArgumentError(f"{name} must be a finite real number, got {number!r}")
+        raise InvalidArgumentError(f"{name} must be a finite real number, got {number!r}", reason="INVALID_OPTION")
     return float(number)
 
 
@@ -41,4 +41,4 @@ def check_choice(choice: object, name: str, choices: Collection[str]) -> None:
     """
     if choice not in choices:
         words = ", ".join(word or '""' for word in choices)
-        raise InvalidArgumentError(f"{name} must be one of {words}, got {choice!r}")
+        raise InvalidArgumentError(f"{name} must be one of {words}, got {choice!r}", reason="INVALID_OPTION")

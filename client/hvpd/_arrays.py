@@ -44,17 +44,20 @@ class Kind:
                 or is a tensor that requires grad.
         """
         if getattr(array, "requires_grad", False) is True:
-            raise InvalidArgumentError(f"{where} is a tensor that requires grad: pass its .detach()")
+            raise InvalidArgumentError(
+                f"{where} is a tensor that requires grad: pass its .detach()", reason="REQUIRES_GRAD"
+            )
         if self.to_host is np.asarray:
             return np.asarray(array)
         try:
             return self.to_host(array)
         except InvalidArgumentError as error:
-            raise InvalidArgumentError(f"{where} is {error}") from None
+            raise InvalidArgumentError(f"{where} is {error}", reason=error.reason) from None
         except Exception as error:
             raise InvalidArgumentError(
                 f"{where} is a {described(array)}, which NumPy cannot read: pass a copy in this machine's memory, of a dtype "
-                f"that NumPy has ({_text.cut(str(error), 200)})"
+                f"that NumPy has ({_text.cut(str(error), 200)})",
+                reason="ARRAY_UNREADABLE",
             ) from error
 
     def back(self, result: Array, like: Any) -> Any:
@@ -98,7 +101,8 @@ def _torch_back(result: Array, like: Any) -> Any:
 def _jax_host(array: Any) -> Array:
     if isinstance(array, sys.modules["jax"].core.Tracer):
         raise InvalidArgumentError(
-            "traced by jax (jit, vmap, grad): call the function that `as_jax()` of the operator or the objective returns"
+            "traced by jax (jit, vmap, grad): call the function that `as_jax()` of the operator or the objective returns",
+            reason="TRACED_BY_JAX",
         )
     return np.asarray(array)
 
@@ -163,7 +167,8 @@ def _cuda_host(array: Any) -> Array:
     if cupy is None:
         raise InvalidArgumentError(
             f"a {described(array)} in a GPU's memory, and no library that reads __cuda_array_interface__ is imported: import "
-            "cupy, or pass torch.as_tensor(x)"
+            "cupy, or pass torch.as_tensor(x)",
+            reason="ARRAY_UNREADABLE",
         )
     return _cupy_host(cupy.asarray(array))
 

@@ -87,7 +87,9 @@ def composite(
         check_choice(distribution, "distribution", DISTRIBUTIONS)
     check_choice(reduction, "reduction", REDUCTIONS)
     if type(inputs) is not int or inputs < 0:
-        raise InvalidArgumentError(f"inputs must be a number of data arguments, got {inputs!r}")
+        raise InvalidArgumentError(
+            f"inputs must be a number of data arguments, got {inputs!r}", reason="INVALID_OPTION"
+        )
     if type(samples) is not int or samples < 1:
-        raise InvalidArgumentError(f"samples must be a whole number from 1, got {samples!r}")
+        raise InvalidArgumentError(f"samples must be a whole number from 1, got {samples!r}", reason="INVALID_OPTION")
     return Composite(model, loss, inputs, distribution, reduction, samples)

@@ -122,7 +122,9 @@ class Layout:
         for path, leaf, spec in zip(pytree.leaf_paths(self._bundle.x_tree), leaves, self._bundle.x_leaves, strict=True):
             array = _arrays.host(leaf, f"x{path}")
             if array.shape != tuple(spec.shape):
-                raise InvalidArgumentError(f"x{path} must have the shape {tuple(spec.shape)}, got {array.shape}")
+                raise InvalidArgumentError(
+                    f"x{path} must have the shape {tuple(spec.shape)}, got {array.shape}", reason="SHAPE"
+                )
             parts.append(self._real(array, f"x{path}").reshape(-1))
         return np.concatenate(parts)
 
@@ -251,18 +253,20 @@ class Layout:
             structure = pytree.describe(self._bundle.x_tree)
             if array.dtype == object and array.shape == ():
                 raise InvalidArgumentError(
-                    f"{what} must be a vector of shape ({self.n},), got {pytree.described(array.item())}"
+                    f"{what} must be a vector of shape ({self.n},), got {pytree.described(array.item())}",
+                    reason="SHAPE",
                 )
             raise InvalidArgumentError(
                 f"{what} must be a vector of shape ({self.n},)"
                 + (f" or {structure} as registered" if exact else "")
-                + f", got shape {array.shape}"
+                + f", got shape {array.shape}",
+                reason="SHAPE",
             )
         return self._real(array, what)
 
     def _real(self, array: codec.Array, what: str) -> codec.Array:
         if array.dtype.kind not in "iub" and not codec.is_real_floating(array.dtype):
-            raise InvalidArgumentError(f"{what} must have real elements, got dtype {array.dtype}")
+            raise InvalidArgumentError(f"{what} must have real elements, got dtype {array.dtype}", reason="DTYPE")
         return np.ascontiguousarray(array, dtype=self.dtype)
 
     def _leaves(self, spec: pytree.Spec, tree: Any, what: str) -> list[Any]:
@@ -275,7 +279,9 @@ class Layout:
                 structure, leaves = trees.flatten(tree)
                 if structure == spec:
                     return leaves
-            raise InvalidArgumentError(f"{what} has another structure than the registered one: {error}") from None
+            raise InvalidArgumentError(
+                f"{what} has another structure than the registered one: {error}", reason="STRUCTURE"
+            ) from None
 
     def _data_of(self, x: Any, data: Sequence[Any]) -> tuple[list[tensor_pb2.Tensor], dict[str, codec.Buffer]]:
         """Return the tensors of other data than the registered data, and their bytes.
@@ -299,7 +305,8 @@ class Layout:
             if (array.dtype.name, array.shape) != (registered.dtype, tuple(registered.shape)):
                 raise InvalidArgumentError(
                     f"the buffer {name!r} of the module must be {registered.dtype}{list(registered.shape)} as registered, got "
-                    f"{array.dtype}{list(array.shape)}"
+                    f"{array.dtype}{list(array.shape)}",
+                    reason="DATA_MISMATCH",
                 )
             changed[position] = tensor_pb2.Tensor(dtype=registered.dtype, shape=registered.shape, digest=digest)
             payloads[digest] = payload

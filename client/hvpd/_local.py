@@ -55,7 +55,8 @@ class LocalServer:
         unknown = sorted(settings.keys() - known)
         if unknown:
             raise InvalidArgumentError(
-                f"hvpd serve has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+                f"hvpd serve has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}",
+                reason="UNKNOWN_SETTING",
             )
         ephemeral = "store" not in settings
         if ephemeral:

@@ -30,6 +30,7 @@ def tensors(module: Any, names: Iterable[str], label: str) -> dict[str, Any]:
     if missing:
         raise InvalidArgumentError(
             f"{label} needs the tensors {_text.cut(', '.join(missing), 300)}, which the module "
-            f"{type(module).__name__} does not have: pass a module of the registered class"
+            f"{type(module).__name__} does not have: pass a module of the registered class",
+            reason="STRUCTURE",
         )
     return {name: _arrays.host(found[name].detach(), f"the tensor {name!r}") for name in names}

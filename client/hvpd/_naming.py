@@ -26,7 +26,9 @@ def renamed(transport: Transport, name: str, new: str) -> objective_pb2.Objectiv
     objectives = transport.channel.objectives
     found = transport.unary(objectives.GetObjective, objective_pb2.GetObjectiveRequest(name=name)).objective
     if found.name != name and not found.name.endswith(f"/{name}"):
-        raise InvalidArgumentError(f"{name!r} is a digest: register the objective with the new name")
+        raise InvalidArgumentError(
+            f"{name!r} is a digest: register the objective with the new name", reason="INVALID_NAME"
+        )
     with contextlib.suppress(NotFoundError):
         there = transport.unary(objectives.GetObjective, objective_pb2.GetObjectiveRequest(name=new)).objective
         if there.digest != found.digest:

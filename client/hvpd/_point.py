@@ -266,7 +266,8 @@ class Point:
             raise InvalidArgumentError(
                 f"{self.objective.label} was registered without {program}: register hvpd.composite(model, loss"
                 f"{'' if seed is None else ', distribution=...'}), with a model that returns one array [rows, ...] and has layers "
-                "a @ W + b, W and b being leaves of x that are used nowhere else"
+                "a @ W + b, W and b being leaves of x that are used nowhere else",
+                reason="NO_SUCH_OPERATOR",
             )
         layers = self.objective.dense_layers()
         request = curvature_pb2.ComputeFactorsRequest(point_id=self._id, seed=None if seed is None else _seed(seed))
@@ -292,7 +293,8 @@ class Point:
             wants = {"ggn": "", "fisher": ", distribution=...", "empirical_fisher": ""}[program]
             raise InvalidArgumentError(
                 f"{self.objective.label} was registered without {program}: register hvpd.composite(model, loss{wants})"
-                + (", with a model that returns one array [rows, ...]" if program != "ggn" else "")
+                + (", with a model that returns one array [rows, ...]" if program != "ggn" else ""),
+                reason="NO_SUCH_OPERATOR",
             )
         return CurvatureOperator(self, kind, seed=seed, shift=shift, precision=precision)
 
@@ -360,7 +362,9 @@ class Point:
     def _ask(self, V: codec.Array, asked: Asked) -> codec.Array:
         n = self.objective._size_of(asked.leaves)  # noqa: SLF001 - its own objective
         if V.ndim != 2 or V.shape[1] != n or V.dtype != self.dtype:
-            raise InvalidArgumentError(f"a block must be {self.dtype}[k, {n}], got {V.dtype}{list(V.shape)}")
+            raise InvalidArgumentError(
+                f"a block must be {self.dtype}[k, {n}], got {V.dtype}{list(V.shape)}", reason="SHAPE"
+            )
         self.objective._watch_check()  # noqa: SLF001 - its own objective
         if len(V) == 0:
             return np.empty_like(V[:, 0] if asked.quadratic_form else V)
@@ -437,7 +441,8 @@ class Point:
             if error.reason != "DIGEST_MISMATCH":
                 raise
             raise InvalidArgumentError(
-                "the server needs the data of this point again, but its arrays were changed since it was made: make the point anew"
+                "the server needs the data of this point again, but its arrays were changed since it was made: make the point anew",
+                reason="DATA_CHANGED",
             ) from error
 
     def _restore(self) -> None:

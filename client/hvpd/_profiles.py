@@ -64,15 +64,19 @@ def load(name: str | None, environment: Mapping[str, str] = os.environ) -> Profi
     wanted = name or environment.get("HVPD_PROFILE")
     file = path(environment)
     if environment.get("HVPD_PROFILES") and not file.exists():
-        raise InvalidArgumentError(f"there is no file {file}, which $HVPD_PROFILES names")
+        raise InvalidArgumentError(f"there is no file {file}, which $HVPD_PROFILES names", reason="PROFILE")
     profiles = _read(file)
     found = profiles.get(wanted or DEFAULT)
     if found is None:
         if wanted is None:
             return Profile()
         if not file.exists():
-            raise InvalidArgumentError(f"there is no profile {wanted!r}, because there is no file {file}")
-        raise InvalidArgumentError(f"{file} has no profile {wanted!r}; it has {', '.join(sorted(profiles)) or 'none'}")
+            raise InvalidArgumentError(
+                f"there is no profile {wanted!r}, because there is no file {file}", reason="PROFILE"
+            )
+        raise InvalidArgumentError(
+            f"{file} has no profile {wanted!r}; it has {', '.join(sorted(profiles)) or 'none'}", reason="PROFILE"
+        )
     return _profile(file, wanted or DEFAULT, found)
 
 
@@ -83,12 +87,14 @@ def _read(file: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise InvalidArgumentError(f"cannot read the profiles of {file}: {error.strerror}") from None
+        raise InvalidArgumentError(f"cannot read the profiles of {file}: {error.strerror}", reason="PROFILE") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"the profiles of {file} are no TOML: {error}") from None
+        raise InvalidArgumentError(f"the profiles of {file} are no TOML: {error}", reason="PROFILE") from None
     profiles = document.pop("profile", {})
     if document or not isinstance(profiles, dict) or not all(isinstance(each, dict) for each in profiles.values()):
-        raise InvalidArgumentError(f"{file} must have tables such as [profile.default], and nothing else")
+        raise InvalidArgumentError(
+            f"{file} must have tables such as [profile.default], and nothing else", reason="PROFILE"
+        )
     return profiles
 
 
@@ -96,13 +102,14 @@ def _profile(file: Path, name: str, entry: Mapping[str, Any]) -> Profile:
     where = f"profile {name!r} of {file}"
     if unknown := sorted(entry.keys() - {*_TEXTS, *_FLAGS}):
         raise InvalidArgumentError(
-            f"{where} has unknown keys {', '.join(unknown)}; known are {', '.join((*_TEXTS, *_FLAGS))}"
+            f"{where} has unknown keys {', '.join(unknown)}; known are {', '.join((*_TEXTS, *_FLAGS))}",
+            reason="PROFILE",
         )
     for key, value in entry.items():
         wanted = str if key in _TEXTS else bool
         if not isinstance(value, wanted):
             raise InvalidArgumentError(
-                f"{where}: {key} must be a {'text' if wanted is str else 'boolean'}, got {value!r}"
+                f"{where}: {key} must be a {'text' if wanted is str else 'boolean'}, got {value!r}", reason="PROFILE"
             )
     values = dict(entry)
     for key in ("ca", "cert", "key"):
@@ -112,7 +119,7 @@ def _profile(file: Path, name: str, entry: Mapping[str, Any]) -> Profile:
         _check_private(file)
     if "token_file" in values:
         if "token" in values:
-            raise InvalidArgumentError(f"{where} has both token and token_file: keep one")
+            raise InvalidArgumentError(f"{where} has both token and token_file: keep one", reason="PROFILE")
         values["token"] = _token(Path(values.pop("token_file")).expanduser(), where)
     return Profile(**values)
 
@@ -121,7 +128,7 @@ def _token(file: Path, where: str) -> str:
     try:
         token = file.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(f"{where}: cannot read token_file {file}: {error}") from None
+        raise InvalidArgumentError(f"{where}: cannot read token_file {file}: {error}", reason="PROFILE") from None
     _check_private(file)
     return token
 
@@ -129,4 +136,6 @@ def _token(file: Path, where: str) -> str:
 def _check_private(file: Path) -> None:
     """Raise InvalidArgumentError if other users can read a file."""
     if file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
-        raise InvalidArgumentError(f"{file} has a token, and other users can read the file: chmod 600 {file}")
+        raise InvalidArgumentError(
+            f"{file} has a token, and other users can read the file: chmod 600 {file}", reason="PROFILE"
+        )

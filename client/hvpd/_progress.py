@@ -166,7 +166,9 @@ def reporter(progress: object) -> Reporter:
             raise MissingExtraError("progress bars need tqdm: pip install 'hvpd[progress]', or pass a function")
         return Reporter(_Bars())
     if not callable(progress):
-        raise InvalidArgumentError(f"progress must be a function, True, False or None, got {progress!r}")
+        raise InvalidArgumentError(
+            f"progress must be a function, True, False or None, got {progress!r}", reason="INVALID_OPTION"
+        )
     call: Callable[[Progress], object] = progress
 
     def show(_: Stage, found: Progress) -> None:

@@ -117,7 +117,8 @@ class Registrar:
         if _modules.is_module(fun):
             raise InvalidArgumentError(
                 f"fun must be a jax function, got the PyTorch module {type(fun).__name__}: call hvpd.torch.register(client, module, "
-                "loss, inputs, targets)"
+                "loss, inputs, targets)",
+                reason="INVALID_OPTION",
             )
         tracing = _tracing_modules()
         with self._transport.inside("hvpd.register", name=name):

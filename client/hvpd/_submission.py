@@ -92,7 +92,7 @@ def check_may_register(transport: Transport, name: str | None, upload_bytes: Seq
         HvpdError: The server would refuse it.
     """
     if name is not None and not isinstance(name, str):
-        raise InvalidArgumentError(f"a name must be a string, got {name!r}")
+        raise InvalidArgumentError(f"a name must be a string, got {name!r}", reason="INVALID_NAME")
     request = objective_pb2.CreateObjectiveRequest(name=name or "", validate_only=True, upload_bytes=upload_bytes)
     try:
         transport.unary(transport.channel.objectives.CreateObjective, request)

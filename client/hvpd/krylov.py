@@ -109,7 +109,8 @@ def lanczos(
     if reorthogonalize == "full" and steps * block > found.n:
         raise InvalidArgumentError(
             f"steps * block must be at most n = {found.n} with reorthogonalize='full', got {steps} * {block}: take at most "
-            f"n // block = {found.n // block} steps"
+            f"n // block = {found.n // block} steps",
+            reason="STEPS",
         )
     start = _lanczos.start_block(found.n, found.dtype, v0, seed, block)
     origin = found.seeded(seed) if v0 is None else found.origin

@@ -53,7 +53,8 @@ def mat(operator: SymmetricOperator) -> Any:
     if np.dtype(PETSc.ScalarType).kind == "c":
         raise InvalidArgumentError(
             f"the PETSc that is installed has scalars of {np.dtype(PETSc.ScalarType)}, and an operator here is real: use a "
-            "PETSc that was configured with real scalars"
+            "PETSc that was configured with real scalars",
+            reason="DTYPE",
         )
     found = PETSc.Mat().createPython(operator.shape, context=_Context(operator), comm=PETSc.COMM_SELF)
     found.setUp()

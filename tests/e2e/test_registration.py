@@ -298,7 +298,7 @@ def test_programs_can_tell_why_a_registration_or_data_is_refused(client):
     objective = client.register(lambda x, y: jnp.sum(x**2) * y.sum(), np.ones(3), np.ones(2))
     assert reason(objective.at, np.ones(3), np.ones(3)) == "DATA_MISMATCH"
     assert reason(objective.at, np.ones(3), np.ones(2), np.ones(2)) == "DATA_MISMATCH"
-    assert reason(objective.at, np.ones(4)) == "INVALID_ARGUMENT"
+    assert reason(objective.at, np.ones(4)) == "SHAPE"
 
 
 def test_without_a_name_an_objective_has_one_of_its_names(client):

@@ -183,7 +183,7 @@ def certify(
     try:
         rng = np.random.default_rng([index(seed), 1])
     except (TypeError, ValueError):
-        raise InvalidArgumentError(f"seed must be an integer from 0, got {seed!r}") from None
+        raise InvalidArgumentError(f"seed must be an integer from 0, got {seed!r}", reason="INVALID_OPTION") from None
     tangents = _tangents(probes, point, rng)
     with np.errstate(all="ignore"):  # The item "finite" reports NaN and infinity.
         items = tuple(_items(counter, H, operator, tangents, rng, point.objective.precision))
@@ -283,26 +283,31 @@ def _tangents(probes: Any, point: Curved, rng: np.random.Generator) -> Array:
     if array.ndim == 0:
         if array.dtype.kind not in "iu" or array < 1:
             raise InvalidArgumentError(
-                f"probes must be a number of tangents from 1, or an array of them, got {probes!r}"
+                f"probes must be a number of tangents from 1, or an array of them, got {probes!r}",
+                reason="INVALID_OPTION",
             )
         return rng.standard_normal((int(array), point.n)).astype(point.dtype)
     if array.ndim != 2 or array.shape[1] != point.n or not len(array) or array.dtype.kind not in "fiu":
         raise InvalidArgumentError(
-            f"probes must be a number, or real tangents of shape (k, {point.n}), got {array.dtype}{list(array.shape)}"
+            f"probes must be a number, or real tangents of shape (k, {point.n}), got {array.dtype}{list(array.shape)}",
+            reason="SHAPE",
         )
     with np.errstate(over="ignore"):
         tangents = array.astype(point.dtype)
     for row, tangent in enumerate(tangents):
         if not np.isfinite(tangent).all():
             raise InvalidArgumentError(
-                f"probes[{row}] holds NaN or infinity in {point.dtype}: products of it prove nothing"
+                f"probes[{row}] holds NaN or infinity in {point.dtype}: products of it prove nothing",
+                reason="NOT_FINITE",
             )
         if not tangent.any():
-            raise InvalidArgumentError(f"probes[{row}] is zero: the product of it proves nothing")
+            raise InvalidArgumentError(f"probes[{row}] is zero: the product of it proves nothing", reason="DEGENERATE")
         with np.errstate(over="ignore", under="ignore"):
             usable = 2.0**-500 < norm(tangent) < 2.0**500
         if not usable:
-            raise InvalidArgumentError(f"probes[{row}] is too long or too short for {point.dtype}: scale it to about 1")
+            raise InvalidArgumentError(
+                f"probes[{row}] is too long or too short for {point.dtype}: scale it to about 1", reason="DEGENERATE"
+            )
     return tangents
 
 

@@ -28,7 +28,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     if arguments.server is not None:
         if arguments.address is not None:
-            raise InvalidArgumentError("say HOST:PORT or --address, not both")
+            raise InvalidArgumentError("say HOST:PORT or --address, not both", reason="CONFLICTING_OPTIONS")
         arguments.address = arguments.server
     counts = {"ok": 0, "FAIL": 0, "skip": 0}
     with connect(arguments) as client:

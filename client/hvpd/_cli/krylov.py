@@ -93,7 +93,7 @@ def _connected(arguments: argparse.Namespace) -> "Client":
         show(f"hvpd: {progress.stage}{done}, {progress.seconds:.0f} s", sys.stderr)
 
     if arguments.seed < 0:
-        raise InvalidArgumentError(f"--seed must be from 0, got {arguments.seed}")
+        raise InvalidArgumentError(f"--seed must be from 0, got {arguments.seed}", reason="INVALID_OPTION")
     return connect(arguments, progress=report if arguments.progress else None)
 
 
@@ -113,9 +113,9 @@ def _vector(path: str) -> Any:
     try:
         return np.load(path, allow_pickle=False)
     except OSError as error:
-        raise InvalidArgumentError(f"cannot read {path}: {error.strerror or error}") from None
+        raise InvalidArgumentError(f"cannot read {path}: {error.strerror or error}", reason="FILE_ACCESS") from None
     except (ValueError, EOFError) as error:
-        raise InvalidArgumentError(f"{path} is no array of numpy.save: {error}") from None
+        raise InvalidArgumentError(f"{path} is no array of numpy.save: {error}", reason="FILE_CONTENT") from None
 
 
 def _finish(arguments: argparse.Namespace, result: Any, facts: dict[str, Any], text: str) -> None:
@@ -124,7 +124,9 @@ def _finish(arguments: argparse.Namespace, result: Any, facts: dict[str, Any], t
         try:
             result.save(arguments.save)
         except OSError as error:
-            raise InvalidArgumentError(f"cannot write {arguments.save}: {error.strerror or error}") from None
+            raise InvalidArgumentError(
+                f"cannot write {arguments.save}: {error.strerror or error}", reason="FILE_ACCESS"
+            ) from None
     facts = {"name": arguments.name, "digest": result.digest, "x": _place(arguments)} | facts
     show(json.dumps(facts) if arguments.json else f"{text}\nat {_place(arguments)}")
 
@@ -147,7 +149,9 @@ def _spectrum(arguments: argparse.Namespace) -> int:
         try:
             axes.figure.savefig(arguments.png, format="png")
         except OSError as error:
-            raise InvalidArgumentError(f"cannot write {arguments.png}: {error.strerror or error}") from None
+            raise InvalidArgumentError(
+                f"cannot write {arguments.png}: {error.strerror or error}", reason="FILE_ACCESS"
+            ) from None
     facts = {
         "n": found.n,
         "smallest": float(found.nodes.min()),

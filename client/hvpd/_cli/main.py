@@ -221,9 +221,9 @@ def _add_register(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _register(arguments: argparse.Namespace) -> int:
     if arguments.source is None and (arguments.exported is None or arguments.stablehlo is not None):
-        raise InvalidArgumentError("say SOURCE (FILE.py:NAME), or --exported FILE")
+        raise InvalidArgumentError("say SOURCE (FILE.py:NAME), or --exported FILE", reason="CONFLICTING_OPTIONS")
     if arguments.exported is not None and arguments.stablehlo is not None:
-        raise InvalidArgumentError("say --exported FILE or --stablehlo FILE, not both")
+        raise InvalidArgumentError("say --exported FILE or --stablehlo FILE, not both", reason="CONFLICTING_OPTIONS")
     made = () if arguments.source is None else _made_by(arguments.source)
     with connect(arguments) as client:
         if arguments.exported is not None:
@@ -231,7 +231,7 @@ def _register(arguments: argparse.Namespace) -> int:
             objective = client.register_exported(exported, *made, name=arguments.name, shared=arguments.shared)
         elif arguments.stablehlo is not None:
             if not made:
-                raise InvalidArgumentError(f"{arguments.source} must return (x, *data)")
+                raise InvalidArgumentError(f"{arguments.source} must return (x, *data)", reason="FILE_CONTENT")
             objective = client.register_stablehlo(
                 _content(arguments.stablehlo),
                 *made,
@@ -243,7 +243,7 @@ def _register(arguments: argparse.Namespace) -> int:
             _print_rules(objective.derivative_rules())
         else:
             if len(made) < 2 or not callable(made[0]):
-                raise InvalidArgumentError(f"{arguments.source} must return (fun, x, *data)")
+                raise InvalidArgumentError(f"{arguments.source} must return (fun, x, *data)", reason="FILE_CONTENT")
             objective = client.register(
                 *made,
                 name=arguments.name,
@@ -266,7 +266,7 @@ def _content(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise InvalidArgumentError(f"cannot read {path}: {error.strerror}") from None
+        raise InvalidArgumentError(f"cannot read {path}: {error.strerror}", reason="FILE_ACCESS") from None
 
 
 def _print_rules(rules: "DerivativeRules") -> None:
@@ -280,16 +280,18 @@ def _made_by(source: str) -> tuple[Any, ...]:
     """Call the function FILE.py:NAME."""
     path, separator, name = source.rpartition(":")
     if not separator or not path:
-        raise InvalidArgumentError(f"SOURCE must be FILE.py:NAME, got {source!r}")
+        raise InvalidArgumentError(f"SOURCE must be FILE.py:NAME, got {source!r}", reason="INVALID_OPTION")
     try:
         defined = runpy.run_path(path)
     except OSError as error:
-        raise InvalidArgumentError(f"cannot read {path}: {error.strerror}") from None
+        raise InvalidArgumentError(f"cannot read {path}: {error.strerror}", reason="FILE_ACCESS") from None
     if not callable(defined.get(name)):
-        raise InvalidArgumentError(f"{path} defines no function {name!r}")
+        raise InvalidArgumentError(f"{path} defines no function {name!r}", reason="FILE_CONTENT")
     made = defined[name]()
     if not isinstance(made, tuple):
-        raise InvalidArgumentError(f"{name}() in {path} must return a tuple, it returned {type(made).__name__}")
+        raise InvalidArgumentError(
+            f"{name}() in {path} must return a tuple, it returned {type(made).__name__}", reason="FILE_CONTENT"
+        )
     return made
 
 
@@ -301,11 +303,15 @@ def _check(arguments: argparse.Namespace) -> int:
         try:
             x = np.load(arguments.x, allow_pickle=False)
         except OSError as error:
-            raise InvalidArgumentError(f"cannot read {arguments.x}: {error.strerror or error}") from None
+            raise InvalidArgumentError(
+                f"cannot read {arguments.x}: {error.strerror or error}", reason="FILE_ACCESS"
+            ) from None
         except (ValueError, EOFError) as error:
-            raise InvalidArgumentError(f"{arguments.x} is no array of numpy.save: {error}") from None
+            raise InvalidArgumentError(
+                f"{arguments.x} is no array of numpy.save: {error}", reason="FILE_CONTENT"
+            ) from None
     elif arguments.seed < 0:
-        raise InvalidArgumentError(f"--seed must be from 0, got {arguments.seed}")
+        raise InvalidArgumentError(f"--seed must be from 0, got {arguments.seed}", reason="INVALID_OPTION")
     with connect(arguments) as client:
         objective = client.objective(arguments.name)
         if x is None:
@@ -329,7 +335,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     widths, callers = _numbers(arguments.k, "--k"), _numbers(arguments.callers, "--callers")
     if not 0 <= arguments.seconds < float("inf") or arguments.seed < 0:
-        raise InvalidArgumentError("--seconds and --seed must be from 0")
+        raise InvalidArgumentError("--seconds and --seed must be from 0", reason="INVALID_OPTION")
     with connect(arguments) as client:
         objective = client.objective(arguments.name)
         H = objective.at(np.random.default_rng(arguments.seed).standard_normal(objective.n)).hessian()
@@ -358,7 +364,9 @@ _BENCH_ROW = "{:>5} {:>8} {:>9} {:>10} {:>10} {:>10} {:>9} {:>11} {:>6}"
 def _numbers(text: str, flag: str) -> list[int]:
     numbers = text.split(",")
     if not all(number.isdecimal() and 0 < int(number) <= 4096 for number in numbers):
-        raise InvalidArgumentError(f"{flag} must be numbers from 1 to 4096 joined by commas, got {text!r}")
+        raise InvalidArgumentError(
+            f"{flag} must be numbers from 1 to 4096 joined by commas, got {text!r}", reason="INVALID_OPTION"
+        )
     return [int(number) for number in numbers]
 
 

@@ -276,9 +276,9 @@ def _store_verify(arguments: argparse.Namespace) -> int:
     try:
         found = _verify.verify(root)
     except ValueError as error:
-        raise InvalidArgumentError(str(error)) from None
+        raise InvalidArgumentError(str(error), reason="FILE_CONTENT") from None
     except OSError as error:
-        raise InvalidArgumentError(f"cannot read {error.filename}: {error.strerror}") from None
+        raise InvalidArgumentError(f"cannot read {error.filename}: {error.strerror}", reason="FILE_ACCESS") from None
     if arguments.json:
         print(json.dumps(dataclasses.asdict(found)))
     else:
@@ -296,6 +296,6 @@ def _token_file(arguments: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise InvalidArgumentError(str(error)) from None
+        raise InvalidArgumentError(str(error), reason="INVALID_OPTION") from None
     except OSError as error:
-        raise InvalidArgumentError(f"cannot change {arguments.file}: {error.strerror}") from None
+        raise InvalidArgumentError(f"cannot change {arguments.file}: {error.strerror}", reason="FILE_ACCESS") from None

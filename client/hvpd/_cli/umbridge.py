@@ -33,7 +33,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from hvpd._umbridge.model import Model
 
     if not 0 <= arguments.port < 1 << 16:
-        raise InvalidArgumentError(f"--port must be from 0 to 65535, got {arguments.port}")
+        raise InvalidArgumentError(f"--port must be from 0 to 65535, got {arguments.port}", reason="INVALID_OPTION")
     names = list(dict.fromkeys(arguments.name))
     with connect(arguments) as client:
         models = [Model(name, client.objective(name)) for name in names]
@@ -41,7 +41,8 @@ def _run(arguments: argparse.Namespace) -> int:
             server = UmbridgeServer(models, arguments.host, arguments.port)
         except OSError as error:
             raise InvalidArgumentError(
-                f"cannot listen on {arguments.host}:{arguments.port}: {error.strerror or error}: choose another --host or --port"
+                f"cannot listen on {arguments.host}:{arguments.port}: {error.strerror or error}: choose another --host or --port",
+                reason="ADDRESS",
             ) from None
         with server:
             if not _is_loopback(arguments.host):

@@ -222,7 +222,8 @@ def function(objective: Objective, data: Sequence[Any]) -> Function:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tuple(data))):
         raise InvalidArgumentError(
             "the data of as_jax() is traced by jax (jit, vmap, grad), and the server differentiates f by x only: pass arrays "
-            "outside of the traced function; to differentiate by data, register the function with this data as a part of x"
+            "outside of the traced function; to differentiate by data, register the function with this data as a part of x",
+            reason="TRACED_BY_JAX",
         )
     return Function(objective, _Moving(objective, data))
 
@@ -251,7 +252,8 @@ def flattened(
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise InvalidArgumentError(
             f"the objective is {dtype}, and jax computes with 32 bits here: call jax.config.update('jax_enable_x64', True) "
-            "first, or register the objective with a float32 x"
+            "first, or register the objective with a float32 x",
+            reason="X64_DISABLED",
         )
     leaves, treedef = jax.tree.flatten(tree)
     arrays = [_real(leaf, what) for leaf in leaves]
@@ -277,10 +279,10 @@ def _real(leaf: Any, what: str) -> jax.Array:
         array = jnp.asarray(leaf)
     except TypeError:
         raise InvalidArgumentError(
-            f"{what} must consist of arrays of jax or NumPy, got a {type(leaf).__name__}"
+            f"{what} must consist of arrays of jax or NumPy, got a {type(leaf).__name__}", reason="DTYPE"
         ) from None
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise InvalidArgumentError(f"{what} must have real elements, got dtype {array.dtype}")
+        raise InvalidArgumentError(f"{what} must have real elements, got dtype {array.dtype}", reason="DTYPE")
     return array
 
 
@@ -288,7 +290,7 @@ def _order(tree: Any, arrays: Sequence[jax.Array], what: str, n: int, structure:
     """Return the positions of the leaves of a tree, in the order of the flat x."""
     got = f"got {_described(tree, arrays)}"
     if structure is None:
-        raise InvalidArgumentError(f"{what} must be a vector of shape ({n},), {got}")
+        raise InvalidArgumentError(f"{what} must be a vector of shape ({n},), {got}", reason="SHAPE")
     spec, names, shapes = structure._leaf_structure()  # noqa: SLF001 - our own
     if isinstance(tree, Mapping) and len(arrays) == len(tree) and tree.keys() == set(names) and "" not in names:
         keys = sorted(tree)
@@ -297,14 +299,15 @@ def _order(tree: Any, arrays: Sequence[jax.Array], what: str, n: int, structure:
         order = list(range(len(arrays)))
     else:
         raise InvalidArgumentError(
-            f"{what} must be a vector of shape ({n},), or {pytree.describe(spec)} as {structure.label} was registered, {got}"
+            f"{what} must be a vector of shape ({n},), or {pytree.describe(spec)} as {structure.label} was registered, {got}",
+            reason="STRUCTURE",
         )
     for place, name, shape in zip(order, names, shapes, strict=True):
         if arrays[place].shape != shape:
             wanted = f"the leaf {name!r} of {what} must have the shape {shape}"
             if not name:  # x is a single array.
                 wanted = f"{what} must be a vector of shape ({n},)" + f" or an array of shape {shape}" * (shape != (n,))
-            raise InvalidArgumentError(f"{wanted}, got {arrays[place].shape}")
+            raise InvalidArgumentError(f"{wanted}, got {arrays[place].shape}", reason="SHAPE")
     return order
 
 

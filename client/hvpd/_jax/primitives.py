@@ -140,7 +140,8 @@ def _product_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, source: Mul
     if len(tangents) == 2 and not isinstance(tangents[0], ad.Zero):
         raise InvalidArgumentError(
             "an objective of a server is twice differentiable, and its third derivative was asked for: differentiate "
-            "at most twice by x, or stop the gradient at a product's x (jax.lax.stop_gradient)"
+            "at most twice by x, or stop the gradient at a product's x (jax.lax.stop_gradient)",
+            reason="THIRD_DERIVATIVE",
         )
     out = product_p.bind(*primals, source=source)
     if isinstance(tangents[-1], ad.Zero):

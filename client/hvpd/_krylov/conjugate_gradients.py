@@ -128,13 +128,14 @@ class BlockCG:
             return Q, Q, C
         Z = self._precondition(Q)
         if not np.isfinite(Z).all():
-            raise InvalidArgumentError("M is not finite: a product with it holds NaN or infinity")
+            raise InvalidArgumentError("M is not finite: a product with it holds NaN or infinity", reason="NOT_FINITE")
         G = vectors.gram(Q, Z)
         values, V = np.linalg.eigh((G + G.T) / 2)
         if values[0] <= 0:
             raise InvalidArgumentError(
                 f"M is not positive definite: v'Mv is {values[0]:.3g} for a unit vector v; pass a positive definite approximation "
-                "of the inverse, or None"
+                "of the inverse, or None",
+                reason="NOT_POSITIVE_DEFINITE",
             )
         roots = np.sqrt(values)
         return (

@@ -54,11 +54,17 @@ def start_block(n: int, dtype: np.dtype[Any], v0: Any, seed: int, block: int) ->
     rows = found.reshape(1, -1) if found.ndim == 1 else found.T
     if found.ndim > 2 or rows.shape != (block, n) or found.dtype.kind not in "fiub":
         shape = f"({n},)" if block == 1 else f"({n}, {block})"
-        raise InvalidArgumentError(f"v0 must be real, of shape {shape}, got {found.dtype} of shape {found.shape}")
+        raise InvalidArgumentError(
+            f"v0 must be real, of shape {shape}, got {found.dtype} of shape {found.shape}", reason="SHAPE"
+        )
     if not np.isfinite(rows).all():
-        raise InvalidArgumentError("v0 holds NaN or infinity: pass a finite start vector, or None for a random one")
+        raise InvalidArgumentError(
+            "v0 holds NaN or infinity: pass a finite start vector, or None for a random one", reason="NOT_FINITE"
+        )
     if not rows.any(axis=1).all():
-        raise InvalidArgumentError("v0 is zero: a Krylov space needs a start vector, pass None for a random one")
+        raise InvalidArgumentError(
+            "v0 is zero: a Krylov space needs a start vector, pass None for a random one", reason="DEGENERATE"
+        )
     return np.ascontiguousarray(rows, dtype)
 
 
@@ -104,10 +110,13 @@ class Lanczos:
         try:
             rank = len(space.append(start))
         except NotFiniteError:
-            raise InvalidArgumentError("the start vectors hold NaN or infinity: pass finite ones") from None
+            raise InvalidArgumentError(
+                "the start vectors hold NaN or infinity: pass finite ones", reason="NOT_FINITE"
+            ) from None
         if rank < len(start):
             raise InvalidArgumentError(
-                f"the {len(start)} start vectors span a space of dimension {rank}: pass independent vectors"
+                f"the {len(start)} start vectors span a space of dimension {rank}: pass independent vectors",
+                reason="DEGENERATE",
             )
 
     def __enter__(self) -> Self:
@@ -164,7 +173,8 @@ class Lanczos:
         if self.size + steps * width > self.n and self.reorthogonalize == "full":
             raise InvalidArgumentError(
                 f"{steps} more steps of {width} vectors exceed the dimension: the run has {self.size} vectors of n = {self.n}; "
-                f"take at most {max((self.n - self.size) // width, 0)} steps"
+                f"take at most {max((self.n - self.size) // width, 0)} steps",
+                reason="STEPS",
             )
         self.reason = DONE
         try:
@@ -352,11 +362,13 @@ class Lanczos:
             more = "" if self.breakdown or self.closed else "; extend() takes more steps"
             if not self.size:
                 raise InvalidArgumentError(
-                    f"the run has taken no step, so that it has no Ritz pairs: {self.reason}{more}"
+                    f"the run has taken no step, so that it has no Ritz pairs: {self.reason}{more}",
+                    reason="TOO_FEW_PAIRS",
                 )
             size = "1 dimension" if self.size == 1 else f"{self.size} dimensions"
             raise InvalidArgumentError(
-                f"k must be an integer from 1 to {self.size}, got {k}: the run has {size}, and {self.reason}{more}"
+                f"k must be an integer from 1 to {self.size}, got {k}: the run has {size}, and {self.reason}{more}",
+                reason="TOO_FEW_PAIRS",
             )
         return integer(k, "k", 1, self.size)
 
@@ -380,7 +392,8 @@ class Lanczos:
         found = _arrays.host(Y, "Y")
         if found.ndim not in (1, 2) or len(found) > self._space.rows or found.dtype.kind not in "fiub":
             raise InvalidArgumentError(
-                f"Y must be real, of shape (m,) or (m, k) with m up to {self._space.rows}, got {found.dtype} {found.shape}"
+                f"Y must be real, of shape (m,) or (m, k) with m up to {self._space.rows}, got {found.dtype} {found.shape}",
+                reason="SHAPE",
             )
         rows = found[:, None] if found.ndim == 1 else found
         columns = self._space.combine(np.asarray(rows, np.float64)).T

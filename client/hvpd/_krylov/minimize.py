@@ -93,16 +93,21 @@ class Search:
         x = np.array(np.asarray(x0) if vector is None else vector(x0, "x0"))
         self.x = x if x.dtype in (np.float32, np.float64) else x.astype(np.float64)
         if self.x.ndim != 1:
-            raise InvalidArgumentError(f"x0 must have the shape (n,), got {self.x.dtype} of shape {self.x.shape}")
+            raise InvalidArgumentError(
+                f"x0 must have the shape (n,), got {self.x.dtype} of shape {self.x.shape}", reason="SHAPE"
+            )
         if bad := int(np.count_nonzero(~np.isfinite(self.x))):
             raise InvalidArgumentError(
-                f"x0 must be finite, got NaN or infinity in {bad} of {self.x.size} elements: pass finite numbers"
+                f"x0 must be finite, got NaN or infinity in {bad} of {self.x.size} elements: pass finite numbers",
+                reason="NOT_FINITE",
             )
         self.limit = 200 * len(self.x) if maxiter is None else integer(maxiter, "maxiter", 0)
         self.evaluations = self.products = self.iterations = 0
         self.point = self.at(self.x)
         if not self.good(self.point):
-            raise InvalidArgumentError("the value or the gradient at x0 is NaN or infinity: start from another point")
+            raise InvalidArgumentError(
+                "the value or the gradient at x0 is NaN or infinity: start from another point", reason="NOT_FINITE"
+            )
         self._start = self.point.value, self.norm, float(vectors.norms(self.x[None])[0])
 
     def at(self, x: Array) -> Point:
@@ -350,7 +355,7 @@ def _called(callback: Any) -> Callable[["OptimizeResult"], object] | None:
     if callback is None:
         return None
     if not callable(callback):
-        raise InvalidArgumentError(f"callback must be a function, got {callback!r}")
+        raise InvalidArgumentError(f"callback must be a function, got {callback!r}", reason="INVALID_OPTION")
     try:
         names = set(inspect.signature(callback).parameters)
     except (TypeError, ValueError):

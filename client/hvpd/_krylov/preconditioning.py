@@ -41,23 +41,32 @@ def preconditioner(M: Any, n: int, dtype: np.dtype[Any]) -> Multiply | None:
     if M is None:
         return None
     if hasattr(M, "inverse"):
-        raise InvalidArgumentError("M must approximate the inverse of A, got the curvature itself: pass M.inverse()")
+        raise InvalidArgumentError(
+            "M must approximate the inverse of A, got the curvature itself: pass M.inverse()", reason="PRECONDITIONER"
+        )
     if hasattr(M, "values") and hasattr(M, "standard_error"):
-        raise InvalidArgumentError("M must approximate the inverse of A, got its diagonal: pass 1 / M.values")
+        raise InvalidArgumentError(
+            "M must approximate the inverse of A, got its diagonal: pass 1 / M.values", reason="PRECONDITIONER"
+        )
     if np.ndim(M) == 1 and not hasattr(M, "matvec"):
         diagonal = np.asarray(M)
         if diagonal.shape != (n,) or not (diagonal > 0).all() or not np.isfinite(diagonal).all():
             raise InvalidArgumentError(
                 f"a vector M is the diagonal of an approximate inverse: it must have {n} positive elements, got shape "
-                f"{diagonal.shape}, smallest {diagonal.min(initial=np.inf):.3g}"
+                f"{diagonal.shape}, smallest {diagonal.min(initial=np.inf):.3g}",
+                reason="PRECONDITIONER",
             )
         return Diagonal(diagonal.astype(dtype))
     try:
         operator: Any = aslinearoperator(M)
     except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"M must be an operator, a matrix or a vector, got {type(M).__name__}") from error
+        raise InvalidArgumentError(
+            f"M must be an operator, a matrix or a vector, got {type(M).__name__}", reason="PRECONDITIONER"
+        ) from error
     if operator.shape != (n, n):
-        raise InvalidArgumentError(f"M must have the shape ({n}, {n}) of A, got {operator.shape}")
+        raise InvalidArgumentError(
+            f"M must have the shape ({n}, {n}) of A, got {operator.shape}", reason="PRECONDITIONER"
+        )
     return lambda rows: np.asarray(operator.matmat(rows.T), dtype).T
 
 

@@ -53,7 +53,8 @@ def trace_of(
     """Return the estimate of trace f(A); see `hvpd.krylov.trace_of`."""
     if not callable(function):
         raise InvalidArgumentError(
-            f"function must be a function of an array of eigenvalues, such as numpy.sqrt, got {function!r}"
+            f"function must be a function of an array of eigenvalues, such as numpy.sqrt, got {function!r}",
+            reason="INVALID_OPTION",
         )
     before = runner.products
     probes, steps, seed = _checked(runner, probes, steps, seed)
@@ -81,7 +82,8 @@ def log(values: Array) -> Array:
     if (values <= 0).any():
         raise InvalidArgumentError(
             f"the operator is not positive definite: it has an eigenvalue of at most {values.min():.6g}; add a shift of more than "
-            f"{-values.min():.3g}"
+            f"{-values.min():.3g}",
+            reason="NOT_POSITIVE_DEFINITE",
         )
     return np.log(values)
 
@@ -132,10 +134,13 @@ def _run(runner: Runner, probes: int, steps: int, seed: int, reorthogonalize: st
     if probes * steps > MOST_PRODUCTS:
         raise InvalidArgumentError(
             f"{probes} probes of {steps} steps are {probes * steps} products, and one call takes at most {MOST_PRODUCTS}: take fewer "
-            "probes, of which 10 to 30 are usual, or fewer steps, of which 100 are usual"
+            "probes, of which 10 to 30 are usual, or fewer steps, of which 100 are usual",
+            reason="STEPS",
         )
     if reorthogonalize not in (None, "full", "none"):
-        raise InvalidArgumentError(f'reorthogonalize must be "full", "none" or None, got {reorthogonalize!r}')
+        raise InvalidArgumentError(
+            f'reorthogonalize must be "full", "none" or None, got {reorthogonalize!r}', reason="INVALID_OPTION"
+        )
     most = {None: _probes.BASIS_BYTES, "full": 1 << 62, "none": 0}[reorthogonalize]
     with runner.running("spectrum", probes * steps) as tick:
         found = runner.tridiagonals(seed=seed, probes=probes, steps=steps, tick=tick, basis_bytes=most)
@@ -202,7 +207,8 @@ def _applied(function: Callable[[Array], Any], nodes: Array, name: str) -> Array
         bad = nodes[~np.isfinite(values)][0]
         raise InvalidArgumentError(
             f"{name} is not finite at {bad:.6g}, which is near an eigenvalue of the operator: pass a function that is "
-            "finite there, or add a shift to the operator"
+            "finite there, or add a shift to the operator",
+            reason="NOT_FINITE",
         )
     return values
 
@@ -213,6 +219,7 @@ def _values(function: Callable[[Array], Any], nodes: Array) -> Array:
     if found.shape != nodes.shape or found.dtype.kind not in "fiub":
         raise InvalidArgumentError(
             f"function must return a real number for each eigenvalue: it got an array of shape {nodes.shape}, and returned "
-            f"{found.dtype} of shape {found.shape}"
+            f"{found.dtype} of shape {found.shape}",
+            reason="SHAPE",
         )
     return found.astype(np.float64, copy=False)

@@ -140,17 +140,22 @@ def load(path: str | os.PathLike[str]) -> Result:
         with place.open("rb") as file, _opened(file, path) as arrays:
             fields: dict[str, Any] = {name: _array(arrays, name, path) for name in arrays.files}
     except OSError as error:
-        raise InvalidArgumentError(f"cannot read {os.fspath(path)!r}: {error.strerror or error}") from error
+        raise InvalidArgumentError(
+            f"cannot read {os.fspath(path)!r}: {error.strerror or error}", reason="FILE_ACCESS"
+        ) from error
     missing = fields.pop("none", np.array([], dtype=str))
     fields = {name: array if array.ndim else array.item() for name, array in fields.items()}
     kind = Result._kinds.get(fields.pop("kind", ""))  # noqa: SLF001 - its own base
     if kind is None:
-        raise InvalidArgumentError(f"{os.fspath(path)!r} holds no result of hvpd.krylov: pass a file that save() wrote")
+        raise InvalidArgumentError(
+            f"{os.fspath(path)!r} holds no result of hvpd.krylov: pass a file that save() wrote", reason="FILE_CONTENT"
+        )
     try:
         return kind._read(fields | dict.fromkeys(map(str, missing)))  # noqa: SLF001 - its own base
     except TypeError as error:
         raise InvalidArgumentError(
-            f"{os.fspath(path)!r} holds a result of another version of hvpd ({error}): compute it again"
+            f"{os.fspath(path)!r} holds a result of another version of hvpd ({error}): compute it again",
+            reason="FILE_CONTENT",
         ) from error
 
 
@@ -159,7 +164,7 @@ def _array(arrays: Any, name: str, path: str | os.PathLike[str]) -> Array:
         found: Array = arrays[name]
     except ValueError as error:  # Python's objects, which could run code.
         raise InvalidArgumentError(
-            f"{os.fspath(path)!r} holds no result of hvpd.krylov: pass a file that save() wrote"
+            f"{os.fspath(path)!r} holds no result of hvpd.krylov: pass a file that save() wrote", reason="FILE_CONTENT"
         ) from error
     return found
 
@@ -168,9 +173,13 @@ def _opened(file: Any, path: str | os.PathLike[str]) -> Any:
     try:
         found = np.load(file, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise InvalidArgumentError(f"{os.fspath(path)!r} is no .npz file: pass a file that save() wrote") from error
+        raise InvalidArgumentError(
+            f"{os.fspath(path)!r} is no .npz file: pass a file that save() wrote", reason="FILE_CONTENT"
+        ) from error
     if not isinstance(found, np.lib.npyio.NpzFile):
-        raise InvalidArgumentError(f"{os.fspath(path)!r} holds one array: pass a file that save() wrote")
+        raise InvalidArgumentError(
+            f"{os.fspath(path)!r} holds one array: pass a file that save() wrote", reason="FILE_CONTENT"
+        )
     return found
 
 

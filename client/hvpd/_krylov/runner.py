@@ -168,11 +168,14 @@ def runner(A: Any) -> Runner:
         operator: Any = aslinearoperator(A)
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(
-            f"A must be a symmetric array, sparse matrix or LinearOperator, got {type(A).__name__}: {error}"
+            f"A must be a symmetric array, sparse matrix or LinearOperator, got {type(A).__name__}: {error}",
+            reason="NOT_SYMMETRIC",
         ) from error
     dtype = np.dtype(operator.dtype if operator.dtype is not None else np.float64)
     if operator.shape[0] != operator.shape[1] or dtype.kind not in "fiub":
-        raise InvalidArgumentError(f"A must be a real symmetric operator, got shape {operator.shape}, dtype {dtype}")
+        raise InvalidArgumentError(
+            f"A must be a real symmetric operator, got shape {operator.shape}, dtype {dtype}", reason="NOT_SYMMETRIC"
+        )
     working = np.dtype(np.float32 if dtype in (np.float32, np.float16) else np.float64)
     if scipy.sparse.issparse(A) or isinstance(A, np.ndarray):
         _check_symmetric(A, working)
@@ -204,7 +207,8 @@ def _check_symmetric(A: Any, dtype: np.dtype[Any]) -> None:
     if most > 1e3 * float(np.finfo(dtype).eps) * float(size):
         raise InvalidArgumentError(
             f"A must be symmetric, and A[{row}, {column}] is {A[row, column]:.6g}, A[{column}, {row}] is {A[column, row]:.6g}: pass "
-            "a symmetric matrix, such as (A + A.T) / 2"
+            "a symmetric matrix, such as (A + A.T) / 2",
+            reason="NOT_SYMMETRIC",
         )
 
 

@@ -74,11 +74,12 @@ def _normalised(
     Z = R if precondition is None else precondition(R)
     squares = vectors.dots(R, Z)
     if not np.isfinite(squares).all():
-        raise InvalidArgumentError("M is not finite: a product with it holds NaN or infinity")
+        raise InvalidArgumentError("M is not finite: a product with it holds NaN or infinity", reason="NOT_FINITE")
     if precondition is not None and (squares < 0).any():
         raise InvalidArgumentError(
             f"M is not positive definite: r'Mr is {squares.min():.3g} for a residual r; pass a positive definite approximation of "
-            "the inverse, or None"
+            "the inverse, or None",
+            reason="NOT_POSITIVE_DEFINITE",
         )
     sizes = np.sqrt(squares)
     scale = (1.0 / np.where(sizes > 0, sizes, 1.0))[:, None].astype(R.dtype)

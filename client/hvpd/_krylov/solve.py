@@ -114,15 +114,16 @@ def solve(
     check_choice(method, "method", METHODS)
     B = _rows(b, "b", n, dtype)
     if finite(tol, "tol") < 0:
-        raise InvalidArgumentError(f"tol must be at least 0, got {tol}")
+        raise InvalidArgumentError(f"tol must be at least 0, got {tol}", reason="INVALID_OPTION")
     limit = 10 * n if maxiter is None else integer(maxiter, "maxiter", 0)
     X = None if x0 is None else _rows(x0, "x0", n, dtype)
     if X is not None and np.shape(x0) != np.shape(b):
-        raise InvalidArgumentError(f"x0 must have the shape of b, {np.shape(b)}, got {np.shape(x0)}")
+        raise InvalidArgumentError(f"x0 must have the shape of b, {np.shape(b)}, got {np.shape(x0)}", reason="SHAPE")
     every = np.zeros(1) if shifts is None else _shifts(shifts)
     if shifts is not None and (X is not None or M is not None):
         raise InvalidArgumentError(
-            "shifts need the Krylov space of b itself: pass no x0 and no M, or solve H.shifted(...) for each shift"
+            "shifts need the Krylov space of b itself: pass no x0 and no M, or solve H.shifted(...) for each shift",
+            reason="CONFLICTING_OPTIONS",
         )
     precondition = preconditioner(M, n, dtype)
     before = runner.products
@@ -313,16 +314,19 @@ def _rows(vector: Any, name: str, n: int, dtype: np.dtype[Any]) -> Array:
     found = _arrays.host(vector, name)
     if found.ndim not in (1, 2) or len(found) != n or found.dtype.kind not in "fiub" or not found.size:
         raise InvalidArgumentError(
-            f"{name} must be real, of shape ({n},) or ({n}, k), got {found.dtype} of shape {found.shape}"
+            f"{name} must be real, of shape ({n},) or ({n}, k), got {found.dtype} of shape {found.shape}",
+            reason="SHAPE",
         )
     rows = np.array(found.reshape(n, -1).T, dtype, order="C")
     if not np.isfinite(rows).all():
-        raise InvalidArgumentError(f"{name} holds NaN or infinity: pass finite numbers")
+        raise InvalidArgumentError(f"{name} holds NaN or infinity: pass finite numbers", reason="NOT_FINITE")
     return rows
 
 
 def _shifts(shifts: Any) -> Array:
     found = np.asarray(shifts)
     if found.ndim != 1 or not found.size or found.dtype.kind not in "fiub" or not np.isfinite(found).all():
-        raise InvalidArgumentError(f"shifts must be finite real numbers of shape (s,), got {shifts!r}")
+        raise InvalidArgumentError(
+            f"shifts must be finite real numbers of shape (s,), got {shifts!r}", reason="INVALID_OPTION"
+        )
     return found.astype(np.float64)

@@ -217,7 +217,8 @@ class LocalSpace:
     def _check_kept(self) -> None:
         if self.reorthogonalize == "none":
             raise InvalidArgumentError(
-                "this run keeps no basis, because it was started with reorthogonalize='none': start it with 'full'"
+                "this run keeps no basis, because it was started with reorthogonalize='none': start it with 'full'",
+                reason="NO_BASIS",
             )
 
     def _orthogonal(self, W: vectors.Array) -> tuple[vectors.Array, vectors.Array]:

@@ -46,7 +46,7 @@ class Spectrum(Result):
             return max((high - low) / 100, 1e-6 * max(abs(low), abs(high))) or 1.0
         width = finite(sigma, "sigma")
         if width <= 0:
-            raise InvalidArgumentError(f"sigma must be positive, got {sigma}")
+            raise InvalidArgumentError(f"sigma must be positive, got {sigma}", reason="INVALID_OPTION")
         return width
 
     def grid(self, points: int = 500, sigma: float | None = None) -> Array:
@@ -133,7 +133,9 @@ class Spectrum(Result):
                 raise MissingExtraError("plot() needs matplotlib: pip install matplotlib") from error
             ax = Figure(figsize=(6, 4), layout="constrained").subplots()
         if not hasattr(ax, "semilogy"):
-            raise InvalidArgumentError(f"ax must be axes of matplotlib, or None for new ones, got {ax!r}")
+            raise InvalidArgumentError(
+                f"ax must be axes of matplotlib, or None for new ones, got {ax!r}", reason="INVALID_OPTION"
+            )
         grid = self.grid(sigma=sigma)
         density = self.density(grid, sigma)
         ax.semilogy(grid, np.maximum(density, density.max() * 1e-8))

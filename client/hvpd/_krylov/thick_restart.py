@@ -77,7 +77,9 @@ def eigsh(
     size = min(max(2 * k + 1, 20), n) if ncv is None else integer(ncv, "ncv", min(k + 1, n), n)
     restarts = 10 * n if maxiter is None else integer(maxiter, "maxiter", 1)
     if finite(tol, "tol") < 0:
-        raise InvalidArgumentError(f"tol must be at least 0, got {tol}: 0 asks for the accuracy of rounding")
+        raise InvalidArgumentError(
+            f"tol must be at least 0, got {tol}: 0 asks for the accuracy of rounding", reason="INVALID_OPTION"
+        )
     seed = integer(seed, "seed", 0)
     start = start_block(n, runner.dtype, v0, seed, 1)
     with runner.running("eigsh") as tick, Lanczos(runner.space(), start, origin=runner.seeded(seed)) as run:

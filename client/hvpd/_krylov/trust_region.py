@@ -93,7 +93,8 @@ def _positive(square: float) -> float:
     if not square > 0:
         raise InvalidArgumentError(
             f"M is not positive definite: r'Mr is {square:.3g} for a residual r; pass a positive definite approximation of the "
-            "inverse, or None"
+            "inverse, or None",
+            reason="NOT_POSITIVE_DEFINITE",
         )
     return square
 

@@ -132,7 +132,8 @@ class CurvatureOperator(SymmetricOperator):
         directions = _arrays.host(V, "V")
         if directions.ndim not in (1, 2) or len(directions) != self.shape[0]:
             raise InvalidArgumentError(
-                f"directions must have the shape ({self.shape[0]},) or ({self.shape[0]}, k), got {directions.shape}"
+                f"directions must have the shape ({self.shape[0]},) or ({self.shape[0]}, k), got {directions.shape}",
+                reason="SHAPE",
             )
         block = self._block(directions.reshape(self.shape[0], -1).T)
         form = self.point.quadratic_form(block, *self._asked) * self.dtype.type(self.scale)
@@ -148,7 +149,8 @@ class CurvatureOperator(SymmetricOperator):
         if rows.dtype != self.dtype and not (codec.is_real_floating(rows.dtype) or rows.dtype.kind in "iub"):
             raise InvalidArgumentError(
                 f"a Hessian multiplies real vectors, got dtype {rows.dtype}"
-                + (": multiply the real and the imaginary part" if rows.dtype.kind == "c" else "")
+                + (": multiply the real and the imaginary part" if rows.dtype.kind == "c" else ""),
+                reason="DTYPE",
             )
         return np.ascontiguousarray(rows, dtype=self.dtype)
 
@@ -225,17 +227,18 @@ class CurvatureOperator(SymmetricOperator):
         U = _real(U, "U")
         U = U[:, None] if U.ndim == 1 else U
         if U.ndim != 2 or len(U) != self.shape[0]:
-            raise InvalidArgumentError(f"U must have the shape ({self.shape[0]}, r), got {U.shape}")
+            raise InvalidArgumentError(f"U must have the shape ({self.shape[0]}, r), got {U.shape}", reason="SHAPE")
         r = U.shape[1]
         C = np.eye(r) if C is None else _real(C, "C")
         C = np.diag(C) if C.ndim == 1 else C
         if C.shape != (r, r):
             raise InvalidArgumentError(
-                f"C must have the shape ({r}, {r}) or ({r},), for U has {r} columns; got {C.shape}"
+                f"C must have the shape ({r}, {r}) or ({r},), for U has {r} columns; got {C.shape}", reason="SHAPE"
             )
         if not np.allclose(C, C.T, rtol=1e-6, atol=0.0):
             raise InvalidArgumentError(
-                "C must be symmetric, otherwise U C U^T is not: pass (C + C.T) / 2 if that is meant"
+                "C must be symmetric, otherwise U C U^T is not: pass (C + C.T) / 2 if that is meant",
+                reason="NOT_SYMMETRIC",
             )
         return self._changed(update=self._joined(Update(U.astype(self.dtype), C.astype(self.dtype))))
 
@@ -451,7 +454,8 @@ class CurvatureOperator(SymmetricOperator):
 
         if self.update is not None:
             raise InvalidArgumentError(
-                f"with its rank-{len(self.update.C)} update this operator is a dense matrix: call sparse() before updated()"
+                f"with its rank-{len(self.update.C)} update this operator is a dense matrix: call sparse() before updated()",
+                reason="SPARSITY_PATTERN",
             )
         n = self.shape[0]
         with self._counted("sparse") as multiply:
@@ -546,7 +550,7 @@ class HessianOperator(CurvatureOperator):
 def _real(array: Any, what: str) -> codec.Array:
     found = np.asarray(array)
     if found.dtype.kind not in "fiub" or not np.isfinite(found).all():
-        raise InvalidArgumentError(f"{what} must hold finite real numbers, got dtype {found.dtype}")
+        raise InvalidArgumentError(f"{what} must hold finite real numbers, got dtype {found.dtype}", reason="DTYPE")
     return found
 
 

@@ -152,7 +152,8 @@ class KroneckerInverse(SymmetricOperator):
         if not self.shift > needed:
             more = f"of {1.1 * needed:.2g}" if needed else "that is positive"
             raise InvalidArgumentError(
-                f"with a shift of {self.shift:g} this is not positive definite: {why}; use a shift {more}"
+                f"with a shift of {self.shift:g} this is not positive definite: {why}; use a shift {more}",
+                reason="NOT_POSITIVE_DEFINITE",
             )
         self._layers = [(layer, layer.weights(self.shift)) for layer in found]
 
@@ -192,7 +193,8 @@ class _Eigen:
         if not (np.isfinite(layer.A).all() and np.isfinite(layer.G).all()):
             raise InvalidArgumentError(
                 f"the Kronecker factors of {layer.kernel!r} hold NaN or infinity, and have no inverse: the model, its derivative or "
-                "the loss's is not finite at this point"
+                "the loss's is not finite at this point",
+                reason="NOT_FINITE",
             )
         self._dtype = layer.A.dtype
         values_a, vectors_a = np.linalg.eigh(layer.A.astype(np.float64))
@@ -225,6 +227,7 @@ def _real(X: Any, dtype: "np.dtype[Any]") -> codec.Array:
     found = np.asarray(X)
     if found.dtype.kind == "c":
         raise InvalidArgumentError(
-            f"a Kronecker operator multiplies real vectors, got dtype {found.dtype}: multiply the real and the imaginary part"
+            f"a Kronecker operator multiplies real vectors, got dtype {found.dtype}: multiply the real and the imaginary part",
+            reason="DTYPE",
         )
     return found.astype(dtype, copy=False)

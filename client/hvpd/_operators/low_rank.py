@@ -200,7 +200,8 @@ def nystrom(
         A, total = aslinearoperator(A), float(shift)
     if A.shape[0] != A.shape[1] or np.dtype(A.dtype).kind not in "fiub" or not np.isfinite(total):
         raise InvalidArgumentError(
-            f"a Nyström preconditioner needs a square real operator and a finite shift, got {A.shape} {A.dtype}, {shift!r}"
+            f"a Nyström preconditioner needs a square real operator and a finite shift, got {A.shape} {A.dtype}, {shift!r}",
+            reason="NOT_SYMMETRIC",
         )
     dtype = np.dtype(A.dtype if A.dtype in (np.float32, np.float64) else np.float64)
     krylov = _Krylov(A, dtype, rank=rank, seed=seed, oversampling=oversampling, passes=passes)
@@ -211,7 +212,8 @@ def nystrom(
             f"the operator is indefinite: with the shift {total:g} its smallest Ritz value is {smallest + total:.6g} (residual "
             f"{off:.2g}), and its smallest eigenvalue is not above that. CG and its preconditioner need a positive definite one: "
             f"add a shift of more than {-(smallest + total):.6g}, such as {-1.1 * (smallest + total) + off:.2g}, or use MINRES "
-            "without a preconditioner"
+            "without a preconditioner",
+            reason="NOT_POSITIVE_DEFINITE",
         )
     if smallest < -krylov.tolerance:
         # A alone is indefinite, and A + shift I is not. Nyström's inverse of Q^T A Q
@@ -224,7 +226,8 @@ def nystrom(
     if not kept.any():
         raise InvalidArgumentError(
             f"the operator is zero to rounding (products of norm {np.linalg.norm(krylov.products, 2):.2g}) and the shift is "
-            f"{total:g}: there is nothing to precondition; give a shift"
+            f"{total:g}: there is nothing to precondition; give a shift",
+            reason="NOT_POSITIVE_DEFINITE",
         )
     return NystromPreconditioner(values[kept], U[:, kept].astype(dtype), total)
 

@@ -29,7 +29,7 @@ def structure(pattern: Any, n: int) -> scipy.sparse.csr_array:
         pattern = np.asarray(pattern)
     if tuple(pattern.shape) != (n, n):
         raise InvalidArgumentError(
-            f"the pattern must have the shape ({n}, {n}) of the operator, got {tuple(pattern.shape)}"
+            f"the pattern must have the shape ({n}, {n}) of the operator, got {tuple(pattern.shape)}", reason="SHAPE"
         )
     if listed:
         rows, columns = np.asarray(pattern.rows), np.asarray(pattern.cols)
@@ -149,7 +149,8 @@ def _verify(matrix: scipy.sparse.csr_array, vector: codec.Array, product: codec.
         raise InvalidArgumentError(
             f"the pattern misses entries: the recovered matrix and the operator differ by {difference.max():.3g} on a random "
             f"vector, in {wrong.size} of {len(product)} rows ({shown}). Give a pattern that holds all entries that can be nonzero "
-            "at any x, such as asdex.hessian_sparsity(fun, x)"
+            "at any x, such as asdex.hessian_sparsity(fun, x)",
+            reason="SPARSITY_PATTERN",
         )
 
 
@@ -168,5 +169,6 @@ def detect(multiply: blocks.Multiply, n: int, dtype: np.dtype[Any], *, max_produ
 def _check_budget(needed: int, max_products: int, why: str) -> None:
     if needed > integer(max_products, "max_products", 1):
         raise InvalidArgumentError(
-            f"{needed} products are more than max_products={max_products}: {why}, or raise max_products"
+            f"{needed} products are more than max_products={max_products}: {why}, or raise max_products",
+            reason="TOO_MANY_PRODUCTS",
         )

@@ -100,13 +100,15 @@ class SymmetricOperator(KrylovMethods, LinearOperator):
             raise InvalidArgumentError(
                 f"an operator of shape ({n}, {n}) multiplies one vector of shape ({n},), or a block of shape ({n}, k), got a "
                 f"{type(operand).__name__} of {len(operand)} arrays: join them, for instance by objective.ravel(...), or by "
-                "torch.nn.utils.parameters_to_vector(...)"
+                "torch.nn.utils.parameters_to_vector(...)",
+                reason="SHAPE",
             )
         array = _arrays.host(operand, "the operand")
         if array.ndim not in (1, 2) or array.shape[0] != n:
             raise InvalidArgumentError(
                 f"an operator of shape ({n}, {n}) multiplies vectors of shape ({n},) and blocks of shape ({n}, k), got "
-                f"{array.shape}"
+                f"{array.shape}",
+                reason="SHAPE",
             )
         return array
 

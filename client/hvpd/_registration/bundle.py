@@ -61,11 +61,14 @@ def floating_array(leaf: Any, where: str) -> codec.Array:
     """
     array = codec.native(_arrays.host(leaf, where))
     if array.dtype.kind in "USO":
-        raise InvalidArgumentError(f"{where} must be an array of floating numbers, got {codec.unsent(leaf, array)}")
+        raise InvalidArgumentError(
+            f"{where} must be an array of floating numbers, got {codec.unsent(leaf, array)}", reason="DTYPE"
+        )
     if array.dtype.name not in ("float64", "float32", "bfloat16", "float16"):
         raise InvalidArgumentError(
             f"{where} is of dtype {array.dtype}, and derivatives need float64, float32, bfloat16 or float16: convert it, for "
-            "instance with .astype(float), or pass it as data"
+            "instance with .astype(float), or pass it as data",
+            reason="DTYPE",
         )
     return array
 

@@ -177,7 +177,8 @@ def _differentiates(derivative: Callable[..., Any], avals: Sequence[Any]) -> boo
 def _depends_on_x() -> InvalidArgumentError:
     return InvalidArgumentError(
         "a function with a derivative rule of its own (custom_jvp, custom_vjp) closes over a value that depends on x, and "
-        "the rule does not differentiate by this value: pass the value to the function as an argument"
+        "the rule does not differentiate by this value: pass the value to the function as an argument",
+        reason="DERIVATIVE_RULE",
     )
 
 

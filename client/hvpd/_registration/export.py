@@ -94,7 +94,8 @@ def export(
     any_rows = any_rows or row_reduction is not None
     if mode in RESIDUAL_MODES and (any_rows or sharded):
         raise InvalidArgumentError(
-            f"mode {mode!r} keeps residuals, whose size must be known: it does not go with any_rows, nor with sharded"
+            f"mode {mode!r} keeps residuals, whose size must be known: it does not go with any_rows, nor with sharded",
+            reason="CONFLICTING_OPTIONS",
         )
     given = _given(x, data)
     # On the server, the bundle's precision applies to matrix products that state none.
@@ -142,11 +143,14 @@ def _check_options(platforms: Sequence[str], precision: str, mode: str) -> None:
         names = platforms.replace(",", " ").split() if isinstance(platforms, str) else platforms
         meant = tuple("cuda" if name == "gpu" else name for name in names)
         raise InvalidArgumentError(
-            f"platforms must be a tuple of cpu, cuda, rocm and tpu, such as platforms={meant}, got {platforms!r}"
+            f"platforms must be a tuple of cpu, cuda, rocm and tpu, such as platforms={meant}, got {platforms!r}",
+            reason="INVALID_OPTION",
         )
     unknown = sorted(set(platforms) - set(PLATFORMS))
     if unknown or not platforms:
-        raise InvalidArgumentError(f"platforms must be of cpu, cuda, rocm and tpu, got {list(platforms)!r}")
+        raise InvalidArgumentError(
+            f"platforms must be of cpu, cuda, rocm and tpu, got {list(platforms)!r}", reason="INVALID_OPTION"
+        )
 
 
 def _check_rows(fun: _Function, row_reduction: str | None) -> None:
@@ -155,7 +159,8 @@ def _check_rows(fun: _Function, row_reduction: str | None) -> None:
     check_choice(row_reduction, "row_reduction", REDUCTIONS)
     if isinstance(fun, Composite) and fun.reduction != row_reduction:
         raise InvalidArgumentError(
-            f"the composite's reduction is {fun.reduction!r}, row_reduction is {row_reduction!r}: both must be the same"
+            f"the composite's reduction is {fun.reduction!r}, row_reduction is {row_reduction!r}: both must be the same",
+            reason="CONFLICTING_OPTIONS",
         )
 
 
@@ -164,19 +169,24 @@ def _check_bucket(fixed_bucket: int | None) -> None:
         type(fixed_bucket) is int and 1 <= fixed_bucket <= MAX_FIXED_BUCKET and fixed_bucket & (fixed_bucket - 1) == 0
     ):
         raise InvalidArgumentError(
-            f"fixed_bucket must be a power of two from 1 to {MAX_FIXED_BUCKET}, got {fixed_bucket!r}"
+            f"fixed_bucket must be a power of two from 1 to {MAX_FIXED_BUCKET}, got {fixed_bucket!r}",
+            reason="INVALID_OPTION",
         )
 
 
 def _groups(structure: Spec, blocks: Sequence[str | Sequence[str]]) -> list[list[int]]:
     """Return the positions of the leaves of each block."""
     if isinstance(blocks, str) or not all(isinstance(block, str | Sequence) for block in blocks):
-        raise InvalidArgumentError(f"blocks must be a list of names, and of groups of names, got {blocks!r}")
+        raise InvalidArgumentError(
+            f"blocks must be a list of names, and of groups of names, got {blocks!r}", reason="INVALID_OPTION"
+        )
     known = pytree.leaf_names(structure)
     groups = [pytree.select(known, [block] if isinstance(block, str) else list(block)) for block in blocks]
     for index, group in enumerate(groups):
         if group in groups[:index]:
-            raise InvalidArgumentError(f"blocks[{index}] has the same leaves as an earlier one: {blocks[index]!r}")
+            raise InvalidArgumentError(
+                f"blocks[{index}] has the same leaves as an earlier one: {blocks[index]!r}", reason="INVALID_OPTION"
+            )
     return groups
 
 
@@ -217,7 +227,7 @@ def _given(x: Any, data: Sequence[Any]) -> _Given:
     x_leaves, x_treedef = jax.tree.flatten(x)
     x_arrays = [floating_array(leaf, f"x{path}") for leaf, path in zip(x_leaves, paths(x), strict=True)]
     if not any(array.size for array in x_arrays):
-        raise InvalidArgumentError("x has no elements: there is nothing to differentiate by")
+        raise InvalidArgumentError("x has no elements: there is nothing to differentiate by", reason="NO_PARAMETERS")
     dtype = flat_dtype_of(x_arrays)
     own = bool(jax.dtypes.canonicalize_dtype(np.float64) == np.float64)
     x64 = own or dtype == np.float64
@@ -248,7 +258,7 @@ def _data_array(leaf: Any, where: str, *, x_dtype: np.dtype[Any], x64: bool) -> 
     dtype = getattr(leaf, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended):
         raise InvalidArgumentError(
-            f"{where} is of dtype {dtype}: pass jax.random.key_data(key), and wrap it in the function"
+            f"{where} is of dtype {dtype}: pass jax.random.key_data(key), and wrap it in the function", reason="DTYPE"
         )
     return codec.data_array(leaf, where, x_dtype=x_dtype, x64=x64)
 
@@ -258,12 +268,13 @@ def _row_leaves(arrays: Sequence[codec.Array], structure: Spec) -> list[int]:
     leaf.
     """
     if not arrays or arrays[0].ndim == 0:
-        raise InvalidArgumentError("any_rows needs data whose first leaf has rows")
+        raise InvalidArgumentError("any_rows needs data whose first leaf has rows", reason="NO_ROWS")
     sparse = {first + child for first, node in pytree.sparse_nodes(structure) for child in range(len(node.children))}
     if 0 in sparse:
         raise InvalidArgumentError(
             "any_rows and row_reduction need a first leaf of data that is a dense array: a sparse matrix has its number of rows "
-            "in its structure, so it cannot have any other"
+            "in its structure, so it cannot have any other",
+            reason="NO_ROWS",
         )
     rows = len(arrays[0])
     return [

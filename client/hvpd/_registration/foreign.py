@@ -39,14 +39,19 @@ def foreign(blob: bytes | bytearray) -> Foreign:
     if order < 2:
         raise InvalidArgumentError(
             f"{exported.fun_name} was serialized with vjp_order={order}; a Hessian needs both derivatives: "
-            "exported.serialize(vjp_order=2)"
+            "exported.serialize(vjp_order=2)",
+            reason="EXPORT_UNSUITABLE",
         )
     args, kwargs = jax.tree.unflatten(exported.in_tree, exported.in_avals)
     if kwargs or not args:
-        raise InvalidArgumentError(f"{exported.fun_name} must take x and data by position, it takes {exported.in_tree}")
+        raise InvalidArgumentError(
+            f"{exported.fun_name} must take x and data by position, it takes {exported.in_tree}",
+            reason="EXPORT_UNSUITABLE",
+        )
     if any(not isinstance(size, int) for aval in exported.in_avals for size in aval.shape):
         raise InvalidArgumentError(
-            f"{exported.fun_name} has symbolic shapes ({exported.in_avals}): export it for fixed ones"
+            f"{exported.fun_name} has symbolic shapes ({exported.in_avals}): export it for fixed ones",
+            reason="EXPORT_UNSUITABLE",
         )
     zeros = jax.tree.map(lambda aval: np.zeros(aval.shape, aval.dtype), args[0])
     return Foreign(exported.call, zeros, tuple(exported.platforms))
@@ -65,7 +70,8 @@ def _read(blob: bytes | bytearray) -> jax.export.Exported:
         raise InvalidArgumentError(
             f"these are not the bytes of a jax.export.Exported that jax {jax.__version__} here can read (calling conventions "
             f"{oldest} to {newest}, StableHLO up to {stablehlo.get_current_version()}{_producer(blob)}): {type(error).__name__}: {error}; "
-            "export it with a version of jax that is nearer to this one"
+            "export it with a version of jax that is nearer to this one",
+            reason="PROGRAM_UNREADABLE",
         ) from error
     return exported
 

@@ -85,11 +85,13 @@ def artifact(content: bytes, newest: str, *, is_text: bool) -> tuple[bytes, Sequ
         return _converted(content.decode(errors="replace"), version), ()
     if list(exported.module_kept_var_idx) != list(range(len(exported.in_avals))):
         raise InvalidArgumentError(
-            f"{exported.fun_name} was exported without its unused arguments: jax.export.export(jax.jit(f, keep_unused=True))"
+            f"{exported.fun_name} was exported without its unused arguments: jax.export.export(jax.jit(f, keep_unused=True))",
+            reason="EXPORT_UNSUITABLE",
         )
     if exported.nr_devices != 1 or exported.ordered_effects or exported.unordered_effects:
         raise InvalidArgumentError(
-            f"{exported.fun_name} is partitioned or has side effects: export a pure function of one device"
+            f"{exported.fun_name} is partitioned or has side effects: export a pure function of one device",
+            reason="EXPORT_UNSUITABLE",
         )
     platforms = tuple(exported.platforms)
     return module, platforms if len(platforms) > 1 else ()
@@ -101,5 +103,6 @@ def _converted(module: bytes | str, version: str) -> bytes:
     except Exception as error:
         raise InvalidArgumentError(
             f"the module is no StableHLO that jax {jax.__version__} here can read (up to {stablehlo.get_current_version()}): "
-            f"{type(error).__name__}: {_text.cut(str(error), 500)}"
+            f"{type(error).__name__}: {_text.cut(str(error), 500)}",
+            reason="PROGRAM_UNREADABLE",
         ) from error

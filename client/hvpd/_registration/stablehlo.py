@@ -57,7 +57,7 @@ def export(
     names = pytree.leaf_paths(x_tree)
     arrays = [floating_array(leaf, f"x{name}") for leaf, name in zip(x_leaves, names, strict=True)]
     if not sum(array.size for array in arrays):
-        raise InvalidArgumentError("x has no elements: there is nothing to differentiate by")
+        raise InvalidArgumentError("x has no elements: there is nothing to differentiate by", reason="NO_PARAMETERS")
     data_tree, data_leaves = pytree.flatten(tuple(data))
     flat_dtype = flat_dtype_of(arrays)
     data_arrays = [

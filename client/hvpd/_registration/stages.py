@@ -82,7 +82,8 @@ class Subject:
         takes = len(jax.eval_shape(lambda *leaves: self.arguments_of(leaves), *self.specs[self.count :]))
         if composite.inputs > takes:
             raise InvalidArgumentError(
-                f"the model takes {composite.inputs} data arguments (inputs={composite.inputs}), {takes} were given"
+                f"the model takes {composite.inputs} data arguments (inputs={composite.inputs}), {takes} were given",
+                reason="CONFLICTING_OPTIONS",
             )
 
         def model_of(*leaves: Any) -> Any:
@@ -109,7 +110,7 @@ class Subject:
             losses, loss, loss_closed = self._scalar(loss_of, composite.loss, loss_specs, len(leaves))
         except InvalidArgumentError as error:
             raise InvalidArgumentError(
-                f"the loss cannot take the value that the model returns, {_shapes(z)}: {error}"
+                f"the loss cannot take the value that the model returns, {_shapes(z)}: {error}", reason=error.reason
             ) from error
         captured = [*models, *losses]
         return captured, {
@@ -240,13 +241,18 @@ def _shapes(tree: Any) -> Any:
 def _check_scalar(fun: _Function, out: Any) -> None:
     leaves = jax.tree.leaves(out)
     if len(leaves) != 1 or leaves[0] is not out:
-        raise InvalidArgumentError(f"{_name(fun)} must return one scalar and nothing else, it returns {_shapes(out)}")
+        raise InvalidArgumentError(
+            f"{_name(fun)} must return one scalar and nothing else, it returns {_shapes(out)}", reason="NOT_SCALAR"
+        )
     if out.shape != ():
         raise InvalidArgumentError(
-            f"{_name(fun)} must return a scalar, it returns an array of shape {out.shape}: reduce it, for instance with jnp.mean"
+            f"{_name(fun)} must return a scalar, it returns an array of shape {out.shape}: reduce it, for instance with jnp.mean",
+            reason="NOT_SCALAR",
         )
     if not jnp.issubdtype(out.dtype, jnp.floating):
-        raise InvalidArgumentError(f"{_name(fun)} must return a real floating scalar, it returns {out.dtype}")
+        raise InvalidArgumentError(
+            f"{_name(fun)} must return a real floating scalar, it returns {out.dtype}", reason="NOT_SCALAR"
+        )
 
 
 def _check_pure(fun: _Function, closed: Any) -> None:
@@ -260,16 +266,20 @@ def _check_pure(fun: _Function, closed: Any) -> None:
     if is_high(closed):
         raise InvalidArgumentError(
             f"{_name(fun)} uses values or primitives of jax.experimental.hijax whose derivative rules hvpd cannot send to the server: "
-            "write this part of the function with arrays and other jax operations"
+            "write this part of the function with arrays and other jax operations",
+            reason="DERIVATIVE_RULE",
         )
 
 
 def _check_output(composite: Composite, z: Any, leaves: Sequence[Any]) -> None:
     if not leaves or not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
-        raise InvalidArgumentError(f"the model must return real floating arrays, it returns {_shapes(z)}")
+        raise InvalidArgumentError(
+            f"the model must return real floating arrays, it returns {_shapes(z)}", reason="MODEL_OUTPUT"
+        )
     rows = leaves[0].shape[0] if leaves[0] is z and leaves[0].ndim > 0 else None
     least = 2 if composite.distribution == "categorical" else 1
     if composite.distribution is not None and (rows is None or leaves[0].ndim < least):
         raise InvalidArgumentError(
-            f"a model of distribution {composite.distribution!r} must return one array [rows, ...], it returns {_shapes(z)}"
+            f"a model of distribution {composite.distribution!r} must return one array [rows, ...], it returns {_shapes(z)}",
+            reason="MODEL_OUTPUT",
         )

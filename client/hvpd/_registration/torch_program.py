@@ -174,7 +174,8 @@ def _traced(module: torch.nn.Module, arguments: tuple[Any, ...], what: str) -> A
     if changed:
         raise InvalidArgumentError(
             f"{what} changes its buffers ({', '.join(sorted(changed))}) when it is called, so it is no pure function: call "
-            "module.eval() before it is registered"
+            "module.eval() before it is registered",
+            reason="SIDE_EFFECTS",
         )
     return program
 
@@ -193,7 +194,8 @@ def _called(module: torch.nn.Module, arguments: tuple[Any, ...], what: str) -> A
     except Exception as error:
         raise InvalidArgumentError(
             f"PyTorch cannot compute {what} for these inputs and targets, in {_place(module, where[-1] if where else '')}: "
-            f"{type(error).__name__}: {_text.cut(str(error), 500)}{_dtype_remedy(module, arguments)}"
+            f"{type(error).__name__}: {_text.cut(str(error), 500)}{_dtype_remedy(module, arguments)}",
+            reason="DATA_MISMATCH",
         ) from error
 
 
@@ -212,11 +214,14 @@ def _dtype_remedy(module: torch.nn.Module, arguments: tuple[Any, ...]) -> str:
 def _check_value(value: Any) -> None:
     """Check that a loss returned a real scalar."""
     if not isinstance(value, torch.Tensor):
-        raise InvalidArgumentError(f"the loss must return a scalar tensor, got a {type(value).__name__}")
+        raise InvalidArgumentError(
+            f"the loss must return a scalar tensor, got a {type(value).__name__}", reason="NOT_SCALAR"
+        )
     if value.dim() or not value.is_floating_point():
         raise InvalidArgumentError(
             f"the loss must return a real scalar tensor, got {str(value.dtype).removeprefix('torch.')}{list(value.shape)}: use "
-            "reduction='mean' or 'sum', or .mean() or .sum() of the result"
+            "reduction='mean' or 'sum', or .mean() or .sum() of the result",
+            reason="NOT_SCALAR",
         )
 
 
@@ -261,7 +266,8 @@ def _untraceable(error: Exception, what: str, place: str) -> HvpdError:
         return InvalidArgumentError(
             f"{what} takes a branch, or makes a shape, that depends on the values of tensors, in {place}"
             f"{f' ({source})' if source else ''}: hvpd registers one program for all values. Use torch.where, or move the choice out "
-            "of the module"
+            "of the module",
+            reason="VALUE_DEPENDENT",
         )
     remedy = ""
     if ".numpy() is not supported" in text:
@@ -269,7 +275,8 @@ def _untraceable(error: Exception, what: str, place: str) -> HvpdError:
             ". It leaves PyTorch by .numpy(), so that its derivative is lost: write this part with functions of torch"
         )
     return InvalidArgumentError(
-        f"torch.export cannot trace {what}, in {place}: {type(error).__name__}: {_text.cut(text, 500).rstrip('.')}{remedy}"
+        f"torch.export cannot trace {what}, in {place}: {type(error).__name__}: {_text.cut(text, 500).rstrip('.')}{remedy}",
+        reason="NOT_TRACEABLE",
     )
 
 
@@ -386,7 +393,8 @@ class _Interpreter(torch.fx.Interpreter):
         except Exception as error:
             raise InvalidArgumentError(
                 f"the operator {n.target} cannot be converted to jax, in {_source(n)}: {type(error).__name__}: "
-                f"{_text.cut(str(error), 300)}"
+                f"{_text.cut(str(error), 300)}",
+                reason="UNSUPPORTED_OPERATOR",
             ) from error
         return _typed(found, n.meta.get("val"))
 
@@ -407,17 +415,20 @@ class _Interpreter(torch.fx.Interpreter):
         if not isinstance(target, _OVERLOAD):
             raise InvalidArgumentError(
                 f"{target} has functions inside, or is a custom operator, which hvpd cannot convert, in {_source(n)}: write this part "
-                "with other operators of torch"
+                "with other operators of torch",
+                reason="UNSUPPORTED_OPERATOR",
             )
         if target is torch.ops.aten._local_scalar_dense.default:  # noqa: SLF001 - an operator's name
             raise InvalidArgumentError(
                 f"a number is read from a tensor (.item(), float() or int()), in {_source(n)}: hvpd registers one program for all "
-                "values. Keep the number in a tensor"
+                "values. Keep the number in a tensor",
+                reason="VALUE_DEPENDENT",
             )
         if torch.Tag.nondeterministic_seeded in target.tags:
             raise InvalidArgumentError(
                 f"the operator {target} draws random numbers, in {_source(n)}, and an objective has one value at each x: call "
-                "module.eval() before the module is registered, or pass the numbers as an input"
+                "module.eval() before the module is registered, or pass the numbers as an input",
+                reason="RANDOM_NUMBERS",
             )
         if target in RULES:
             return RULES[target]
@@ -426,7 +437,8 @@ class _Interpreter(torch.fx.Interpreter):
         found = self._table.get(target) or self._table.get(target.overloadpacket)
         if found is None or not found.is_jax_function or found.needs_env:
             raise InvalidArgumentError(
-                f"the operator {target} has no jax form in torchax, in {_source(n)}: write this part with other operators of torch"
+                f"the operator {target} has no jax form in torchax, in {_source(n)}: write this part with other operators of torch",
+                reason="UNSUPPORTED_OPERATOR",
             )
         return cast("Callable[..., Any]", found.func)
 

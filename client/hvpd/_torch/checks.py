@@ -20,18 +20,22 @@ def check(module: Any, loss: Any, inputs: Sequence[Any], targets: Sequence[Any])
             parameter has a dtype that is not served, or an argument is of another kind.
     """
     if not isinstance(module, torch.nn.Module):
-        raise InvalidArgumentError(f"module must be a torch.nn.Module, got a {type(module).__name__}")
+        raise InvalidArgumentError(
+            f"module must be a torch.nn.Module, got a {type(module).__name__}", reason="INVALID_OPTION"
+        )
     _check_kinds(loss, inputs, targets)
     parameters = dict(module.named_parameters())
     if not any(each.requires_grad for each in parameters.values()):
         raise InvalidArgumentError(
-            f"{type(module).__name__} has no parameter that requires a gradient: there is nothing to differentiate by"
+            f"{type(module).__name__} has no parameter that requires a gradient: there is nothing to differentiate by",
+            reason="NO_PARAMETERS",
         )
     for name, each in parameters.items():
         if each.requires_grad and each.dtype not in _DTYPES:
             raise InvalidArgumentError(
                 f"the parameter {name!r} is {_short(each.dtype)}, and curvature needs float32 or float64: call module.float() or "
-                "module.double() first, and convert the inputs as well"
+                "module.double() first, and convert the inputs as well",
+                reason="DTYPE",
             )
     tensors: dict[str, torch.Tensor] = {f"the parameter {name!r}": each for name, each in parameters.items()}
     tensors |= {f"the buffer {name!r}": buffer for name, buffer in module.named_buffers()}
@@ -42,27 +46,33 @@ def check(module: Any, loss: Any, inputs: Sequence[Any], targets: Sequence[Any])
         if tensor.device != tensors[first].device:
             raise InvalidArgumentError(
                 f"{first} is on {tensors[first].device}, and {what} is on {tensor.device}: move module, inputs and targets to one "
-                "device, for instance with .to('cpu')"
+                "device, for instance with .to('cpu')",
+                reason="TENSOR_DEVICE",
             )
         if tensor.is_meta:
             raise InvalidArgumentError(
-                f"{what} is on the device meta, so it has no values: load the module on a device"
+                f"{what} is on the device meta, so it has no values: load the module on a device",
+                reason="TENSOR_DEVICE",
             )
         if what.startswith(("inputs", "targets")) and tensor.dtype in (torch.float16, torch.bfloat16):
-            raise InvalidArgumentError(f"{what} is {_short(tensor.dtype)}: convert it to the dtype of the parameters")
+            raise InvalidArgumentError(
+                f"{what} is {_short(tensor.dtype)}: convert it to the dtype of the parameters", reason="DTYPE"
+            )
     return tensors[first].device
 
 
 def _check_kinds(loss: Any, inputs: Sequence[Any], targets: Sequence[Any]) -> None:
     if not callable(loss):
         raise InvalidArgumentError(
-            f"loss must be a function loss(output, *targets) or a module such as torch.nn.MSELoss(), got {loss!r}"
+            f"loss must be a function loss(output, *targets) or a module such as torch.nn.MSELoss(), got {loss!r}",
+            reason="INVALID_OPTION",
         )
     for what, given in (("inputs", inputs), ("targets", targets)):
         for path, value in _leaves(given):
             if _arrays.is_array(value) and not isinstance(value, torch.Tensor):
                 raise InvalidArgumentError(
-                    f"{what}{path} is a {_arrays.described(value)}, and PyTorch needs tensors: pass torch.as_tensor(...)"
+                    f"{what}{path} is a {_arrays.described(value)}, and PyTorch needs tensors: pass torch.as_tensor(...)",
+                    reason="DTYPE",
                 )
 
 

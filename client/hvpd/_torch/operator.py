@@ -41,7 +41,8 @@ class LinearOperator(PyTorchLinearOperator):  # type: ignore[misc]  # curvlinops
         """
         if not isinstance(operator, SymmetricOperator):
             raise InvalidArgumentError(
-                f"LinearOperator takes an operator of hvpd, such as objective.at(module).hessian(), got a {type(operator).__name__}"
+                f"LinearOperator takes an operator of hvpd, such as objective.at(module).hessian(), got a {type(operator).__name__}",
+                reason="INVALID_OPTION",
             )
         point = getattr(operator, "point", None)
         names = getattr(operator, "leaves", ())

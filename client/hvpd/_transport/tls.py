@@ -49,18 +49,21 @@ def encryption(
             used.
     """
     if tls not in (None, True, False):
-        raise InvalidArgumentError(f"tls must be True, False or None, got {tls!r}")
+        raise InvalidArgumentError(f"tls must be True, False or None, got {tls!r}", reason="INVALID_OPTION")
     if tls is False:
         if ca is not None or cert is not None or key is not None:
             raise InvalidArgumentError(
-                "ca, cert and key are for TLS, and tls=False says that there is to be none: leave out tls, or ca, cert and key"
+                "ca, cert and key are for TLS, and tls=False says that there is to be none: leave out tls, or ca, cert and key",
+                reason="CONFLICTING_OPTIONS",
             )
         return None
     ca_file = _path("ca", ca, environment.get("HVPD_CA"))
     cert_file = _path("cert", cert, environment.get("HVPD_CERT"))
     key_file = _path("key", key, environment.get("HVPD_KEY"))
     if (cert_file is None) != (key_file is None):
-        raise InvalidArgumentError("cert and key ($HVPD_CERT and $HVPD_KEY) go together: give both, or none")
+        raise InvalidArgumentError(
+            "cert and key ($HVPD_CERT and $HVPD_KEY) go together: give both, or none", reason="CONFLICTING_OPTIONS"
+        )
     if not (tls or ca_file or cert_file):
         return None
     context = ssl.create_default_context()
@@ -83,7 +86,7 @@ def _path(name: str, given: object, default: str | None) -> Path | None:
     if given is None:
         return Path(default) if default else None
     if not isinstance(given, str | os.PathLike) or not os.fspath(given):
-        raise InvalidArgumentError(f"{name} must be the path of a PEM file, got {given!r}")
+        raise InvalidArgumentError(f"{name} must be the path of a PEM file, got {given!r}", reason="TLS_FILE")
     return Path(given)
 
 
@@ -93,9 +96,11 @@ def _named(name: str, file: Path, wrong: str) -> Iterator[None]:
     try:
         yield
     except ssl.SSLError as error:
-        raise InvalidArgumentError(f"{name}={str(file)!r} {wrong} ({_reason(error)})") from None
+        raise InvalidArgumentError(f"{name}={str(file)!r} {wrong} ({_reason(error)})", reason="TLS_FILE") from None
     except OSError as error:
-        raise InvalidArgumentError(f"{name}={str(file)!r} {wrong} (cannot read it: {error.strerror})") from None
+        raise InvalidArgumentError(
+            f"{name}={str(file)!r} {wrong} (cannot read it: {error.strerror})", reason="TLS_FILE"
+        ) from None
 
 
 def diagnose(address: str, tls: Tls | None, seconds: float) -> str | None:

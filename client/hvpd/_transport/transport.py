@@ -99,7 +99,8 @@ class Transport(Calls):
         if token is not None and tls is None and not insecure and not local:
             raise InvalidArgumentError(
                 f"the token would go to {address} as plain text, which every machine on the way can read: pass tls=True, or "
-                "ca=FILE with the server's CA, or insecure=True if something else encrypts the connection"
+                "ca=FILE with the server's CA, or insecure=True if something else encrypts the connection",
+                reason="TOKEN_UNPROTECTED",
             )
         if connect_timeout is not None:
             _check_seconds("connect_timeout", connect_timeout)
@@ -406,7 +407,9 @@ def _host(address: object) -> str:
     if not host or not port.isdecimal() or int(port) > 65535 or set(host) & set(" /\t\n"):
         bare = isinstance(address, str) and re.fullmatch(r"[\w.-]+:?", address)
         example = f"{str(address).rstrip(':')}:7070" if bare else "gpu-box:7070"
-        raise InvalidArgumentError(f"an address must be host:port, such as {example}, got {address!r}")
+        raise InvalidArgumentError(
+            f"an address must be host:port, such as {example}, got {address!r}", reason="ADDRESS"
+        )
     return host
 
 
@@ -419,17 +422,23 @@ def _is_local(host: str) -> bool:
 
 def _check_token(token: object) -> None:
     if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
-        raise InvalidArgumentError("a token must consist of printable ASCII characters")
+        raise InvalidArgumentError("a token must consist of printable ASCII characters", reason="TOKEN_MALFORMED")
     if token is not None and not 0 < len(token.strip()) <= _TOKEN_LENGTH:
-        raise InvalidArgumentError(f"a token must have from 1 to {_TOKEN_LENGTH} characters, got {len(token)}")
+        raise InvalidArgumentError(
+            f"a token must have from 1 to {_TOKEN_LENGTH} characters, got {len(token)}", reason="TOKEN_MALFORMED"
+        )
 
 
 def _check_seconds(name: str, seconds: object, most: float = _MOST_SECONDS) -> None:
     if not isinstance(seconds, int | float) or not 0 <= seconds <= most:
-        raise InvalidArgumentError(f"{name} must be a number of seconds from 0 to {most:g}, got {seconds!r}")
+        raise InvalidArgumentError(
+            f"{name} must be a number of seconds from 0 to {most:g}, got {seconds!r}", reason="INVALID_OPTION"
+        )
 
 
 def _check_priority(priority: object) -> None:
     most = protocol.MAX_PRIORITY
     if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > most:
-        raise InvalidArgumentError(f"priority must be a whole number from -{most} to {most}, got {priority!r}")
+        raise InvalidArgumentError(
+            f"priority must be a whole number from -{most} to {most}, got {priority!r}", reason="PRIORITY"
+        )

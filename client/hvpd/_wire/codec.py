@@ -208,7 +208,7 @@ def data_array(leaf: Any, where: str, *, x_dtype: np.dtype[Any], x64: bool) -> A
         dtype(found.dtype.name)
     except TypeError:
         raise InvalidArgumentError(
-            f"{where} must be an array of numbers or booleans, got {unsent(leaf, found)}"
+            f"{where} must be an array of numbers or booleans, got {unsent(leaf, found)}", reason="DTYPE"
         ) from None
     narrow = {"float64": "float32", "complex128": "complex64", "int64": "int32", "uint64": "uint32"}
     if x64 or found.dtype.name not in narrow:
@@ -219,6 +219,7 @@ def data_array(leaf: Any, where: str, *, x_dtype: np.dtype[Any], x64: bool) -> A
         if found.min() < limits.min or found.max() > limits.max:
             raise InvalidArgumentError(
                 f"{where} holds integers that {to} cannot, and this objective is traced without 64-bit types: "
-                "register it under jax.enable_x64(True), or with a float64 x"
+                "register it under jax.enable_x64(True), or with a float64 x",
+                reason="X64_DISABLED",
             )
     return found.astype(to)

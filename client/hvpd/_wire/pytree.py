@@ -43,11 +43,14 @@ def _structure(tree: Any, found: list[Any]) -> Spec:
         return Spec(kind=Spec.KIND_NONE)
     if isinstance(tree, dict):
         if {type(key) for key in tree} not in ({str}, {int}, set()):
-            raise InvalidArgumentError(f"a dict in x or data must have strings or integers as keys, got {list(tree)!r}")
+            raise InvalidArgumentError(
+                f"a dict in x or data must have strings or integers as keys, got {list(tree)!r}", reason="STRUCTURE"
+            )
         keys = sorted(tree)
         if isinstance(tree, collections.OrderedDict) and list(tree) != keys:
             raise InvalidArgumentError(
-                f"an OrderedDict in x or data has the order {list(tree)!r}, and leaves go by sorted keys: pass a dict"
+                f"an OrderedDict in x or data has the order {list(tree)!r}, and leaves go by sorted keys: pass a dict",
+                reason="STRUCTURE",
             )
         children = [_structure(tree[key], found) for key in keys]
         named = [Spec.Key(number=key) if isinstance(key, int) else Spec.Key(text=key) for key in keys]
@@ -222,11 +225,14 @@ def select(known: Sequence[str], names: Sequence[str]) -> list[int]:
         InvalidArgumentError: There is no such leaf; the message lists the leaves.
     """
     if not names:
-        raise InvalidArgumentError(f"name the leaves of the block: any of {_listed(known)}, or names above them")
+        raise InvalidArgumentError(
+            f"name the leaves of the block: any of {_listed(known)}, or names above them", reason="UNKNOWN_BLOCK"
+        )
     for name in names:
         if not any(_below(leaf, name) for leaf in known):
             raise InvalidArgumentError(
-                f"no leaf of x is named {name!r}, and none is below it; there are {_listed(known)}"
+                f"no leaf of x is named {name!r}, and none is below it; there are {_listed(known)}",
+                reason="UNKNOWN_BLOCK",
             )
     return [position for position, leaf in enumerate(known) if any(_below(leaf, name) for name in names)]
 

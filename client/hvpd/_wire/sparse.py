@@ -53,7 +53,8 @@ def coordinates(matrix: Any, where: str) -> tuple[Array, Array]:
     """
     if len(matrix.shape) != 2 or max(matrix.shape) > np.iinfo(np.int32).max:
         raise InvalidArgumentError(
-            f"{where} is a scipy.sparse array of shape {matrix.shape}, and must have two axes of less than 2**31: pass its arrays"
+            f"{where} is a scipy.sparse array of shape {matrix.shape}, and must have two axes of less than 2**31: pass its arrays",
+            reason="SHAPE",
         )
     rows = matrix.tocsr(copy=True)
     rows.sum_duplicates()
@@ -79,13 +80,15 @@ def arrays(spec: Spec, matrix: Any, where: str) -> list[Any] | None:
     either = f"a {name} or a scipy.sparse matrix" if name in ("BCOO", "BCSR", "CSR") else f"a {name}"
     wanted = f"{where} must be {either} of shape {shape}, as registered"
     if tuple(matrix.shape) != shape:
-        raise InvalidArgumentError(f"{wanted}; got a {type(matrix).__name__} of shape {tuple(matrix.shape)}")
+        raise InvalidArgumentError(
+            f"{wanted}; got a {type(matrix).__name__} of shape {tuple(matrix.shape)}", reason="DATA_MISMATCH"
+        )
     if not ours:
         found, facts = matrix.tree_flatten()
         missing = [fact for fact in spec.sparse.facts if facts.get(fact) is not True]
         if type(matrix).__name__ != name or missing:
             lacks = f" without {' and '.join(missing)}" if missing else ""
-            raise InvalidArgumentError(f"{wanted}; got a {type(matrix).__name__}{lacks}")
+            raise InvalidArgumentError(f"{wanted}; got a {type(matrix).__name__}{lacks}", reason="DATA_MISMATCH")
         return list(found)
     data, indices = coordinates(matrix, where)
     if name == "BCOO" and indices.shape[1] == len(shape):
@@ -93,7 +96,7 @@ def arrays(spec: Spec, matrix: Any, where: str) -> list[Any] | None:
     if name in ("BCSR", "CSR"):
         ends = np.searchsorted(indices[:, 0], np.arange(shape[0] + 1)).astype(np.int32)
         return [data, indices[:, 1], ends]
-    raise InvalidArgumentError(f"{wanted}; got a scipy.sparse {type(matrix).__name__}")
+    raise InvalidArgumentError(f"{wanted}; got a scipy.sparse {type(matrix).__name__}", reason="DATA_MISMATCH")
 
 
 def padded(spec: Spec, found: Sequence[Array], stored: int, where: str) -> list[Array]:
@@ -115,7 +118,8 @@ def padded(spec: Spec, found: Sequence[Array], stored: int, where: str) -> list[
     if more < 0:
         raise InvalidArgumentError(
             f"{where} stores {len(data)} elements, and the registered matrix stores {stored}: register a matrix that stores "
-            "at least as many, for instance with explicit zeros"
+            "at least as many, for instance with explicit zeros",
+            reason="DATA_MISMATCH",
         )
     if not more or spec.type_name not in ("BCOO", "BCSR"):
         return list(found)
