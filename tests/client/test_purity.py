@@ -1,5 +1,6 @@
-"""Random numbers of Python and NumPy in a traced function give a warning."""
+"""Random numbers and side effects in a traced function give a warning."""
 
+import functools
 import random
 import warnings
 
@@ -41,6 +42,76 @@ def test_a_draw_gives_a_warning_that_names_the_generator(fun, name):
         traced(fun)
 
 
+CALLS = {"n": 0}
+TOTAL = 0
+
+
+def counts(x):
+    CALLS["n"] += 1
+    return jnp.sum(x)
+
+
+def rebinds(x):
+    global TOTAL  # noqa: PLW0603 - what users write
+    TOTAL += 1
+    return jnp.sum(x)
+
+
+def keeping(history):
+    def keeps(x):
+        history.append(x)
+        return jnp.sum(x)
+
+    return keeps
+
+
+def counting():
+    count = 0
+
+    def fun(x):
+        nonlocal count
+        count += 1
+        return jnp.sum(x)
+
+    return fun
+
+
+class Model:
+    def __init__(self):
+        self.calls = 0
+
+    def loss(self, x):
+        self.calls += 1
+        return jnp.sum(x)
+
+    @functools.cached_property
+    def weight(self):
+        return 2.0
+
+    def pure(self, x):
+        return jnp.sum(x) * self.weight
+
+
+@pytest.mark.parametrize(
+    ("fun", "name"),
+    [
+        (counts, "CALLS"),
+        (rebinds, "TOTAL"),
+        (keeping([]), "history"),
+        (counting(), "count"),
+        (Model().loss, "self"),
+        (jax.jit(keeping([])), "history"),
+        (functools.partial(keeping([1])), "history"),
+        (hvpd.composite(keeping([]), jnp.sum, reduction="sum"), "history"),
+    ],
+    ids=["dict", "global", "list", "nonlocal", "attribute", "jit", "partial", "composite"],
+)
+def test_a_change_of_a_python_object_gives_one_warning_that_names_it(fun, name):
+    with pytest.warns(UserWarning, match=f"changed {name} while") as shown:
+        traced(fun)
+    assert len(shown) == 1
+
+
 def test_pure_functions_and_draws_outside_give_none():
     noise = RNG.normal()
     with warnings.catch_warnings():
@@ -48,3 +119,5 @@ def test_pure_functions_and_draws_outside_give_none():
         traced(lambda x: jnp.sum(x) * noise)
         traced(lambda x: jnp.sum(jax.random.normal(jax.random.key(0), x.shape) * x))
         traced(jnp.sum)
+        traced(Model().pure)
+        traced(lambda x: jnp.sum(x) * len(CALLS))

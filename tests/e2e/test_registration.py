@@ -301,6 +301,19 @@ def test_programs_can_tell_why_a_registration_or_data_is_refused(client):
     assert reason(objective.at, np.ones(4)) == "SHAPE"
 
 
+def test_a_value_of_an_earlier_trace_is_named_as_the_cause(client):
+    kept = []
+
+    def fun(x):
+        kept.append(x)
+        return jnp.sum(kept[0] ** 2)
+
+    with pytest.warns(UserWarning, match="the function changed kept"):
+        client.register(fun, np.ones(3))
+    with pytest.raises(hvpd.InvalidArgumentError, match="an earlier trace left behind"):
+        client.register(fun, np.ones(3))
+
+
 def test_without_a_name_an_objective_has_one_of_its_names(client):
     def fun(x):
         return (x**4).sum() + 0.0625 * x.sum()

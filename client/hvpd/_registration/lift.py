@@ -91,6 +91,9 @@ def _trace(fun: Callable[..., Any], specs: Sequence[Any], lift_bytes: int) -> tu
     """
     with closures.opened(lift_bytes) as taken:
         found: tuple[Any, Any] = jax.make_jaxpr(fun, return_shape=True)(*specs)
+    leaked = [each for each in found[0].consts if isinstance(each, jax.core.Tracer)]
+    if leaked:  # jax itself fails later, without a cause.
+        raise jax.errors.UnexpectedTracerError(f"the function closes over {leaked[0]!r}")
     return found, [each.dtype for each in (*held(found[0]), *taken) if isinstance(each, np.ndarray)]
 
 

@@ -1,11 +1,17 @@
-"""Notices random numbers that Python draws while jax traces a function.
+"""Notices side effects of a function in Python, while jax traces the function.
 
-Such numbers become constants of the program, and every point has the same.
+Python runs the function only then. So random numbers that it draws become constants of
+the program, and containers that it changes do not change any more.
 """
 
 import contextlib
+import functools
+import inspect
+import operator
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,15 +19,20 @@ import numpy as np
 from hvpd._composite import Composite
 from hvpd._warnings import warn
 
+_CONTAINERS = (dict, list, set, deque)
+
 
 @contextlib.contextmanager
 def noticed(fun: Callable[..., Any]) -> Iterator[None]:
-    """Warn if a trace of `fun` draws from a random generator of Python or NumPy.
+    """Warn if a trace of `fun` draws random numbers or changes objects of Python.
 
-    It watches the global generators, and those that `fun` names itself.
+    It watches the global generators of random numbers, and the values that `fun` itself
+    names: those it closes over, its globals, and the object that a method belongs to.
     """
-    generators = {"random": random.getstate, "numpy.random": _numpy_state} | _own(fun)
+    named = _named(fun)
+    generators = {"random": random.getstate, "numpy.random": _numpy_state} | _generators(named)
     before = {name: state() for name, state in generators.items()}
+    contents = {name: _content(value) for name, value in named.items()}
     yield
     for name, state in generators.items():
         if state() != before[name]:
@@ -29,6 +40,14 @@ def noticed(fun: Callable[..., Any]) -> Iterator[None]:
                 f"the function drew random numbers from {name} while jax traced it: they are constants now, the same at every "
                 "point. Pass the numbers as data, or draw them with jax.random from jax.random.key_data(key) in data"
             )
+    now = _named(fun)
+    changed = [name for name, value in named.items() if _differs(value, contents[name], now.get(name))]
+    if changed:
+        warn(
+            f"the function changed {', '.join(sorted(changed))} while jax traced it. Python runs the function only now, and not "
+            "at each point, and values of x and data in it are tracers of jax, which cannot be used later. Change nothing in the "
+            "function, and compute counts and histories outside of it"
+        )
 
 
 def _numpy_state() -> Any:
@@ -36,21 +55,52 @@ def _numpy_state() -> Any:
     return state["state"]["key"].tobytes(), state["state"]["pos"], state["has_gauss"]
 
 
-def _own(fun: Callable[..., Any]) -> dict[str, Callable[[], Any]]:
-    """Return the generators that a function closes over or has as globals, by name."""
+def _named(fun: Callable[..., Any]) -> dict[str, Any]:
+    """Return the values that a function closes over or has as globals, by name."""
     functions = (fun.model, fun.loss) if isinstance(fun, Composite) else (fun,)
-    found: dict[str, Callable[[], Any]] = {}
+    found: dict[str, Any] = {}
     for each in functions:
-        code = getattr(each, "__code__", None)
+        inner = inspect.unwrap(each.func if isinstance(each, functools.partial) else each)
+        code = getattr(inner, "__code__", None)
         if code is None:
             continue
-        values = {name: each.__globals__.get(name) for name in code.co_names}
-        for name, cell in zip(code.co_freevars, each.__closure__ or (), strict=True):
+        found |= {name: inner.__globals__.get(name) for name in code.co_names}
+        for name, cell in zip(code.co_freevars, inner.__closure__ or (), strict=True):
             with contextlib.suppress(ValueError):  # The cell is empty.
-                values[name] = cell.cell_contents
-        for name, value in values.items():
-            if isinstance(value, np.random.Generator):
-                found[name] = lambda value=value: repr(value.bit_generator.state)  # type: ignore[misc]
-            elif isinstance(value, random.Random):
-                found[name] = value.getstate
+                found[name] = cell.cell_contents
+        if inspect.ismethod(inner):
+            found["self"] = inner.__self__
     return found
+
+
+def _generators(named: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """Return the generators of random numbers among some values, by name."""
+    found: dict[str, Callable[[], Any]] = {}
+    for name, value in named.items():
+        if isinstance(value, np.random.Generator):
+            found[name] = lambda value=value: repr(value.bit_generator.state)  # type: ignore[misc]
+        elif isinstance(value, random.Random):
+            found[name] = value.getstate
+    return found
+
+
+def _content(value: Any) -> list[Any]:
+    """Return what a container or an object holds, at one moment."""
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, _CONTAINERS):
+        return list(value)
+    if isinstance(value, (ModuleType, type, random.Random)):  # A module may import parts of itself at their first use.
+        return []
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def _differs(value: Any, before: list[Any], now: Any) -> bool:
+    """Return whether a name stands for another value, or the value holds others.
+
+    An added attribute is no difference, because functools.cached_property and others
+    add attributes.
+    """
+    after = _content(now)
+    resized = len(after) < len(before) or (isinstance(value, _CONTAINERS) and len(after) > len(before))
+    return now is not value or resized or any(map(operator.is_not, before, after))

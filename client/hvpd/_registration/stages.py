@@ -219,6 +219,11 @@ def _remedy(error: Exception, said: str) -> str:
             "x and data are traced, and NumPy and SciPy cannot compute with them: use jax.numpy, and pass matrices of scipy.sparse "
             "as data. "
         )
+    if isinstance(error, jax.errors.UnexpectedTracerError):
+        return (
+            "it uses a value that an earlier trace left behind in a global variable, a list or an attribute. Keep no values of x "
+            "or data there: return them, or compute them again. "
+        )
     concrete = (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError)
     if isinstance(error, concrete) or "concrete values" in said:
         where = (
