@@ -67,7 +67,7 @@ def floating_array(leaf: Any, where: str) -> codec.Array:
     if array.dtype.name not in ("float64", "float32", "bfloat16", "float16"):
         raise InvalidArgumentError(
             f"{where} is of dtype {array.dtype}, and derivatives need float64, float32, bfloat16 or float16: convert it, for "
-            "instance with .astype(float), or pass it as data",
+            "instance with .astype(float), or pass it as data; split it off from a module by eqx.partition or nnx.split",
             reason="DTYPE",
         )
     return array
