@@ -26,7 +26,7 @@ def share(objective, products, device):
 
 def test_rates_and_quantiles_are_those_between_two_moments():
     before = load(10, 100, [share("a", 90, 5.0)], (1000, 0, 0))
-    now = load(12, 300, [share("a", 190, 6.0), share("b", 100, 1.5)], (1000, 200, 0))
+    now = load(12, 300, [share("a", 190, 6.0), share("b", 100, 1.5), share("refused", 0, 0.0)], (1000, 200, 0))
     lines = frame("gpu-box:7070", before, now)
     assert lines[0] == "gpu-box:7070  serving  0 calls"
     assert lines[1].startswith("products 100/s   vectors 400/s   failures 0/s")

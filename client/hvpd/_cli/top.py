@@ -102,6 +102,8 @@ def _shares(
     earlier = {(share.objective, share.tenant): share for share in before.shares}
     rows = []
     for share in now.shares:
+        if not share.products and not share.device_seconds:  # Only refused calls.
+            continue
         was = earlier.get((share.objective, share.tenant), server_pb2.Share())
         if was.products > share.products:  # Another pair had the account.
             was = server_pb2.Share()
