@@ -1,13 +1,17 @@
 """Client and server speak only to each other's certificates, which may be renewed."""
 
+import contextlib
 import datetime
 import os
+import re
+import shutil
 import socket
 import ssl
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +74,31 @@ def test_a_server_that_asks_for_certificates_takes_those_of_its_ca_only(mutual):
     with pytest.raises(hvpd.UnavailableError, match=r"the server speaks TLS"):
         hvpd.connect(server.address, connect_timeout=60)
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_the_certificate_of_the_page_is_good_for_its_names(tmp_path):
+    page = (Path(__file__).parents[3] / "docs/operate/access.md").read_text()
+    (commands,) = re.findall(r"^```sh\n(openssl.*?)^```", page, re.MULTILINE | re.DOTALL)
+    subprocess.run(["sh", "-ec", commands], cwd=tmp_path, check=True, capture_output=True)
+    serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    serving.load_cert_chain(tmp_path / "server.pem", tmp_path / "server.key")
+    trusting = ssl.create_default_context(cafile=tmp_path / "ca.pem")
+    for name in ("gpu-box", "localhost"):
+        shake_hands(serving, trusting, name)
+    with pytest.raises(ssl.SSLCertVerificationError, match="Hostname mismatch"):
+        shake_hands(serving, trusting, "other-box")
+
+
+def shake_hands(serving, trusting, name):
+    """Connect two sides in memory."""
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    sides = serving.wrap_bio(there, back, server_side=True), trusting.wrap_bio(back, there, server_hostname=name)
+    for _ in range(4):
+        for side in sides:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+    assert sides[1].cipher()
 
 
 def greeting(place, server, personal):

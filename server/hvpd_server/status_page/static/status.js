@@ -140,7 +140,7 @@ function drawSince({ now }) {
   const padding = now.launched_columns ? now.padding_columns / now.launched_columns : 0;
   const { compiled = 0, cached = 0, failed = 0 } = now.compiles;
   say(find("since"), `Since the start: ${count(now.products)} products of ${count(now.columns)} vectors; ${percent(padding)} of what was `
-    + `launched was padding; ${count(now.points)} points made, ${count(now.points_remade)} of them again; ${count(compiled)} programs compiled, `
+    + `launched was padding; points: ${count(now.points)} made, ${count(now.points_remade)} of them again; programs: ${count(compiled)} compiled, `
     + `${count(cached)} taken from the cache, ${count(failed)} failed.`);
 }
 
