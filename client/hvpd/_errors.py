@@ -14,6 +14,7 @@
 Only `to_error` makes them from the failure of a call.
 """
 
+import contextlib
 import os
 import re
 import traceback
@@ -65,7 +66,9 @@ class HvpdError(Exception):
         """Return the lines that IPython and Jupyter show: the caller's own frames."""
         frames = traceback.extract_tb(self.__traceback__)
         own = [
-            each for each in frames if not ("site-packages" in each.filename or each.filename.startswith(_OWN_FOLDER))
+            each
+            for each in frames
+            if not ("site-packages" in each.filename or each.filename.startswith((_OWN_FOLDER, contextlib.__file__)))
         ]
         return [*"".join(traceback.format_list(own)).splitlines(), f"{type(self).__name__}: {self}"]
 

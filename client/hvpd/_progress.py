@@ -6,6 +6,7 @@ and only while there is some.
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import logging
 import sys
@@ -202,10 +203,11 @@ class _Bars:
 
 
 def _bar(progress: Progress) -> Any:
-    from tqdm.auto import tqdm
-
+    # In a notebook without ipywidgets, tqdm.auto would warn.
+    tqdm = importlib.import_module("tqdm.auto" if importlib.util.find_spec("ipywidgets") else "tqdm").tqdm
     counted = progress.total is not None or progress.unit
     return tqdm(
+        desc=f"hvpd: {progress.stage}",
         total=progress.total,
         unit=progress.unit,
         unit_scale=progress.unit == "B",

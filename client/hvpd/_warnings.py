@@ -1,5 +1,6 @@
 """Warnings, shown at the user's line."""
 
+import contextlib
 import sys
 import warnings
 from pathlib import Path
@@ -30,7 +31,8 @@ def _users_level() -> int:
     level, frame = 0, sys._getframe(1)  # noqa: SLF001 - Python's own way to walk the stack
     while frame.f_back is not None:
         module = str(frame.f_globals.get("__name__", ""))
-        if not (frame.f_code.co_filename.startswith(own) or module.partition(".")[0] in _SOLVERS):
+        file = frame.f_code.co_filename
+        if not (file.startswith(own) or file == contextlib.__file__ or module.partition(".")[0] in _SOLVERS):
             break
         level, frame = level + 1, frame.f_back
     return level

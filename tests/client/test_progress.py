@@ -1,6 +1,7 @@
 """Progress of long work. The delay before it is shown is shortened here."""
 
 import logging
+import sys
 import threading
 
 import pytest
@@ -85,6 +86,15 @@ def test_bars_show_the_stage_and_the_count(quick, capsys):
         stage.done = 1024
         assert seen.wait(WAIT)
     assert "hvpd: uploading" in capsys.readouterr().err
+
+
+def test_a_notebook_without_ipywidgets_gets_bars_without_a_warning(quick, monkeypatch):
+    """tqdm.auto imports the package, and warns if that fails."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)  # An import fails.
+    bar = _progress._bar(_progress.Progress("tracing", 0, None, "", 1.0, finished=False))
+    assert bar.desc.startswith("hvpd: tracing")
+    bar.close()
 
 
 def test_a_missing_tqdm_is_an_error_only_if_bars_are_demanded(monkeypatch):

@@ -35,6 +35,15 @@ def test_a_warning_is_at_the_line_that_called_hvpd():
     )
 
 
+def test_a_warning_in_a_context_manager_is_at_the_line_that_called_hvpd():
+    source = "import contextlib\n@contextlib.contextmanager\ndef watched():\n    yield\n    warn('careful')\n"
+    inner = as_hvpd(f"{source}\n@watched()\ndef f():\n    with watched():\n        pass\n")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        inner()
+    assert [each.filename for each in caught] == [__file__, __file__]
+
+
 def test_a_warning_under_a_solver_is_at_the_line_that_called_the_solver():
     multiply = as_hvpd("def f(v):\n    if not v.any():\n        warn('careful')\n    return v\n")
     A = scipy.sparse.linalg.LinearOperator((3, 3), multiply, dtype=np.float64)
