@@ -76,7 +76,7 @@ class PointSpec(google.protobuf.message.Message):
     default_data: builtins.bool
     """Whether to bind the data that the objective was registered with."""
     x_digest: builtins.str
-    """SHA-256 of the bytes of the flat x."""
+    """SHA-256 of the bytes of the flat x, 64 lower-case hexadecimal digits."""
     @property
     def data(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[hvpd.v1.tensor_pb2.Tensor]:
         """The data to bind: one tensor for each leaf, already stored. Empty with
@@ -160,7 +160,9 @@ class Move(google.protobuf.message.Message):
     alpha: builtins.float
     """The factor, in the objective's dtype; finite."""
     direction_digest: builtins.str
-    """SHA-256 of the bytes of the direction, dtype[n], little-endian."""
+    """SHA-256 of the bytes of the direction, dtype[n], little-endian: 64 lower-case
+    hexadecimal digits.
+    """
     def __init__(
         self,
         *,
