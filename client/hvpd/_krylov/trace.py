@@ -103,7 +103,9 @@ def _budget(products: int | None, least: int, n: int) -> int:
     """Return the number of products to spend; n for an exact result."""
     found = min(100 if products is None else integer(products, "products", min(least, n)), n)
     if found > MOST_PRODUCTS:
-        raise InvalidArgumentError(f"products must be at most {MOST_PRODUCTS}, got {products}: 100 are usual")
+        raise InvalidArgumentError(
+            f"products must be at most {MOST_PRODUCTS}, got {products}: 100 are usual", reason="STEPS"
+        )
     return found
 
 
