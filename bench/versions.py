@@ -3,15 +3,18 @@ callers at one point, and eight callers at eight points.
 
 `python -m bench versions --before DIR` shows whether a change costs time. Two runs one
 after the other cannot show a few per cent, because the machine changes between them.
+Both versions start several times. A server measures once which program is faster, and
+two servers of one version may choose differently.
 """
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench import _processes
 from bench._objectives import mlp
@@ -24,6 +27,8 @@ SIZES = {6_160: ((64, 82, 10), 500), 269_322: ((784, 256, 256, 10), 250)}
 CALLERS = ((1, 1), (8, 1), (8, 8))
 """Numbers of callers and of points."""
 
+Seconds = NDArray[np.float64]
+
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -34,24 +39,29 @@ def run(*, quick: bool, before: Path | None = None) -> Iterator[Figure]:
     if before is None:
         raise SystemExit("bench versions needs --before DIR, another checkout of hvpd")
     folders = {"now": _ROOT, "before": before.resolve()}
+    starts, rounds, seconds = (2, 2, 0.02) if quick else (6, 14, 0.1)
     for n, (layers, rows) in list(SIZES.items())[: 1 if quick else None]:
         assert mlp(layers, rows).n == n
-        with contextlib.ExitStack() as stack:
-            children = {name: stack.enter_context(_version(folder, layers, rows)) for name, folder in folders.items()}
-            for callers, points in CALLERS:
-                yield from _compared(
-                    children, n, callers, points, rounds=3 if quick else 80, seconds=0.02 if quick else 0.1
-                )
+        times: dict[str, list[list[float]]] = {name: [[] for _ in CALLERS] for name in folders}
+        for start in range(starts):
+            with contextlib.ExitStack() as stack:
+                children = {
+                    name: stack.enter_context(_version(folders[name], layers, rows))
+                    for name in _in_turn(folders, start)
+                }
+                for index, (callers, points) in enumerate(CALLERS):
+                    for turn in range(rounds):
+                        for name in _in_turn(folders, turn):
+                            times[name][index].append(_asked(children[name], callers, points, seconds))
+        for index, (callers, points) in enumerate(CALLERS):
+            yield from _compared(n, callers, points, *(np.array(times[name][index]) for name in folders))
 
 
-def _compared(
-    children: dict[str, _processes.Child], n: int, callers: int, points: int, *, rounds: int, seconds: float
-) -> Iterator[Figure]:
-    times: dict[str, list[float]] = {name: [] for name in children}
-    for turn in range(rounds):
-        for name in list(children)[:: 1 if turn % 2 else -1]:
-            times[name].append(_asked(children[name], callers, points, seconds))
-    now, before = np.array(times["now"]), np.array(times["before"])
+def _in_turn(folders: Mapping[str, Path], turn: int) -> list[str]:
+    return list(folders)[:: 1 if turn % 2 else -1]
+
+
+def _compared(n: int, callers: int, points: int, now: Seconds, before: Seconds) -> Iterator[Figure]:
     label = "one caller" if callers == 1 else f"{callers} callers at {points} point{'s' if points > 1 else ''}"
     facts = {"n": n, "k": callers}
     yield measured(
