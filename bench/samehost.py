@@ -71,17 +71,22 @@ def _client(address: str, way: str) -> Iterator[hvpd.Client]:
 
 
 def _products(clients: dict[str, hvpd.Client], size: int) -> dict[str, _timing.Call]:
-    """Return a product of each client, after a product has gone its way."""
+    """Return a product of each client. None has been asked for yet."""
     problem, v, calls = identity(size // 4), normal(6, size // 4), dict[str, _timing.Call]()
     for way, client in clients.items():
         objective = _warm.registered(client, problem, mode=_MODE)
         _warm.compiled(objective, 1)
         H = objective.at(problem.x).hessian()
-        vectors = client._transport._vectors  # noqa: SLF001
-        while vectors.offered and not vectors.ready:
-            H @ v
         calls[way] = lambda H=H: H @ v  # type: ignore[misc]  # mypy wants a type for H
     return calls
+
+
+def _warm_up(client: hvpd.Client, call: _timing.Call) -> None:
+    """Multiply until products go their way."""
+    vectors = client._transport._vectors  # noqa: SLF001
+    while vectors.offered and not vectors.ready:
+        call()
+    call()
 
 
 def _rounds(
@@ -95,6 +100,8 @@ def _small(echo: _floor.Echo, clients: dict[str, hvpd.Client], *, quick: bool) -
     n, payload = SMALL_BYTES // 4, bytes(SMALL_BYTES)
     sockets = {"TCP": _floor.SocketEcho(echo.tcp, payload), "Unix socket": _floor.SocketEcho(echo.unix, payload)}
     contenders = _products(clients, SMALL_BYTES)
+    for way, call in contenders.items():
+        _warm_up(clients[way], call)
     found = _rounds({**contenders, **{f"echo by {way}": each for way, each in sockets.items()}}, quick=quick)
     for each in sockets.values():
         each.close()
@@ -117,9 +124,10 @@ def _large(server: _processes.Child, clients: dict[str, hvpd.Client], *, quick: 
     n = size // 4
     contenders = _products(clients, size)
     pids = {"server": server.pid, "client": os.getpid()}
+    before = {side: _processes.resident_bytes(pid) for side, pid in pids.items()}
     peaks = {}
     for way, call in contenders.items():
-        before = {side: _processes.resident_bytes(pid) for side, pid in pids.items()}
+        _warm_up(clients[way], call)
         for pid in pids.values():
             _processes.reset_peak(pid)
         for _ in range(4):
