@@ -615,7 +615,7 @@ def test_a_product_is_computed_in_shared_memory(here, engine, monkeypatch):
         np.testing.assert_array_equal(caller.receive()[1], np.full((1, N), 2.0))
     del base, shared
     given.clear()
-    until(lambda: not segments.held and mapped() == before)
+    until(lambda: not segments.held and mapped() <= before)
 
 
 def test_functions_of_a_client_get_a_copy_that_cannot_change(here, engine, monkeypatch):
@@ -792,7 +792,7 @@ def test_a_client_that_dies_during_a_product_leaves_no_memory(here, waiting, met
         assert mapped() > before
     until(lambda: waiting.cancelled == 1)
     waiting.go_on()
-    until(lambda: not segments.held and mapped() == before)
+    until(lambda: not segments.held and mapped() <= before)
 
 
 # Waiting for the next product
