@@ -18,9 +18,9 @@ def multiply(x, v):
     return x * v + 0.1 * (jax.numpy.roll(v, 1) + jax.numpy.roll(v, -1))
 
 
-def run(x, Q, rows, count, *, terms=(1.0, 0.0, 0.0), product=multiply):
+def run(x, Q, rows, count, *, terms=(1.0, 0.0, 0.0), product=multiply, platform="cpu"):
     steps = iterations.steps_of(x.size)
-    program = jax.jit(iterations.lanczos_of(product, steps))
+    program = jax.jit(iterations.lanczos_of(product, steps, platform))
     return [np.asarray(part) for part in program(x, Q, np.array(terms), np.array([rows, count], np.int32))]
 
 
@@ -32,10 +32,11 @@ def problem(n, dtype, rows=12):
     return x, Q
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
 @pytest.mark.parametrize(("n", "dtype", "tolerance"), [(40, np.float64, 1e-12), (20_000, np.float32, 1e-5)])
-def test_steps_equal_those_of_a_space_here(n, dtype, tolerance):
+def test_steps_equal_those_of_a_space_here(n, dtype, tolerance, platform):
     x, Q = problem(n, dtype)
-    new, alphas, betas, facts = run(x, Q, 1, 8, terms=(-2.0, 0.5, 0.0))
+    new, alphas, betas, facts = run(x, Q, 1, 8, terms=(-2.0, 0.5, 0.0), platform=platform)
     dense = jax.vmap(multiply, (None, 0))
     space = LocalSpace(lambda V: -2 * np.asarray(dense(x, V)) + dtype(0.5) * V, n, np.dtype(dtype))
     space.append(Q[:1])
@@ -56,6 +57,14 @@ def test_a_second_launch_goes_on_where_the_first_ended():
     rest, more, _, _ = run(x, Q, 4, 5, terms=(1.0, 0.0, facts[2]))
     np.testing.assert_allclose(rest[:5], whole[3:8], atol=1e-12)
     np.testing.assert_allclose(more[:5], alphas[3:8], atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [3, 12, 32])
+def test_the_basis_may_be_larger_than_its_rows_that_count(rows):
+    x, Q = problem(40, np.float64, rows=32)
+    _, alphas, _, _ = run(x, Q, 1, 2)
+    _, expected, _, _ = run(x, problem(40, np.float64, rows)[1], 1, 2)
+    np.testing.assert_allclose(alphas[:2], expected[:2], rtol=1e-13)
 
 
 def test_an_invariant_space_ends_the_iteration_with_beta_zero():

@@ -4,6 +4,7 @@ The basis comes in as an argument, and the new rows go out, so that a launch cop
 basis. Inner products accumulate in float64.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -24,6 +25,12 @@ _NEW_ELEMENTS: Final = 1 << 20
 
 _PART: Final = 8192
 """Elements of a vector that are converted to float64 at once."""
+
+_ROWS: Final = 8
+"""Most rows of a basis that a CPU multiplies at once. So the time grows with the rows
+that count, not with those that the program is compiled for. An accelerator multiplies
+all rows at once, because each part would be a launch of its own.
+"""
 
 _MOST_STEPS: Final = 64
 """Most steps of a launch."""
@@ -46,16 +53,22 @@ def specs_of(rows: int, n: int, dtype: "np.dtype[Any]") -> list[jax.ShapeDtypeSt
     ]
 
 
-def inner_products(V: jax.Array, w: jax.Array) -> jax.Array:
-    """Return V w in float64, for V[m, n] and w[n]."""
-    if V.dtype == jnp.float64:
-        return V @ w
+def inner_products(V: jax.Array, w: jax.Array, first: Any = 0, rows: int | None = None) -> jax.Array:
+    """Return V w in float64, for some rows of V[m, n] and w[n].
+
+    Args:
+        V: The rows.
+        w: The vector.
+        first: The first row that counts.
+        rows: Number of rows that count, from the first on; None for all.
+    """
+    rows = len(V) if rows is None else rows
     # By parts that fit a cache, because all of V in float64 would be a copy in memory.
     parts, rest = divmod(w.size, _PART)
 
     def product(start: Any, size: int) -> jax.Array:
-        part = jax.lax.dynamic_slice_in_dim(V, start, size, 1).astype(jnp.float64)
-        return part @ jax.lax.dynamic_slice_in_dim(w, start, size).astype(jnp.float64)
+        part = jax.lax.dynamic_slice(V, (jnp.int32(first), jnp.int32(start)), (rows, size))
+        return part.astype(jnp.float64) @ jax.lax.dynamic_slice_in_dim(w, start, size).astype(jnp.float64)
 
     total = product(parts * _PART, rest)
     if not parts:
@@ -66,7 +79,40 @@ def inner_products(V: jax.Array, w: jax.Array) -> jax.Array:
     return found
 
 
-def lanczos_of(multiply: Function, steps: int) -> Function:
+def coefficients(V: jax.Array, w: jax.Array, count: jax.Array, rows: int) -> jax.Array:
+    """Return V w in float64 for the first `count` rows of V[m, n], and 0 for others.
+
+    `rows` rows are multiplied at once. They divide m.
+    """
+
+    def some(number: Any, before: jax.Array) -> jax.Array:
+        found = inner_products(V, w, number * rows, rows)
+        return jax.lax.dynamic_update_slice_in_dim(before, found, number * rows, 0)
+
+    found = jax.lax.fori_loop(0, -(-count // rows), some, jnp.zeros(len(V)))
+    return jnp.where(jnp.arange(len(V)) < count, found, 0.0)
+
+
+def without(w: jax.Array, h: jax.Array, V: jax.Array, count: jax.Array, rows: int) -> jax.Array:
+    """Return w - h V for the first `count` rows of V[m, n]. The other elements of h are
+    0. `rows` is as in `coefficients`.
+    """
+    h = h.astype(w.dtype)
+
+    def some(number: Any, before: jax.Array) -> jax.Array:
+        part, weights = (jax.lax.dynamic_slice_in_dim(array, number * rows, rows) for array in (V, h))
+        return before - weights @ part
+
+    found: jax.Array = jax.lax.fori_loop(0, -(-count // rows), some, w)
+    return found
+
+
+def _together(rows: int, platform: str) -> int:
+    """Return how many of some rows to multiply at once: a divisor of their number."""
+    return rows if rows <= _ROWS or platform != "cpu" else math.gcd(rows, _ROWS)
+
+
+def lanczos_of(multiply: Function, steps: int, platform: str = "cpu") -> Function:
     """Return (x, Q, numbers, counts, *args) -> (new rows, alphas, betas, facts).
 
     The last row of Q that counts waits for its product. The new rows have the shape
@@ -77,19 +123,22 @@ def lanczos_of(multiply: Function, steps: int) -> Function:
     Args:
         multiply: (x, v, *args) -> A v.
         steps: Most steps.
+        platform: Platform that the program is for.
     """
 
     def lanczos(x: jax.Array, Q: jax.Array, numbers: jax.Array, counts: jax.Array, *args: jax.Array) -> Any:
         dtype = Q.dtype
         scale, shift, size = numbers[0], numbers[1], numbers[2]
         rows, count = counts[0], counts[1]
-        known = jnp.arange(Q.shape[0]) < rows
+        some, few = _together(len(Q), platform), _together(steps, platform)
 
         def norm(w: jax.Array) -> jax.Array:
             return jnp.sqrt(jnp.sum(jnp.square(w.astype(jnp.float64))))
 
-        def orthogonal(w: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-            """Return coefficients in Q and in the new rows, the rest, and its norm."""
+        def orthogonal(w: jax.Array, new: jax.Array, made: jax.Array) -> tuple[jax.Array, ...]:
+            """Return the coefficients of w in Q and in the new rows that were made, the
+            rest of w, and its norm.
+            """
 
             def again(state: Any) -> Any:
                 number, _, _, _, before, after = state
@@ -97,9 +146,8 @@ def lanczos_of(multiply: Function, steps: int) -> Function:
 
             def once(state: Any) -> Any:
                 number, h, g, w, _, before = state
-                more = jnp.where(known, inner_products(Q, w), 0.0)
-                newer = inner_products(new, w)
-                w = w - more.astype(dtype) @ Q - newer.astype(dtype) @ new
+                more, newer = coefficients(Q, w, rows, some), coefficients(new, w, made, few)
+                w = without(without(w, more, Q, rows, some), newer, new, made, few)
                 return number + 1, h + more, g + newer, w, before, norm(w)
 
             nothing = jnp.zeros(Q.shape[0]), jnp.zeros(steps)
@@ -115,7 +163,7 @@ def lanczos_of(multiply: Function, steps: int) -> Function:
             length = norm(w)
             finite = jnp.isfinite(length)
             size = jnp.where(finite, jnp.maximum(size, length), size)
-            h, g, rest, beta = orthogonal(w, new)
+            h, g, rest, beta = orthogonal(w, new, number)
             alpha = jnp.where(number == 0, h[rows - 1], g[number - 1])
             ended = beta <= 10 * np.finfo(dtype).eps * size
             beta = jnp.where(ended, 0.0, beta)

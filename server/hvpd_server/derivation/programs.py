@@ -114,7 +114,7 @@ class Derivation:
         self.bundle = bundle
         self.described = described or objective_pb2.Derivation(mode=bundle.mode)
         self._read = read
-        self._platform = platform
+        self.platform = platform
         self._lock = threading.Lock()
         # Programs of one size of data share a trace, until the last point of that size
         # goes.
@@ -134,7 +134,7 @@ class Derivation:
         """Read and trace the objective. Call this within `tracing`."""
         modules = {name: self._read(name) for name in sorted(self.bundle.programs)}
         precision = "default" if precision == "exported" else precision
-        return trace(self.bundle, modules, rows=rows, platform=self._platform, precision=precision, report=report)
+        return trace(self.bundle, modules, rows=rows, platform=self.platform, precision=precision, report=report)
 
 
 class Sized:
@@ -241,7 +241,8 @@ class Sized:
         if prefix == conjugate_gradients.PREFIX:
             steps, specs = conjugate_gradients.cg_of(multiply), conjugate_gradients.specs_of(n, dtype)
         else:
-            steps, specs = iterations.lanczos_of(multiply, iterations.steps_of(n)), iterations.specs_of(rows, n, dtype)
+            steps = iterations.lanczos_of(multiply, iterations.steps_of(n), self._derivation.platform)
+            specs = iterations.specs_of(rows, n, dtype)
         return Program([steps], [traced.x, *specs, *drawn, *traced.args])
 
     def _whole_or_block(self, name: Name) -> tuple[Batched, list[jax.ShapeDtypeStruct]]:
