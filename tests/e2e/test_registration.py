@@ -11,6 +11,7 @@ import textwrap
 import threading
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -299,6 +300,33 @@ def test_programs_can_tell_why_a_registration_or_data_is_refused(client):
     assert reason(objective.at, np.ones(3), np.ones(3)) == "DATA_MISMATCH"
     assert reason(objective.at, np.ones(3), np.ones(2), np.ones(2)) == "DATA_MISMATCH"
     assert reason(objective.at, np.ones(4)) == "SHAPE"
+
+
+def test_modules_of_equinox_are_x_and_data(client):
+    """docs/how-to/register.md: directly if all leaves are arrays, otherwise split."""
+    eqx = pytest.importorskip("equinox")
+    X = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    teacher = eqx.nn.Linear(3, "scalar", key=jax.random.key(1))
+    split = eqx.nn.MLP(3, "scalar", width_size=4, depth=1, key=jax.random.key(2))
+    arrays, rest = eqx.partition(split, eqx.is_inexact_array)
+
+    def loss(module, teacher, X):
+        return jnp.mean((jax.vmap(module)(X) - jax.vmap(teacher)(X)) ** 2)
+
+    def split_loss(arrays, teacher, X):
+        return loss(eqx.combine(arrays, rest), teacher, X)
+
+    for fun, x in ((loss, teacher), (split_loss, arrays)):
+        objective = client.register(fun, x, teacher, X)
+        flat, unravel = jax.flatten_util.ravel_pytree(x)
+        v = np.cos(np.arange(len(flat), dtype=np.float32))
+        _, expected = jax.jvp(jax.grad(lambda x, fun=fun: fun(x, teacher, X)), (x,), (unravel(v),))
+        expected = objective.ravel(expected)
+        np.testing.assert_array_equal(objective.ravel(x), flat)
+        np.testing.assert_allclose(objective.at(x).hessian() @ v, expected, atol=1e-5 * np.abs(expected).max())
+        assert jax.tree.structure(objective.unravel(np.asarray(flat))) == jax.tree.structure(x)
+    with pytest.raises(hvpd.InvalidArgumentError, match=r"a function.*eqx\.partition"):
+        client.register(loss, split, teacher, X)
 
 
 def test_a_value_of_an_earlier_trace_is_named_as_the_cause(client):
