@@ -1,3 +1,4 @@
+from hvpd._cli.common import show_bytes
 from hvpd._cli.top import frame
 from hvpd.v1 import server_pb2
 
@@ -41,6 +42,12 @@ def test_a_server_that_was_started_again_counts_from_zero():
     lines = frame("gpu-box:7070", load(10, 1000, [], (900, 0, 0)), load(12, 10, [], (10, 0, 0)))
     assert lines[1].startswith("products 5/s")
     assert lines[2].startswith("latency  p50 0.5 ms")
+
+
+def test_large_numbers_have_no_exponent():
+    lines = frame("gpu-box:7070", load(10, 0), load(11, 18_420, counts=(0, 0, 9)))
+    assert lines[1].startswith("products 18,420/s   vectors 73,680/s")
+    assert [show_bytes(1020), show_bytes(1020 << 10), show_bytes(1536)] == ["1,020 B", "1,020 KiB", "1.5 KiB"]
 
 
 def test_one_moment_has_no_rates():

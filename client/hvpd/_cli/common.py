@@ -70,10 +70,15 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         print(line)
 
 
+def show_number(number: float, digits: int = 4) -> str:
+    """Return a measured number for people, without an exponent if it is large."""
+    return f"{number:,.0f}" if abs(number) >= 10 ** (digits - 1) else f"{number:.{digits}g}"
+
+
 def show_bytes(size_bytes: float) -> str:
     """Return a number of bytes for people."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size_bytes < 1024:
-            return f"{size_bytes:.3g} {unit}"
+            return f"{show_number(size_bytes, 3)} {unit}"
         size_bytes /= 1024
-    return f"{size_bytes:.3g} TiB"
+    return f"{show_number(size_bytes, 3)} TiB"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvpd import _environment
 from hvpd._cli import completion, conformance, doctor, krylov, objectives, operate, top, umbridge
-from hvpd._cli.common import connect, connection, show
+from hvpd._cli.common import connect, connection, show, show_number
 from hvpd._errors import HvpdError, InvalidArgumentError, MissingExtraError
 from hvpd._version import __version__
 from hvpd._wire import protocol
@@ -353,7 +353,9 @@ def _bench(arguments: argparse.Namespace) -> int:
                 print(
                     json.dumps({"name": objective.label, "n": objective.n} | dataclasses.asdict(reading))
                     if arguments.json
-                    else _BENCH_ROW.format(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+                    else _BENCH_ROW.format(
+                        *(show_number(cell) if isinstance(cell, float) else str(cell) for cell in row)
+                    )
                 )
     return 0
 

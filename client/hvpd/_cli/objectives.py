@@ -68,7 +68,7 @@ def _show(arguments: argparse.Namespace) -> int:
     rows += [(each.program, str(each.width or "-"), each.state, f"{each.seconds:.2f}") for each in compiles]
     print_table(rows)
     for choice in plan:
-        show(f"{choice.width} vectors: {choice.program}, {choice.reason}")
+        show(f"width {choice.width}: {choice.program}, {choice.reason}")
     return 0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from google.protobuf import json_format
 
 from hvpd import _text
-from hvpd._cli.common import connect, connection, show, show_bytes
+from hvpd._cli.common import connect, connection, show, show_bytes, show_number
 from hvpd._errors import InvalidArgumentError
 from hvpd._wire.distribution import Distribution
 from hvpd.v1 import server_pb2
@@ -92,7 +92,7 @@ def frame(address: str, before: server_pb2.GetLoadResponse, now: server_pb2.GetL
 
 
 def _rate(grown: float, seconds: float, digits: int) -> str:
-    return f"{grown / seconds:.{digits}g}" if seconds > 0 else "-"
+    return show_number(grown / seconds, digits) if seconds > 0 else "-"
 
 
 def _shares(
@@ -134,4 +134,6 @@ def _spread(before: server_pb2.Histogram, now: server_pb2.Histogram, seconds: fl
     grown = _since(before, now)
     if not sum(grown.counts):
         return "no products" if seconds > 0 else "-"
-    return "   ".join(f"p{share * 100:g} {(grown.quantile(share) or 0.0) * 1e3:.3g} ms" for share in (0.5, 0.9, 0.99))
+    return "   ".join(
+        f"p{share * 100:g} {show_number((grown.quantile(share) or 0.0) * 1e3, 3)} ms" for share in (0.5, 0.9, 0.99)
+    )
