@@ -22,6 +22,11 @@ from hvpd_server.derivation import iterations
 BENCH = "krylov"
 STEPS = 50
 
+ROUNDS = {"6 k": (5, 3), "270 k": (5, 3), "1.9 M": (3, 1)}
+"""Rounds on this machine, and at each distance. 50 steps at 1.9 M take seconds, and the
+whole benchmark should end within minutes.
+"""
+
 _BUCKET = 64
 """Rows of the basis in the program of several steps, as on the server."""
 
@@ -64,7 +69,8 @@ def run(*, quick: bool) -> Iterator[Figure]:
 
 def _figures(label: str, server: _processes.Child, *, quick: bool) -> Iterator[Figure]:
     problem = PROBLEMS[label]()
-    n, rounds = problem.n, 1 if quick else 5
+    n = problem.n
+    rounds, far_rounds = (1, 1) if quick else ROUNDS[label]
     with hvpd.connect(_processes.address(server)) as client:
         objective = _warm.registered(client, problem, name=f"bench/krylov/{n}")
         H = objective.at(problem.x).hessian()
@@ -96,7 +102,7 @@ def _figures(label: str, server: _processes.Child, *, quick: bool) -> Iterator[F
         ):
             H = client.objective(f"bench/krylov/{n}").at(problem.x).hessian()
             contenders = {"run": _run(H), "streamed": _streamed(H)}
-            found = _timing.interleave(contenders, rounds=min(rounds, 3), seconds=0.0)
+            found = _timing.interleave(contenders, rounds=far_rounds, seconds=0.0)
             yield _over_streaming(label, seconds, n, np.array(found["streamed"]) / np.array(found["run"]))
             if seconds == DISTANCES[2]:
                 yield from _bytes(label, n, far, contenders)
