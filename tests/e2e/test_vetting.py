@@ -196,7 +196,7 @@ def test_the_client_raises_the_servers_refusal(server, honest, monkeypatch):
             client.objective("evil")
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damaged_programs(channel, honest, program, data):
     """Bytes are changed or cut off. The result is a program, or is refused with a

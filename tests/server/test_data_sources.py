@@ -27,7 +27,7 @@ def lengths(spans):
     return [span.stop - span.start for span in spans]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     rows=st.integers(1, 20_000),
     row_bytes=st.integers(0, 5000),
@@ -51,7 +51,7 @@ def test_chunks_have_every_row_once_in_order_and_are_about_as_long(rows, row_byt
         assert lengths(spans)[0] - lengths(spans)[-1] < len(spans)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rows=st.integers(1, 20_000), row_bytes=st.integers(1, 5000), room_bytes=st.integers(1, 10**8))
 def test_chunks_are_as_few_as_fit_twice_into_a_quarter_of_the_room(rows, row_bytes, room_bytes):
     spans = data_sources.spans(rows, row_bytes, room_bytes)
@@ -72,7 +72,7 @@ def test_a_chunk_has_a_largest_size_however_much_room_there_is():
     assert lengths(spans)[0] == data_sources.CHUNK_BYTES >> 20
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rows=st.integers(8, 10_000), multiple=st.integers(2, 8), most=st.integers(8, 10_000))
 def test_the_devices_divide_each_chunk_except_a_last_one_with_the_remainder(rows, multiple, most):
     spans = data_sources.spans(rows, 1, 8 * most, multiple)

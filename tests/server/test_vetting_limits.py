@@ -131,7 +131,7 @@ DAMAGED = made(lambda x: jnp.sum(jnp.sin(jnp.linalg.solve(jnp.asarray(A), x))), 
 PROGRAM = parts(DAMAGED)["objective"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damaged_programs_end_nothing(vetter, data):
     """Some are still programs, and others crash the parser. The next program is read as
