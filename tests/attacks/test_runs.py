@@ -295,7 +295,7 @@ def test_an_indefinite_preconditioner_is_said(point, stub):
     )
     chunk = np.concatenate([np.ones(N), -np.ones(N)]).tobytes()
     found = reason(lambda: stub.Compute(iter([krylov_pb2.ComputeRequest(spec=computation, chunk=chunk)])))
-    assert found == "INVALID_ARGUMENT"
+    assert found == "NOT_POSITIVE_DEFINITE"
 
 
 def test_the_server_is_as_before(server, point):
