@@ -11,6 +11,7 @@ import pytest
 from hvpd.v1 import curvature_pb2
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.krylov.host_space import HostSpace
+from hvpd_server.krylov.launcher import Launcher
 from hvpd_server.krylov.operator import Operator, Terms, Work
 from hvpd_server.krylov.runs import Run
 
@@ -91,6 +92,25 @@ def test_a_wait_ends_at_the_deadline():
     with pytest.raises(ServiceError) as error:
         made.multiply(np.eye(N)[:1])
     assert error.value.reason == "DEADLINE_EXCEEDED"
+
+
+def test_a_compile_that_fails_is_not_asked_for_again():
+    class Kernels:
+        asked = 0
+
+        def ready(self, name, width):
+            return False
+
+        def request(self, name, width):
+            self.asked += 1
+
+    made = operator()
+    made.point.source = Point()
+    made.point.source.kernels = Kernels()
+    launcher = Launcher(made, "cg_", 64)
+    assert not any(launcher.ready() for _ in range(3))
+    assert made.point.source.kernels.asked == 1
+    assert launcher.steps(100) == 2  # As many as a block of the engine, which the queue has room for.
 
 
 def space(reorthogonalize="full"):

@@ -51,14 +51,20 @@ class Launcher:
         self._most = min(most, operator.engine.limits.max_block_width)
         self._seconds = seconds
         self._step_seconds = 0.0
+        self._requested: set[int] = set()
 
     def ready(self, width: int = 0) -> bool:
-        """Return whether the program is compiled; else start its compile."""
+        """Return whether the program is compiled. Start its compile at the first call.
+
+        A compile that failed for want of memory would fail again at each step.
+        """
         kernels = self._operator.point.source.kernels
-        if not kernels.ready(self._name, width):
+        if kernels.ready(self._name, width):
+            return True
+        if width not in self._requested:
+            self._requested.add(width)
             kernels.request(self._name, width)
-            return False
-        return True
+        return False
 
     def steps(self, left: int) -> int:
         """Return the steps of the next launch, by the time of the last one.
