@@ -1,11 +1,18 @@
-"""The gRPC channel: the server accepts the pings that its options send."""
+"""The gRPC channel: the server accepts the pings that its options send, and a server
+that ends while it answers is asked again.
+"""
 
+import contextlib
 import queue
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 
-from hvpd.v1 import curvature_pb2_grpc
+import hvpd
+from hvpd._wire import protocol
+from hvpd.v1 import curvature_pb2_grpc, server_pb2, server_pb2_grpc
 
 
 @pytest.mark.slow
@@ -23,3 +30,49 @@ def test_a_server_accepts_frequent_keepalive_pings(server):
             next(stub.StreamProducts(iter(requests.get, None), timeout=28))
         requests.put(None)
     assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class Ending(server_pb2_grpc.ServerServiceServicer):
+    """A server that ends while it answers, so many times."""
+
+    def __init__(self, times):
+        self.times = times
+        self.asked = 0
+
+    def GetServer(self, request, context):
+        self.asked += 1
+        if self.asked <= self.times:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+        return server_pb2.GetServerResponse(version="0", min_protocol=protocol.OLDEST, max_protocol=protocol.NEWEST)
+
+
+@pytest.fixture
+def ending():
+    """Return a function that starts such a server, and returns it with its address."""
+    with contextlib.ExitStack() as stack:
+
+        def start(times):
+            service, server = Ending(times), grpc.server(ThreadPoolExecutor(4))
+            server_pb2_grpc.add_ServerServiceServicer_to_server(service, server)
+            port = server.add_insecure_port("127.0.0.1:0")
+            server.start()
+            stack.callback(lambda: server.stop(0).wait())
+            return service, f"127.0.0.1:{port}"
+
+        yield start
+
+
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_a_server_that_ends_while_it_answers_is_asked_again(ending, timeout):
+    service, address = ending(2)
+    hvpd.connect(address, connect_timeout=timeout).close()
+    assert service.asked == 3
+
+
+def test_a_server_that_always_ends_is_asked_until_the_timeout(ending):
+    service, address = ending(1 << 30)
+    began = time.monotonic()
+    with pytest.raises(hvpd.UnavailableError, match=r"waited 0.5 s"):
+        hvpd.connect(address, connect_timeout=0.5)
+    assert service.asked > 1
+    assert time.monotonic() - began > 0.3

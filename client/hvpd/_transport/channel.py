@@ -1,6 +1,7 @@
 """A gRPC channel to one server: opening it, greeting the server, the methods on it."""
 
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +33,9 @@ _LOOKS = 2
 """Looks in a row that must find nothing at the address before a client without a
 connect_timeout gives up.
 """
+
+_PAUSE = 0.1
+"""Seconds before a server that ended while it answered is asked again."""
 
 _ALIVE_SECONDS = 10.0
 """Seconds within which a living server answers."""
@@ -200,9 +204,10 @@ class Channel:
         connect_timeout = _CONNECT_SECONDS if connect_timeout is None else connect_timeout
         ends, patience = time.monotonic() + connect_timeout, min(_PATIENCE, connect_timeout / 2)
         metadata, _ = self.new_call()
-        asked = self.server.GetServer.future(
-            server_pb2.GetServerRequest(), metadata=metadata, timeout=connect_timeout, wait_for_ready=True
+        ask = functools.partial(
+            self.server.GetServer.future, server_pb2.GetServerRequest(), metadata=metadata, wait_for_ready=True
         )
+        asked = ask(timeout=connect_timeout)
         while True:
             # gRPC would try again until the timeout, and give no other reason than the
             # timeout.
@@ -219,6 +224,12 @@ class Channel:
                 if looks == _LOOKS and not asked.done():
                     asked.cancel()
                     raise self._no_answer(found) from None
+            except grpc.RpcError as error:  # gRPC does not repeat a call that reached a server.
+                left = ends - time.monotonic() - _PAUSE
+                if failure_of_rpc(error).code is not _CODE.UNAVAILABLE or left <= 0:
+                    raise
+                time.sleep(_PAUSE)
+                asked = ask(timeout=left)
             else:
                 return answered(answer, self._address)
 
