@@ -48,7 +48,7 @@ def test_a_token_is_found_again_with_its_tenant_and_rights(path, clock):
     assert tokens.find(bearer(token)) == grant
     assert (grant.tenant, grant.rights, grant.label) == ("vision", {"use", "publish"}, "nightly")
     assert tokens.find([f"bearer  {other} "]).tenant == "speech"
-    assert (tokens.weight("vision"), tokens.weight("speech"), tokens.weight("nobody")) == (2.5, 1.0, 1.0)
+    assert (tokens.weight("vision"), tokens.weight("speech"), tokens.weight("unknown")) == (2.5, 1.0, 1.0)
 
 
 def test_a_token_is_256_random_bits_and_the_file_does_not_have_it(path):

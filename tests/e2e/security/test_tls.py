@@ -63,7 +63,7 @@ def test_a_server_of_another_ca_or_another_name_is_not_talked_to(place, secured,
 
 def test_a_server_that_asks_for_certificates_takes_those_of_its_ca_only(mutual):
     place, server = mutual
-    with connect(place, server, **place.personal("somebody")) as client:
+    with connect(place, server, **place.personal("member")) as client:
         assert client.register(lambda x: jnp.sum(x**2), np.ones(2), name="square").at(np.ones(2)).value == 2
     began = time.monotonic()
     with pytest.raises(hvpd.UnavailableError, match=r"asks for this client's certificate.*cert=FILE") as error:

@@ -1,4 +1,4 @@
-"""The residency loads a missing entry once, whoever asks for it."""
+"""The residency loads a missing entry once for all callers that ask for it."""
 
 import threading
 
