@@ -8,6 +8,9 @@ PYTEST_ARGS ?=
 # pytest's own process, as for -s and --pdb. Use 0 on an accelerator, too, because every
 # server takes most of its memory.
 WORKERS ?= auto
+# A process that crashes ends the run: pytest-xdist may wait for ever after it has
+# started another.
+PARALLEL = --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
 .PHONY: install demo test test-fast test-wheel lint types stubs check-stubs docs format clean
 .DEFAULT_GOAL := help
@@ -34,10 +37,10 @@ demo: install
 	$(BIN)/python examples/digits.py
 
 test: install
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-fast: install
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile -m "not slow" tests/client tests/server tests/test_architecture.py $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" tests/client tests/server tests/test_architecture.py $(PYTEST_ARGS)
 
 # The wheel comes before the editable install on the path, so a file that the wheel
 # lacks cannot be imported.

@@ -137,6 +137,7 @@ def starting(engine, metrics, streams):
         port.stop(30)
         assert not port._open
         assert not port._opening
+        assert not port._hangups._thread.is_alive()
 
 
 @pytest.fixture(params=[by_tcp, by_unix_socket], ids=["TCP", "Unix socket"])

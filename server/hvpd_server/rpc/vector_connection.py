@@ -269,12 +269,22 @@ class Hangups:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
+        self._running, self._stopped = socket.socketpair()
+        self._epoll.register(self._stopped, select.EPOLLRDHUP)
         self._lock = threading.Lock()
         self._tell: dict[int, Callable[[], None]] = {}
+        self._thread = threading.Thread(target=self._look, name="hvpd-hangups", daemon=True)
 
     def start(self) -> None:
         """Start to look."""
-        threading.Thread(target=self._look, name="hvpd-hangups", daemon=True).start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop to look. The epoll stays, for connections that did not end in time."""
+        self._running.close()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._stopped.close()
 
     @contextlib.contextmanager
     def watched(self, sock: socket.socket, tell: Callable[[], None]) -> Iterator[None]:
@@ -292,8 +302,11 @@ class Hangups:
                 del self._tell[descriptor]
 
     def _look(self) -> None:
+        stopped = self._stopped.fileno()
         while True:
             for descriptor, _ in self._epoll.poll():
+                if descriptor == stopped:
+                    return
                 with self._lock:
                     tell = self._tell.get(descriptor)
                     if tell is not None:

@@ -120,7 +120,6 @@ class VectorPort:
         self._open = 0
         self._stopped = False
         self._closed = threading.Condition(self._lock)
-        self._hangups = Hangups()
         host = host.strip("[]")
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         # A name may have several addresses. Clients without IPv6 need the IPv4 one.
@@ -136,6 +135,7 @@ class VectorPort:
         except OSError as error:
             self.unix_id = b""
             _log.warning("clients on this machine cannot use a Unix socket: %s", error)
+        self._hangups = Hangups()
 
     @property
     def segment_bytes(self) -> int:
@@ -163,6 +163,7 @@ class VectorPort:
             for each in opening:
                 shut(each)
             self._closed.wait_for(lambda: not self._open, seconds)
+        self._hangups.stop()
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
