@@ -53,9 +53,12 @@ def main() -> int:
     parser.add_argument(
         "--write", action="store_true", help="with report: into bench/README.md, in place of its figures"
     )
+    parser.add_argument("--part", metavar="NAME", help="only this part, with krylov and neighbour; see bench/README.md")
     arguments = parser.parse_args()
     if arguments.name == "report":
         return _results(write=arguments.write)
+    if arguments.part and arguments.part not in (parts := _parts(arguments.name)):
+        parser.error(f"--part: {arguments.name} has {', '.join(parts) or 'no parts'}, got {arguments.part!r}")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     # Two processes share an accelerator here, so neither may take all of its memory
@@ -63,8 +66,15 @@ def main() -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     for name in BENCHMARKS if arguments.name == "all" else (arguments.name,):
         options = {"before": arguments.before} if name in COMPARES else {}
+        if arguments.part:
+            options["part"] = arguments.part
         _run(name, arguments.json, quick=arguments.quick, **options)
     return 0
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """Return the names of a benchmark's parts."""
+    return () if name == "all" else getattr(importlib.import_module(f"bench.{name}"), "PARTS", ())
 
 
 def _run(name: str, path: Path | None, **options: Any) -> None:
@@ -80,7 +90,7 @@ def _run(name: str, path: Path | None, **options: Any) -> None:
     print(f"\n{name}, on {', '.join(f'{key} {value}' for key, value in environment.items())}\n")
     print(_report.table(found), flush=True)
     if path is not None:
-        _report.write(path, name, found)
+        _report.write(path, name, found, part="part" in options)
 
 
 def _results(*, write: bool) -> int:

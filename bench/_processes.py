@@ -1,4 +1,6 @@
-"""Child processes that end with their parent, and the memory of a process (Linux)."""
+"""Child processes that end with their parent, their metrics, and the memory of a
+process (Linux).
+"""
 
 import collections
 import contextlib
@@ -9,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,9 +21,13 @@ _PATIENCE_SECONDS = 600.0
 class Child:
     """A running process that has printed its ready line."""
 
-    def __init__(self, process: "subprocess.Popen[str]", ready: "re.Match[str]", seconds: float) -> None:
+    def __init__(
+        self, process: "subprocess.Popen[str]", ready: "re.Match[str]", seconds: float, lines: Sequence[str]
+    ) -> None:
         self.process = process
         self.pid = process.pid
+        self.lines = lines
+        """The lines on its stderr before it was ready."""
         self.ready = ready
         """The match of the ready line."""
         self.seconds = seconds
@@ -37,6 +44,7 @@ def child(argv: Sequence[str], ready: str, *, talks: bool = False) -> Iterator[C
     so that figures do not depend on them.
     """
     lines: collections.deque[str] = collections.deque(maxlen=30)
+    before: list[str] = []
     found: list[tuple[re.Match[str], float]] = []
     said = threading.Event()
 
@@ -45,6 +53,8 @@ def child(argv: Sequence[str], ready: str, *, talks: bool = False) -> Iterator[C
         with contextlib.suppress(ValueError):  # The pipe is closed at the end.
             for line in process.stderr:
                 lines.append(line)
+                if not found:
+                    before.append(line)
                 if match := re.search(ready, line.rstrip()):
                     found.append((match, time.perf_counter() - started))
                     said.set()
@@ -67,7 +77,7 @@ def child(argv: Sequence[str], ready: str, *, talks: bool = False) -> Iterator[C
         reader.start()
         if not said.wait(_PATIENCE_SECONDS) or not found:
             raise RuntimeError(f"{' '.join(argv[1:4])} did not start:\n{''.join(lines)}")
-        yield Child(process, *found[0])
+        yield Child(process, *found[0], before)
     finally:
         process.terminate()
         try:
@@ -100,6 +110,19 @@ def serving(store: Path | None = None, *flags: str) -> Iterator[Child]:
 def address(server: Child) -> str:
     """Return a server's address."""
     return server.ready[1]
+
+
+def metric(server: Child, name: str) -> float:
+    """Return the sum of a metric's samples. The server serves metrics, on any port.
+
+    Args:
+        server: The server.
+        name: A regular expression for the name and the labels.
+    """
+    (address,) = (line.split(" on ")[1] for line in server.lines if line.startswith("hvpd: metrics on "))
+    with urllib.request.urlopen(address.strip(), timeout=30) as response:
+        text = response.read().decode()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"{name} ", line))
 
 
 def resident_bytes(pid: int) -> int:

@@ -142,11 +142,16 @@ def _row(figure: Mapping[str, Any]) -> tuple[str, ...]:
 # For machines
 
 
-def write(path: Path, bench: str, found: Sequence[Mapping[str, Any]]) -> None:
+def write(path: Path, bench: str, found: Sequence[Mapping[str, Any]], *, part: bool = False) -> None:
     """Write a benchmark's figures into a file of JSON lines, in place of the figures of
-    its earlier run.
+    its earlier run; or, after a part of it, in place of the same figures.
     """
-    kept = [figure for figure in read(path) if figure["bench"] != bench] if path.exists() else []
+    names = {figure["figure"] for figure in found}
+    kept = [
+        figure
+        for figure in (read(path) if path.exists() else ())
+        if figure["bench"] != bench or (part and figure["figure"] not in names)
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(figure) + "\n" for figure in [*kept, *found]))
 

@@ -17,10 +17,11 @@ def interleave(contenders: Mapping[str, Call], *, rounds: int, seconds: float) -
     """Time each contender in every round: A B C, B C A, C A B, ...
 
     Args:
-        contenders: Functions by name. Two calls beforehand warm each of them, and show
-            how often it fits into a round.
+        contenders: Functions by name. A call beforehand warms each of them. A second
+            one shows how often it fits into a round.
         rounds: Number of rounds.
         seconds: Seconds to call one contender in one round; it is called at least once.
+            With 0 it is called once, and needs no second call beforehand.
 
     Returns:
         For each contender the median time of a call, in seconds, for every round.
@@ -29,7 +30,7 @@ def interleave(contenders: Mapping[str, Call], *, rounds: int, seconds: float) -
     counts = {}
     for name, call in contenders.items():
         call()
-        counts[name] = int(min(max(seconds / _time(call), 1), 2000))
+        counts[name] = int(min(max(seconds / _time(call), 1), 2000)) if seconds else 1
     found: dict[str, list[float]] = {name: [] for name in order}
     for turn in range(rounds):
         for name in order[turn % len(order) :] + order[: turn % len(order)]:

@@ -9,6 +9,8 @@ import numpy as np
 
 import hvpd
 from bench._objectives import Problem
+from hvpd._krylov.lanczos import Lanczos
+from hvpd._krylov.runner import runner
 
 _PATIENCE_SECONDS = 60.0
 
@@ -58,6 +60,18 @@ def blocks(objective: hvpd.Objective, H: Any, most: int) -> None:
     for width in widths(most):
         H @ np.ones((objective.n, width), objective.dtype)  # The product requests the compile.
         compiled(objective, width)
+
+
+def launched(H: hvpd.CurvatureOperator, steps: int) -> None:
+    """Run Lanczos's iteration until the server launches several steps together, at the
+    end of so many.
+    """
+    ends, place = time.monotonic() + _PATIENCE_SECONDS, ""
+    while place != "device" and time.monotonic() < ends:
+        space = runner(H).space()
+        with Lanczos(space, np.arange(1.0, H.shape[0] + 1).reshape(1, -1).astype(H.dtype)) as run:
+            run.extend(steps)
+            place = getattr(space, "place", "")
 
 
 def widths(most: int) -> list[int]:

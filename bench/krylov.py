@@ -2,7 +2,6 @@
 at several distances, and over the same steps in process.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -25,9 +24,10 @@ STEPS = 50
 LARGE_DISTANCES = (0.01, 0.05)
 """Distances for 1.9 M, where products take more time than the wire."""
 
-ROUNDS = {"6 k": (5, 3), "270 k": (5, 3), "1.9 M": (3, 1)}
-"""Rounds on this machine, and at each distance. 50 steps at 1.9 M take seconds, and the
-whole benchmark should end within minutes.
+ROUNDS = {"6 k": (5, 3, 0.2), "270 k": (5, 3, 0.2), "1.9 M": (3, 1, 0.0)}
+"""Rounds on this machine, and at each distance; and the seconds of a contender in a
+round on this machine, 0 for one call. 50 steps at 1.9 M take seconds, and the whole
+benchmark should end within minutes.
 """
 
 _BUCKET = 64
@@ -38,6 +38,9 @@ PROBLEMS: Mapping[str, Callable[[], Problem]] = {
     "270 k": lambda: mlp((784, 256, 256, 10), 250),
     "1.9 M": lambda: mlp((784, 1024, 1024, 10), 100),
 }
+
+PARTS = tuple(PROBLEMS)
+"""Parts that can run alone."""
 
 DISTANCES = (0.0, 0.001, 0.01, 0.02, 0.05)
 """Seconds of a round trip beside that of the machine itself; 0: no proxy."""
@@ -63,27 +66,27 @@ PREDICTED_IN_PROCESS = {"6 k": 1.15, "270 k": 1.05, "1.9 M": 1.05}
 """A run over the same program in process: one call, and some ten launches in turn."""
 
 
-def run(*, quick: bool) -> Iterator[Figure]:
+def run(*, quick: bool, part: str | None = None) -> Iterator[Figure]:
     """Yield the figures of each size."""
     with _processes.serving() as server:
-        for label in list(PROBLEMS)[: 1 if quick else None]:
+        for label in [part] if part else list(PROBLEMS)[: 1 if quick else None]:
             yield from _figures(label, server, quick=quick)
 
 
 def _figures(label: str, server: _processes.Child, *, quick: bool) -> Iterator[Figure]:
     problem = PROBLEMS[label]()
     n = problem.n
-    rounds, far_rounds = (1, 1) if quick else ROUNDS[label]
+    rounds, far_rounds, seconds = (1, 1, 0.02) if quick else ROUNDS[label]
     with hvpd.connect(_processes.address(server)) as client:
         objective = _warm.registered(client, problem, name=f"bench/krylov/{n}")
         H = objective.at(problem.x).hessian()
         _warm.vectors(objective, H)
-        _launched(H)
+        _warm.launched(H, STEPS)
         near = {"run": _run(H), "streamed": _streamed(H)}
         contenders = {**near, **_in_process(problem)}
         times = {
             name: np.array(found)
-            for name, found in _timing.interleave(contenders, rounds=rounds, seconds=0.02 if quick else 0.2).items()
+            for name, found in _timing.interleave(contenders, rounds=rounds, seconds=seconds).items()
         }
     ratio = times["run"] / times["in process, the same program"]
     yield measured(
@@ -99,16 +102,16 @@ def _figures(label: str, server: _processes.Child, *, quick: bool) -> Iterator[F
         yield measured(BENCH, f"{label}: {STEPS} steps, {name}", "ms", taken * 1e3, n=n)
     yield _over_streaming(label, 0.0, n, times["streamed"] / times["run"])
     distances = LARGE_DISTANCES if label == "1.9 M" else DISTANCES[1:]
-    for seconds in (0.01,) if quick else distances:
+    for distance in (0.01,) if quick else distances:
         with (
-            _delay.distance(_processes.address(server), seconds) as far,
+            _delay.distance(_processes.address(server), distance) as far,
             hvpd.connect(far.address) as client,
         ):
             H = client.objective(f"bench/krylov/{n}").at(problem.x).hessian()
             contenders = {"run": _run(H), "streamed": _streamed(H)}
             found = _timing.interleave(contenders, rounds=far_rounds, seconds=0.0)
-            yield _over_streaming(label, seconds, n, np.array(found["streamed"]) / np.array(found["run"]))
-            if seconds == DISTANCES[2]:
+            yield _over_streaming(label, distance, n, np.array(found["streamed"]) / np.array(found["run"]))
+            if distance == DISTANCES[2]:
                 yield from _bytes(label, n, far, contenders)
 
 
@@ -147,17 +150,6 @@ def _run(H: hvpd.CurvatureOperator) -> Callable[[], object]:
 def _streamed(H: hvpd.CurvatureOperator) -> Callable[[], object]:
     runs, start = runner(H), _start(H.shape[0])
     return lambda: Lanczos(Runner.space(runs), start).extend(STEPS).alphas
-
-
-def _launched(H: hvpd.CurvatureOperator) -> None:
-    """Run until the server launches several steps together."""
-    ends = time.monotonic() + 60
-    place = ""
-    while place != "device" and time.monotonic() < ends:
-        space = runner(H).space()
-        with Lanczos(space, _start(H.shape[0])) as run:
-            run.extend(STEPS)
-            place = getattr(space, "place", "")
 
 
 def _in_process(problem: Problem) -> dict[str, Callable[[], object]]:

@@ -1,5 +1,6 @@
-"""One caller's worst product while the server reads and compiles another client's
-program of 100,000 operations.
+"""One caller's products while another client uses the server: its worst product while
+the server reads and compiles a program of 100,000 operations, and its 99th percentile
+while a Krylov run takes thousands of steps.
 """
 
 import sys
@@ -10,11 +11,12 @@ import numpy as np
 from scipy.sparse.linalg import LinearOperator
 
 import hvpd
-from bench import _processes, _warm
+from bench import _processes, _stepping, _warm
 from bench._objectives import Vector, mlp, normal
 from bench._report import Figure, Goal, measured
 
 BENCH = "neighbour"
+PARTS = ("registration", "run")
 OPERATIONS = 100_000
 SECONDS = 20.0
 GOAL = Goal("<=", 3.0)
@@ -23,11 +25,29 @@ PREDICTED = 2.0
 the server and its caller.
 """
 
+RUN_STEPS = 500
+"""Steps of a run. Runs follow each other, which makes 10,000 steps and more."""
+RUN_SECONDS = 10.0
+GOAL_RUN = Goal("<=", 1.25)
+"""The rise of the 99th percentile over a launch's mean time. Launches differ in length,
+because each is planned by the time of the launch before it.
+"""
+PREDICTED_RUN = {"lanczos": 1.1, "cg": 1.1, "products": 3.0}
+"""A caller that asks again at once meets a launch that has just begun, and waits for
+the whole of it. A single product takes 0.2 ms, and the steps around it take time of the
+server's Python and of the two cores, too.
+"""
 
-def run(*, quick: bool) -> Iterator[Figure]:
-    """Measure a caller's products alone, and then while the program is registered, in
-    turns.
-    """
+
+def run(*, quick: bool, part: str | None = None) -> Iterator[Figure]:
+    """Measure a caller's products alone, and beside another client, in turns."""
+    if part in ("registration", None):
+        yield from _registration(quick=quick)
+    if part in ("run", None):
+        yield from _run(quick=quick)
+
+
+def _registration(*, quick: bool) -> Iterator[Figure]:
     operations, rounds, seconds = (2_000, 1, 1.0) if quick else (OPERATIONS, 3, SECONDS)
     ratios, alone, beside = [], [], []
     for _ in range(rounds):
@@ -37,10 +57,10 @@ def run(*, quick: bool) -> Iterator[Figure]:
             H = objective.at(problem.x).hessian()
             _warm.vectors(objective, H)
             v = normal(7, problem.n)
-            alone.append(_products(H, v, seconds))
+            alone.append(_products(H, v, seconds).max())
             argv = [sys.executable, "-m", "bench._large", _processes.address(server), str(operations)]
             with _processes.child(argv, "registering"):
-                beside.append(_products(H, v, seconds))
+                beside.append(_products(H, v, seconds).max())
             ratios.append(beside[-1] / alone[-1])
     label = f"{operations:,} operations"
     yield measured(
@@ -56,11 +76,61 @@ def run(*, quick: bool) -> Iterator[Figure]:
     yield measured(BENCH, f"{label}: worst product beside", "ms", np.array(beside) * 1e3, n=problem.n)
 
 
-def _products(H: LinearOperator, v: Vector, seconds: float) -> float:
-    """Return the seconds of the slowest product within so many seconds."""
-    ends, worst = time.perf_counter() + seconds, 0.0
-    while time.perf_counter() < ends:
-        started = time.perf_counter()
+def _run(*, quick: bool) -> Iterator[Figure]:
+    rounds, seconds = (1, 1.0) if quick else (5, RUN_SECONDS)
+    methods = list(_stepping.METHODS)[: 1 if quick else None]
+    alone: list[float] = []
+    beside: dict[str, list[float]] = {method: [] for method in methods}
+    launches: dict[str, list[float]] = {method: [] for method in methods}
+    with _processes.serving(None, "--metrics-port", "0") as server, hvpd.connect(_processes.address(server)) as client:
+        problem = _stepping.problem(500)
+        objective = _warm.registered(client, problem, name="bench/neighbour")
+        H = objective.at(problem.x).hessian()
+        _warm.vectors(objective, H)
+        v = normal(7, problem.n)
+        for _ in range(rounds):
+            alone.append(_p99(_products(H, v, seconds)))
+            for method in methods:
+                # Another number of rows is another program, with figures of its own.
+                argv = [sys.executable, "-m", "bench._stepping", _processes.address(server), method, "501"]
+                with _processes.child([*argv, str(RUN_STEPS)], "stepping"):
+                    before = _launches(server)
+                    beside[method].append(_p99(_products(H, v, seconds)))
+                    count, total = np.subtract(_launches(server), before)
+                    launches[method].append(total / count)
+    for method in methods:
+        label, launch = _stepping.METHODS[method], np.array(launches[method])
+        yield measured(
+            BENCH,
+            f"{label}: rise of the neighbour's p99, over a launch",
+            "",
+            (np.array(beside[method]) - alone) / launch,
+            n=problem.n,
+            predicted=PREDICTED_RUN[method],
+            goal=None if method == "products" else GOAL_RUN,
+        )
+        yield measured(BENCH, f"{label}: a launch", "ms", launch * 1e3, n=problem.n)
+        yield measured(BENCH, f"{label}: p99 beside it", "ms", np.array(beside[method]) * 1e3, n=problem.n)
+    yield measured(BENCH, "p99 alone", "ms", np.array(alone) * 1e3, n=problem.n)
+
+
+def _launches(server: _processes.Child) -> tuple[float, float]:
+    """Return the number of launches at the run's objective, and their seconds."""
+    labels = rf'{{objective="{_stepping.NAME}",[^}}]*}}'
+    count, total = (
+        _processes.metric(server, f"hvpd_usage_compute_seconds_{each}{labels}") for each in ("count", "sum")
+    )
+    return count, total
+
+
+def _products(H: LinearOperator, v: Vector, seconds: float) -> Vector:
+    """Return the seconds of each product within so many seconds."""
+    ends, found = time.perf_counter() + seconds, list[float]()
+    while (started := time.perf_counter()) < ends:
         _ = H @ v
-        worst = max(worst, time.perf_counter() - started)
-    return worst
+        found.append(time.perf_counter() - started)
+    return np.array(found)
+
+
+def _p99(seconds: Vector) -> float:
+    return float(np.quantile(seconds, 0.99))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import _floor, _report, _timing, coalescing, modes
+from bench import __main__, _floor, _report, _timing, coalescing, modes
 from bench._report import Figure, Goal, measured
 
 _ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def test_contenders_take_turns_and_each_round_begins_with_another():
     calls = []
     contenders = {name: lambda name=name: calls.append(name) for name in "abc"}
     found = _timing.interleave(contenders, rounds=3, seconds=0.0)
-    assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab"  # Each is called twice beforehand.
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"  # Each is called beforehand, too.
     assert {name: len(times) for name, times in found.items()} == {"a": 3, "b": 3, "c": 3}
 
 
@@ -130,6 +130,35 @@ def test_echoes_bring_everything_back(size):
             plain = _floor.SocketEcho(address, payload)
             plain()
             plain.close()
+
+
+def test_a_part_keeps_the_figures_of_the_other_parts(tmp_path):
+    path = tmp_path / "r.jsonl"
+
+    def figure(bench, name, value):
+        return measured(bench, name, "ms", [value]).to_json({})
+
+    _report.write(path, "b", [figure("b", "first", 1.0), figure("b", "second", 2.0)])
+    _report.write(path, "c", [figure("c", "first", 3.0)])
+    _report.write(path, "b", [figure("b", "second", 4.0)], part=True)
+    assert {(each["bench"], each["figure"]): each["value"] for each in _report.read(path)} == {
+        ("b", "first"): 1.0,
+        ("b", "second"): 4.0,
+        ("c", "first"): 3.0,
+    }
+    _report.write(path, "b", [figure("b", "third", 5.0)])
+    assert [each["figure"] for each in _report.read(path)] == ["first", "third"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("krylov", "krylov has 6 k, 270 k, 1.9 M, got 'all'"), ("latency", "latency has no parts, got 'all'")],
+)
+def test_a_part_that_there_is_not_is_refused(name, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", name, "--part", "all"])
+    with pytest.raises(SystemExit):
+        __main__.main()
+    assert says in capsys.readouterr().err
 
 
 def test_a_quick_run_writes_its_figures(tmp_path):

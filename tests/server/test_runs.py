@@ -2,14 +2,18 @@
 their owner at their point only.
 """
 
+import threading
+
 import numpy as np
 import pytest
 
 from hvpd._wire import codec
 from hvpd.v1 import curvature_pb2
 from hvpd_server.errors import ServiceError
+from hvpd_server.krylov.device_space import LanczosLauncher, capacity
 from hvpd_server.krylov.operator import Operator, Terms, Work
 from hvpd_server.krylov.runs import Position, Runs
+from tests.support.waiting import until
 
 N = 6
 
@@ -114,3 +118,49 @@ def test_a_computation_counts_while_it_runs(engine, runs, point, residency):
 def test_a_computation_takes_a_quarter_of_what_there_is(engine, runs, point):
     operator = Operator(engine, point, "hvp", terms=Terms())
     assert runs.room_bytes(operator) == engine.lanes[0].residency.budget_bytes // 4
+
+
+def products(operator):
+    """Return a function that multiplies once."""
+    return lambda: operator.multiply(np.eye(1, N))
+
+
+def launches(operator):
+    """Return a function that launches two steps."""
+    launcher, rows = LanczosLauncher(operator), capacity(1)
+    operator.point.source.kernels.request(launcher._launcher._name, rows).result()
+    return lambda: launcher.launch(np.eye(rows, N), rows, 1, 2, 0.0)
+
+
+@pytest.mark.parametrize("steps", [products, launches])
+@pytest.mark.parametrize("neighbour", ["ann", "ben"])
+def test_a_neighbour_waits_for_one_launch_of_a_run_at_most(engine, point, start, monkeypatch, steps, neighbour):
+    """A product that arrives during a launch of a run is launched before the next
+    launch of the run.
+    """
+    operator = Operator(engine, point, "hvp", terms=Terms())
+    operator.work = Work("ann", "ann")
+    step = steps(operator)
+    batcher, order = engine.lanes[0].launches._batcher, []
+    begun, may_end = threading.Semaphore(0), threading.Semaphore(0)
+    execute = batcher._execute
+
+    def executed(key, jobs):
+        order.extend(bool(job.block.all()) and job.block.size > 0 for job in jobs)
+        begun.release()
+        assert may_end.acquire(timeout=60)
+        return execute(key, jobs)
+
+    monkeypatch.setattr(batcher, "_execute", executed)
+    run = start(lambda: [step() for _ in range(4)])
+    for _ in range(3):
+        assert begun.acquire(timeout=60)  # A launch of the run ...
+        product = start(engine.multiply, point, "hvp", np.ones((1, N)), tenant=neighbour)
+        until(lambda: engine.lanes[0].launches.pending)
+        may_end.release()
+        assert begun.acquire(timeout=60)  # ... and then that of the neighbour.
+        may_end.release()
+        product.result(60)
+    may_end.release()
+    run.result(60)
+    assert order == [False, True] * 3 + [False]
