@@ -350,6 +350,7 @@ class GetServerResponse(google.protobuf.message.Message):
     PORT_FIELD_NUMBER: builtins.int
     TIME_FIELD_NUMBER: builtins.int
     KRYLOV_RUNS_FIELD_NUMBER: builtins.int
+    ID_FIELD_NUMBER: builtins.int
     version: builtins.str
     """Version of hvpd."""
     min_protocol: builtins.int
@@ -380,6 +381,10 @@ class GetServerResponse(google.protobuf.message.Message):
     """
     krylov_runs: builtins.bool
     """Whether the server has the KrylovService."""
+    id: builtins.str
+    """Stays the same when the server is started again, and differs between machines and
+    ports. Clients of several servers place objectives by it. Empty from older servers.
+    """
     @property
     def time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """The server's time; unset from older servers."""
@@ -400,8 +405,9 @@ class GetServerResponse(google.protobuf.message.Message):
         port: builtins.int = ...,
         time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         krylov_runs: builtins.bool = ...,
+        id: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["device_count", b"device_count", "device_kind", b"device_kind", "jax_version", b"jax_version", "krylov_runs", b"krylov_runs", "max_block_width", b"max_block_width", "max_protocol", b"max_protocol", "min_protocol", b"min_protocol", "platform", b"platform", "port", b"port", "stablehlo_version", b"stablehlo_version", "time", b"time", "vector_port", b"vector_port", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_count", b"device_count", "device_kind", b"device_kind", "id", b"id", "jax_version", b"jax_version", "krylov_runs", b"krylov_runs", "max_block_width", b"max_block_width", "max_protocol", b"max_protocol", "min_protocol", b"min_protocol", "platform", b"platform", "port", b"port", "stablehlo_version", b"stablehlo_version", "time", b"time", "vector_port", b"vector_port", "version", b"version"]) -> None: ...
 
 Global___GetServerResponse: typing_extensions.TypeAlias = GetServerResponse
