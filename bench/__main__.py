@@ -24,6 +24,7 @@ BENCHMARKS = (
     "krylov",
     "as_jax",
     "samehost",
+    "fleet",
 )
 COMPARES = ("register", "versions")
 """Benchmarks that take another checkout. `all` leaves `versions` out, because
