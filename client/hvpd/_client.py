@@ -23,7 +23,7 @@ class Client(Registrar):
     restart of the server.
 
     Attributes:
-        address: "host:port" of the server.
+        address: "host:port" of the server, or the addresses of all servers.
 
     Example:
         >>> with hvpd.connect("gpu-box:7070") as client:
@@ -80,6 +80,8 @@ class Client(Registrar):
     @property
     def server(self) -> server_pb2.GetServerResponse:
         """Return the server's description of itself when this client connected.
+
+        Of several servers, it is one.
 
         Example:
             >>> client.server.version, client.server.platform
@@ -202,6 +204,24 @@ class Client(Registrar):
         request = server_pb2.GetLoadRequest()
         response: server_pb2.GetLoadResponse = self._transport.unary(self._transport.channel.server.GetLoad, request)
         return response
+
+    def loads(self) -> dict[str, server_pb2.GetLoadResponse | None]:
+        """Return the counts of each server by its address, as `load` does for one.
+
+        None stands for a server that does not answer within a second.
+
+        Raises:
+            HvpdError: No server answers; as `load`.
+
+        Example:
+            >>> [address for address, load in client.loads().items() if load is None]
+        """
+        request, found = server_pb2.GetLoadRequest(), dict[str, server_pb2.GetLoadResponse | None]()
+        for address, link in self._transport.each().items():
+            found[address] = None if link is None else link.ask_once(link.channel.server.GetLoad, request)
+        if not any(found.values()):
+            self.load()  # Its error says why.
+        return found
 
     def rename(self, name: str, new: str) -> Objective:
         """Give an objective another name; return the objective.

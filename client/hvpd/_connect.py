@@ -1,5 +1,6 @@
 """Connect to a server; connect again after a pickle."""
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ from hvpd import _environment, _profiles
 from hvpd._client import Client
 from hvpd._objective import Objective
 from hvpd._progress import Progress, reporter
+from hvpd._transport.fleet_transport import connected
 from hvpd._transport.tls import PathLike, encryption
 from hvpd._transport.transport import Transport
 from hvpd._warnings import warn
@@ -31,15 +33,18 @@ def connect(
     progress: "Callable[[Progress], object] | bool | None" = None,
     profile: str | None = None,
 ) -> Client:
-    """Connect to a server.
+    """Connect to a server, or to several that share one store.
 
     Args:
-        address: "host:port". None for $HVPD_ADDRESS, then localhost:7070.
+        address: "host:port". None for $HVPD_ADDRESS, then localhost:7070. Several
+            servers: "a:7070,b:7070,c:7070", or "dns:///name:7070" for all addresses of
+            a name; see docs/how-to/several-servers.md.
         token: Token of the caller, for servers that ask for one. None for $HVPD_TOKEN.
             A call without a sufficient right raises `AccessError`.
         connect_timeout: Seconds to wait for a server at the address, for example one
             that starts. None: 10 seconds, but only one second if the port refuses
-            connections or the host has no address.
+            connections or the host has no address. Of several servers, one must answer
+            within this time.
         retry_timeout: Seconds for which calls are repeated while the server is away or
             overloaded.
         timeout: Seconds that one call may take; None for no limit.
@@ -70,7 +75,8 @@ def connect(
     Raises:
         InvalidArgumentError: An argument is not valid, or the token would go to another
             machine as plain text.
-        UnavailableError: No server answers within the connect timeout. With reason
+        UnavailableError: No server answers within the connect timeout. If some of
+            several do not answer, there is a warning instead. With reason
             `TLS`, one answers, and client and server disagree on TLS.
         IncompatibleError: It is no hvpd server, or one of another version.
         AccessError: The server does not know the token.
@@ -86,8 +92,9 @@ def connect(
         chosen = _profiles.Profile()
     files = {"HVPD_CA": chosen.ca, "HVPD_CERT": chosen.cert, "HVPD_KEY": chosen.key}
     environment = {name: file for name, file in files.items() if file} | os.environ
-    transport = Transport(
-        address,
+    shown = reporter(progress)
+    make = functools.partial(
+        Transport,
         token=token or os.environ.get("HVPD_TOKEN") or chosen.token,
         connect_timeout=connect_timeout,
         retry_timeout=retry_timeout,
@@ -95,9 +102,9 @@ def connect(
         priority=priority,
         tls=encryption(chosen.tls if tls is None else tls, ca, cert, key, environment),
         insecure=insecure or chosen.insecure,
-        reporter=reporter(progress),
+        reporter=shown,
     )
-    return client_of(transport)
+    return client_of(connected(address, make, shown))
 
 
 def client_of(transport: Transport, on_close: Callable[[], None] = lambda: None) -> Client:

@@ -125,8 +125,9 @@ class Objective(Layout):
 
     def _point_again(self, spec: bytes, x: codec.Array, pin: int | None, data: Mapping[str, bytes]) -> Point:
         """Return the point of a pickle."""
-        self._transport.store(data)
-        return Point(self, self._transport, curvature_pb2.PointSpec.FromString(spec), x, pin=pin, data=data)
+        transport = self._transport.staying()
+        transport.store(data)
+        return Point(self, transport, curvature_pb2.PointSpec.FromString(spec), x, pin=pin, data=data)
 
     # SciPy's signatures
 
@@ -368,7 +369,7 @@ class Objective(Layout):
             spec = curvature_pb2.PointSpec()
             spec.CopyFrom(base._spec)  # noqa: SLF001 - the point is one of its own
             spec.x_digest = codec.digest(codec.payload(flat))
-            return Point(self, self._transport, spec, flat)
+            return Point(self, base._transport, spec, flat)  # noqa: SLF001 - the point is one of its own
 
         eps = verdicts.resolution([leaf.dtype for leaf in self._bundle.x_leaves], self.precision)
         with self._transport.reporter.stage(f"checking {self.label}"):
@@ -406,14 +407,15 @@ class Objective(Layout):
             if pin is not None:
                 found.pin(pin)
             return found
-        self._transport.store(payloads)
+        transport = self._transport.staying()
+        transport.store(payloads)
         spec = curvature_pb2.PointSpec(
             objective_digest=self.digest,
             data=tensors,
             default_data=not tensors,
             x_digest=codec.digest(codec.payload(flat)),
         )
-        return self._remember(Point(self, self._transport, spec, flat, pin=pin, data=payloads))
+        return self._remember(Point(self, transport, spec, flat, pin=pin, data=payloads))
 
     def _recall(self, x: codec.Array, data: Sequence[tensor_pb2.Tensor]) -> "Point | None":
         """Return a remembered point at x with the same data.

@@ -123,7 +123,8 @@ class Point:
         spec.CopyFrom(self._spec)
         spec.x_digest = codec.digest(codec.payload(x))
         step = Step(self._id, alpha, p)
-        return self.objective._remember(Point(self.objective, self._transport, spec, x, step=step, data=self._data))  # noqa: SLF001 - its own objective
+        transport = self._transport.staying()  # A fleet's server may be there again.
+        return self.objective._remember(Point(self.objective, transport, spec, x, step=step, data=self._data))  # noqa: SLF001 - its own objective
 
     def pin(self, seconds: int) -> None:
         """Keep the point and its data on the device for seconds after its last use.

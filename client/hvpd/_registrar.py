@@ -248,7 +248,7 @@ class Registrar:
     def _store(
         self, export: "Export", name: str | None, x_leaves: Sequence[Any] = (), *, shared: bool = False
     ) -> Objective:
-        stored = submit(self._transport, export, name, x_leaves, shared=shared)
+        stored = submit(self._transport.placed(export.digest), export, name, x_leaves, shared=shared)
         return self._objective(stored, export.unflatten)
 
     def _objective(
@@ -257,7 +257,9 @@ class Registrar:
         """Make an objective from the server's message."""
         before = self._watches.get(message.digest)
         try:
-            objective = Objective(self._transport, message, unflatten, warned=before is not None and before.warned)
+            objective = Objective(
+                self._transport.placed(message.digest), message, unflatten, warned=before is not None and before.warned
+            )
         except (TypeError, ValueError, LookupError) as error:
             raise HvpdError(
                 f"the server at {self._transport.address} answered with an objective that cannot be read ({error}): the versions of client "

@@ -1,5 +1,5 @@
 from hvpd._cli.common import show_bytes
-from hvpd._cli.top import frame
+from hvpd._cli.top import fleet_frame, frame
 from hvpd.v1 import server_pb2
 
 
@@ -58,3 +58,43 @@ def test_one_moment_has_no_rates():
     assert "-   waiting 3 of 4096 vectors" in lines[3]
     assert "median launch - vectors" in lines[4]
     assert lines[-1].split() == ["a", "vision", "-", "-", "-"]
+
+
+def test_several_servers_have_a_row_each_and_one_table_of_objectives():
+    before = {
+        "a:7070": load(10, 100, [share("f", 90, 5.0)], (1000, 0, 0)),
+        "b:7070": load(20, 50, [share("f", 50, 1.0)]),
+    }
+    now = {
+        "a:7070": load(12, 300, [share("f", 190, 6.0)], (1000, 200, 0)),
+        "b:7070": load(22, 70, [share("f", 70, 1.5), share("g", 20, 0.1)]),
+        "c:7070": None,
+    }
+    lines = [line.split() for line in fleet_frame(before, now)]
+    assert lines[1] == [
+        "a:7070",
+        "serving",
+        "0",
+        "100",
+        "400",
+        "0",
+        "5.5",
+        "ms",
+        "3",
+        "of",
+        "4096",
+        "3",
+        "MiB",
+        "of",
+        "1",
+        "GiB",
+    ]
+    assert lines[2] == ["b:7070", "serving", "0", "10", "40", "0", "-", "3", "of", "4096", "3", "MiB", "of", "1", "GiB"]
+    assert lines[3] == ["c:7070", "away", "-", "-", "-", "-", "-", "-", "-"]
+    assert lines[6:] == [["f", "vision", "60", "0", "75%"], ["g", "vision", "10", "0", "5%"]]
+
+
+def test_a_server_of_several_that_was_started_again_counts_from_zero():
+    lines = fleet_frame({"a:7070": load(10, 1000), "b:7070": None}, {"a:7070": load(12, 10), "b:7070": load(12, 10)})
+    assert lines[1].split()[:4] == ["a:7070", "serving", "0", "5"]
+    assert lines[2].split()[:4] == ["b:7070", "serving", "0", "-"]

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 def connection(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose a server."""
     parser.add_argument("--profile", metavar="NAME", help="a profile of ~/.config/hvpd/config.toml [$HVPD_PROFILE]")
-    parser.add_argument("--address", metavar="HOST:PORT", help="the server (default: localhost:7070) [$HVPD_ADDRESS]")
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="the server, or several joined by commas (default: localhost:7070) [$HVPD_ADDRESS]",
+    )
     parser.add_argument(
         "--connect-timeout",
         type=float,

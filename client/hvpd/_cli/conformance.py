@@ -6,6 +6,7 @@ import json
 
 from hvpd._cli.common import connect, connection, show
 from hvpd._errors import InvalidArgumentError
+from hvpd._transport.address import is_fleet
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -32,6 +33,10 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.address = arguments.server
     counts = {"ok": 0, "FAIL": 0, "skip": 0}
     with connect(arguments) as client:
+        if is_fleet(client.address):
+            raise InvalidArgumentError(
+                f"conformance checks one server, got {client.address}: say HOST:PORT of one", reason="ADDRESS"
+            )
         for outcome in suite.run(client._transport):  # noqa: SLF001 - our own
             counts[outcome.result] += 1
             if arguments.json:

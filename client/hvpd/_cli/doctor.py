@@ -9,13 +9,15 @@ import datetime
 import os
 import socket
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from hvpd import _environment, _profiles
 from hvpd._cli.common import connect, connection, show
 from hvpd._errors import AccessError, HvpdError, InvalidArgumentError
 from hvpd._transport import reach
+from hvpd._transport.address import DNS, is_fleet, listed, resolved
 from hvpd._version import __version__
 
 if TYPE_CHECKING:
@@ -71,6 +73,9 @@ def _look(arguments: argparse.Namespace) -> Iterator[Finding]:
         yield Finding(False, "profile", str(error))
         return
     yield Finding(None, "address", f"{address}, from {source}")
+    if is_fleet(address):
+        yield from _look_at_fleet(arguments, address)
+        return
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         yield Finding(False, "address", f"it must be host:port, such as gpu-box:7070, got {address!r}")
@@ -84,6 +89,31 @@ def _look(arguments: argparse.Namespace) -> Iterator[Finding]:
     if reached.good is False:
         return
     yield from _served(arguments)
+
+
+def _look_at_fleet(arguments: argparse.Namespace, address: str) -> Iterator[Finding]:
+    """Look at each server that an address names."""
+    try:
+        each = resolved(address) if address.startswith(DNS) else listed(address)
+    except InvalidArgumentError as error:
+        yield Finding(False, "address", str(error))
+        return
+    except OSError as error:
+        yield Finding(False, "DNS", reach.no_address(address.removeprefix(DNS).rpartition(":")[0], error))
+        return
+    there = []
+    for one in each:
+        host, _, port = one.rpartition(":")
+        yield Finding(None, "server", one)
+        yield (found := _resolved(host.strip("[]"), int(port)))
+        if found.good is False:
+            continue
+        yield from _proxy(host.strip("[]"))
+        yield (reached := _reached(host.strip("[]"), int(port), "port"))
+        if reached.good:
+            there.append(one)
+    if there:
+        yield from _served(arguments, there)
 
 
 def _address(arguments: argparse.Namespace) -> tuple[str, str]:
@@ -127,9 +157,12 @@ def _reached(host: str, port: int, subject: str) -> Finding:
     return Finding(True, subject, f"{port} accepts connections")
 
 
-def _served(arguments: argparse.Namespace) -> Iterator[Finding]:
+def _served(arguments: argparse.Namespace, there: Sequence[str] = ()) -> Iterator[Finding]:
+    """Look at the server, or at those of several that accept connections."""
     try:
-        client = connect(arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # The looks say the same of each server.
+            client = connect(arguments)
     except AccessError as error:
         yield Finding(False, "token", str(error))
         return
@@ -138,8 +171,22 @@ def _served(arguments: argparse.Namespace) -> Iterator[Finding]:
         yield Finding(False, subject, str(error))
         return
     with client:
-        for look in (_server, _clock, _token, _vectors):
-            yield look(client)
+        for address, one in _each(client).items():
+            if there and address in there:
+                yield Finding(None, "server", address)
+            if one is not None:
+                for look in (_server, _clock, _token, _vectors):
+                    yield look(one)
+            elif address in there:
+                yield Finding(False, "server", f"{address} accepts connections, and does not answer as an hvpd server")
+
+
+def _each(client: "Client") -> "dict[str, Client | None]":
+    """Return a client for each server."""
+    if not is_fleet(client.address):
+        return {client.address: client}
+    links = client._transport.each()  # noqa: SLF001 - our own
+    return {address: None if link is None else type(client)(link) for address, link in links.items()}
 
 
 def _server(client: "Client") -> Finding:

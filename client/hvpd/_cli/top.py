@@ -1,18 +1,26 @@
-"""`hvpd top`: the load of a server, live."""
+"""`hvpd top`: the load of a server, or of several, live."""
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 from google.protobuf import json_format
 
 from hvpd import _text
 from hvpd._cli.common import connect, connection, show, show_bytes, show_number
 from hvpd._errors import InvalidArgumentError
+from hvpd._transport.address import is_fleet
 from hvpd._wire.distribution import Distribution
 from hvpd.v1 import server_pb2
+
+if TYPE_CHECKING:
+    from hvpd._client import Client
+
+Loads: TypeAlias = "Mapping[str, server_pb2.GetLoadResponse | None]"
+"""Loads of servers by address; None for one that does not answer."""
 
 _ROWS = 20
 """Most objectives in the table."""
@@ -26,7 +34,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "top",
         help="show the load of a server, live; needs the right administer",
         description="Show products and vectors a second, latency, queue, memory, and the objectives and tenants with most device time, "
-        "until Ctrl-C.",
+        "until Ctrl-C. Several servers are one row each.",
     )
     top.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="seconds of each line (default: 2)")
     top.add_argument("--count", type=int, default=0, metavar="N", help="how often to show it (default: until Ctrl-C)")
@@ -41,6 +49,8 @@ def _run(arguments: argparse.Namespace) -> int:
     live = sys.stdout.isatty() and not arguments.json
     shown = 0
     with connect(arguments) as client:
+        if is_fleet(client.address):
+            return _run_fleet(client, arguments, live=live)
         before = client.load()
         try:
             if live:  # Otherwise the screen would be empty for the first interval.
@@ -56,6 +66,33 @@ def _run(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             pass
     return 0
+
+
+def _run_fleet(client: "Client", arguments: argparse.Namespace, *, live: bool) -> int:
+    shown, before = 0, client.loads()
+    try:
+        if live:
+            _show(fleet_frame(before, before), live=live)
+        while not arguments.count or shown < arguments.count:
+            time.sleep(arguments.interval)
+            now = client.loads()
+            if arguments.json:
+                for address, load in now.items():
+                    print(json.dumps({"address": address} | _json(load)), flush=True)
+            else:
+                _show(fleet_frame(before, now), live=live)
+            # A server that was away in between counts from its latest answer.
+            before, shown = {address: load or before.get(address) for address, load in now.items()}, shown + 1
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _json(load: server_pb2.GetLoadResponse | None) -> dict[str, object]:
+    if load is None:
+        return {"state": "away"}
+    found: dict[str, object] = json_format.MessageToDict(load, preserving_proto_field_name=True)
+    return found
 
 
 def _show(lines: Sequence[str], *, live: bool) -> None:
@@ -89,6 +126,54 @@ def frame(address: str, before: server_pb2.GetLoadResponse, now: server_pb2.GetL
         "",
         *_text.table(_shares(before, now, seconds)),
     ]
+
+
+_FLEET = ("SERVER", "STATE", "CALLS", "PRODUCTS/s", "VECTORS/s", "FAILURES/s", "LATENCY p50", "WAITING", "RESIDENT")
+
+
+def fleet_frame(before: "Loads", now: "Loads") -> list[str]:
+    """Return the lines that show the load of several servers between two moments: a row
+    for each, and then the objectives and tenants of all.
+    """
+    rows: list[Sequence[str]] = [_FLEET]
+    earlier, later, seconds = server_pb2.GetLoadResponse(), server_pb2.GetLoadResponse(), 0.0
+    for address, load in now.items():
+        if load is None:
+            rows.append((address, "away", *["-"] * (len(_FLEET) - 2)))
+            continue
+        was = before.get(address) or load
+        grown = (load.time.ToNanoseconds() - was.time.ToNanoseconds()) / 1e9
+        if load.products < was.products:  # The server was started again.
+            was = server_pb2.GetLoadResponse()
+        latency = _since(was.request_seconds, load.request_seconds).quantile(0.5) if grown else None
+        rows.append(
+            (
+                address,
+                load.state,
+                str(load.open_calls),
+                *(_rate(getattr(load, name) - getattr(was, name), grown, 4) for name in ("products", "vectors")),
+                _rate(load.failures - was.failures, grown, 3),
+                "-" if latency is None else f"{show_number(latency * 1e3, 3)} ms",
+                f"{load.pending_vectors} of {load.pending_limit}",
+                f"{show_bytes(load.resident_bytes)} of {show_bytes(load.budget_bytes)}",
+            )
+        )
+        _add(earlier, was)
+        _add(later, load)
+        seconds = max(seconds, grown)
+    return [*_text.table(rows), "", *_text.table(_shares(earlier, later, seconds))]
+
+
+def _add(total: server_pb2.GetLoadResponse, load: server_pb2.GetLoadResponse) -> None:
+    """Add the counts by objective and tenant of one server."""
+    found = {(share.objective, share.tenant): share for share in total.shares}
+    for share in load.shares:
+        mine = found.get((share.objective, share.tenant)) or total.shares.add(
+            objective=share.objective, tenant=share.tenant
+        )
+        mine.products += share.products
+        mine.vectors += share.vectors
+        mine.device_seconds += share.device_seconds
 
 
 def _rate(grown: float, seconds: float, digits: int) -> str:

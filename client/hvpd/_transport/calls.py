@@ -43,19 +43,31 @@ class Calls:
         timeout: Seconds that one call may take, its retries included; None for no
             limit.
         reporter: Shows work that takes long.
+        counts: Counts the products; None for counts of its own.
     """
 
     def __init__(
-        self, address: str, channel: Channel, retry_timeout: float, timeout: float | None, reporter: Reporter
+        self,
+        address: str,
+        channel: Channel,
+        retry_timeout: float,
+        timeout: float | None,
+        reporter: Reporter,
+        counts: Counts | None = None,
     ) -> None:
         self.address = address
         self.channel = channel
         self._owner = os.getpid()
         self._closed = False
-        self._counts = Counts()
+        self._counts = counts or Counts()
         self._tracing = _tracing.of(address)
         self._retry = Retry(address, retry_timeout, timeout, self._on_retry, self._on_failure, reporter)
         self.reporter = reporter
+
+    @property
+    def closed(self) -> bool:
+        """Return whether the connection was ended."""
+        return self._closed
 
     def call(
         self,
@@ -109,7 +121,7 @@ class Calls:
         self.channel.replace()
 
     def _check_usable(self) -> None:
-        if self._closed:
+        if self.closed:
             raise HvpdError(f"this client of {self.address} is closed: {CONNECT_AGAIN}", reason="CLIENT_CLOSED")
         if os.getpid() != self._owner:
             raise HvpdError(
@@ -153,7 +165,7 @@ class Calls:
 
         For facts that a caller can do without.
         """
-        if self._closed or os.getpid() != self._owner:
+        if self.closed or os.getpid() != self._owner:
             return None
         metadata, _ = self.channel.new_call()
         try:

@@ -88,6 +88,7 @@ class Channel:
             # A connection of its own, because an interrupt may have left others behind.
             ("grpc.use_local_subchannel_pool", 1),
             *([("grpc.enable_http_proxy", 0)] if self._local else []),
+            *([("grpc.ssl_target_name_override", name)] if (name := self._tls and self._tls.server_name) else []),
         ]
         if self._tls is None:
             self._channel = grpc.insecure_channel(self._address, options)

@@ -25,6 +25,8 @@ class Tls:
     """The certificates for Python's own TLS, which explains failures."""
     certified: bool
     """Whether the client has a certificate to show."""
+    server_name: str | None = None
+    """Name in the server's certificate; None for the host of its address."""
 
 
 def encryption(
@@ -123,7 +125,7 @@ def _look(address: str, tls: Tls | None, seconds: float) -> str | None:
     try:
         with (
             socket.create_connection((host, int(port)), seconds) as plain,
-            context.wrap_socket(plain, server_hostname=host) as secure,
+            context.wrap_socket(plain, server_hostname=(tls and tls.server_name) or host) as secure,
         ):
             return _SPEAKS_TLS if tls is None else _after(secure, tls)
     except ssl.SSLError as error:

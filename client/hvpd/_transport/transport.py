@@ -11,10 +11,9 @@ and a reply never changes threads.
 """
 
 import contextlib
-import ipaddress
+import dataclasses
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from hvpd._errors import HvpdError, InvalidArgumentError
 from hvpd._progress import Reporter, Stage
 from hvpd._transport import cancellation
 from hvpd._transport import tracing as _tracing
+from hvpd._transport.address import host_of, is_local
 from hvpd._transport.calls import Calls, answer_of
 from hvpd._transport.channel import Channel
 from hvpd._transport.creation import Creation, PointStream, Step
@@ -42,7 +42,7 @@ from hvpd.v1 import blob_pb2, curvature_pb2, server_pb2
 
 _log = logging.getLogger("hvpd")
 
-_SERVING = b"\x08\x01"
+SERVING = b"\x08\x01"
 """A grpc.health.v1.HealthCheckResponse with status SERVING, as bytes."""
 
 _MOST_SECONDS = 1e9
@@ -66,10 +66,10 @@ class Transport(Calls):
         tls: Certificates to trust and to show; None for plain text.
         insecure: Whether a token may be sent as plain text to another machine.
         reporter: Shows work that takes long.
+        server_name: Name in the server's certificate; None for the address's host.
 
     Attributes:
         channel: The gRPC channel, with the methods that `unary` takes.
-        server: Facts about the server, from the time when this client connected.
         priority: Priority of all products.
 
     Raises:
@@ -92,9 +92,10 @@ class Transport(Calls):
         tls: Tls | None = None,
         insecure: bool = False,
         reporter: Reporter | None = None,
+        server_name: str | None = None,
     ) -> None:
-        host = _host(address)
-        local = _is_local(host)
+        host = host_of(address)
+        local = is_local(host)
         _check_token(token)
         if token is not None and tls is None and not insecure and not local:
             raise InvalidArgumentError(
@@ -108,6 +109,8 @@ class Transport(Calls):
         if timeout is not None:
             _check_seconds("timeout", timeout)
         _check_priority(priority)
+        if tls is not None and server_name is not None:
+            tls = dataclasses.replace(tls, server_name=server_name)
         super().__init__(
             address, Channel(address, token, tls, local=local), retry_timeout, timeout, reporter or Reporter()
         )
@@ -130,22 +133,47 @@ class Transport(Calls):
         self._streams = StreamPool(self.channel, lambda: not self._closed and not self._vectors.ready)
         try:
             with self.reporter.stage(f"connecting to {address}"):
-                self.server = self.channel.greet(connect_timeout)
+                self._server = self.channel.greet(connect_timeout)
         except Exception:
             self.close()
             raise
         _log.info("connected to %s: hvpd %s on %s", address, self.server.version, self.server.device_kind)
-        self._widest = max(self.server.max_block_width, 1)
-        self._vectors.offered = self._has_vector_port(self.server) and (local or not is_proxied(host))
+        self._direct = local or not is_proxied(host)
+        self.restarted(self._server)
 
     @property
-    def closed(self) -> bool:
-        """Return whether the connection was ended."""
-        return self._closed
+    def server(self) -> server_pb2.GetServerResponse:
+        """Return facts about the server, from the time when this client connected."""
+        return self._link()._server  # noqa: SLF001 - of its own kind
+
+    def placed(self, digest: str) -> "Transport":
+        """Return the transport for an objective. A fleet has one for each objective."""
+        return self
+
+    def staying(self) -> "Transport":
+        """Return the transport for a point, which stays at its server."""
+        return self
+
+    def each(self) -> "dict[str, Transport | None]":
+        """Return the connections by address; None for a server that never answered."""
+        return {self.address: self}
+
+    def _link(self) -> "Transport":
+        """Return the connection that takes the next call. A fleet has several."""
+        return self
+
+    def _widest(self) -> int:
+        """Return the most vectors of one product."""
+        return max(self.server.max_block_width, 1)
+
+    def restarted(self, server: server_pb2.GetServerResponse) -> None:
+        """Take the facts of a server that was started, perhaps again."""
+        self._server = server
+        self._vectors.offered = self._direct and self._has_vector_port(server)
 
     def serving(self) -> bool:
         """Return whether the server says, by grpc.health.v1, that it is SERVING."""
-        return self.unary(self.channel.check_health, b"") == _SERVING
+        return self.unary(self.channel.check_health, b"") == SERVING
 
     def close(self) -> None:
         """End all streams and the connection."""
@@ -163,7 +191,8 @@ class Transport(Calls):
         return self._counts.snapshot()
 
     def _abandon(self) -> None:
-        self.channel.replace(self._streams.forget())
+        link = self._link()
+        link.channel.replace(link._streams.forget())  # noqa: SLF001 - of its own kind
 
     # Blobs
 
@@ -263,7 +292,7 @@ class Transport(Calls):
             restore: Makes the point resident again.
             objective: Digest of the objective, for the span.
         """
-        exchange = Exchange(asked, block, limit=self._widest, priority=self.priority)
+        exchange = Exchange(asked, block, limit=self._widest(), priority=self.priority)
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("product of %d vectors of %d to %s", *block.shape, self.address)
         infos: list[curvature_pb2.ProductInfo] = []
@@ -273,7 +302,8 @@ class Transport(Calls):
         def attempt(left: float | None) -> None:
             if exchange.fits_vector_port and self._attempt_past(exchange, left, infos.append, span):
                 return
-            with self._streams.take(left) as stream, cancellation.ending(stream.cancel):
+            streams = self._link()._streams  # noqa: SLF001 - of its own kind
+            with streams.take(left) as stream, cancellation.ending(stream.cancel):
                 refused = exchange.attempt(stream, infos.append, span)
             if refused is not None:
                 raise refused
@@ -300,8 +330,10 @@ class Transport(Calls):
     ) -> bool:
         """Try once past gRPC; return False if there is no connection at the moment."""
         past: VectorStream | None = None
+        link = self._link()
+        vectors, streams = link._vectors, link._streams  # noqa: SLF001 - of its own kind
         try:
-            past = self._vectors.take()
+            past = vectors.take()
             if past is None:
                 return False
             with cancellation.ending(past.interrupt):
@@ -313,10 +345,10 @@ class Transport(Calls):
         except BaseException as error:  # noqa: BLE001 - raised again by `_try`
             if past is not None:
                 past.close()
-            self._vectors.replace()
+            vectors.replace()
             raise OutsideGrpcError(error) from None
-        self._vectors.give_back(past)
-        self._streams.end_idle()
+        vectors.give_back(past)
+        streams.end_idle()
         if refused is not None:
             raise refused
         return True
@@ -391,7 +423,7 @@ class Transport(Calls):
 
     def by_unix_socket(self) -> bool:
         """Return whether products can go over the server's Unix socket."""
-        return self._vectors.by_unix_socket()
+        return self._link()._vectors.by_unix_socket()  # noqa: SLF001 - of its own kind
 
     def _has_vector_port(self, server: server_pb2.GetServerResponse) -> bool:
         """Return whether the client may connect to the vector port.
@@ -400,24 +432,6 @@ class Transport(Calls):
         there is a tunnel or a proxy, which products must not bypass.
         """
         return 0 < server.vector_port < 1 << 16 and self.address.endswith(f":{server.port}")
-
-
-def _host(address: object) -> str:
-    host, _, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
-    if not host or not port.isdecimal() or int(port) > 65535 or set(host) & set(" /\t\n"):
-        bare = isinstance(address, str) and re.fullmatch(r"[\w.-]+:?", address)
-        example = f"{str(address).rstrip(':')}:7070" if bare else "gpu-box:7070"
-        raise InvalidArgumentError(
-            f"an address must be host:port, such as {example}, got {address!r}", reason="ADDRESS"
-        )
-    return host
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _check_token(token: object) -> None:

@@ -378,7 +378,7 @@ class VectorPool:
             sock = stack.enter_context(socket.create_connection((self._host, port), _OPENING_SECONDS))
             vector_socket.tune(sock)
             if self._tls is not None:
-                sock = self._tls.context.wrap_socket(sock, server_hostname=self._host)
+                sock = self._tls.context.wrap_socket(sock, server_hostname=self._tls.server_name or self._host)
             stack.pop_all()
         return sock
 
