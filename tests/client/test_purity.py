@@ -32,10 +32,11 @@ def traced(fun):
         (lambda x: jnp.sum(x) * random.random(), "from random "),
         (lambda x: jnp.sum(x) * RNG.normal(), "RNG"),
         (lambda x: jnp.sum(x) * DICE.random(), "DICE"),
+        (lambda x: jax.lax.map(lambda each: each * RNG.normal(), x).sum(), "RNG"),
         (closing(np.random.default_rng(1)), "rng"),
         (hvpd.composite(lambda x: x * RNG.normal(), jnp.sum, reduction="sum"), "RNG"),
     ],
-    ids=["numpy", "random", "global", "dice", "closure", "composite"],
+    ids=["numpy", "random", "global", "dice", "nested", "closure", "composite"],
 )
 def test_a_draw_gives_a_warning_that_names_the_generator(fun, name):
     with pytest.warns(UserWarning, match=name):

@@ -11,7 +11,7 @@ import operator
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ def noticed(fun: Callable[..., Any]) -> Iterator[None]:
     """Warn if a trace of `fun` draws random numbers or changes objects of Python.
 
     It watches the global generators of random numbers, and the values that `fun` itself
-    names: those it closes over, its globals, and the object that a method belongs to.
+    and the functions that it defines name: those it closes over, its globals, and the
+    object that a method belongs to.
     """
     named = _named(fun)
     generators = {"random": random.getstate, "numpy.random": _numpy_state} | _generators(named)
@@ -64,13 +65,21 @@ def _named(fun: Callable[..., Any]) -> dict[str, Any]:
         code = getattr(inner, "__code__", None)
         if code is None:
             continue
-        found |= {name: inner.__globals__.get(name) for name in code.co_names}
+        found |= {name: inner.__globals__.get(name) for name in _names(code)}
         for name, cell in zip(code.co_freevars, inner.__closure__ or (), strict=True):
             with contextlib.suppress(ValueError):  # The cell is empty.
                 found[name] = cell.cell_contents
         if inspect.ismethod(inner):
             found["self"] = inner.__self__
     return found
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Yield the global names of a function and of the functions that it defines."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
 
 
 def _generators(named: dict[str, Any]) -> dict[str, Callable[[], Any]]:
