@@ -42,7 +42,6 @@ from hvpd_server.status_page.history import History
 from hvpd_server.status_page.http_server import HttpServer, metrics_page
 from hvpd_server.status_page.objectives import Catalogue
 from hvpd_server.status_page.page import Status
-from hvpd_server.store.quarantine import Quarantine
 from hvpd_server.store.store import Store
 from hvpd_server.telemetry.metrics import Metrics
 from hvpd_server.telemetry.tracing import Tracing
@@ -54,6 +53,11 @@ _log = logging.getLogger(__name__)
 _SWEEP_SECONDS = 1.0
 """Seconds between two looks at tokens, stalled calls and idle processes. Streams of a
 revoked token must end within two seconds.
+"""
+
+_FOLLOW_SECONDS = 2.0
+"""Seconds between two looks at what other servers have changed in the store. A request
+for a name, and each list, looks by itself.
 """
 
 _TRIM_SECONDS = 600.0
@@ -211,6 +215,7 @@ class App:
             ("hvpd-gate", _SWEEP_SECONDS, self._gate.sweep),
             ("hvpd-stalls", _SWEEP_SECONDS, self._stalls.sweep),
             ("hvpd-idle", _SWEEP_SECONDS, self.engine.vetter.sweep),
+            ("hvpd-store", _FOLLOW_SECONDS, self.engine.registration.follow),
             ("hvpd-cache", _TRIM_SECONDS, self._trim),
         ):
             threading.Thread(target=_repeat, args=(self._stopping, seconds, look), name=name, daemon=True).start()
@@ -305,7 +310,7 @@ def http_server(config: Config, port: int, app: App) -> HttpServer:
         "devices": str(len(engine.devices)),
         "address": app.address,
     }
-    catalogue = Catalogue(engine.store, engine.checks, Quarantine(engine.store.root, config.quarantine_after))
+    catalogue = Catalogue(engine.store, engine.checks, engine.quarantine)
     status = Status(facts, lambda: app.state, app.metrics, history, catalogue)
     try:
         server = HttpServer(

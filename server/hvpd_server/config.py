@@ -129,7 +129,10 @@ class Config:
         "PORT",
     )
     store: Path = _setting(
-        Path, _default_store, "directory for objectives, data and compiled programs; one server at a time", "DIR"
+        Path,
+        _default_store,
+        "directory for objectives, data and compiled programs; several servers can share it",
+        "DIR",
     )
     metrics_host: str = _setting(
         _host, "127.0.0.1", "address for the metrics and the status page, plain HTTP without tokens", "HOST"

@@ -4,7 +4,6 @@ without serving.
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
@@ -52,20 +51,6 @@ def _store(store: Path) -> Iterator[str]:
         yield f"--store {store}: {there} is no directory"
     elif not os.access(there, os.W_OK | os.X_OK):
         yield f"--store {store}: this user may not write to {there}"
-    elif _in_use(store / "lock"):
-        yield f"--store {store}: another server uses it; give each server its own store"
-
-
-def _in_use(lock: Path) -> bool:
-    """Return whether a server holds the lock of a store."""
-    try:
-        with lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # There is no such store yet.
-        return False
-    return False
 
 
 def _taken(host: str, port: int) -> str | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from hvpd_server import config as _config
+from hvpd_server.errors import ServiceError
 from hvpd_server.liveness import LOST, Liveness
 from hvpd_server.store.quarantine import Quarantine
 from hvpd_server.telemetry import logs
@@ -200,10 +201,9 @@ def _blame(config: _config.Config, liveness: Liveness, code: int, ended: _Ended 
         how = f"it was being computed or loaded when the server {_how(code)}"
     else:
         return False
-    quarantine = Quarantine(config.store, config.quarantine_after)
     suspects = sorted(set(digests))
-    with contextlib.suppress(OSError, ValueError):
-        _judge(quarantine, suspects, how, config)
+    with contextlib.suppress(OSError, ValueError, ServiceError):
+        _judge(Quarantine(config.store, config.quarantine_after), suspects, how, config)
     return len(suspects) == 1
 
 

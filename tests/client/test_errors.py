@@ -115,7 +115,7 @@ ROOT = Path(__file__).parents[2]
 
 REASON = re.compile(r"[A-Z]+(_[A-Z]+)*")
 
-OPERATORS = {"NO_DEVICE", "STORE_IN_USE"}
+OPERATORS = {"NO_DEVICE"}
 """Reasons for which a server does not start. No client sees them."""
 
 STATES_REASON = {"ServiceError", "_invalid", "invalid", "_unauthenticated", "_refusal", "_too_many"}

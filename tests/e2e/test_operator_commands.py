@@ -237,13 +237,6 @@ def test_check_config_names_every_fault(said, tmp_path):
     assert f"--metrics-port {port}: --port has the same port" in err
 
 
-def test_check_config_names_a_store_in_use(said, serve):
-    server = serve()
-    code, out, err = said("serve", "--check-config", "--port", "0", "--store", str(server.store))
-    assert (code, out) == (2, "1 problem\n")
-    assert "another server uses it" in err
-
-
 def test_check_config_of_good_settings_changes_nothing(said, tmp_path):
     store = tmp_path / "store"
     code, out, _ = said("serve", "--check-config", "--port", "0", "--store", str(store))

@@ -4,9 +4,9 @@ store as it is.
 
 import pytest
 
-from hvpd_server.status_page import objectives
 from hvpd_server.status_page.objectives import Catalogue
 from hvpd_server.store.quarantine import Quarantine
+from hvpd_server.store.store import blob_key
 
 
 @pytest.fixture
@@ -49,7 +49,6 @@ def test_a_later_registration_is_listed_at_once(opened, rosen, logistic, upload)
 
 def test_a_listing_that_has_not_changed_is_not_read_again(opened, rosen, monkeypatch):
     engine, _, catalogue = opened(rosen)
-    monkeypatch.setattr(objectives, "_CLOCK_STEP", -1)
     catalogue.entries()
     monkeypatch.setattr(engine.store, "objectives", lambda: pytest.fail("it was read again"))
     assert len(catalogue.entries()) == 1
@@ -58,7 +57,7 @@ def test_a_listing_that_has_not_changed_is_not_read_again(opened, rosen, monkeyp
 def test_a_lost_part_is_damage_and_is_found_without_being_asked_for(opened, rosen, logistic, clock):
     engine, _, catalogue = opened(rosen, logistic)
     program = rosen.bundle.programs["objective"].digest
-    engine.store._blob(program).unlink()
+    engine.store.objects.fetch(blob_key(program)).unlink()
     found = catalogue.troubled()
     assert list(found) == [rosen.export.digest]
     assert found[rosen.export.digest].trouble == "damaged"
@@ -68,7 +67,7 @@ def test_a_lost_part_is_damage_and_is_found_without_being_asked_for(opened, rose
 
 def test_a_corrupt_bundle_is_damage_and_is_left_where_it_is(opened, rosen):
     engine, _, catalogue = opened(rosen)
-    path = engine.store._blob(rosen.export.digest)
+    path = engine.store.objects.fetch(blob_key(rosen.export.digest))
     path.write_bytes(b"x" + path.read_bytes()[1:])
     facts = catalogue.facts(rosen.export.digest)
     assert (facts.trouble, facts.n) == ("damaged", 0)
@@ -81,7 +80,7 @@ def test_damage_and_repair_are_seen_when_the_facts_expire(opened, rosen, clock, 
     engine, _, catalogue = opened(rosen)
     digest, program = rosen.export.digest, rosen.bundle.programs["objective"].digest
     assert not catalogue.facts(digest).trouble
-    engine.store._blob(program).unlink()
+    engine.store.objects.fetch(blob_key(program)).unlink()
     assert not catalogue.facts(digest).trouble
     clock.now += 31
     assert catalogue.facts(digest).trouble == "damaged"

@@ -86,7 +86,8 @@ class Engine:
         self.devices = devices
         self.limits = limits
         self.metrics = metrics
-        quarantine = Quarantine(store.root, quarantine_after)
+        self.quarantine = quarantine = Quarantine(store.objects, quarantine_after)
+        store.watch(quarantine.load)
         liveness = liveness or Liveness()
         liveness.probation = self._probation(quarantine)
         self.lanes = lanes_of(devices, store, limits, metrics, liveness)
@@ -178,6 +179,7 @@ class Engine:
                 or is not the tenant's.
         """
         digest = spec.objective_digest
+        self.store.look()
         if not (self.store.registered(digest) and self.owners.may_use(tenant, digest)):
             _, digest, _ = self.owners.find(tenant, digest)  # Raises the reason.
         objective = self.objectives.load(digest)

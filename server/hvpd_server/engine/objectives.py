@@ -6,6 +6,7 @@ and its programs are compiled or come from the cache.
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import logging
 import threading
@@ -78,6 +79,8 @@ class Objectives:
         self._compiles = CompileQueue()
         self._objectives: dict[str, Objective] = {}
         self._lane_of: dict[str, Lane] = {}
+        self._preparing: set[str] = set()
+        self._preparer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="hvpd-prepare")
         self._alive: weakref.WeakSet[Objective] = weakref.WeakSet()  # Also unloaded ones that a product still uses.
         self._lock = threading.Lock()
 
@@ -91,6 +94,7 @@ class Objectives:
 
     def close(self) -> None:
         """Stop compiling."""
+        self._preparer.shutdown(wait=False, cancel_futures=True)
         self._compiles.close()
 
     def load(
@@ -261,6 +265,33 @@ class Objectives:
             _log.warning(
                 "compiled programs fill their memory: %d objectives are loaded when they are first used", unloaded
             )
+
+    def prepare(self, digest: str) -> None:
+        """Load an objective in the background, and start to compile its programs, if it
+        is not loaded and there is room. Another server may have registered it.
+        """
+        with self._lock:
+            if digest in self._objectives or digest in self._preparing:
+                return
+            self._preparing.add(digest)
+        with contextlib.suppress(RuntimeError):  # The server is closing.
+            self._preparer.submit(self._prepare, digest)
+
+    def _prepare(self, digest: str) -> None:
+        try:
+            if self.memory.has_room(self._owners.owners_of(digest)):
+                objective = self.load(digest)
+                self.lane(objective).warm(objective)
+        except Exception as error:  # noqa: BLE001 - the client's next call gets the error
+            _log.warning("objective %s cannot be loaded yet: %s", digest, error)
+        finally:
+            with self._lock:
+                self._preparing.discard(digest)
+
+    def loaded(self) -> list[str]:
+        """Return the digests of the objectives that are loaded."""
+        with self._lock:
+            return list(self._objectives)
 
     def forget(self, digest: str) -> None:
         """Forget an objective and its lane. Drop its points."""

@@ -97,6 +97,7 @@ class Registration:
             ServiceError: The bundle is not stored, is incomplete or invalid. Nothing
                 was registered.
         """
+        self._store.sync()
         self._check_name(name, tenant)
         if tenant and not self._owners.has_blob(tenant, digest):
             raise not_stored([digest])
@@ -106,17 +107,20 @@ class Registration:
         self._check_stored(tenant, references)
         name = self._owners.full_name(tenant, name)
         self._owners.check_objective(tenant, digest, name)
+        before = self._store.digest_of(name)
         with self._under_way(digest):
             objective = self._objectives.load(digest, tenant, bundle, on_wait)
             accept(objective)
             self._compile_first(objective, on_wait)
-            with self._registering:
+            with self._registering, self._store.changing():
                 # A blob may have been deleted meanwhile.
                 self._check_stored(tenant, {digest, *references})
+                if self._store.digest_of(name) not in (before, digest):
+                    raise _lost_race(name, self._store.digest_of(name))
                 # The owner comes first, because an objective without an owner belongs
                 # to all tenants.
                 self._owners.add_objective(tenant, digest, shared=shared, name=name)
-                self._store.add_objective(digest, name)
+                self._store.add_objective(digest, name, owned=bool(tenant))
         self._named(digest, name)
         if x_digest:
             points = functools.partial(self._objectives.lane(objective).loose_points, objective)
@@ -160,12 +164,27 @@ class Registration:
                     del self._registrations[digest]
                     if not self._store.registered(digest):
                         self._objectives.forget(digest)
-                        self._store.remove_objective(digest)
+                        self._store.forget_derivation(digest)
 
     def _check_stored(self, tenant: str, digests: Iterable[str]) -> None:
         missing = sorted(each for each in digests if not self._owners.has_blob(tenant, each))
         if missing:
             raise not_stored(missing)
+
+    def follow(self) -> None:
+        """Take in the changes of other servers, and forget objectives that they have
+        deleted.
+        """
+        self._store.sync()
+        gone = [digest for digest in self._objectives.loaded() if not self._store.registered(digest)]
+        if not gone:
+            return
+        with self._registering:
+            gone = [each for each in gone if not (self._registrations[each] or self._store.registered(each))]
+            for digest in gone:
+                self._objectives.forget(digest)
+        for digest in gone:
+            self._objectives.cache.forget(digest)
 
     def delete(self, name: str, tenant: str = "", *, expected: str = "", every_tenant: bool = False) -> Deleted:
         """Delete a name of an objective. With its last name, delete the objective and
@@ -180,7 +199,7 @@ class Registration:
         Raises:
             ServiceError: There is no such objective, or it is not the tenant's.
         """
-        with self._registering:
+        with self._registering, self._store.changing():
             found = self._removal.delete(name, tenant, expected=expected, every_tenant=every_tenant or not tenant)
             if found.removed:
                 self._objectives.forget(found.digest)
@@ -190,13 +209,23 @@ class Registration:
 
     def prune(self, tenant: str = "") -> Pruned:
         """Delete the blobs of a tenant that none of its objectives refers to."""
-        with self._registering:
+        with self._registering, self._store.changing():
             return self._removal.prune(tenant)
 
     def release(self, name: str) -> int:
         """Release an objective from quarantine. Return its number of strikes."""
         _, digest, _ = self._owners.find("", name)
         return self._quarantine.release(digest)
+
+
+def _lost_race(name: str, digest: str | None) -> ServiceError:
+    where = f"points at objective {digest[:12]}" if digest else "is deleted"
+    return ServiceError(
+        Code.ABORTED,
+        "NAME_CHANGED",
+        f"another call has changed the name {name!r} while this one was under way: it {where} now, and nothing was registered. "
+        "Register again if the name should point at your objective.",
+    )
 
 
 def not_stored(digests: Sequence[str]) -> ServiceError:

@@ -72,6 +72,7 @@ class ObjectiveService:
     ) -> objective_pb2.GetObjectiveResponse:
         call.objective = request.name
         name, digest, created = self._engine.owners.find(call.owner, request.name)
+        self._engine.objectives.prepare(digest)
         objective = self._message(name, digest, created, call.owner, self._engine.objectives.bundle(digest))
         return objective_pb2.GetObjectiveResponse(objective=objective)
 

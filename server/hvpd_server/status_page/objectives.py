@@ -18,10 +18,6 @@ from hvpd_server.store.store import Store
 
 _FRESH = 30.0
 """Seconds that the facts of an objective are used."""
-_CLOCK_STEP = 1_000_000_000
-"""Nanoseconds after which a second change gives a directory another time, on every file
-system.
-"""
 _AT_ONCE = 20
 """Most objectives to read at once only because they may be damaged."""
 
@@ -73,18 +69,18 @@ class Catalogue:
         self._quarantine = quarantine
         self._clock = clock
         self._lock = threading.Lock()
-        self._version: tuple[int, ...] | None = None
+        self._revision = -1
         self._entries: Sequence[Entry] = ()
         self._facts: dict[str, tuple[float, Facts]] = {}
 
     def entries(self) -> Sequence[Entry]:
         """Return all objectives, those with names first."""
         with self._lock:
-            began = time.time_ns()
-            version = tuple((self._store.root / part).stat().st_mtime_ns for part in ("names", "objectives"))
-            if version != self._version:
+            self._store.look()
+            revision = self._store.revision
+            if revision != self._revision:
                 self._entries = self._listed()
-                self._version = version if began - max(version) > _CLOCK_STEP else None
+                self._revision = revision
                 known = {entry.digest for entry in self._entries}
                 self._facts = {digest: found for digest, found in self._facts.items() if digest in known}
             return self._entries

@@ -19,16 +19,15 @@ SHA256 is the digest of the tenant's name.
 import collections
 import contextlib
 import functools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hvpd._wire import codec
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.store.store import Store, read_record
+from hvpd_server.store.objects import Entry
+from hvpd_server.store.store import Store
 
 BLOCK_BYTES = 4096
 """Least bytes that a file counts, because a small file takes no less of a disk."""
@@ -76,36 +75,44 @@ class Owners:
     def __init__(self, store: Store, limit_of: Callable[[str], int | None] = lambda tenant: None) -> None:
         self._store = store
         self._limit_of = limit_of
-        self._root = store.root / "owners"
-        self._root.mkdir(exist_ok=True)
+        self._objects = store.objects
         self._lock = threading.Lock()
-        self._tenants: set[str] = set()
-        self._objectives: dict[str, Mapping[str, Registration]] = {}
+        self._objectives: Mapping[str, Mapping[str, Registration]] = {}
         self._registered: dict[str, dict[str, int]] = {}  # By tenant and objective, the bytes of the records.
+        self._read: dict[str, tuple[Entry, Mapping[str, Any]]] = {}  # By key.
         self._sizes: dict[str, dict[str, int]] = {}
+        self._versions: dict[str, str] = {}  # By tenant: of its uploads, when the sizes were read.
         self._bytes: collections.Counter[str] = collections.Counter()  # By tenant, the sum of its blobs' sizes.
         self._arriving: dict[str, list[int]] = {}
-        for path in self._records():
-            record = read_record(path)
-            tenant, shared, created = (record.get(key) for key in ("tenant", "shared", "create_time_ns"))
-            owners = dict(self._objectives.get(path.name, {}))
-            if isinstance(tenant, str) and codec.digest(tenant.encode()) == path.parent.parent.name:
-                found = Registration(shared is True, path.stat().st_mtime_ns, own=False)
-                owners[tenant] = found._replace(created=created, own=True) if isinstance(created, int) else found
-                self._registered.setdefault(tenant, {})[path.name] = self._record_bytes(path.name)
-            self._objectives[path.name] = owners
+        store.watch(self._load)
+        self._load()
 
-    def _records(self) -> Iterator[Path]:
-        """Yield the records of all registrations.
+    def _load(self) -> None:
+        """Read the registrations that are new or have changed.
 
         A directory that cannot be read is an error, otherwise its objectives would have
         no owner.
         """
-        for tenant in sorted(self._root.iterdir()):
-            try:
-                yield from sorted((tenant / "objectives").iterdir())
-            except FileNotFoundError:  # A crash came before it was made.
-                continue
+        found: dict[str, tuple[Entry, Mapping[str, Any]]] = {}
+        for folder in self._objects.folders("owners"):
+            for entry in self._objects.list(f"owners/{folder}/objectives"):
+                known = self._read.get(entry.key)
+                if known is None or known[0].tag != entry.tag:
+                    known = entry, self._store.record(entry.key)
+                found[entry.key] = known
+        objectives: dict[str, dict[str, Registration]] = {}
+        registered: dict[str, dict[str, int]] = {}
+        for key, (entry, record) in found.items():
+            tenant, shared, created = (record.get(part) for part in ("tenant", "shared", "create_time_ns"))
+            owners = objectives.setdefault(entry.name, {})
+            if isinstance(tenant, str) and codec.digest(tenant.encode()) == key.split("/")[1]:
+                one = Registration(shared is True, round(entry.modified * 1e9), own=False)
+                owners[tenant] = one._replace(created=created, own=True) if isinstance(created, int) else one
+                size = record.get("bytes")
+                size = size if isinstance(size, int) else self._record_bytes(entry.name)
+                registered.setdefault(tenant, {})[entry.name] = size
+        with self._lock:
+            self._read, self._objectives, self._registered = found, objectives, registered
 
     # Blobs
 
@@ -120,10 +127,10 @@ class Owners:
         The tenant's own record comes first, so that the time of the answer does not
         depend on the uploads of others.
         """
-        own = str(self._path(tenant) / "blobs") if tenant else ""
+        own = f"{_folder(tenant)}/blobs" if tenant else ""
 
         def has(digest: str) -> bool:
-            if not codec.is_digest(digest) or (own and not os.path.exists(f"{own}/{digest}")):  # noqa: PTH110 - a third of the time
+            if not codec.is_digest(digest) or (own and not self._objects.exists(f"{own}/{digest}")):
                 return False
             return self._store.has(digest)
 
@@ -132,7 +139,14 @@ class Owners:
     def add_blob(self, tenant: str, digest: str) -> None:
         """Record that the tenant has uploaded a blob."""
         if tenant and not self.has_blob(tenant, digest):
-            self._store.keep(self._of(tenant) / "blobs" / digest, {})
+            self._store.keep(f"{_folder(tenant)}/blobs/{digest}", {})
+            self._uploaded(tenant)
+
+    def _uploaded(self, tenant: str) -> None:
+        """Have other servers count the tenant's blobs anew."""
+        with self._lock:
+            version, alone = self._objects.bump(_uploads(tenant), self._versions.get(tenant, ""))
+            self._versions[tenant] = version if alone else ""
 
     @contextlib.contextmanager
     def adding_blob(self, tenant: str, digest: str, size_bytes: int) -> Iterator[None]:
@@ -210,10 +224,14 @@ class Owners:
         return _RECORDS * BLOCK_BYTES + _charged([self._store.derivation_bytes(digest)])
 
     def _sizes_of(self, tenant: str) -> dict[str, int]:
-        """Return the sizes of a tenant's blobs by digest. They are read once."""
-        if tenant not in self._sizes:
+        """Return the sizes of a tenant's blobs by digest. They are read once, and again
+        after an upload or a removal at another server.
+        """
+        version = self._objects.version(_uploads(tenant))
+        if tenant not in self._sizes or version != self._versions.get(tenant):
             self._sizes[tenant] = {digest: self._store.size(digest) for digest in self.blobs(tenant)}
             self._bytes[tenant] = _charged(self._sizes[tenant].values())
+            self._versions[tenant] = version
         return self._sizes[tenant]
 
     def _count(self, tenant: str, digest: str, size: int | None) -> None:
@@ -232,10 +250,9 @@ class Owners:
             yield from self._store.blobs(older_than_seconds)
             return
         latest = time.time() - older_than_seconds
-        for path in (self._of(tenant) / "blobs").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime <= latest:
-                    yield path.name
+        for entry in self._objects.list(f"{_folder(tenant)}/blobs"):
+            if entry.modified <= latest:
+                yield entry.name
 
     def remove_blob(self, tenant: str, digest: str, *, stays: bool = False) -> None:
         """Remove a blob from a tenant.
@@ -243,18 +260,24 @@ class Owners:
         It leaves the store, unless `stays` is true or another tenant has it.
         """
         if tenant:
-            (self._of(tenant) / "blobs" / digest).unlink(missing_ok=True)
+            self._objects.delete(f"{_folder(tenant)}/blobs/{digest}")
             with self._lock:
                 self._count(tenant, digest, None)
-        if not stays and not any((other / "blobs" / digest).exists() for other in self._root.iterdir()):
+            self._uploaded(tenant)
+        others = self._objects.folders("owners")
+        if not stays and not any(self._objects.exists(f"owners/{other}/blobs/{digest}") for other in others):
             self._store.remove_blob(digest)
 
     # Objectives
 
     def may_use(self, tenant: str, digest: str) -> bool:
         """Return whether an objective is the tenant's, shared, or without an owner."""
+        if not tenant:
+            return True
         owners = self._objectives.get(digest)
-        return not tenant or owners is None or tenant in owners or any(each.shared for each in owners.values())
+        if owners is None:  # An owner may have left since the objective was found, or its record is lost.
+            return not self._store.owned(digest)
+        return tenant in owners or any(each.shared for each in owners.values())
 
     def check_objective(self, tenant: str, digest: str, name: str) -> None:
         """Raise ServiceError if a tenant may not register an objective with a full
@@ -292,17 +315,20 @@ class Owners:
         """
         if not tenant:
             return
-        with self._lock:
+        with self._store.changing(), self._lock:
             self._check_objective(tenant, digest, name)
             owners = self._objectives.get(digest)
-            shared = shared or (owners is None and self._store.registered(digest))
+            open_to_all = owners is None and self._store.registered(digest) and not self._store.owned(digest)
+            shared = shared or open_to_all
             before = owners.get(tenant) if owners else None
             found = Registration(shared, before.created if before else time.time_ns())
+            record_bytes = self._record_bytes(digest)
             if found != before:
-                record = {"tenant": tenant, "shared": shared, "create_time_ns": found.created}
-                self._store.keep(self._of(tenant) / "objectives" / digest, record)
-                self._objectives[digest] = {**(owners or {}), tenant: found}
-            self._registered.setdefault(tenant, {})[digest] = self._record_bytes(digest)
+                self._store.unsaid()
+                record = {"tenant": tenant, "shared": shared, "create_time_ns": found.created, "bytes": record_bytes}
+                self._store.keep(f"{_folder(tenant)}/objectives/{digest}", record)
+                self._objectives = {**self._objectives, digest: {**(owners or {}), tenant: found}}
+            self._registered.setdefault(tenant, {})[digest] = record_bytes
 
     def owners_of(self, digest: str) -> Mapping[str, Registration]:
         """Return the tenants that have registered an objective, with their
@@ -338,15 +364,15 @@ class Owners:
         Remove it from the store before, if this is its last owner: without an owner it
         would be open to all tenants.
         """
-        with self._lock:
-            for part in ("objectives", "checks"):
-                (self._of(tenant) / part / digest).unlink(missing_ok=True)
+        with self._store.changing(), self._lock:
+            self._store.unsaid()
+            if tenant:
+                for part in ("objectives", "checks"):
+                    self._objects.delete(f"{_folder(tenant)}/{part}/{digest}")
             self._registered.get(tenant, {}).pop(digest, None)
             rest = {other: each for other, each in self._objectives.get(digest, {}).items() if other != tenant}
-            if rest:
-                self._objectives[digest] = rest
-            else:
-                self._objectives.pop(digest, None)
+            objectives = {other: owners for other, owners in self._objectives.items() if other != digest}
+            self._objectives = {**objectives, digest: rest} if rest else objectives
 
     # Names
 
@@ -374,6 +400,7 @@ class Owners:
 
         The tenant's own names come first, then full names, then digests.
         """
+        self._store.sync()
         shown, digest, created = self._store.objective(
             name, own=self.full_name(tenant, name), visible=functools.partial(self._visible, tenant)
         )
@@ -381,6 +408,7 @@ class Owners:
 
     def listing(self, tenant: str) -> list[tuple[str, str, int]]:
         """List the objectives that the tenant may use, with names that it may know."""
+        self._store.sync()
         every = [
             (name, digest, self.told(tenant, digest)[1] or created)
             for name, digest, created in self._store.objectives()
@@ -402,17 +430,14 @@ class Owners:
             return self.may_use(tenant, digest)
         return owner == tenant or owners[owner].shared
 
-    def _path(self, tenant: str) -> Path:
-        return self._root / codec.digest(tenant.encode())
 
-    def _of(self, tenant: str) -> Path:
-        """Return a tenant's directory, which is created if it is missing."""
-        found = self._path(tenant)
-        if tenant not in self._tenants:
-            for part in ("blobs", "objectives", "checks"):
-                (found / part).mkdir(parents=True, exist_ok=True)
-            self._tenants.add(tenant)
-        return found
+def _folder(tenant: str) -> str:
+    return f"owners/{codec.digest(tenant.encode())}"
+
+
+def _uploads(tenant: str) -> str:
+    """Return the key whose version changes with each blob of a tenant."""
+    return f"{_folder(tenant)}/uploads"
 
 
 def _too_many(reason: str, tenant: str, what: str, most: int) -> ServiceError:

@@ -4,7 +4,6 @@ A crash is a strike only if one objective ran. If several ran, all of them are o
 probation (`scheduling.probation`), and none has a strike.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from hvpd._wire import codec
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.files import atomic_file
+from hvpd_server.store.objects import CHANGES, Directory, Objects
 
 _DIRECTORY = "quarantine"
 _PROBATION = "probation"
@@ -53,24 +52,29 @@ class Quarantine:
 
 
     Args:
-        root: Directory of the store.
+        where: The store's directory, or its files.
         limit: Number of strikes from which on an objective is not served.
     """
 
-    def __init__(self, root: Path, limit: int) -> None:
-        self._directory = root / _DIRECTORY
+    def __init__(self, where: Path | Objects, limit: int) -> None:
+        self._objects = Directory(where) if isinstance(where, Path) else where
         self._limit = limit
-        self._quarantined = {digest for digest in self._known() if self._record(digest).strikes >= limit}
+        self._known: frozenset[str] = frozenset()
+        self.load()
+
+    def load(self) -> None:
+        """Find the objectives with strikes, of all servers of the store."""
+        self._known = frozenset(filter(codec.is_digest, (entry.name for entry in self._objects.list(_DIRECTORY))))
 
     def strike(self, digest: str, reason: str) -> Record:
         """Count a strike of an objective."""
         if not codec.is_digest(digest):
             raise ValueError(f"{digest!r} is no digest")
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record = Record(self._record(digest).strikes + 1, reason, now)
-        self._write(digest, dataclasses.asdict(record))
-        if record.strikes >= self._limit:
-            self._quarantined.add(digest)
+        with self._objects.locked():
+            record = Record(self._record(digest).strikes + 1, reason, now)
+            self._write(digest, dataclasses.asdict(record))
+            self._known |= {digest}
         return record
 
     def suspect(self, digests: Iterable[str], seconds: float) -> Probation:
@@ -78,17 +82,19 @@ class Quarantine:
 
         If one of them is on probation already, put all objectives on it.
         """
-        found, before = frozenset(filter(codec.is_digest, digests)), self.probation()
-        everyone = before is not None and (before.everyone or bool(before.suspects & found))
-        suspects = found | (before.suspects if before is not None else frozenset())
-        probation = Probation(suspects, everyone, time.time() + seconds)
-        self._write(_PROBATION, {**dataclasses.asdict(probation), "suspects": sorted(suspects)})
+        found = frozenset(filter(codec.is_digest, digests))
+        with self._objects.locked():
+            before = self.probation()
+            everyone = before is not None and (before.everyone or bool(before.suspects & found))
+            suspects = found | (before.suspects if before is not None else frozenset())
+            probation = Probation(suspects, everyone, time.time() + seconds)
+            self._write(_PROBATION, {**dataclasses.asdict(probation), "suspects": sorted(suspects)})
         return probation
 
     def probation(self) -> Probation | None:
         """Return the probation; None if there is none, or its time is over."""
         try:
-            found = json.loads((self._directory / _PROBATION).read_text())
+            found = json.loads(self._objects.get(f"{_DIRECTORY}/{_PROBATION}") or b"")
             probation = Probation(
                 frozenset(map(str, found["suspects"])), bool(found["everyone"]), float(found["until"])
             )
@@ -98,30 +104,31 @@ class Quarantine:
 
     def end_probation(self) -> None:
         """Take all objectives off probation."""
-        with contextlib.suppress(FileNotFoundError):
-            (self._directory / _PROBATION).unlink()
+        self._objects.delete(f"{_DIRECTORY}/{_PROBATION}")
 
     def _write(self, name: str, record: Mapping[str, object]) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self._directory, mode=0o666) as (file, commit):
-            file.write(json.dumps(record).encode())
-            commit(self._directory / name)
+        self._objects.put(f"{_DIRECTORY}/{name}", json.dumps(record).encode())
+        self._objects.bump(CHANGES, "")
 
     def release(self, digest: str) -> int:
         """Forget the strikes of an objective; return their number."""
-        strikes = self._record(digest).strikes
-        (self._directory / digest).unlink(missing_ok=True)
-        self._quarantined.discard(digest)
+        with self._objects.locked():
+            strikes = self._record(digest).strikes
+            self._objects.delete(f"{_DIRECTORY}/{digest}")
+            self._known -= {digest}
+            self._objects.bump(CHANGES, "")
         return strikes
 
     def check(self, digest: str) -> None:
         """Raise ServiceError if an objective is not to be served."""
-        if digest not in self._quarantined:
-            return
-        if not (self._directory / digest).exists():
-            self._quarantined.discard(digest)
+        known = digest in self._known
+        if not known and self._objects.quick and codec.is_digest(digest):
+            known = self._objects.exists(f"{_DIRECTORY}/{digest}")
+        if not known:
             return
         record = self._record(digest)
+        if record.strikes < self._limit:
+            return
         raise ServiceError(
             Code.FAILED_PRECONDITION,
             "QUARANTINED",
@@ -130,16 +137,9 @@ class Quarantine:
             f"(`hvpd release {digest[:12]}`)",
         )
 
-    def _known(self) -> list[str]:
-        try:
-            return [found.name for found in self._directory.iterdir() if codec.is_digest(found.name)]
-        except FileNotFoundError:
-            return []
-
     def _record(self, digest: str) -> Record:
         try:
-            return Record(**json.loads((self._directory / digest).read_text()))
-        except FileNotFoundError:
-            return Record(0, "", "")
+            content = self._objects.get(f"{_DIRECTORY}/{digest}")
+            return Record(0, "", "") if content is None else Record(**json.loads(content))
         except (OSError, ValueError, TypeError) as error:  # A damaged file was there for a reason.
             return Record(self._limit, f"its record cannot be read ({error})", "an unknown time")

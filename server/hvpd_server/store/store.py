@@ -15,21 +15,14 @@ A file is written aside, flushed and renamed, so a crash leaves the old or the n
 Objectives and names are also in memory: a look-up reads no file.
 """
 
-import collections
-import contextlib
-import difflib
-import fcntl
 import functools
 import hashlib
-import json
 import logging
 import math
 import shutil
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from google.protobuf import json_format
 
@@ -37,80 +30,43 @@ from hvpd import _text
 from hvpd._wire import codec
 from hvpd.v1 import objective_pb2, tensor_pb2
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.files import Version, atomic_file, version
+from hvpd_server.files import Version, version
+from hvpd_server.store.index import Index
+from hvpd_server.store.objects import Directory, Objects
 from hvpd_server.store.rows import Rows, no_tensor, unreadable_file
 from hvpd_server.store.upload import Upload
 
 _log = logging.getLogger(__name__)
 
-
 _PIECE = 1 << 20
 """Bytes to read at a time from a file that may be large."""
 
-_PREFIX = 8
-"""Least number of digits of a digest that can stand for an objective."""
 
-_LONGEST = 300
-"""Most characters of a name in an error, because HTTP/2 has 8 KiB for an error with its
-details.
-"""
+class Store(Index):
+    """Blobs, objectives and names.
 
-_COMPARED = 1000
-"""Most names to compare with a name that was not found."""
-
-
-class Store:
-    """A directory of blobs, objectives and names.
-
-    Safe for many threads of one process. Other processes are locked out.
+    Safe for many threads, and for several servers with the same files.
 
     Args:
-        root: The directory, created if it is missing.
+        where: The directory, created if it is missing; or the files.
 
     Raises:
-        ServiceError: Another process has the store open.
+        ServiceError: The store cannot be used.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        for part in ("blobs", "objectives", "checks", "derived", "names", "corrupt", "incoming", "cache"):
-            (root / part).mkdir(parents=True, exist_ok=True)
-        self._lock_file = (root / "lock").open("a")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock_file.close()
-            raise ServiceError(
-                Code.FAILED_PRECONDITION,
-                "STORE_IN_USE",
-                f"the store {root} is in use by another server: give each server its own store",
-            ) from None
-        for leftover in (root / "incoming").iterdir():
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
-        self._names_lock = threading.Lock()
-        """Held to change the next three.
-
-        Their mappings are replaced, never changed, so readers need no lock.
-        """
-        self._created = {
-            path.name: created
-            for path in sorted((root / "objectives").iterdir())
-            if (created := _created(path)) is not None
-        }
-        self._names = self._load_names()
-        by_digest = collections.defaultdict(set)
-        for name, digest in self._names.items():
-            by_digest[digest].add(name)
-        self._names_of = {digest: frozenset(names) for digest, names in by_digest.items()}
-        self._named = collections.Counter(map(_first_part, self._names))
+    def __init__(self, where: Path | Objects) -> None:
+        super().__init__(Directory(where) if isinstance(where, Path) else where)
+        self.root = self.objects.local
+        self.objects.open()
+        for folder in ("blobs", "objectives", "checks", "derived", "names", "owners", "corrupt", "incoming", "cache"):
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
         self._verified: dict[str, Version | None] = {}
+        with self.changing():
+            self.unsaid()  # Others must read what a server left that was killed in a change.
 
     def close(self) -> None:
-        """Let other processes open the store."""
-        self._lock_file.close()
+        """Take part in the store no more."""
+        self.objects.close()
 
     @property
     def cache(self) -> Path:
@@ -121,14 +77,15 @@ class Store:
 
     def has(self, digest: str) -> bool:
         """Return whether a blob is stored."""
-        return codec.is_digest(digest) and self._blob(digest).exists()
+        return codec.is_digest(digest) and self.objects.exists(blob_key(digest))
 
     def size(self, digest: str) -> int:
         """Return the size of a blob in bytes; 0 if it cannot be read."""
         try:
-            return self._blob(digest).stat().st_size if codec.is_digest(digest) else 0
+            found = self.objects.stat(blob_key(digest)) if codec.is_digest(digest) else None
         except OSError:
             return 0
+        return found.size if found is not None else 0
 
     def upload(self, digest: str, size_bytes: int) -> Upload:
         """Start to store a blob; see `Upload`.
@@ -143,7 +100,8 @@ class Store:
                 f"a digest must be 64 lower-case hexadecimal digits, got {_text.quoted(digest, 80)}",
             )
         self.check_room([size_bytes], f"blob {digest[:12]}")
-        return Upload(self.root / "incoming", self._blob(digest), digest, size_bytes)
+        placed = functools.partial(self.objects.placed, blob_key(digest))
+        return Upload(self.root / "incoming", self.root / blob_key(digest), digest, size_bytes, placed)
 
     def check_room(self, sizes: Sequence[int], what: str = "these blobs") -> None:
         """Raise ServiceError if the disk has no room for blobs of these sizes in bytes.
@@ -182,6 +140,8 @@ class Store:
         except OSError as error:
             raise unreadable_file(digest, error) from error
         if codec.digest(content) != digest:
+            if self.objects.refetch(blob_key(digest)):
+                return self.read(digest, set_aside=set_aside)
             raise self._corrupt(digest, set_aside=set_aside)
         return content
 
@@ -196,24 +156,30 @@ class Store:
         except OSError as error:
             raise unreadable_file(digest, error) from error
         if state.hexdigest() != digest:
+            if self.objects.refetch(blob_key(digest)):
+                return self.verify(digest, set_aside=set_aside)
             raise self._corrupt(digest, set_aside=set_aside)
         self._verified[digest] = verified
+        return None
 
     def _existing(self, digest: str) -> Path:
-        if not self.has(digest):
-            raise ServiceError(
-                Code.FAILED_PRECONDITION,
-                "BLOBS_MISSING",
-                f"blob {_text.quoted(digest, 80)} is not stored: upload it",
-                {"digests": digest[:80]},
-            )
-        return self._blob(digest)
+        """Return a file of this machine with the content of a blob."""
+        try:
+            if codec.is_digest(digest):
+                return self.objects.fetch(blob_key(digest))
+        except FileNotFoundError:
+            pass
+        raise ServiceError(
+            Code.FAILED_PRECONDITION,
+            "BLOBS_MISSING",
+            f"blob {_text.quoted(digest, 80)} is not stored: upload it",
+            {"digests": digest[:80]},
+        )
 
     def _corrupt(self, digest: str, *, set_aside: bool) -> ServiceError:
         if not set_aside:
             return ServiceError(Code.DATA_LOSS, "BLOB_CORRUPT", f"blob {digest} is corrupt on the server's disk")
-        with contextlib.suppress(FileNotFoundError):
-            self._blob(digest).rename(self.root / "corrupt" / f"{digest}.{time.time_ns()}")
+        self.objects.move(blob_key(digest), f"corrupt/{digest}.{time.time_ns()}")
         _log.error("blob %s is corrupt on disk and was set aside", digest)
         return ServiceError(
             Code.DATA_LOSS,
@@ -237,255 +203,89 @@ class Store:
 
         Its digest is verified before, once for each version of the file.
         """
+        path = self._existing(tensor.digest)
         known = self._verified.get(tensor.digest)
-        if known is None or known != version(self._blob(tensor.digest)):
+        if known is None or known != version(path):
             self.verify(tensor.digest, set_aside=set_aside)
-        return Rows(self._blob(tensor.digest), tensor, functools.partial(self.verify, set_aside=set_aside))
-
-    def _blob(self, digest: str) -> Path:
-        return self.root / "blobs" / digest[:2] / digest
-
-    # Objectives and names
-
-    def add_objective(self, digest: str, name: str) -> None:
-        """Record a bundle as an objective, and point a name at it unless the name is
-        empty.
-        """
-        with self._names_lock:
-            if digest not in self._created:
-                created = time.time_ns()
-                self.keep(self._marker(digest), {"create_time_ns": created})
-                self._created = {**self._created, digest: created}
-            if name and self._names.get(name) != digest:
-                self.keep(self._name_file(name), {"name": name, "digest": digest})
-                self._point(name, digest)
-
-    def objective(
-        self, name: str, *, own: str = "", visible: Callable[[str, str], bool] = lambda name, digest: True
-    ) -> tuple[str, str, int]:
-        """Return name, digest and time of registration (ns since 1970) of an objective.
-
-        Args:
-            name: A name, a digest, or the beginning of a digest.
-            own: Another name, to look up before `name`.
-            visible: Whether the caller may know of a name and its digest. The name is
-                empty for a digest alone.
-
-        Raises:
-            ServiceError: There is no such objective. The message suggests similar
-                names.
-        """
-        names, created = self._names, self._created
-
-        def usable(other: str, to: str) -> bool:
-            return to in created and visible(other, to)
-
-        name = next((each for each in (own, name) if each in names and visible(each, names[each])), name)
-        named = name in names and visible(name, names[name])
-        digest = names[name] if named else name
-        if not usable("", digest) and len(name) >= _PREFIX:
-            beginning = [other for other in created if other.startswith(name) and usable("", other)]
-            digest = beginning[0] if len(beginning) == 1 else name
-        if not usable("", digest):
-            raise _not_found(name, [other for other, to in names.items() if other != name and usable(other, to)])
-        called = self._names_of.get(digest, frozenset())
-        shown = name if named else min((other for other in called if visible(other, digest)), default="")
-        return shown, digest, created[digest]
-
-    def _marker(self, digest: str) -> Path:
-        return self.root / "objectives" / digest
-
-    def registered(self, digest: str) -> bool:
-        """Return whether an objective is registered. Each point asks: this is quick."""
-        return codec.is_digest(digest) and self._marker(digest).exists()
-
-    def objectives(self) -> list[tuple[str, str, int]]:
-        """Return (name, digest, time of registration) of all names, sorted.
-
-        Objectives without a name follow, with an empty name.
-        """
-        names, named, created = self._names, self._names_of, self._created
-        listed = sorted(names.items()) + sorted(("", digest) for digest in created.keys() - named.keys())
-        return [(name, digest, created[digest]) for name, digest in listed if digest in created]
-
-    def names_of(self, digest: str) -> Collection[str]:
-        """Return the names that point at an objective."""
-        return self._names_of.get(digest, frozenset())
-
-    def has_name(self, name: str) -> bool:
-        """Return whether a name points at an objective."""
-        return name in self._names
-
-    def digest_of(self, name: str) -> str | None:
-        """Return the digest that a name points at; None if there is no such name."""
-        return self._names.get(name)
-
-    def count_names(self, tenant: str) -> int:
-        """Return the number of names that begin with a tenant's own."""
-        return self._named[f"{tenant}/"]
-
-    def remove_name(self, name: str) -> None:
-        """Remove a name."""
-        with self._names_lock:
-            self._name_file(name).unlink(missing_ok=True)
-            self._point(name, "")
-
-    def remove_objective(self, digest: str) -> None:
-        """Remove an objective with its records. Its names and blobs stay."""
-        with self._names_lock:
-            self._created = {other: created for other, created in self._created.items() if other != digest}
-            # `objectives` comes first, so that a crash leaves nothing that is served.
-            for part in ("objectives", "checks", "derived"):
-                (self.root / part / digest).unlink(missing_ok=True)
+        return Rows(path, tensor, functools.partial(self.verify, set_aside=set_aside))
 
     def remove_blob(self, digest: str) -> None:
         """Remove a blob."""
         self._verified.pop(digest, None)
-        self._blob(digest).unlink(missing_ok=True)
+        self.objects.delete(blob_key(digest))
 
     def blobs(self, older_than_seconds: float = 0.0) -> Iterator[str]:
         """Yield the digests of all blobs of at least this age."""
         latest = time.time() - older_than_seconds
-        for path in (self.root / "blobs").glob("??/*"):
-            with contextlib.suppress(FileNotFoundError):
-                if codec.is_digest(path.name) and path.stat().st_mtime <= latest:
-                    yield path.name
+        for entry in self.objects.walk("blobs"):
+            if codec.is_digest(entry.name) and entry.modified <= latest:
+                yield entry.name
 
     def bundle(self, digest: str) -> objective_pb2.Bundle:
         """Return the parsed bundle of an objective."""
         return objective_pb2.Bundle.FromString(self.read(digest))
 
+    # What is known of objectives
+
     def add_check(self, digest: str, found: objective_pb2.RegistrationCheck, tenant: str = "") -> None:
         """Keep the check of an objective for a tenant, in place of an older one."""
-        self.keep(self._check(digest, tenant), json_format.MessageToDict(found, preserving_proto_field_name=True))
+        self.keep(_check_key(digest, tenant), json_format.MessageToDict(found, preserving_proto_field_name=True))
 
     def check(self, digest: str, tenant: str = "") -> objective_pb2.RegistrationCheck | None:
         """Return the check of an objective for a tenant; None if there is none."""
-        return _read_check(self._check(digest, tenant))
+        return self._read_check(_check_key(digest, tenant))
 
     def checks(self, digest: str) -> list[objective_pb2.RegistrationCheck]:
         """Return the checks of an objective for all tenants."""
-        paths = [self._check(digest, ""), *self.root.glob(f"owners/*/checks/{digest}")]
-        return [found for found in map(_read_check, paths) if found is not None]
+        keys = [_check_key(digest, ""), *(f"owners/{each}/checks/{digest}" for each in self.objects.folders("owners"))]
+        return [found for found in map(self._read_check, keys) if found is not None]
 
-    def _check(self, digest: str, tenant: str) -> Path:
-        directory = self.root / "owners" / codec.digest(tenant.encode()) if tenant else self.root
-        return directory / "checks" / digest
+    def _read_check(self, key: str) -> objective_pb2.RegistrationCheck | None:
+        record = self.record(key)
+        if not record:
+            return None
+        try:
+            return json_format.ParseDict(dict(record), objective_pb2.RegistrationCheck(), ignore_unknown_fields=True)
+        except json_format.ParseError as error:
+            _log.error("%s is damaged, and left aside: %s", key, error)
+            return None
 
     def add_derivation(self, digest: str, version: str, found: objective_pb2.Derivation) -> None:
         """Keep the derivation of a bundle, with the version of the code that derived
         it.
         """
         content = json_format.MessageToDict(found, preserving_proto_field_name=True)
-        self.keep(self.root / "derived" / digest, {"version": version, "derivation": content})
+        self.keep(f"derived/{digest}", {"version": version, "derivation": content})
+
+    def forget_derivation(self, digest: str) -> None:
+        """Forget the derivation of a bundle that is no objective."""
+        self.objects.delete(f"derived/{digest}")
 
     def derivation_bytes(self, digest: str) -> int:
         """Return the size of the kept derivation of a bundle; 0 if none is kept."""
         try:
-            return (self.root / "derived" / digest).stat().st_size
+            found = self.objects.stat(f"derived/{digest}")
         except OSError:
             return 0
+        return found.size if found is not None else 0
 
     def derivation(self, digest: str, version: str) -> objective_pb2.Derivation | None:
         """Return the kept derivation of a bundle; None if this version kept none."""
-        path = self.root / "derived" / digest
-        record = read_record(path)
+        record = self.record(f"derived/{digest}")
         content = record.get("derivation")
         if record.get("version") != version or not isinstance(content, dict):
             return None
         try:
             return json_format.ParseDict(content, objective_pb2.Derivation())
         except json_format.ParseError as error:
-            _log.error("%s is damaged, and left aside: %s", path, error)
+            _log.error("derived/%s is damaged, and left aside: %s", digest, error)
             return None
 
-    def _load_names(self) -> Mapping[str, str]:
-        found: dict[str, str] = {}
-        for path in sorted((self.root / "names").iterdir()):
-            record = read_record(path)
-            name, digest = record.get("name"), record.get("digest")
-            if not (isinstance(name, str) and isinstance(digest, str) and codec.is_digest(digest)):
-                continue
-            if path != self._name_file(name):  # `remove_name` would miss it, so the next start would restore the name.
-                _log.error("%s is damaged, and left aside: it is not the file of its name", path)
-                continue
-            found[name] = digest
-        return found
 
-    def _name_file(self, name: str) -> Path:
-        """Return the file of a name, which can have slashes and exceed a file name's
-        length.
-        """
-        return self.root / "names" / codec.digest(name.encode())
-
-    def _point(self, name: str, digest: str) -> None:
-        """Point a name at an objective in memory; at none if the digest is empty."""
-        names, names_of = dict(self._names), dict(self._names_of)
-        before = names.pop(name, None)
-        self._named[_first_part(name)] += bool(digest) - (before is not None)
-        if before is not None:
-            names_of[before] -= {name}
-            if not names_of[before]:
-                del names_of[before]
-        if digest:
-            names[name] = digest
-            names_of[digest] = names_of.get(digest, frozenset()) | {name}
-        self._names, self._names_of = names, names_of
-
-    def keep(self, path: Path, content: Mapping[str, Any]) -> None:
-        """Write a record below the root, in place of an older one."""
-        with atomic_file(self.root / "incoming") as (file, commit):
-            file.write(json.dumps(content).encode())
-            commit(path)
+def blob_key(digest: str) -> str:
+    """Return the key of a blob."""
+    return "/".join(("blobs", digest[:2], digest))
 
 
-def _first_part(name: str) -> str:
-    """Return the tenant in a full name, with its slash; empty if there is none."""
-    tenant, slash, _ = name.partition("/")
-    return tenant + slash if slash else ""
-
-
-def _not_found(name: str, usable: Sequence[str]) -> ServiceError:
-    # No stored name is longer, and comparing long names takes time.
-    near = difflib.get_close_matches(name, usable[:_COMPARED], n=3, cutoff=0.5) if len(name) <= _LONGEST else []
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; no stored name is similar"
-    kind = "digest" if codec.is_digest(name) else "name"
-    return ServiceError(
-        Code.NOT_FOUND,
-        "OBJECTIVE_NOT_FOUND",
-        f"no objective of {kind} {_text.quoted(name, _LONGEST)}{hint}",
-        {"near": ",".join(near)},
-    )
-
-
-def read_record(path: Path) -> Mapping[str, Any]:
-    """Return the JSON object of a file; empty if the file is missing or damaged.
-
-    One damaged file must not stop others from being served.
-    """
-    try:
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        if not isinstance(error, FileNotFoundError):
-            _log.error("%s is damaged, and left aside: %s", path, error)
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _read_check(path: Path) -> objective_pb2.RegistrationCheck | None:
-    record = read_record(path)
-    if not record:
-        return None
-    try:
-        return json_format.ParseDict(dict(record), objective_pb2.RegistrationCheck(), ignore_unknown_fields=True)
-    except json_format.ParseError as error:
-        _log.error("%s is damaged, and left aside: %s", path, error)
-        return None
-
-
-def _created(marker: Path) -> int | None:
-    """Return when an objective was registered; None if its marker is missing or
-    damaged.
-    """
-    created = read_record(marker).get("create_time_ns")
-    return created if isinstance(created, int) else None
+def _check_key(digest: str, tenant: str) -> str:
+    return f"owners/{codec.digest(tenant.encode())}/checks/{digest}" if tenant else f"checks/{digest}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -18,17 +19,19 @@ class Upload:
         path: Final path of the blob.
         digest: SHA-256 that the bytes must have.
         size_bytes: Size that the blob must have.
+        placed: Called once the blob is complete at its path; may raise.
 
     Raises:
         ServiceError: From `append` and `commit`: bytes out of order, too many, too few,
             or not those of the digest.
     """
 
-    def __init__(self, incoming: Path, path: Path, digest: str, size_bytes: int) -> None:
+    def __init__(self, incoming: Path, path: Path, digest: str, size_bytes: int, placed: Callable[[], None]) -> None:
         self._incoming = incoming
         self._path = path
         self._digest = digest
         self._size = size_bytes
+        self._placed = placed
         self._received = 0
         self._hash = hashlib.sha256()
         self._stack = contextlib.ExitStack()
@@ -59,6 +62,7 @@ class Upload:
         if self._hash.hexdigest() != self._digest:
             raise self._refusal("DIGEST_MISMATCH", f"the bytes that came have the digest {self._hash.hexdigest()}")
         self._commit(self._path)
+        self._placed()
         return self._received
 
     def _refusal(self, reason: str, what: str) -> ServiceError:
