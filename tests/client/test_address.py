@@ -39,6 +39,13 @@ def test_a_malformed_list_is_refused_at_once(text, wrong):
     assert error.value.reason == "ADDRESS"
 
 
+def test_a_list_has_a_limit():
+    addresses = [f"h{number}:7070" for number in range(257)]
+    assert len(address.listed(",".join(addresses[:256]))) == 256
+    with pytest.raises(hvpd.InvalidArgumentError, match="256 servers, and this one has 257"):
+        hvpd.connect(",".join(addresses))
+
+
 @pytest.mark.parametrize("text", ["dns:///", "dns:///b", "dns:///b:", "dns:///b:x", "dns:////b c:1"])
 def test_a_malformed_name_is_refused_at_once(text):
     with pytest.raises(hvpd.InvalidArgumentError, match="must be dns:///host:port") as error:

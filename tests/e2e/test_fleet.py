@@ -5,6 +5,7 @@ import collections
 import concurrent.futures
 import gc
 import json
+import os
 import pickle
 import re
 import socket
@@ -539,11 +540,73 @@ def test_a_closed_client_says_so_and_leaves_no_thread(three):
     client = hvpd.connect(addresses(three))
     H = client.objective("fleet").at(np.ones(N)).hessian()
     client.close()
-    for call in (lambda: H @ np.ones(N), client.objectives, lambda: client.objective("fleet")):
+    for call in (
+        lambda: H @ np.ones(N),
+        lambda: H.point.moved(0.5, np.ones(N)),
+        client.objectives,
+        lambda: client.objective("fleet"),
+    ):
         with pytest.raises(hvpd.HvpdError) as error:
             call()
         assert error.value.reason == "CLIENT_CLOSED"
     until(lambda: not [each for each in set(threading.enumerate()) - before if each.name == "hvpd-fleet"])
+
+
+def test_a_cancelled_call_ends_and_marks_no_server(three):
+    async def use():
+        async with hvpd.aio.connect(addresses(three)) as client:
+            H = (await (await client.objective("fleet")).at(np.full(N, 4.0))).hessian()
+            await (H @ np.ones(N))
+            for _ in range(20):
+                task = asyncio.ensure_future(H @ np.ones((N, 64)))
+                await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            await (H @ np.ones(N))
+            return [each.away for each in client._blocking._transport._fleet.members()]
+
+    assert asyncio.run(use()) == [False] * 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_is_told_to_connect_again(three):
+    client = hvpd.connect(addresses(three))
+    objective = client.objective("fleet")
+    H = objective.at(np.ones(N)).hessian()
+    fleet = client._transport._fleet
+    calls = (lambda: H @ np.ones(N), lambda: objective.at(np.full(N, 5.0)), client.objectives)
+    read, write = os.pipe()
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with fleet._changed:
+            held.set()
+            done.wait(WAIT)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(WAIT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if not child:
+        reasons = []
+        for call in calls:
+            try:
+                call()
+            except hvpd.HvpdError as error:
+                reasons.append(error.reason)
+        client.close()
+        os.write(write, " ".join(reasons).encode())
+        os._exit(0)
+    done.set()
+    holder.join()
+    os.close(write)
+    with os.fdopen(read) as answers:
+        assert answers.read().split() == ["CLIENT_FORKED"] * 3
+    os.waitpid(child, 0)
+    client.close()
 
 
 def test_a_client_that_is_dropped_ends_its_search(three):

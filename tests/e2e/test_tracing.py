@@ -144,6 +144,18 @@ def hex_ids(span):
     return f"{context.trace_id:032x}", f"{context.span_id:016x}"
 
 
+def test_a_span_names_the_server_that_was_chosen(traced, tracing, exporter):
+    """Two names of one server look like two servers."""
+    list_of_both = f"{traced.address},localhost:{traced.port}"
+    with hvpd.connect(list_of_both) as client:
+        point = client.register(cubic, np.ones(3), np.ones(3), name="cubic").at(np.ones(3))
+        exporter.clear()
+        point.hessian() @ np.ones(3)
+    (ours,) = named(exporter, "hvpd.product")
+    address = f"{ours.attributes['server.address']}:{ours.attributes['server.port']}"
+    assert address == point._transport.member.address
+
+
 def test_a_product_is_a_span_here_and_there_with_queue_and_compute_within(point, exporter, collector, tracing):
     exporter.clear()
     H = point.hessian()

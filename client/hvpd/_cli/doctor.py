@@ -161,7 +161,8 @@ def _served(arguments: argparse.Namespace, there: Sequence[str] = ()) -> Iterato
     """Look at the server, or at those of several that accept connections."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # The looks say the same of each server.
+            if there:  # The looks say the same of each server.
+                warnings.filterwarnings("ignore", ".* servers cannot be used")
             client = connect(arguments)
     except AccessError as error:
         yield Finding(False, "token", str(error))

@@ -14,6 +14,10 @@ _ENTRY = re.compile(r"(?:[\w.-]+|\[[\w.:%]+\]):[0-9]{1,5}", re.ASCII)
 """An address in a list."""
 
 
+_MOST = 256
+"""Most servers of one address. Each takes a connection and, at first, a thread."""
+
+
 def host_of(address: object) -> str:
     """Return the host of an address.
 
@@ -50,6 +54,10 @@ def listed(address: str) -> list[str]:
         InvalidArgumentError: The list is malformed, or names a server twice.
     """
     found: list[str] = []
+    if address.count(",") >= _MOST:
+        raise InvalidArgumentError(
+            f"an address can name {_MOST} servers, and this one has {address.count(',') + 1}", reason="ADDRESS"
+        )
     for number, entry in enumerate(map(str.strip, address.split(",")), 1):
         wrong = ""
         if entry.startswith(DNS):
@@ -86,7 +94,7 @@ def named(address: str) -> tuple[str, str]:
 
 
 def resolved(address: str) -> list[str]:
-    """Return the addresses that DNS has for "dns:///host:port", sorted.
+    """Return the first addresses that DNS has for "dns:///host:port", sorted.
 
     Raises:
         InvalidArgumentError: It is malformed.
@@ -98,4 +106,4 @@ def resolved(address: str) -> list[str]:
     except UnicodeError as error:
         raise OSError(str(error)) from None
     hosts = {str(entry[4][0]) for entry in found}
-    return sorted(f"[{each}]:{port}" if ":" in each else f"{each}:{port}" for each in hosts)
+    return sorted(f"[{each}]:{port}" if ":" in each else f"{each}:{port}" for each in hosts)[:_MOST]

@@ -115,7 +115,7 @@ class Fleet:
         settings: Settings for a pickle, as a transport has them.
         counts: Counts of all products.
         owner: Process that may use the fleet.
-        closed: Whether the connections were ended.
+        widest: Most vectors of one product that every member takes.
     """
 
     def __init__(
@@ -129,6 +129,7 @@ class Fleet:
     ) -> None:
         self.address = address
         self.counts = Counts()
+        self.widest = 1
         self.owner = os.getpid()
         self.settings: dict[str, Any] = {}
         self._addresses = addresses
@@ -139,6 +140,7 @@ class Fleet:
         self._resolved = self._clock()
         self._changed = threading.Condition()
         self._closed = threading.Event()
+        self._forgotten = False
         self._members: list[Member] = []
         self._links: list[Transport] = []
         self._orders: dict[str, list[Member]] = {}
@@ -147,7 +149,7 @@ class Fleet:
     @property
     def closed(self) -> bool:
         """Return whether the connections were ended."""
-        return self._closed.is_set()
+        return self._forgotten or self._closed.is_set()
 
     def open(self) -> None:
         """Connect to all members, and wait for the first ones.
@@ -198,6 +200,9 @@ class Fleet:
 
     def close(self) -> None:
         """End all connections."""
+        if os.getpid() != self.owner:  # The connections belong to the parent process, as may a lock.
+            self._forgotten = True
+            return
         with self._changed:
             self._closed.set()
             links, self._links = self._links, []
@@ -209,11 +214,6 @@ class Fleet:
         """Return the members at the moment."""
         with self._changed:
             return list(self._members)
-
-    def widest(self) -> int:
-        """Return the most vectors of one product that every member takes."""
-        with self._changed:
-            return max(min((each.server.max_block_width for each in self._links), default=1), 1)
 
     # The choice
 
@@ -326,7 +326,7 @@ class Fleet:
 
     def _watch(self, member: Member) -> None:
         """Look for a member in the background until it answers."""
-        arguments = (weakref.ref(self), member, self._closed)
+        arguments = (weakref.ref(self), member, self._closed, self.pause(member))
         threading.Thread(target=_look_for, args=arguments, name="hvpd-fleet", daemon=True).start()
 
     def found(self, member: Member) -> bool:
@@ -352,6 +352,7 @@ class Fleet:
         with self._changed:
             member.away, member.error = False, None
             self._orders.clear()
+            self.widest = max(min((each.server.max_block_width for each in self._links), default=1), 1)
             self._changed.notify_all()
         _log.info("%s is there", member.address)
         return True
@@ -401,9 +402,8 @@ def _look_up(ref: "weakref.ref[Fleet]") -> None:
         fleet.look_up()
 
 
-def _look_for(ref: "weakref.ref[Fleet]", member: Member, closed: threading.Event) -> None:
+def _look_for(ref: "weakref.ref[Fleet]", member: Member, closed: threading.Event, pause: float) -> None:
     """Look for a member until it answers, or the fleet is gone."""
-    pause = 0.0
     while not closed.wait(pause):
         fleet = ref()
         if fleet is None or fleet.found(member):

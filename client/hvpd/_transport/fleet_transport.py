@@ -14,7 +14,7 @@ import grpc
 
 from hvpd._progress import Reporter
 from hvpd._transport import address as _address
-from hvpd._transport import cancellation
+from hvpd._transport import cancellation, tracing
 from hvpd._transport.calls import Calls
 from hvpd._transport.channel import Channel
 from hvpd._transport.fleet import Fleet, Member
@@ -51,7 +51,7 @@ class FleetTransport(Transport):
         self._fleet = fleet
         self._digest = digest
         self._stays = stays
-        self._member, _ = fleet.choose(digest)
+        self._take(fleet.choose(digest)[0])
 
     @property
     def closed(self) -> bool:
@@ -71,6 +71,7 @@ class FleetTransport(Transport):
         return self._other(self._digest, stays=True)
 
     def _other(self, digest: str, *, stays: bool) -> Transport:
+        self._check_usable()  # A fork may have inherited locks that are held.
         found = FleetTransport(self._fleet, self.reporter, digest, stays=stays)
         found.client_again, found.objective_again = self.client_again, self.objective_again
         return found
@@ -88,15 +89,17 @@ class FleetTransport(Transport):
         return self._member.linked
 
     def _widest(self) -> int:
-        return self._fleet.widest()
+        return self._fleet.widest
 
     def _try(self, attempt: Callable[[float | None], _T], left: float | None, request_id: str) -> _T:
         """Run one try. After a failure that another member may not have, the next try
         goes there at once.
         """
+        self._check_usable()
         member = self._member
         if member.away or not self._stays:
-            member = self._member = self._fleet.choose(self._digest)[0]
+            member = self._fleet.choose(self._digest)[0]
+            self._take(member)
         try:
             result = super()._try(attempt, left, request_id)
         except RpcFailure as error:
@@ -115,8 +118,13 @@ class FleetTransport(Transport):
         found, free = self._fleet.choose(self._digest)
         if not free or found is member:
             return False
-        self._member = found
+        self._take(found)
         return True
+
+    def _take(self, member: Member) -> None:
+        """Use a member from now on. Spans of later calls name it."""
+        self._member = member
+        self._tracing = tracing.of(member.address)
 
 
 class _Routed:
