@@ -189,6 +189,7 @@ def test_a_narrow_matrix_gives_a_wide_answer(run, stub):
         ({"tol": NAN}, {"B": E[:1]}, "SOLVE"),
         ({"tol": -1.0}, {"B": E[:1]}, "SOLVE"),
         ({"maxiter": -1}, {"B": E[:1]}, "SOLVE"),
+        ({"maxiter": 1 << 41}, {"B": E[:1]}, "SOLVE"),
         ({"shifts": []}, {"B": E[:1]}, "SOLVE"),
         ({"shifts": [INF]}, {"B": E[:1]}, "SOLVE"),
         ({"shifts": [0.0] * 5000}, {"B": E[:1]}, "SOLVE"),

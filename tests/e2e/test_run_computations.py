@@ -239,6 +239,41 @@ def test_a_product_that_is_not_finite_is_said(client):
             estimate()
 
 
+def chain(x, w):
+    return (x[0] ** 2 + jnp.sum((w * (x[1:] - x[:-1])) ** 2)) / 2
+
+
+@pytest.fixture(scope="module")
+def overflows_in_step_4000(client):
+    """Return an operator whose product is not finite from element 4,000 on. A start at
+    the first element reaches one more element with each step.
+    """
+    n, last = 4100, 4000
+    objective = client.register(chain, np.zeros(n), np.ones(n - 1))
+    data = np.where(np.arange(1, n) == last, 1e200, 1.0)
+    return objective.at(np.zeros(n), data).hessian(), np.eye(1, n)[0], last - 1
+
+
+@pytest.mark.parametrize("method", ["cg", "minres"])
+def test_nan_in_step_4000_keeps_the_solution_so_far(overflows_in_step_4000, method):
+    H, b, steps = overflows_in_step_4000
+    found = H.solve(b, method=method, tol=1e-10)
+    assert "NaN or infinity: x is from before it" in found.reason
+    assert len(found.residual_norms) == steps + 1
+    assert np.count_nonzero(found.x) == steps
+    if method == "cg":  # The solution of the chain's first part.
+        np.testing.assert_allclose(found.x[:steps], np.arange(steps, 0, -1) / (steps + 1), rtol=1e-8)
+
+
+def test_nan_in_step_4000_keeps_the_run_so_far(overflows_in_step_4000):
+    H, start, steps = overflows_in_step_4000
+    with H.lanczos(4100, v0=start, reorthogonalize="none") as run:
+        assert "NaN or infinity: the run keeps the steps before it" in run.reason
+        assert run.steps == steps
+        exact = 2 - 2 * np.cos(np.arange(1, steps + 1) * np.pi / (steps + 1))
+        np.testing.assert_allclose(run.ritz(vectors=False).values, exact, atol=1e-10)
+
+
 def slow(x, data):
     """Return a function whose product takes a moment."""
     return jax.lax.fori_loop(0, 2000, lambda _, y: jnp.sin(y) + data, x).sum()

@@ -415,6 +415,17 @@ class Lanczos:
         """
         self._check_open("call restart()")
         values, Y, couplings = self.decomposed()
+        keep = np.asarray(keep)
+        if (
+            keep.ndim != 1
+            or keep.dtype.kind not in "iu"
+            or not ((keep >= 0) & (keep < len(values))).all()
+            or len(np.unique(keep)) < len(keep)
+        ):
+            raise InvalidArgumentError(
+                f"keep must be different positions from 0 to {len(values) - 1} among the Ritz values, got {keep.tolist()}",
+                reason="INVALID_OPTION",
+            )
         self._space.restart(Y[:, keep], waiting=fresh is None)
         self._kept, self._coupling = values[keep], couplings[:, keep]
         self._alphas, self._betas = [], []

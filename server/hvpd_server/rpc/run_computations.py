@@ -14,6 +14,9 @@ from hvpd_server.rpc.run_requests import Arrays, Expected, invalid
 MAX_STEPS = 1 << 20
 """Most steps, products or random vectors of a request."""
 
+_MOST_ITERATIONS = 1 << 40
+"""Most steps of a solve or of a step of a trust region."""
+
 _MOST_SYSTEMS = 4096
 """Most systems of a request: right-hand sides times shifts."""
 
@@ -83,11 +86,9 @@ def computation_of(
 def _solve(spec: krylov_pb2.SolveSpec, operator: Operator, arrays: Arrays) -> Computation:
     B, X, shifts = arrays["B"], arrays.get("X"), np.array(spec.shifts, np.float64)
     _check_word(spec.method, "method", solve.METHODS)
-    if not (spec.tol >= 0 and 0 <= spec.maxiter < 1 << 40 and len(shifts) and np.isfinite(shifts).all()):
-        raise invalid(
-            "SOLVE",
-            f"tol and maxiter must be at least 0, and the shifts finite, got {spec.tol}, {spec.maxiter} and {len(shifts)} shifts",
-        )
+    _check_limits(spec)
+    if not (len(shifts) and np.isfinite(shifts).all()):
+        raise invalid("SOLVE", f"at least one shift is needed, and all must be finite, got {len(shifts)} shifts")
     if len(B) > operator.engine.limits.max_block_width or len(B) * len(shifts) > _MOST_SYSTEMS:
         raise invalid(
             "SOLVE",
@@ -109,16 +110,20 @@ def _solve(spec: krylov_pb2.SolveSpec, operator: Operator, arrays: Arrays) -> Co
 
 def _step(spec: krylov_pb2.StepSpec, operator: Operator, arrays: Arrays) -> Computation:
     gradient = arrays["gradient"]
-    if not (spec.radius > 0 and spec.tol >= 0 and 0 <= spec.maxiter < 1 << 40 and np.isfinite(gradient).all()):
-        raise invalid(
-            "SOLVE",
-            f"radius must be positive, tol and maxiter at least 0, and the gradient finite, got {spec.radius}, {spec.tol} and "
-            f"{spec.maxiter}",
-        )
+    _check_limits(spec)
+    if not (spec.radius > 0 and np.isfinite(gradient).all()):
+        raise invalid("SOLVE", f"radius must be positive, and the gradient finite, got a radius of {spec.radius}")
     described = _described(spec.preconditioner, operator, arrays)
     size_bytes = 8 * operator.n * operator.dtype.itemsize + sum(array.nbytes for array in arrays.values())
     compute = computation.trust_region_step(gradient, described, radius=spec.radius, tol=spec.tol, maxiter=spec.maxiter)
     return Computation("step", compute, size_bytes, "a step with 8 vectors")
+
+
+def _check_limits(spec: krylov_pb2.SolveSpec | krylov_pb2.StepSpec) -> None:
+    if not spec.tol >= 0:
+        raise invalid("SOLVE", f"tol must be at least 0, got {spec.tol}")
+    if not 0 <= spec.maxiter <= _MOST_ITERATIONS:
+        raise invalid("SOLVE", f"maxiter must be from 0 to {_MOST_ITERATIONS}, got {spec.maxiter}")
 
 
 def _described(spec: krylov_pb2.Preconditioner, operator: Operator, arrays: Arrays) -> preconditioning.Described:

@@ -188,6 +188,15 @@ def test_a_closed_run_says_so(call):
     assert np.array_equal(run.projected, lanczos(A, 5).projected)
 
 
+@pytest.mark.parametrize("keep", [[9], [-1], [1, 1], [0.5], [[1]]])
+def test_a_restart_keeps_positions_that_there_are(keep):
+    run = lanczos(symmetric(9), 5)
+    with pytest.raises(hvpd.InvalidArgumentError, match="keep must be different positions from 0 to 4 among"):
+        run.restart(keep)
+    run.restart(np.arange(3, 5))
+    assert run.extend(2).size == 4
+
+
 def test_too_few_dimensions_are_explained():
     with pytest.raises(hvpd.InvalidArgumentError, match=r"no Ritz pairs: all steps .* are done; extend\(\) takes more"):
         lanczos(symmetric(9), 0).ritz(1)
