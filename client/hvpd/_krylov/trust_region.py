@@ -33,6 +33,27 @@ class Step(NamedTuple):
     """Why the iteration ended, as a sentence."""
 
 
+class State(NamedTuple):
+    """Truncated CG between two steps."""
+
+    p: Array
+    """The step so far, of shape (1, n)."""
+    r: Array
+    """H p + g, of shape (1, n)."""
+    d: Array
+    """The next direction, of shape (1, n)."""
+    rz: float
+    """r'M r."""
+    pp: float
+    """p'p, in the inner product of the inverse of M."""
+    pd: float
+    """p'd, in this inner product."""
+    dd: float
+    """d'd, in this inner product."""
+    products: int
+    """Products so far."""
+
+
 def steihaug(
     multiply: Multiply,
     gradient: Array,
@@ -41,6 +62,7 @@ def steihaug(
     tol: float,
     maxiter: int,
     precondition: Multiply | None = None,
+    state: State | None = None,
 ) -> Step:
     """Return an approximate minimiser of g'p + p'Hp / 2 in a ball.
 
@@ -54,14 +76,17 @@ def steihaug(
         maxiter: Largest number of products.
         precondition: Multiplies a block by M, a positive definite approximation of the
             inverse of H; None for the identity.
+        state: Where to go on; None for the start.
     """
     dtype = gradient.dtype
-    r, p = gradient[None].copy(), np.zeros_like(gradient[None])
-    z = r if precondition is None else precondition(r)
-    d = -z
-    rz = _positive(_dot(r, z))
-    pp, pd, dd = 0.0, 0.0, rz
-    for number in range(maxiter):
+    if state is None:
+        z = gradient[None] if precondition is None else precondition(gradient[None])
+        rz = _positive(_dot(gradient[None], z))
+        state = State(np.zeros_like(gradient[None]), gradient[None].copy(), -z, rz, 0.0, 0.0, rz, 0)
+    p, r, d, rz, pp, pd, dd, begun = state
+    if begun and float(vectors.norms(r)[0]) <= tol:
+        return _finished(p, gradient, r, begun, SOLVED)
+    for number in range(begun, maxiter):
         Hd = multiply(d)
         if not np.isfinite(Hd).all():
             return _finished(p, gradient, r, number, NOT_FINITE)

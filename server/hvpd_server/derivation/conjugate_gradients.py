@@ -1,7 +1,9 @@
 """Conjugate gradients around a product, as a program of several steps.
 
 It takes the steps of `hvpd._krylov.conjugate_gradients.BlockCG` for one right-hand
-side, in the same form, so that an iteration can change from one to the other.
+side, in the same form, so that an iteration can change from one to the other. The steps
+of `hvpd._krylov.trust_region.steihaug` are the same steps within a ball. So one program
+serves both.
 """
 
 from collections.abc import Callable
@@ -26,13 +28,15 @@ def specs_of(n: int, dtype: "np.dtype[Any]") -> list[jax.ShapeDtypeStruct]:
     """Return the arguments of a program between x and the product's own.
 
     These are X, Q and S, as in `BlockCG`, and the diagonal of M, each of shape (1, n);
-    the scale and the shift of the operator, a lower bound of its norm, C, and the norm
-    of the residual that ends the iteration; and the number of steps to take.
+    the scale and the shift of the operator, the norm of the residual that ends the
+    iteration, the radius of the ball, and the state: a lower bound of the norm of the
+    operator, C, and the inner products X X, X S and S S with the inverse of M; and the
+    number of steps to take.
     """
     vector = jax.ShapeDtypeStruct((1, n), dtype)
     return [
         *[vector] * 4,
-        jax.ShapeDtypeStruct((5,), np.dtype(np.float64)),
+        jax.ShapeDtypeStruct((9,), np.dtype(np.float64)),
         jax.ShapeDtypeStruct((), np.dtype(np.int32)),
     ]
 
@@ -41,10 +45,10 @@ def cg_of(multiply: Function) -> Function:
     """Return (x, X, Q, S, M, numbers, count, *args) -> ((X, Q, S), norms, facts).
 
     norms are those of the residual after each step. facts are the steps that were
-    taken, whether the next step is a usual one, a lower bound of the norm of the
-    operator, and C. The iteration ends when the norm of the residual is at its target;
-    or before an unusual step, whose product is not finite, whose curvature is not
-    positive, or after which the residual is zero.
+    taken, whether the next step is a usual one, and the five numbers of the state. The
+    iteration ends when the norm of the residual is at its target; or before an unusual
+    step, whose product is not finite, whose curvature is not positive, whose end is not
+    within the ball, or after which the residual is zero.
 
     Args:
         multiply: (x, v, *args) -> A v.
@@ -61,7 +65,7 @@ def cg_of(multiply: Function) -> Function:
         *args: jax.Array,
     ) -> Any:
         dtype = S.dtype
-        scale, shift, size, C, target = (numbers[number] for number in range(5))
+        scale, shift, target, radius = (numbers[number] for number in range(4))
         eps, M = float(np.finfo(dtype).eps), M[0]
 
         def going(state: Any) -> Any:
@@ -69,27 +73,36 @@ def cg_of(multiply: Function) -> Function:
             return (number < count) & usual & (latest > target)
 
         def step(state: Any) -> Any:
-            number, _, latest, X, Q, S, size, C, norms = state
+            number, _, latest, X, Q, S, (size, C, *ball), norms = state
+            XX, XS, SS = ball
             W = scale.astype(dtype) * multiply(x, S, *args) + shift.astype(dtype) * S
             square, curvature, length = _dot(S, S), _dot(S, W), _dot(W, W)
             size = jnp.where(jnp.isfinite(length), jnp.maximum(size, jnp.sqrt(length / square)), size)
             R = Q - (1 / curvature).astype(dtype) * W
             change = jnp.sqrt(_dot(R, M * R))
-            usual = jnp.isfinite(length) & (curvature > eps * size * square) & (change > 0)
+            alpha = C / curvature
+            moved = XX + 2 * alpha * XS + alpha**2 * SS
+            usual = jnp.isfinite(length) & (curvature > eps * size * square) & (moved < radius**2) & (change > 0)
             following = R / change.astype(dtype)
             found = (
-                X + (C / curvature).astype(dtype) * S,
+                X + alpha.astype(dtype) * S,
                 following,
                 M * following + change.astype(dtype) * S,
                 C * change,
+                moved,
+                change * (XS + alpha * SS),
+                1 + change**2 * SS,
             )
-            X, Q, S, C = (jnp.where(usual, new, old) for new, old in zip(found, (X, Q, S, C), strict=True))
+            X, Q, S, C, *ball = (
+                jnp.where(usual, new, old) for new, old in zip(found, (X, Q, S, C, *ball), strict=True)
+            )
             latest = jnp.where(usual, C * jnp.sqrt(_dot(Q, Q)), latest)
-            return number + usual, usual, latest, X, Q, S, size, C, norms.at[number].set(latest)
+            return number + usual, usual, latest, X, Q, S, (size, C, *ball), norms.at[number].set(latest)
 
-        start = (jnp.int32(0), jnp.bool_(True), jnp.float64(np.inf), X[0], Q[0], S[0], size, C, jnp.zeros(STEPS))
-        number, usual, _, X, Q, S, size, C, norms = jax.lax.while_loop(going, step, start)
-        facts = jnp.stack([number.astype(jnp.float64), usual.astype(jnp.float64), size, C])
+        state = tuple(numbers[number] for number in range(4, 9))
+        start = (jnp.int32(0), jnp.bool_(True), jnp.float64(np.inf), X[0], Q[0], S[0], state, jnp.zeros(STEPS))
+        number, usual, _, X, Q, S, state, norms = jax.lax.while_loop(going, step, start)
+        facts = jnp.stack([number.astype(jnp.float64), usual.astype(jnp.float64), *state])
         return (X[None], Q[None], S[None]), norms, facts
 
     return cg

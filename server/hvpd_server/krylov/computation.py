@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hvpd._krylov import preconditioning, probes, solve, trace, trust_region
-from hvpd._krylov.runner import Runner
+from hvpd._krylov import preconditioning, probes, solve, trace
 from hvpd._krylov.space import NotFiniteError
 from hvpd._wire import codec
 from hvpd_server.krylov.device_runner import DeviceRunner
@@ -38,7 +37,7 @@ class Result(NamedTuple):
 
 
 Tick = Callable[[int, float], object]
-Compute = Callable[[Runner, Tick], Result]
+Compute = Callable[[DeviceRunner, Tick], Result]
 """Computes with a runner, and calls a function with the steps so far and the
 residual.
 """
@@ -93,7 +92,7 @@ def solving(
 ) -> Compute:
     """Return the computation of `hvpd._krylov.solve.solved`."""
 
-    def compute(runner: Runner, tick: Tick) -> Result:
+    def compute(runner: DeviceRunner, tick: Tick) -> Result:
         found = solve.solved(
             runner,
             arrays["B"],
@@ -118,19 +117,9 @@ def trust_region_step(
 ) -> Compute:
     """Return the computation of `hvpd._krylov.trust_region.steihaug`."""
 
-    def compute(runner: Runner, tick: Tick) -> Result:
-        def multiply(rows: codec.Array) -> codec.Array:
-            tick(runner.products, 0.0)
-            return runner.multiply(rows)
-
-        found = trust_region.steihaug(
-            multiply,
-            gradient,
-            radius,
-            tol=tol,
-            maxiter=maxiter,
-            precondition=preconditioning.multiply(described),
-        )
+    def compute(runner: DeviceRunner, tick: Tick) -> Result:
+        precondition = preconditioning.multiply(described)
+        found = runner.region_step(gradient, radius, tol=tol, maxiter=maxiter, precondition=precondition, tick=tick)
         return Result({"p": found.p, "predicted": np.array([found.predicted])}, found.reason)
 
     return compute
@@ -139,7 +128,7 @@ def trust_region_step(
 def quadrature(*, seed: int, probes_count: int, steps: int, basis_bytes: int) -> Compute:
     """Return the computation of `hvpd._krylov.probes.tridiagonals`."""
 
-    def compute(runner: Runner, tick: Tick) -> Result:
+    def compute(runner: DeviceRunner, tick: Tick) -> Result:
         found = probes.tridiagonals(
             runner.multiply,
             runner.n,
@@ -159,7 +148,7 @@ def quadrature(*, seed: int, probes_count: int, steps: int, basis_bytes: int) ->
 def estimate(*, of_diagonal: bool, method: str, products: int, seed: int) -> Compute:
     """Return the computation of `hvpd._krylov.trace.estimated`."""
 
-    def compute(runner: Runner, tick: Tick) -> Result:
+    def compute(runner: DeviceRunner, tick: Tick) -> Result:
         try:
             found = trace.estimated(runner, of_diagonal, method, products, seed, tick)
         except NotFiniteError:

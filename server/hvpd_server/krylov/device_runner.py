@@ -2,6 +2,7 @@
 for them is there, otherwise by products.
 """
 
+from hvpd._krylov import trust_region
 from hvpd._krylov.conjugate_gradients import BlockCG
 from hvpd._krylov.runner import Runner
 from hvpd._krylov.space import Multiply
@@ -27,3 +28,30 @@ class DeviceRunner(Runner):
         if self._launches and device_cg.is_possible(R, precondition):
             return device_cg.DeviceCG(self._operator, self.multiply, precondition, R)
         return super().conjugate_gradients(R, precondition)
+
+    def region_step(
+        self,
+        gradient: codec.Array,
+        radius: float,
+        *,
+        tol: float,
+        maxiter: int,
+        precondition: Multiply | None,
+        tick: device_cg.Tick,
+    ) -> trust_region.Step:
+        """Return the step of a trust region; see `trust_region.steihaug`.
+
+        `tick` is called with the steps so far and the norm of the residual.
+        """
+        state = None
+        if self._launches and device_cg.is_possible(gradient[None], precondition):
+            cg = device_cg.DeviceCG(self._operator, self.multiply, precondition, -gradient[None], radius)
+            state = device_cg.region_state(cg, tol, maxiter, tick)
+
+        def multiply(rows: codec.Array) -> codec.Array:
+            tick(self.products, 0.0)
+            return self.multiply(rows)
+
+        return trust_region.steihaug(
+            multiply, gradient, radius, tol=tol, maxiter=maxiter, precondition=precondition, state=state
+        )
