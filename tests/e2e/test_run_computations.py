@@ -86,7 +86,7 @@ def launched(server, H):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_solve_in_launches_equals_the_iteration_here(launched, server, A, b, weighted):
     M = 1 / np.diag(A) if weighted else None
-    before = launches(server, "cg_hvp"), launches(server, "hvp")
+    before = launches(server, "cg_hvp"), launches(server, "(hvp|apply)")
     found = launched.solve(b, tol=1e-12, M=M)
     expected = hvpd.krylov.solve(aslinearoperator(A), b, tol=1e-12, M=M)
     assert found.converged
@@ -94,9 +94,30 @@ def test_a_solve_in_launches_equals_the_iteration_here(launched, server, A, b, w
     np.testing.assert_allclose(found.residual_norms[:10], expected.residual_norms[:10], rtol=1e-9)
     np.testing.assert_allclose(found.x, np.linalg.solve(A, b), rtol=1e-9)
     steps = len(found.residual_norms) - 1
-    after = launches(server, "cg_hvp"), launches(server, "hvp")
+    after = launches(server, "cg_hvp"), launches(server, "(hvp|apply)")
     assert 1 < after[0] - before[0] < steps
     assert after[1] - before[1] == 1  # The check of the residual.
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4])
+def test_operators_with_a_low_rank_term_are_solved_in_launches(launched, server, A, b, rank):
+    U = np.random.default_rng(6).standard_normal((N, rank))
+    C = np.linspace(0.5, 2, rank)
+    updated, dense = (2.0 * launched).updated(U, C), 2 * A + (U * C) @ U.T
+
+    def steps():
+        before = launches(server, "cg_hvp")
+        found = updated.solve(b, tol=1e-12)
+        return found if launches(server, "cg_hvp") > before else None
+
+    found = until(steps)
+    expected = hvpd.krylov.solve(aslinearoperator(dense), b, tol=1e-12)
+    assert abs(found.products - expected.products) <= 1
+    np.testing.assert_allclose(found.x, np.linalg.solve(dense, b), rtol=1e-9)
+    step = updated._krylov().steihaug(b, 0.3, tol=1e-10, maxiter=200)
+    np.testing.assert_allclose(
+        step.p, runner(aslinearoperator(dense)).steihaug(b, 0.3, tol=1e-10, maxiter=200).p, rtol=1e-8
+    )
 
 
 def test_launches_end_with_the_reason_and_the_steps_of_the_iteration_here(launched, A, b):

@@ -24,25 +24,29 @@ STEPS: Final = 64
 """Most steps of a launch."""
 
 
-def specs_of(n: int, dtype: "np.dtype[Any]") -> list[jax.ShapeDtypeStruct]:
+def specs_of(n: int, rank: int, dtype: "np.dtype[Any]") -> list[jax.ShapeDtypeStruct]:
     """Return the arguments of a program between x and the product's own.
 
     These are X, Q and S, as in `BlockCG`, and the diagonal of M, each of shape (1, n);
     the scale and the shift of the operator, the norm of the residual that ends the
     iteration, the radius of the ball, and the state: a lower bound of the norm of the
     operator, C, and the inner products X X, X S and S S with the inverse of M; and the
-    number of steps to take.
+    number of steps to take. An operator with a low-rank term has U[n, rank] and a small
+    matrix of its own, too.
     """
     vector = jax.ShapeDtypeStruct((1, n), dtype)
     return [
         *[vector] * 4,
         jax.ShapeDtypeStruct((9,), np.dtype(np.float64)),
         jax.ShapeDtypeStruct((), np.dtype(np.int32)),
+        *([jax.ShapeDtypeStruct((n, rank), dtype), jax.ShapeDtypeStruct((rank, rank), dtype)] if rank else []),
     ]
 
 
-def cg_of(multiply: Function) -> Function:
+def cg_of(multiply: Function, rank: int = 0) -> Function:
     """Return (x, X, Q, S, M, numbers, count, *args) -> ((X, Q, S), norms, facts).
+
+    With a rank, the first two of args are those of a low-rank term U D U^T.
 
     norms are those of the residual after each step. facts are the steps that were
     taken, whether the next step is a usual one, and the five numbers of the state. The
@@ -52,6 +56,7 @@ def cg_of(multiply: Function) -> Function:
 
     Args:
         multiply: (x, v, *args) -> A v.
+        rank: Rank of the low-rank term; 0 for none.
     """
 
     def cg(
@@ -67,6 +72,7 @@ def cg_of(multiply: Function) -> Function:
         dtype = S.dtype
         scale, shift, target, radius = (numbers[number] for number in range(4))
         eps, M = float(np.finfo(dtype).eps), M[0]
+        low_rank, args = args[:2] if rank else (), args[2:] if rank else args
 
         def going(state: Any) -> Any:
             number, usual, latest = state[:3]
@@ -76,6 +82,9 @@ def cg_of(multiply: Function) -> Function:
             number, _, latest, X, Q, S, (size, C, *ball), norms = state
             XX, XS, SS = ball
             W = scale.astype(dtype) * multiply(x, S, *args) + shift.astype(dtype) * S
+            if low_rank:
+                U, D = low_rank
+                W += U @ (D @ (S @ U))
             square, curvature, length = _dot(S, S), _dot(S, W), _dot(W, W)
             size = jnp.where(jnp.isfinite(length), jnp.maximum(size, jnp.sqrt(length / square)), size)
             R = Q - (1 / curvature).astype(dtype) * W

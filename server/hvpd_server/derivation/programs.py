@@ -226,9 +226,9 @@ class Sized:
             return Program([self._factors.programs()[base]], [x, *_drawn(base), *args])
         return None
 
-    def _iteration(self, prefix: str, name: Name, rows: int) -> Program:
-        """Return several steps of conjugate gradients around a product, or of Lanczos's
-        iteration for a basis of so many rows.
+    def _iteration(self, prefix: str, name: Name, width: int) -> Program:
+        """Return several steps of conjugate gradients around a product, with a low-rank
+        term of this rank; or of Lanczos's iteration for a basis of so many rows.
         """
         traced = self.traced
         n, dtype = traced.layout.size(name.leaves or None), traced.x.dtype
@@ -239,10 +239,11 @@ class Sized:
             return block(x, v[None], *args)[0]
 
         if prefix == conjugate_gradients.PREFIX:
-            steps, specs = conjugate_gradients.cg_of(multiply), conjugate_gradients.specs_of(n, dtype)
+            steps = conjugate_gradients.cg_of(multiply, width)
+            specs = conjugate_gradients.specs_of(n, width, dtype)
         else:
             steps = iterations.lanczos_of(multiply, iterations.steps_of(n), self._derivation.platform)
-            specs = iterations.specs_of(rows, n, dtype)
+            specs = iterations.specs_of(width, n, dtype)
         return Program([steps], [traced.x, *specs, *drawn, *traced.args])
 
     def _whole_or_block(self, name: Name) -> tuple[Batched, list[jax.ShapeDtypeStruct]]:

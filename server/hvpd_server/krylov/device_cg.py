@@ -3,6 +3,7 @@ steps each. The vectors stay on the device. Steps of a trust region run by them,
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,8 @@ from hvpd._wire import codec
 from hvpd_server.derivation import conjugate_gradients
 from hvpd_server.device.device import host
 from hvpd_server.krylov.launcher import Launcher
-from hvpd_server.krylov.operator import Operator
+from hvpd_server.krylov.operator import Operator, Terms
+from hvpd_server.scheduling import blocks
 
 Tick = Callable[[int, float], object]
 
@@ -26,6 +28,20 @@ def is_possible(R: codec.Array, precondition: Multiply | None) -> bool:
     return len(R) == 1 and (
         precondition is None or (isinstance(precondition, Diagonal) and bool((precondition.weights > 0).all()))
     )
+
+
+def padded(terms: Terms) -> list[codec.Array]:
+    """Return U and C of a low-rank term with a rank that is a power of two, so that few
+    programs serve all ranks; nothing if there is no such term.
+    """
+    if terms.U is None or terms.C is None:
+        return []
+    n, rank = terms.U.shape
+    width = 1 << (rank - 1).bit_length()
+    U, C = blocks.empty((n, width), terms.U.dtype), np.zeros((width, width), terms.U.dtype)
+    U[:, :rank], U[:, rank:] = terms.U, 0
+    C[:rank, :rank] = terms.C
+    return [U, C]
 
 
 class DeviceCG(BlockCG):
@@ -56,12 +72,21 @@ class DeviceCG(BlockCG):
     ) -> None:
         super().__init__(multiply, precondition, R)
         self._launcher = Launcher(operator, conjugate_gradients.PREFIX, conjugate_gradients.STEPS)
-        self.ready = self._launcher.ready
         self.taken = 0
+        self._operator = operator
         self._terms, self._radius = operator.terms, radius
-        self._M = precondition.weights[None] if isinstance(precondition, Diagonal) else np.ones_like(R)
+        low_rank = padded(operator.terms)
+        self._rank = low_rank[0].shape[1] if low_rank else 0
+        self._fixed = [precondition.weights[None] if isinstance(precondition, Diagonal) else np.ones_like(R), *low_rank]
+        self._placed: list[Any] = []
         self._ball = np.array([0.0, 0.0, 1.0])
         """Inner products of X X, X S and S S."""
+
+    def ready(self) -> bool:
+        """Return whether the program is compiled. Start its compile at the first
+        call.
+        """
+        return self._launcher.ready(self._rank)
 
     def advance(self, targets: codec.Array, most: int) -> Iterator[codec.Array]:
         """See `BlockCG.advance`."""
@@ -86,8 +111,12 @@ class DeviceCG(BlockCG):
         steps = self._launcher.steps(most)
         state = [self._norm, float(self.C[0, 0]), *self._ball]
         numbers = np.array([self._terms.scale, self._terms.shift, target, self._radius, *state])
-        front = [self.X, self.Q, self.S, self._M, numbers, np.int32(steps)]
-        (self.X, self.Q, self.S), norms, facts = self._launcher.launch(0, front, steps)
+        if not self._placed:
+            device = self._operator.engine.objectives.lane(self._operator.point.objective).device
+            self._placed = [device.put(array, owned=True) for array in self._fixed]
+        M, *low_rank = self._placed
+        front = [self.X, self.Q, self.S, M, numbers, np.int32(steps), *low_rank]
+        (self.X, self.Q, self.S), norms, facts = self._launcher.launch(self._rank, front, steps)
         taken, usual = int(facts[0]), bool(facts[1])
         self._norm, self.C, self._ball = float(facts[2]), facts[3:4].reshape(1, 1), facts[4:]
         self.taken += taken

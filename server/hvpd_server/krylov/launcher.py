@@ -28,7 +28,6 @@ def is_possible(operator: Operator) -> bool:
         isinstance(point.source, data_sources.Resident)
         and len(device.parts) == 1
         and not point.objective.fixed_bucket
-        and operator.terms.U is None
         and operator.program != "hvp@linearized"
     )
 

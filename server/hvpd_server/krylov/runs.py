@@ -113,7 +113,7 @@ class Runs:
 
     def _space(self, operator: Operator, block: int, reorthogonalize: str) -> HostSpace | AcceleratorSpace:
         """Return an empty space, in the best place for its steps."""
-        if reorthogonalize != "full" or not is_possible(operator):
+        if reorthogonalize != "full" or operator.terms.U is not None or not is_possible(operator):
             return HostSpace(operator, reorthogonalize)
         device = self._engine.objectives.lane(operator.point.objective).device
         if device.platform == "cpu":

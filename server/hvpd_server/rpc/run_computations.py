@@ -103,7 +103,7 @@ def _solve(spec: krylov_pb2.SolveSpec, operator: Operator, arrays: Arrays) -> Co
         raise invalid("SOLVE", "several shifts need the Krylov space of B itself: send no X and no preconditioner")
     described = _described(spec.preconditioner, operator, arrays)
     vectors = 8 * len(B) + 6 * len(B) * len(shifts)
-    size_bytes = vectors * operator.n * operator.dtype.itemsize + sum(array.nbytes for array in arrays.values())
+    size_bytes = vectors * operator.n * operator.dtype.itemsize + _beside(operator, arrays)
     compute = computation.solving(arrays, shifts, described, tol=spec.tol, maxiter=spec.maxiter, method=spec.method)
     return Computation("solve", compute, size_bytes, f"a solve with {vectors} vectors")
 
@@ -114,9 +114,16 @@ def _step(spec: krylov_pb2.StepSpec, operator: Operator, arrays: Arrays) -> Comp
     if not (spec.radius > 0 and np.isfinite(gradient).all()):
         raise invalid("SOLVE", f"radius must be positive, and the gradient finite, got a radius of {spec.radius}")
     described = _described(spec.preconditioner, operator, arrays)
-    size_bytes = 8 * operator.n * operator.dtype.itemsize + sum(array.nbytes for array in arrays.values())
+    size_bytes = 8 * operator.n * operator.dtype.itemsize + _beside(operator, arrays)
     compute = computation.trust_region_step(gradient, described, radius=spec.radius, tol=spec.tol, maxiter=spec.maxiter)
     return Computation("step", compute, size_bytes, "a step with 8 vectors")
+
+
+def _beside(operator: Operator, arrays: Arrays) -> int:
+    """Return the bytes of the arrays of a request, and of the low-rank term, which
+    launches take in a copy of up to twice its rank.
+    """
+    return sum(array.nbytes for array in arrays.values()) + 3 * operator.terms.size_bytes
 
 
 def _check_limits(spec: krylov_pb2.SolveSpec | krylov_pb2.StepSpec) -> None:
