@@ -4,6 +4,10 @@ import contextlib
 import os
 import sys
 
+# Before the first import of NumPy, which reads it. Idle threads of OpenBLAS spin, and
+# take the cores from XLA's threads.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from hvpd_server import config as _config
 from hvpd_server import supervisor
 from hvpd_server.admission.vetting import Vetter

@@ -1,5 +1,6 @@
 """Tests of `hvpd_server.__main__`."""
 
+import os
 import subprocess
 import sys
 
@@ -39,3 +40,26 @@ def test_a_wrong_setting_ends_the_server_before_it_starts_anything(tmp_path, fla
     assert run.returncode == 2
     assert said in run.stderr
     assert not (tmp_path / "store").exists()
+
+
+BLAS = """
+from hvpd_server import __main__
+import scipy.linalg
+from threadpoolctl import threadpool_info
+print({each["num_threads"] for each in threadpool_info() if each["internal_api"] == "openblas"})
+"""
+
+
+@pytest.mark.parametrize(("variables", "threads"), [({}, 1), ({"OPENBLAS_NUM_THREADS": "2"}, 2)])
+def test_blas_has_one_thread_unless_the_user_says_otherwise(variables, threads):
+    pytest.importorskip("threadpoolctl")
+    inherited = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    said = subprocess.run(
+        [sys.executable, "-c", BLAS],
+        env=inherited | variables,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert said.stdout == f"{{{threads}}}\n"
