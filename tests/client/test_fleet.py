@@ -4,6 +4,7 @@ real and a clock of the test.
 
 import dataclasses
 import re
+import threading
 from types import SimpleNamespace
 
 import grpc
@@ -236,3 +237,18 @@ def test_without_any_server_the_error_that_says_most_is_raised(errors, kind, rea
         Fleet("", lambda: list(names), make).open()
     assert type(error.value) is kind
     assert error.value.reason == reason
+
+
+def test_one_thread_looks_for_a_server_however_often_it_goes_away(fleet, links):
+    home = order(fleet)[0]
+    member, _ = fleet.choose("f")
+    links[home].serves = False
+    before = threading.active_count()
+    for _ in range(20):
+        assert fleet.leave(member, "f", failure(CODE.UNAVAILABLE))
+        fleet.answered(member)
+    fleet.leave(member, "f", failure(CODE.UNAVAILABLE))
+    assert threading.active_count() <= before + 1
+    links[home].serves = True
+    until(lambda: first(fleet) == (home, True))
+    until(lambda: not member.watched)

@@ -41,11 +41,14 @@ _FULL = (5.0, 300.0)
 _OTHERS_SECONDS = 2.0
 """Seconds that `connect` waits for the other members after the first has answered."""
 
-_LOOK_SECONDS = 1.0
+_LOOK_SECONDS = 2.0
 """Seconds within which a member that is there answers."""
 
 _RESOLVE_SECONDS = 30.0
 """Seconds between two looks at the addresses of a name."""
+
+_ID_LENGTH = 64
+"""Most characters of a server's id that count."""
 
 _MOST_WEIGHT = 1024
 """Most devices of a member that count."""
@@ -75,6 +78,7 @@ class Member:
         away: Whether it does not answer.
         absence: For how long it is not asked.
         error: Why it did not answer at first; None if it did, or was not asked yet.
+        watched: Whether a thread looks for it.
     """
 
     def __init__(self, address: str) -> None:
@@ -83,6 +87,7 @@ class Member:
         self.away = True
         self.absence = Absence(*_AWAY)
         self.error: HvpdError | None = None
+        self.watched = False
 
     @property
     def linked(self) -> Transport:
@@ -277,11 +282,10 @@ class Fleet:
                 self._orders.clear()
             members = [each for each in self._members if each.link is not None]
             servers = [each.linked.server for each in members]
-            ids = [each.id for each in servers]
+            ids = [each.id[:_ID_LENGTH] for each in servers]
             # Machines that were copied can have one id. Then their addresses count.
             names = [
-                each.id if each.id and ids.count(each.id) == 1 else member.address
-                for member, each in zip(members, servers, strict=True)
+                id_ if id_ and ids.count(id_) == 1 else member.address for member, id_ in zip(members, ids, strict=True)
             ]
             keys = np.array([placement.key(name) for name in names])
             weights = np.array([min(max(each.device_count, 1), _MOST_WEIGHT) for each in servers], float)
@@ -326,6 +330,10 @@ class Fleet:
 
     def _watch(self, member: Member) -> None:
         """Look for a member in the background until it answers."""
+        with self._changed:
+            if member.watched:
+                return
+            member.watched = True
         arguments = (weakref.ref(self), member, self._closed, self.pause(member))
         threading.Thread(target=_look_for, args=arguments, name="hvpd-fleet", daemon=True).start()
 
@@ -333,6 +341,7 @@ class Fleet:
         """Look for a member once. Return whether there is nothing left to look for."""
         with self._changed:
             if self.closed or member not in self._members or not (member.away or member.link is None):
+                member.watched = False
                 return True
         try:
             if member.link is None:
@@ -350,7 +359,7 @@ class Fleet:
                 self._changed.notify_all()
             return False
         with self._changed:
-            member.away, member.error = False, None
+            member.away, member.error, member.watched = False, None, False
             self._orders.clear()
             self.widest = max(min((each.server.max_block_width for each in self._links), default=1), 1)
             self._changed.notify_all()

@@ -100,6 +100,7 @@ class FleetTransport(Transport):
         if member.away or not self._stays:
             member = self._fleet.choose(self._digest)[0]
             self._take(member)
+        away = member.away
         try:
             result = super()._try(attempt, left, request_id)
         except RpcFailure as error:
@@ -107,7 +108,7 @@ class FleetTransport(Transport):
             if self._fleet.leave(member, self._digest, error.failure) and self._moved(member):
                 error.failure = dataclasses.replace(error.failure, code=grpc.StatusCode.UNAVAILABLE, retry_after=0.0)
             raise
-        if member.away:
+        if away:  # Not if it drains, and only finishes this call.
             self._fleet.answered(member)
         return result
 
