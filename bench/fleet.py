@@ -6,8 +6,10 @@ import concurrent.futures
 import contextlib
 import hashlib
 import random
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -31,10 +33,11 @@ PREDICTED = {"share": 1.0, "moved": 0.25, "overhead": 1.01, "killed": 0.03}
 
 
 def run(*, quick: bool) -> Iterator[Figure]:
-    """Start the servers, register one problem at each, and measure."""
+    """Start servers with one store, warm one problem at each, and measure."""
     problem = mlp((64, 82, 10), 500)
     with contextlib.ExitStack() as stack:
-        servers = [stack.enter_context(_processes.serving()) for _ in range(SERVERS + 1)]
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hvpd-bench-", ignore_cleanup_errors=True))
+        servers = [stack.enter_context(_processes.serving(Path(folder))) for _ in range(SERVERS + 1)]
         addresses = [_processes.address(server) for server in servers]
         ids = []
         for address in addresses:

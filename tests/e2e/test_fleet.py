@@ -39,14 +39,27 @@ def spd():
     return (Q * np.geomspace(1, 1e3, N)) @ Q.T
 
 
+@pytest.fixture
+def replicas(serve, tmp_path_factory):
+    """Start servers that have one store: replicas(count)."""
+
+    def start(count=3):
+        store = tmp_path_factory.mktemp("store")
+        return [serve(store=store) for _ in range(count)]
+
+    return start
+
+
 def register(servers, name, A):
-    """Register the same objective at each server, as if they had one store. Return its
-    digest.
-    """
+    """Register an objective once, with a client of all servers. Return its digest."""
+    with hvpd.connect(addresses(servers)) as client:
+        return client.register(quadratic, np.zeros(N), A, name=name, platforms=("cpu",)).digest
+
+
+def register_at_each(servers, name, A):
+    """Register an objective at servers that do not share a store."""
     for server in servers:
-        with hvpd.connect(server.address) as client:
-            digest = client.register(quadratic, np.zeros(N), A, name=name, platforms=("cpu",)).digest
-    return digest
+        register([server], name, A)
 
 
 def digest_of(A):
@@ -78,9 +91,12 @@ def products(server):
 
 
 @pytest.fixture(scope="module")
-def three(serve_module, compiled_programs, spd):
-    """Yield three servers with one objective, "fleet", which no test stops."""
-    servers = [serve_module(cache=compiled_programs) for _ in range(3)]
+def three(serve_module, tmp_path_factory, spd):
+    """Return three servers with one store and an objective "fleet". No test stops
+    them.
+    """
+    store = tmp_path_factory.mktemp("store")
+    servers = [serve_module(store=store) for _ in range(3)]
     register(servers, "fleet", spd)
     return servers
 
@@ -132,11 +148,13 @@ def test_objectives_are_spread_as_placement_says(three, spd):
             assert member(point) == home(three, digests[name]).address
 
 
-def test_a_registration_goes_to_the_home_of_the_objective(three, spd):
+def test_a_registration_goes_to_the_home_and_is_known_to_all(three, spd):
     with hvpd.connect(addresses(three)) as client:
         objective = client.register(quadratic, np.zeros(N), spd * 100, name="new", platforms=("cpu",))
-    with hvpd.connect(home(three, objective.digest).address) as client:
-        assert client.objective("new").digest == objective.digest
+        assert member(objective) == home(three, objective.digest).address
+    for server in three:
+        with hvpd.connect(server.address) as client:
+            assert client.objective("new").digest == objective.digest
 
 
 def test_points_and_runs_and_other_data_work(three, spd):
@@ -178,11 +196,13 @@ def test_asyncio_uses_the_fleet(three, spd):
 # A server goes away
 
 
-def test_a_rolling_restart_under_16_solves_is_invisible(serve, compiled_programs, spd):
-    """Each product of each solve is requested once, and is right."""
-    servers = [serve(cache=compiled_programs) for _ in range(3)]
-    for name in "abcd":
-        register(servers, name, spd)
+def test_a_rolling_restart_under_16_solves_is_invisible(replicas, spd):
+    """Each product of each solve is requested once, and is right. The last server does
+    not drain, but is killed.
+    """
+    servers = replicas()
+    for factor, name in enumerate("abcd", 1):
+        register(servers, name, factor * spd)
     done = threading.Event()
     solved = [threading.Semaphore(0) for _ in range(SOLVERS)]
 
@@ -190,6 +210,7 @@ def test_a_rolling_restart_under_16_solves_is_invisible(serve, compiled_programs
         asked = 0
         with hvpd.connect(addresses(servers), retry_timeout=WAIT) as client:
             rng = np.random.default_rng(number)
+            A = (number % 4 + 1) * spd
             try:
                 while not done.is_set():
                     H = client.objective("abcd"[number % 4]).at(rng.normal(size=N)).hessian()
@@ -198,14 +219,14 @@ def test_a_rolling_restart_under_16_solves_is_invisible(serve, compiled_programs
                         nonlocal asked
                         asked += 1
                         product = H @ v
-                        np.testing.assert_allclose(product, spd @ v, rtol=1e-9, atol=1e-9)
+                        np.testing.assert_allclose(product, A @ v, rtol=1e-9, atol=1e-9)
                         return product
 
                     b = rng.normal(size=N)
                     operator = scipy.sparse.linalg.LinearOperator((N, N), matvec, dtype=float)
                     solution, code = scipy.sparse.linalg.cg(operator, b, rtol=1e-12, maxiter=5000)
                     assert code == 0
-                    np.testing.assert_allclose(solution, np.linalg.solve(spd, b), rtol=1e-6, atol=1e-9)
+                    np.testing.assert_allclose(solution, np.linalg.solve(A, b), rtol=1e-6, atol=1e-9)
                     solved[number].release()
             finally:
                 solved[number].release(1000)
@@ -220,7 +241,10 @@ def test_a_rolling_restart_under_16_solves_is_invisible(serve, compiled_programs
         try:
             for server in servers:
                 all_solve()
-                assert server.terminate() == 0
+                if server is servers[-1]:
+                    server.kill()
+                else:
+                    assert server.terminate() == 0
                 all_solve()
                 server.start()
             all_solve()
@@ -230,8 +254,9 @@ def test_a_rolling_restart_under_16_solves_is_invisible(serve, compiled_programs
     assert all(asked == had > 0 for asked, had in counts)
 
 
-def test_solves_go_on_elsewhere_after_kill_9_and_new_points_return(serve, compiled_programs, spd):
-    servers = [serve(cache=compiled_programs) for _ in range(3)]
+def test_solves_go_on_elsewhere_after_kill_9_and_new_points_return(replicas, spd):
+    """The objective is registered once, at the server that is killed."""
+    servers = replicas()
     first = home(servers, register(servers, "killed", spd))
     with hvpd.connect(addresses(servers), retry_timeout=WAIT) as client:
         objective = client.objective("killed")
@@ -256,8 +281,8 @@ def test_solves_go_on_elsewhere_after_kill_9_and_new_points_return(serve, compil
         assert member(point) != first.address  # A point stays.
 
 
-def test_all_servers_may_be_away_for_a_while(serve, compiled_programs, spd):
-    servers = [serve(cache=compiled_programs) for _ in range(2)]
+def test_all_servers_may_be_away_for_a_while(replicas, spd):
+    servers = replicas(2)
     register(servers, "away", spd)
     with hvpd.connect(addresses(servers), retry_timeout=WAIT) as client:
         H = client.objective("away").at(np.ones(N)).hessian()
@@ -271,8 +296,8 @@ def test_all_servers_may_be_away_for_a_while(serve, compiled_programs, spd):
             np.testing.assert_allclose(product.result(WAIT), spd @ np.ones(N), rtol=1e-9)
 
 
-def test_without_any_server_a_call_ends_after_the_retry_timeout(serve, compiled_programs, spd):
-    servers = [serve(cache=compiled_programs) for _ in range(2)]
+def test_without_any_server_a_call_ends_after_the_retry_timeout(replicas, spd):
+    servers = replicas(2)
     register(servers, "gone", spd)
     with hvpd.connect(addresses(servers), retry_timeout=0.5) as client:
         H = client.objective("gone").at(np.ones(N)).hessian()
@@ -287,9 +312,9 @@ def test_without_any_server_a_call_ends_after_the_retry_timeout(serve, compiled_
 # A server is full, or lacks an objective
 
 
-def test_a_full_server_is_left_for_some_time(three, serve, compiled_programs, spd, monkeypatch):
+def test_a_full_server_is_left_for_some_time(three, serve, spd, monkeypatch):
     """The data of a point is larger than the memory budget of its home."""
-    small = serve("--memory-budget", "20K", cache=compiled_programs)
+    small = serve("--memory-budget", "20K", store=three[0].store)
     servers = [*three[:2], small]
     A = next(factor * spd for factor in range(3000, 3100) if home(servers, digest_of(factor * spd)) is small)
     register(servers, "full", A)
@@ -321,30 +346,26 @@ def test_a_full_server_is_left_for_some_time(three, serve, compiled_programs, sp
         assert asked()
 
 
-def test_an_objective_is_used_where_it_is(three, spd):
-    """Until replicas share a store, a home may lack an objective that others have."""
-    first = home(three, register(three, "moved", spd * 1000))
-    with hvpd.connect(first.address) as client:
-        client.delete("moved")
-    others = [server for server in three if server is not first]
-    with hvpd.connect(others[0].address) as client:
-        digest = client.objective("moved").digest
-    with hvpd.connect(addresses(three)) as client:
-        point = client.objective("fleet")._transport  # The client's own calls go to any server.
-        found = hvpd.connect(others[0].address).objective("moved")
-        found._transport = point.placed(digest)
-        point = found.at(np.ones(N))
-        np.testing.assert_allclose(point.hessian() @ np.ones(N), spd @ np.ones(N) * 1000, rtol=1e-9)
-        assert member(point) in {server.address for server in others}
+def test_an_objective_is_used_where_it_is(serve, compiled_programs, spd):
+    """Servers that share no store: the home lacks an objective that the others have."""
+    servers = [serve(cache=compiled_programs) for _ in range(3)]
+    A = next(factor * spd for factor in range(1, 100) if home(servers, digest_of(factor * spd)) is servers[0])
+    register_at_each(servers[1:], "some", A)
+    with hvpd.connect(addresses(servers[1:])) as client:
+        objective = client.objective("some")
+        assert objective.digest == digest_of(A)
+    with hvpd.connect(addresses(servers)) as client:
+        objective._transport = client._transport.placed(objective.digest)
+        point = objective.at(np.ones(N))
+        np.testing.assert_allclose(point.hessian() @ np.ones(N), A @ np.ones(N), rtol=1e-9)
+        assert member(point) in {server.address for server in servers[1:]}
 
 
 def test_an_objective_that_no_server_has_is_not_found(three, spd):
     digest = register(three, "deleted", spd * 2000)
     with hvpd.connect(addresses(three)) as client:
         objective = client.objective("deleted")
-        for server in three:
-            with hvpd.connect(server.address) as single:
-                single.delete("deleted")
+        assert client.delete("deleted")
         with pytest.raises(hvpd.NotFoundError, match=digest[:12]):
             objective.at(np.ones(N))
 
@@ -401,8 +422,8 @@ def test_an_unprotected_token_is_refused_for_each_server(three):
     assert error.value.reason == "TOKEN_UNPROTECTED"
 
 
-def test_a_server_that_comes_later_is_used(serve, compiled_programs, spd):
-    servers = [serve(cache=compiled_programs) for _ in range(2)]
+def test_a_server_that_comes_later_is_used(replicas, spd):
+    servers = replicas(2)
     late = home(servers, register(servers, "late", spd))
     late.kill()
     with pytest.warns(UserWarning, match="1 of 2 servers cannot be used"):
@@ -431,10 +452,10 @@ def names(monkeypatch):
     return hosts
 
 
-def test_a_name_with_several_addresses_is_a_fleet(serve, compiled_programs, spd, names, monkeypatch):
+def test_a_name_with_several_addresses_is_a_fleet(serve, spd, names, monkeypatch):
     """Servers that join and leave are seen after half a minute."""
-    first = serve(cache=compiled_programs)
-    second = serve("--port", str(first.port), host="127.0.0.2", cache=compiled_programs)
+    first = serve()
+    second = serve("--port", str(first.port), host="127.0.0.2", store=first.store)
     servers = [first, second]
     # Addresses count, because both have one id: one host name, and one port.
     keys = np.array([placement.key(server.address) for server in servers])
