@@ -81,7 +81,7 @@ class Client(Registrar):
     def server(self) -> server_pb2.GetServerResponse:
         """Return the server's description of itself when this client connected.
 
-        Of several servers, it is one.
+        Of several servers, it describes one, with limits that all of them meet.
 
         Example:
             >>> client.server.version, client.server.platform

@@ -210,6 +210,23 @@ def test_the_narrowest_server_limits_a_product(links, clock):
     fleet.close()
 
 
+def test_what_one_server_cannot_do_is_not_asked_of_any(links, clock):
+    """They are upgraded one after the other."""
+    for link, version, runs in zip(links.values(), ("1.10.2", "1.9.5", "1.17.0"), (True, False, True), strict=True):
+        link.server.stablehlo_version, link.server.krylov_runs = version, runs
+    fleet = Fleet("", lambda: list(links), links.__getitem__, clock=clock)
+    fleet.open()
+    found = server_pb2.GetServerResponse(version="0.2.0", krylov_runs=True)
+    fleet.limit(found)
+    fleet.close()
+    assert (found.version, found.stablehlo_version, found.krylov_runs, found.max_block_width) == (
+        "0.2.0",
+        "1.9.5",
+        False,
+        64,
+    )
+
+
 @pytest.mark.parametrize(
     ("errors", "kind", "reason"),
     [

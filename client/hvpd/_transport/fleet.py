@@ -220,6 +220,17 @@ class Fleet:
         with self._changed:
             return list(self._members)
 
+    def limit(self, server: server_pb2.GetServerResponse) -> None:
+        """Lower what a server can do to what every member can do.
+
+        Members differ while they are upgraded one after the other.
+        """
+        with self._changed:
+            all_facts = [each.server for each in self._links]
+        server.max_block_width = self.widest
+        server.stablehlo_version = min((each.stablehlo_version for each in all_facts), key=_version, default="")
+        server.krylov_runs = all(each.krylov_runs for each in all_facts)
+
     # The choice
 
     def choose(self, digest: str) -> tuple[Member, bool]:
@@ -419,6 +430,12 @@ def _look_for(ref: "weakref.ref[Fleet]", member: Member, closed: threading.Event
             return
         pause = fleet.pause(member)
         del fleet  # So that a client which is not closed can end.
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Return a version such as "1.17.0" as numbers; none for anything else."""
+    parts = text.split(".")
+    return tuple(map(int, parts)) if all(part.isdecimal() and len(part) < 10 for part in parts) else ()
 
 
 def _is_full(failure: Failure, digest: str) -> bool:

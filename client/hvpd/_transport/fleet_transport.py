@@ -20,6 +20,7 @@ from hvpd._transport.channel import Channel
 from hvpd._transport.fleet import Fleet, Member
 from hvpd._transport.stream import RpcFailure
 from hvpd._transport.transport import Transport
+from hvpd.v1 import server_pb2
 
 _T = TypeVar("_T")
 
@@ -57,6 +58,14 @@ class FleetTransport(Transport):
     def closed(self) -> bool:
         """Return whether the connections were ended."""
         return self._fleet.closed
+
+    @property
+    def server(self) -> server_pb2.GetServerResponse:
+        """Return facts about one server, with limits that every server meets."""
+        found = server_pb2.GetServerResponse()
+        found.CopyFrom(self._link().server)
+        self._fleet.limit(found)
+        return found
 
     def close(self) -> None:
         """End all connections."""
