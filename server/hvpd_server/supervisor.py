@@ -90,15 +90,10 @@ def _child(config: _config.Config, descriptor: int) -> "Iterator[subprocess.Pope
     """Start a server that does not outlive this process, and kill it at the end of the
     `with` statement.
     """
-    process = subprocess.Popen(  # noqa: S603 - this interpreter, our own module
-        [sys.executable, "-m", "hvpd_server", *_config.arguments(config)],
-        stdin=subprocess.PIPE,  # Its end of file tells that the supervisor is gone.
-        pass_fds=[descriptor],
-        # gRPC logs every failed handshake of any peer at INFO.
-        env={"GRPC_VERBOSITY": "ERROR"}
-        | os.environ
-        | {_LIVENESS: str(descriptor), _PARENT: str(os.getpid()), "HVPD_OWNED": "1"},
-    )
+    # gRPC logs every failed handshake of any peer at INFO.
+    environment = {"GRPC_VERBOSITY": "ERROR"} | os.environ
+    environment |= {_LIVENESS: str(descriptor), _PARENT: str(os.getpid()), "HVPD_OWNED": "1"}
+    process = _start(_config.arguments(config), environment, descriptor)
     try:
         yield process
     finally:
@@ -107,6 +102,16 @@ def _child(config: _config.Config, descriptor: int) -> "Iterator[subprocess.Pope
         process.wait()
         assert process.stdin is not None
         process.stdin.close()
+
+
+def _start(arguments: Sequence[str], environment: Mapping[str, str], descriptor: int) -> "subprocess.Popen[bytes]":
+    """Start a server, which inherits a file descriptor."""
+    return subprocess.Popen(  # noqa: S603 - this interpreter, our own module
+        [sys.executable, "-m", "hvpd_server", *arguments],
+        stdin=subprocess.PIPE,  # Its end of file tells that the supervisor is gone.
+        pass_fds=[descriptor],
+        env=environment,
+    )
 
 
 def _watch(

@@ -56,7 +56,7 @@ def spd():
 
 
 def test_a_solve_rides_through_the_death_of_the_server_under_it(serve, spd):
-    server = serve(supervised=True)
+    server = serve(supervised=True, forked=False)  # With the true command lines.
     n, died = len(spd), []
     with hvpd.connect(server.address) as client:
         H = client.register(quadratic, np.zeros(n), spd).at(np.zeros(n)).hessian()
@@ -177,7 +177,7 @@ def slow(steps):
 
 
 def test_no_objective_is_blamed_for_a_crash_while_a_worker_compiles(serve):
-    server = serve(supervised=True)
+    server = serve(supervised=True, forked=False)  # So that the vetter is a child of the server.
     with hvpd.connect(server.address) as client:
         objective = client.register(slow(3), np.ones(7), np.float64(1e-3), name="slow")
         objective.registration_check()  # Until its verdict, the objective itself computes.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -19,26 +20,29 @@ _WAIT = 120.0
 _FAULTS = {"PYTHONFAULTHANDLER": "1"}
 """Variables of all servers: a crash logs the stacks."""
 
+_SUPERVISED = {"GRPC_VERBOSITY": "ERROR"}
+"""Variables that a supervisor sets, and that gRPC reads when it is imported."""
+
 
 class Zygotes:
-    """The zygotes of servers and of their vetters, which start when they are needed."""
+    """The zygotes of commands, servers and vetters, which start when they are needed."""
 
     def __init__(self) -> None:
-        self._started: list[Zygote] = []
+        self._started: dict[str, Zygote] = {}
 
-    def addresses(self) -> tuple[str, str]:
-        """Return the addresses of both zygotes."""
-        if not self._started:
-            self._started = [
-                Zygote("hvpd_server", os.environ | _FAULTS),
-                Zygote("hvpd_server.admission.vetter", vetting._environment()),
-            ]
-        server, vetter = self._started
-        return server.address, vetter.address
+    def address(self, module: str, environment: Mapping[str, str]) -> str:
+        """Return the address of a module's zygote. The first call says its environment."""
+        if module not in self._started:
+            self._started[module] = Zygote(module, environment)
+        return self._started[module].address
+
+    def vetters(self) -> str:
+        """Return the address of the zygote of vetters."""
+        return self.address("hvpd_server.admission.vetter", vetting._environment())
 
     def close(self) -> None:
         """End the zygotes."""
-        for zygote in self._started:
+        for zygote in self._started.values():
             zygote.close()
 
 
@@ -51,8 +55,8 @@ class Serving:
         host: The address to listen on.
         environment: Variables beside those of this process.
         supervised: Whether to start `hvpd serve`, with its supervisor.
-        zygotes: Fork the server. None: start a Python process with the true command
-            line. The supervisor always starts such processes.
+        zygotes: Fork the server, or its supervisor, which forks the server from itself.
+            None: start Python processes with the true command lines.
     """
 
     def __init__(
@@ -64,11 +68,13 @@ class Serving:
         supervised: bool = False,
         zygotes: Zygotes | None = None,
     ) -> None:
-        self._command = ["hvpd._cli", "serve"] if supervised else ["hvpd_server"]
+        self._module, self._command = ("hvpd._cli", ["serve"]) if supervised else ("hvpd_server", [])
         self.store = store
         self._flags = flags
         self._environment = os.environ | _FAULTS | (environment or {})
-        self._zygotes = None if supervised else zygotes
+        self._zygotes = zygotes
+        if supervised and zygotes is not None:
+            self._environment = _SUPERVISED | self._environment
         self._host = host
         self.port = 0
         self.lines: list[str] = []
@@ -90,16 +96,18 @@ class Serving:
     def _process(self) -> "tuple[Fork | subprocess.Popen[bytes], IO[str]]":
         """Start a process, and return it with its stderr."""
         flags = ["--host", self._host, "--port", str(self.port), "--store", str(self.store), "--metrics-port", "0"]
-        arguments = [*flags, *self._flags]
+        arguments = [*self._command, *flags, *self._flags]
         read, write = os.pipe()
         # gRPC logs the bytes that strangers sent.
         stderr = os.fdopen(read, encoding="utf-8", errors="backslashreplace")
         with os.fdopen(write, "wb"):
             if self._zygotes is not None:
-                server, vetter = self._zygotes.addresses()
+                usual = _SUPERVISED if self._command else {}
+                address = self._zygotes.address(self._module, usual | os.environ | _FAULTS)
+                vetters = self._zygotes.vetters()
                 with contextlib.suppress(UnsuitedError):
-                    return Fork(server, (0, 1, write), arguments, self._environment, vetters=vetter), stderr
-            command = [sys.executable, "-m", *self._command, *arguments]
+                    return Fork(address, (0, 1, write), arguments, self._environment, vetters=vetters), stderr
+            command = [sys.executable, "-m", self._module, *arguments]
             return subprocess.Popen(command, stderr=write, env=self._environment), stderr
 
     def _read(self, stderr: IO[str], ready: threading.Event) -> None:

@@ -41,7 +41,7 @@ class Zygote:
     """A zygote, which ends with this process at the latest.
 
     Args:
-        module: "hvpd_server" or "hvpd_server.admission.vetter".
+        module: "hvpd_server", "hvpd_server.admission.vetter" or "hvpd._cli".
         environment: The zygote's environment.
     """
 
@@ -71,7 +71,7 @@ class Fork:
         arguments: Arguments of `python -m MODULE`.
         environment: The process's environment.
         new_session: Whether the process leads a session of its own.
-        vetters: Address of a zygote that forks the vetter of this server.
+        vetters: Address of a zygote that forks the vetters of servers.
 
     Raises:
         UnsuitedError: Only a new Python process can have this environment.
@@ -216,6 +216,13 @@ def _report(forks: dict[int, socket.socket]) -> None:
 
 def _server(request: Mapping[str, Any]) -> int:
     from hvpd_server import __main__
+
+    _fork_vetters(request["vetters"])
+    return __main__.main()
+
+
+def _fork_vetters(address: str) -> None:
+    """Have a zygote fork the vetter of this process."""
     from hvpd_server.admission import vetting
 
     start = vetting._start
@@ -223,12 +230,71 @@ def _server(request: Mapping[str, Any]) -> int:
     def fork(stdin: int, environment: Mapping[str, str]) -> Any:
         with Path(os.devnull).open("wb") as silent:
             try:
-                return Fork(request["vetters"], (stdin, silent.fileno(), 2), (), environment, new_session=True)
+                return Fork(address, (stdin, silent.fileno(), 2), (), environment, new_session=True)
             except UnsuitedError:
                 return start(stdin, environment)
 
     vetting._start = fork
-    return __main__.main()
+
+
+class _Child:
+    """A server forked by its supervisor, with the methods of subprocess.Popen that the
+    supervisor uses.
+    """
+
+    def __init__(self, pid: int, stdin: int) -> None:
+        self.pid = pid
+        self.stdin = os.fdopen(stdin, "wb")
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self._collect(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._collect(0)
+
+    def _collect(self, options: int) -> int | None:
+        if self.returncode is None:
+            found, status = os.waitpid(self.pid, options)
+            if found:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _command(request: Mapping[str, Any]) -> int:
+    """Run `hvpd`. The supervisor of `hvpd serve` forks the server from itself."""
+    from hvpd._cli.main import main
+    from hvpd_server import __main__, supervisor
+
+    def fork(arguments: Sequence[str], environment: Mapping[str, str], descriptor: int) -> Any:
+        read, write = os.pipe()
+        pid = _fork()
+        if pid:
+            os.close(read)
+            return _Child(pid, write)
+        code = 1
+        try:  # An exception must not reach the supervisor's own code.
+            os.dup2(read, 0)
+            os.close(read)
+            os.close(write)
+            os.environ.clear()
+            os.environ.update(environment)
+            sys.argv[1:] = arguments
+            code = __main__.main()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    _fork_vetters(request["vetters"])
+    supervisor._start = fork
+    return main()
 
 
 def _vetter(request: Mapping[str, Any]) -> None:
@@ -243,9 +309,12 @@ def main() -> None:
     module = sys.argv[1]
     began = _early(os.environ)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # OpenBLAS starts its threads when NumPy is imported.
-    if module == "hvpd_server":
+    if module in ("hvpd_server", "hvpd._cli"):
         importlib.import_module("hvpd_server.process")  # `__main__` imports it late, and jax with it.
         run = _server
+        if module == "hvpd._cli":
+            importlib.import_module("hvpd._cli.main")
+            run = _command
     else:
         import jax
 
