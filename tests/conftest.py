@@ -5,6 +5,7 @@ end with the test.
 import collections
 import contextlib
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import hypothesis
 import pytest
 
 import hvpd
-from tests.support.serving import Serving, Zygotes
+from tests.support.serving import Serving, Zygotes, run
 
 if not Path("/dev/nvidiactl").exists():
     # XLA compiles for a CPU in a tenth of the time if it does not optimize.
@@ -53,6 +54,16 @@ def zygotes() -> Iterator[Zygotes | None]:
         return
     with contextlib.closing(Zygotes()) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def command(zygotes: Zygotes | None) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """Run the command `hvpd` to its end: command(*arguments, **environment)."""
+
+    def command(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        return run(zygotes, arguments, environment)
+
+    return command
 
 
 @pytest.fixture(scope="session")

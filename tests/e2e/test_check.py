@@ -1,9 +1,6 @@
 """The certificate of objectives on a real server, as a call and as a command."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -198,21 +195,10 @@ def test_it_leaves_the_objectives_own_points_alone(client):
     assert [objective.at(point.x) for point in points] == points
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "hvpd._cli", "check", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=os.environ,
-    )
-
-
-def test_the_command(client, tmp_path):
+def test_the_command(client, tmp_path, command):
     client.register(rosenbrock, np.zeros(4), name="check/cli")
     client.register(off, np.zeros(4), name="check/off")
-    done = command("check/cli", "--address", client.address)
+    done = command("check", "check/cli", "--address", client.address)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0].startswith("check/cli (")
@@ -220,7 +206,9 @@ def test_the_command(client, tmp_path):
     assert lines[-1].startswith("passed: ")
 
     np.save(tmp_path / "x.npy", np.array([0.5, 1.0, -1.5, 2.0]))
-    done = command("check/off", "--x", str(tmp_path / "x.npy"), "--json", "--seed", "3", "--address", client.address)
+    done = command(
+        "check", "check/off", "--x", str(tmp_path / "x.npy"), "--json", "--seed", "3", "--address", client.address
+    )
     assert done.returncode == 3
     found = json.loads(done.stdout)
     assert (found["passed"], found["seed"], found["objective"]) == (False, 3, "check/off")
@@ -228,7 +216,7 @@ def test_the_command(client, tmp_path):
 
     W, fun, X, labels = composite(cross_entropy, lambda rng: rng.integers(0, 3, 20))
     client.register(fun, W, X, labels, name="check/composite")
-    done = command("check/composite", "--operator", "ggn", "--address", client.address)
+    done = command("check", "check/composite", "--operator", "ggn", "--address", client.address)
     assert (done.returncode, done.stderr) == (0, "")
     assert ": ggn, n = 42" in done.stdout.splitlines()[0]
     assert done.stdout.splitlines()[-2].split()[0] == "definite"
@@ -242,12 +230,12 @@ def test_the_command(client, tmp_path):
         (["check/cli", "--seed", "-1"], "--seed must be from 0"),
         (["check/cli", "--operator", "ggn"], "registered without ggn"),
     ]:
-        failed = command(*arguments, "--address", client.address)
+        failed = command("check", *arguments, "--address", client.address)
         assert failed.returncode == 1
         assert failed.stderr.startswith("hvpd: ")
         assert says in failed.stderr
         assert "Traceback" not in failed.stderr
-    failed = command("check/cli", "--operator", "hesse", "--address", client.address)
+    failed = command("check", "check/cli", "--operator", "hesse", "--address", client.address)
     assert failed.returncode == 2
     assert "invalid choice: 'hesse' (choose from" in failed.stderr
 

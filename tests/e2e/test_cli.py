@@ -1,10 +1,7 @@
 """The `hvpd` command, as a shell calls it."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import textwrap
 
 import jax.numpy as jnp
@@ -14,18 +11,7 @@ import pytest
 import hvpd
 
 
-def command(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "hvpd._cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=os.environ | environment,
-    )
-
-
-def test_help_of_serve_names_each_setting_and_its_variable():
+def test_help_of_serve_names_each_setting_and_its_variable(command):
     done = command("serve", "--help", COLUMNS="200")
     assert done.returncode == 0
     for name in (
@@ -43,14 +29,14 @@ def test_help_of_serve_names_each_setting_and_its_variable():
     assert "hvpd: serving on HOST:PORT" in done.stdout
 
 
-def test_version_and_no_command():
+def test_version_and_no_command(command):
     assert command("--version").stdout.strip() == f"hvpd {hvpd.__version__}"
     nothing = command()
     assert nothing.returncode == 2
     assert "COMMAND" in nothing.stderr
 
 
-def test_register_and_list(serve, tmp_path):
+def test_register_and_list(serve, tmp_path, command):
     server = serve()
     source = tmp_path / "model.py"
     source.write_text(
@@ -93,7 +79,7 @@ def test_register_and_list(serve, tmp_path):
         assert "Traceback" not in failed.stderr
 
 
-def test_health(serve):
+def test_health(serve, command):
     server = serve()
     done = command("health", "--address", server.address)
     assert (done.returncode, done.stdout) == (0, "serving\n")
@@ -103,7 +89,7 @@ def test_health(serve):
     assert "no hvpd server answers" in done.stderr
 
 
-def test_settings_come_from_the_environment(serve):
+def test_settings_come_from_the_environment(serve, command):
     server = serve(environment={"HVPD_MAX_BLOCK_WIDTH": "8"})
     assert json.loads(command("info", "--json", "--address", server.address).stdout)["max_block_width"] == 8
 
@@ -117,21 +103,21 @@ def test_settings_come_from_the_environment(serve):
         (["--log-level", "loud"], {}, "argument --log-level: expected DEBUG"),
     ],
 )
-def test_wrong_settings_are_named(arguments, environment, says):
+def test_wrong_settings_are_named(arguments, environment, says, command):
     done = command("serve", *arguments, **environment)
     assert done.returncode == 2
     assert re.search(says, done.stderr)
     assert "Traceback" not in done.stderr
 
 
-def test_no_server_is_one_line():
+def test_no_server_is_one_line(command):
     done = command("objectives", "--address", "127.0.0.1:1", "--connect-timeout", "0.3")
     assert done.returncode == 1
     assert done.stderr.startswith("hvpd: no hvpd server answers at 127.0.0.1:1")
     assert "Traceback" not in done.stderr
 
 
-def test_register_a_foreign_export(server, client, tmp_path):
+def test_register_a_foreign_export(server, client, tmp_path, command):
     import jax
     import numpy as np
 
@@ -146,7 +132,7 @@ def test_register_a_foreign_export(server, client, tmp_path):
     assert np.allclose(client.objective("cli/foreign").hessp(np.ones(3), np.ones(3)), 24)
 
 
-def test_bench_says_how_long_products_take_and_where_the_time_goes(client):
+def test_bench_says_how_long_products_take_and_where_the_time_goes(client, command):
     client.register(lambda x: jnp.sum(x**4), np.ones(40), name="cli/bench")
     done = command(
         "bench", "cli/bench", "--k", "1,3", "--callers", "2", "--seconds", "0", "--json", HVPD_ADDRESS=client.address
@@ -168,7 +154,7 @@ def test_bench_says_how_long_products_take_and_where_the_time_goes(client):
     "wrong",
     [("--k", "0"), ("--k", "a"), ("--callers", "-1"), ("--callers", "5000"), ("--seconds", "-1"), ("--seed", "-1")],
 )
-def test_bench_refuses_numbers_that_it_cannot_use(client, wrong):
+def test_bench_refuses_numbers_that_it_cannot_use(client, wrong, command):
     done = command("bench", "cli/bench", f"{wrong[0]}={wrong[1]}", HVPD_ADDRESS=client.address)
     assert done.returncode == 1
     assert wrong[0] in done.stderr

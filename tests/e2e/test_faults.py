@@ -340,14 +340,9 @@ def test_threads_of_one_client_and_of_many_are_batched_and_get_their_own(server)
         assert one.statistics().mean_batch_width + two.statistics().mean_batch_width > 2
 
 
-def test_two_servers_cannot_share_a_port(serve, tmp_path):
+def test_two_servers_cannot_share_a_port(serve, tmp_path, command):
     server = serve()
-
-    def start(*flags):
-        command = [sys.executable, "-m", "hvpd._cli", "serve", *flags]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-    same_port = start("--port", str(server.port), "--store", str(tmp_path))
+    same_port = command("serve", "--port", str(server.port), "--store", str(tmp_path))
     assert same_port.returncode == 1
     assert f"cannot listen on 127.0.0.1:{server.port}" in same_port.stderr
 

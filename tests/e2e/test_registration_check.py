@@ -3,10 +3,7 @@ command line, in log and metrics.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 import textwrap
 
 import jax
@@ -55,17 +52,6 @@ def checked(objective):
 def listed(client, objective):
     (verdict,) = {listing.check for listing in client.objectives() if listing.digest == objective.digest}
     return verdict
-
-
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "hvpd._cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=os.environ,
-    )
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
@@ -262,7 +248,7 @@ def test_a_server_that_has_no_room_for_x_registers_all_the_same(client, monkeypa
     assert objective.value(x) == pytest.approx(np.sum(x**2))
 
 
-def test_the_command_line(serve, tmp_path):
+def test_the_command_line(serve, tmp_path, command):
     server = serve()
     source = tmp_path / "model.py"
     source.write_text(

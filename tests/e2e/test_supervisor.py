@@ -111,10 +111,9 @@ def test_a_server_that_is_told_to_stop_is_not_replaced(serve):
     assert server.process.wait(WAIT) == 0
 
 
-def test_a_server_that_cannot_start_is_not_started_again(serve, tmp_path):
+def test_a_server_that_cannot_start_is_not_started_again(serve, tmp_path, command):
     server = serve()
-    command = [sys.executable, "-m", "hvpd._cli", "serve", "--port", str(server.port), "--store", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT, check=False)
+    done = command("serve", "--port", str(server.port), "--store", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr.count("cannot listen") == 1
 

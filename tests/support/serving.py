@@ -1,4 +1,4 @@
-"""A server process of a test, on a free port."""
+"""Processes of tests: a server on a free port, and a command that runs to its end."""
 
 import contextlib
 import os
@@ -6,9 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -25,13 +26,15 @@ _SUPERVISED = {"GRPC_VERBOSITY": "ERROR"}
 
 
 class Zygotes:
-    """The zygotes of commands, servers and vetters, which start when they are needed."""
+    """The zygotes of commands, servers and vetters. Each starts when it is needed."""
 
     def __init__(self) -> None:
         self._started: dict[str, Zygote] = {}
 
     def address(self, module: str, environment: Mapping[str, str]) -> str:
-        """Return the address of a module's zygote. The first call says its environment."""
+        """Return the address of a module's zygote. The environment is that of the first
+        call.
+        """
         if module not in self._started:
             self._started[module] = Zygote(module, environment)
         return self._started[module].address
@@ -40,10 +43,49 @@ class Zygotes:
         """Return the address of the zygote of vetters."""
         return self.address("hvpd_server.admission.vetter", vetting._environment())
 
+    def commands(self) -> str:
+        """Return the address of the zygote of `hvpd`."""
+        return self.address("hvpd._cli", _SUPERVISED | os.environ | _FAULTS)
+
     def close(self) -> None:
         """End the zygotes."""
         for zygote in self._started.values():
             zygote.close()
+
+
+def run(
+    zygotes: Zygotes | None, arguments: Sequence[str], environment: Mapping[str, str]
+) -> "subprocess.CompletedProcess[str]":
+    """Run `hvpd` with arguments to its end, and return its output.
+
+    Args:
+        zygotes: Fork the command. None: start a Python process.
+        arguments: Arguments of the command.
+        environment: Variables beside those of this process.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = _command(zygotes, arguments, environment, (0, out.fileno(), err.fileno()))
+        try:
+            code = process.wait(_WAIT)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(["hvpd", *arguments], code, out.read(), err.read())
+
+
+def _command(
+    zygotes: Zygotes | None, arguments: Sequence[str], environment: Mapping[str, str], streams: tuple[int, int, int]
+) -> "Fork | subprocess.Popen[bytes]":
+    if zygotes is not None:
+        forked = _SUPERVISED | os.environ | _FAULTS | environment
+        with contextlib.suppress(UnsuitedError):
+            return Fork(zygotes.commands(), streams, arguments, forked, vetters=zygotes.vetters())
+    stdin, stdout, stderr = streams
+    command = [sys.executable, "-m", "hvpd._cli", *arguments]
+    return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=os.environ | environment)
 
 
 class Serving:
@@ -102,11 +144,11 @@ class Serving:
         stderr = os.fdopen(read, encoding="utf-8", errors="backslashreplace")
         with os.fdopen(write, "wb"):
             if self._zygotes is not None:
-                usual = _SUPERVISED if self._command else {}
-                address = self._zygotes.address(self._module, usual | os.environ | _FAULTS)
-                vetters = self._zygotes.vetters()
+                found = self._zygotes
+                address = found.commands() if self._command else found.address(self._module, os.environ | _FAULTS)
                 with contextlib.suppress(UnsuitedError):
-                    return Fork(address, (0, 1, write), arguments, self._environment, vetters=vetters), stderr
+                    streams, vetters = (0, 1, write), found.vetters()
+                    return Fork(address, streams, arguments, self._environment, vetters=vetters), stderr
             command = [sys.executable, "-m", self._module, *arguments]
             return subprocess.Popen(command, stderr=write, env=self._environment), stderr
 
