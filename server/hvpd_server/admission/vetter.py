@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NoReturn
 
 import jax
+import jax.interpreters.mlir
 
 from hvpd import _text
 from hvpd.v1 import objective_pb2
@@ -97,8 +98,8 @@ def _requests(control: socket.socket, descriptors: int) -> Iterator[tuple[dict[s
 
 
 def _import_all() -> None:
-    """Trace the derivatives of a small network, so that forks find jax's late imports
-    done.
+    """Trace the derivatives of a small network, and open a context of MLIR, so that
+    forks find jax's late imports done.
     """
 
     def loss(x: Any, rows: Any) -> Any:
@@ -112,6 +113,7 @@ def _import_all() -> None:
     x, V, rows = (jax.ShapeDtypeStruct(shape, "float32") for shape in [(6,), (2, 6), (4, 3)])
     jax.make_jaxpr(product)(x, V, rows)
     jax.make_jaxpr(lambda x, rows: jax.linearize(jax.grad(lambda y: loss(y, rows)), x)[0])(x, rows)
+    jax.interpreters.mlir.make_ir_context()
 
 
 class _Session:
