@@ -1,135 +1,28 @@
 """Certificates without a server: each item fails on a planted error of its kind."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import hvpd
-from hvpd._check.certificate import brief, certify
 from hvpd._check.verdicts import resolution
 from hvpd._check.walk import SLOPE
-from hvpd._operators.curvature import CurvatureOperator, HessianOperator
-from hvpd.v1 import curvature_pb2
+from tests.support.planted import (
+    ALGEBRA,
+    ANTISYMMETRIC,
+    BOTH,
+    Function,
+    cosh,
+    failed,
+    quadratic,
+    relu,
+    rounded_by,
+    verdicts,
+    x_of,
+)
 
-ALGEBRA = ["finite", "symmetry", "linearity", "matmat", "repeats", "widths", "precision"]
 NAMES = [*ALGEBRA, "difference", "taylor"]
-KINDS = {
-    "ggn": curvature_pb2.OPERATOR_GGN,
-    "fisher": curvature_pb2.OPERATOR_FISHER,
-    "empirical_fisher": curvature_pb2.OPERATOR_EMPIRICAL_FISHER,
-}
-BOTH = pytest.mark.parametrize("dtype", [np.float64, np.float32])
-
-
-class Function:
-    """f, gradient and H V in closed form; `wrong` spoils products."""
-
-    def __init__(self, value, gradient, product, *, mode="forward_over_reverse", wrong=lambda point, V, HV: HV):
-        self.value, self.gradient, self.product, self.wrong = value, gradient, product, wrong
-        self.objective = SimpleNamespace(label="planted", digest="ab" * 32, precision="highest", mode=mode)
-        self.points, self.products, self.kinds = 0, 0, set()
-
-    def at(self, x):
-        self.points += 1
-        return PlantedPoint(self, x)
-
-    def check(self, x, **options):
-        eps = resolution([x.dtype.name], "highest")
-        return certify(self.at(x), self.at, **({"eps": eps, "seed": 0, "probes": 4} | options))
-
-    def brief(self, x):
-        eps = resolution([x.dtype.name], "highest")
-        return brief(self.at(x), self.at, eps=eps, mode=self.objective.mode)
-
-
-class PlantedPoint:
-    def __init__(self, function, x):
-        self.function, self.objective = function, function.objective
-        self.x, self.n, self.dtype = x, len(x), x.dtype
-        self.value = float(function.value(x))
-        self.gradient = function.gradient(x).astype(x.dtype)
-        found = {"x": x, "value": self.value, "gradient": self.gradient}
-        self.nonfinite = tuple(name for name, array in found.items() if not np.isfinite(array).all())
-
-    def multiply(self, V, kind=curvature_pb2.OPERATOR_HESSIAN, *which):
-        assert V.dtype == self.dtype
-        self.function.products += len(V)
-        self.function.kinds.add(kind)
-        return self.function.wrong(self, V, self.function.product(self.x, V)).astype(self.dtype)
-
-    def hessian(self):
-        return HessianOperator(self)
-
-    def ggn(self):
-        return CurvatureOperator(self, KINDS["ggn"])
-
-    def fisher(self):
-        return CurvatureOperator(self, KINDS["fisher"])
-
-    def empirical_fisher(self):
-        return CurvatureOperator(self, KINDS["empirical_fisher"])
-
-
-def cosh(**options):
-    """Return sum cosh(a.x) over the rows of a fixed A, which has no zero derivative."""
-    A = np.random.default_rng(11).normal(size=(30, 12)) / 3
-
-    def product(x, V):
-        B = A.astype(x.dtype)
-        return (np.cosh(B @ x) * (V @ B.T)) @ B
-
-    return Function(
-        lambda x: np.cosh(A.astype(x.dtype) @ x).sum(),
-        lambda x: np.sinh(A.astype(x.dtype) @ x) @ A.astype(x.dtype),
-        product,
-        **options,
-    )
-
-
-def quadratic(H, **options):
-    return Function(
-        lambda x: x @ (H.astype(x.dtype) @ x) / 2,
-        lambda x: H.astype(x.dtype) @ x,
-        lambda x, V: V @ H.astype(x.dtype),
-        **options,
-    )
-
-
-def relu(width):
-    """Return the mean of max(a.x + b, 0)^2 + max(a.x + b, 0), whose Hessian jumps."""
-    rng = np.random.default_rng(3)
-    A, b = rng.normal(size=(width, 6)), rng.normal(size=width)
-
-    def on(x):
-        z = A.astype(x.dtype) @ x + b.astype(x.dtype)
-        return z, z > 0
-
-    def value(x):
-        z, active = on(x)
-        return (active * (z * z + z)).mean(dtype=x.dtype)
-
-    def gradient(x):
-        z, active = on(x)
-        return (active * (2 * z + 1)) @ A.astype(x.dtype) / width
-
-    def product(x, V):
-        return ((V @ A.T.astype(x.dtype)) * (2 * on(x)[1] / width)) @ A.astype(x.dtype)
-
-    return Function(value, gradient, product)
-
-
-def x_of(n, dtype, seed=1):
-    return np.random.default_rng(seed).normal(size=n).astype(dtype)
-
-
-def verdicts(certificate):
-    return {item.name: item.passed for item in certificate.items}
-
-
-def failed(certificate):
-    return {item.name for item in certificate.items if item.passed is False}
 
 
 @BOTH
@@ -164,10 +57,6 @@ def test_few_variables_pass(dtype, n):
 @BOTH
 def test_at_zero_there_is_a_step_too(dtype):
     assert verdicts(cosh().check(np.zeros(12, dtype))) == dict.fromkeys(NAMES, True)
-
-
-ANTISYMMETRIC = np.triu(np.random.default_rng(2).normal(size=(12, 12)), 1)
-ANTISYMMETRIC = ANTISYMMETRIC - ANTISYMMETRIC.T
 
 
 @BOTH
@@ -442,16 +331,6 @@ def test_the_table_and_the_json():
 # Precision
 
 
-def rounded_by(noise):
-    """Return products whose rounding has this relative size, and depends on x alone."""
-
-    def wrong(point, V, HV):
-        seed = [int(bits) for bits in point.x.view(f"u{point.x.itemsize}")]
-        return HV * (1 + noise * np.random.default_rng(seed).standard_normal(HV.shape[1]))
-
-    return wrong
-
-
 @pytest.mark.parametrize(
     ("dtype", "noise", "passed"),
     [(np.float64, 1e-12, True), (np.float64, 1e-8, None), (np.float32, 1e-6, True), (np.float32, 1e-3, None)],
@@ -510,178 +389,3 @@ def test_finite_differences_have_the_precision_of_their_step():
     eps = np.finfo(np.float32).eps
     assert precision.passed is True
     assert 2 * eps ** (2 / 3) <= precision.measured < precision.threshold < 100 * eps ** (2 / 3)
-
-
-# The curvature of composites
-
-
-def gauss_newton(dtype, *, loss=1.0, minus=0.0, **options):
-    """Return G = J(x)' diag(loss) J(x) - minus, of a model z = tanh(A x)."""
-    A = (np.random.default_rng(4).normal(size=(7, 12)) / 3).astype(dtype)
-
-    def product(x, V):
-        J = A / np.cosh(A @ x)[:, None] ** 2
-        return (V @ J.T * dtype(loss)) @ J - dtype(minus) * V
-
-    return Function(
-        lambda x: (np.tanh(A @ x) ** 2).sum() / 2,
-        lambda x: A.T @ (np.tanh(A @ x) / np.cosh(A @ x) ** 2),
-        product,
-        **options,
-    )
-
-
-@BOTH
-@pytest.mark.parametrize("operator", KINDS)
-def test_other_curvature_is_held_against_itself_and_is_definite(dtype, operator):
-    function = gauss_newton(dtype)
-    for seed in range(3):
-        certificate = function.check(x_of(12, dtype, seed), seed=seed, operator=operator)
-        assert verdicts(certificate) == dict.fromkeys([*ALGEBRA, "definite"], True)
-        assert certificate.operator == operator
-        assert 0 < certificate.items[-1].measured <= 1
-    assert function.kinds == {KINDS[operator]}
-    assert f": {operator}, n = 12" in str(certificate).splitlines()[0]
-    assert f">= {certificate.items[-1].threshold:.2g}" in str(certificate)
-    assert json.loads(json.dumps(certificate.to_json()))["operator"] == operator
-
-
-@BOTH
-@pytest.mark.parametrize("operator", ["fisher", "empirical_fisher"])
-def test_a_fisher_matrix_that_is_negative_somewhere_fails(dtype, operator):
-    certificate = gauss_newton(dtype, minus=1.0).check(x_of(12, dtype), operator=operator)
-    assert failed(certificate) == {"definite"}
-    assert certificate.items[-1].measured < certificate.items[-1].threshold
-
-
-@BOTH
-def test_gauss_newton_may_be_negative_if_the_loss_is_not_convex(dtype):
-    certificate = gauss_newton(dtype, loss=-1.0).check(x_of(12, dtype), operator="ggn")
-    definite = certificate.items[-1]
-    assert (definite.name, definite.passed) == ("definite", None)
-    assert definite.measured < 0
-    assert "not convex" in definite.meaning
-    assert certificate.passed
-
-
-@BOTH
-def test_rounding_in_the_null_space_is_not_negative(dtype):
-    Q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(12, 12)))
-    G = np.outer(Q[0], Q[0])
-    function = Function(lambda x: x @ x, lambda x: 2 * x, lambda x, V: V @ G.astype(dtype))
-    certificate = function.check(x_of(12, dtype), operator="fisher", probes=Q[1:9])
-    assert certificate.items[-1].passed is True
-    assert abs(certificate.items[-1].measured) < {np.float64: 1e-14, np.float32: 1e-6}[dtype]
-
-
-def test_other_curvature_fails_on_its_planted_errors():
-    asymmetric = gauss_newton(np.float64, wrong=lambda point, V, GV: GV + 1e-2 * (V @ ANTISYMMETRIC))
-    assert "symmetry" in failed(asymmetric.check(x_of(12, np.float64), operator="fisher"))
-    by_width = gauss_newton(np.float64, wrong=lambda point, V, GV: GV * (1 + 1e-3 * (len(V) == 4)))
-    assert "widths" in failed(by_width.check(x_of(12, np.float64), operator="ggn"))
-
-
-def test_other_curvature_at_a_point_that_is_not_finite():
-    certificate = gauss_newton(np.float64).check(np.full(12, np.nan), operator="ggn")
-    assert verdicts(certificate) == {"finite": False} | dict.fromkeys([*ALGEBRA[1:], "definite"])
-
-
-@pytest.mark.parametrize("operator", ["kfac", "Hessian", "", "multiply", None])
-def test_an_operator_that_is_none_is_refused(operator):
-    with pytest.raises(
-        hvpd.InvalidArgumentError, match="operator must be one of hessian, ggn, fisher, empirical_fisher"
-    ):
-        cosh().check(x_of(12, np.float64), operator=operator)
-
-
-# The cheap part
-
-
-def brief_verdicts(items):
-    return {item.name: item.passed for item in items}
-
-
-BRIEF = ["finite", "symmetry", "linearity", "difference"]
-
-
-@BOTH
-@pytest.mark.parametrize("seed", range(5))
-def test_a_right_hessian_takes_three_products_and_two_neighbours(dtype, seed):
-    function = cosh()
-    items = function.brief(x_of(12, dtype, seed))
-    assert brief_verdicts(items) == dict.fromkeys(BRIEF, True)
-    assert (function.products, function.points) == (3, 3)
-    assert [item.threshold for item in items[1:3]] == [{np.float64: 1e-12, np.float32: 1e-5}[dtype]] * 2
-
-
-@BOTH
-@pytest.mark.parametrize(
-    ("wrong", "item"),
-    [
-        pytest.param(lambda point, V, HV: 1.01 * HV, "difference", id="scaled"),
-        pytest.param(lambda point, V, HV: 0 * HV, "difference", id="zero"),
-        pytest.param(lambda point, V, HV: HV + 1e-2 * (V @ ANTISYMMETRIC), "symmetry", id="asymmetric"),
-        pytest.param(lambda point, V, HV: HV + 1e-3 * np.abs(HV), "linearity", id="nonlinear"),
-    ],
-)
-def test_the_cheap_part_finds_a_planted_error(dtype, wrong, item):
-    for seed in range(3):
-        assert brief_verdicts(cosh(wrong=wrong).brief(x_of(12, dtype, seed)))[item] is False
-
-
-@BOTH
-@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
-def test_the_cheap_part_passes_at_zero_and_at_any_scale(dtype, scale):
-    """Many objectives are registered at zero. The Hessian may vanish there."""
-    assert brief_verdicts(cosh().brief(np.zeros(12, dtype))) == dict.fromkeys(BRIEF, True)
-    quartic = Function(lambda x: (x**4).sum(), lambda x: 4 * x**3, lambda x, V: 12 * x**2 * V)
-    assert brief_verdicts(quartic.brief(np.zeros(3, dtype))) == dict.fromkeys(BRIEF, True)
-    linear = Function(lambda x: x.sum() * dtype(scale), lambda x: np.full(3, scale, dtype), lambda x, V: 0 * V)
-    assert brief_verdicts(linear.brief(x_of(3, dtype))) == dict.fromkeys(BRIEF, True)
-    Q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(40, 40)))
-    H = scale * (Q * np.logspace(-12, 0, 40)) @ Q.T
-    assert brief_verdicts(quadratic((H + H.T) / 2).brief(x_of(40, dtype))) == dict.fromkeys(BRIEF, True)
-
-
-def test_a_failed_first_look_gets_the_thresholds_of_a_certificate():
-    """Neither products with errors of 1e-9 nor kinks within the step are failures."""
-    function = cosh(wrong=rounded_by(1e-9))
-    found = brief_verdicts(function.brief(x_of(12, np.float64)))
-    assert False not in found.values()
-    assert function.points > 10
-    for seed in range(3):
-        items = relu(20_000).brief(x_of(6, np.float32, seed))
-        assert brief_verdicts(items)["difference"] is None
-        assert "kinks" in items[-1].meaning
-
-
-def test_a_second_look_that_takes_too_long_is_left_to_the_user(monkeypatch):
-    monkeypatch.setattr("hvpd._check.certificate._PATIENCE", -1.0)
-    function = cosh(wrong=lambda point, V, HV: 1.01 * HV)
-    items = function.brief(x_of(12, np.float64))
-    assert brief_verdicts(items) == dict.fromkeys(BRIEF[:3], True) | {"difference": None}
-    assert "run objective.check(x)" in items[-1].meaning
-    assert function.points == 3
-
-
-@pytest.mark.parametrize(
-    ("x", "wrong", "says", "finite"),
-    [
-        ([0.0, np.nan], None, "NaN or infinity in x, value, gradient", None),
-        ([1.0, 2.0], lambda point, V, HV: HV / 0.0, "NaN or infinity in products", False),
-    ],
-)
-def test_nan_and_infinity_leave_items_of_brief_undecided(x, wrong, says, finite):
-    function = Function(
-        lambda x: (x**4).sum(), lambda x: 4 * x**3, lambda x, V: 12 * x**2 * V, wrong=wrong or (lambda p, V, HV: HV)
-    )
-    items = function.brief(np.array(x))
-    assert brief_verdicts(items) == dict.fromkeys(BRIEF) | {"finite": finite}
-    assert says in items[0].meaning
-
-
-def test_a_pole_within_the_step_of_the_cheap_part():
-    """The first difference cannot be had; the second look takes smaller steps."""
-    barrier = Function(lambda x: -np.log(x).sum(), lambda x: -1 / x, lambda x, V: V / x**2)
-    with np.errstate(invalid="ignore"):
-        assert brief_verdicts(barrier.brief(np.array([1e-5, 1.0, 50.0])))["difference"] is True

@@ -57,9 +57,7 @@ GRID = (5, 6)
 
 
 def stretched(x, boundary):
-    """Return half the sum of squared differences of neighbours on the grid: x' (-L) x /
-    2.
-    """
+    """Return x' (-L) x / 2: half the squared differences of neighbours on the grid."""
     x = x.reshape(GRID)
     energy = 0.0
     for axis in range(2):
