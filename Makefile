@@ -12,6 +12,12 @@ WORKERS ?= auto
 # started another.
 PARALLEL = --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile --max-worker-restart 0
 
+# One thread of OpenBLAS for each process of the suite, because more of them wait for each
+# other on the same cores. Tests are compiled once, also where Python is told to write no
+# bytecode.
+test test-fast: export OPENBLAS_NUM_THREADS ?= 1
+test test-fast: export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: install demo test test-fast test-wheel lint types stubs check-stubs docs format clean
 .DEFAULT_GOAL := help
 

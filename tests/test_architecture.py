@@ -3,6 +3,7 @@ texts, and the place of each module's tests. Imports for type checkers do not co
 """
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -95,6 +96,12 @@ def modules(package):
     return [path for path in (ROOT / package).rglob("*.py") if "v1" not in path.parts]
 
 
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imported(path):
     """Return the full names of a file's imports, with the names that it takes from
     packages.
@@ -116,7 +123,7 @@ def imported(path):
             self.found |= {f"{node.module}.{alias.name}" for alias in node.names}
 
     visitor = Visitor()
-    visitor.visit(ast.parse(path.read_text()))
+    visitor.visit(parsed(path))
     return visitor.found
 
 
@@ -187,7 +194,7 @@ def test_every_folder_has_a_docstring():
     for package in ("server/hvpd_server", "client/hvpd"):
         for path in (ROOT / package).rglob("__init__.py"):
             if "v1" not in path.parts:
-                assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+                assert ast.get_docstring(parsed(path)), f"{path} has no docstring"
 
 
 DIGEST_CHARACTERS = {12, 16}
@@ -204,7 +211,7 @@ MARKS = {
 
 def cuts(path):
     """Return the texts in a file's f-strings that are cut without a mark."""
-    formatted = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FormattedValue)]
+    formatted = [node.value for node in ast.walk(parsed(path)) if isinstance(node, ast.FormattedValue)]
     for part in (part for value in formatted for part in ast.walk(value)):
         cut = isinstance(part, ast.Subscript) and isinstance(part.slice, ast.Slice) and part.slice.lower is None
         if cut and getattr(part.slice.upper, "value", None) not in DIGEST_CHARACTERS:
