@@ -12,6 +12,8 @@ import textwrap
 import types
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from hvpd_server.admission import vetter as _vetter
@@ -20,7 +22,7 @@ from hvpd_server.derivation import compiling
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.importer import rules
 from hvpd_server.importer.rules import Limits
-from tests.support.vetting import PLAIN, parts, refused
+from tests.support.vetting import PLAIN, made, parts, refused
 
 pytestmark = pytest.mark.slow  # Real programs, compiled and run.
 
@@ -223,6 +225,33 @@ def test_a_compile_that_ends_badly_is_an_answer_and_the_next_one_is_compiled(mon
             assert says in str(error.value)
             if "pause" not in work:
                 compiling.load(compiled(vetter, "value_and_grad"), jax.devices()[:1])
+
+
+def test_forks_find_jax_and_scipy_imported(monkeypatch):
+    """A compile that imports scipy.linalg takes twice as long."""
+    program = (
+        "import sys\n"
+        "from hvpd_server.admission import vetter\n"
+        "from hvpd_server.derivation import compiling\n"
+        "import_all, compile_program = vetter._import_all, compiling.compile_program\n"
+        "def imported():\n"
+        "    import_all()\n"
+        "    known.update(sys.modules)\n"
+        "def late(*args, **settings):\n"
+        "    compile_program(*args, **settings)\n"
+        "    found = {name.split('.')[0] for name in set(sys.modules) - known}\n"
+        "    raise vetter.Refused('COMPILE_FAILED', f'late: {sorted(found & set(\"jax jaxlib numpy scipy\".split()))}')\n"
+        "known = set()\n"
+        "vetter._import_all, compiling.compile_program = imported, late\n"
+        "vetter.main()\n"
+    )
+    monkeypatch.setattr(vetting, "_COMMAND", ["-c", program])
+    factored = made(lambda x: jnp.sum(jnp.linalg.cholesky(jnp.eye(3) + jnp.outer(x, x))), np.zeros(3))
+    with (
+        contextlib.closing(vetting.Vetter()) as vetter,
+        pytest.raises(ServiceError, match=r"late: \[\]"),
+    ):
+        compiled(vetter, "hvp", 1, parts(factored))
 
 
 def test_a_backend_that_cannot_serialize_is_told_apart(monkeypatch):

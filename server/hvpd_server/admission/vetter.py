@@ -19,6 +19,7 @@ import ctypes
 import functools
 import gc
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -32,10 +33,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NoReturn
 
 import jax
-import jax.interpreters.mlir
 
 from hvpd import _text
-from hvpd.v1 import objective_pb2
+from hvpd.v1 import objective_pb2, tensor_pb2
 from hvpd_server.derivation import compiling
 from hvpd_server.derivation.programs import Derivation, Sized
 from hvpd_server.importer import reader, rules
@@ -60,6 +60,24 @@ _SIZES = 4
 
 _NICE = 10
 """Niceness of the forks, so that the server has the CPU first."""
+
+_SMALL: Final = b"""
+func.func public @main(%x: tensor<6xf32>) -> tensor<f32> {
+  %zero = stablehlo.constant dense<0.0> : tensor<f32>
+  %low = stablehlo.constant dense<0xFF800000> : tensor<f32>
+  %w = stablehlo.reshape %x : (tensor<6xf32>) -> tensor<3x2xf32>
+  %square = stablehlo.dot_general %w, %w, contracting_dims = [0] x [0]
+      : (tensor<3x2xf32>, tensor<3x2xf32>) -> tensor<2x2xf32>
+  %hidden = stablehlo.tanh %square : tensor<2x2xf32>
+  %top = stablehlo.reduce(%hidden init: %low) applies stablehlo.maximum across dimensions = [1]
+      : (tensor<2x2xf32>, tensor<f32>) -> tensor<2xf32>
+  %powers = stablehlo.exponential %top : tensor<2xf32>
+  %sum = stablehlo.reduce(%powers init: %zero) applies stablehlo.add across dimensions = [0]
+      : (tensor<2xf32>, tensor<f32>) -> tensor<f32>
+  return %sum : tensor<f32>
+}
+"""
+"""A small objective."""
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -98,22 +116,16 @@ def _requests(control: socket.socket, descriptors: int) -> Iterator[tuple[dict[s
 
 
 def _import_all() -> None:
-    """Trace the derivatives of a small network, and open a context of MLIR, so that
-    forks find jax's late imports done.
-    """
-
-    def loss(x: Any, rows: Any) -> Any:
-        hidden = jax.numpy.tanh(rows @ x.reshape(3, 2))
-        return jax.numpy.mean(jax.nn.logsumexp(hidden, axis=1) - jax.numpy.max(hidden, axis=1))
-
-    def product(x: Any, V: Any, rows: Any) -> Any:
-        gradient = jax.grad(loss)
-        return jax.vmap(lambda v: jax.jvp(lambda y: gradient(y, rows), (x,), (v,))[1])(V)
-
-    x, V, rows = (jax.ShapeDtypeStruct(shape, "float32") for shape in [(6,), (2, 6), (4, 3)])
-    jax.make_jaxpr(product)(x, V, rows)
-    jax.make_jaxpr(lambda x, rows: jax.linearize(jax.grad(lambda y: loss(y, rows)), x)[0])(x, rows)
-    jax.interpreters.mlir.make_ir_context()
+    """Derive the programs of a small objective, so that forks import nothing late."""
+    # jaxlib imports it when it lowers the first call of LAPACK.
+    importlib.import_module("scipy.linalg")
+    x = tensor_pb2.ArraySpec(dtype="float32", shape=[6])
+    bundle = objective_pb2.Bundle(n=6, dtype="float32", x_leaves=[x], mode="forward_over_reverse", precision="highest")
+    bundle.x_tree.kind = tensor_pb2.TreeSpec.KIND_LEAF
+    bundle.data_tree.kind = tensor_pb2.TreeSpec.KIND_TUPLE
+    bundle.programs["objective"].size_bytes = len(_SMALL)
+    parts = {BUNDLE: bundle.SerializeToString(), "objective": _SMALL}
+    derivation_of(parts, "cpu", Limits()).for_rows(0).describe()
 
 
 class _Session:
