@@ -8,6 +8,8 @@ functions read all of these in one process. The mutants that they admit, and a t
 of the others, are sent to the server. The summary has the counts.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import functools
 import os
@@ -36,6 +38,8 @@ from tests.attacks import mutation
 from tests.fuzz.wire import send
 
 COUNT = int(os.environ.get("HVPD_FUZZ_EXAMPLES", "0"))
+IN_FLIGHT = 3
+"""Mutants that the server reads, compiles or runs at the same time."""
 X = np.linspace(0.5, 1.7, 16)
 A = np.random.default_rng(0).normal(size=(4, 4)) + 4 * np.eye(4)
 
@@ -171,23 +175,36 @@ def test_a_changed_program_is_refused_or_harms_no_neighbour(attacked, neighbour,
     made, text = exported(original)
     before, process = counted[0], attacked.process.pid
     with grpc.insecure_channel(attacked.address) as channel, hvpd.connect(attacked.address, retry_timeout=5) as client:
-        assert registered(channel, made, text, original) == "", "an unchanged program is served"
-        client.delete(f"mutant/{original}")
-        for index, mutant in enumerate(read(original)):
+        for content in made.blobs.values():
+            send(channel, bytes(content))
+        assert registered(channel, made, text, f"mutant/{original}") == "", "an unchanged program is served"
+
+        def attack(index, mutant):
             tried("mutants of programs")
             if COUNT and mutant.reason in rules.REASONS and index % 20:
-                continue
+                return
+            name = f"mutant/{original}/{index}"
+            refused = registered(channel, made, mutant.text, name)
             tried("mutants of programs, sent to a server")
-            refused = registered(channel, made, mutant.text, original)
             assert not (mutant.reason in rules.REASONS and not refused), mutant
             assert not refused or refused in rules.REASONS, mutant
             if not refused:
-                tried("mutants of programs, compiled and run")
                 with contextlib.suppress(hvpd.HvpdError):
-                    client.objective(f"mutant/{original}").at(X).hessian() @ np.ones((16, 2))
-                client.delete(f"mutant/{original}")
+                    client.objective(name).at(X).hessian() @ np.ones((16, 2))
+                client.delete(name)
+                tried("mutants of programs, compiled and run")
             assert attacked.process.poll() is None, mutant
             assert not failures, mutant
+
+        with concurrent.futures.ThreadPoolExecutor(IN_FLIGHT) as pool:
+            under_way = collections.deque()
+            for index, mutant in enumerate(read(original)):
+                under_way.append(pool.submit(attack, index, mutant))
+                while len(under_way) > IN_FLIGHT:
+                    under_way.popleft().result()
+            for each in under_way:
+                each.result()
+        client.delete(f"mutant/{original}")  # Until here, it kept the data of all its mutants.
     assert attacked.process.pid == process
     assert counted[0] > before
     files, mebibytes = leaks()
@@ -195,20 +212,16 @@ def test_a_changed_program_is_refused_or_harms_no_neighbour(attacked, neighbour,
     assert mebibytes < 500  # The compiled programs, of which the server keeps some, and the heap's gaps.
 
 
-def registered(channel, made, text, original):
-    """Register an original with a text as its program. Return the reason of a refusal,
-    or an empty text.
+def registered(channel, made, text, name):
+    """Register an original with a text as its program, under a name. Return the reason
+    of a refusal, or an empty text.
     """
-    program = made.bundle.programs["objective"].digest
-    for digest, content in made.blobs.items():
-        if digest != program:  # Data, which went with the last objective that used it.
-            send(channel, bytes(content))
     blob = text.encode()
     bundle = objective_pb2.Bundle.FromString(made.bundle.SerializeToString())
     bundle.programs["objective"].digest = send(channel, blob)
     bundle.programs["objective"].size_bytes = len(blob)
     digest = send(channel, bundle.SerializeToString())
-    request = objective_pb2.CreateObjectiveRequest(digest=digest, name=f"mutant/{original}")
+    request = objective_pb2.CreateObjectiveRequest(digest=digest, name=name)
     try:
         objective_pb2_grpc.ObjectiveServiceStub(channel).CreateObjective(request, timeout=400)
     except grpc.RpcError as error:
