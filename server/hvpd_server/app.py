@@ -216,6 +216,7 @@ class App:
             ("hvpd-stalls", _SWEEP_SECONDS, self._stalls.sweep),
             ("hvpd-idle", _SWEEP_SECONDS, self.engine.vetter.sweep),
             ("hvpd-store", _FOLLOW_SECONDS, self.engine.registration.follow),
+            ("hvpd-given-up", _SWEEP_SECONDS, self.engine.registration.sweep),
             ("hvpd-cache", _TRIM_SECONDS, self._trim),
         ):
             threading.Thread(target=_repeat, args=(self._stopping, seconds, look), name=name, daemon=True).start()

@@ -308,7 +308,7 @@ def test_on_a_system_without_a_limit_on_memory_the_log_says_so(monkeypatch, capl
 def test_one_that_cannot_be_had_is_not_the_bundles_fault(monkeypatch, command):
     monkeypatch.setattr(vetting, "_COMMAND", command)
     with contextlib.closing(vetting.Vetter()) as broken, pytest.raises(ServiceError) as error:
-        broken.vet({"objective": b""})
+        broken.vet(parts(PLAIN, objective=b""))
     assert (error.value.code, error.value.reason) == (Code.UNAVAILABLE, "VETTING_UNAVAILABLE")
     assert error.value.retry_after == 1
 

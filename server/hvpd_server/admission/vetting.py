@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TypeVar
@@ -85,11 +86,15 @@ class Session:
     """A fork that has read one bundle and compiles its programs.
 
     Args:
+        key: SHA-256 of the serialized bundle.
         control: Socket to the fork.
         limits: Limits on programs.
     """
 
-    def __init__(self, control: socket.socket, limits: rules.Limits) -> None:
+    def __init__(self, key: str, control: socket.socket, limits: rules.Limits) -> None:
+        self.key = key
+        self.abandoned = False
+        """Whether the session was ended because no caller waits for it."""
         self._control = control
         self._limits = limits
         self._sending = threading.Lock()
@@ -158,9 +163,19 @@ class Session:
 
     def end(self) -> None:
         """End the fork."""
+        self._hang_up()
+        self._control.close()
+
+    def abandon(self) -> None:
+        """End the fork, and its compiles. Their callers get an error with the code
+        CANCELLED.
+        """
+        self.abandoned = True
+        self._hang_up()  # The keeper of the fork kills it, and the kernel kills the workers with it.
+
+    def _hang_up(self) -> None:
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
-        self._control.close()
 
 
 class Vetter:
@@ -180,6 +195,7 @@ class Vetter:
         self._control: socket.socket | None = None
         self._closed = False
         self._sessions: dict[str, Session] = {}
+        self._alive: weakref.WeakSet[Session] = weakref.WeakSet()  # Also those that read, or are replaced.
 
     def start(self) -> socket.socket:
         """Start the process unless it runs, and return the socket to it, without
@@ -221,10 +237,12 @@ class Vetter:
             session = self._open(programs, platform)
             try:
                 found = session.derivation()
-            except BaseException:
+            except BaseException as error:
                 session.end()
+                if session.abandoned and isinstance(error, OSError):
+                    raise _abandoned() from None
                 raise
-            self._keep(_key(programs), session)
+            self._keep(session.key, session)
             return found
 
         return self._twice(attempt)
@@ -259,10 +277,12 @@ class Vetter:
                     self._keep(key, session)
             try:
                 return session.compile(order)
-            except (OSError, ServiceError):
+            except (OSError, ServiceError) as error:
                 with self._lock:
                     if self._sessions.get(key) is session:  # The session may have failed.
                         del self._sessions[key]
+                if session.abandoned and isinstance(error, OSError):
+                    raise _abandoned() from None
                 raise
             finally:
                 with self._lock:
@@ -273,6 +293,21 @@ class Vetter:
                     session.end()
 
         return self._twice(attempt)
+
+    def abandon(self, key: str) -> None:
+        """End the reading and the compiles of a bundle.
+
+        Args:
+            key: SHA-256 of the serialized bundle.
+        """
+        with self._lock:
+            kept = self._sessions.pop(key, None)
+            idle = kept is not None and not kept.users
+            ended = [session for session in self._alive if session.key == key]
+        for session in ended:
+            session.abandon()
+        if kept is not None and idle:  # The last user of another session closes it.
+            kept.end()
 
     def sweep(self, idle: float = _IDLE) -> None:
         """End the sessions that have compiled nothing for `idle` seconds."""
@@ -300,7 +335,10 @@ class Vetter:
         except BaseException:
             ours.close()
             raise
-        return Session(ours, self.limits)
+        session = Session(key_of(programs["bundle"]), ours, self.limits)
+        with self._lock:
+            self._alive.add(session)
+        return session
 
     def _keep(self, key: str, session: Session) -> None:
         """Keep a session for the next compiles, and end surplus idle sessions."""
@@ -424,8 +462,15 @@ class Vetting:
         return self._store.derivation(digest, self._version)
 
 
-def _key(programs: Mapping[str, bytes]) -> str:
-    return hashlib.sha256(programs["bundle"]).hexdigest()
+def key_of(bundle: bytes) -> str:
+    """Return the key of the sessions of a bundle, from the serialized bundle."""
+    return hashlib.sha256(bundle).hexdigest()
+
+
+def _abandoned() -> ServiceError:
+    return ServiceError(
+        Code.CANCELLED, "CANCELLED", "all callers gave up the registration, or the objective was deleted meanwhile"
+    )
 
 
 def _read_line(control: socket.socket) -> Mapping[str, str]:

@@ -27,6 +27,9 @@ minutes of a GPU.
 """
 
 
+_REPEATED = (Code.RESOURCE_EXHAUSTED, Code.DATA_LOSS, Code.CANCELLED)
+"""Codes of failed compiles that are repeated on the next request."""
+
 MEMORY_FACTOR = 20
 """Bytes of memory that a loaded executable takes for each byte of its serialized form:
 12 to 22 on a CPU, for programs of 7 to 110 KB, with its share of a server's other
@@ -194,11 +197,11 @@ class _Compile:
 
     def may_be_repeated(self, now: float) -> bool:
         """Return whether the compile failed and may succeed now: memory or a lost blob
-        may be back, or enough time has passed.
+        may be back, its callers gave up, or enough time has passed.
         """
         if not self.future.done() or (error := self.future.exception()) is None:
             return False
-        if isinstance(error, ServiceError) and error.code in (Code.RESOURCE_EXHAUSTED, Code.DATA_LOSS):
+        if isinstance(error, ServiceError) and error.code in _REPEATED:
             return True
         return now - (self.started or 0.0) - (self.seconds or 0.0) > _RETRY_SECONDS
 

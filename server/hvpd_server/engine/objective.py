@@ -103,6 +103,10 @@ class Objective:
         """Whether V goes through functions of the client, which may choose an index or
         a branch by V. Products are linear in V otherwise.
         """
+        self.forgotten = threading.Event()
+        """Set when the objective was deleted, or its registration failed: nothing of it
+        is compiled any more.
+        """
         self._sizes: dict[str, int] = {}
         self.residual_bytes = sum(
             array_bytes(residual.spec)

@@ -16,7 +16,7 @@ from typing import Any
 
 from hvpd.v1 import objective_pb2
 from hvpd_server import bundle as _admission
-from hvpd_server.admission.vetting import Vetter, Vetting
+from hvpd_server.admission.vetting import Vetter, Vetting, key_of
 from hvpd_server.device.data_sources import Pending
 from hvpd_server.device.executables import Built, Executables
 from hvpd_server.device.memory_budget import program_bytes
@@ -130,10 +130,7 @@ class Objectives:
         if described is None:
             reading = compiles.submit(self._vetting.admit, digest, bundle, read)
             on_wait(functools.partial(_cancel, reading))
-            try:
-                described = reading.result()
-            except concurrent.futures.CancelledError:
-                raise registration_given_up() from None
+            described = _unless_cancelled(reading)
         with self._lock:
             lane = self._lane_of.get(digest)
             if lane is None:
@@ -156,7 +153,11 @@ class Objectives:
             """Return the owners; before the first one has registered, that one."""
             return self._owners.owners_of(digest) or ((tenant,) if tenant else ())
 
+        forgotten = threading.Event()
+
         def build_with_room(rows: int, name: str, width: int) -> Built:
+            if forgotten.is_set():
+                raise _deleted(digest)
             self.memory.make_room(digest, tenants())
             return build(rows, name, width)
 
@@ -165,6 +166,7 @@ class Objectives:
 
         programs = Programs(described, lane.device, build_with_room, compiles, self._metrics.compiled, on_load)
         objective = lane.objective(digest, bundle, programs)
+        objective.forgotten = forgotten
         with self._lock:
             found = self._objectives.setdefault(digest, objective)
             self._alive.add(found)
@@ -205,9 +207,7 @@ class Objectives:
         """
         lane = self._lane_of.get(objective.digest)
         if lane is None:
-            raise ServiceError(
-                Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND", f"objective {objective.digest[:12]} was deleted meanwhile"
-            )
+            raise _deleted(objective.digest)
         return lane
 
     def _choose_lane(self, bundle: objective_pb2.Bundle) -> Lane:
@@ -294,12 +294,20 @@ class Objectives:
             return list(self._objectives)
 
     def forget(self, digest: str) -> None:
-        """Forget an objective and its lane. Drop its points."""
+        """Forget an objective and its lane. Drop its points, and end its compiles."""
         with self._lock:
             self._objectives.pop(digest, None)
             lane = self._lane_of.pop(digest, None)
+            forgotten = [each for each in self._alive if each.digest == digest]
         if lane is not None:
             lane.forget(digest)
+        for objective in forgotten:
+            objective.forgotten.set()
+            self.abandon(objective.bundle)
+
+    def abandon(self, bundle: objective_pb2.Bundle) -> None:
+        """End the reading and the compiles of a bundle, also those that have begun."""
+        self._vetter.abandon(key_of(bundle.SerializeToString()))
 
     def blobs_in_use(self) -> set[str]:
         """Return the digests of the data of all resident points."""
@@ -315,6 +323,17 @@ def _wait_for(future: Pending) -> None:
 
 def _cancel(future: "concurrent.futures.Future[Any]") -> None:
     future.cancel()
+
+
+def _unless_cancelled(reading: "concurrent.futures.Future[objective_pb2.Derivation]") -> objective_pb2.Derivation:
+    try:
+        return reading.result()
+    except concurrent.futures.CancelledError:
+        raise registration_given_up() from None
+
+
+def _deleted(digest: str) -> ServiceError:
+    return ServiceError(Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND", f"objective {digest[:12]} was deleted meanwhile")
 
 
 def registration_given_up() -> ServiceError:

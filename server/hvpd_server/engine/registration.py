@@ -4,13 +4,14 @@ A registration reads the bundle, compiles its first programs, and only then adds
 objective to the store, with its owner. Deletion and pruning exclude this last step.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from hvpd.v1 import objective_pb2
 from hvpd_server import bundle as _admission
 from hvpd_server.device.data_sources import Pending
 from hvpd_server.engine.objective import Objective
@@ -22,6 +23,25 @@ from hvpd_server.store.ownership import Owners
 from hvpd_server.store.quarantine import Quarantine
 from hvpd_server.store.removal import Deleted, Pruned, Removal
 from hvpd_server.store.store import Store
+
+_GRACE = 30.0
+"""Seconds for which a registration goes on without a caller. A client repeats a call
+whose connection broke, and then finds the registration under way.
+"""
+
+
+class _UnderWay:
+    """One call that registers a bundle."""
+
+    def __init__(self, bundle: objective_pb2.Bundle) -> None:
+        self.bundle = bundle
+        self.left: float | None = None
+        """When the caller gave up, on time.monotonic's clock."""
+
+    def leave(self) -> None:
+        """Note that the caller gave up."""
+        if self.left is None:
+            self.left = time.monotonic()
 
 
 class Registration:
@@ -53,7 +73,7 @@ class Registration:
         self._named = named
         self._removal = Removal(store, owners, objectives.bundle, objectives.blobs_in_use)
         self._registering = threading.Lock()
-        self._registrations: collections.Counter[str] = collections.Counter()  # Those under way, by digest.
+        self._registrations: dict[str, list[_UnderWay]] = {}
 
     def validate(self, name: str, upload_bytes: Sequence[int], tenant: str) -> None:
         """Raise ServiceError if a tenant may not register a name, or store blobs of
@@ -90,8 +110,9 @@ class Registration:
                 without tokens.
             shared: Whether other tenants may use it.
             accept: Called before anything is registered; may raise.
-            on_wait: Called with a function that cancels the reading and the compiles
-                that have not begun.
+            on_wait: Called with a function that says that the caller gave up. It
+                cancels the reading and the compiles that have not begun. `sweep` ends
+                those that have.
 
         Raises:
             ServiceError: The bundle is not stored, is incomplete or invalid. Nothing
@@ -108,10 +129,18 @@ class Registration:
         name = self._owners.full_name(tenant, name)
         self._owners.check_objective(tenant, digest, name)
         before = self._store.digest_of(name)
-        with self._under_way(digest):
-            objective = self._objectives.load(digest, tenant, bundle, on_wait)
+        with self._under_way(digest, bundle) as call:
+
+            def on_wait_here(cancel: Callable[[], None]) -> None:
+                def leave() -> None:
+                    call.leave()
+                    cancel()
+
+                on_wait(leave)
+
+            objective = self._objectives.load(digest, tenant, bundle, on_wait_here)
             accept(objective)
-            self._compile_first(objective, on_wait)
+            self._compile_first(objective, on_wait_here)
             with self._registering, self._store.changing():
                 # A blob may have been deleted meanwhile.
                 self._check_stored(tenant, {digest, *references})
@@ -146,20 +175,39 @@ class Registration:
                 if given_up.is_set():
                     raise registration_given_up() from None
                 continue  # Another caller that registers the same bundle gave up.
+            except ServiceError as error:
+                if error.code is Code.CANCELLED and not given_up.is_set():
+                    continue
+                raise
             return
 
+    def sweep(self, grace: float = _GRACE) -> None:
+        """End the reading and the compiles for registrations whose callers have all
+        given up, `grace` seconds ago or earlier.
+
+        An objective of the store keeps its compiles: the next caller needs them.
+        """
+        latest = time.monotonic() - grace
+        with self._registering:
+            for digest, calls in self._registrations.items():
+                if self._store.registered(digest):
+                    continue
+                if all(call.left is not None and call.left <= latest for call in calls):
+                    self._objectives.abandon(calls[0].bundle)
+
     @contextlib.contextmanager
-    def _under_way(self, digest: str) -> Iterator[None]:
+    def _under_way(self, digest: str, bundle: objective_pb2.Bundle) -> Iterator[_UnderWay]:
         """Note that an objective is being registered. Afterwards forget it, and its
         derivation, if it was not registered and no other call registers it.
         """
+        call = _UnderWay(bundle)
         with self._registering:
-            self._registrations[digest] += 1
+            self._registrations.setdefault(digest, []).append(call)
         try:
-            yield
+            yield call
         finally:
             with self._registering:
-                self._registrations[digest] -= 1
+                self._registrations[digest].remove(call)
                 if not self._registrations[digest]:
                     del self._registrations[digest]
                     if not self._store.registered(digest):
@@ -180,7 +228,7 @@ class Registration:
         if not gone:
             return
         with self._registering:
-            gone = [each for each in gone if not (self._registrations[each] or self._store.registered(each))]
+            gone = [each for each in gone if not (each in self._registrations or self._store.registered(each))]
             for digest in gone:
                 self._objectives.forget(digest)
         for digest in gone:

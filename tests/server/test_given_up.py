@@ -1,0 +1,187 @@
+"""What has begun for a registration ends when no caller waits for it any more, unless
+the objective is stored.
+"""
+
+import contextlib
+import queue
+import socket
+import threading
+
+import pytest
+
+from hvpd_server.admission import vetting
+from hvpd_server.device import executables
+from hvpd_server.errors import Code
+from tests.support.engine import WAIT, refusal, uploaded
+
+pytestmark = pytest.mark.slow  # Real programs, compiled and run.
+
+PROGRAM = """
+import socket
+from hvpd_server.admission import vetter
+from hvpd_server.derivation import compiling
+
+def hold(work):
+    holder = socket.socket(socket.AF_UNIX)
+    holder.connect({address!r})
+    holder.send(work.encode())
+    holder.recv(1)
+
+derive, compile_program = vetter.derive, compiling.compile_program
+
+def held_derive(*args):
+    hold("read")
+    return derive(*args)
+
+def held_compile(sized, name, *args, **settings):
+    hold(name)
+    return compile_program(sized, name, *args, **settings)
+
+vetter.derive, compiling.compile_program = held_derive, held_compile
+vetter.main()
+"""
+
+
+class Held:
+    """Processes of the vetter that wait for the test before they read or compile."""
+
+    def __init__(self):
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind("")
+        self._listener.listen()
+        self.address = self._listener.getsockname().decode()
+        self._found = queue.SimpleQueue()
+        self._free = {"read", "value_and_grad", "hvp", "prepare", "apply"}
+        self._held = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                process, _ = self._listener.accept()
+                process.settimeout(WAIT)
+                name = process.recv(64).decode()
+                if name in self._free:
+                    process.close()
+                else:
+                    self._held.append(process)
+                    self._found.put(process)
+
+    def hold(self, *names):
+        self._free -= {*names}
+
+    def begun(self):
+        """Wait for the next process that is held."""
+        return self._found.get(timeout=WAIT)
+
+    def free(self):
+        """Let all go on, and hold none any more."""
+        self._free |= {"read", "value_and_grad", "hvp", "prepare", "apply"}
+        for process in self._held:
+            process.close()
+
+    def close(self):
+        self.free()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def ended(process):
+    """Wait until a held process has ended."""
+    return process.recv(1) == b""
+
+
+@pytest.fixture
+def held():
+    with contextlib.closing(Held()) as opened:
+        yield opened
+
+
+@pytest.fixture
+def vetter(held, monkeypatch):
+    monkeypatch.setattr(vetting, "_COMMAND", ["-c", PROGRAM.format(address=held.address)])
+    # Otherwise a program that an earlier test has compiled is not compiled here.
+    monkeypatch.setattr(executables.Executables, "_cached", lambda self, path: (None, 0))
+    with contextlib.closing(vetting.Vetter()) as opened:
+        yield opened
+
+
+@pytest.fixture
+def begin(start):
+    """Register in another thread; return the result to come, and a function for the
+    caller to give up.
+    """
+
+    def begin(engine, digest, name=""):
+        latest = []
+        result = start(engine.registration.register, digest, name, on_wait=latest.append)
+        return result, lambda: latest[-1]()
+
+    return begin
+
+
+@pytest.mark.parametrize("work", ["read", "value_and_grad"])
+def test_work_that_no_caller_waits_for_ends_and_can_be_repeated(open_engine, rosen, upload, held, begin, work):
+    engine = open_engine()
+    digest = uploaded(engine, rosen, upload)
+    held.hold(work)
+    result, leave = begin(engine, digest)
+    process = held.begun()
+    leave()
+    engine.registration.sweep(0.0)
+    assert ended(process)
+    refusal(Code.CANCELLED, "CANCELLED", result.result, WAIT)
+    assert engine.store.objectives() == []
+    held.free()
+    assert engine.registration.register(digest, "").kernels.ready("value_and_grad")
+
+
+def test_work_goes_on_for_a_while_because_the_client_may_call_again(open_engine, rosen, upload, held, begin):
+    engine = open_engine()
+    digest = uploaded(engine, rosen, upload)
+    held.hold("value_and_grad")
+    first, leave = begin(engine, digest)
+    held.begun()
+    leave()
+    engine.registration.sweep()
+    again, _ = begin(engine, digest)
+    held.free()
+    assert again.result(WAIT).digest == first.result(WAIT).digest == digest
+
+
+def test_work_goes_on_while_one_of_two_callers_waits(open_engine, rosen, upload, held, begin):
+    engine = open_engine()
+    digest = uploaded(engine, rosen, upload)
+    held.hold("value_and_grad")
+    _, leave = begin(engine, digest)
+    held.begun()
+    stays, _ = begin(engine, digest, "stays")
+    leave()
+    engine.registration.sweep(0.0)
+    held.free()
+    assert stays.result(WAIT).digest == digest
+
+
+def test_work_for_a_stored_objective_goes_on_without_a_caller(open_engine, rosen, upload, held, begin):
+    engine = open_engine()
+    digest = uploaded(engine, rosen, upload)
+    held.hold("hvp")
+    objective = engine.registration.register(digest, "")
+    held.begun()
+    engine.registration.sweep(0.0)
+    held.free()
+    objective.kernels.request("hvp", 1).result(WAIT)
+
+
+def test_work_for_a_deleted_objective_ends(open_engine, rosen, upload, held):
+    engine = open_engine()
+    digest = uploaded(engine, rosen, upload)
+    held.hold("hvp")
+    objective = engine.registration.register(digest, "deleted")
+    process = held.begun()
+    running = objective.kernels.request("hvp", 1)
+    engine.registration.delete("deleted")
+    assert ended(process)
+    refusal(Code.CANCELLED, "CANCELLED", running.result, WAIT)
+    later = objective.kernels.request("hvp", 4)
+    refusal(Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND", later.result, WAIT)
