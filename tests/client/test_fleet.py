@@ -41,7 +41,7 @@ class Link:
         self.server = server
 
     def close(self):
-        pass
+        self.serves = None
 
 
 @dataclasses.dataclass
@@ -254,6 +254,29 @@ def test_without_any_server_the_error_that_says_most_is_raised(errors, kind, rea
         Fleet("", lambda: list(names), make).open()
     assert type(error.value) is kind
     assert error.value.reason == reason
+
+
+def test_a_server_that_left_the_name_is_used_until_it_ends(links, clock):
+    addresses = list(links)
+    fleet = Fleet("dns:///hvpd:7070", lambda: addresses, links.__getitem__, resolves=True, clock=clock)
+    fleet.open()
+    digest = next(str(number) for number in range(50) if first(fleet, str(number))[0] == "a:7070")
+    member, _ = fleet.choose(digest)
+    addresses.remove("a:7070")
+    fleet.look_up()
+    assert first(fleet, digest)[0] != "a:7070"
+    clock.now += 1000
+    fleet.look_up()
+    assert not member.away  # Points stay there.
+    links["a:7070"].serves = False
+    fleet.look_up()
+    assert member.away
+    assert links["a:7070"].serves is False  # Calls may be under way.
+    clock.now += 100
+    fleet.look_up()
+    assert links["a:7070"].serves is None
+    assert len(fleet._links) == 2
+    fleet.close()
 
 
 def test_one_thread_looks_for_a_server_however_often_it_goes_away(fleet, links):

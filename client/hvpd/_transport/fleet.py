@@ -53,6 +53,10 @@ _ID_LENGTH = 64
 _MOST_WEIGHT = 1024
 """Most devices of a member that count."""
 
+_KEPT_SECONDS = 90.0
+"""Seconds for which the connection to a server is kept that left DNS and is away. Its
+calls have failed by then."""
+
 _MOST_OBJECTIVES = 4096
 """Most objectives whose order is remembered."""
 
@@ -147,6 +151,7 @@ class Fleet:
         self._closed = threading.Event()
         self._forgotten = False
         self._members: list[Member] = []
+        self._former: list[Member] = []
         self._links: list[Transport] = []
         self._orders: dict[str, list[Member]] = {}
         self._full: dict[tuple[str, str], Absence] = {}
@@ -315,6 +320,7 @@ class Fleet:
                 return
             if not any(each.link for each in kept) and self._links:
                 kept = self._members  # A client keeps what works until something else does.
+            self._former += [each for each in self._members if each not in kept and each.link is not None]
             self._members = kept + new
             self._orders.clear()
         for member in new:
@@ -337,7 +343,21 @@ class Fleet:
         except OSError as error:
             _log.info("%s has no address at the moment: %s", self.address, error)
         finally:
+            self._end_former()
             self._resolving = False
+
+    def _end_former(self) -> None:
+        """End the connections to members that left, and that no point uses any more."""
+        for member in list(self._former):
+            if not member.away and not _serves(member.linked):
+                with self._changed:
+                    member.away = True
+                    member.absence.begin(self._clock())
+            if member.away and self._clock() > member.absence.until + _KEPT_SECONDS:
+                with self._changed:
+                    self._former.remove(member)
+                    self._links = [link for link in self._links if link is not member.link]
+                member.linked.close()
 
     def _watch(self, member: Member) -> None:
         """Look for a member in the background until it answers."""
