@@ -43,14 +43,15 @@ def test_a_thousand_servers_have_as_many_objectives_as_chance_gives_them(objecti
 
 
 def test_of_a_thousand_servers_one_that_leaves_moves_only_its_own_objectives(objectives):
-    servers = keys("server", SERVERS)
-    before = owners(objectives, servers)
-    after = owners(objectives, np.delete(servers, 123))
+    servers, some = keys("server", SERVERS), objectives[:20_000]
+    before = owners(some, servers)
+    after = owners(some, np.delete(servers, 123))
     after += after >= 123
     moved = before != after
     np.testing.assert_array_equal(moved, before == 123)
     # They go to many servers, so that no single one gets them all.
-    assert np.bincount(after[moved]).max() <= 6
+    assert 10 < moved.sum() < 40
+    assert np.bincount(after[moved]).max() <= 3
 
 
 def test_a_fourth_server_moves_at_most_30_percent_and_only_to_itself(objectives):
