@@ -268,3 +268,22 @@ def test_each_module_has_tests_of_its_name_or_a_row_in_the_table():
     assert single - table.keys() == set(), "add tests/.../test_X.py, or a row to tests/README.md"
     assert table.keys() - folders - single == set(), "remove from tests/README.md: these have tests of their name"
     assert [name for names in table.values() for name in names if not (ROOT / "tests" / name).is_file()] == []
+
+
+CLIENT_ONLY = {"lanczos", "quadrature", "ritz", "thick_restart", "minimize", "spectrum"}
+"""Modules of _krylov whose functions run on the client only."""
+
+
+def test_the_server_calls_no_function_of_scipy_that_holds_the_gil():
+    """Other callers would wait meanwhile. Of scipy.linalg, qr lets other threads run;
+    svd, eigh, eigh_tridiagonal and solve_triangular do not. NumPy's functions do.
+    """
+    algorithms = [path for path in (ROOT / "client/hvpd/_krylov").glob("*.py") if path.stem not in CLIENT_ONLY]
+    called = set()
+    for path in [*(ROOT / "server/hvpd_server").rglob("*.py"), *algorithms]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "scipy.linalg":
+                called.add((path.stem, node.attr))
+            if isinstance(node, ast.ImportFrom) and node.module == "scipy.linalg":
+                called.update((path.stem, alias.name) for alias in node.names)
+    assert {name for _, name in called} == {"qr"}, called

@@ -72,6 +72,11 @@ def test_progress_goes_to_stderr(command, monkeypatch, capsys):
     assert bars is None  # Those of a terminal.
     lines(hvpd.Progress("eigsh of a, residual 2.0e-03", 35, None, "steps", 3.2, False))
     assert capsys.readouterr().err == "hvpd: eigsh of a, residual 2.0e-03: 35 steps, 3 s\n"
+    lines(hvpd.Progress("eigsh of a, residual 2.0e-03", 36, None, "steps", 3.4, False))
+    assert capsys.readouterr().err == ""  # A line each second.
+    lines(hvpd.Progress("spectrum of a", 37, None, "steps", 4.1, False))
+    lines(hvpd.Progress("spectrum of a", 38, None, "steps", 4.2, True))
+    assert capsys.readouterr().err == "hvpd: spectrum of a: 37 steps, 4 s\nhvpd: spectrum of a: 38 steps, 4 s\n"
 
 
 def test_solve(command, tmp_path):

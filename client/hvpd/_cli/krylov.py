@@ -88,7 +88,13 @@ def _operator(parser: argparse.ArgumentParser) -> None:
 
 
 def _connected(arguments: argparse.Namespace) -> "Client":
+    latest = 0
+
     def report(progress: "Progress") -> None:
+        nonlocal latest
+        if int(progress.seconds) == latest and not progress.finished:
+            return
+        latest = int(progress.seconds)
         done = f": {progress.done:g} {progress.unit}" if progress.done else ""
         show(f"hvpd: {progress.stage}{done}, {progress.seconds:.0f} s", sys.stderr)
 

@@ -139,7 +139,7 @@ def _iterate(multiply: Multiply, V: Array, found: Tridiagonals, rows: slice, tic
         size = np.maximum(size, abs(alpha) + beta)
         beta = vectors.norms(W)
         going &= beta > 10 * np.finfo(dtype).eps * size
-        tick((rows.start * steps) + (step + 1) * p, float(beta.max()))
+        tick((rows.start * steps) + (step + 1) * p, 0.0)
         if step + 1 == steps or not going.any():
             return
         betas[going, step] = beta[going]
@@ -205,7 +205,7 @@ def left_out(R: Array) -> Array:
     """
     if not R.size:
         return np.zeros_like(R)
-    U, values, V = scipy.linalg.svd(R, full_matrices=False)
+    U, values, V = np.linalg.svd(R, full_matrices=False)  # SciPy's holds the GIL.
     S = U @ (V / values[:, None])
     needed = (V**2).sum(axis=0) > 1 - 1e-6
     found: Array = np.where(needed, S / np.linalg.norm(S, axis=0), 0.0)

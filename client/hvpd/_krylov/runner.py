@@ -144,7 +144,7 @@ class Runner:
 
             def tick(done: int, residual: float) -> None:
                 stage.done = done
-                stage.name = f"{title}, residual {residual:.1e}"
+                stage.name = f"{title}, residual {residual:.1e}" if residual else title
 
             yield tick
 

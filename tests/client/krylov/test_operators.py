@@ -1,11 +1,15 @@
 """Each symmetric operator has the functions of hvpd.krylov as methods."""
 
+import contextlib
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scipy.sparse
 
 import hvpd
 from hvpd import krylov
+from hvpd._krylov.runner import Runner
 
 N = 40
 
@@ -112,3 +116,13 @@ def test_an_unsymmetric_matrix_with_nan_is_not_finite():
     with pytest.raises(hvpd.HvpdError) as caught:
         krylov.trace(np.full((4, 4), np.nan))
     assert caught.value.reason == "NOT_FINITE"
+
+
+def test_progress_shows_a_residual_where_there_is_one():
+    stage = SimpleNamespace(name="", done=0)
+    reporter = SimpleNamespace(stage=lambda *arguments: contextlib.nullcontext(stage))
+    with Runner(None, N, np.dtype(float), reporter=reporter, label="a").running("solve") as tick:
+        tick(3, 0.0)
+        assert (stage.name, stage.done) == ("solve of a", 3)
+        tick(4, 2e-3)
+        assert (stage.name, stage.done) == ("solve of a, residual 2.0e-03", 4)
