@@ -14,6 +14,7 @@ import hvpd
 from bench import _processes, _stepping, _warm
 from bench._objectives import Vector, mlp, normal
 from bench._report import Figure, Goal, measured
+from hvpd_server.krylov.launcher import LAUNCH_SECONDS
 
 BENCH = "neighbour"
 PARTS = ("registration", "run")
@@ -29,13 +30,13 @@ RUN_STEPS = 500
 """Steps of a run. Runs follow each other, which makes 10,000 steps and more."""
 RUN_SECONDS = 10.0
 GOAL_RUN = Goal("<=", 1.25)
-"""The rise of the 99th percentile over a launch's mean time. Launches differ in length,
-because each is planned by the time of the launch before it.
+"""The rise of the 99th percentile over the time that is planned for a launch. Launches
+differ in length, because each is planned by the time of the launch before it.
 """
-PREDICTED_RUN = {"lanczos": 1.1, "cg": 1.1, "products": 3.0}
+PREDICTED_RUN = {"lanczos": 1.1, "cg": 1.1, "products": 0.03}
 """A caller that asks again at once meets a launch that has just begun, and waits for
 the whole of it. A single product takes 0.2 ms, and the steps around it take time of the
-server's Python and of the two cores, too.
+server's Python and of the two cores, too: three products' time.
 """
 
 
@@ -102,14 +103,14 @@ def _run(*, quick: bool) -> Iterator[Figure]:
         label, launch = _stepping.METHODS[method], np.array(launches[method])
         yield measured(
             BENCH,
-            f"{label}: rise of the neighbour's p99, over a launch",
+            f"{label}: rise of the neighbour's p99, over {LAUNCH_SECONDS * 1e3:g} ms",
             "",
-            (np.array(beside[method]) - alone) / launch,
+            (np.array(beside[method]) - alone) / LAUNCH_SECONDS,
             n=problem.n,
             predicted=PREDICTED_RUN[method],
-            goal=None if method == "products" else GOAL_RUN,
+            goal=GOAL_RUN,
         )
-        yield measured(BENCH, f"{label}: a launch", "ms", launch * 1e3, n=problem.n)
+        yield measured(BENCH, f"{label}: mean launch", "ms", launch * 1e3, n=problem.n)
         yield measured(BENCH, f"{label}: p99 beside it", "ms", np.array(beside[method]) * 1e3, n=problem.n)
     yield measured(BENCH, "p99 alone", "ms", np.array(alone) * 1e3, n=problem.n)
 
