@@ -175,11 +175,11 @@ def test_a_call_that_is_never_awaited_is_named(server, registered):
 
 
 @pytest.fixture(params=[(), ("--vector-port", "off")], ids=["vector port", "gRPC"])
-def busy(request, serve):
+def busy(request, serve, compiled_programs):
     """A server of its own, and a blocking client with an operator whose products are
     slow.
     """
-    server = serve(*request.param)
+    server = serve(*request.param, cache=compiled_programs)
     with hvpd.connect(server.address) as client:
         objective = client.register(slow, np.zeros(900), np.eye(900), name="aio/slow")
         H = objective.at(np.ones(900)).hessian()
