@@ -125,14 +125,14 @@ def products(operator):
     return lambda: operator.multiply(np.eye(1, N))
 
 
-def launches(operator):
+def several_steps(operator):
     """Return a function that launches two steps."""
     launcher, rows = LanczosLauncher(operator), capacity(1)
     operator.point.source.kernels.request(launcher._launcher._name, rows).result()
     return lambda: launcher.launch(np.eye(rows, N), rows, 1, 2, 0.0)
 
 
-@pytest.mark.parametrize("steps", [products, launches])
+@pytest.mark.parametrize("steps", [products, several_steps])
 @pytest.mark.parametrize("neighbour", ["ann", "ben"])
 def test_a_neighbour_waits_for_one_launch_of_a_run_at_most(engine, point, start, monkeypatch, steps, neighbour):
     """A product that arrives during a launch of a run is launched before the next
@@ -141,26 +141,32 @@ def test_a_neighbour_waits_for_one_launch_of_a_run_at_most(engine, point, start,
     operator = Operator(engine, point, "hvp", terms=Terms())
     operator.work = Work("ann", "ann")
     step = steps(operator)
-    batcher, order = engine.lanes[0].launches._batcher, []
-    begun, may_end = threading.Semaphore(0), threading.Semaphore(0)
+    batcher, launches = engine.lanes[0].launches._batcher, []
+    begun, may_end, ended = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
     execute = batcher._execute
 
     def executed(key, jobs):
-        order.extend(bool(job.block.all()) and job.block.size > 0 for job in jobs)
+        launches.append([bool(job.block.all()) and job.block.size > 0 for job in jobs])
         begun.release()
         assert may_end.acquire(timeout=60)
         return execute(key, jobs)
 
+    def steps_of_a_run():
+        while not ended.is_set():
+            step()
+
     monkeypatch.setattr(batcher, "_execute", executed)
-    run = start(lambda: [step() for _ in range(4)])
+    run = start(steps_of_a_run)
     for _ in range(3):
-        assert begun.acquire(timeout=60)  # A launch of the run ...
+        assert begun.acquire(timeout=60)
+        assert launches[-1] == [False]  # A launch of the run ...
         product = start(engine.multiply, point, "hvp", np.ones((1, N)), tenant=neighbour)
         until(lambda: engine.lanes[0].launches.pending)
         may_end.release()
-        assert begun.acquire(timeout=60)  # ... and then that of the neighbour.
+        assert begun.acquire(timeout=60)
+        assert True in launches[-1]  # ... and then that of the neighbour, which a step may join.
         may_end.release()
         product.result(60)
+    ended.set()
     may_end.release()
     run.result(60)
-    assert order == [False, True] * 3 + [False]
