@@ -42,6 +42,7 @@ from hvpd_server.status_page.history import History
 from hvpd_server.status_page.http_server import HttpServer, metrics_page
 from hvpd_server.status_page.objectives import Catalogue
 from hvpd_server.status_page.page import Status
+from hvpd_server.store.location import objects_of
 from hvpd_server.store.store import Store
 from hvpd_server.telemetry.metrics import Metrics
 from hvpd_server.telemetry.tracing import Tracing
@@ -106,7 +107,7 @@ class App:
         tokens = None if config.tokens is None else Tokens(config.tokens)
         certificates = _certificates(config)
         credentials = certificates.credentials() if certificates is not None else None
-        store = Store(config.store)
+        store = Store(objects_of(config))
         found = devices(store.cache)
         device = found[0]
         self.metrics = Metrics()

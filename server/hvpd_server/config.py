@@ -108,6 +108,22 @@ def _default_store() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "hvpd"
 
 
+def _default_store_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hvpd"
+
+
+def parse_store(text: str) -> Path | str:
+    """Parse a directory, or the URL of an object store."""
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return Path(text)
+    if scheme not in ("s3", "gs", "az") or not rest.strip("/"):
+        raise argparse.ArgumentTypeError(
+            f"expected a directory, or s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or az://CONTAINER/PREFIX, got {text!r}"
+        )
+    return text.rstrip("/")
+
+
 def _setting(parse: Callable[[str], Any], default: Any, meaning: str, metavar: str) -> Any:
     fill = {"default_factory": default} if callable(default) else {"default": default}
     return dataclasses.field(**fill, metadata={"parse": parse, "help": meaning, "metavar": metavar})
@@ -128,11 +144,24 @@ class Config:
         "loopback, else off",
         "PORT",
     )
-    store: Path = _setting(
-        Path,
+    store: Path | str = _setting(
+        parse_store,
         _default_store,
-        "directory for objectives, data and compiled programs; several servers can share it",
+        "directory for objectives, data and compiled programs, or s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX; "
+        "several servers can share it",
         "DIR",
+    )
+    store_cache: Path = _setting(
+        Path,
+        _default_store_cache,
+        "with a --store in an object store: directory of this machine for copies of its data and for compiled programs",
+        "DIR",
+    )
+    store_cache_size: int = _setting(
+        parse_bytes,
+        64 << 30,
+        "with a --store in an object store: most bytes of these copies; those that were not used for longest go first",
+        "BYTES",
     )
     metrics_host: str = _setting(
         _host, "127.0.0.1", "address for the metrics and the status page, plain HTTP without tokens", "HOST"
@@ -242,7 +271,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for field in dataclasses.fields(Config):
         flag = f"--{field.name.replace('_', '-')}"
-        default = field.default if field.default is not dataclasses.MISSING else _default_store()
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         note = "" if default in (None, False) else f" (default: {default})".replace("%", "%%")
         text = f"{field.metadata['help']}{note} [$HVPD_{field.name.upper()}]"
         if field.metadata["parse"] is _flag:

@@ -5,13 +5,15 @@ without serving.
 import contextlib
 import errno
 import os
+import secrets
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 from hvpd_server import config as _config
 from hvpd_server.config import Config
+from hvpd_server.errors import ServiceError
 from hvpd_server.rpc.tls import Certificates, Files
+from hvpd_server.store.location import local_directory, objects_of
 from hvpd_server.tenancy import token_file
 
 
@@ -28,7 +30,7 @@ def problems(config: Config) -> Iterator[str]:
             Certificates(Files(config.tls_cert, config.tls_key, config.tls_client_ca))
         except ValueError as error:
             yield f"--tls-cert, --tls-key: {error}"
-    yield from _store(config.store)
+    yield from _store(config)
     ports: dict[int, str] = {}
     for flag, host, port in (
         ("--port", config.host, config.port),
@@ -44,8 +46,19 @@ def problems(config: Config) -> Iterator[str]:
         ports[port] = flag
 
 
-def _store(store: Path) -> Iterator[str]:
-    """Yield the problems of the store's directory."""
+def _store(config: Config) -> Iterator[str]:
+    """Yield the problems of the store, and leave nothing in it."""
+    store = config.store
+    if isinstance(store, str):
+        try:
+            objects = objects_of(config)
+            key = f"incoming/{secrets.token_hex(8)}"
+            objects.put(key, b"")
+            objects.delete(key)
+            objects.folders("owners")
+        except ServiceError as error:
+            yield f"--store {store}: {error}"
+        store = local_directory(config)
     there = next(path for path in (store, *store.absolute().parents) if path.exists())
     if not there.is_dir():
         yield f"--store {store}: {there} is no directory"

@@ -17,6 +17,7 @@ from hvpd_server.app import App, http_server
 from hvpd_server.config import Config
 from hvpd_server.errors import ServiceError
 from hvpd_server.liveness import Liveness
+from hvpd_server.store.location import local_directory
 from hvpd_server.telemetry import logs, tracing
 
 _log = logging.getLogger(__name__)
@@ -48,7 +49,10 @@ def run(
     signalled = _signalled(signal.SIGTERM, signal.SIGINT)
     if owner is not None:
         threading.Thread(
-            target=_die_with, args=(owner, config.store if ephemeral else None), name="hvpd-owner", daemon=True
+            target=_die_with,
+            args=(owner, local_directory(config) if ephemeral else None),
+            name="hvpd-owner",
+            daemon=True,
         ).start()
     try:
         spans = tracing.start()

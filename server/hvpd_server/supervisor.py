@@ -21,6 +21,7 @@ from typing import Final, NamedTuple
 from hvpd_server import config as _config
 from hvpd_server.errors import ServiceError
 from hvpd_server.liveness import LOST, Liveness
+from hvpd_server.store.location import objects_of
 from hvpd_server.store.quarantine import Quarantine
 from hvpd_server.telemetry import logs
 
@@ -208,7 +209,7 @@ def _blame(config: _config.Config, liveness: Liveness, code: int, ended: _Ended 
         return False
     suspects = sorted(set(digests))
     with contextlib.suppress(OSError, ValueError, ServiceError):
-        _judge(Quarantine(config.store, config.quarantine_after), suspects, how, config)
+        _judge(Quarantine(objects_of(config), config.quarantine_after), suspects, how, config)
     return len(suspects) == 1
 
 

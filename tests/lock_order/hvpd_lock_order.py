@@ -155,5 +155,16 @@ def install() -> None:
         name = name_of(file, line, frame.f_code.co_qualname)
         return kind(real, name, order.get(name, -1))
 
-    threading.Lock = lambda: watched(_Lock, _Real())
-    threading.RLock = lambda: watched(_RecursiveLock, _RealRecursive())
+    class Factory:
+        """Makes locks. Unlike a function, it can be an attribute of a class, as in
+        werkzeug.
+        """
+
+        def __init__(self, kind, real):
+            self._kind, self._real = kind, real
+
+        def __call__(self):
+            return watched(self._kind, self._real())
+
+    threading.Lock = Factory(_Lock, _Real)
+    threading.RLock = Factory(_RecursiveLock, _RealRecursive)

@@ -15,7 +15,9 @@ from hvpd_server.config import Config, load, parse, parse_bytes, vector_port
 VALUES = {
     "host": ("127.0.0.2", "127.0.0.2", "::1", "::1"),
     "port": ("0", 0, "65535", 65535),
-    "store": ("/srv/a", Path("/srv/a"), "b", Path("b")),
+    "store": ("/srv/a", Path("/srv/a"), "s3://bucket/prefix/", "s3://bucket/prefix"),
+    "store_cache": ("/srv/a", Path("/srv/a"), "b", Path("b")),
+    "store_cache_size": ("1G", 1 << 30, "2M", 2 << 20),
     "metrics_host": ("0.0.0.0", "0.0.0.0", "::1", "::1"),
     "metrics_port": ("0", 0, "9090", 9090),
     "memory_budget": ("16G", 16 << 30, "512M", 512 << 20),
@@ -47,6 +49,8 @@ WITH = {
 }
 
 BAD = {
+    "store": ["http://bucket/prefix", "s3://", "://bucket"],
+    "store_cache_size": ["0", "much"],
     "port": ["-1", "65536", "http", "7070.0", "0x10"],
     "vector_port": ["-1", "65536", "on", "7071.0"],
     "metrics_host": [" "],

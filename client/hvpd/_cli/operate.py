@@ -45,7 +45,7 @@ def file_commands(commands: Any) -> None:
     """Add the commands that work on files of this machine, without a server."""
     _token_commands(commands.add_parser("token", help="make, list and revoke the tokens of a server"))
     _limit_commands(commands.add_parser("limit", help="set and list the limits of each tenant of a server"))
-    _store_commands(commands.add_parser("store", help="verify the files of a server, or of a backup"))
+    _store_commands(commands.add_parser("store", help="verify or copy the files of a server, or of a backup"))
 
 
 def _token_commands(parser: argparse.ArgumentParser) -> None:
@@ -141,9 +141,18 @@ def _store_commands(parser: argparse.ArgumentParser) -> None:
         description="Read a whole store, or a backup of one, and list damaged and missing files. It changes nothing, and may run beside "
         "the server. Exit code 0: the store is whole; 1: it is not, or there is none.",
     )
-    verify.add_argument("--store", metavar="DIR", type=Path, help="as of `hvpd serve` [$HVPD_STORE]")
+    verify.add_argument("--store", metavar="DIR", help="as of `hvpd serve` [$HVPD_STORE]")
     verify.add_argument("--json", action="store_true", help="as JSON")
     verify.set_defaults(run=_store_verify)
+    copy = commands.add_parser(
+        "copy",
+        help="copy a store to another directory, or to or from an object store",
+        description="Copy a store with everything in it but compiled programs, and verify its data. Servers may use the store "
+        "meanwhile: what they register after the begin may be missing. If the copy is broken off, give the same command again.",
+    )
+    for name in ("source", "target"):
+        copy.add_argument(name, metavar=name.upper(), help="a directory, or a URL as of `hvpd serve --store`")
+    copy.set_defaults(run=_store_copy)
 
 
 def _delete(arguments: argparse.Namespace) -> int:
@@ -272,7 +281,12 @@ def _store_verify(arguments: argparse.Namespace) -> int:
     from hvpd_server.store import verify as _verify
 
     default = os.environ.get("HVPD_STORE")
-    root = arguments.store or (Path(default) if default else config.Config().store)
+    root = config.parse_store(str(arguments.store or default or config.Config().store))
+    if isinstance(root, str):
+        raise InvalidArgumentError(
+            f"{root} is in an object store: copy it with `hvpd store copy {root} DIR`, which verifies its data, and verify DIR",
+            reason="INVALID_OPTION",
+        )
     try:
         found = _verify.verify(root)
     except ValueError as error:
@@ -289,6 +303,28 @@ def _store_verify(arguments: argparse.Namespace) -> int:
             + (f"{len(found.problems)} problems" if found.problems else "whole")
         )
     return 1 if found.problems else 0
+
+
+def _store_copy(arguments: argparse.Namespace) -> int:
+    from hvpd_server import config as _config
+    from hvpd_server.errors import ServiceError
+    from hvpd_server.store import copy as _copy
+    from hvpd_server.store.location import objects_of
+
+    try:
+        places = [_config.Config(store=_config.parse_store(text)) for text in (arguments.source, arguments.target)]
+        found = _copy.copy(*map(objects_of, places))
+    except argparse.ArgumentTypeError as error:
+        raise InvalidArgumentError(str(error), reason="INVALID_OPTION") from None
+    except ServiceError as error:
+        raise InvalidArgumentError(str(error), reason="FILE_CONTENT") from None
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot copy {error.filename}: {error.strerror}", reason="FILE_ACCESS") from None
+    print(
+        f"copied {found.blobs} blobs ({show_bytes(found.blob_bytes)}) and {found.records} records; {found.present} blobs were "
+        "there already"
+    )
+    return 0
 
 
 @contextlib.contextmanager

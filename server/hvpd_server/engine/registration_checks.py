@@ -214,7 +214,7 @@ class Checks:
         unkept = {}
         try:
             self._store.add_check(digest, message, tenant)
-        except OSError as error:
+        except (OSError, ServiceError) as error:
             _log.error("the check of objective %s cannot be kept: %s", digest, error)
             unkept[digest, tenant] = message
         with self._lock:

@@ -36,6 +36,10 @@ _POLL_SECONDS = 0.005
 """Seconds between two tries to lock."""
 
 
+class CorruptError(Exception):
+    """A blob has other bytes than its name says."""
+
+
 class Entry(NamedTuple):
     """A file of a store."""
 
@@ -80,9 +84,12 @@ class Objects(Protocol):
     def put(self, key: str, content: bytes) -> None:
         """Write a file, in place of an older one."""
 
-    def replace(self, key: str, content: bytes, tag: str | None) -> bool:
+    def read(self, key: str) -> tuple[bytes, str] | None:
+        """Return the content and the tag of a file; None if there is none."""
+
+    def replace(self, key: str, content: bytes, tag: str | None) -> str | None:
         """Write a file only if its version is still the one of `tag`; None: only if
-        there is no file. Return whether it was written.
+        there is no file. Return the new tag; None if nothing was written.
         """
 
     def delete(self, key: str) -> None:
@@ -111,6 +118,7 @@ class Objects(Protocol):
 
         Raises:
             FileNotFoundError: There is no such blob.
+            CorruptError: It has other bytes.
         """
 
     def refetch(self, key: str) -> bool:
@@ -204,14 +212,23 @@ class Directory:
             file.write(content)
             commit(path)
 
-    def replace(self, key: str, content: bytes, tag: str | None) -> bool:
+    def read(self, key: str) -> tuple[bytes, str] | None:
+        """Return the content and the tag of a file; None if there is none."""
+        try:
+            with (self.local / key).open("rb") as file:
+                return file.read(), _entry(key, os.fstat(file.fileno())).tag
+        except FileNotFoundError:
+            return None
+
+    def replace(self, key: str, content: bytes, tag: str | None) -> str | None:
         """Write a file only if its version is that of `tag`; see `Objects.replace`."""
         with self.locked():
             found = self.stat(key)
             if (found.tag if found else None) != tag:
-                return False
+                return None
             self.put(key, content)
-            return True
+            written = self.stat(key)
+            return written.tag if written else None
 
     def delete(self, key: str) -> None:
         """Remove a file, if it is there."""
@@ -276,7 +293,7 @@ class Directory:
         """
         ends = time.monotonic() + LOCK_SECONDS
         if not self._thread.acquire(timeout=LOCK_SECONDS):
-            raise _locked(self.name)
+            raise locked(self.name)
         try:
             if not self._depth:
                 self._lock(ends)
@@ -298,7 +315,7 @@ class Directory:
                 fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             if time.monotonic() > ends:
-                raise _locked(self.name)
+                raise locked(self.name)
             time.sleep(_POLL_SECONDS)
 
     def _opened(self, name: str) -> int:
@@ -342,7 +359,8 @@ def _entry(key: str, status: os.stat_result) -> Entry:
     return Entry(key, status.st_size, status.st_mtime_ns / 1e9, tag)
 
 
-def _locked(name: str) -> ServiceError:
+def locked(name: str) -> ServiceError:
+    """Return the error for a lock that another server holds for too long."""
     return ServiceError(
         Code.UNAVAILABLE,
         "STORE_BUSY",

@@ -51,8 +51,12 @@ class Rows:
         """
         count = rows.stop - rows.start
         try:
-            read = np.fromfile(self._path, np.uint8, count * self._row_bytes, offset=rows.start * self._row_bytes)
-        except FileNotFoundError as error:  # Another call has set it aside.
+            try:
+                read = self._read(rows.start, count)
+            except FileNotFoundError:  # The copy of an object store's blob has gone for others.
+                self._verify(self._digest)
+                read = self._read(rows.start, count)
+        except (FileNotFoundError, ServiceError) as error:  # Another call has set it aside.
             raise unreadable(
                 self._digest, "it is not there any more; register the objective again to restore it"
             ) from error
@@ -63,6 +67,10 @@ class Rows:
             self._verify(self._digest)
             raise unreadable(self._digest, "it is shorter than it was")
         found: codec.Array = read.view(self._dtype).reshape(count, *self._row)
+        return found
+
+    def _read(self, first: int, count: int) -> codec.Array:
+        found: codec.Array = np.fromfile(self._path, np.uint8, count * self._row_bytes, offset=first * self._row_bytes)
         return found
 
 

@@ -32,7 +32,7 @@ from hvpd.v1 import objective_pb2, tensor_pb2
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.files import Version, version
 from hvpd_server.store.index import Index
-from hvpd_server.store.objects import Directory, Objects
+from hvpd_server.store.objects import CorruptError, Directory, Objects
 from hvpd_server.store.rows import Rows, no_tensor, unreadable_file
 from hvpd_server.store.upload import Upload
 
@@ -134,7 +134,7 @@ class Store(Index):
         Raises:
             ServiceError: The blob is not stored, or it is corrupt.
         """
-        path = self._existing(digest)
+        path = self._existing(digest, set_aside=set_aside)
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -149,7 +149,7 @@ class Store(Index):
         """Verify a blob as `read` does, but read it piece by piece."""
         state = hashlib.sha256()
         try:
-            with self._existing(digest).open("rb") as file:
+            with self._existing(digest, set_aside=set_aside).open("rb") as file:
                 while piece := file.read(_PIECE):
                     state.update(piece)
                 verified = version(file.fileno())
@@ -162,13 +162,15 @@ class Store(Index):
         self._verified[digest] = verified
         return None
 
-    def _existing(self, digest: str) -> Path:
+    def _existing(self, digest: str, *, set_aside: bool) -> Path:
         """Return a file of this machine with the content of a blob."""
         try:
             if codec.is_digest(digest):
                 return self.objects.fetch(blob_key(digest))
         except FileNotFoundError:
             pass
+        except CorruptError:
+            raise self._corrupt(digest, set_aside=set_aside) from None
         raise ServiceError(
             Code.FAILED_PRECONDITION,
             "BLOBS_MISSING",
@@ -203,7 +205,7 @@ class Store(Index):
 
         Its digest is verified before, once for each version of the file.
         """
-        path = self._existing(tensor.digest)
+        path = self._existing(tensor.digest, set_aside=set_aside)
         known = self._verified.get(tensor.digest)
         if known is None or known != version(path):
             self.verify(tensor.digest, set_aside=set_aside)

@@ -1,0 +1,101 @@
+"""A lock for servers that share nothing but an object store: a lease.
+
+The lock is a file. A server takes it by a conditional write of its own text, and gives
+it back by writing nothing. If the file does not change for `SECONDS`, its holder is
+gone, and another server takes it by a conditional write in place of that version. Only
+the own monotonic clock counts, never the time of another machine.
+
+A holder renews the lease before its writes (`keep`). If another server has taken it
+meanwhile, that fails, and the holder changes nothing any more.
+"""
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+
+from hvpd_server.store.objects import LOCK_SECONDS, Objects, locked
+
+KEY = "lock"
+
+SECONDS = 20.0
+"""Seconds without a change after which the holder counts as gone."""
+
+_RENEW_SECONDS = 5.0
+"""Seconds after which a holder renews its lease before the next write."""
+
+_POLL_SECONDS = 0.1
+"""Seconds between two looks at a lease that another server holds."""
+
+
+class Lease:
+    """The lock of one store, for one server. A thread can take it several times.
+
+    Args:
+        objects: The files of the store. They must have conditional writes.
+    """
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self._thread = threading.RLock()
+        self._depth = 0
+        self._holder = 0
+        self._tag = ""
+        self._renewed = 0.0
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock.
+
+        Raises:
+            ServiceError: UNAVAILABLE: another server holds it for too long.
+        """
+        if not self._thread.acquire(timeout=LOCK_SECONDS):
+            raise locked(self._objects.name)
+        try:
+            if not self._depth:
+                self._take(time.monotonic() + LOCK_SECONDS + SECONDS)
+                self._holder = threading.get_ident()
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self._holder = 0
+                    self._objects.replace(KEY, b"", self._tag)
+        finally:
+            self._thread.release()
+
+    def _take(self, ends: float) -> None:
+        mine, seen, since = secrets.token_hex(16).encode(), "", 0.0
+        while True:
+            found = self._objects.read(KEY)
+            content, tag = found if found is not None else (b"", None)
+            now = time.monotonic()
+            if tag != seen:
+                seen, since = tag or "", now
+            if not content or now - since > SECONDS:
+                taken = self._objects.replace(KEY, mine, tag)
+                if taken is not None:
+                    self._tag, self._renewed = taken, now
+                    return
+            if now > ends:
+                raise locked(self._objects.name)
+            time.sleep(_POLL_SECONDS)
+
+    def keep(self) -> None:
+        """Renew the lease before a write, if this thread holds it.
+
+        Raises:
+            ServiceError: UNAVAILABLE: another server has taken it.
+        """
+        if self._holder != threading.get_ident() or time.monotonic() - self._renewed < _RENEW_SECONDS:
+            return
+        now = time.monotonic()
+        self._holder = 0  # The renewal is a write, too.
+        taken = self._objects.replace(KEY, secrets.token_hex(16).encode(), self._tag)
+        if taken is None:
+            raise locked(self._objects.name)
+        self._tag, self._renewed, self._holder = taken, now, threading.get_ident()
