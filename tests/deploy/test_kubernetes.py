@@ -317,10 +317,14 @@ def test_the_files_of_the_base_are_valid(path, version):
 @needs_kubectl
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("overlay", OVERLAYS)
-@pytest.mark.parametrize("components", [(), ("monitoring", "autoscaling")], ids=["plain", "all"])
-def test_applied_manifests_are_valid(tmp_path, overlay, components, version):
+@pytest.mark.parametrize(
+    ("components", "count"),
+    [((), 6), (("replicas",), 7), (("monitoring", "replicas", "autoscaling"), 11)],
+    ids=["plain", "replicas", "all"],
+)
+def test_applied_manifests_are_valid(tmp_path, overlay, components, count, version):
     built = build(tmp_path, overlay, *components, namespace="vision")
-    assert len(built) == 6 + 4 * bool(components)
+    assert len(built) == count
     for each in without_custom(built):
         assert each["metadata"]["namespace"] == "vision"
         check_schema(each, version)
@@ -344,6 +348,19 @@ def test_the_gpu_overlay_asks_for_one_gpu(tmp_path):
     assert {"HVPD_HOST", "JAX_PLATFORMS"} <= set(names)
     modes = [volume["secret"]["defaultMode"] for volume in found["spec"]["template"]["spec"]["volumes"][1:]]
     assert modes == [0o440, 0o440]
+
+
+@needs_kubectl
+@pytest.mark.parametrize("suffix", ["", "-audio"])
+def test_replicas_mount_one_store(tmp_path, suffix):
+    built = build(tmp_path, "gpu", "replicas", nameSuffix=suffix)
+    (found,), (claim,) = of("StatefulSet", built), of("PersistentVolumeClaim", built)
+    assert found["spec"]["replicas"] == 3
+    assert "volumeClaimTemplates" not in found["spec"]
+    (mount,) = (volume for volume in found["spec"]["template"]["spec"]["volumes"] if volume["name"] == "store")
+    assert mount["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"] == f"hvpd-store{suffix}"
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert "replicas" not in of("StatefulSet", build(tmp_path, "gpu", "replicas", "autoscaling"))[0]["spec"]
 
 
 @needs_kubectl
