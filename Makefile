@@ -24,7 +24,7 @@ test test-fast: export PYTHONDONTWRITEBYTECODE =
 help:
 	@echo "make demo          the main job, on an embedded server, on real data"
 	@echo "make test          the whole test suite"
-	@echo "make test-fast     unit tests, without a server, in under two minutes"
+	@echo "make test-fast     unit tests, without a server, in about a minute"
 	@echo "make test-wheel    build the wheel and test it without the source tree"
 	@echo "make lint types    ruff, mypy"
 	@echo "make docs          the documentation site, in build/site"

@@ -17,6 +17,8 @@ SERVER = tuple(
             "METRICS_PORT",
             "VECTOR_PORT",
             "STORE",
+            "STORE_CACHE",
+            "STORE_CACHE_SIZE",
             "MEMORY_BUDGET",
             "CACHE_SIZE",
             "PROGRAM_MEMORY",
