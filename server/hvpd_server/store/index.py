@@ -180,8 +180,8 @@ class Index:
         Args:
             digest: Digest of the bundle.
             name: The full name.
-            owned: Whether a new objective is open to nobody but its owners. Their
-                records must be there already.
+            owned: Whether a new objective is open to its owners only. The caller has
+                written the owners' records already.
         """
         with self.changing():
             if digest not in self._created:

@@ -26,11 +26,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-SCHEMES = ("s3", "gs", "az")
-
 _RETRIES = 6
 _RETRY_SECONDS = 30
-"""Most retries of a request, and most seconds from its begin to the last retry."""
+"""Most retries of a request, and most seconds from its beginning to the last retry."""
 
 _PIECE = 8 << 20
 """Bytes to take at a time from a blob that arrives."""
