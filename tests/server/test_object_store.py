@@ -14,7 +14,7 @@ from hvpd._wire import codec
 from hvpd_server import config_check
 from hvpd_server.config import Config
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.store import lease, object_store, objects
+from hvpd_server.store import exclusion, lease, object_store
 from hvpd_server.store.copy import copy
 from hvpd_server.store.object_store import ObjectStore
 from hvpd_server.store.objects import Directory
@@ -257,8 +257,7 @@ def test_a_lock_that_is_renewed_is_not_taken(replicas, monkeypatch, start):
     one, two = replicas
     monkeypatch.setattr(lease, "_RENEW_SECONDS", 0.0)
     monkeypatch.setattr(lease, "SECONDS", 1.0)
-    monkeypatch.setattr(lease, "LOCK_SECONDS", 0.5)
-    monkeypatch.setattr(objects, "LOCK_SECONDS", 0.5)
+    monkeypatch.setattr(exclusion, "SECONDS", 0.5)
     with one.changing():
         other = start(two.add_objective, D, "n")
         while not other.done():

@@ -11,7 +11,7 @@ import pytest
 from hvpd._wire import codec
 from hvpd.v1 import objective_pb2
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.store import objects as _objects
+from hvpd_server.store import exclusion
 from hvpd_server.store.objects import CHANGES, Directory
 from hvpd_server.store.ownership import Owners
 from hvpd_server.store.quarantine import Quarantine
@@ -194,7 +194,7 @@ def test_only_one_of_many_creates_a_file(tmp_path, start):
 
 def test_a_server_that_holds_the_lock_for_too_long_is_an_error(replicas, start, monkeypatch):
     one, two = replicas
-    monkeypatch.setattr(_objects, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(exclusion, "SECONDS", 0.05)
     with one.store.changing():
         with pytest.raises(ServiceError, match="nothing was changed") as busy:
             start(two.register, "a", D, "mlp").result(10)

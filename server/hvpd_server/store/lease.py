@@ -13,9 +13,9 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Iterator
 
-from hvpd_server.store.objects import LOCK_SECONDS, Objects, locked
+from hvpd_server.store.exclusion import Exclusion, busy
+from hvpd_server.store.objects import Objects
 
 KEY = "lock"
 
@@ -38,37 +38,21 @@ class Lease:
 
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
-        self._thread = threading.RLock()
-        self._depth = 0
+        self._exclusion = Exclusion(objects.name, self._take, self._give_back)
         self._holder = 0
         self._tag = ""
         self._renewed = 0.0
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lock.
 
         Raises:
             ServiceError: UNAVAILABLE: another server holds it for too long.
         """
-        if not self._thread.acquire(timeout=LOCK_SECONDS):
-            raise locked(self._objects.name)
-        try:
-            if not self._depth:
-                self._take(time.monotonic() + LOCK_SECONDS + SECONDS)
-                self._holder = threading.get_ident()
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
-                if not self._depth:
-                    self._holder = 0
-                    self._objects.replace(KEY, b"", self._tag)
-        finally:
-            self._thread.release()
+        return self._exclusion.held()
 
     def _take(self, ends: float) -> None:
+        ends += SECONDS  # So that a lease whose holder is gone can be taken.
         mine, seen, since = secrets.token_hex(16).encode(), "", 0.0
         while True:
             found = self._objects.read(KEY)
@@ -79,11 +63,15 @@ class Lease:
             if not content or now - since > SECONDS:
                 taken = self._objects.replace(KEY, mine, tag)
                 if taken is not None:
-                    self._tag, self._renewed = taken, now
+                    self._tag, self._renewed, self._holder = taken, now, threading.get_ident()
                     return
             if now > ends:
-                raise locked(self._objects.name)
+                raise busy(self._objects.name)
             time.sleep(_POLL_SECONDS)
+
+    def _give_back(self) -> None:
+        self._holder = 0
+        self._objects.replace(KEY, b"", self._tag)
 
     def keep(self) -> None:
         """Renew the lease before a write, if this thread holds it.
@@ -97,5 +85,5 @@ class Lease:
         self._holder = 0  # The renewal is a write, too.
         taken = self._objects.replace(KEY, secrets.token_hex(16).encode(), self._tag)
         if taken is None:
-            raise locked(self._objects.name)
+            raise busy(self._objects.name)
         self._tag, self._renewed, self._holder = taken, now, threading.get_ident()

@@ -15,22 +15,18 @@ import contextlib
 import fcntl
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
-from hvpd_server.errors import Code, ServiceError
 from hvpd_server.files import atomic_file
+from hvpd_server.store.exclusion import Exclusion, busy
 
 CHANGES: Final = "changed"
 """The key whose version changes with each change of objectives, names, owners and the
 quarantine.
 """
-
-LOCK_SECONDS = 30.0
-"""Seconds to wait for the change of another server."""
 
 _POLL_SECONDS = 0.005
 """Seconds between two tries to lock."""
@@ -165,8 +161,7 @@ class Directory:
     def __init__(self, root: Path) -> None:
         self.local = root
         self.name = str(root)
-        self._thread = threading.RLock()
-        self._depth = 0
+        self._exclusion = Exclusion(self.name, self._lock, self._unlock)
         self._lock_file = -1
         self._open_file = -1
 
@@ -286,26 +281,11 @@ class Directory:
     def placed(self, key: str) -> None:
         """Do nothing: the file is in its place."""
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Exclude changes by other servers; see `Objects.locked`. A thread can lock
         several times.
         """
-        ends = time.monotonic() + LOCK_SECONDS
-        if not self._thread.acquire(timeout=LOCK_SECONDS):
-            raise locked(self.name)
-        try:
-            if not self._depth:
-                self._lock(ends)
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
-                if not self._depth:
-                    fcntl.flock(self._lock_file, fcntl.LOCK_UN)
-        finally:
-            self._thread.release()
+        return self._exclusion.held()
 
     def _lock(self, ends: float) -> None:
         if self._lock_file < 0:
@@ -315,8 +295,11 @@ class Directory:
                 fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             if time.monotonic() > ends:
-                raise locked(self.name)
+                raise busy(self.name)
             time.sleep(_POLL_SECONDS)
+
+    def _unlock(self) -> None:
+        fcntl.flock(self._lock_file, fcntl.LOCK_UN)
 
     def _opened(self, name: str) -> int:
         try:
@@ -357,14 +340,3 @@ class Directory:
 def _entry(key: str, status: os.stat_result) -> Entry:
     tag = f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
     return Entry(key, status.st_size, status.st_mtime_ns / 1e9, tag)
-
-
-def locked(name: str) -> ServiceError:
-    """Return the error for a lock that another server holds for too long."""
-    return ServiceError(
-        Code.UNAVAILABLE,
-        "STORE_BUSY",
-        f"another server has been changing the store {name} for {LOCK_SECONDS:g} s: nothing was changed; try again, and look "
-        "whether a server of this store is stopped or hangs",
-        retry_after=1.0,
-    )
