@@ -2,17 +2,16 @@
 and a StatefulSet do.
 """
 
-import concurrent.futures
 import contextlib
 import socket
 import threading
 
 import numpy as np
 import pytest
-import scipy.sparse.linalg
 
 import hvpd
 from tests.support.objectives import quadratic
+from tests.support.solves import Solves
 
 SOLVERS = 8
 RESTARTS = 3
@@ -33,55 +32,16 @@ def test_rolling_restarts_under_load_lose_no_product(serve, spd):
     server = serve(supervised=True)
     with hvpd.connect(server.address) as client:
         client.register(quadratic, np.zeros(N), spd, name="rolling", platforms=("cpu",))
-    done = threading.Event()
-    solved = [threading.Semaphore(0) for _ in range(SOLVERS)]
-
-    def solve(number):
-        """Solve until the test ends it. Return the numbers of requested products, of
-        answered products, and of repeated calls.
-        """
-        asked = 0
-        with hvpd.connect(server.address, retry_timeout=WAIT) as client:
-            rng = np.random.default_rng(number)
-            try:
-                while not done.is_set():
-                    H = client.objective("rolling").at(rng.normal(size=N)).hessian()
-
-                    def matvec(v, H=H):
-                        nonlocal asked
-                        asked += 1
-                        product = H @ v
-                        np.testing.assert_allclose(product, spd @ v, rtol=1e-9, atol=1e-9)
-                        return product
-
-                    b = rng.normal(size=N)
-                    operator = scipy.sparse.linalg.LinearOperator((N, N), matvec, dtype=float)
-                    solution, code = scipy.sparse.linalg.cg(operator, b, rtol=1e-12, maxiter=5000)
-                    assert code == 0
-                    np.testing.assert_allclose(solution, np.linalg.solve(spd, b), rtol=1e-6, atol=1e-9)
-                    solved[number].release()
-            finally:
-                solved[number].release(1000)
-            statistics = client.statistics()
-        return asked, statistics.vectors, statistics.retries
-
-    with concurrent.futures.ThreadPoolExecutor(SOLVERS) as pool:
-        solves = [pool.submit(solve, number) for number in range(SOLVERS)]
-        try:
-            for _ in range(RESTARTS):
-                for each in solved:  # All of them have solved with this server.
-                    assert each.acquire(timeout=WAIT)
-                stopped = server.lines.count("hvpd: stopped")
-                assert server.terminate() == 0
-                assert server.lines.count("hvpd: stopped") == stopped + 1
-                server.start()
-            for each in solved:
-                assert each.acquire(timeout=WAIT)
-        finally:
-            done.set()
-        counts = [each.result(WAIT) for each in solves]
-    assert all(asked == had > 0 for asked, had, _ in counts)
-    assert sum(retries for _, _, retries in counts) > 0
+    with Solves(server.address, {"rolling": spd}, SOLVERS) as solves:
+        for _ in range(RESTARTS):
+            solves.wait_for_each()  # With this server.
+            stopped = server.lines.count("hvpd: stopped")
+            assert server.terminate() == 0
+            assert server.lines.count("hvpd: stopped") == stopped + 1
+            server.start()
+        solves.wait_for_each()
+    assert all(asked == had > 0 for asked, had, _ in solves.counts)
+    assert sum(retries for _, _, retries in solves.counts) > 0
     assert server.terminate() == 0
 
 
