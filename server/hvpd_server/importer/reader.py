@@ -14,84 +14,25 @@ Guarantees for a module that was read:
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-import jax
-import jax.export
-import jax.extend.mlir
 import jax.interpreters.mlir
 from jaxlib.mlir import ir
 
 from hvpd_server.importer import attributes, rules
 from hvpd_server.importer.attributes import short
+from hvpd_server.importer.calls import Size, add_symbols, marked, reached, too_many
 from hvpd_server.importer.graph import Block, Module, Operation, TensorType
+from hvpd_server.importer.inert import check_function, check_module, is_inert
+from hvpd_server.importer.parsing import EXPORT_PLAIN, parse
 from hvpd_server.importer.rules import Limits
 from hvpd_server.importer.table import Refused
-
-_BYTECODE: Final = b"ML\xefR"
-"""First bytes of MLIR's bytecode, portable or not."""
-
-_QUANTIZED: Final = re.compile(r'!"?quant\b|uniform_(de)?quantize')
-"""Traces of quantized types in a message of MLIR's."""
 
 _DIALECTS: Final = ("stablehlo.", "chlo.", "func.call", "func.return")
 """First characters of the names of operations."""
 
 _RETURNS: Final = frozenset(["func.return", "stablehlo.return", "chlo.return"])
-
-_ONE: Final = frozenset(["1 : i32", "1 : i64"])
-_EMPTY: Final = frozenset(["[]", "{}"])
-
-_MODULE: Final[Mapping[str, frozenset[str] | None]] = {
-    "sym_name": None,
-    "jax.uses_shape_polymorphism": None,
-    "mhlo.num_partitions": _ONE,
-    "mhlo.num_replicas": _ONE,
-    # As other exporters write them.
-    "mhlo.cross_program_prefetches": _EMPTY,
-    "mhlo.input_output_alias": _EMPTY,
-    "mhlo.frontend_attributes": _EMPTY,
-    "mhlo.is_dynamic": None,
-    "mhlo.use_auto_spmd_partitioning": frozenset(["false"]),
-    "tf.versions": None,
-}
-"""Attributes of a module that change nothing on one device, and the values that they
-may have, as text; None for any.
-"""
-
-_FUNCTION: Final = frozenset(
-    ["sym_name", "function_type", "sym_visibility", "arg_attrs", "res_attrs", "no_inline", "tf.entry_function"]
-)
-"""Attributes of a function that do not change its meaning."""
-
-_ARGUMENT: Final[Mapping[str, frozenset[str] | None]] = {
-    "jax.global_constant": None,
-    "jax.arg_info": None,
-    "jax.result_info": None,
-    "tf._user_specified_name": None,
-    "mhlo.layout_mode": frozenset(['"default"', '"auto"']),
-    "mhlo.sharding": frozenset(['""', '"{replicated}"', '"{maximal device=0}"']),
-}
-"""Attributes of arguments and results that change nothing on one device, and the values
-that they may have, as text.
-"""
-
-_EXPORT_PLAIN: Final = (
-    "export a function of one device, without donated arguments, aliases, shardings or other memories"
-)
-
-_DROPPED: Final[Mapping[str, frozenset[str] | None]] = {
-    "mhlo.sharding": _ARGUMENT["mhlo.sharding"],
-    "sdy.sharding_rule": None,
-    "mhlo.layout_mode": None,
-    "operandSegmentSizes": None,
-    "resultSegmentSizes": None,
-}
-"""Attributes of operations that change no value on one device, and the values that they
-may have, as text.
-"""
 
 _FRONTEND: Final = "mhlo.frontend_attributes"
 _FRONTEND_DROPPED: Final = frozenset(["num_batch_dims", "xla.sdy.sharding_rule"])
@@ -138,7 +79,7 @@ def read(blob: bytes | bytearray | str, limits: Limits | None = None, *, context
     context.enable_multithreading(False)  # A process that has threads cannot fork, as the one that reads programs does.
     context.allow_unregistered_dialects = True  # So that the refusal of a foreign operation can name it.
     with context, ir.Location.unknown():
-        module = _parse(blob if isinstance(blob, str) else bytes(blob))
+        module = parse(blob if isinstance(blob, str) else bytes(blob))
         try:
             return _Reader(module, limits).module()
         except RecursionError:
@@ -150,72 +91,8 @@ def read(blob: bytes | bytearray | str, limits: Limits | None = None, *, context
             ) from None
 
 
-def _parse(blob: bytes | str) -> ir.Module:
-    try:
-        if isinstance(blob, str):
-            return ir.Module.parse(blob)
-        if not blob.startswith(_BYTECODE) and b"\0" in blob[:64]:
-            blob = _exported(blob)
-        if not blob.startswith(_BYTECODE):
-            return ir.Module.parse(blob.decode())
-        return _bytecode(blob)
-    except (MemoryError, Refused):
-        raise
-    except RecursionError:
-        raise Refused(rules.PROGRAM_TOO_LARGE, "is nested too deeply to be read") from None
-    except Exception as error:  # noqa: BLE001 - the parsers raise many kinds
-        words = short(str(error).replace("\n", " "))
-        if _QUANTIZED.search(words):
-            raise Refused(
-                rules.OPERATION_REFUSED,
-                f"has quantized types, which are not served: {words}. Expected floating-point numbers in their place",
-            ) from None
-        raise Refused(
-            rules.BUNDLE_INCOMPATIBLE,
-            f"cannot be read by this server (jax {jax.__version__}): {type(error).__name__}: {words}. Expected StableHLO "
-            "as a portable artifact, bytecode or text, or a serialized jax.export.Exported",
-        ) from None
-
-
-def _exported(blob: bytes) -> bytes:
-    """Return the module of a serialized `jax.export.Exported`."""
-    exported = jax.export.deserialize(bytearray(blob))
-    if exported.nr_devices != 1 or any(
-        sharding is not None for sharding in (*exported.in_shardings_hlo, *exported.out_shardings_hlo)
-    ):
-        raise Refused(
-            rules.OPERATION_REFUSED, f"is for {exported.nr_devices} devices or says where arrays are: {_EXPORT_PLAIN}"
-        )
-    return exported.mlir_module_serialized
-
-
-def _bytecode(blob: bytes) -> ir.Module:
-    """Return a portable artifact, or StableHLO bytecode that is not portable."""
-    try:
-        module: ir.Module = jax.extend.mlir.deserialize_portable_artifact(blob)
-    except Exception:  # noqa: BLE001 - the parser raises many kinds
-        # Gives the reason, which the error above does not; a handler of diagnostics
-        # there crashes jaxlib 0.11.
-        module = ir.Module.parse(blob)
-        for view in module.body.operations:
-            if view.operation.name.startswith("vhlo."):
-                raise ValueError("the portable artifact has operations of a later version of StableHLO") from None
-    return module
-
-
 _Values = dict[Any, int]
 """Numbers of MLIR's values, which jaxlib's stubs type incompletely."""
-
-
-@dataclasses.dataclass
-class _Size:
-    """The size of a function, without the functions that it calls."""
-
-    operations: int = 0
-    calls: list[str] = dataclasses.field(default_factory=list)
-    """Functions that it calls, one entry for each call."""
-    named: list[str] = dataclasses.field(default_factory=list)
-    """Strings that may name more functions."""
 
 
 @dataclasses.dataclass
@@ -265,25 +142,25 @@ class _Reader:
 
     def module(self) -> Module:
         """Return the module as plain Python."""
-        self._check_module()
+        check_module(self._module)
         functions: dict[str, Block] = {}
-        sizes: dict[str, _Size] = {}
+        sizes: dict[str, Size] = {}
         public: list[str] = []
         for view in self._module.body.operations:
             operation = view.operation
             if operation.name != "func.func":
-                raise self._refused(operation, f"beside its functions: {_EXPORT_PLAIN}")
+                raise self._refused(operation, f"beside its functions: {EXPORT_PLAIN}")
             symbol = ir.StringAttr(operation.attributes["sym_name"]).value
             visibility = operation.attributes.get("sym_visibility")
             if visibility is None or ir.StringAttr(visibility).value == "public":
                 public.append(symbol)
-            self._check_function(operation)
+            check_function(operation)
             functions[symbol], sizes[symbol] = self._function(operation)
         for size in sizes.values():
             size.calls += [name for name in size.named if name in functions]
         entry = self._entry(public, functions)
-        reached = self._check_calls(entry, sizes)
-        others = [symbol for symbol in public if symbol not in reached]
+        called = reached(entry, sizes, self._limits)
+        others = [symbol for symbol in public if symbol not in called]
         if others:
             raise Refused(
                 rules.OPERATION_REFUSED,
@@ -302,39 +179,10 @@ class _Reader:
         )
         raise Refused(rules.BUNDLE_INVALID, f"{what}: expected one, or one that is called main")
 
-    def _check_module(self) -> None:
-        for name, value in self._attributes(self._module.operation):
-            if not _allowed(_MODULE, name, value):
-                raise Refused(
-                    rules.OPERATION_REFUSED,
-                    f"has the attribute {short(name)} = {short(value)} on its module, which is not served: {_EXPORT_PLAIN}",
-                )
-
-    def _check_function(self, function: ir.Operation) -> None:
-        symbol = short(ir.StringAttr(function.attributes["sym_name"]).value)
-        for name in function.attributes:
-            if name not in _FUNCTION:
-                raise Refused(
-                    rules.OPERATION_REFUSED,
-                    f"has the attribute {short(name)} on the function {symbol}, which is not served: {_EXPORT_PLAIN}",
-                )
-        for part in ("arg_attrs", "res_attrs"):
-            if part not in function.attributes:
-                continue
-            for index, dictionary in enumerate(ir.ArrayAttr(function.attributes[part])):
-                for name, value in attributes.items(ir.DictAttr(dictionary)):
-                    if not _allowed(_ARGUMENT, name, value):
-                        kind = "argument" if part == "arg_attrs" else "result"
-                        raise Refused(
-                            rules.OPERATION_REFUSED,
-                            f"has the attribute {short(name)} = {short(value)} on {kind} {index} of the function {symbol}, "
-                            f"which is not served: {_EXPORT_PLAIN}",
-                        )
-
-    def _function(self, function: ir.Operation) -> tuple[Block, _Size]:
+    def _function(self, function: ir.Operation) -> tuple[Block, Size]:
         """Return the body of a function, and its size."""
         values: _Values = {}
-        size = _Size()
+        size = Size()
         (region,) = function.regions
         frames = [self._frame(function, region, values, None)]
         while True:
@@ -364,7 +212,7 @@ class _Reader:
                 )
             self._regions(_Pending(operation, iter(operation.regions)), frames, values, size)
 
-    def _regions(self, pending: _Pending, frames: list[_Frame], values: _Values, size: _Size) -> None:
+    def _regions(self, pending: _Pending, frames: list[_Frame], values: _Values, size: Size) -> None:
         """Open the next region of an operation; if there is none, add the operation."""
         region = next(pending.regions, None)
         if region is None:
@@ -390,7 +238,7 @@ class _Reader:
         types = tuple(self._type(argument.type, operation) for argument in block.arguments)
         return _Frame(arguments, types, iter(block.operations), pending)
 
-    def _operation(self, pending: _Pending, values: _Values, size: _Size) -> Operation:
+    def _operation(self, pending: _Pending, values: _Values, size: Size) -> Operation:
         operation = pending.operation
         operands = self._operands(operation, values)
         types = tuple(self._type(result.type, operation) for result in operation.results)
@@ -416,7 +264,7 @@ class _Reader:
         except Refused as refused:
             raise self._refused(operation, str(refused), refused.reason) from None
 
-    def _plain(self, operation: ir.Operation, size: _Size) -> dict[str, Any]:
+    def _plain(self, operation: ir.Operation, size: Size) -> dict[str, Any]:
         """Return the attributes that have a meaning."""
         found: dict[str, Any] = {}
         for name in operation.attributes:
@@ -426,7 +274,7 @@ class _Reader:
                 raise self._refused(
                     operation, f"whose attribute {short(name)} cannot be read: {short(error)}"
                 ) from None
-            if _allowed(_DROPPED, name, value) or _is_default(name, value):
+            if is_inert(name, value):
                 continue
             try:
                 found[name] = attributes.plain(value)
@@ -439,8 +287,8 @@ class _Reader:
             # A rule gets strings for both symbols and strings, so both may name
             # functions.
             is_rule = name == "composite_attributes"
-            _symbols(value, size.named if is_rule else size.calls, strings=is_rule)
-        size.calls += _marked(found)
+            add_symbols(value, size.named if is_rule else size.calls, strings=is_rule)
+        size.calls += marked(found)
         if _FRONTEND in found and (name != "stablehlo.custom_call" or found[_FRONTEND].keys() <= _FRONTEND_DROPPED):
             del found[_FRONTEND]  # Hints for a compiler, such as TensorFlow's grad_x. They never reach XLA.
         return found
@@ -451,11 +299,11 @@ class _Reader:
     def _number(self, value: Any, values: _Values) -> int:
         return values.setdefault(value, len(values))
 
-    def _count(self, size: _Size) -> None:
+    def _count(self, size: Size) -> None:
         size.operations += 1
         self._operations += 1
         if self._operations > self._limits.operations:
-            raise self._too_many()
+            raise too_many(self._limits)
 
     def _type(self, type_: ir.Type, operation: ir.Operation) -> TensorType:
         """Return a value's type, within the limits."""
@@ -490,102 +338,10 @@ class _Reader:
             found = self._locations[location] = _place(location)
         return found
 
-    def _check_calls(self, entry: str, functions: Mapping[str, _Size]) -> frozenset[str]:
-        """Return the functions that the entry calls, itself included.
-
-
-        Raises:
-            Refused: A function calls itself, or the program is too large once calls are
-                replaced by the functions that they call.
-        """
-        sizes: dict[str, int] = {}
-        depths: dict[str, int] = {}
-        pending = [entry]
-        under_way: set[str] = set()
-        while pending:
-            name = pending[-1]
-            if name in sizes:
-                pending.pop()
-                continue
-            if name not in functions:
-                raise Refused(rules.BUNDLE_INVALID, f"calls the function {short(name)}, which is not there")
-            calls = functions[name].calls
-            missing = [called for called in dict.fromkeys(calls) if called not in sizes]
-            if missing:
-                if name in under_way:
-                    raise Refused(
-                        rules.OPERATION_REFUSED,
-                        f"has functions that call themselves, such as {short(name)}: expected loops by stablehlo.while",
-                    )
-                under_way.add(name)
-                pending += missing
-                continue
-            sizes[name] = functions[name].operations + sum(sizes[called] for called in calls)
-            depths[name] = 1 + max((depths[called] for called in calls), default=0)
-            if sizes[name] > self._limits.operations:
-                raise self._too_many()
-            if depths[name] > self._limits.calls:
-                raise Refused(
-                    rules.PROGRAM_TOO_LARGE,
-                    f"has more than {self._limits.calls} functions that call each other in a chain: inline some of them",
-                )
-            pending.pop()
-        return frozenset(sizes)
-
-    def _too_many(self) -> Refused:
-        return Refused(
-            rules.PROGRAM_TOO_LARGE,
-            f"has more than {self._limits.operations} operations, where each call of a function counts its operations again. "
-            "Nest loops and conditions less deeply, because each level can count its body twice, or put repeated code into one loop",
-        )
-
     def _refused(self, operation: ir.Operation, why: str, reason: str = rules.OPERATION_REFUSED) -> Refused:
         """Return an operation's refusal; `why` completes "has a stablehlo.add ..."."""
         place = self._location(operation)
         return Refused(reason, f"has a {short(operation.name)}{f' at {place}' if place else ''} {why}")
-
-    @staticmethod
-    def _attributes(operation: ir.Operation) -> Iterator[tuple[str, Any]]:
-        for name in operation.attributes:
-            yield name, operation.attributes[name]
-
-
-def _allowed(table: Mapping[str, frozenset[str] | None], name: str, value: Any) -> bool:
-    if name not in table:
-        return False
-    texts = table[name]
-    return texts is None or str(value) in texts
-
-
-def _is_default(name: str, value: Any) -> bool:
-    """Return whether an attribute only states its default."""
-    return name == "result_accuracy" and "mode<DEFAULT>" in str(value)
-
-
-def _symbols(attribute: Any, found: list[str], *, strings: bool) -> None:
-    """Add the functions that an attribute names, by symbols or, if `strings`, by
-    strings.
-    """
-    if isinstance(attribute, ir.FlatSymbolRefAttr) or (strings and isinstance(attribute, ir.StringAttr)):
-        found.append(attribute.value)
-    elif isinstance(attribute, ir.ArrayAttr):
-        for each in attribute:
-            _symbols(each, found, strings=strings)
-    elif isinstance(attribute, ir.DictAttr):
-        for _, each in attributes.items(attribute):
-            _symbols(each, found, strings=strings)
-
-
-def _marked(found: Mapping[str, Any]) -> list[str]:
-    """Return the functions that a mark of hvpd names.
-
-    A portable artifact keeps them as text.
-    """
-    given = found.get("composite_attributes")
-    if not str(found.get("name", "")).startswith("hvpd.") or not isinstance(given, dict):
-        return []
-    functions = given.get("functions")
-    return [each for each in functions if isinstance(each, str)] if isinstance(functions, list) else []
 
 
 def _bytes(type_: TensorType) -> int:
