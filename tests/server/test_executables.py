@@ -5,7 +5,7 @@ cannot move them. Their memory is limited.
 import numpy as np
 import pytest
 
-from hvpd_server.admission.vetting import UnsupportedError
+from hvpd_server.admission.session import UnsupportedError
 from hvpd_server.device.executables import Executables
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.importer import rules

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from hvpd_server.admission import vetting
+from hvpd_server.admission import vetter_process, vetting
 from hvpd_server.device import executables
 from hvpd_server.errors import Code
 from tests.support.engine import WAIT, refusal, uploaded
@@ -99,7 +99,7 @@ def held():
 
 @pytest.fixture
 def vetter(held, monkeypatch):
-    monkeypatch.setattr(vetting, "_COMMAND", ["-c", PROGRAM.format(address=held.address)])
+    monkeypatch.setattr(vetter_process, "COMMAND", ["-c", PROGRAM.format(address=held.address)])
     # Otherwise a program that an earlier test has compiled is not compiled here.
     monkeypatch.setattr(executables.Executables, "_cached", lambda self, path: (None, 0))
     with contextlib.closing(vetting.Vetter()) as opened:

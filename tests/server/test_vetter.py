@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from hvpd_server.admission import vetter as _vetter
-from hvpd_server.admission import vetting
+from hvpd_server.admission import vetter_process, vetting
+from hvpd_server.admission.session import UnsupportedError
 from hvpd_server.derivation import compiling
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.importer import rules
@@ -45,7 +46,7 @@ def told(monkeypatch):
             "vetter.derive = derive\n"
             "vetter.main()\n"
         )
-        monkeypatch.setattr(vetting, "_COMMAND", ["-c", program])
+        monkeypatch.setattr(vetter_process, "COMMAND", ["-c", program])
         opened.append(vetting.Vetter(dataclasses.replace(Limits(), **limits)))
         return opened[-1]
 
@@ -154,7 +155,7 @@ def test_reading_and_compiling_have_a_lower_priority_than_the_server(told, monke
         "compiling.compile_program = compile_program\n"
         "vetter.main()\n"
     )
-    monkeypatch.setattr(vetting, "_COMMAND", ["-c", program])
+    monkeypatch.setattr(vetter_process, "COMMAND", ["-c", program])
     with contextlib.closing(vetting.Vetter()) as compiles, pytest.raises(ServiceError) as error:
         compiled(compiles, "hvp", 1)
     assert str(error.value).endswith(f"nice {min(ours + 10, 19)}")
@@ -215,7 +216,7 @@ def test_a_compile_that_ends_badly_is_an_answer_and_the_next_one_is_compiled(mon
         "compiling.compile_program = bad\n"
         "vetter.main()\n"
     )
-    monkeypatch.setattr(vetting, "_COMMAND", ["-c", program])
+    monkeypatch.setattr(vetter_process, "COMMAND", ["-c", program])
     seconds = 0.5 if "pause" in work else 60
     with contextlib.closing(vetting.Vetter(dataclasses.replace(Limits(), compile_seconds=seconds))) as vetter:
         for _ in range(2):
@@ -245,7 +246,7 @@ def test_forks_find_jax_and_scipy_imported(monkeypatch):
         "vetter._import_all, compiling.compile_program = imported, late\n"
         "vetter.main()\n"
     )
-    monkeypatch.setattr(vetting, "_COMMAND", ["-c", program])
+    monkeypatch.setattr(vetter_process, "COMMAND", ["-c", program])
     factored = made(lambda x: jnp.sum(jnp.linalg.cholesky(jnp.eye(3) + jnp.outer(x, x))), np.zeros(3))
     with (
         contextlib.closing(vetting.Vetter()) as vetter,
@@ -261,10 +262,10 @@ def test_a_backend_that_cannot_serialize_is_told_apart(monkeypatch):
         "compiling.dump = lambda compiled: 1 / 0\n"
         "vetter.main()\n"
     )
-    monkeypatch.setattr(vetting, "_COMMAND", ["-c", program])
+    monkeypatch.setattr(vetter_process, "COMMAND", ["-c", program])
     with (
         contextlib.closing(vetting.Vetter()) as vetter,
-        pytest.raises(vetting.UnsupportedError, match="ZeroDivision"),
+        pytest.raises(UnsupportedError, match="ZeroDivision"),
     ):
         compiled(vetter, "hvp", 1)
 
@@ -294,7 +295,7 @@ def test_a_compile_has_a_limit_on_memory_on_a_cpu_only():
 
 def test_on_a_system_without_a_limit_on_memory_the_log_says_so(monkeypatch, caplog):
     process = types.SimpleNamespace(wait=lambda timeout: 0)
-    monkeypatch.setattr(vetting.subprocess, "Popen", lambda *arguments, **settings: process)
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **settings: process)
     with contextlib.closing(vetting.Vetter()) as vetter:
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr(sys, "platform", "darwin")
@@ -306,7 +307,7 @@ def test_on_a_system_without_a_limit_on_memory_the_log_says_so(monkeypatch, capl
     "command", [["-c", "raise SystemExit(1)"], ["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]]
 )
 def test_one_that_cannot_be_had_is_not_the_bundles_fault(monkeypatch, command):
-    monkeypatch.setattr(vetting, "_COMMAND", command)
+    monkeypatch.setattr(vetter_process, "COMMAND", command)
     with contextlib.closing(vetting.Vetter()) as broken, pytest.raises(ServiceError) as error:
         broken.vet(parts(PLAIN, objective=b""))
     assert (error.value.code, error.value.reason) == (Code.UNAVAILABLE, "VETTING_UNAVAILABLE")
@@ -338,8 +339,8 @@ vetter.derive = derive
 vetter.main()
 """
     owning = f"""
-from hvpd_server.admission import vetting
-vetting._COMMAND = ["-c", {reading!r}]
+from hvpd_server.admission import vetter_process, vetting
+vetter_process.COMMAND = ["-c", {reading!r}]
 vetting.Vetter().vet({{"bundle": b""}})
 """
     with subprocess.Popen([sys.executable, "-c", owning]) as owner, pipe.open("rb", buffering=0) as alive:

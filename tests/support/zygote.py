@@ -223,9 +223,9 @@ def _server(request: Mapping[str, Any]) -> int:
 
 def _fork_vetters(address: str) -> None:
     """Have a zygote fork the vetter of this process."""
-    from hvpd_server.admission import vetting
+    from hvpd_server.admission import vetter_process
 
-    start = vetting._start
+    start = vetter_process.start
 
     def fork(stdin: int, environment: Mapping[str, str]) -> Any:
         with Path(os.devnull).open("wb") as silent:
@@ -234,7 +234,7 @@ def _fork_vetters(address: str) -> None:
             except UnsuitedError:
                 return start(stdin, environment)
 
-    vetting._start = fork
+    vetter_process.start = fork
 
 
 class _Child:

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import jax
 
 from hvpd.v1 import objective_pb2
-from hvpd_server.admission.vetting import UnsupportedError, Vetter
+from hvpd_server.admission.session import UnsupportedError
+from hvpd_server.admission.vetting import Vetter
 from hvpd_server.derivation import compiling
 from hvpd_server.derivation.compiling import Compiled, Target
 from hvpd_server.derivation.programs import Derivation

@@ -1,0 +1,183 @@
+"""The server's end of a session, the fork that reads and compiles one bundle."""
+
+import base64
+import contextlib
+import hashlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Mapping
+
+from hvpd import _text
+from hvpd.v1 import objective_pb2
+from hvpd_server.errors import Code, ServiceError
+from hvpd_server.importer import rules
+
+_PATIENCE = 120.0
+"""Seconds to wait for the process to start, or to report a limit."""
+
+_END = 10.0
+"""Seconds to wait until the keeper of a fork says why the fork ended."""
+
+_MOST = 1 << 24
+"""Most bytes of an answer."""
+
+_MESSAGE = 2100
+"""Most characters of a refusal. The process sends at most 2000, and their number."""
+
+_MOST_EXECUTABLE = 2 << 30
+"""Most bytes of an executable."""
+
+_PIECE = 1 << 16
+"""Bytes to read at a time."""
+
+
+class UnsupportedError(Exception):
+    """The device's backend cannot move executables between processes."""
+
+
+class Session:
+    """A fork that has read one bundle and compiles its programs.
+
+    Args:
+        key: SHA-256 of the serialized bundle.
+        control: Socket to the fork.
+        limits: Limits on programs.
+    """
+
+    def __init__(self, key: str, control: socket.socket, limits: rules.Limits) -> None:
+        self.key = key
+        self.abandoned = False
+        """Whether the session was ended because no caller waits for it."""
+        self._control = control
+        self._limits = limits
+        self._sending = threading.Lock()
+        self.users = 0
+        """Number of compiles under way."""
+        self.used = time.monotonic()
+        """Time of the last compile's end."""
+
+    def derivation(self) -> objective_pb2.Derivation:
+        """Return the derivation of the bundle.
+
+        Raises:
+            ServiceError: The programs are refused.
+            OSError: The process is gone.
+        """
+        self._control.settimeout(self._limits.seconds + _PATIENCE)
+        try:
+            verdict = _read_line(self._control)
+        except TimeoutError:
+            verdict = {"reason": rules.VETTING_TIMEOUT, "message": "the process that reads programs does not answer"}
+        if "derivation" not in verdict:
+            raise _refused(verdict, "the bundle is refused")
+        return objective_pb2.Derivation.FromString(base64.b64decode(verdict["derivation"]))
+
+    def compile(self, order: Mapping[str, object]) -> bytes:
+        """Return the executable of a program, as `derivation.compiling.load` takes it.
+
+        Args:
+            order: rows, name, width, devices, data and deterministic; see `vetter`.
+
+        Raises:
+            ServiceError: The program cannot be compiled.
+            UnsupportedError: The backend cannot serialize it.
+            OSError: The session is gone.
+        """
+        what = f"the server cannot compile {order['name']} (width {order['width']})"
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs, self._sending:
+                socket.send_fds(self._control, [json.dumps(order).encode() + b"\n"], [theirs.fileno()])
+            ours.settimeout(self._limits.compile_seconds + _PATIENCE if self._limits.compile_seconds else None)
+            try:
+                try:
+                    header = _read_line(ours)
+                except ConnectionError:  # The session ended; its keeper says why.
+                    self._control.settimeout(_END)
+                    header = _read_line(self._control)
+                if "unsupported" in header:
+                    raise UnsupportedError(header["unsupported"])
+                if "size" not in header:
+                    raise _refused(header, what)
+                blob = _read(ours, min(int(header["size"]), _MOST_EXECUTABLE))
+            except TimeoutError:
+                verdict = {
+                    "reason": rules.COMPILE_FAILED,
+                    "message": f"it takes more than {self._limits.compile_seconds:g} s",
+                }
+                raise _refused(verdict, what) from None
+        if hashlib.sha256(blob).hexdigest() != header["sha256"]:
+            verdict = {
+                "reason": rules.COMPILE_FAILED,
+                "message": "the process that compiled it ended before it had sent the whole executable",
+            }
+            raise _refused(verdict, what)
+        return blob
+
+    def end(self) -> None:
+        """End the fork."""
+        self._hang_up()
+        self._control.close()
+
+    def abandon(self) -> None:
+        """End the fork, and its compiles. Their callers get an error with the code
+        CANCELLED.
+        """
+        self.abandoned = True
+        self._hang_up()  # The keeper of the fork kills it, and the kernel kills the workers with it.
+
+    def _hang_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
+
+
+def _read_line(control: socket.socket) -> Mapping[str, str]:
+    """Return a line of JSON from a process.
+
+    Raises:
+        ConnectionError: The process is gone.
+        TimeoutError: The process does not answer.
+    """
+    answer = bytearray()
+    while not answer.endswith(b"\n"):
+        # Other bytes follow the line, so nothing is read beyond its end.
+        waiting = control.recv(_PIECE, socket.MSG_PEEK)
+        end = waiting.find(b"\n") + 1
+        piece = control.recv(end or len(waiting))
+        if not piece or len(answer) > _MOST:
+            raise ConnectionError("the process is gone")
+        answer += piece
+    try:
+        found = json.loads(answer)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        return {"reason": rules.VETTING_FAILED, "message": "the process that read the programs said nothing"}
+    return found
+
+
+def _read(control: socket.socket, size: int) -> bytes:
+    """Return `size` bytes from a process, or fewer if it ends before."""
+    found = bytearray()
+    while len(found) < size and (piece := control.recv(min(size - len(found), _PIECE))):
+        found += piece
+    return bytes(found)
+
+
+def _refused(verdict: Mapping[str, str], what: str) -> ServiceError:
+    reason = verdict.get("reason")
+    reason = reason if reason in rules.REASONS else rules.VETTING_FAILED
+    return ServiceError(
+        Code.RESOURCE_EXHAUSTED if reason == rules.DEVICE_MEMORY else Code.INVALID_ARGUMENT,
+        reason,
+        f"{what}: {_text.cut(_printable(str(verdict.get('message', ''))), _MESSAGE)}",
+    )
+
+
+def _printable(text: str) -> str:
+    """Return one line without control characters, because a program's words go into
+    logs.
+    """
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
