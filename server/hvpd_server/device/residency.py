@@ -12,14 +12,13 @@ entry that its last user leaves is dropped. This module knows no jax and no gRPC
 """
 
 import collections
-import dataclasses
-import itertools
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any
 
+from hvpd_server.device.entries import Entries
 from hvpd_server.errors import Code, ServiceError
 
 _NOTHING: Mapping[Hashable, int] = MappingProxyType({})
@@ -29,30 +28,6 @@ _ENTRY_BYTES = 16 << 10
 
 _LEAST_ENTRIES = 1000
 """Number of entries that may exist with any budget."""
-
-
-@dataclasses.dataclass(slots=True)
-class _Entry:
-    kind: str
-    value: Any
-    size_bytes: int
-    needs: tuple[Hashable, ...]
-    all_needs: "Mapping[Hashable, _Entry]"
-    """All entries that this entry needs, directly or indirectly. Each comes after the
-    entries that it needs itself. If one of them is dropped, so is this entry.
-    """
-    needed_by: set[Hashable] = dataclasses.field(default_factory=set)
-    leases: dict[str, float] = dataclasses.field(default_factory=dict)
-    """By user, the seconds for which the entry is pinned after each use; empty if it is
-    not pinned.
-    """
-    pinned_until: float = 0.0
-    used: int = 0
-    """Number of the last use: the larger, the later."""
-    users: set[str] = dataclasses.field(default_factory=set)
-
-
-_NO_ENTRY: Final = _Entry("", None, 0, (), {})
 
 
 class Residency:
@@ -77,22 +52,17 @@ class Residency:
         self._limit_of = limit_of
         self._clock = clock
         self._lock = threading.Lock()
-        self._entries: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
-        self._latest = _NO_ENTRY  # The entry that was used last.
-        self._leased: set[Hashable] = set()
+        self._entries = Entries(clock)
         # Small entries take memory of the host, too: some 12 KiB a point.
         self._most_entries = max(budget_bytes // _ENTRY_BYTES, _LEAST_ENTRIES)
-        self._uses = itertools.count(1)
-        self._joined: collections.defaultdict[str, set[Hashable]] = collections.defaultdict(set)
         self._loading: dict[Hashable, threading.Lock] = {}
-        self._used: collections.Counter[str] = collections.Counter()
         self._hits: collections.Counter[str] = collections.Counter()
         self._misses: collections.Counter[str] = collections.Counter()
 
     def used_bytes(self) -> dict[str, int]:
         """Return the resident bytes, by kind."""
         with self._lock:
-            return dict(self._used)
+            return dict(self._entries.used_bytes)
 
     def asked(self) -> tuple[dict[str, int], dict[str, int]]:
         """Return the hits (entries that were found) and the misses (entries that were
@@ -116,8 +86,8 @@ class Residency:
             if entry is None or (user is not None and user not in entry.users):
                 return None
             # The use of the latest entry is recorded. A pin is renewed at each use.
-            if self._leased or entry is not self._latest:
-                self._touch(key)
+            if self._entries.leased or entry is not self._entries.latest:
+                self._entries.touch(key)
             self._hits[entry.kind] += 1
             return entry.value
 
@@ -129,7 +99,7 @@ class Residency:
     def free_bytes(self) -> int:
         """Return the bytes of the budget that are not in use."""
         with self._lock:
-            return self.budget_bytes - sum(self._used.values())
+            return self.budget_bytes - self._entries.used_bytes.total()
 
     def put(
         self,
@@ -160,30 +130,23 @@ class Residency:
         """
         evicted: list[str] = []
         with self._lock:
-            self._forget(key, [])
+            self._entries.forget(key, [])
             present = tuple(need for need in dict.fromkeys(needs) if need in self._entries)
             self._check(size_bytes, kind, present)
-            if not evict and sum(self._used.values()) + size_bytes > self.budget_bytes:
+            if not evict and self._entries.used_bytes.total() + size_bytes > self.budget_bytes:
                 raise no_room(size_bytes)
             for need in present:
-                self._touch(need)
-            held = self._closure([*present, *self._pinned()])
-            while sum(self._used.values()) + size_bytes > self.budget_bytes:
-                self._forget(next(entry for entry in self._entries if entry not in held), evicted)
+                self._entries.touch(need)
+            held = self._entries.closure([*present, *self._entries.pinned()])
+            while self._entries.used_bytes.total() + size_bytes > self.budget_bytes:
+                self._entries.forget(next(entry for entry in self._entries if entry not in held), evicted)
             while evict and len(self._entries) >= self._most_entries:
                 oldest = next((entry for entry in self._entries if entry not in held), None)
                 if oldest is None:
                     break
-                self._forget(oldest, evicted)
-            all_needs: dict[Hashable, _Entry] = {}
-            for need in present:
-                all_needs |= {**self._entries[need].all_needs, need: self._entries[need]}
-            entry = _Entry(kind, value, size_bytes, present, all_needs, used=next(self._uses))
-            self._latest = self._entries[key] = entry
+                self._entries.forget(oldest, evicted)
+            self._entries.add(key, kind, value, size_bytes, present)
             self._misses[kind] += 1
-            for need in present:
-                self._entries[need].needed_by.add(key)
-            self._used[kind] += size_bytes
         for dropped in evicted:
             self._on_evict(dropped)
 
@@ -213,23 +176,23 @@ class Residency:
             entry = self._entries.get(key)
             if entry is None:
                 return False
-            self._touch(key)
+            self._entries.touch(key)
             more = size_bytes - entry.size_bytes
             if more > 0:
                 self._check(more, entry.kind, [key])
-            held = self._closure([key, *self._pinned()])
-            while more > 0 and sum(self._used.values()) + more > self.budget_bytes:
-                self._forget(next(other for other in self._entries if other not in held), evicted)
+            held = self._entries.closure([key, *self._entries.pinned()])
+            while more > 0 and self._entries.used_bytes.total() + more > self.budget_bytes:
+                self._entries.forget(next(other for other in self._entries if other not in held), evicted)
             entry.size_bytes = size_bytes
-            self._used[entry.kind] += more
+            self._entries.used_bytes[entry.kind] += more
         for dropped in evicted:
             self._on_evict(dropped)
         self.fit(key)
         return True
 
     def _check(self, size_bytes: int, kind: str, present: Sequence[Hashable]) -> None:
-        needed = self._closure(present)
-        size_bytes += self._bytes(needed)
+        needed = self._entries.closure(present)
+        size_bytes += self._entries.bytes_of(needed)
         if size_bytes > self.budget_bytes:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
@@ -237,7 +200,7 @@ class Residency:
                 f"{kind} of {size_bytes} bytes, with the entries that it needs, is larger than the server's memory budget of "
                 f"{self.budget_bytes} bytes: raise `hvpd serve --memory-budget`",
             )
-        pinned = self._bytes(self._closure(self._pinned()) - needed)
+        pinned = self._entries.bytes_of(self._entries.closure(self._entries.pinned()) - needed)
         if size_bytes + pinned > self.budget_bytes:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
@@ -285,7 +248,7 @@ class Residency:
             if entry is None:
                 return
             entry.users.add(user)
-            self._joined[user].add(key)
+            self._entries.joined[user].add(key)
             evicted = self._fit(user, key)
         for dropped in evicted:
             self._on_evict(dropped)
@@ -293,7 +256,9 @@ class Residency:
     def had_bytes(self, user: str) -> int:
         """Return the bytes of a user's share."""
         with self._lock:
-            return self._bytes({part for key in self._joined.get(user, ()) for part in self._had(key, user)})
+            return self._entries.bytes_of(
+                {part for key in self._entries.joined.get(user, ()) for part in self._had(key, user)}
+            )
 
     def check_user(self, user: str, size_bytes: int, kind: str, needs: Mapping[Hashable, int] = _NOTHING) -> None:
         """Raise ServiceError if an entry exceeds a user's limit even after the user has
@@ -303,10 +268,11 @@ class Residency:
         if limit is None:
             return
         with self._lock:
-            present = self._closure(key for key in needs if key in self._entries)
-            size_bytes += sum(size for key, size in needs.items() if key not in self._entries) + self._bytes(present)
-            pinned = {part for key in self._pinned(user) for part in self._had(key, user)}
-            beside = self._bytes(pinned - present)
+            present = self._entries.closure(key for key in needs if key in self._entries)
+            size_bytes += sum(size for key, size in needs.items() if key not in self._entries)
+            size_bytes += self._entries.bytes_of(present)
+            pinned = {part for key in self._entries.pinned(user) for part in self._had(key, user)}
+            beside = self._entries.bytes_of(pinned - present)
         if size_bytes + beside > limit:
             pins = f" beside {beside} bytes that are pinned" if beside else ""
             raise ServiceError(
@@ -342,23 +308,23 @@ class Residency:
         limit, evicted = self._limit_of(user), list[str]()
         if limit is None:
             return evicted
-        had = {key: self._had(key, user) for key in self._joined[user]}
+        had = {key: self._had(key, user) for key in self._entries.joined[user]}
         times = collections.Counter(part for parts in had.values() for part in parts)
-        excess = self._bytes(times) - limit
+        excess = self._entries.bytes_of(times) - limit
         if excess <= 0:
             return evicted
-        staying = {keep, *self._pinned(user)}
+        staying = {keep, *self._entries.pinned(user)}
         for key in sorted(had.keys() - staying, key=lambda key: self._entries[key].used):
             for part in had[key]:
                 times[part] -= 1
                 excess -= self._entries[part].size_bytes if not times[part] else 0
-            self._joined[user].discard(key)
+            self._entries.joined[user].discard(key)
             self._entries[key].users.discard(user)
             if excess <= 0:
                 break
-        for key in had.keys() - self._joined[user]:
+        for key in had.keys() - self._entries.joined[user]:
             if key in self._entries and not self._entries[key].users:
-                self._forget(key, evicted)
+                self._entries.forget(key, evicted)
         return evicted
 
     def _had(self, key: Hashable, user: str) -> set[Hashable]:
@@ -366,7 +332,7 @@ class Residency:
         other users only.
         """
         needing = (each for each in self._entries[key].needed_by if self._entries[each].users <= {user})
-        return self._closure({key, *needing})
+        return self._entries.closure({key, *needing})
 
     # Pins
 
@@ -384,9 +350,9 @@ class Residency:
             if not seconds:
                 entry.leases.pop(user, None)
                 if not entry.leases:
-                    self._leased.discard(key)
+                    self._entries.leased.discard(key)
                 return
-            size_bytes = self._bytes(self._closure([*self._pinned(), key]))
+            size_bytes = self._entries.bytes_of(self._entries.closure([*self._entries.pinned(), key]))
             if size_bytes > self.budget_bytes // 2:
                 raise ServiceError(
                     Code.RESOURCE_EXHAUSTED,
@@ -396,21 +362,12 @@ class Residency:
                 )
             entry.leases[user] = seconds
             entry.pinned_until = self._clock() + max(entry.leases.values())
-            self._leased.add(key)
+            self._entries.leased.add(key)
 
     def pinned(self) -> list[Any]:
         """Return the values of all pinned entries."""
         with self._lock:
-            return [self._entries[key].value for key in self._pinned()]
-
-    def _pinned(self, user: str | None = None) -> list[Hashable]:
-        """Return the keys that are pinned, by this user or by any."""
-        now = self._clock()
-        return [
-            key
-            for key in self._leased
-            if self._entries[key].pinned_until > now and (user is None or user in self._entries[key].leases)
-        ]
+            return [self._entries[key].value for key in self._entries.pinned()]
 
     def relieve(self, keep: Sequence[Hashable]) -> bool:
         """Evict all residuals. If there are none, evict all entries, except entries in
@@ -420,9 +377,9 @@ class Residency:
         evicted: list[str] = []
         with self._lock:
             residuals = [key for key, entry in self._entries.items() if entry.kind == "residuals"]
-            kept = self._closure([*(key for key in keep if key in self._entries), *self._pinned()])
+            kept = self._entries.closure([*(key for key in keep if key in self._entries), *self._entries.pinned()])
             for key in residuals or [key for key in self._entries if key not in kept]:
-                self._forget(key, evicted)
+                self._entries.forget(key, evicted)
         for kind in evicted:
             self._on_evict(kind)
         return bool(evicted)
@@ -430,67 +387,13 @@ class Residency:
     def drop(self, key: Hashable) -> None:
         """Drop an entry."""
         with self._lock:
-            self._forget(key, [])
+            self._entries.forget(key, [])
 
     def drop_where(self, condition: Callable[[Any], bool]) -> None:
         """Drop all entries whose value fulfils a condition."""
         with self._lock:
             for key in [key for key, entry in self._entries.items() if condition(entry.value)]:
-                self._forget(key, [])
-
-    def _closure(self, keys: Iterable[Hashable]) -> set[Hashable]:
-        """Return these entries, and all that they need."""
-        rest = list(keys)
-        held = set(rest)
-        while rest:
-            new = set(self._entries[rest.pop()].needs) - held
-            held |= new
-            rest.extend(new)
-        return held
-
-    def _bytes(self, keys: Iterable[Hashable]) -> int:
-        return sum(self._entries[key].size_bytes for key in keys)
-
-    def _touch(self, key: Hashable) -> None:
-        entries, used = self._entries, next(self._uses)
-        entry = entries[key]
-        for each, needed in entry.all_needs.items():
-            if needed.leases:
-                self._renew(each, needed)
-            needed.used = used
-            entries.move_to_end(each)
-        self._latest, entry.used = entry, used
-        if entry.leases:
-            self._renew(key, entry)
-        entries.move_to_end(key)
-
-    def _renew(self, key: Hashable, entry: _Entry) -> None:
-        """Renew the pin of an entry. A pin that has ended is not renewed: others may
-        have been pinned in its place.
-        """
-        now = self._clock()
-        if entry.pinned_until > now:
-            entry.pinned_until = now + max(entry.leases.values())
-        else:
-            entry.leases.clear()
-            self._leased.discard(key)
-
-    def _forget(self, key: Hashable, dropped: list[str]) -> None:
-        entry = self._entries.pop(key, None)
-        if entry is None:
-            return
-        if self._latest is entry:
-            self._latest = _NO_ENTRY
-        self._leased.discard(key)
-        for user in entry.users:
-            self._joined[user].discard(key)
-        dropped.append(entry.kind)
-        self._used[entry.kind] -= entry.size_bytes
-        for need in entry.needs:
-            if need in self._entries:
-                self._entries[need].needed_by.discard(key)
-        for dependent in tuple(entry.needed_by):
-            self._forget(dependent, dropped)
+                self._entries.forget(key, [])
 
 
 def no_room(size_bytes: int) -> ServiceError:

@@ -196,7 +196,7 @@ def test_a_linearized_product_is_made_by_apply_with_and_without_room_for_its_res
     residency.drop(("residuals", point.id))
     residency.put("three", "data", 3, residency.free_bytes())
     residency._entries["three"].leases[""] = residency._entries["three"].pinned_until = float("inf")
-    residency._leased.add("three")
+    residency._entries.leased.add("three")
     calls.clear()
     assert multiply(roomy, point, V).tobytes() == expected
     assert {name for name, _ in calls.run()} == {"prepare", "apply"}

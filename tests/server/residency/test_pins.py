@@ -194,7 +194,7 @@ def test_pinned_entries_always_stay_and_take_at_most_half_of_the_budget(steps):
 
     def held():
         """Return the pinned entries, with the entries that they need."""
-        return residency._closure(residency._pinned())
+        return residency._entries.closure(residency._entries.pinned())
 
     for action, key, size, needs in steps:
         before = held()
@@ -213,5 +213,5 @@ def test_pinned_entries_always_stay_and_take_at_most_half_of_the_budget(steps):
             with contextlib.suppress(ServiceError):
                 residency.put(key, "data", key, size, needs=[need for need in needs if need != key])
             assert held() == before
-        assert residency._bytes(held()) <= 10
+        assert residency._entries.bytes_of(held()) <= 10
         assert sum(residency.used_bytes().values()) <= 20
