@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hvpd import _text
-from hvpd._wire import codec, protocol
+from hvpd._wire import codec
 from hvpd.v1 import curvature_pb2, objective_pb2, server_pb2, tensor_pb2
 from hvpd_server import bundle as _admission
 from hvpd_server.admission.vetting import Vetter
 from hvpd_server.device.device import Device, host
 from hvpd_server.engine.lane import lanes_of
 from hvpd_server.engine.launches import Iteration, vectors_of
-from hvpd_server.engine.objective import OPERATORS, Objective, program_of
+from hvpd_server.engine.objective import Objective
 from hvpd_server.engine.objectives import Objectives
 from hvpd_server.engine.point import Point, point_id
+from hvpd_server.engine.product_checks import check_operator, check_product
 from hvpd_server.engine.registration import Registration, not_stored
 from hvpd_server.engine.registration_checks import Checks
 from hvpd_server.errors import Code, ServiceError
@@ -294,46 +294,9 @@ class Engine:
             ServiceError: NOT_FOUND with reason POINT_NOT_RESIDENT, or the request is
                 invalid.
         """
-        if spec.operator not in OPERATORS:
-            unset = spec.operator == curvature_pb2.OPERATOR_UNSPECIFIED
-            raise ServiceError(
-                Code.INVALID_ARGUMENT,
-                "UNKNOWN_OPERATOR",
-                "the product's operator is not set: set ProductSpec.operator, for example to OPERATOR_HESSIAN"
-                if unset
-                else f"this server has the operators {min(OPERATORS)} to {max(OPERATORS)}, got {spec.operator}: upgrade the server",
-            )
+        check_operator(spec)
         point = self.point(spec.point_id, tenant)
-        objective = point.objective
-        if not 0 <= spec.block <= len(objective.bundle.blocks) or (spec.block and spec.leaves):
-            raise ServiceError(
-                Code.INVALID_ARGUMENT,
-                "UNKNOWN_BLOCK",
-                f"objective {objective.digest[:12]} has {len(objective.bundle.blocks)} blocks, got {spec.block}",
-            )
-        if spec.mode or spec.precision:
-            _check_choices(spec, objective)
-        program = program_of(spec, objective.bundle)
-        objective.columns(program)
-        if OPERATORS[spec.operator] not in objective.described.programs:
-            raise ServiceError(
-                Code.FAILED_PRECONDITION,
-                "NO_SUCH_OPERATOR",
-                f"objective {objective.digest[:12]} has no {OPERATORS[spec.operator]}: "
-                "register hvpd.composite(model, loss); the Fisher matrices need its distribution, too",
-            )
-        if not 1 <= spec.k <= self.limits.max_block_width:
-            raise ServiceError(
-                Code.INVALID_ARGUMENT,
-                "BLOCK_WIDTH",
-                f"a product has 1 to {self.limits.max_block_width} vectors, got {spec.k}: send a wider block as several products",
-            )
-        if abs(spec.priority) > protocol.MAX_PRIORITY:
-            raise ServiceError(
-                Code.INVALID_ARGUMENT,
-                "PRIORITY",
-                f"a priority is from -{protocol.MAX_PRIORITY} to {protocol.MAX_PRIORITY}, got {spec.priority}",
-            )
+        check_product(spec, point.objective, self.limits.max_block_width)
         return point
 
     def point(self, identity: str, tenant: str = "") -> Point:
@@ -490,37 +453,4 @@ class Engine:
             choices=[objective.plan.choose(width) for width in widths],
             residual_bytes=objective.residual_bytes,
             compiles=kernels.compiles(),
-        )
-
-
-def _check_choices(spec: curvature_pb2.ProductSpec, objective: Objective) -> None:
-    """Raise ServiceError unless a product can have the mode and the precision that it
-    asks for.
-    """
-    if spec.precision not in ("", *protocol.PRODUCT_PRECISIONS):
-        raise ServiceError(
-            Code.INVALID_ARGUMENT,
-            "UNKNOWN_PRECISION",
-            f"a product's precision is one of {', '.join(protocol.PRODUCT_PRECISIONS)}, got {_text.quoted(spec.precision, 40)}",
-        )
-    if not spec.mode or spec.mode == objective.bundle.mode:
-        return
-    if spec.mode not in protocol.PRODUCT_MODES:
-        raise ServiceError(
-            Code.INVALID_ARGUMENT,
-            "UNKNOWN_MODE",
-            f"a product's mode is one of {', '.join(protocol.PRODUCT_MODES)}, got {_text.quoted(spec.mode, 40)}",
-        )
-    if spec.operator != curvature_pb2.OPERATOR_HESSIAN:
-        raise ServiceError(
-            Code.INVALID_ARGUMENT, "UNKNOWN_MODE", f"only products of the Hessian have a mode, got mode {spec.mode}"
-        )
-    if spec.mode == "linearized" and (
-        spec.leaves or spec.block or spec.precision or "apply" not in objective.described.programs
-    ):
-        raise ServiceError(
-            Code.INVALID_ARGUMENT,
-            "UNKNOWN_MODE",
-            "mode linearized keeps residuals: it needs the whole Hessian, the objective's own precision, and an objective that was "
-            "registered with neither sharded nor any_rows",
         )
