@@ -9,8 +9,11 @@ import threading
 
 import pytest
 
+from hvpd_server import app
 from hvpd_server.admission import vetter_process, vetting
+from hvpd_server.config import Config
 from hvpd_server.device import executables
+from hvpd_server.engine.registration import Registration
 from hvpd_server.errors import Code
 from tests.support.engine import WAIT, refusal, uploaded
 
@@ -120,6 +123,17 @@ def begin(start):
     return begin
 
 
+@pytest.fixture
+def started(tmp_path, device, vetter, monkeypatch):
+    """Yield a server that has started, without a grace for callers that gave up."""
+    monkeypatch.setattr(app, "devices", lambda cache: [device])
+    monkeypatch.setattr(Registration.sweep, "__defaults__", (0.0,))
+    server = app.App(Config(store=tmp_path / "store", port=0, vector_port="off", drain=0.0), vetter=vetter)
+    server.start()
+    yield server
+    server.stop()
+
+
 @pytest.mark.parametrize("work", ["read", "value_and_grad"])
 def test_work_that_no_caller_waits_for_ends_and_can_be_repeated(open_engine, rosen, upload, held, begin, work):
     engine = open_engine()
@@ -185,3 +199,33 @@ def test_work_for_a_deleted_objective_ends(open_engine, rosen, upload, held):
     refusal(Code.CANCELLED, "CANCELLED", running.result, WAIT)
     later = objective.kernels.request("hvp", 4)
     refusal(Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND", later.result, WAIT)
+
+
+def test_a_server_looks_for_work_that_no_caller_waits_for(started, rosen, upload, held, begin):
+    digest = uploaded(started.engine, rosen, upload)
+    held.hold("value_and_grad")
+    result, leave = begin(started.engine, digest)
+    process = held.begun()
+    leave()
+    assert ended(process)
+    refusal(Code.CANCELLED, "CANCELLED", result.result, WAIT)
+
+
+def test_a_compile_that_begins_while_its_objective_is_deleted_ends(
+    open_engine, rosen, upload, held, vetter, start, monkeypatch
+):
+    engine = open_engine()
+    digest = uploaded(engine, rosen, upload)
+    objective = engine.registration.register(digest, "deleted")
+    for compile_ in engine.objectives.lane(objective).warm(objective):
+        compile_.result(WAIT)
+    open_session = vetter._open
+
+    def delete_meanwhile(*args):  # The compile has read the programs, and has no process yet.
+        start(engine.registration.delete, "deleted").result(WAIT)
+        return open_session(*args)
+
+    vetter.sweep(-1.0)  # Otherwise the compile would take a session that is open.
+    monkeypatch.setattr(vetter, "_open", delete_meanwhile)
+    held.hold("hvp")
+    refusal(Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND", objective.kernels.request("hvp", 8).result, WAIT)

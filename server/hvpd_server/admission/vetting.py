@@ -120,6 +120,7 @@ class Vetter:
         derivation: objective_pb2.Derivation,
         platform: str,
         order: Mapping[str, object],
+        check_wanted: Callable[[], None] = lambda: None,
     ) -> bytes:
         """Return the executable of a program, as `Session.compile` does.
 
@@ -129,6 +130,8 @@ class Vetter:
             derivation: Derivation of the bundle, from `vet`.
             platform: Platform of the server's device.
             order: The program; see `Session.compile`.
+            check_wanted: Called when `abandon` knows the session already; raises
+                ServiceError if the program is not wanted any more.
         """
 
         def attempt() -> bytes:
@@ -142,6 +145,7 @@ class Vetter:
                     session.users = 1
                     self._keep(key, session)
             try:
+                check_wanted()  # An earlier `abandon` did not find this session.
                 return session.compile(order)
             except (OSError, ServiceError) as error:
                 with self._lock:

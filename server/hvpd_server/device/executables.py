@@ -63,6 +63,7 @@ class Executables:
             process.
         memory_bytes: Most bytes that a program may take beside its arguments; None: the
             device's allocator limits it.
+        check_wanted: Raises ServiceError if the objective was deleted.
     """
 
     def __init__(
@@ -76,7 +77,9 @@ class Executables:
         cache: ProgramCache,
         loading: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         memory_bytes: int | None = None,
+        check_wanted: Callable[[], None] = lambda: None,
     ) -> None:
+        self._check_wanted = check_wanted
         self._memory_bytes = memory_bytes
         self._digest = digest
         self._bundle = bundle
@@ -113,7 +116,9 @@ class Executables:
             self._check_memory(found, order)
             return Built(found, "cached", size)
         try:
-            blob = self._vetter.compile(self._key, self._programs, self._derivation, self._platform, order)
+            blob = self._vetter.compile(
+                self._key, self._programs, self._derivation, self._platform, order, self._check_wanted
+            )
         except UnsupportedError as error:
             _log.warning(
                 "%s cannot load executables of another process, so this server compiles by itself: a compile can now delay, or "

@@ -137,6 +137,8 @@ class Objectives:
                 lane = self._lane_of[digest] = self._choose_lane(bundle)
                 lane.expect(digest, bundle)
         loading = functools.partial(self._liveness.working, digest, compiling=True)
+        forgotten = threading.Event()
+        check_wanted = functools.partial(_check_wanted, digest, forgotten)
         build = Executables(
             digest,
             bundle,
@@ -147,17 +149,15 @@ class Objectives:
             self.cache,
             loading,
             program_bytes(lane.device),
+            check_wanted,
         )
 
         def tenants() -> Collection[str]:
             """Return the owners; before the first one has registered, that one."""
             return self._owners.owners_of(digest) or ((tenant,) if tenant else ())
 
-        forgotten = threading.Event()
-
         def build_with_room(rows: int, name: str, width: int) -> Built:
-            if forgotten.is_set():
-                raise _deleted(digest)
+            check_wanted()
             self.memory.make_room(digest, tenants())
             return build(rows, name, width)
 
@@ -330,6 +330,11 @@ def _unless_cancelled(reading: "concurrent.futures.Future[objective_pb2.Derivati
         return reading.result()
     except concurrent.futures.CancelledError:
         raise registration_given_up() from None
+
+
+def _check_wanted(digest: str, forgotten: threading.Event) -> None:
+    if forgotten.is_set():
+        raise _deleted(digest)
 
 
 def _deleted(digest: str) -> ServiceError:
