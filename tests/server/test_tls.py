@@ -1,5 +1,6 @@
 """The server's certificates in their files, without a server."""
 
+import contextlib
 import itertools
 import logging
 import socket
@@ -92,3 +93,37 @@ def test_with_a_ca_of_clients_each_handshake_has_new_keys_for_sessions(ca, issue
     ca.cert_pem.write_to_path(tmp_path / "clients.pem")
     certificates = Certificates(Files(files.cert, files.key, tmp_path / "clients.pem"))
     assert certificates.changed() is certificates.changed() is not None
+
+
+def shake_hands(serving, trusting, session=None):
+    """Connect two sides in memory. Return the client's session, and whether it was
+    resumed.
+    """
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = trusting.wrap_bio(back, there, server_hostname="127.0.0.1", session=session)
+    sides = client, serving.wrap_bio(there, back, server_side=True)
+    for _ in range(4):
+        for side in sides:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+    return client.session, client.session_reused
+
+
+@pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"])
+def test_with_a_ca_of_clients_the_vector_port_resumes_no_session(ca, issue, files, tmp_path, newest):
+    """A resumed session would not check the client's certificate again."""
+    for file, content in zip((files.cert, files.key), issue(), strict=True):
+        write(file, content)
+    ca.cert_pem.write_to_path(tmp_path / "clients.pem")
+    certificates = Certificates(Files(files.cert, files.key, tmp_path / "clients.pem"))
+    personal = tmp_path / "client.pem"
+    ca.issue_cert("client").private_key_and_cert_chain_pem.write_to_path(personal)
+    trusting = ssl.create_default_context(cadata=ca.cert_pem.bytes().decode())
+    trusting.load_cert_chain(personal)
+    trusting.maximum_version = newest
+    if newest is ssl.TLSVersion.TLSv1_2:
+        with pytest.raises(ssl.SSLError, match=r"(?i)protocol"):
+            shake_hands(certificates.context(), trusting)
+        return
+    session, _ = shake_hands(certificates.context(), trusting)
+    assert shake_hands(certificates.context(), trusting, session)[1] is False

@@ -126,6 +126,8 @@ class Certificates:
             except (OSError, ValueError) as error:
                 raise ValueError(f"{self._files.client_ca} has no PEM certificates: {_why(error)}") from None
             context.verify_mode = ssl.CERT_REQUIRED
+            # In TLS 1.2 a client could resume a session after its certificate expired.
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.num_tickets = 0  # Clients do not resume sessions, and expect nothing but answers.
         found = grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=ca[0] if ca else None)
         return before, found, context
