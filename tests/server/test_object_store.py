@@ -10,7 +10,9 @@ import threading
 import boto3
 import pytest
 
+from hvpd._cli import main
 from hvpd._wire import codec
+from hvpd.v1 import objective_pb2
 from hvpd_server import config_check
 from hvpd_server.config import Config
 from hvpd_server.errors import Code, ServiceError
@@ -22,6 +24,7 @@ from hvpd_server.store.ownership import Owners
 from hvpd_server.store.quarantine import Quarantine
 from hvpd_server.store.store import Store, blob_key
 from tests.support.object_server import BUCKET, ObjectServer
+from tests.support.waiting import until
 
 D, E = "ab" * 32, "cd" * 32
 CONTENT = bytes(range(256)) * 400
@@ -253,6 +256,48 @@ def test_a_lock_of_a_server_that_is_gone_is_taken_over(replicas, monkeypatch, st
     assert one.objective("n")[1] == D
 
 
+def test_a_write_ends_before_another_server_takes_the_lease(replicas, bucket, monkeypatch, tmp_path, start):
+    """The writer's store does not answer, and its lease is not renewed meanwhile."""
+    monkeypatch.setattr(lease, "SECONDS", 2.0)
+    monkeypatch.setattr(object_store, "_WRITES", object_store._Patience(0.5, 0.2, 0.1))
+    one, two = ObjectStore(bucket.url, tmp_path / "slow", 1 << 30), replicas[1]
+    ended = threading.Event()
+
+    def write():
+        with one.locked():
+            try:
+                one.put("names/late", b"{}")
+            except ServiceError as error:
+                return error.reason
+            finally:
+                ended.set()
+
+    with bucket.failing("silent", method="PUT", path="late") as waiting:
+        writing = start(write)
+        until(lambda: waiting)
+        with two.changing():
+            assert ended.is_set()
+    assert writing.result(30) == "STORE_AWAY"
+
+
+def test_the_limits_of_writes_fit_into_the_lease():
+    assert object_store._WRITES.most <= lease.WRITE_SECONDS
+    # A write may ask for credentials first.
+    assert lease._RENEW_SECONDS <= lease._BEGIN_SECONDS < lease.SECONDS - 2 * lease.WRITE_SECONDS
+
+
+def test_a_renewal_that_takes_too_long_ends_the_change(replicas, monkeypatch):
+    one, two = replicas
+    monkeypatch.setattr(lease, "_RENEW_SECONDS", 0.0)
+    with pytest.raises(ServiceError) as slow, one.changing():
+        monkeypatch.setattr(lease, "_BEGIN_SECONDS", 0.0)
+        one.keep("names/x", {})
+    assert slow.value.reason == "STORE_AWAY"
+    assert one.objects.get("names/x") is None
+    monkeypatch.undo()
+    two.add_objective(D, "n")  # The lease is free.
+
+
 def test_a_lock_that_is_renewed_is_not_taken(replicas, monkeypatch, start):
     one, two = replicas
     monkeypatch.setattr(lease, "_RENEW_SECONDS", 0.0)
@@ -265,6 +310,28 @@ def test_a_lock_that_is_renewed_is_not_taken(replicas, monkeypatch, start):
     with pytest.raises(ServiceError) as busy:
         other.result(10)
     assert busy.value.reason == "STORE_BUSY"
+
+
+def test_threads_that_read_one_blob_share_a_download(replicas, upload, bucket, start, monkeypatch):
+    upload(replicas[0], CONTENT)
+    bucket.requests.clear()
+    missed = []
+
+    def utime(path, utime=os.utime):
+        try:
+            utime(path)
+        except FileNotFoundError:
+            missed.append(path)
+            raise
+
+    monkeypatch.setattr(os, "utime", utime)
+    with bucket.failing("silent", method="GET", path=DIGEST) as waiting:
+        first = start(replicas[1].read, DIGEST)
+        until(lambda: waiting)
+        others = [start(replicas[1].read, DIGEST) for _ in range(4)]
+        until(lambda: len(missed) == 5)  # None of them has found a copy.
+    assert [each.result(30) for each in [first, *others]] == [CONTENT] * 5
+    assert len([each for each in bucket.requests if each.startswith("GET") and DIGEST in each]) == 1
 
 
 @pytest.mark.parametrize(
@@ -325,6 +392,43 @@ def test_a_store_is_copied_whole_and_again(bucket, replicas, upload, tmp_path):
     next((source.root / "blobs").rglob(DIGEST)).write_bytes(b"damaged")
     with pytest.raises(ServiceError, match="is damaged, and was not copied"):
         copy(source.objects, Directory(tmp_path / "new"))
+
+
+def test_a_store_is_verified_where_it_is(bucket, replicas, upload, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    verify = ["store", "verify", "--store", bucket.url]
+    one = replicas[0]
+    digest = upload(one, objective_pb2.Bundle().SerializeToString())
+    one.add_objective(digest, "n")
+    upload(one, CONTENT)
+    assert main.main(verify) == 0
+    assert capsys.readouterr().out.startswith("1 objectives, 1 names, 2 blobs ")
+    raw(bucket).put_object(Bucket=BUCKET, Key=f"prefix/{blob_key(DIGEST)}", Body=CONTENT[:-1])
+    raw(bucket).delete_object(Bucket=BUCKET, Key=f"prefix/{blob_key(digest)}")
+    before = keys(bucket)
+    assert main.main(verify) == 1
+    said = capsys.readouterr().out
+    assert f"{blob_key(DIGEST)} is damaged" in said
+    assert f"objective {digest} 'n': its blob {digest} is missing" in said
+    assert keys(bucket) == before
+    with bucket.failing("denied"):
+        assert main.main(verify) == 1
+    assert "may not read or write it" in capsys.readouterr().err
+    assert main.main([*verify[:-1], "s3://bucket/other"]) == 1
+    assert "s3://bucket/other is no store of hvpd" in capsys.readouterr().err
+
+
+def test_azure_and_google_take_the_urls_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
+    found = ObjectStore("az://container/some/prefix", tmp_path, 1 << 30)._store
+    assert (found.config["container_name"], found.prefix) == ("container", "some/prefix")
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME")
+    with pytest.raises(ServiceError, match="Account must be specified"):
+        ObjectStore("az://container/some/prefix", tmp_path, 1 << 30)
+    monkeypatch.setenv("GOOGLE_SKIP_SIGNATURE", "true")
+    found = ObjectStore("gs://bucket/some/prefix", tmp_path, 1 << 30)._store
+    assert (found.config["bucket"], found.prefix) == ("bucket", "some/prefix")
 
 
 KILLED = """

@@ -11,6 +11,8 @@ from werkzeug.serving import BaseWSGIServer, make_server
 
 BUCKET = "bucket"
 
+_MOST_SILENCE = 120.0
+
 _ERROR = "<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
 
 FAULTS = {
@@ -19,9 +21,10 @@ FAULTS = {
     "expired": ("400 Bad Request", "ExpiredToken"),
     "denied": ("403 Forbidden", "AccessDenied"),
     "torn": ("", ""),
+    "silent": ("", ""),
 }
 """The status and the code of each fault. A torn request is read in part, and its
-connection is closed.
+connection is closed. A silent one gets its answer when the fault ends.
 """
 
 
@@ -35,6 +38,7 @@ class ObjectServer:
     def __init__(self, prefix: str = "prefix") -> None:
         self.requests: list[str] = []
         self._faults: Callable[[str, str], str | None] = lambda method, path: None
+        self._silence = threading.Event()
         self._app = moto.server.DomainDispatcherApplication(moto.server.create_backend_app)
         self._server: BaseWSGIServer = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -57,7 +61,9 @@ class ObjectServer:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         self.requests.append(f"{method} {path}")
         fault = self._faults(method, path)
-        if fault is None:
+        if fault == "silent":
+            self._silence.wait(_MOST_SILENCE)
+        if fault in (None, "silent"):
             answer: Iterable[bytes] = self._app(environ, respond)
             return answer
         status, code = FAULTS[fault]
@@ -83,11 +89,13 @@ class ObjectServer:
             failed.append(f"{its_method} {its_path}")
             return fault
 
+        self._silence.clear()
         self._faults = choose
         try:
             yield failed
         finally:
             self._faults = lambda method, path: None
+            self._silence.set()
 
     def close(self) -> None:
         """End the server."""

@@ -141,7 +141,7 @@ def _store_commands(parser: argparse.ArgumentParser) -> None:
         description="Read a whole store, or a backup of one, and list damaged and missing files. It changes nothing, and may run beside "
         "the server. Exit code 0: the store is whole; 1: it is not, or there is none.",
     )
-    verify.add_argument("--store", metavar="DIR", help="as of `hvpd serve` [$HVPD_STORE]")
+    verify.add_argument("--store", metavar="DIR|URL", help="as of `hvpd serve` [$HVPD_STORE]")
     verify.add_argument("--json", action="store_true", help="as JSON")
     verify.set_defaults(run=_store_verify)
     copy = commands.add_parser(
@@ -278,18 +278,17 @@ def _limit_list(arguments: argparse.Namespace) -> int:
 
 def _store_verify(arguments: argparse.Namespace) -> int:
     from hvpd_server import config
+    from hvpd_server.errors import ServiceError
     from hvpd_server.store import verify as _verify
+    from hvpd_server.store.location import objects_of
 
     default = os.environ.get("HVPD_STORE")
-    root = config.parse_store(str(arguments.store or default or config.Config().store))
-    if isinstance(root, str):
-        raise InvalidArgumentError(
-            f"{root} is in an object store: copy it with `hvpd store copy {root} DIR`, which verifies its data, and verify DIR",
-            reason="INVALID_OPTION",
-        )
     try:
-        found = _verify.verify(root)
-    except ValueError as error:
+        where = config.parse_store(str(arguments.store or default or config.Config().store))
+        found = _verify.verify(objects_of(config.Config(store=where)))
+    except argparse.ArgumentTypeError as error:
+        raise InvalidArgumentError(str(error), reason="INVALID_OPTION") from None
+    except (ValueError, ServiceError) as error:
         raise InvalidArgumentError(str(error), reason="FILE_CONTENT") from None
     except OSError as error:
         raise InvalidArgumentError(f"cannot read {error.filename}: {error.strerror}", reason="FILE_ACCESS") from None

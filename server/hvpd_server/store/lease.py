@@ -6,7 +6,13 @@ gone, and another server takes it by a conditional write in place of that versio
 the own monotonic clock counts, never the time of another machine.
 
 A holder renews the lease before its writes (`keep`). If another server has taken it
-meanwhile, that fails, and the holder changes nothing any more.
+meanwhile, that fails, and the holder changes nothing any more. A write has limits of
+time, so it ends before another server may take the lease:
+
+    _BEGIN_SECONDS + 2 * WRITE_SECONDS < SECONDS
+
+Only a server that is stopped between a renewal and its write can write later, and a
+request that the object store carries out after it was given up.
 """
 
 import contextlib
@@ -14,6 +20,7 @@ import secrets
 import threading
 import time
 
+from hvpd_server.errors import Code, ServiceError
 from hvpd_server.store.exclusion import Exclusion, busy
 from hvpd_server.store.objects import Objects
 
@@ -22,8 +29,16 @@ KEY = "lock"
 SECONDS = 20.0
 """Seconds without a change after which the holder counts as gone."""
 
-_RENEW_SECONDS = 5.0
+WRITE_SECONDS = 7.0
+"""Most seconds of a write with its retries. It may ask for credentials first, which
+takes as long at most.
+"""
+
+_RENEW_SECONDS = 4.0
 """Seconds after which a holder renews its lease before the next write."""
+
+_BEGIN_SECONDS = 5.0
+"""Most seconds from the beginning of a renewal to the beginning of the next write."""
 
 _POLL_SECONDS = 0.1
 """Seconds between two looks at a lease that another server holds."""
@@ -77,7 +92,8 @@ class Lease:
         """Renew the lease before a write, if this thread holds it.
 
         Raises:
-            ServiceError: UNAVAILABLE: another server has taken it.
+            ServiceError: UNAVAILABLE: another server has taken it, or the renewal took
+                too long.
         """
         if self._holder != threading.get_ident() or time.monotonic() - self._renewed < _RENEW_SECONDS:
             return
@@ -87,3 +103,11 @@ class Lease:
         if taken is None:
             raise busy(self._objects.name)
         self._tag, self._renewed, self._holder = taken, now, threading.get_ident()
+        if time.monotonic() - now > _BEGIN_SECONDS:
+            raise ServiceError(
+                Code.UNAVAILABLE,
+                "STORE_AWAY",
+                f"the store {self._objects.name} took {time.monotonic() - now:.0f} s for one write, and a change allows "
+                f"{_BEGIN_SECONDS:g} s: the change was not completed; try again later",
+                retry_after=1.0,
+            )

@@ -12,9 +12,10 @@ import hashlib
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.files import atomic_file
@@ -27,8 +28,30 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _RETRIES = 6
-_RETRY_SECONDS = 30
-"""Most retries of a request, and most seconds from its beginning to the last retry."""
+"""Most retries of a request."""
+
+
+class _Patience(NamedTuple):
+    """How long requests may take, in seconds."""
+
+    request: float
+    """Most seconds of one try."""
+    retry: float
+    """Seconds from the first try after which a try that fails is the last one."""
+    backoff: float
+    """Most seconds between two tries."""
+
+    @property
+    def most(self) -> float:
+        """The most seconds of a request with its retries."""
+        return self.retry + self.backoff + self.request
+
+
+_READS = _Patience(60, 30, 5)
+"""For reads, and for blobs, which never change: a late write of one does no harm."""
+
+_WRITES = _Patience(4, 2, 1)
+"""For records and deletions, which must end within the lease of the store."""
 
 _PIECE = 8 << 20
 """Bytes to take at a time from a blob that arrives."""
@@ -72,6 +95,8 @@ class ObjectStore:
         self._disk = Directory(local)
         self._most_bytes = most_bytes
         self._lease = Lease(self)
+        self._lock = threading.Lock()
+        self._downloading: dict[str, threading.Lock] = {}
         self._generations = url.startswith("gs://")  # Google's conditions are on generations, not on ETags.
         try:
             import obstore
@@ -83,25 +108,29 @@ class ObjectStore:
                 f"--store {url} needs obstore: pip install 'hvpd[objectstore]'",
             ) from None
         self._obstore = obstore
-        try:
-            self._store: Any = store.from_url(
+
+        def connected(patience: _Patience) -> Any:
+            return store.from_url(
                 url,
                 client_options={
-                    "connect_timeout": "5s",
-                    "timeout": "60s",
+                    "connect_timeout": datetime.timedelta(seconds=min(5.0, patience.request)),
+                    "timeout": datetime.timedelta(seconds=patience.request),
                     # obstore reads this variable only if it gets no options.
                     "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true"),
                 },
                 retry_config={
                     "max_retries": _RETRIES,
-                    "retry_timeout": datetime.timedelta(seconds=_RETRY_SECONDS),
+                    "retry_timeout": datetime.timedelta(seconds=patience.retry),
                     "backoff": {
                         "init_backoff": datetime.timedelta(milliseconds=100),
-                        "max_backoff": datetime.timedelta(seconds=5),
+                        "max_backoff": datetime.timedelta(seconds=patience.backoff),
                         "base": 2,
                     },
                 },
             )
+
+        try:
+            self._store, self._writes = connected(_READS), connected(_WRITES)
         except Exception as error:
             raise ServiceError(
                 Code.FAILED_PRECONDITION, "STORE_UNAVAILABLE", f"--store {url} cannot be used: {error}"
@@ -136,7 +165,7 @@ class ObjectStore:
         self._lease.keep()
         with self._told():
             try:
-                self._obstore.put(self._store, key, content)
+                self._obstore.put(self._writes, key, content)
             except FileNotFoundError as error:
                 raise self._error(error) from error
 
@@ -148,7 +177,7 @@ class ObjectStore:
             mode = {"version": tag, "e_tag": None} if self._generations else {"e_tag": tag}
         with self._told():
             try:
-                return self._tag(self._obstore.put(self._store, key, content, mode=mode))
+                return self._tag(self._obstore.put(self._writes, key, content, mode=mode))
             except (
                 self._obstore.exceptions.AlreadyExistsError,
                 self._obstore.exceptions.PreconditionError,
@@ -167,14 +196,14 @@ class ObjectStore:
         if key.startswith("blobs/"):
             self._disk.delete(key)
         with self._told(), contextlib.suppress(FileNotFoundError):
-            self._obstore.delete(self._store, key)
+            self._obstore.delete(self._writes, key)
 
     def move(self, key: str, to: str) -> None:
         """Give a file another key, if it is there."""
         self._disk.delete(key)
         with self._told(), contextlib.suppress(FileNotFoundError):
             self._obstore.copy(self._store, key, to)
-            self._obstore.delete(self._store, key)
+            self.delete(key)
 
     def stat(self, key: str) -> Entry | None:
         """Return a file without its content; None if there is none."""
@@ -241,16 +270,31 @@ class ObjectStore:
         with contextlib.suppress(FileNotFoundError):
             os.utime(path)  # The copies that were used last stay.
             return path
-        self._download(key, path)
+        with self._lock:
+            lock = self._downloading.setdefault(key, threading.Lock())
+        with lock:  # Another thread may be downloading the blob.
+            try:
+                if not path.exists():
+                    self._download(key, path)
+            finally:
+                with self._lock:
+                    self._downloading.pop(key, None)
         return path
+
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """Yield the content of a blob piece by piece; see `Objects.pieces`."""
+        with self._told():
+            size = self._obstore.head(self._store, key)["size"]
+        for start in range(0, size, _PIECE):  # Each piece has a time limit of its own.
+            with self._told():
+                piece = self._obstore.get_range(self._store, key, start=start, end=min(start + _PIECE, size))
+            yield bytes(piece)
 
     def _download(self, key: str, path: Path) -> None:
         for last in (False, True):
             state = hashlib.sha256()
-            with self._told(), atomic_file(self.local / "incoming", durable=False) as (file, commit):
-                size = self._obstore.head(self._store, key)["size"]
-                for start in range(0, size, _PIECE):  # Each piece has a time limit of its own.
-                    piece = self._obstore.get_range(self._store, key, start=start, end=min(start + _PIECE, size))
+            with atomic_file(self.local / "incoming", durable=False) as (file, commit):
+                for piece in self.pieces(key):
                     state.update(piece)
                     file.write(piece)
                 if state.hexdigest() == path.name:
@@ -315,7 +359,7 @@ class ObjectStore:
             return ServiceError(
                 Code.UNAVAILABLE,
                 "STORE_AWAY",
-                f"the store {self.name} does not answer, or asks for fewer requests, after {_RETRIES} retries: try again later; "
+                f"the store {self.name} does not answer, or asks for fewer requests, also when asked again: try again later; "
                 "the server's log has more",
                 retry_after=1.0,
             )

@@ -31,6 +31,9 @@ quarantine.
 _POLL_SECONDS = 0.005
 """Seconds between two tries to lock."""
 
+_PIECE = 1 << 20
+"""Bytes to read at a time from a file that may be large."""
+
 
 class CorruptError(Exception):
     """A blob has other bytes than its name says."""
@@ -108,6 +111,14 @@ class Objects(Protocol):
 
     def move(self, key: str, to: str) -> None:
         """Give a file another key, if it is there."""
+
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """Yield the content of a blob piece by piece, from the store itself and never
+        from a copy.
+
+        Raises:
+            FileNotFoundError: There is no such blob.
+        """
 
     def fetch(self, key: str) -> Path:
         """Return a file of this machine with the content of a blob.
@@ -266,6 +277,12 @@ class Directory:
         """Give a file another key, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             (self.local / key).rename(self.local / to)
+
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """Yield the content of a blob piece by piece."""
+        with (self.local / key).open("rb") as file:
+            while piece := file.read(_PIECE):
+                yield piece
 
     def fetch(self, key: str) -> Path:
         """Return the file of a blob."""

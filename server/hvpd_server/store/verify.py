@@ -7,7 +7,7 @@ after them. Objectives that are deleted meanwhile are no problem.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from google.protobuf.message import DecodeError
 from hvpd._wire import codec
 from hvpd.v1 import objective_pb2
 from hvpd_server.bundle import references
+from hvpd_server.store.index import name_key
+from hvpd_server.store.objects import CHANGES, Directory, Entry, Objects
+from hvpd_server.store.store import blob_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,36 +43,38 @@ class Found:
     """Size of these blobs."""
 
 
-def verify(root: Path) -> Found:
+def verify(where: Path | Objects) -> Found:
     """Read a whole store.
 
-
     Args:
-        root: Directory of a backup, or of a store in use.
+        where: Directory of a backup, or of a store in use; or the files.
 
     Raises:
         ValueError: There is no store.
+        ServiceError: The object store cannot be read.
         OSError: A directory of the store cannot be read.
     """
-    if not ((root / "blobs").is_dir() and (root / "objectives").is_dir()):
-        raise ValueError(f"{root} is no store of hvpd: it has no directories blobs and objectives")
+    store = Directory(where) if isinstance(where, Path) else where
+    # A directory has the folder from the beginning. An object store has no folders.
+    if not (store.exists("objectives") or store.exists(CHANGES) or any(store.list("objectives"))):
+        raise ValueError(f"{store.name} is no store of hvpd: it has no objectives")
     problems: list[str] = []
-    names = _names(root, problems)
-    objectives = _objectives(root, problems)
+    names = _names(store, problems)
+    objectives = _objectives(store, problems)
     problems += [
         f"name {name!r} points at {digest}, which is not registered"
         for name, digest in names.items()
-        if digest not in objectives and (root / "names" / codec.digest(name.encode())).exists()
+        if digest not in objectives and store.exists(name_key(name))
     ]
-    _owners(root, problems)
+    _owners(store, problems)
     for part in ("checks", "derived", "quarantine"):
-        for path in _files(root / part):
-            _record(root, path, problems)
-    sizes, damaged = _blobs(root, problems)
+        for entry in _whole(store.list(part)):
+            _record(store, entry.key, problems)
+    sizes, damaged = _blobs(store, problems)
     needed: set[str] = set()
     for digest in objectives:
-        parts = _parts(root, digest, problems) if digest in sizes.keys() - damaged else {digest}
-        if not (root / "objectives" / digest).exists():
+        parts = _parts(store, digest, problems) if digest in sizes.keys() - damaged else {digest}
+        if not store.exists(f"objectives/{digest}"):
             continue
         lost = [f"{each} is missing" for each in sorted(parts - sizes.keys())]
         lost += [f"{each} is damaged" for each in sorted(parts & damaged)]
@@ -88,94 +93,94 @@ def verify(root: Path) -> Found:
     )
 
 
-def _names(root: Path, problems: list[str]) -> Mapping[str, str]:
+def _names(store: Objects, problems: list[str]) -> Mapping[str, str]:
     found = {}
-    for path in _files(root / "names"):
-        record = _record(root, path, problems)
+    for entry in _whole(store.list("names")):
+        record = _record(store, entry.key, problems)
         if record is None:
             continue
         name, digest = record.get("name"), record.get("digest")
-        if isinstance(name, str) and isinstance(digest, str) and path.name == codec.digest(name.encode()):
+        if isinstance(name, str) and isinstance(digest, str) and entry.key == name_key(name):
             found[name] = digest
         else:
-            problems.append(f"{path.relative_to(root)} is damaged: it is not that of its name")
+            problems.append(f"{entry.key} is damaged: it is not that of its name")
     return found
 
 
-def _objectives(root: Path, problems: list[str]) -> Sequence[str]:
+def _objectives(store: Objects, problems: list[str]) -> Sequence[str]:
     found = []
-    for path in _files(root / "objectives"):
-        record = _record(root, path, problems)
+    for entry in _whole(store.list("objectives")):
+        record = _record(store, entry.key, problems)
         if record is None:
             continue
-        if codec.is_digest(path.name) and isinstance(record.get("create_time_ns"), int):
-            found.append(path.name)
+        if codec.is_digest(entry.name) and isinstance(record.get("create_time_ns"), int):
+            found.append(entry.name)
         else:
-            problems.append(
-                f"{path.relative_to(root)} is damaged: it does not name an objective and the time of its registration"
-            )
+            problems.append(f"{entry.key} is damaged: it does not name an objective and the time of its registration")
     return found
 
 
-def _owners(root: Path, problems: list[str]) -> None:
-    for tenant in _files(root / "owners"):
-        for path in _files(tenant / "objectives"):
-            record = _record(root, path, problems)
-            if record is not None and codec.digest(str(record.get("tenant")).encode()) != tenant.name:
-                problems.append(f"{path.relative_to(root)} is damaged: it is not that of its tenant")
-        for path in _files(tenant / "checks"):
-            _record(root, path, problems)
+def _owners(store: Objects, problems: list[str]) -> None:
+    for tenant in store.folders("owners"):
+        for entry in _whole(store.list(f"owners/{tenant}/objectives")):
+            record = _record(store, entry.key, problems)
+            if record is not None and codec.digest(str(record.get("tenant")).encode()) != tenant:
+                problems.append(f"{entry.key} is damaged: it is not that of its tenant")
+        for entry in _whole(store.list(f"owners/{tenant}/checks")):
+            _record(store, entry.key, problems)
 
 
-def _blobs(root: Path, problems: list[str]) -> tuple[Mapping[str, int], set[str]]:
+def _blobs(store: Objects, problems: list[str]) -> tuple[Mapping[str, int], set[str]]:
     """Return the size of each blob, and the damaged blobs."""
     sizes, damaged = {}, set()
-    for directory in _files(root / "blobs"):
-        for path in _files(directory):
-            try:
-                with path.open("rb") as file:
-                    found, sizes[path.name] = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
-            except FileNotFoundError:  # A server has set it aside meanwhile.
-                continue
-            except OSError as error:
-                found, sizes[path.name] = "", 0
-                problems.append(f"{path.relative_to(root)} cannot be read: {error.strerror}")
-                damaged.add(path.name)
-                continue
-            if found != path.name or not path.name.startswith(directory.name):
-                problems.append(f"{path.relative_to(root)} is damaged: its bytes have the digest {found}")
-                damaged.add(path.name)
+    for entry in _whole(store.walk("blobs")):
+        state, size = hashlib.sha256(), 0
+        try:
+            for piece in store.pieces(entry.key):
+                state.update(piece)
+                size += len(piece)
+        except FileNotFoundError:  # A server has set it aside meanwhile.
+            continue
+        except OSError as error:
+            sizes[entry.name] = 0
+            problems.append(f"{entry.key} cannot be read: {error.strerror}")
+            damaged.add(entry.name)
+            continue
+        sizes[entry.name] = size
+        if (found := state.hexdigest()) != entry.name or entry.key != blob_key(entry.name):
+            problems.append(f"{entry.key} is damaged: its bytes have the digest {found}")
+            damaged.add(entry.name)
     return sizes, damaged
 
 
-def _parts(root: Path, digest: str, problems: list[str]) -> set[str]:
+def _parts(store: Objects, digest: str, problems: list[str]) -> set[str]:
     """Return the digests of an objective's blobs, its bundle included."""
     try:
-        bundle = objective_pb2.Bundle.FromString((root / "blobs" / digest[:2] / digest).read_bytes())
+        bundle = objective_pb2.Bundle.FromString(store.get(blob_key(digest)) or b"")
     except (DecodeError, OSError) as error:
         problems.append(f"objective {digest}: its blob {digest} is no bundle ({error})")
         return {digest}
     return {digest, *references(bundle)}
 
 
-def _files(directory: Path) -> Iterator[Path]:
-    """Yield the files of a directory, sorted. Files that are being written begin with a
-    dot.
+def _whole(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Yield the files that are no longer being written: until then, their names begin
+    with a dot.
     """
-    if directory.is_dir():
-        yield from sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+    return (entry for entry in entries if not entry.name.startswith("."))
 
 
-def _record(root: Path, path: Path, problems: list[str]) -> Mapping[str, Any] | None:
+def _record(store: Objects, key: str, problems: list[str]) -> Mapping[str, Any] | None:
     """Return the JSON object of a file; None if it is damaged or gone."""
     try:
-        record = json.loads(path.read_bytes())
+        content = store.get(key)
+        if content is None:
+            return None
+        record = json.loads(content)
         if isinstance(record, dict):
             return record
         why = "it is no JSON object"
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         why = str(error)
-    problems.append(f"{path.relative_to(root)} is damaged: {why}")
+    problems.append(f"{key} is damaged: {why}")
     return None
