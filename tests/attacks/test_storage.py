@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import hvpd
+from hvpd._errors import failure_of_rpc
 from hvpd._registration import export as _export
 from hvpd._wire import codec
 from hvpd.v1 import (
@@ -186,7 +187,7 @@ def test_names_without_end_fill_the_tenants_own_quota_only(tokens, tenant, expor
         for index in range(1000):
             name(f"n{index}")
             names.append(f"n{index}")
-    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert failure_of_rpc(error.value).reason == "TENANT_STORAGE"
     assert len(names) == 30
     assert attacker.stored() == before + 30 * 4096
     works(neighbour, digest, x, data)
@@ -347,7 +348,12 @@ def _blocks(bundle):
     bundle.blocks.extend([objective_pb2.Block(leaves=[0])] * 300_000)
 
 
-@pytest.mark.parametrize("fill", [_version, _platforms, _blocks])
+def _programs(bundle):
+    for number in range(70_000):
+        bundle.programs[f"{number}"].size_bytes = 1
+
+
+@pytest.mark.parametrize("fill", [_version, _platforms, _blocks, _programs])
 def test_a_field_without_bounds_is_refused_and_nothing_is_stored(server, tenant, exported, fill):
     """Once, a jax_version of 6 MiB in a shared objective made `objectives()` fail for
     all other tenants.

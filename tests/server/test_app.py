@@ -1,6 +1,7 @@
 """The server chooses the limits of programs at its start, and repeats its looks."""
 
 import dataclasses
+import re
 import types
 from pathlib import Path
 
@@ -8,9 +9,14 @@ import pytest
 
 from hvpd_server import app, bundle
 from hvpd_server import config as _config
+from hvpd_server.engine import registration
+from hvpd_server.errors import ServiceError
 from hvpd_server.importer import rules, table
+from hvpd_server.rpc import call_limits
+from hvpd_server.store import ownership
 
-SECURITY = Path(__file__).parents[2] / "docs" / "operate" / "security" / "bundles.md"
+PAGES = Path(__file__).parents[2] / "docs" / "operate" / "security"
+SECURITY = PAGES / "bundles.md"
 
 
 def test_a_look_is_repeated_also_after_an_error_until_the_server_stops(caplog):
@@ -71,3 +77,35 @@ def test_programs_share_the_memory_of_the_machine(monkeypatch, host, reads, comp
     assert limits == dataclasses.replace(rules.Limits(), **expected)
     default = app._program_limits(_config.load(_config.parse([]), {}))
     assert default.compile_seconds == rules.Limits().compile_seconds
+
+
+def test_the_page_has_a_row_for_each_reason():
+    assert set(re.findall(r"^\| `([A-Z_]+)` \|", SECURITY.read_text(), re.MULTILINE)) == rules.REASONS
+
+
+def test_the_pages_state_the_limits_that_need_no_setting():
+    owned = " ".join((PAGES / "ownership.md").read_text().split())
+    assert "at most 20,000 names and objectives, and 250,000 blobs" in owned
+    assert (ownership.MAX_RECORDS, ownership.MAX_BLOBS) == (20_000, 250_000)
+    assert "does not read an answer for a minute" in owned
+    assert call_limits.STALLED_SECONDS == 60
+    assert "compiles 30 s later" in " ".join(SECURITY.read_text().split())
+    assert registration._GRACE == 30
+
+
+def test_a_tenant_has_a_sixteenth_of_the_memory_in_transit_and_as_much_shared(tmp_path, device, monkeypatch):
+    monkeypatch.setattr(app, "devices", lambda cache: [device])
+    monkeypatch.setattr(app.memory_budget, "host_bytes", lambda *cgroup: 16 << 30)
+    made = []
+    for kind in ("Arrivals", "Segments"):
+        make = getattr(app, kind)
+        monkeypatch.setattr(app, kind, lambda *args, make=make: made.append(make(*args)) or made[-1])
+    server = app.App(_config.Config(store=tmp_path, port=0, vector_port="off", drain=0.0))
+    try:
+        arrivals, segments = made
+        arrivals.take("a", 1 << 30)
+        with pytest.raises(ServiceError, match=f"of at most {1 << 30}, and 1 more do not fit"):
+            arrivals.take("a", 1)
+        assert [segments.take("a", 1 << 29) for _ in range(3)] == [True, True, False]
+    finally:
+        server.stop()

@@ -6,6 +6,7 @@ import contextlib
 import queue
 import socket
 import threading
+import types
 
 import pytest
 
@@ -13,6 +14,7 @@ from hvpd_server import app
 from hvpd_server.admission import vetter_process, vetting
 from hvpd_server.config import Config
 from hvpd_server.device import executables
+from hvpd_server.engine import registration
 from hvpd_server.engine.registration import Registration
 from hvpd_server.errors import Code
 from tests.support.engine import WAIT, refusal, uploaded
@@ -161,6 +163,26 @@ def test_work_goes_on_for_a_while_because_the_client_may_call_again(open_engine,
     again, _ = begin(engine, digest)
     held.free()
     assert again.result(WAIT).digest == first.result(WAIT).digest == digest
+
+
+def test_work_that_no_caller_repeats_ends_after_thirty_seconds(
+    open_engine, rosen, upload, held, begin, start, monkeypatch
+):
+    engine, now = open_engine(), 1000.0
+    monkeypatch.setattr(registration, "time", types.SimpleNamespace(monotonic=lambda: now))
+    digest = uploaded(engine, rosen, upload)
+    held.hold("value_and_grad")
+    result, leave = begin(engine, digest)
+    process = held.begun()
+    leave()
+    has_ended = start(ended, process)
+    now += 29.9
+    engine.registration.sweep()
+    assert not result.done()
+    now += 0.2
+    engine.registration.sweep()
+    assert has_ended.result(WAIT)
+    refusal(Code.CANCELLED, "CANCELLED", result.result, WAIT)
 
 
 def test_work_goes_on_while_one_of_two_callers_waits(open_engine, rosen, upload, held, begin):

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from hvpd_server.device.memory_budget import budget
+from hvpd_server.device.memory_budget import budget, program_bytes
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -49,3 +49,10 @@ def test_a_configured_budget_counts_and_too_much_is_logged(caplog):
 def test_an_accelerator_with_unknown_memory_needs_a_budget(tmp_path):
     with pytest.raises(ValueError, match="--memory-budget"):
         budget(None, device(None, platform="cuda"), tmp_path)
+
+
+def test_a_program_on_a_cpu_may_take_three_quarters_of_the_machine_or_the_container(tmp_path):
+    assert program_bytes(device(None), tmp_path) == MACHINE * 3 // 4
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert program_bytes(device(None), tmp_path) == 750_000
+    assert program_bytes(device(80 << 30, platform="cuda"), tmp_path) is None

@@ -67,12 +67,13 @@ def test_an_entry_that_is_not_as_it_must_be_is_named(path, entries, says):
     assert str(path) in str(error.value)
 
 
-def test_a_file_is_never_readable_by_all(path):
+@pytest.mark.parametrize(("mode", "later"), [(0o644, 0o640), (0o664, 0o660), (0o666, 0o660), (0o600, 0o600)])
+def test_a_file_keeps_the_rights_of_its_group_and_is_never_readable_by_all(path, mode, later):
     token_file.create(path, "vision", ["use"])
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    path.chmod(0o644)
+    path.chmod(mode)
     token_file.create(path, "vision", ["use"])
-    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert stat.S_IMODE(path.stat().st_mode) == later
     assert [child.name for child in path.parent.iterdir()] == ["tokens.json"]
 
 

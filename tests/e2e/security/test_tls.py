@@ -19,6 +19,7 @@ import pytest
 import trustme
 
 import hvpd
+from hvpd._transport import channel as _channel
 from tests.support.security import N, Place, connect, product
 from tests.support.waiting import until
 
@@ -35,6 +36,7 @@ def mutual(serve_module, tmp_path_factory):
 
 
 def test_tls_on_one_side_only_is_a_quick_clear_error(place, secured, server):
+    assert _channel._PATIENCE == 0.5
     began = time.monotonic()
     with pytest.raises(
         hvpd.UnavailableError, match=r"the server speaks TLS and this client does not.*tls=True"
