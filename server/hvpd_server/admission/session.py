@@ -94,7 +94,7 @@ class Session:
             try:
                 try:
                     header = _read_line(ours)
-                except ConnectionError:  # The session ended; its keeper says why.
+                except ConnectionError:  # The session ended; its parent says why.
                     self._control.settimeout(_END)
                     header = _read_line(self._control)
                 if "unsupported" in header:
@@ -126,7 +126,7 @@ class Session:
         CANCELLED.
         """
         self.abandoned = True
-        self._hang_up()  # The keeper of the fork kills it, and the kernel kills the workers with it.
+        self._hang_up()  # The vetting process kills the fork, and the kernel kills the workers with it.
 
     def _hang_up(self) -> None:
         with contextlib.suppress(OSError):

@@ -5,37 +5,34 @@ hvpd_server.admission.vetter`.
 session takes limits on itself, reads the bundle's programs, and traces their
 derivatives. It forks again for each program that is to be compiled:
 
-    this process -> keeper -> session (reads and traces)
-                              -> keeper -> worker (compiles one program, then ends)
+    this process -> session: reads and traces -> worker: compiles one program, and ends
 
 A program that crashes the parser or the compiler, fills the memory, or never ends, ends
-its own fork only. A keeper waits for its fork, tells the server about a bad end, and
-kills the fork when the server hangs up.
+its own fork only. The parent of a fork tells the server about a bad end, and kills the
+fork when the server hangs up.
 """
 
 import base64
 import contextlib
-import ctypes
 import functools
 import gc
 import hashlib
 import importlib
-import itertools
 import json
 import os
 import resource
-import select
 import signal
 import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import jax
 
 from hvpd import _text
 from hvpd.v1 import objective_pb2, tensor_pb2
+from hvpd_server.admission.forks import Forks
 from hvpd_server.derivation import compiling
 from hvpd_server.derivation.programs import Derivation, Sized
 from hvpd_server.importer import reader, rules
@@ -79,19 +76,18 @@ func.func public @main(%x: tensor<6xf32>) -> tensor<f32> {
 """
 """A small objective."""
 
-_PR_SET_PDEATHSIG: Final = 1
-
 
 def serve(control: socket.socket) -> None:
     """Fork a session for each request, until the other end of the socket is closed."""
     _import_all()
     gc.collect()
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # The kernel reaps the keepers.
-    for request, (programs, answer) in _requests(control, 2):
-        limits = Limits(**request["limits"])
-        with socket.socket(fileno=answer) as orders:
-            _guard(orders, _session_of(request["platform"], programs, limits, orders), limits.reading(), control)
+    forks = Forks()
+    for request, (programs, answer) in _requests(control, 2, forks):
+        limits, orders = Limits(**request["limits"]), socket.socket(fileno=answer)
+        forks.start(
+            orders, _session_of(request["platform"], programs, limits, orders), limits.reading(), closing=control
+        )
         os.close(programs)
 
 
@@ -99,9 +95,12 @@ def _session_of(platform: str, programs: int, limits: Limits, orders: socket.soc
     return lambda: _Session(platform, _programs(programs), limits, orders).run()
 
 
-def _requests(control: socket.socket, descriptors: int) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """Yield each line of JSON that arrives, with its file descriptors."""
+def _requests(control: socket.socket, descriptors: int, forks: Forks) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """Yield each line of JSON that arrives, with its file descriptors. Attend to the
+    forks meanwhile.
+    """
     while True:
+        forks.wait(control)
         line, found = b"", []
         while not line.endswith(b"\n"):
             try:
@@ -159,9 +158,9 @@ class _Session:
             signal.setitimer(signal.ITIMER_REAL, 0)
             if DERIVATION not in verdict:
                 return
-        for order, (answer,) in _requests(self._orders, 1):
-            with socket.socket(fileno=answer) as reply:
-                self._compile(order, reply)
+        forks = Forks()
+        for order, (answer,) in _requests(self._orders, 1, forks):
+            self._compile(order, socket.socket(fileno=answer), forks)
 
     def _verdict(self) -> dict[str, str]:
         def found() -> dict[str, str]:
@@ -175,7 +174,7 @@ class _Session:
 
         return _refusal_of(found, self._limits.reading())
 
-    def _compile(self, order: Mapping[str, Any], reply: socket.socket) -> None:
+    def _compile(self, order: Mapping[str, Any], reply: socket.socket, forks: Forks) -> None:
         """Trace the objective once for all its programs, and compile one of them in a
         fork.
         """
@@ -195,14 +194,16 @@ class _Session:
 
         refusal = _refusal_of(traced, self._limits.reading())
         if refusal:
-            _send(reply, json.dumps(refusal).encode() + b"\n")
+            with reply:
+                _send(reply, json.dumps(refusal).encode() + b"\n")
             return
         sized = self._sized[order["rows"]]
         work = functools.partial(_work, sized, order, self._platform, self._limits, reply)
         if _threads() > 1:  # A fork would wait for those threads without end.
-            work()
+            with reply:
+                work()
         else:
-            _guard(reply, work, self._limits.compiling(), self._orders)
+            forks.start(reply, work, self._limits.compiling(), closing=self._orders)
 
 
 def _work(sized: Sized, order: Mapping[str, Any], platform: str, limits: Limits, reply: socket.socket) -> None:
@@ -255,99 +256,17 @@ def _refusal_of(work: Callable[[], dict[str, Any]], allowance: Allowance) -> dic
         }
 
 
-# Processes
-
-
-def _guard(answer: socket.socket, work: Callable[[], None], allowance: Allowance, closing: socket.socket) -> None:
-    """Do `work` in a fork, with a keeper that reports a bad end. Return at once."""
-    if os.fork():
-        return
-    with contextlib.suppress(BaseException):
-        closing.close()
-        _die_with_parent()
-        _keep(answer, work, allowance)
-    os._exit(0)
-
-
-def _keep(answer: socket.socket, work: Callable[[], None], allowance: Allowance) -> None:
-    """Fork, wait for the fork's end, and report a bad end.
-
-    Kill the fork when the server hangs up.
-    """
-    ended, write = os.pipe()
-    os.set_blocking(write, False)
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    child = os.fork()
-    if child == 0:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        os.close(ended)
-        os.close(write)
-        _run_and_exit(work)
-    needed = sorted([2, answer.fileno(), ended, write, os.sysconf("SC_OPEN_MAX")])
-    for before, after in itertools.pairwise(needed):  # Such as the programs' file and memory, which are the fork's.
-        os.closerange(before + 1, min(after, before + 256))
-    poll = select.poll()
-    poll.register(answer, 0)  # Reports a hang-up only.
-    poll.register(ended, select.POLLIN)
-    finished = 0
-    while not finished:
-        if any(descriptor != ended for descriptor, _ in poll.poll()):
-            os.kill(child, signal.SIGKILL)
-            return
-        os.read(ended, 16)
-        finished, status = os.waitpid(child, os.WNOHANG)
-    # If the fork has answered, the server does not read this.
-    _send(answer, json.dumps(_verdict_on(os.waitstatus_to_exitcode(status), allowance)).encode() + b"\n")
-
-
-def _run_and_exit(work: Callable[[], None]) -> NoReturn:
-    code = 1
-    with contextlib.suppress(BaseException):
-        work()
-        code = 0
-    os._exit(code)
-
-
-def _verdict_on(code: int, allowance: Allowance) -> dict[str, str]:
-    """Return the reason and the message for a fork that ended without an answer."""
-    if code == 0:
-        return {"reason": allowance.failed, "message": f"the process that {allowance.did} the programs said nothing"}
-    if code in (-signal.SIGXCPU, -signal.SIGALRM):
-        took = f"{allowance.seconds:g} s" if code == -signal.SIGALRM else f"{allowance.cpu_seconds} s of computing"
-        return {"reason": allowance.late, "message": f"it took more than {took}"}
-    names = {each.value: each.name for each in signal.Signals}
-    how = f"signal {names.get(-code, -code)}" if code < 0 else f"code {code}"
-    return {
-        "reason": allowance.failed,
-        "message": f"the process that {allowance.did} the programs ended with {how}: they are damaged, or made to crash their "
-        f"reader, or take more than {allowance.memory_bytes >> 20} MiB",
-    }
-
-
 def _send(answer: socket.socket, content: bytes) -> None:
     """Send all bytes, unless the server hangs up."""
     with contextlib.suppress(OSError):
         answer.sendall(content)
 
 
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-
-
 def _confine(limits: Limits, platform: str) -> None:
-    """Limit this process: memory, time, files, core dumps, and its life to its
-    parent's.
-    """
+    """Limit this process: memory, time, files and core dumps."""
     silent = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(silent, stream)
-    _die_with_parent()
     os.nice(_NICE)
     if sys.platform == "linux":
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:  # noqa: PTH123 - no pathlib in a confined process
@@ -370,7 +289,6 @@ def _address_space(used: int, limits: Limits, platform: str) -> int:
 
 def _compile_limits(limits: Limits, platform: str) -> None:
     """Replace the limits of reading by those of compiling."""
-    _die_with_parent()
     for which in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE):
         _, hard = resource.getrlimit(which)
         resource.setrlimit(which, (hard, hard))
