@@ -49,23 +49,25 @@ class BlockCG:
         Q: Rows that span the residuals, of shape (r, n), r <= k.
         S: Directions, of shape (r, n), conjugate to all before.
         C: Coordinates of the residuals in Q, float64 of shape (r, k).
+        norm: A lower bound of the norm of A. Rounding is relative to it.
+        finished: Whether all residuals are zero to rounding.
     """
 
     def __init__(self, multiply: Multiply, precondition: Multiply | None, R: vectors.Array) -> None:
         self._multiply = multiply
         self._precondition = precondition
         self.X = np.zeros_like(R)
-        self._norm = 0.0
-        """Lower bound of the norm of A: rounding is relative to it."""
+        self.norm = 0.0
         scales = vectors.norms(R)
         scales[scales == 0] = 1.0
         self.Q, self.S, self.C = self._factored(R / scales[:, None].astype(R.dtype))
         self.C = self.C * scales
+        self.finished = len(self.Q) == 0
 
     def advance(self, targets: vectors.Array, most: int) -> Iterator[vectors.Array]:
         """Take at least one step. Yield the norms of the residuals after each step.
 
-        Here it is one step. A subclass may take several steps at once.
+        Here it is one step. A server may take several steps at once.
 
         Args:
             targets: Norms of the residuals that end the steps, of shape (k,).
@@ -96,9 +98,9 @@ class BlockCG:
             raise NotFiniteError
         curvature = vectors.gram(self.S, AS)
         values, Y = np.linalg.eigh((curvature + curvature.T) / 2)
-        self._norm = max(self._norm, float((vectors.norms(AS) / vectors.norms(self.S)).max()))
+        self.norm = max(self.norm, float((vectors.norms(AS) / vectors.norms(self.S)).max()))
         lowest = vectors.combination(Y[:, :1], self.S)
-        if values[0] <= np.finfo(self.S.dtype).eps * self._norm * vectors.norms(lowest)[0] ** 2:
+        if values[0] <= np.finfo(self.S.dtype).eps * self.norm * vectors.norms(lowest)[0] ** 2:
             raise IndefiniteError(lowest[0], float(values[0]))
         inverse = (Y / values) @ Y.T
         self.X += vectors.combination(inverse @ self.C, self.S)
@@ -106,11 +108,7 @@ class BlockCG:
         self.Q, Z, change = self._factored(rest)
         self.S = Z + vectors.combination(change.T, self.S)
         self.C = change @ self.C
-
-    @property
-    def finished(self) -> bool:
-        """Return whether all residuals are zero to rounding."""
-        return len(self.Q) == 0
+        self.finished = len(self.Q) == 0
 
     def residual_norms(self) -> vectors.Array:
         """Return the norm of each residual, float64 of shape (k,)."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -11,19 +11,6 @@ from scipy.sparse.linalg import aslinearoperator
 from hvpd._errors import InvalidArgumentError
 from hvpd._krylov.space import Multiply
 from hvpd._krylov.vectors import Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Diagonal:
-    """Multiplies a block of rows by a diagonal matrix."""
-
-    weights: Array
-    """The diagonal, of shape (n,)."""
-
-    def __call__(self, rows: Array) -> Array:
-        """Multiply V[k, n] -> V M."""
-        found: Array = rows * self.weights
-        return found
 
 
 def preconditioner(M: Any, n: int, dtype: np.dtype[Any]) -> Multiply | None:
@@ -56,7 +43,7 @@ def preconditioner(M: Any, n: int, dtype: np.dtype[Any]) -> Multiply | None:
                 f"{diagonal.shape}, smallest {diagonal.min(initial=np.inf):.3g}",
                 reason="PRECONDITIONER",
             )
-        return Diagonal(diagonal.astype(dtype))
+        return multiply(Described("diagonal", {"M": diagonal.astype(dtype)}))
     try:
         operator: Any = aslinearoperator(M)
     except (TypeError, ValueError) as error:
@@ -72,6 +59,9 @@ def preconditioner(M: Any, n: int, dtype: np.dtype[Any]) -> Multiply | None:
 
 KINDS: Final = ("diagonal", "low_rank", "kronecker")
 """Kinds of a described preconditioner."""
+
+PARTS: Final = ("elements", "a", "g", "weights")
+"""Names of the arrays of a layer, of the kind "kronecker"."""
 
 
 class Described(NamedTuple):
@@ -113,29 +103,47 @@ def described(M: Any, dtype: np.dtype[Any]) -> Described | None:
     return None
 
 
-def multiply(described: Described) -> Multiply | None:
+Put = Callable[[Any, Any, Any], Any]
+"""Returns a block of rows with other values at some elements: (rows, elements, values)
+-> rows.
+"""
+
+
+def _put(rows: Array, elements: Array, values: Array) -> Array:
+    rows[:, elements] = values
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Applied:
+    """Multiplies a block of rows by a described preconditioner: (k, n) -> (k, n).
+
+    The arrays are NumPy's, or those of another library with another `put`.
+    """
+
+    described: Described
+    put: Put = _put
+
+    def __call__(self, rows: Any) -> Any:
+        """Return V M for rows V."""
+        kind, arrays, shift = self.described
+        if kind == "diagonal":
+            return rows * arrays["M"]
+        if kind == "low_rank":
+            U = arrays["M_U"]
+            return ((rows @ U) * arrays["M_weights"]) @ U.T + shift * rows
+        product = rows * shift
+        for number in range(layer_count(arrays)):
+            elements, a, g, weights = (arrays[f"M_{part}_{number}"] for part in PARTS)
+            inner = (a.T @ (rows[:, elements] @ g)) * weights
+            product = self.put(product, elements, a @ (inner @ g.T))
+        return product
+
+
+def multiply(described: Described) -> Applied | None:
     """Return the function that multiplies a block of rows; None for the identity."""
-    arrays, shift = described.arrays, described.shift
-    if described.kind == "diagonal":
-        return Diagonal(arrays["M"])
-    if described.kind == "low_rank":
-        U, weights = arrays["M_U"], arrays["M_weights"]
-        return lambda rows: ((rows @ U) * weights) @ U.T + U.dtype.type(shift) * rows
-    if described.kind == "kronecker":
-        layers = [
-            [arrays[f"M_{part}_{number}"] for part in ("elements", "a", "g", "weights")]
-            for number in range(layer_count(arrays))
-        ]
-
-        def multiplied(rows: Array) -> Array:
-            product: Array = rows * rows.dtype.type(shift)
-            for elements, a, g, weights in layers:
-                inner = np.matmul(a.T, np.matmul(rows[:, elements], g)) * weights
-                product[:, elements] = np.matmul(a, np.matmul(inner, g.T))
-            return product
-
-        return multiplied
-    return None
+    # A float of NumPy would make float64 vectors of float32 vectors.
+    return Applied(described._replace(shift=float(described.shift))) if described.kind else None
 
 
 def layer_count(arrays: Mapping[str, Array]) -> int:
@@ -162,7 +170,7 @@ def fault(described: Described, n: int) -> str:
 def _layers_fault(arrays: Mapping[str, Array], n: int) -> str:
     taken = np.zeros(n, bool)
     for number in range(layer_count(arrays)):
-        found = [arrays.get(f"M_{part}_{number}") for part in ("elements", "a", "g", "weights")]
+        found = [arrays.get(f"M_{part}_{number}") for part in PARTS]
         elements = found[0]
         if elements is None or elements.ndim != 2 or elements.dtype.kind != "i":
             return f"M_elements_{number} must be integers of shape (p, q)"

@@ -5,7 +5,7 @@ any symmetric operator. All calls of `hvpd.krylov`, and all methods of operators
 through a runner. A runner that has a server overrides its primitives:
 
 - `space`: where `lanczos` and `eigsh` keep a basis;
-- `conjugate_gradients`: the steps of a solve;
+- `stepping`: the steps of a solve;
 - `tridiagonals`: independent Lanczos iterations from random vectors;
 - `sketch`: the small matrices of a randomized range, for traces;
 - `solve` and `steihaug`: whole linear solves.
@@ -15,7 +15,7 @@ All that it does not override runs through `multiply`.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -29,9 +29,15 @@ from hvpd._krylov.conjugate_gradients import BlockCG
 from hvpd._krylov.preconditioning import preconditioner
 from hvpd._krylov.probes import BASIS_BYTES, Sketch, Ticking, Tridiagonals, sketched, spherical, tridiagonals
 from hvpd._krylov.results import Origin
+from hvpd._krylov.short_recurrence import ShortRecurrence
 from hvpd._krylov.space import LocalSpace, Multiply, Space
 from hvpd._krylov.vectors import Array
 from hvpd._progress import Reporter
+
+Advance = Callable[[Array, int], Iterator[Array]]
+"""Takes steps until the residuals are at most its first argument, and at most as many
+as its second. Yields the norms of the residuals after each step.
+"""
 
 
 class Runner:
@@ -77,9 +83,17 @@ class Runner:
         """Return an empty Krylov space."""
         return LocalSpace(self.multiply, self.n, self.dtype, reorthogonalize=reorthogonalize)
 
-    def conjugate_gradients(self, R: Array, precondition: Multiply | None) -> BlockCG:
-        """Return conjugate gradients for A X = R, from X = 0."""
-        return BlockCG(self.multiply, precondition, R)
+    @contextlib.contextmanager
+    def stepping(self, state: BlockCG | ShortRecurrence, precondition: Multiply | None) -> Iterator[Advance]:
+        """Yield the function that takes steps of an iteration; see `BlockCG.advance`.
+
+        The state has all steps after the `with` statement.
+
+        Args:
+            state: The iteration.
+            precondition: Its preconditioner.
+        """
+        yield state.advance
 
     def solve(
         self,

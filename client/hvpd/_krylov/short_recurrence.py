@@ -4,15 +4,17 @@ The Krylov spaces of A and of A + shift I from one vector are the same. So one
 recurrence serves all shifts of a right-hand side, with one product for each step.
 Several right-hand sides run side by side, and their products go as one block.
 
-`recurrence` yields the Lanczos vectors. `ShiftedCG` and `ShiftedMinres` make solutions
-from them, for m right-hand sides and s shifts of each.
+`linked` takes a step of the recurrences. `advanced_cg` and `advanced_minres` take the
+same step of the solutions, for m right-hand sides and s shifts of each. These three
+change nothing in place, and compute with NumPy or with jax: a server compiles them into
+programs of several steps. `ShortRecurrence` is the iteration in NumPy.
 
 Source: Paige and Saunders 1975 (https://doi.org/10.1137/0712047); Frommer and Maass
 1999 (https://doi.org/10.1137/S1064827596313310) for the shifts.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,181 +23,284 @@ from hvpd._krylov import vectors
 from hvpd._krylov.conjugate_gradients import IndefiniteError
 from hvpd._krylov.space import Multiply, NotFiniteError
 
+Array = Any
+"""An array of NumPy or of jax."""
+
+
+class Arithmetic(NamedTuple):
+    """What a step computes with."""
+
+    np: Any
+    """numpy, or jax.numpy."""
+    dots: Callable[[Any, Any], Any]
+    """Returns the inner product of each pair of rows, in float64."""
+    check: Callable[[Any], None]
+    """Receives r' M r for the rows r of a block. Raises an error if M is not positive
+    definite, or leaves NaN to the step.
+    """
+
+
+class Links(NamedTuple):
+    """The state of m recurrences between two steps."""
+
+    before: Array
+    """The vectors before the last ones, of shape (m, n)."""
+    u: Array
+    """The last vectors, not preconditioned, of shape (m, n)."""
+    v: Array
+    """The last vectors, preconditioned, of shape (m, n): they wait for a product."""
+    coupling: Array
+    """Coupling of the last two vectors, float64 of shape (m,); 0 before all steps."""
+    size: Array
+    """Lower bounds of the norms of the preconditioned operators, of shape (m,)."""
+
 
 class Link(NamedTuple):
     """One step of m recurrences."""
 
-    v: vectors.Array
+    v: Array
     """Lanczos vectors, preconditioned, of shape (m, n)."""
-    alpha: vectors.Array
+    coupling: Array
+    """Coupling to the vector before, of shape (m,)."""
+    alpha: Array
     """v' A v, of shape (m,)."""
-    beta: vectors.Array
+    beta: Array
     """Coupling to the next vector, of shape (m,); 0 if the space is invariant."""
-    following: vectors.Array
+    following: Array
     """The next vector, not preconditioned, of shape (m, n)."""
 
 
-def recurrence(
-    multiply: Multiply, precondition: Multiply | None, R: vectors.Array
-) -> tuple[vectors.Array, Iterator[Link]]:
-    """Return the norms of R[m, n], in the inner product of M, and the recurrence.
+def linked(links: Links, product: Array, precondition: Multiply | None, arithmetic: Arithmetic) -> tuple[Link, Links]:
+    """Return the next step of m recurrences, and the state after it.
 
-    Raises:
-        NotFiniteError: A product holds NaN or infinity.
-        InvalidArgumentError: M is not positive definite.
+    Args:
+        links: The state.
+        product: A v.
+        precondition: Multiplies by M; None for the identity.
+        arithmetic: NumPy or jax.
     """
-    first, beta = _normalised(R, precondition)
-
-    def steps() -> Iterator[Link]:
-        u, v = first
-        before, coupling = np.zeros_like(R), np.zeros(len(R))
-        size = np.zeros(len(R))
-        while True:
-            w = np.array(multiply(v), R.dtype)
-            if not np.isfinite(w).all():
-                raise NotFiniteError
-            w -= coupling[:, None].astype(R.dtype) * before
-            alpha = vectors.dots(v, w)
-            w -= alpha[:, None].astype(R.dtype) * u
-            size = np.maximum(size, abs(alpha) + coupling)
-            (following, z), beta = _normalised(w, precondition)
-            ended = beta <= 10 * np.finfo(R.dtype).eps * size
-            beta, following[ended], z[ended] = np.where(ended, 0.0, beta), 0.0, 0.0
-            yield Link(v, alpha, beta, following)
-            before, u, v, coupling = u, following, z, beta
-
-    return beta, steps()
+    xp, dtype = arithmetic.np, product.dtype
+    w = product - links.coupling[:, None].astype(dtype) * links.before
+    alpha = arithmetic.dots(links.v, w)
+    w = w - alpha[:, None].astype(dtype) * links.u
+    size = xp.maximum(links.size, abs(alpha) + links.coupling)
+    following, z, beta = _normalised(w, precondition, arithmetic)
+    ended = beta <= 10 * float(np.finfo(dtype).eps) * size
+    beta = xp.where(ended, 0.0, beta)
+    following, z = (xp.where(ended[:, None], dtype.type(0), rows) for rows in (following, z))
+    return Link(links.v, links.coupling, alpha, beta, following), Links(links.u, following, z, beta, size)
 
 
-def _normalised(
-    R: vectors.Array, precondition: Multiply | None
-) -> tuple[tuple[vectors.Array, vectors.Array], vectors.Array]:
-    """Return (R, M R) over the norms of R in the inner product of M; and the norms."""
+def _normalised(R: Array, precondition: Multiply | None, arithmetic: Arithmetic) -> tuple[Array, Array, Array]:
+    """Return R and M R over the norms of R in the inner product of M; and the norms."""
+    xp = arithmetic.np
     Z = R if precondition is None else precondition(R)
-    squares = vectors.dots(R, Z)
+    squares = arithmetic.dots(R, Z)
+    arithmetic.check(squares)
+    sizes = xp.sqrt(squares)
+    scale = (1.0 / xp.where(sizes > 0, sizes, 1.0))[:, None].astype(R.dtype)
+    following = R * scale
+    return following, following if precondition is None else Z * scale, sizes
+
+
+class CG(NamedTuple):
+    """The state of CG for A + shift I."""
+
+    X: Array
+    """Solutions, of shape (m, s, n)."""
+    P: Array
+    """Directions, of shape (m, s, n)."""
+    norms: Array
+    """Norms of the residuals, float64 of shape (m, s)."""
+    zeta: Array
+    """Lengths of the last steps over the curvature, of shape (m, s)."""
+    d: Array
+    """Pivots of L D L', of shape (m, s): curvatures along the directions."""
+
+
+def advanced_cg(state: CG, link: Link, shifts: Array, arithmetic: Arithmetic) -> CG:
+    """Return CG after one more step, by the factors L D L' of the tridiagonal matrix.
+
+    If a pivot `d` of the result is not positive, its shifted operator has no positive
+    curvature along the direction `P`, and the step must not be used.
+
+    Args:
+        state: The state.
+        link: The step of the recurrences.
+        shifts: Shifts of each right-hand side, of shape (m, s).
+        arithmetic: NumPy or jax.
+    """
+    xp, dtype, coupling = arithmetic.np, state.X.dtype, link.coupling[:, None]
+    ratio = coupling / state.d
+    P = link.v[:, None, :] - ratio[..., None].astype(dtype) * state.P
+    active = state.norms > 0
+    d = xp.where(active, link.alpha[:, None] + shifts - coupling * ratio, 1.0)
+    divisor = xp.where(d > 0, d, 1.0)
+    zeta = xp.where(coupling.any(), -ratio * state.zeta, state.zeta)
+    X = state.X + xp.where(active, zeta / divisor, 0.0)[..., None].astype(dtype) * P
+    return CG(X, P, link.beta[:, None] * abs(zeta) / divisor, zeta, d)
+
+
+class Minres(NamedTuple):
+    """The state of MINRES for A + shift I."""
+
+    X: Array
+    """Solutions, of shape (m, s, n)."""
+    W: Array
+    """The last directions, of shape (m, s, n)."""
+    before: Array
+    """The directions before them."""
+    R: Array
+    """Residuals, of shape (m, s, n); (m, s, 0) if `phi` has their norms."""
+    norms: Array
+    """Norms of the residuals, float64 of shape (m, s)."""
+    phi: Array
+    cosine: Array
+    sine: Array
+    delta_bar: Array
+    epsilon: Array
+    sizes: Array
+    """Lower bounds of the norms of the preconditioned operators, of shape (m, s)."""
+    least_squares: Array
+    """Whether a residual cannot fall further, because A has no inverse: (m, s)."""
+
+
+def advanced_minres(state: Minres, link: Link, shifts: Array, arithmetic: Arithmetic) -> Minres:
+    """Return MINRES after one more step, by a Givens rotation of the tridiagonal
+    matrix; the arguments are those of `advanced_cg`.
+    """
+    xp, dtype, eps = arithmetic.np, state.X.dtype, float(np.finfo(state.X.dtype).eps)
+    beta, alpha = link.beta[:, None], link.alpha[:, None] + shifts
+    delta = state.cosine * state.delta_bar + state.sine * alpha
+    gamma_bar = state.sine * state.delta_bar - state.cosine * alpha
+    delta_bar = -state.cosine * beta
+    sizes = xp.maximum(state.sizes, abs(alpha) + beta)
+    gamma = xp.hypot(gamma_bar, beta)
+    root = xp.hypot(gamma_bar, delta_bar)
+    active = (state.norms > 0) & ~state.least_squares
+    # root is |A r| / |r| before this step. Rounding keeps it above about the square
+    # root of eps. From there on, X would grow without bound along the kernel.
+    least_squares = state.least_squares | (active & (root <= eps**0.5 * sizes))
+    active = active & ~least_squares & (gamma > eps * sizes)
+    gamma = xp.where(active, gamma, 1.0)
+    cosine, sine = xp.where(active, gamma_bar / gamma, -1.0), xp.where(active, beta / gamma, 0.0)
+    step = xp.where(active, cosine * state.phi, 0.0)
+    phi = xp.where(active, sine * state.phi, state.phi)
+    W = (
+        link.v[:, None]
+        - state.epsilon[..., None].astype(dtype) * state.before
+        - delta[..., None].astype(dtype) * state.W
+    ) / gamma[..., None].astype(dtype)
+    R, norms = state.R, abs(phi)
+    if R.shape[-1]:
+        moved = (sine**2)[..., None].astype(dtype) * R - (phi * cosine)[..., None].astype(dtype) * link.following[
+            :, None
+        ]
+        R = xp.where(active[..., None], moved, R)
+        rows = R.reshape(-1, R.shape[-1])
+        norms = xp.sqrt(arithmetic.dots(rows, rows)).reshape(norms.shape)
+    return Minres(
+        state.X + step[..., None].astype(dtype) * W,
+        W,
+        state.W,
+        R,
+        xp.where(active, norms, state.norms),
+        phi,
+        cosine,
+        sine,
+        delta_bar,
+        state.sine * beta,
+        sizes,
+        least_squares,
+    )
+
+
+def _check(squares: vectors.Array) -> None:
     if not np.isfinite(squares).all():
         raise InvalidArgumentError("M is not finite: a product with it holds NaN or infinity", reason="NOT_FINITE")
-    if precondition is not None and (squares < 0).any():
+    if (squares < 0).any():
         raise InvalidArgumentError(
             f"M is not positive definite: r'Mr is {squares.min():.3g} for a residual r; pass a positive definite approximation of "
             "the inverse, or None",
             reason="NOT_POSITIVE_DEFINITE",
         )
-    sizes = np.sqrt(squares)
-    scale = (1.0 / np.where(sizes > 0, sizes, 1.0))[:, None].astype(R.dtype)
-    following = R * scale
-    return (following, following.copy() if precondition is None else Z * scale), sizes
 
 
-class Shifted(Protocol):
-    """Solutions of shifted systems, from a recurrence."""
-
-    X: vectors.Array
-    """Solutions, of shape (m, s, n)."""
-    norms: vectors.Array
-    """Norms of the residuals, float64 of shape (m, s)."""
-
-    def step(self, link: Link) -> None:
-        """Take one step for all systems that are not at rest."""
-        ...
+_HERE = Arithmetic(np, vectors.dots, _check)
 
 
-class ShiftedCG:
-    """CG for A + shift I, by the factors L D L^T of the tridiagonal matrix.
+class ShortRecurrence:
+    """CG or MINRES for (A + shift I) x = r, from x = 0, for m right-hand sides.
 
     Args:
+        multiply: Multiplies a block by A.
+        precondition: Multiplies a block by M; None for the identity. CG takes none.
         R: Right-hand sides, of shape (m, n).
-        beta: Their norms, of shape (m,).
         shifts: Shifts of each right-hand side, of shape (m, s).
+        method: "cg" or "minres".
+
+    Attributes:
+        links: The state of the recurrences.
+        solved: The state of the solutions.
+        shifts: As above.
+        finished: Whether no step can follow.
+
+    Raises:
+        InvalidArgumentError: M is not positive definite.
     """
 
-    def __init__(self, R: vectors.Array, beta: vectors.Array, shifts: vectors.Array) -> None:
-        self.X = np.zeros((*shifts.shape, R.shape[1]), R.dtype)
-        self.norms = np.broadcast_to(beta[:, None], shifts.shape).copy()
-        self._shifts = shifts
-        self._P = np.zeros_like(self.X)
-        self._zeta = self.norms.copy()
-        self._d = np.ones(shifts.shape)
-        self._beta = np.zeros((len(R), 1))
+    def __init__(
+        self, multiply: Multiply, precondition: Multiply | None, R: vectors.Array, shifts: vectors.Array, method: str
+    ) -> None:
+        self._multiply = multiply
+        self._precondition = precondition
+        self.shifts = shifts
+        self.finished = False
+        u, v, beta = _normalised(R, precondition, _HERE)
+        self.links = Links(np.zeros_like(R), u, v, np.zeros(len(R)), np.zeros(len(R)))
+        X, zeros = np.zeros((*shifts.shape, R.shape[1]), R.dtype), np.zeros(shifts.shape)
+        sizes = zeros + beta[:, None]
+        self.solved: CG | Minres = CG(X, X, sizes, sizes, np.ones(shifts.shape))
+        if method == "minres":
+            tracked = np.repeat(R[:, None], shifts.shape[1], axis=1)
+            if precondition is None:
+                tracked = tracked[..., :0]
+            norms, no = zeros + vectors.norms(R)[:, None], np.zeros(shifts.shape, bool)
+            self.solved = Minres(X, X, X, tracked, norms, sizes, zeros - 1, zeros, zeros, zeros, zeros, no)
 
-    def step(self, link: Link) -> None:
-        """See `Shifted.step`.
+    def advance(self, targets: vectors.Array, most: int) -> Iterator[vectors.Array]:
+        """Take one step; see `BlockCG.advance`. A system i of m is at i + m j for shift
+        j.
+        """
+        self.step()
+        yield self.solved.norms.T.reshape(-1)
+
+    def step(self) -> None:
+        """Take one step, with one product of a block.
 
         Raises:
             IndefiniteError: A shifted operator has no positive curvature along a
-                direction.
+                direction. The solutions are as before.
+            NotFiniteError: A product holds NaN or infinity. The solutions are as
+                before.
+            InvalidArgumentError: M is not positive definite.
         """
-        ratio = self._beta / self._d
-        d = link.alpha[:, None] + self._shifts - self._beta * ratio
-        self._P = link.v[:, None, :] - ratio[..., None].astype(self.X.dtype) * self._P
-        active = self.norms > 0
-        if (d[active] <= 0).any():
-            row, shift = np.argwhere((d <= 0) & active)[0]
-            raise IndefiniteError(self._P[row, shift], float(d[row, shift]))
-        d = np.where(active, d, 1.0)
-        if self._beta.any():
-            self._zeta = -ratio * self._zeta
-        self.X += np.where(active, self._zeta / d, 0.0)[..., None].astype(self.X.dtype) * self._P
-        self.norms = link.beta[:, None] * abs(self._zeta) / d
-        self._d, self._beta = d, link.beta[:, None]
-
-
-class ShiftedMinres:
-    """MINRES for A + shift I, by Givens rotations of the tridiagonal matrix.
-
-    Args:
-        R: Right-hand sides, of shape (m, n).
-        beta: Their norms, in the inner product of M, of shape (m,).
-        shifts: Shifts of each right-hand side, of shape (m, s).
-        track: Whether to update the residuals themselves, because `beta` is a norm in
-            another inner product.
-    """
-
-    def __init__(self, R: vectors.Array, beta: vectors.Array, shifts: vectors.Array, *, track: bool) -> None:
-        self.X = np.zeros((*shifts.shape, R.shape[1]), R.dtype)
-        self.norms = np.broadcast_to(vectors.norms(R)[:, None], shifts.shape).copy()
-        self.least_squares = np.zeros(shifts.shape, bool)
-        """Whether a residual cannot fall further, because A has no inverse."""
-        self._shifts = shifts
-        self._W = np.zeros((2, *self.X.shape), R.dtype)
-        self._phi = np.broadcast_to(beta[:, None], shifts.shape).copy()
-        self._cosine, self._sine = -np.ones(shifts.shape), np.zeros(shifts.shape)
-        self._delta_bar, self._epsilon = np.zeros(shifts.shape), np.zeros(shifts.shape)
-        self.sizes = np.zeros(shifts.shape)
-        """Lower bounds of the norms of the preconditioned operators, (m, s)."""
-        self._R = np.repeat(R[:, None], shifts.shape[1], axis=1) if track else None
-
-    def step(self, link: Link) -> None:
-        """See `Shifted.step`."""
-        beta, alpha = link.beta[:, None], link.alpha[:, None] + self._shifts
-        delta = self._cosine * self._delta_bar + self._sine * alpha
-        gamma_bar = self._sine * self._delta_bar - self._cosine * alpha
-        epsilon, self._epsilon = self._epsilon, self._sine * beta
-        self._delta_bar = -self._cosine * beta
-        self.sizes = np.maximum(self.sizes, abs(alpha) + beta)
-        gamma = np.hypot(gamma_bar, beta)
-        root = np.hypot(gamma_bar, self._delta_bar)
-        active = (self.norms > 0) & ~self.least_squares
-        # root is |A r| / |r| before this step. Rounding keeps it above about the square
-        # root of eps. From there on, X would grow without bound along the kernel.
-        self.least_squares |= active & (root <= np.finfo(self.X.dtype).eps ** 0.5 * self.sizes)
-        active &= ~self.least_squares & (gamma > np.finfo(self.X.dtype).eps * self.sizes)
-        gamma = np.where(active, gamma, 1.0)
-        self._cosine, self._sine = np.where(active, gamma_bar / gamma, -1.0), np.where(active, beta / gamma, 0.0)
-        phi = np.where(active, self._cosine * self._phi, 0.0)
-        self._phi = np.where(active, self._sine * self._phi, self._phi)
-        dtype = self.X.dtype
-        W = (
-            link.v[:, None]
-            - epsilon[..., None].astype(dtype) * self._W[0]
-            - delta[..., None].astype(dtype) * self._W[1]
-        )
-        W /= gamma[..., None].astype(dtype)
-        self._W[0], self._W[1] = self._W[1], W
-        self.X += phi[..., None].astype(dtype) * W
-        if self._R is None:
-            self.norms = np.where(active, abs(self._phi), self.norms)
+        product = np.asarray(self._multiply(self.links.v), self.links.v.dtype)
+        if not np.isfinite(product).all():
+            raise NotFiniteError
+        link, links = linked(self.links, product, self._precondition, _HERE)
+        if isinstance(self.solved, CG):
+            found = advanced_cg(self.solved, link, self.shifts, _HERE)
+            if (found.d <= 0).any():
+                row, shift = np.argwhere(found.d <= 0)[0]
+                raise IndefiniteError(found.P[row, shift], float(found.d[row, shift]))
+            self.solved = found
         else:
-            square, part = (self._sine**2)[..., None].astype(dtype), (self._phi * self._cosine)[..., None].astype(dtype)
-            self._R = np.where(active[..., None], square * self._R - part * link.following[:, None], self._R)
-            self.norms = vectors.norms(self._R.reshape(-1, self._R.shape[-1])).reshape(self.norms.shape)
+            self.solved = advanced_minres(self.solved, link, self.shifts, _HERE)
+            self.finished = bool((self.solved.least_squares | (self.solved.norms == 0)).all())
+        self.links = links
+
+    def solutions(self) -> vectors.Array:
+        """Return the solutions so far, of shape (m s, n)."""
+        X: vectors.Array = self.solved.X
+        return X.transpose(1, 0, 2).reshape(-1, X.shape[-1])

@@ -5,7 +5,6 @@ residual away from the recurrence's, the solve goes on from there. So `converged
 that the true residual is small.
 """
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,12 @@ from hvpd._arguments import check_choice, finite, integer
 from hvpd._errors import InvalidArgumentError
 from hvpd._krylov import vectors
 from hvpd._krylov.computed import Solved
-from hvpd._krylov.conjugate_gradients import IndefiniteError
+from hvpd._krylov.conjugate_gradients import BlockCG, IndefiniteError
 from hvpd._krylov.preconditioning import preconditioner
 from hvpd._krylov.probes import Ticking
 from hvpd._krylov.results import Solution
-from hvpd._krylov.runner import Runner
-from hvpd._krylov.short_recurrence import Shifted, ShiftedCG, ShiftedMinres, recurrence
+from hvpd._krylov.runner import Advance, Runner
+from hvpd._krylov.short_recurrence import Minres, ShortRecurrence
 from hvpd._krylov.space import Multiply, NotFiniteError
 from hvpd._krylov.vectors import Array
 
@@ -235,11 +234,12 @@ def _iterate(
 def _block_cg(
     runner: Runner, systems: Systems, rows: Array, precondition: Multiply | None, steps: int, tick: Ticking
 ) -> str:
-    state = runner.conjugate_gradients(systems.R[rows], precondition)
+    state = BlockCG(runner.multiply, precondition, systems.R[rows])
     try:
-        return _run(state.advance, lambda: state.finished, systems, rows, steps, tick)
+        with runner.stepping(state, precondition) as advance:
+            return _run(advance, state, systems, rows, steps, tick)
     finally:
-        systems.X[rows] += state.solutions()
+        systems.X[rows] += state.X
 
 
 def _short(
@@ -255,30 +255,21 @@ def _short(
     """Run a short recurrence. With k > 0, the rows are the shifts of k vectors."""
     R = systems.R[rows[:k]] if k else systems.R[rows]
     shifts = systems.shifts[rows].reshape(-1, k).T if k else systems.shifts[rows][:, None]
-    beta, links = recurrence(runner.multiply, precondition, R)
-    state: Shifted = (
-        ShiftedCG(R, beta, shifts) if method == "cg" else ShiftedMinres(R, beta, shifts, track=precondition is not None)
-    )
-    stuck = False
-
-    def advance(targets: Array, most: int) -> Iterator[Array]:
-        nonlocal stuck
-        state.step(next(links))
-        stuck = isinstance(state, ShiftedMinres) and bool((state.least_squares | (state.norms == 0)).all())
-        yield state.norms.T.reshape(-1)
-
+    state = ShortRecurrence(runner.multiply, precondition, R, shifts, method)
     try:
-        reason = _run(advance, lambda: stuck, systems, rows, steps, tick)
+        with runner.stepping(state, precondition) as advance:
+            reason = _run(advance, state, systems, rows, steps, tick)
     finally:
-        systems.X[rows] += state.X.transpose(1, 0, 2).reshape(len(rows), -1)
-        if isinstance(state, ShiftedMinres):
-            systems.sizes[rows] = state.sizes.T.reshape(-1)
-    return INCONSISTENT if stuck and isinstance(state, ShiftedMinres) and state.least_squares.any() else reason
+        systems.X[rows] += state.solutions()
+        if isinstance(state.solved, Minres):
+            systems.sizes[rows] = state.solved.sizes.T.reshape(-1)
+    inconsistent = isinstance(state.solved, Minres) and state.finished and state.solved.least_squares.any()
+    return INCONSISTENT if inconsistent else reason
 
 
 def _run(
-    advance: Callable[[Array, int], Iterator[Array]],
-    ended: Callable[[], bool],
+    advance: Advance,
+    state: BlockCG | ShortRecurrence,
     systems: Systems,
     rows: Array,
     steps: int,
@@ -289,7 +280,7 @@ def _run(
     Args:
         advance: Takes steps until the residuals are at most its first argument, and at
             most as many as its second; see `BlockCG.advance`.
-        ended: Returns whether no step can follow.
+        state: The recurrence.
         systems: The systems.
         rows: Positions of the systems that the recurrence solves.
         steps: Most steps.
@@ -304,7 +295,7 @@ def _run(
         for latest in advance(targets, last - len(systems.history)):
             systems.note(rows, latest)
             tick(len(systems.history) - 1, float(latest.max()))
-        if ended() or (systems.history[-1][rows] <= targets).all():
+        if state.finished or (systems.history[-1][rows] <= targets).all():
             return CONVERGED
     return MAXITER
 
