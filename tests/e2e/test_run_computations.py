@@ -15,6 +15,7 @@ from scipy.sparse.linalg import aslinearoperator
 import hvpd
 from hvpd._krylov import trust_region
 from hvpd._krylov.runner import runner
+from hvpd._transport.server_space import chunked, described_arrays
 from hvpd._wire.frames import Frame
 from hvpd.v1 import krylov_pb2
 from tests.support.waiting import until
@@ -71,33 +72,57 @@ def launches(server, program):
     return server.metric(f'hvpd_launches_total{{program="{program}"}}')
 
 
+def in_launches(server, program, solve, most=1):
+    """Solve until the steps are launched together. Return the result, the launches of
+    several steps, and the products beside them, which are at most `most`.
+    """
+
+    def solved():
+        before = launches(server, program), launches(server, "(hvp|apply)")
+        found = solve()
+        several, products = launches(server, program) - before[0], launches(server, "(hvp|apply)") - before[1]
+        return (found, several, products) if several and products <= most else None
+
+    return until(solved)
+
+
 @pytest.fixture(scope="module")
 def launched(server, H):
     """Return H when its steps of conjugate gradients are launched together."""
-
-    def solved():
-        before = launches(server, "cg_hvp")  # Another test may have launched another objective.
-        H.solve(np.ones(N), maxiter=2)
-        return launches(server, "cg_hvp") > before
-
-    until(solved)
+    in_launches(server, "cg_hvp", lambda: H.solve(np.ones(N), maxiter=2))
     return H
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_solve_in_launches_equals_the_iteration_here(launched, server, A, b, weighted):
-    M = 1 / np.diag(A) if weighted else None
-    before = launches(server, "cg_hvp"), launches(server, "(hvp|apply)")
-    found = launched.solve(b, tol=1e-12, M=M)
-    expected = hvpd.krylov.solve(aslinearoperator(A), b, tol=1e-12, M=M)
+METHODS = {
+    "cg": ("cg_hvp", 1, {}),
+    "many": ("cg_hvp", 5, {}),
+    "minres": ("minres_hvp", 1, {"method": "minres"}),
+    "minres of many": ("minres_hvp", 3, {"method": "minres"}),
+    "shifts": ("shifted_cg_hvp", 1, {"shifts": [0.01, 0.5, 3.0]}),
+    "shifts of many": ("shifted_cg_hvp", 2, {"shifts": [0.01, 0.5]}),
+    "minres with shifts": ("minres_hvp", 1, {"method": "minres", "shifts": [0.01, 0.5]}),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "M"),
+    [*((method, None) for method in METHODS), ("cg", "diagonal"), ("many", "low rank"), ("minres", "low rank")],
+)
+def test_a_solve_in_launches_equals_the_iteration_here(server, H, A, method, M):
+    program, count, options = METHODS[method]
+    B = np.random.default_rng(2).standard_normal((N, count))
+    options = options | {"M": {"diagonal": 1 / np.diag(A), "low rank": hvpd.nystrom(aslinearoperator(A), 5)}.get(M)}
+    B = B[:, 0] if count == 1 else B
+    found, several, products = in_launches(server, program, lambda: H.solve(B, tol=1e-11, **options))
+    expected = hvpd.krylov.solve(aslinearoperator(A), B, tol=1e-11, **options)
     assert found.converged
-    assert abs(found.products - expected.products) <= 1
-    np.testing.assert_allclose(found.residual_norms[:10], expected.residual_norms[:10], rtol=1e-9)
-    np.testing.assert_allclose(found.x, np.linalg.solve(A, b), rtol=1e-9)
-    steps = len(found.residual_norms) - 1
-    after = launches(server, "cg_hvp"), launches(server, "(hvp|apply)")
-    assert 1 < after[0] - before[0] < steps
-    assert after[1] - before[1] == 1  # The check of the residual.
+    assert abs(found.products - expected.products) <= 2 * count
+    np.testing.assert_allclose(found.residual_norms[:4], expected.residual_norms[:4], rtol=1e-8)
+    np.testing.assert_allclose(found.x, expected.x, rtol=1e-7, atol=1e-9)
+    for x, shift in zip(found.x if "shifts" in options else [found.x], options.get("shifts", [0.0]), strict=True):
+        np.testing.assert_allclose(x, np.linalg.solve(A + shift * np.eye(N), B), rtol=1e-7, atol=1e-9)
+    assert several < len(found.residual_norms) - 1
+    assert products == 1  # The check of the residual.
 
 
 @pytest.mark.parametrize("rank", [1, 3, 4])
@@ -105,13 +130,7 @@ def test_operators_with_a_low_rank_term_are_solved_in_launches(launched, server,
     U = np.random.default_rng(6).standard_normal((N, rank))
     C = np.linspace(0.5, 2, rank)
     updated, dense = (2.0 * launched).updated(U, C), 2 * A + (U * C) @ U.T
-
-    def steps():
-        before = launches(server, "cg_hvp")
-        found = updated.solve(b, tol=1e-12)
-        return found if launches(server, "cg_hvp") > before else None
-
-    found = until(steps)
+    found, _, _ = in_launches(server, "cg_hvp", lambda: updated.solve(b, tol=1e-12))
     expected = hvpd.krylov.solve(aslinearoperator(dense), b, tol=1e-12)
     assert abs(found.products - expected.products) <= 1
     np.testing.assert_allclose(found.x, np.linalg.solve(dense, b), rtol=1e-9)
@@ -157,7 +176,7 @@ def test_preconditioners_live_on_the_server(H, A, b, calls):
     assert calls() == 0
 
 
-def test_kfac_preconditions_on_the_server(client, calls):
+def test_kfac_preconditions_on_the_server(client, server, calls):
     rng = np.random.default_rng(3)
     X, W = rng.standard_normal((30, 4)), rng.standard_normal((4, 3))
 
@@ -177,6 +196,9 @@ def test_kfac_preconditions_on_the_server(client, calls):
     assert calls() == before
     np.testing.assert_allclose(found.x, np.linalg.solve(dense, rhs), rtol=1e-9)
     assert found.products == hvpd.krylov.solve(aslinearoperator(dense), rhs, tol=1e-12, M=M).products
+    for method in ("cg", "minres"):
+        found, _, _ = in_launches(server, f"{method}_ggn", lambda: G.solve(rhs, tol=1e-11, M=M, method=method))  # noqa: B023 - called here
+        np.testing.assert_allclose(found.x, np.linalg.solve(dense, rhs), rtol=1e-8)
 
 
 def test_an_indefinite_operator_gives_its_direction(H, A, b):
@@ -324,6 +346,32 @@ def test_nan_in_step_4000_keeps_the_run_so_far(overflows_in_step_4000):
         np.testing.assert_allclose(abs(run.betas), 1, rtol=1e-12)
 
 
+def test_shifts_in_launches_end_at_one_without_positive_curvature(server, H, A, b):
+    """The solutions are those of the steps before."""
+    lowest = float(np.linalg.eigvalsh(A)[0])
+    shifts = [1.0, -1.5 * lowest]
+    found, _, _ = in_launches(server, "shifted_cg_hvp", lambda: H.solve(b, tol=1e-11, shifts=shifts), most=2)
+    expected = hvpd.krylov.solve(aslinearoperator(A), b, tol=1e-11, shifts=shifts)
+    assert found.reason == expected.reason
+    assert "not positive definite" in found.reason
+    assert len(found.residual_norms) == len(expected.residual_norms)
+    np.testing.assert_allclose(found.x, expected.x, rtol=1e-6)
+    shifted = A + shifts[1] * np.eye(N)
+    assert found.curvature < 0
+    assert found.direction @ shifted @ found.direction == pytest.approx(found.curvature)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_right_hand_side_of_zeros_has_the_solution_zero(H, method):
+    _, count, options = METHODS[method]
+    found = H.solve(np.zeros((N, count)), **options)
+    assert found.converged
+    assert not found.x.any()
+    B = np.eye(N)[:, :count]
+    B[:, -1] = 0
+    assert H.solve(B, tol=1e-8, **options).converged
+
+
 def slow(x, data):
     """Return a function whose product takes a moment."""
     return jax.lax.fori_loop(0, 2000, lambda _, y: jnp.sin(y) + data, x).sum()
@@ -351,6 +399,52 @@ def test_a_computation_ends_with_its_caller(serve):
         until(lambda: server.metric("hvpd_open_calls") == server.metric("hvpd_open_streams"))
         assert server.metric("hvpd_columns_total") < n
         assert server.metric('hvpd_resident_bytes{kind="run"}') == 0
+
+
+@pytest.fixture
+def long(serve):
+    """Return a server, and a function that begins to solve a system that takes 100,000
+    steps. It returns the call when its steps are launches.
+    """
+    server = serve("--memory-budget", "30000000")
+    n = 100_000
+    with hvpd.connect(server.address) as client:
+        H = client.register(chain, np.zeros(n), np.ones(n - 1)).at(np.zeros(n)).hessian()
+        runner = H._krylov()
+        channel = runner._operator.transport.channel
+
+        def begin(method):
+            B = np.eye(1, n)
+            spec = krylov_pb2.ComputationSpec(
+                operator=runner._operator.message,
+                solve=krylov_pb2.SolveSpec(method=method, tol=0, maxiter=1 << 30, shifts=[0.0]),
+                arrays=described_arrays({"B": B}),
+            )
+            frames = chunked(krylov_pb2.ComputeRequest(spec=spec), krylov_pb2.ComputeRequest, B)
+            call = channel.compute(frames, metadata=channel.metadata)
+            until(lambda: launches(server, f"{method}_hvp") > 2)
+            return call
+
+        yield server, client, begin
+
+
+def test_launches_end_with_their_caller(long):
+    server, _, begin = long
+    for method in ("cg", "minres"):
+        call = begin(method)
+        call.cancel()
+        until(lambda: server.metric('hvpd_resident_bytes{kind="run"}') == 0)
+
+
+def test_launches_end_when_other_work_needs_their_memory(long):
+    server, client, begin = long
+    call = begin("minres")
+    n = 1_000_000
+    objective = client.register(lambda x, d: jnp.sum(d * x**2), np.zeros(n), np.ones(n))
+    objective.at(np.zeros(n))
+    with pytest.raises(grpc.RpcError, match="other work needed its memory"):
+        list(call)
+    assert server.metric('hvpd_resident_bytes{kind="run"}') == 0
 
 
 def test_a_computation_is_repeated_after_a_crash(serve):

@@ -11,7 +11,7 @@ import pytest
 from hvpd.v1 import curvature_pb2
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.krylov.host_space import HostSpace
-from hvpd_server.krylov.launcher import Launcher
+from hvpd_server.krylov.launcher import LAUNCH_SECONDS, Launcher
 from hvpd_server.krylov.operator import Operator, Terms, Work
 from hvpd_server.krylov.runs import Run
 
@@ -108,9 +108,60 @@ def test_a_compile_that_fails_is_not_asked_for_again():
     made.point.source = Point()
     made.point.source.kernels = Kernels()
     launcher = Launcher(made, "cg_", 64)
-    assert not any(launcher.ready() for _ in range(3))
+    assert not any(launcher.ready(1) for _ in range(3))
     assert made.point.source.kernels.asked == 1
-    assert launcher.steps(100) == 2  # As many as a block of the engine, which the queue has room for.
+
+
+def stepping(operator, seconds, vectors=1, most=64):
+    """Return the steps of the next launches, whose steps take so many seconds."""
+    launcher = Launcher(operator, "lanczos_", most, vectors=vectors)
+    rows, found, slowest = 1, [], 0.0
+    for _ in range(12):
+        steps = launcher.steps(1000, rows, 1)
+        taken = sum(seconds(rows + number) for number in range(steps))
+        launcher._pace.note(taken, steps, rows, 1)
+        rows, slowest = rows + steps, max(slowest, taken)
+        found.append(steps)
+    return found, slowest
+
+
+@pytest.fixture
+def wide():
+    """Return an operator of an engine whose launches have up to 64 vectors."""
+    made = operator()
+    made.engine.limits = type("Limits", (), {"max_block_width": 64})
+    made.point.source = Point()
+    made.point.source.kernels = Point()
+    return made
+
+
+@pytest.mark.parametrize("product", [0.0, 1e-4, 1e-3])
+@pytest.mark.parametrize("row", [1e-6, 1e-5])
+def test_a_launch_takes_its_time_at_most_while_the_basis_grows(wide, product, row):
+    steps, slowest = stepping(wide, lambda rows: product + row * rows)
+    assert steps[0] == 1
+    assert 0.01 < slowest <= LAUNCH_SECONDS * (1 + 1e-9)
+    again, slowest = stepping(wide, lambda rows: product + row * rows)
+    assert again[0] > 1  # The pace is that of the run before.
+    assert slowest <= LAUNCH_SECONDS * (1 + 1e-9)
+
+
+def test_a_launch_is_planned_by_the_slower_one_of_two(wide):
+    launcher = Launcher(wide, "cg_", 64)
+    for seconds in (0.039, 0.0099):
+        launcher._pace.note(seconds, 10, 1.0, 0.0)
+    assert launcher.steps(100) == 5
+    launcher._pace.note(0.0099, 10, 1.0, 0.0)
+    assert launcher.steps(100) == 20
+    assert launcher.steps(7) == 7
+
+
+def test_a_launch_has_as_many_vectors_as_a_block(wide):
+    """The queue has room for them."""
+    for vectors, steps in ((1, 64), (16, 4), (64, 1)):
+        launcher = Launcher(wide, "cg_", 64, vectors=vectors)
+        launcher._pace.note(1e-6, 1, 1.0, 0.0)
+        assert launcher.steps(1000) == steps
 
 
 def space(reorthogonalize="full"):

@@ -1,122 +1,128 @@
-"""Conjugate gradients around a product, as a program of several steps.
+"""The step of block conjugate gradients, for programs of several steps.
 
-It takes the steps of `hvpd._krylov.conjugate_gradients.BlockCG` for one right-hand
-side, in the same form, so that an iteration can change from one to the other. The steps
-of `hvpd._krylov.trust_region.steihaug` are the same steps within a ball. So one program
-serves both.
+It is the step of `hvpd._krylov.conjugate_gradients.BlockCG`, in the same form, so that
+an iteration can change from one to the other. For one right-hand side, the steps of
+`hvpd._krylov.trust_region.steihaug` are the same steps within a ball.
+
+A block has zeros in the rows that it has too many: those without a right-hand side, and
+those that depended on other rows.
 """
 
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hvpd_server.derivation.iterations import inner_products
-
-Function = Callable[..., Any]
+from hvpd_server.derivation.iterations import dots, gram
+from hvpd_server.derivation.several_steps import FLOAT, Function, Method, Sizes, Spec, Stepped
 
 PREFIX: Final = "cg_"
 """Prefix of the name of such a program. The name of the product follows."""
 
-STEPS: Final = 64
-"""Most steps of a launch."""
+_LEAST: Final = 1e-6
+"""Smallest part of a row that is not in the rows before it, over the largest. A smaller
+one has lost digits to rounding, or will soon be zero.
+"""
 
 
-def specs_of(n: int, rank: int, dtype: "np.dtype[Any]") -> list[jax.ShapeDtypeStruct]:
-    """Return the arguments of a program between x and the product's own.
+class State(NamedTuple):
+    """The state between two steps."""
 
-    These are X, Q and S, as in `BlockCG`, and the diagonal of M, each of shape (1, n);
-    the scale and the shift of the operator, the norm of the residual that ends the
-    iteration, the radius of the ball, and the state: a lower bound of the norm of the
-    operator, C, and the inner products X X, X S and S S with the inverse of M; and the
-    number of steps to take. An operator with a low-rank term has U[n, rank] and a small
-    matrix of its own, too.
+    X: Any
+    """As in `BlockCG`, of shape (k, n)."""
+    Q: Any
+    """As X."""
+    S: Any
+    """As X."""
+    C: Any
+    """As in `BlockCG`, float64 of shape (k, k)."""
+    norm: Any
+    """A lower bound of the norm of the operator."""
+    XX: Any
+    """X X^T in the inner product of the inverse of M, of shape (k, k)."""
+    XS: Any
+    """X S^T in this inner product."""
+    SS: Any
+    """S S^T in this inner product."""
+
+
+def state_of(sizes: Sizes) -> State:
+    """Return the arrays of the state."""
+    vectors, square = sizes.vectors(sizes.rows), Spec((sizes.rows, sizes.rows), FLOAT)
+    return State(vectors, vectors, vectors, square, Spec((), FLOAT), square, square, square)
+
+
+def step(product: Function, precondition: Function | None, radius: jax.Array, before: Sequence[jax.Array]) -> Stepped:
+    """Take one step within a ball of a radius, in the norm of the inverse of M.
+
+    A step is unusual if its product is not finite, a curvature may not be positive, its
+    end is not within the ball, or rows of the residual may depend on each other.
     """
-    vector = jax.ShapeDtypeStruct((1, n), dtype)
-    return [
-        *[vector] * 4,
-        jax.ShapeDtypeStruct((9,), np.dtype(np.float64)),
-        jax.ShapeDtypeStruct((), np.dtype(np.int32)),
-        *([jax.ShapeDtypeStruct((n, rank), dtype), jax.ShapeDtypeStruct((rank, rank), dtype)] if rank else []),
-    ]
+    X, Q, S, C, norm, XX, XS, SS = State(*before)
+    dtype = S.dtype
+    W = product(S)
+    squares, lengths = dots(S, S), dots(W, W)
+    live = squares > 0
+    norm = jnp.maximum(norm, jnp.sqrt(jnp.where(live, lengths / jnp.where(live, squares, 1.0), 0.0)).max())
+    G = gram(S, W)
+    root = _inverse(_triangle((G + G.T) / 2, live))
+    # Its norm is at least 1 over the smallest curvature.
+    inverse = jnp.where(live[:, None] & live, root.T @ root, 0.0)
+    curved = 1 / jnp.sqrt((inverse**2).sum()) > float(np.finfo(dtype).eps) * norm * squares.sum()
+    Q, Z, change, independent = _factored(Q - inverse.astype(dtype) @ W, precondition, live)
+    D = inverse @ C
+    XX = XX + XS @ D + (XS @ D).T + D.T @ SS @ D
+    inside = (jnp.diagonal(XX) < radius**2).all()
+    after = State(
+        X + D.T.astype(dtype) @ S,
+        Q,
+        Z + change.astype(dtype) @ S,
+        change @ C,
+        norm,
+        XX,
+        (XS + D.T @ SS) @ change.T,
+        jnp.diag(live.astype(FLOAT)) + change @ SS @ change.T,
+    )
+    weighted = after.C if precondition is None else gram(Q, Q) @ after.C
+    usual = jnp.isfinite(lengths).all() & curved & independent & inside
+    return Stepped(after, jnp.sqrt(jnp.maximum((after.C * weighted).sum(axis=0), 0.0)), usual)
 
 
-def cg_of(multiply: Function, rank: int = 0) -> Function:
-    """Return (x, X, Q, S, M, numbers, count, *args) -> ((X, Q, S), norms, facts).
+METHOD: Final = Method(state_of, lambda sizes: Spec((), FLOAT), step)
 
-    With a rank, the first two of args are those of a low-rank term U D U^T.
 
-    norms are those of the residual after each step. facts are the steps that were
-    taken, whether the next step is a usual one, and the five numbers of the state. The
-    iteration ends when the norm of the residual is at its target; or before an unusual
-    step, whose product is not finite, whose curvature is not positive, whose end is not
-    within the ball, or after which the residual is zero.
+def _factored(R: jax.Array, precondition: Function | None, live: jax.Array) -> tuple[jax.Array, ...]:
+    """Return Q, M Q and C, so that R = C^T Q and Q M Q^T = I; and whether the rows of R
+    are independent. Rows that do not live are 0.
 
-    Args:
-        multiply: (x, v, *args) -> A v.
-        rank: Rank of the low-rank term; 0 for none.
+    Source: Yamamoto, Nakatsukasa, Yanagisawa, Fukaya 2015, Roundoff error analysis of
+    the CholeskyQR2 algorithm (https://etna.ricam.oeaw.ac.at/vol.44.2015/).
     """
-
-    def cg(
-        x: jax.Array,
-        X: jax.Array,
-        Q: jax.Array,
-        S: jax.Array,
-        M: jax.Array,
-        numbers: jax.Array,
-        count: jax.Array,
-        *args: jax.Array,
-    ) -> Any:
-        dtype = S.dtype
-        scale, shift, target, radius = (numbers[number] for number in range(4))
-        eps, M = float(np.finfo(dtype).eps), M[0]
-        low_rank, args = args[:2] if rank else (), args[2:] if rank else args
-
-        def going(state: Any) -> Any:
-            number, usual, latest = state[:3]
-            return (number < count) & usual & (latest > target)
-
-        def step(state: Any) -> Any:
-            number, _, latest, X, Q, S, (size, C, *ball), norms = state
-            XX, XS, SS = ball
-            W = scale.astype(dtype) * multiply(x, S, *args) + shift.astype(dtype) * S
-            if low_rank:
-                U, D = low_rank
-                W += U @ (D @ (S @ U))
-            square, curvature, length = _dot(S, S), _dot(S, W), _dot(W, W)
-            size = jnp.where(jnp.isfinite(length), jnp.maximum(size, jnp.sqrt(length / square)), size)
-            R = Q - (1 / curvature).astype(dtype) * W
-            change = jnp.sqrt(_dot(R, M * R))
-            alpha = C / curvature
-            moved = XX + 2 * alpha * XS + alpha**2 * SS
-            usual = jnp.isfinite(length) & (curvature > eps * size * square) & (moved < radius**2) & (change > 0)
-            following = R / change.astype(dtype)
-            found = (
-                X + alpha.astype(dtype) * S,
-                following,
-                M * following + change.astype(dtype) * S,
-                C * change,
-                moved,
-                change * (XS + alpha * SS),
-                1 + change**2 * SS,
-            )
-            X, Q, S, C, *ball = (
-                jnp.where(usual, new, old) for new, old in zip(found, (X, Q, S, C, *ball), strict=True)
-            )
-            latest = jnp.where(usual, C * jnp.sqrt(_dot(Q, Q)), latest)
-            return number + usual, usual, latest, X, Q, S, (size, C, *ball), norms.at[number].set(latest)
-
-        state = tuple(numbers[number] for number in range(4, 9))
-        start = (jnp.int32(0), jnp.bool_(True), jnp.float64(np.inf), X[0], Q[0], S[0], state, jnp.zeros(STEPS))
-        number, usual, _, X, Q, S, state, norms = jax.lax.while_loop(going, step, start)
-        facts = jnp.stack([number.astype(jnp.float64), usual.astype(jnp.float64), *state])
-        return (X[None], Q[None], S[None]), norms, facts
-
-    return cg
+    Q, Z = R, R if precondition is None else precondition(R)
+    C, independent = jnp.diag(live.astype(FLOAT)), jnp.bool_(True)
+    for _ in range(min(len(R), 2)):
+        L = _triangle(gram(Q, Z), live)
+        parts = jnp.diagonal(L)
+        independent &= jnp.where(live, parts, jnp.inf).min() > _LEAST * jnp.where(live, parts, 0.0).max()
+        scale = _inverse(L).astype(R.dtype)
+        Q, Z = scale @ Q, scale @ Z
+        C = L.T @ C
+    return Q, Z, C, independent
 
 
-def _dot(u: jax.Array, v: jax.Array) -> jax.Array:
-    """Return the inner product of two vectors, in float64."""
-    return inner_products(u[None], v)[0]
+def _triangle(G: jax.Array, live: jax.Array) -> jax.Array:
+    """Return the lower triangle L with L L^T = G, with the identity for the rows that
+    do not live; NaN if G is not positive definite.
+    """
+    G = jnp.where(live[:, None] & live, G, jnp.eye(len(G)))
+    return jnp.sqrt(G) if len(G) == 1 else jax.lax.linalg.cholesky(G)
+
+
+def _inverse(L: jax.Array) -> jax.Array:
+    """Return the inverse of a lower triangle."""
+    if len(L) == 1:
+        return 1 / L
+    found: jax.Array = jax.lax.linalg.triangular_solve(L, jnp.eye(len(L)), left_side=True, lower=True)
+    return found

@@ -63,13 +63,48 @@ def inner_products(V: jax.Array, w: jax.Array, first: Any = 0, rows: int | None 
         rows: Number of rows that count, from the first on; None for all.
     """
     rows = len(V) if rows is None else rows
-    # By parts that fit a cache, because all of V in float64 would be a copy in memory.
-    parts, rest = divmod(w.size, _PART)
 
     def product(start: Any, size: int) -> jax.Array:
         part = jax.lax.dynamic_slice(V, (jnp.int32(first), jnp.int32(start)), (rows, size))
         return part.astype(jnp.float64) @ jax.lax.dynamic_slice_in_dim(w, start, size).astype(jnp.float64)
 
+    return _by_parts(w.size, product)
+
+
+def gram(U: jax.Array, V: jax.Array) -> jax.Array:
+    """Return the inner products U V^T in float64, for U[k, n] and V[l, n]."""
+    if len(V) == 1:
+        return inner_products(U, V[0])[:, None]
+
+    def product(start: Any, size: int) -> jax.Array:
+        u, v = (jax.lax.dynamic_slice_in_dim(rows, start, size, 1).astype(jnp.float64) for rows in (U, V))
+        return u @ v.T
+
+    return _by_parts(V.shape[1], product)
+
+
+def dots(U: jax.Array, V: jax.Array) -> jax.Array:
+    """Return the inner product of each pair of rows, float64 of shape (k,)."""
+    if len(V) == 1:
+        return inner_products(U, V[0])
+
+    def product(start: Any, size: int) -> jax.Array:
+        u, v = (jax.lax.dynamic_slice_in_dim(rows, start, size, 1).astype(jnp.float64) for rows in (U, V))
+        return (u * v).sum(axis=1)
+
+    return _by_parts(V.shape[1], product)
+
+
+def _by_parts(n: int, product: Callable[[Any, int], jax.Array]) -> jax.Array:
+    """Return the sum of products over parts of the elements that fit a cache, because
+    all of a block in float64 would be a copy in memory.
+
+    Args:
+        n: Number of elements.
+        product: Returns the product over some elements, given the first one and their
+            number.
+    """
+    parts, rest = divmod(n, _PART)
     total = product(parts * _PART, rest)
     if not parts:
         return total

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import threading
 import weakref
@@ -14,7 +15,7 @@ import numpy as np
 
 from hvpd import _text
 from hvpd.v1 import objective_pb2
-from hvpd_server.derivation import conjugate_gradients, iterations
+from hvpd_server.derivation import conjugate_gradients, iterations, several_steps, short_recurrences
 from hvpd_server.derivation.dense_layers import Factors
 from hvpd_server.derivation.layout import View
 from hvpd_server.derivation.names import Name
@@ -28,6 +29,9 @@ PAIRS_BYTES: Final = 64 << 10
 """Largest x, in bytes, whose products at many points share a launch: a larger x fills a
 launch by itself.
 """
+
+_METHODS: Final = {conjugate_gradients.PREFIX: conjugate_gradients.METHOD, **short_recurrences.METHODS}
+"""The iterations without a basis, by the prefixes of their programs."""
 
 _ARRAY_BYTES: Final = rules.Limits().array_bytes
 
@@ -195,7 +199,7 @@ class Sized:
         found = None if name.leaves else self._of_whole(name, width)
         if found is not None:
             return found
-        for prefix in (iterations.PREFIX, conjugate_gradients.PREFIX):
+        for prefix in (iterations.PREFIX, *_METHODS):
             if name.base.startswith(prefix):
                 return self._iteration(prefix, name._replace(base=name.base.removeprefix(prefix)), width)
         traced = self.traced
@@ -227,24 +231,27 @@ class Sized:
         return None
 
     def _iteration(self, prefix: str, name: Name, width: int) -> Program:
-        """Return several steps of conjugate gradients around a product, with a low-rank
-        term of this rank; or of Lanczos's iteration for a basis of so many rows.
+        """Return several steps of an iteration around a product, for so many right-hand
+        sides; or of Lanczos's iteration for a basis of so many rows.
         """
         traced = self.traced
         n, dtype = traced.layout.size(name.leaves or None), traced.x.dtype
         product, drawn = self._whole_or_block(name)
-        block = product(lambda f: lambda V: f(V[0])[None])
+        single = product(lambda f: lambda V: f(V[0])[None])
+        if prefix == iterations.PREFIX:
 
-        def multiply(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
-            return block(x, v[None], *args)[0]
+            def multiply(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
+                return single(x, v[None], *args)[0]
 
-        if prefix == conjugate_gradients.PREFIX:
-            steps = conjugate_gradients.cg_of(multiply, width)
-            specs = conjugate_gradients.specs_of(n, width, dtype)
-        else:
             steps = iterations.lanczos_of(multiply, iterations.steps_of(n), self._derivation.platform)
-            specs = iterations.specs_of(width, n, dtype)
-        return Program([steps], [traced.x, *specs, *drawn, *traced.args])
+            return Program([steps], [traced.x, *iterations.specs_of(width, n, dtype), *drawn, *traced.args])
+        method, sizes = _METHODS[prefix], several_steps.Sizes(width, n, dtype, name.form)
+        products = [single] if width == 1 else [product(jax.vmap), product(lambda f: lambda V: jax.lax.map(f, V))]
+        specs = itertools.chain(*several_steps.specs_of(method, sizes))
+        return Program(
+            [several_steps.several(method, each, sizes) for each in products],
+            [traced.x, *specs, *drawn, *traced.args],
+        )
 
     def _whole_or_block(self, name: Name) -> tuple[Batched, list[jax.ShapeDtypeStruct]]:
         """Return the product of an operator, or of a principal block of it, and the

@@ -22,7 +22,7 @@ from hvpd_server import bundle as _admission
 from hvpd_server.admission.vetting import Vetter
 from hvpd_server.device.device import Device, host
 from hvpd_server.engine.lane import lanes_of
-from hvpd_server.engine.launches import Iteration, vectors_of
+from hvpd_server.engine.launches import Iteration
 from hvpd_server.engine.objective import Objective
 from hvpd_server.engine.objectives import Objectives
 from hvpd_server.engine.point import Point, point_id
@@ -411,7 +411,7 @@ class Engine:
         launches = self.objectives.lane(iteration.point.objective).launches
         with self._metered(tenant, iteration.columns) as charge:
             found = launches.iterate(job, on_queue)
-            charge(job.device_seconds, vectors_of(found))
+            charge(job.device_seconds, iteration.multiplied(found))
         return found, job.device_seconds
 
     def record_deferred(self) -> None:

@@ -47,12 +47,24 @@ class Iteration:
     """The width that the program is compiled for."""
     front: Sequence[Any]
     """The arguments after x."""
-    columns: int
-    """Most vectors to multiply, one for each step. The program's last result begins
-    with the steps that were taken.
-    """
+    steps: int
+    """Most steps. The program's last result begins with the steps that were taken."""
+    vectors: int = 1
+    """Vectors that each step multiplies."""
     seed: int | None = None
     """Seed, if the operator draws random numbers."""
+
+    @property
+    def columns(self) -> int:
+        """Most vectors to multiply."""
+        return self.steps * self.vectors
+
+    def multiplied(self, found: Sequence[Any]) -> int:
+        """Return the vectors that were multiplied, by the results.
+
+        A first product that is not used counts, too.
+        """
+        return max(int(found[-1][0]), 1) * self.vectors
 
 
 class Launches:
@@ -141,7 +153,7 @@ class Launches:
         assert isinstance(iteration, Iteration)
         job.point = point = iteration.point
         found: list[Any] = self._in_turn(job, on_queue)
-        seconds, columns = job.finished - job.started, vectors_of(found)
+        seconds, columns = job.finished - job.started, iteration.multiplied(found)
         self._metrics.product(
             ProductRecord(
                 point.objective.digest,
@@ -164,7 +176,7 @@ class Launches:
             found = point.source.call(iteration.program, iteration.width, point.x, *iteration.front, seed=seed)
             return [computed(found[0]), *map(host, found[1:])]
 
-        return with_relief(self._residency, call, [point.id], f"{iteration.columns} steps of {iteration.program}")
+        return with_relief(self._residency, call, [point.id], f"{iteration.steps} steps of {iteration.program}")
 
     def _in_turn(self, job: Job, on_queue: OnWait) -> Any:
         """Queue a product, and wait for it. If its objective is on probation, wait for
@@ -440,14 +452,6 @@ class Launches:
                 return host(source.kernels.call("apply", width, block, *residuals)), "apply"
         drawn = seed if program.startswith("sampled_") else None
         return host(source.call(program, width, point.x, block, seed=drawn)), program
-
-
-def vectors_of(found: Sequence[Any]) -> int:
-    """Return the vectors that an iteration multiplied, by its results.
-
-    A first product that is not used counts, too.
-    """
-    return max(int(found[-1][0]), 1)
 
 
 def _asked(program: str, bucket: int) -> str:

@@ -2,13 +2,26 @@
 for them is there, otherwise by products.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
 from hvpd._krylov import trust_region
 from hvpd._krylov.conjugate_gradients import BlockCG
-from hvpd._krylov.runner import Runner
+from hvpd._krylov.preconditioning import Applied
+from hvpd._krylov.runner import Advance, Runner
+from hvpd._krylov.short_recurrence import ShortRecurrence
 from hvpd._krylov.space import Multiply
 from hvpd._wire import codec
-from hvpd_server.krylov import device_cg, launcher
+from hvpd_server.derivation import conjugate_gradients
+from hvpd_server.device.device import host
+from hvpd_server.krylov import launcher
+from hvpd_server.krylov.device_iteration import DeviceIteration
 from hvpd_server.krylov.operator import Operator
+from hvpd_server.krylov.packing import PackedCG, PackedShortRecurrence
+
+Tick = Callable[[int, float], object]
 
 
 class DeviceRunner(Runner):
@@ -23,11 +36,18 @@ class DeviceRunner(Runner):
         self._operator = operator
         self._launches = launcher.is_possible(operator)
 
-    def conjugate_gradients(self, R: codec.Array, precondition: Multiply | None) -> BlockCG:
-        """See `Runner.conjugate_gradients`."""
-        if self._launches and device_cg.is_possible(R, precondition):
-            return device_cg.DeviceCG(self._operator, self.multiply, precondition, R)
-        return super().conjugate_gradients(R, precondition)
+    @contextlib.contextmanager
+    def stepping(self, state: BlockCG | ShortRecurrence, precondition: Multiply | None) -> Iterator[Advance]:
+        """See `Runner.stepping`."""
+        if not self._launches or not (precondition is None or isinstance(precondition, Applied)):
+            yield state.advance
+            return
+        packed = PackedCG(state) if isinstance(state, BlockCG) else PackedShortRecurrence(state)
+        iteration = DeviceIteration(self._operator, packed, precondition)
+        try:
+            yield iteration.advance
+        finally:
+            iteration.home()
 
     def region_step(
         self,
@@ -37,16 +57,18 @@ class DeviceRunner(Runner):
         tol: float,
         maxiter: int,
         precondition: Multiply | None,
-        tick: device_cg.Tick,
+        tick: Tick,
     ) -> trust_region.Step:
         """Return the step of a trust region; see `trust_region.steihaug`.
 
         `tick` is called with the steps so far and the norm of the residual.
         """
         state = None
-        if self._launches and device_cg.is_possible(gradient[None], precondition):
-            cg = device_cg.DeviceCG(self._operator, self.multiply, precondition, -gradient[None], radius)
-            state = device_cg.region_state(cg, tol, maxiter, tick)
+        if self._launches and (precondition is None or isinstance(precondition, Applied)):
+            cg = BlockCG(self.multiply, precondition, -gradient[None])
+            if not cg.finished:
+                iteration = DeviceIteration(self._operator, PackedCG(cg, radius), precondition)
+                state = _region_state(iteration, tol, maxiter, tick)
 
         def multiply(rows: codec.Array) -> codec.Array:
             tick(self.products, 0.0)
@@ -55,3 +77,27 @@ class DeviceRunner(Runner):
         return trust_region.steihaug(
             multiply, gradient, radius, tol=tol, maxiter=maxiter, precondition=precondition, state=state
         )
+
+
+def _region_state(iteration: DeviceIteration, tol: float, maxiter: int, tick: Tick) -> trust_region.State | None:
+    """Take the usual steps towards a step of a trust region, in launches. Return the
+    state before the next step, or None if there is no program for launches yet.
+
+    Args:
+        iteration: Conjugate gradients for the right-hand side -g, within the ball.
+        tol: Norm of the residual that ends the steps.
+        maxiter: Most steps.
+        tick: Called with the steps so far and the norm of the residual.
+    """
+    if not iteration.ready():
+        return None
+    usual, latest = True, np.inf
+    while usual and latest > tol and iteration.taken < maxiter:
+        norms, usual = iteration.launch(np.array([tol]), maxiter - iteration.taken)
+        latest = float(norms[-1, 0]) if len(norms) else latest
+        tick(iteration.taken, latest)
+    X, Q, S, *numbers = map(host, iteration.arrays)
+    found = conjugate_gradients.State(X, Q, S, *numbers)
+    C, XX, XS, SS = (float(array[0, 0]) for array in (found.C, found.XX, found.XS, found.SS))
+    size = S.dtype.type(C)
+    return trust_region.State(np.array(X), -size * Q, size * S, C**2, XX, C * XS, C**2 * SS, iteration.taken)

@@ -56,6 +56,9 @@ class LanczosLauncher:
 
     def __init__(self, operator: Operator) -> None:
         self._terms = operator.terms
+        # An accelerator multiplies all rows of the basis, see `iterations._ROWS`.
+        device = operator.engine.objectives.lane(operator.point.objective).device
+        self._growth = 1 if device.platform == "cpu" else 0
         self._launcher = Launcher(operator, iterations.PREFIX, iterations.steps_of(operator.n))
         self.ready = self._launcher.ready
 
@@ -69,9 +72,10 @@ class LanczosLauncher:
             left: Most steps.
             scale: Largest norm of a product so far.
         """
-        steps = self._launcher.steps(left)
+        growth, work = self._growth, rows if self._growth else bucket
+        steps = self._launcher.steps(left, work, growth)
         numbers, counts = np.array([self._terms.scale, self._terms.shift, scale]), np.array([rows, steps], np.int32)
-        new, alphas, betas, facts = self._launcher.launch(bucket, [Q, numbers, counts], steps)
+        new, alphas, betas, facts = self._launcher.launch(bucket, [Q, numbers, counts], steps, work, growth)
         return Launched(new, alphas, betas, int(facts[0]), bool(facts[1]), float(facts[2]))
 
 

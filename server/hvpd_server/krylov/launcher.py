@@ -1,7 +1,8 @@
 """Launches of several steps of an iteration. A launch takes as many steps as fit into a
-time, by the time of the launch before it.
+time, by the time of the launches before it.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +12,6 @@ from hvpd_server.krylov.operator import Operator
 
 LAUNCH_SECONDS = 0.02
 """Seconds that a launch of several steps should take."""
-
-_FIRST_STEPS = 4
-"""Steps of the first launch, when their time is not known."""
 
 
 def is_possible(operator: Operator) -> bool:
@@ -32,6 +30,52 @@ def is_possible(operator: Operator) -> bool:
     )
 
 
+class Pace:
+    """The times of a program's last two launches, and how many steps fit into a time.
+
+    A step takes the time of its product, which is the same for all steps, and a time
+    that grows with the rows of the basis that it multiplies, if there is one. So with
+    more rows its time grows in proportion to the rows at most.
+    """
+
+    def __init__(self) -> None:
+        self._latest: list[tuple[float, float]] = []
+        """Mean seconds of a step and mean rows, of each launch."""
+
+    def note(self, seconds: float, steps: int, rows: float, growth: float) -> None:
+        """Note the seconds of a launch.
+
+        Args:
+            seconds: Its seconds.
+            steps: Steps that it took.
+            rows: Rows of the first step.
+            growth: Rows that each step adds.
+        """
+        self._latest = [*self._latest[-1:], (seconds / max(steps, 1), rows + growth * (steps - 1) / 2)]
+
+    def steps(self, seconds: float, most: int, rows: float, growth: float) -> int:
+        """Return how many steps fit into a time, by the slower one of the last two
+        launches; 1 if there was no launch.
+
+        Args:
+            seconds: The time.
+            most: Most steps.
+            rows: As in `note`.
+            growth: As in `note`.
+        """
+        latest, total, number = self._latest, 0.0, 0
+        while latest and number < most and total <= seconds:
+            total += max(step * max((rows + growth * number) / base, 1.0) for step, base in latest)
+            number += total <= seconds
+        return max(number, 1)
+
+
+_paces: "weakref.WeakKeyDictionary[Any, dict[tuple[str, int], Pace]]" = weakref.WeakKeyDictionary()
+"""The pace of each program and number of vectors, by the object that has the compiled
+programs. So the first launch of a run is planned by the runs before it.
+"""
+
+
 class Launcher:
     """Launches several steps with an operator. `is_possible` holds for it.
 
@@ -40,20 +84,34 @@ class Launcher:
         prefix: Prefix of the program's name. The name of the operator's program
             follows.
         most: Most steps of a launch.
+        form: The end of the program's name.
+        vectors: Vectors that each step multiplies.
         seconds: Seconds that a launch should take.
     """
 
-    def __init__(self, operator: Operator, prefix: str, most: int, seconds: float = LAUNCH_SECONDS) -> None:
-        self._name = prefix + operator.program
+    def __init__(
+        self,
+        operator: Operator,
+        prefix: str,
+        most: int,
+        *,
+        form: str = "",
+        vectors: int = 1,
+        seconds: float = LAUNCH_SECONDS,
+    ) -> None:
+        self._name = prefix + operator.program + form
         self._operator = operator
+        self._vectors = vectors
         # A queue has room for a block, and may have room for no more.
-        self._most = min(most, operator.engine.limits.max_block_width)
+        self._most = max(min(most, operator.engine.limits.max_block_width // vectors), 1)
         self._seconds = seconds
-        self._step_seconds = 0.0
         self._requested: set[int] = set()
+        paces = _paces.setdefault(operator.point.source.kernels, {})
+        self._pace = paces.setdefault((self._name, vectors), Pace())
 
-    def ready(self, width: int = 0) -> bool:
-        """Return whether the program is compiled. Start its compile at the first call.
+    def ready(self, width: int) -> bool:
+        """Return whether the program is compiled for a width. Start its compile at the
+        first call.
 
         A compile that failed for want of memory would fail again at each step.
         """
@@ -65,16 +123,17 @@ class Launcher:
             kernels.request(self._name, width)
         return False
 
-    def steps(self, left: int) -> int:
-        """Return the steps of the next launch, by the time of the last one.
+    def steps(self, left: int, rows: float = 1.0, growth: float = 0.0) -> int:
+        """Return the steps of the next launch.
 
         Args:
             left: Most steps.
+            rows: Rows that the first step multiplies beside its product.
+            growth: Rows that each step adds to them.
         """
-        pace = int(self._seconds / self._step_seconds) if self._step_seconds else _FIRST_STEPS
-        return min(left, self._most, max(pace, 1))
+        return self._pace.steps(self._seconds, min(left, self._most), rows, growth)
 
-    def launch(self, width: int, front: Sequence[Any], steps: int) -> list[Any]:
+    def launch(self, width: int, front: Sequence[Any], steps: int, rows: float = 1.0, growth: float = 0.0) -> list[Any]:
         """Launch the program in its turn. Return its results.
 
         The first result stays where the device has it. The others are in the host's
@@ -84,11 +143,13 @@ class Launcher:
             width: The width that the program is compiled for.
             front: Its arguments after x.
             steps: Steps to take at most.
+            rows: As in `steps`.
+            growth: As in `steps`.
         """
         operator, work = self._operator, self._operator.work
         seed = operator.seed if operator.program.startswith("sampled_") else None
         operator.point.source.kernels.request(self._name, width).result()
-        iteration = Iteration(operator.point, self._name, width, front, steps, seed)
+        iteration = Iteration(operator.point, self._name, width, front, steps, self._vectors, seed)
 
         def launch() -> list[Any]:
             found, seconds = operator.engine.iterate(
@@ -100,8 +161,8 @@ class Launcher:
             )
             taken = int(found[-1][0])
             operator.device_seconds += seconds
-            operator.products += taken
-            self._step_seconds = seconds / max(taken, 1)
+            operator.products += taken * self._vectors
+            self._pace.note(seconds, taken, rows, growth)
             return found
 
         return operator.in_turn(launch)

@@ -7,7 +7,7 @@ import numpy as np
 from hvpd import _text
 from hvpd._krylov import preconditioning, probes, solve, trace
 from hvpd.v1 import krylov_pb2
-from hvpd_server.krylov import computation
+from hvpd_server.krylov import computation, packing
 from hvpd_server.krylov.operator import Operator
 from hvpd_server.rpc.run_requests import Arrays, Expected, invalid
 
@@ -102,7 +102,9 @@ def _solve(spec: krylov_pb2.SolveSpec, operator: Operator, arrays: Arrays) -> Co
     if len(shifts) > 1 and (X is not None or spec.HasField("preconditioner")):
         raise invalid("SOLVE", "several shifts need the Krylov space of B itself: send no X and no preconditioner")
     described = _described(spec.preconditioner, operator, arrays)
-    vectors = 8 * len(B) + 6 * len(B) * len(shifts)
+    # A launch has its state, the one before it, and the vectors of a step.
+    rows, systems = packing.power(len(B)), packing.power(len(B)) * packing.power(len(shifts))
+    vectors = 8 * rows + (11 if spec.method == "minres" else 6) * systems
     size_bytes = vectors * operator.n * operator.dtype.itemsize + _beside(operator, arrays)
     compute = computation.solving(arrays, shifts, described, tol=spec.tol, maxiter=spec.maxiter, method=spec.method)
     return Computation("solve", compute, size_bytes, f"a solve with {vectors} vectors")
@@ -120,10 +122,11 @@ def _step(spec: krylov_pb2.StepSpec, operator: Operator, arrays: Arrays) -> Comp
 
 
 def _beside(operator: Operator, arrays: Arrays) -> int:
-    """Return the bytes of the arrays of a request, and of the low-rank term, which
-    launches take in a copy of up to twice its rank.
+    """Return the bytes of the arrays of a request and of the low-rank term. Launches
+    take the term and the preconditioner in copies of up to twice their rank.
     """
-    return sum(array.nbytes for array in arrays.values()) + 3 * operator.terms.size_bytes
+    copied = sum(array.nbytes for name, array in arrays.items() if name.startswith("M"))
+    return sum(array.nbytes for array in arrays.values()) + 2 * copied + 3 * operator.terms.size_bytes
 
 
 def _check_limits(spec: krylov_pb2.SolveSpec | krylov_pb2.StepSpec) -> None:

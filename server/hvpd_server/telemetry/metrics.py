@@ -180,7 +180,8 @@ class Metrics(Collector):
             columns: The launch's width, in vectors.
             padding: The vectors among these that fill the launch up.
         """
-        base, block, _ = program.partition("[")  # One series for all blocks: any leaves of any x can be one.
+        # One series for all blocks and forms: any leaves of any x can be a block.
+        base, block, _ = program.partition("{")[0].partition("[")
         self._noted_launches.append((f"{base}[]" if block else base, columns, padding))
 
     def refused(self) -> None:
