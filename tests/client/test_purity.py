@@ -77,6 +77,25 @@ def counting():
     return fun
 
 
+def calls(x):
+    return counts(x) + again(x)
+
+
+def again(x):
+    return calls(x) if x is None else jnp.sum(x)
+
+
+@jax.jit
+def compiled(x):
+    CALLS["n"] += 1
+    return jnp.sum(x)
+
+
+def of_a_function_that_is_kept():
+    keep = keeping([])
+    return lambda x: keep(x) + 1
+
+
 class Model:
     def __init__(self):
         self.calls = 0
@@ -97,6 +116,10 @@ class Model:
     ("fun", "name"),
     [
         (counts, "CALLS"),
+        (calls, "CALLS"),
+        (lambda x: jax.lax.map(calls, x[None])[0], "CALLS"),
+        (lambda x: compiled(x), "CALLS"),
+        (of_a_function_that_is_kept(), "history"),
         (rebinds, "TOTAL"),
         (keeping([]), "history"),
         (counting(), "count"),
@@ -105,7 +128,20 @@ class Model:
         (functools.partial(keeping([1])), "history"),
         (hvpd.composite(keeping([]), jnp.sum, reduction="sum"), "history"),
     ],
-    ids=["dict", "global", "list", "nonlocal", "attribute", "jit", "partial", "composite"],
+    ids=[
+        "dict",
+        "called",
+        "mapped",
+        "compiled",
+        "closed over",
+        "global",
+        "list",
+        "nonlocal",
+        "attribute",
+        "jit",
+        "partial",
+        "composite",
+    ],
 )
 def test_a_change_of_a_python_object_gives_one_warning_that_names_it(fun, name):
     with pytest.warns(UserWarning, match=f"changed {name} while") as shown:
@@ -122,3 +158,4 @@ def test_pure_functions_and_draws_outside_give_none():
         traced(jnp.sum)
         traced(Model().pure)
         traced(lambda x: jnp.sum(x) * len(CALLS))
+        traced(again)

@@ -99,7 +99,12 @@ def export(
         )
     given = _given(x, data)
     # On the server, the bundle's precision applies to matrix products that state none.
-    with jax.enable_x64(given.x64), jax.default_matmul_precision(None):
+    # A mesh of the caller (jax.set_mesh) would add shardings to the program.
+    with (
+        jax.enable_x64(given.x64),
+        jax.default_matmul_precision(None),
+        jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())),
+    ):
         groups = _groups(given.x_tree, blocks)
         row_leaves = _row_leaves(given.data, given.data_tree) if any_rows else []
         subject = _subject(given, row_leaves, lift_bytes)

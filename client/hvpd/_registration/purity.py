@@ -26,9 +26,9 @@ _CONTAINERS = (dict, list, set, deque)
 def noticed(fun: Callable[..., Any]) -> Iterator[None]:
     """Warn if a trace of `fun` draws random numbers or changes objects of Python.
 
-    It watches the global generators of random numbers, and the values that `fun` itself
-    and the functions that it defines name: those it closes over, its globals, and the
-    object that a method belongs to.
+    It watches the global generators of random numbers, and the values that `fun` names:
+    those it closes over, its globals, and the object that a method belongs to. The same
+    holds for functions that it defines, and for functions of its module that it names.
     """
     named = _named(fun)
     generators = {"random": random.getstate, "numpy.random": _numpy_state} | _generators(named)
@@ -57,20 +57,44 @@ def _numpy_state() -> Any:
 
 
 def _named(fun: Callable[..., Any]) -> dict[str, Any]:
-    """Return the values that a function closes over or has as globals, by name."""
-    functions = (fun.model, fun.loss) if isinstance(fun, Composite) else (fun,)
+    """Return the values that a function closes over or has as globals, by name, and
+    those of the functions of its module that it names.
+    """
+    pending = [fun.model, fun.loss] if isinstance(fun, Composite) else [fun]
     found: dict[str, Any] = {}
-    for each in functions:
-        inner = inspect.unwrap(each.func if isinstance(each, functools.partial) else each)
+    seen: set[CodeType] = set()
+    while pending:
+        inner = _function_in(pending.pop())
         code = getattr(inner, "__code__", None)
-        if code is None:
+        if code is None or code in seen:
             continue
-        found |= {name: inner.__globals__.get(name) for name in _names(code)}
-        for name, cell in zip(code.co_freevars, inner.__closure__ or (), strict=True):
-            with contextlib.suppress(ValueError):  # The cell is empty.
-                found[name] = cell.cell_contents
-        if inspect.ismethod(inner):
-            found["self"] = inner.__self__
+        seen.add(code)
+        named = _named_by(inner, code)
+        found = named | found
+        # Functions of other modules may be a library's, which may fill a cache.
+        pending += [each for each in named.values() if _module_of(each) is inner.__globals__]
+    return found
+
+
+def _function_in(value: Any) -> Any:
+    """Return the function in a wrapper of it, such as jax.jit's; else the value."""
+    return inspect.unwrap(value.func if isinstance(value, functools.partial) else value)
+
+
+def _module_of(value: Any) -> Any:
+    """Return the globals of a function; None if the value is none."""
+    if isinstance(value, (ModuleType, type)) or not callable(value):
+        return None
+    return getattr(_function_in(value), "__globals__", None)
+
+
+def _named_by(inner: Any, code: CodeType) -> dict[str, Any]:
+    found = {name: inner.__globals__.get(name) for name in _names(code)}
+    for name, cell in zip(code.co_freevars, inner.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # The cell is empty.
+            found[name] = cell.cell_contents
+    if inspect.ismethod(inner):
+        found["self"] = inner.__self__
     return found
 
 
