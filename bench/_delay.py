@@ -1,7 +1,8 @@
-"""A distance on one machine: a proxy that delays all bytes and counts them.
+"""A distance on one machine: a proxy that delays all bytes, lets a limited rate of them
+through, and counts them.
 
-`python -m bench._delay HOST:PORT SECONDS` forwards connections until its standard input
-ends. Each line of input is answered by the bytes so far: to the server, and back.
+`python -m bench._delay HOST:PORT SECONDS RATE` forwards connections until its standard
+input ends. Each line of input is answered by the bytes so far: to the server, and back.
 """
 
 import contextlib
@@ -45,11 +46,16 @@ class Distance:
 
 
 @contextlib.contextmanager
-def distance(address: str, seconds: float) -> Iterator[Distance]:
-    """Start a proxy in front of a server, which delays a round trip by so many
-    seconds.
+def distance(address: str, seconds: float, rate: float = 0.0) -> Iterator[Distance]:
+    """Start a proxy in front of a server.
+
+    Args:
+        address: Host and port of the server.
+        seconds: Seconds by which a round trip is delayed.
+        rate: Bytes a second in each direction, for all connections together; 0 for no
+            limit.
     """
-    argv = [sys.executable, "-m", "bench._delay", address, str(seconds)]
+    argv = [sys.executable, "-m", "bench._delay", address, str(seconds), str(rate)]
     with _processes.child(argv, r"delaying on (\d+)$", talks=True) as found:
         yield Distance(found)
 
@@ -57,12 +63,33 @@ def distance(address: str, seconds: float) -> Iterator[Distance]:
 # The proxy's process
 
 
-class _Counts:
-    def __init__(self) -> None:
-        self.of = [0, 0]
+class Line:
+    """One direction of the link, which all connections share.
+
+    Args:
+        rate: Bytes a second; 0 for no limit.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.counted = 0
+        self.piece_bytes = max(4096, min(_BUFFER_BYTES, int(rate / 500))) if rate else _BUFFER_BYTES
+        """Most bytes of a piece: what takes 2 ms at this rate."""
+        self._rate = rate
+        self._lock = threading.Lock()
+        self._free = 0.0
+
+    def due(self, size: int, arrived: float) -> float:
+        """Return when the last byte of a piece leaves the link. Pieces follow each
+        other.
+        """
+        if not self._rate:
+            return arrived
+        with self._lock:
+            self._free = max(self._free, arrived) + size / self._rate
+            return self._free
 
 
-def _forward(source: socket.socket, target: socket.socket, seconds: float, counts: _Counts, index: int) -> None:
+def _forward(source: socket.socket, target: socket.socket, seconds: float, line: Line) -> None:
     """Send on what comes, each piece after a delay. Two threads, so that a delay does
     not reduce the rate.
     """
@@ -82,16 +109,16 @@ def _forward(source: socket.socket, target: socket.socket, seconds: float, count
     piece = b"-"
     while piece:
         try:
-            piece = source.recv(_BUFFER_BYTES)
+            piece = source.recv(line.piece_bytes)
         except OSError:
             piece = b""
-        counts.of[index] += len(piece)
-        pieces.put((time.perf_counter() + seconds, piece))
+        line.counted += len(piece)
+        pieces.put((line.due(len(piece), time.perf_counter()) + seconds, piece))
 
 
-def _serve(address: str, seconds: float) -> None:
+def _serve(address: str, seconds: float, rate: float) -> None:
     host, _, port = address.rpartition(":")
-    listener, counts = socket.create_server(("127.0.0.1", 0)), _Counts()
+    listener, lines = socket.create_server(("127.0.0.1", 0)), (Line(rate), Line(rate))
 
     def accept() -> None:
         while True:
@@ -99,14 +126,14 @@ def _serve(address: str, seconds: float) -> None:
             far = socket.create_connection((host, int(port)))
             for each in (near, far):
                 each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for index, pair in enumerate(((near, far), (far, near))):
-                threading.Thread(target=_forward, args=(*pair, seconds / 2, counts, index), daemon=True).start()
+            for line, pair in zip(lines, ((near, far), (far, near)), strict=True):
+                threading.Thread(target=_forward, args=(*pair, seconds / 2, line), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
     print(f"delaying on {listener.getsockname()[1]}", file=sys.stderr, flush=True)
     for _ in sys.stdin:
-        print(*counts.of, flush=True)
+        print(*(line.counted for line in lines), flush=True)
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], float(sys.argv[2]))
+    _serve(sys.argv[1], float(sys.argv[2]), float(sys.argv[3]))

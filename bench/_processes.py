@@ -22,12 +22,19 @@ class Child:
     """A running process that has printed its ready line."""
 
     def __init__(
-        self, process: "subprocess.Popen[str]", ready: "re.Match[str]", seconds: float, lines: Sequence[str]
+        self,
+        process: "subprocess.Popen[str]",
+        ready: "re.Match[str]",
+        seconds: float,
+        lines: Sequence[str],
+        latest: Sequence[str],
     ) -> None:
         self.process = process
         self.pid = process.pid
         self.lines = lines
         """The lines on its stderr before it was ready."""
+        self.latest = latest
+        """The latest 30 lines on its stderr."""
         self.ready = ready
         """The match of the ready line."""
         self.seconds = seconds
@@ -35,13 +42,15 @@ class Child:
 
 
 @contextlib.contextmanager
-def child(argv: Sequence[str], ready: str, *, talks: bool = False) -> Iterator[Child]:
+def child(
+    argv: Sequence[str], ready: str, *, talks: bool = False, patience: float = _PATIENCE_SECONDS
+) -> Iterator[Child]:
     """Start a process, wait for the line on its stderr that matches `ready`, and end it
     at the end of the context.
 
     If `talks`, its stdout is a pipe. Its standard input is a pipe, which ends
     whenever this process ends. The child gets no settings of hvpd from the environment,
-    so that figures do not depend on them.
+    so that figures do not depend on them. It may take `patience` seconds to be ready.
     """
     lines: collections.deque[str] = collections.deque(maxlen=30)
     before: list[str] = []
@@ -75,9 +84,9 @@ def child(argv: Sequence[str], ready: str, *, talks: bool = False) -> Iterator[C
     )
     try:
         reader.start()
-        if not said.wait(_PATIENCE_SECONDS) or not found:
+        if not said.wait(patience) or not found:
             raise RuntimeError(f"{' '.join(argv[1:4])} did not start:\n{''.join(lines)}")
-        yield Child(process, *found[0], before)
+        yield Child(process, *found[0], before, lines)
     finally:
         process.terminate()
         try:
