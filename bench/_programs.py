@@ -56,6 +56,18 @@ class Programs:
         arguments = [self._x, V, *self._args] if name == "hvp" else [V, *self._residuals()]
         return lambda: np.asarray(compiled(*arguments))
 
+    def on_device(self, name: str, k: int = 0) -> Callable[[], object]:
+        """Return a function that launches a program once, with vectors on the device.
+
+        Args:
+            name: value_and_grad, hvp, apply, ggn or kfac.
+            k: Vectors in the block, of hvp, apply and ggn.
+        """
+        compiled = self.compiled(name, k)
+        V = [jax.device_put(normal(5, k, self.n))] if k else []
+        arguments = [*V, *self._residuals()] if name == "apply" else [self._x, *V, *self._args]
+        return lambda: compiled(*arguments)
+
     def multiply(self, name: str) -> Callable[[Vector], Vector]:
         """Return a function that multiplies a vector of shape (1, n) with the Hessian,
         by hvp or apply.

@@ -1,0 +1,135 @@
+"""Programs on an accelerator, in process: absolute times, and what share they reach of
+the device's own rate of matrix products and of its bandwidth, both measured here.
+
+On a machine without an accelerator the command runs small networks. That shows that it
+works. Its times are no figures then.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import _timing
+from bench._networks import NETWORKS
+from bench._objectives import normal
+from bench._programs import Programs
+from bench._report import Figure, Goal, measured, skipped
+
+BENCH = "gpu"
+PARTS = tuple(NETWORKS)
+"""Parts that can run alone: the networks."""
+
+WIDTHS = (1, 4, 16, 64)
+GGN_WIDTHS = (1, 16)
+
+_SMALL = "a small network, on a CPU: no figure"
+
+PREDICTED = {
+    "MLP": {"value_and_grad": 0.6, "hvp 1": 2.1, "hvp 16": 1.6},
+    "ResNet-50-like": {"value_and_grad": 0.35, "hvp 1": 2.3, "hvp 16": 1.7},
+    "GPT 1 M": {"value_and_grad": 0.2, "hvp 1": 2.6, "hvp 16": 1.9},
+    "GPT 10 M": {"value_and_grad": 0.4, "hvp 1": 2.4, "hvp 16": 1.7},
+    "GPT 124 M": {"value_and_grad": 0.55, "hvp 1": 2.3, "hvp 16": 1.6},
+}
+"""For each network: the gradient's share of the matmul rate; and a product's time over
+the gradient's, for one vector, and for each vector of a block of 16.
+
+A product computes 2 to 2.6 times as many operations as a gradient. Small layers, norms
+and softmax are limited by bandwidth, so a small GPT is far from the matmul rate. A
+block of 16 shares what does not depend on v.
+"""
+
+GOALS = {
+    ("ResNet-50-like", "hvp 1"): Goal("<=", 2.2),
+    ("GPT 124 M", "hvp 1"): Goal("<=", 2.1),
+    ("GPT 124 M", "hvp 16"): Goal("<=", 1.6),
+}
+"""Published for curvlinops, compiled, on an A6000: 2.78 for ResNet-50, and 2.90 for
+nanoGPT.
+"""
+
+
+def run(*, quick: bool, part: str | None = None) -> Iterator[Figure]:
+    """Yield the device's rates, and the figures of each network."""
+    small = jax.default_backend() == "cpu"
+    rounds, seconds = (2, 0.02) if quick or small else (9, 0.2)
+    rates = _rates(256 if small else 8192, (1 if small else 1024) << 20, rounds, seconds)
+    note = _SMALL if small else ""
+    yield measured(BENCH, "matmul rate, float32 at highest precision", "TFLOP/s", rates["matmul"] / 1e12, note=note)
+    yield measured(BENCH, "bandwidth, reading and writing", "GB/s", rates["copy"] / 1e9, note=note)
+    flops, bandwidth = (float(np.median(rates[name])) for name in ("matmul", "copy"))
+    for label in [part] if part else list(NETWORKS):
+        yield from _network(label, flops, bandwidth, rounds, seconds, small=small)
+
+
+def _rates(size: int, copied: int, rounds: int, seconds: float) -> "dict[str, np.ndarray[Any, Any]]":
+    """Return operations a second of a matrix product, and bytes a second of a copy."""
+    A, x = jnp.asarray(normal(0, size, size)), jnp.zeros(copied // 4, np.float32)
+    multiply = jax.jit(lambda A: jnp.matmul(A, A, precision="highest"))
+    increase = jax.jit(lambda x: x + 1)
+    calls: dict[str, _timing.Call] = {
+        "matmul": lambda: jax.block_until_ready(multiply(A)),
+        "copy": lambda: jax.block_until_ready(increase(x)),
+    }
+    work = {"matmul": 2 * size**3, "copy": 2 * copied}
+    times = _timing.interleave(calls, rounds=rounds, seconds=seconds)
+    return {name: work[name] / np.array(taken) for name, taken in times.items()}
+
+
+def _network(
+    label: str, flops: float, bandwidth: float, rounds: int, seconds: float, *, small: bool
+) -> Iterator[Figure]:
+    network = NETWORKS[label]
+    programs = Programs((network.small if small else network.full)())
+    kinds = [
+        ("value_and_grad", 0),
+        *(("hvp", k) for k in WIDTHS),
+        ("apply", 1),
+        *(("ggn", k) for k in GGN_WIDTHS),
+        ("kfac", 0),
+    ]
+    calls, failed = dict[str, _timing.Call](), dict[str, str]()
+    for name, k in kinds:
+        try:
+            call = _call(programs, name, k)
+            call()
+            calls[_key(name, k)] = call
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:  # The block does not fit on the device.
+            failed[_key(name, k)] = str(error).partition("\n")[0][:120]
+    times = _timing.interleave(calls, rounds=rounds, seconds=seconds)
+    gradient = np.array(times["value_and_grad"])
+    for name, k in kinds:
+        key, facts = _key(name, k), {"n": programs.n, "k": k or None}
+        if key in failed:
+            yield skipped(BENCH, f"{label}: {key}", "ms", failed[key], **facts)
+            continue
+        taken = np.array(times[key])
+        cost = programs.compiled(name, k).cost_analysis() or {}
+        start, predicted = f"{label}: {name}", {} if small else PREDICTED[label]
+        yield measured(BENCH, start, "ms", taken * 1e3, note=_SMALL if small else "", **facts)
+        expected = predicted.get(key) if key == "value_and_grad" else None
+        share = cost.get("flops", np.nan) / taken / flops
+        yield measured(BENCH, f"{start}, share of the matmul rate", "", share, predicted=expected, **facts)
+        share = cost.get("bytes accessed", np.nan) / taken / bandwidth
+        yield measured(BENCH, f"{start}, share of the bandwidth", "", share, **facts)
+        if name != "value_and_grad":
+            goal = None if small else GOALS.get((label, key))
+            ratio = taken / gradient / max(k, 1)
+            figure = f"{start}, for each vector over the gradient" if k else f"{start}, over the gradient"
+            expected = predicted.get(key)
+            yield measured(BENCH, figure, "", ratio, predicted=expected, goal=goal, **facts)
+
+
+def _key(name: str, k: int) -> str:
+    return f"{name} {k}" if k else name
+
+
+def _call(programs: Programs, name: str, k: int) -> Callable[[], object]:
+    """Return a function that runs a program with all arguments on the device, and waits
+    until it has ended.
+    """
+    call = programs.on_device(name, k)
+    return lambda: jax.block_until_ready(call())
