@@ -25,11 +25,14 @@ BENCHMARKS = (
     "as_jax",
     "samehost",
     "fleet",
+    "solve",
 )
-COMPARES = ("register", "versions")
-"""Benchmarks that take another checkout. `all` leaves `versions` out, because
-`versions` cannot run without one.
+ALONE = ("versions", "peers", "gpu")
+"""Benchmarks that `all` leaves out: `versions` cannot run without another checkout,
+`peers` installs packages, and `gpu` has figures only on an accelerator.
 """
+COMPARES = ("register", "versions")
+"""Benchmarks that take another checkout."""
 _FOLDER = Path(__file__).parent
 
 
@@ -39,7 +42,7 @@ def main() -> int:
         prog="python -m bench", description="Measures what hvpd promises; see bench/README.md."
     )
     parser.add_argument(
-        "name", choices=[*BENCHMARKS, "versions", "all", "report"], help="which; report renders bench/results instead"
+        "name", choices=[*BENCHMARKS, *ALONE, "all", "report"], help="which; report renders bench/results instead"
     )
     parser.add_argument(
         "--json", metavar="FILE", type=Path, help="also one JSON object a figure, one a line, into this file"
@@ -54,7 +57,9 @@ def main() -> int:
     parser.add_argument(
         "--write", action="store_true", help="with report: into bench/README.md, in place of its figures"
     )
-    parser.add_argument("--part", metavar="NAME", help="only this part, with krylov and neighbour; see bench/README.md")
+    parser.add_argument(
+        "--part", metavar="NAME", help="only this part, of a benchmark that has parts; see bench/README.md"
+    )
     arguments = parser.parse_args()
     if arguments.name == "report":
         return _results(write=arguments.write)

@@ -3,6 +3,7 @@ machines. This module measures nothing.
 """
 
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import os
@@ -88,11 +89,12 @@ def floor_rate(echoes: float, vectors: float) -> float:
 
 
 def environment() -> dict[str, Any]:
-    """Return the hardware and versions of this run, without the machine's name."""
+    """Return the hardware, versions and day of this run, without the machine's name."""
     import jax
 
     versions = {name: importlib.metadata.version(name) for name in ("jax", "grpcio", "hvpd")}
-    return {"device": jax.devices()[0].device_kind, "cores": len(os.sched_getaffinity(0)), **versions}
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"device": jax.devices()[0].device_kind, "cores": len(os.sched_getaffinity(0)), **versions, "date": today}
 
 
 # For people
@@ -166,20 +168,16 @@ MARK = "<!-- What follows is written by `python -m bench report --write`. -->"
 
 
 def render(results: Path) -> str:
-    """Return all results of a folder as Markdown: a section a file, a table a
+    """Return all results of a folder as Markdown: a section a file, tables for each
     benchmark.
     """
+    from bench import _tables  # It needs this module.
+
     parts = []
     for path in sorted(results.glob("*.jsonl")):
         figures = read(path)
         parts.append(f"### {path.stem}")
         for bench in dict.fromkeys(figure["bench"] for figure in figures):
             of_bench = [figure for figure in figures if figure["bench"] == bench]
-            on = "; ".join(
-                dict.fromkeys(
-                    f"{f['device']}, {f['cores']} cores, jax {f['jax']}, grpcio {f['grpcio']}, hvpd {f['hvpd']}"
-                    for f in of_bench
-                )
-            )
-            parts += [f"#### {bench}", f"On {on}.", table(of_bench, markdown=True)]
+            parts += [f"#### {bench}", _tables.origin(of_bench), _tables.markdown(bench, of_bench, absolute=True)]
     return "\n\n".join(parts) + "\n"

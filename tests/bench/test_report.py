@@ -16,10 +16,10 @@ from bench import __main__, _floor, _report, _timing, coalescing, modes
 from bench._report import Figure, Goal, measured
 
 _ROOT = Path(__file__).parents[2]
-_ENVIRONMENT = {"device": "cpu", "cores": 2, "jax": "0.10", "grpcio": "1.85", "hvpd": "0.1"}
+_ENVIRONMENT = {"device": "cpu", "cores": 2, "jax": "0.10", "grpcio": "1.85", "hvpd": "0.1", "date": "2026-11-30"}
 _FIELDS = {
     *("bench", "figure", "value", "unit", "n", "k", "predicted", "goal", "met"),
-    *("device", "cores", "jax", "grpcio", "hvpd", "repeats", "spread", "note"),
+    *("device", "cores", "jax", "grpcio", "hvpd", "date", "repeats", "spread", "note"),
 }
 
 
