@@ -87,6 +87,7 @@ def _started(
             found[name] = stack.enter_context(started(name, spec, folder, expected))
         except FailedError as error:
             failed[name] = str(error)
+            print(f"peers: {spec.part}: {peer(name).ABOUT.label}: {error}", file=sys.stderr, flush=True)
     return found, failed
 
 
