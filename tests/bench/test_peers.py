@@ -225,6 +225,7 @@ def test_the_server_process_serves_until_its_input_ends(monkeypatch):
         assert not serving.is_alive()
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_what_needs_no_packages_and_names_the_rest(tmp_path):
     path = tmp_path / "peers.jsonl"
     argv = [sys.executable, "-m", "bench", "peers", "--quick", "--json", str(path)]

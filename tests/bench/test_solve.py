@@ -72,6 +72,7 @@ def test_a_link_lets_its_rate_through_for_all_connections_together():
     assert _delay.Line(0.0).due(1 << 30, 7.0) == 7.0
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_its_figures(tmp_path):
     path = tmp_path / "solve.jsonl"
     argv = [sys.executable, "-m", "bench", "solve", "--quick", "--json", str(path)]
@@ -79,8 +80,9 @@ def test_a_quick_run_writes_its_figures(tmp_path):
     assert done.returncode == 0, done.stderr
     figures = _report.read(path)
     names = {tuple(each["figure"].split(": ")[1:3]) for each in figures}
-    assert names == {(name, link.label) for name in list(solve.SOLVES)[::4] for link in solve.LINKS[:2]}
+    assert names == {(name, link.label) for name in solve.QUICK for link in solve.LINKS[:2]}
     ratios = [each for each in figures if each["figure"].endswith("over local")]
     assert len(ratios) == 8
     assert all(each["value"] > 0 and each["predicted"] > 0 for each in ratios)
-    assert all(each["value"] > 1 for each in figures if each["figure"].endswith("bytes"))
+    sent = {each["figure"]: each["value"] for each in figures if each["figure"].endswith("bytes")}
+    assert sent["6 k: CG: 1 ms, 10 Gb/s: streamed, bytes"] > 2 * sent["6 k: CG: 1 ms, 10 Gb/s: run, bytes"] > 2
