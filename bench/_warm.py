@@ -3,6 +3,7 @@ program, so that it does nothing else while figures are taken.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,13 @@ def launched(H: hvpd.CurvatureOperator, steps: int) -> None:
         with Lanczos(space, np.arange(1.0, H.shape[0] + 1).reshape(1, -1).astype(H.dtype)) as run:
             run.extend(steps)
             place = getattr(space, "place", "")
+
+
+def until(found: Callable[[], object]) -> None:
+    """Wait until a result is true, or patience ends."""
+    ends = time.monotonic() + _PATIENCE_SECONDS
+    while not found() and time.monotonic() < ends:
+        time.sleep(0.02)
 
 
 def widths(most: int) -> list[int]:
