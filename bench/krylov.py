@@ -3,6 +3,7 @@ at several distances, and over the same steps in process.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,12 +66,33 @@ faster. At 1.9 M the products themselves take more than the wire.
 PREDICTED_IN_PROCESS = {"6 k": 1.15, "270 k": 1.05, "1.9 M": 1.05}
 """A run over the same program in process: one call, and some ten launches in turn."""
 
+SOLVE_STEPS = 64
+"""Steps of each solve."""
+
+PREDICTED_SOLVES = {
+    "CG": 2.0,
+    "CG with 16 right-hand sides": 1.3,
+    "CG with 8 shifts": 2.5,
+    "MINRES": 2.2,
+    "CG with Nyström's preconditioner": 2.2,
+}
+"""Time of a solve by single products over that of the solve in launches, at n = 6 k.
+
+A product takes 0.2 ms, and a step from Python 0.2 ms more for the queue and for the
+vectors in NumPy: more of them with 8 shifts. A block of 16 takes so long that the rest
+counts less.
+"""
+
+GOAL_SOLVES = Goal(">=", 1.0)
+
 
 def run(*, quick: bool, part: str | None = None) -> Iterator[Figure]:
     """Yield the figures of each size."""
-    with _processes.serving() as server:
+    with _processes.serving(None, "--metrics-port", "0") as server:
         for label in [part] if part else list(PROBLEMS)[: 1 if quick else None]:
             yield from _figures(label, server, quick=quick)
+            if label == "6 k":
+                yield from _solves(label, server, quick=quick)
 
 
 def _figures(label: str, server: _processes.Child, *, quick: bool) -> Iterator[Figure]:
@@ -113,6 +135,56 @@ def _figures(label: str, server: _processes.Child, *, quick: bool) -> Iterator[F
             yield _over_streaming(label, distance, n, np.array(found["streamed"]) / np.array(found["run"]))
             if distance == DISTANCES[2]:
                 yield from _bytes(label, n, far, contenders)
+
+
+def _solves(label: str, server: _processes.Child, *, quick: bool) -> Iterator[Figure]:
+    """Yield the time of each solve by single products over that in launches.
+
+    A Hessian in the mode "linearized" has no launches of several steps.
+    """
+    problem, (rounds, _, seconds) = PROBLEMS[label](), (1, 1, 0.02) if quick else ROUNDS[label]
+    with hvpd.connect(_processes.address(server)) as client:
+        point = client.objective(f"bench/krylov/{problem.n}").at(problem.x)
+        H = point.hessian()
+        shift = 1.01 * abs(float(H.eigsh(1, "SA", tol=1e-2).values[0]))
+        definite, single = point.hessian(shift), point.hessian(shift, mode="linearized")
+        M = hvpd.nystrom(definite, 20)
+        for method, predicted in PREDICTED_SOLVES.items():
+            contenders = {"launches": _solve(definite, method, M), "products": _solve(single, method, M)}
+            _warm.until(lambda: _launched(server, contenders["launches"]))  # noqa: B023 - called here
+            found = _timing.interleave(contenders, rounds=rounds, seconds=seconds)
+            yield measured(
+                BENCH,
+                f"{label}: {SOLVE_STEPS} steps of {method}, single products over launches",
+                "",
+                np.array(found["products"]) / np.array(found["launches"]),
+                n=problem.n,
+                k=16 if "16" in method else 1,
+                predicted=predicted,
+                goal=GOAL_SOLVES,
+            )
+            yield measured(
+                BENCH, f"{label}: {SOLVE_STEPS} steps of {method}", "ms", np.array(found["launches"]) * 1e3, n=problem.n
+            )
+
+
+def _solve(H: hvpd.CurvatureOperator, method: str, M: object) -> Callable[[], object]:
+    n = H.shape[0]
+    options: dict[str, dict[str, Any]] = {
+        "CG with 8 shifts": {"shifts": np.linspace(0.0, 1.0, 8)},
+        "MINRES": {"method": "minres"},
+        "CG with Nyström's preconditioner": {"M": M},
+    }
+    b = normal(8, 16, n).T if "16" in method else normal(8, n)
+    return lambda: H.solve(b, tol=0.0, maxiter=SOLVE_STEPS, **options.get(method, {}))
+
+
+def _launched(server: _processes.Child, solve: Callable[[], object]) -> bool:
+    """Solve. Return whether steps were launched together."""
+    several = r'hvpd_launches_total{program="(cg|shifted_cg|minres)_hvp"}'
+    before = _processes.metric(server, several)
+    solve()
+    return _processes.metric(server, several) > before
 
 
 def _over_streaming(label: str, seconds: float, n: int, ratio: Vector) -> Figure:
