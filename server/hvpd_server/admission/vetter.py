@@ -55,6 +55,9 @@ _LINE = 1 << 12
 _SIZES = 4
 """Most numbers of rows whose traces a session keeps."""
 
+_FORCED_DEVICES = "--xla_force_host_platform_device_count"
+"""A flag that says how many devices the CPU has."""
+
 _NICE = 10
 """Niceness of the forks, so that the server has the CPU first."""
 
@@ -217,6 +220,8 @@ def _work(sized: Sized, order: Mapping[str, Any], platform: str, limits: Limits,
     def found() -> dict[str, Any]:
         nonlocal blob
         jax.config.update("jax_platforms", platform if platform == "cpu" else f"{platform},cpu")
+        if order.get("processes"):
+            _pretend_devices(len(order["devices"]))
         by_id = {device.id: device for device in jax.local_devices()}
         target = compiling.Target([by_id[identity] for identity in order["devices"]])
         deterministic, data = order["deterministic"], order["data"]
@@ -232,6 +237,15 @@ def _work(sized: Sized, order: Mapping[str, Any], platform: str, limits: Limits,
     header = _refusal_of(found, limits.compiling())
     _send(reply, json.dumps(header).encode() + b"\n")
     _send(reply, blob)
+
+
+def _pretend_devices(count: int) -> None:
+    """Have this process compile for the CPUs of a whole group: it needs as many
+    devices, which run nothing.
+    """
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_FORCED_DEVICES)]
+    os.environ["XLA_FLAGS"] = " ".join(flags)  # jax forbids to say it twice.
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 def _refusal_of(work: Callable[[], dict[str, Any]], allowance: Allowance) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Compile a derived program for its devices: in a worker, or in the server."""
 
+import io
 import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -7,6 +8,7 @@ from typing import Any, Final
 
 import jax
 import numpy as np
+from jax._src import compiler
 from jax.experimental import serialize_executable
 
 from hvpd_server.derivation.programs import Sized
@@ -110,3 +112,34 @@ def load(blob: bytes, parts: Sequence[jax.Device]) -> jax.stages.Compiled:
         payload, in_tree, out_tree, execution_devices=list(parts)
     )
     return found
+
+
+def load_on_all(blob: bytes, parts: Sequence[jax.Device]) -> jax.stages.Compiled:
+    """Return the executable of bytes that `dump` returned, on the devices of several
+    processes. Each process loads it.
+
+    The process that compiled it had as many devices, all of its own. So the number of a
+    device there is its position among the parts.
+    """
+    payload, in_tree, out_tree = pickle.loads(blob)  # noqa: S301 - see `load`
+    unloaded, args_info, no_kwargs = _Unpickler(payload, parts).load()
+    return jax.stages.Compiled(unloaded.load(), [], in_tree.unflatten(args_info), out_tree, no_kwargs=no_kwargs)
+
+
+class _Unpickler(serialize_executable._JaxPjrtUnpickler):  # noqa: SLF001 - jax puts executables on the devices that they were compiled for
+    def __init__(self, payload: bytes, parts: Sequence[jax.Device]) -> None:
+        super().__init__(io.BytesIO(payload), parts[0].client, parts)  # type: ignore[no-untyped-call]
+        self._parts = parts
+
+    def persistent_load(self, pid: Any) -> Any:
+        if pid[0] == "device":
+            return self._parts[pid[1]]
+        if pid[0] != "exec":
+            return super().persistent_load(pid)  # type: ignore[no-untyped-call]
+        options = compiler.get_compile_options(
+            num_replicas=1,
+            num_partitions=len(self._parts),
+            device_assignment=np.array([[part.id for part in self._parts]]),
+            backend=self.backend,
+        )
+        return self.backend.deserialize_executable(pid[1], self.execution_devices, options)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxlib.mlir.dialects import stablehlo
 
 from hvpd._wire import codec
+from hvpd_server.derivation import compiling
 from hvpd_server.derivation.compiling import Compiled, Target
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.liveness import LOST
@@ -78,6 +79,8 @@ class Device:
         # Programs that communicate between devices must start in the same order on all
         # of them.
         self._turn = threading.Lock() if len(parts) > 1 else None
+        self.spans_processes = False
+        """Whether some parts belong to other processes."""
         self.overlaps = self._turn is None and self.platform != "cpu"
         """Whether the device computes one launch while the results of another are
         copied out.
@@ -124,6 +127,19 @@ class Device:
                 array = np.array(array, copy=True)
             placed: jax.Array = jax.block_until_ready(jax.device_put(array, sharding))
             return placed
+
+    def place_rows(self, part: Any, rows: slice) -> jax.Array:
+        """Copy some rows of a tensor to the device, split if there are several parts.
+
+        Args:
+            part: Reads rows, as `store.rows.Rows` does.
+            rows: The rows.
+        """
+        return self.put(part[rows], data=True, owned=True)
+
+    def load(self, blob: bytes) -> Compiled:
+        """Load a compiled program, from the bytes of `compiling.dump`."""
+        return compiling.load(blob, self.parts)
 
     def run(self, compiled: Compiled, args: Sequence[Any]) -> Any:
         """Run a program. Several parts run one program at a time, to its end; else the

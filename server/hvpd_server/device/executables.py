@@ -12,7 +12,7 @@ import os
 import platform as machine
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -64,6 +64,8 @@ class Executables:
         memory_bytes: Most bytes that a program may take beside its arguments; None: the
             device's allocator limits it.
         check_wanted: Raises ServiceError if the objective was deleted.
+        load: Loads an executable from its bytes; by default on the parts.
+        spans_processes: Whether some parts belong to other processes.
     """
 
     def __init__(
@@ -78,7 +80,11 @@ class Executables:
         loading: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         memory_bytes: int | None = None,
         check_wanted: Callable[[], None] = lambda: None,
+        load: Callable[[bytes], Compiled] | None = None,
+        spans_processes: bool = False,
     ) -> None:
+        self._load = load or (lambda blob: compiling.load(blob, parts))
+        self._spans_processes = spans_processes
         self._check_wanted = check_wanted
         self._memory_bytes = memory_bytes
         self._digest = digest
@@ -102,14 +108,16 @@ class Executables:
         if self._in_process is not None:
             return self._in_process(rows, name, width)
         bundle = self._bundle
-        order = {
+        order: dict[str, object] = {
             "rows": rows,
             "name": name,
             "width": width,
-            "devices": [part.id for part in self._parts],
+            "devices": list(range(len(self._parts))) if self._spans_processes else [part.id for part in self._parts],
             "data": len(bundle.captured) + len(bundle.data),
             "deterministic": bundle.fixed_bucket > 0,
         }
+        if self._spans_processes:
+            order["processes"] = True
         path = self._cache.path(self._digest, _fingerprint(self._digest, self._parts[0], order))
         found, size = self._cached(path)
         if found is not None:
@@ -120,6 +128,13 @@ class Executables:
                 self._key, self._programs, self._derivation, self._platform, order, self._check_wanted
             )
         except UnsupportedError as error:
+            if self._spans_processes:
+                raise ServiceError(
+                    Code.FAILED_PRECONDITION,
+                    "NO_GROUP",
+                    f"{self._parts[0].device_kind} cannot load executables of another process, which a group needs ({error}): register the "
+                    "objective without sharded",
+                ) from error
             _log.warning(
                 "%s cannot load executables of another process, so this server compiles by itself: a compile can now delay, or "
                 "crash, all products (%s)",
@@ -131,11 +146,11 @@ class Executables:
         if _write(path, blob):
             self._cache.written(self._digest, len(blob))
         with self._loading():
-            found = compiling.load(blob, self._parts)
+            found = self._load(blob)
         self._check_memory(found, order)
         return Built(found, "compiled", len(blob))
 
-    def _check_memory(self, compiled: jax.stages.Compiled, order: Mapping[str, object]) -> None:
+    def _check_memory(self, compiled: Any, order: Mapping[str, object]) -> None:
         """Raise ServiceError if a program takes more memory than it may, because the
         kernel would kill the server.
         """
@@ -151,7 +166,7 @@ class Executables:
                 "are allowed: send narrower blocks, or write the objective so that it keeps smaller arrays",
             )
 
-    def _cached(self, path: Path) -> tuple[jax.stages.Compiled | None, int]:
+    def _cached(self, path: Path) -> tuple[Compiled | None, int]:
         """Return the executable in a file, and its size; None if there is none, or it
         is damaged.
         """
@@ -165,7 +180,7 @@ class Executables:
             return None, 0
         try:
             with self._loading():
-                return compiling.load(blob, self._parts), len(blob)
+                return self._load(blob), len(blob)
         except Exception as error:  # noqa: BLE001 - after any error, the program is compiled again
             _log.warning("the compiled program %s cannot be loaded, and is compiled again: %s", path.name, error)
             return None, 0
@@ -233,12 +248,12 @@ def _fingerprint(digest: str, device: jax.Device, order: Mapping[str, object]) -
         device.device_kind,
         device.client.platform_version,
         os.environ.get("XLA_FLAGS", ""),
-        _processor() if device.platform == "cpu" else "",
+        processor() if device.platform == "cpu" else "",
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the model and the features of the CPU, because XLA compiles for them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n", 1)[0].splitlines()

@@ -150,6 +150,8 @@ class Objectives:
             loading,
             program_bytes(lane.device),
             check_wanted,
+            lane.device.load,
+            lane.device.spans_processes,
         )
 
         def tenants() -> Collection[str]:
