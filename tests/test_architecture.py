@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 SERVER = [
     ["__main__"],
+    ["rank"],
     ["process"],
     ["app", "config_check"],
     ["status_page", "rpc"],
@@ -22,7 +23,8 @@ SERVER = [
     ["admission"],
     ["derivation"],
     ["importer"],
-    ["store", "liveness"],
+    ["store", "group"],
+    ["liveness"],
     ["scheduling", "tenancy", "bundle"],
     ["telemetry"],
     ["config", "errors", "files", "token_bucket"],
@@ -65,6 +67,9 @@ JAX = {
     "server/hvpd_server/device/basis.py",
     "server/hvpd_server/device/executables.py",
     "server/hvpd_server/device/device.py",
+    "server/hvpd_server/device/group_device.py",
+    "server/hvpd_server/device/processes.py",
+    "server/hvpd_server/device/rank_mesh.py",
     "server/hvpd_server/importer",
     "client/hvpd/_jax",  # Loaded by `as_jax` only.
     "client/hvpd/_registration",

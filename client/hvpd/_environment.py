@@ -26,6 +26,7 @@ SERVER = tuple(
         *("MAX_BLOCK_WIDTH", "MAX_PENDING", "MAX_QUEUE_DELAY", "MAX_LAUNCHES", "MAX_CALLS", "DRAIN"),
         *("LAUNCH_TIMEOUT", "COMPILE_TIMEOUT", "QUARANTINE_AFTER", "LOG_LEVEL", "LOG_FORMAT"),
         *("TLS_CERT", "TLS_KEY", "TLS_CLIENT_CA", "TOKENS", "INSECURE", "CONFIG"),
+        *("GROUP", "LEADER", "RANK", "SIZE"),
     )
 )
 """Variables that `hvpd serve` reads: one for each setting, and one for their file."""

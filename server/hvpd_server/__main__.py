@@ -22,6 +22,18 @@ def main() -> int:
         return 2
     liveness = supervisor.liveness_of()
     owned = os.environ.get("HVPD_OWNED")
+    if _config.in_group(config):
+        from hvpd_server.device import forming
+
+        try:
+            config = forming.placed(config)
+        except ValueError as error:
+            print(f"hvpd: {error}", file=sys.stderr)  # noqa: T201
+            return 2
+        if config.rank:
+            from hvpd_server import rank
+
+            rank.run(config, owner=sys.stdin.fileno() if owned else None, liveness=liveness)
     vetter = Vetter()
     with contextlib.suppress(OSError):  # The first objective starts it then.
         vetter.start()  # Before this process imports jax, so that both import at the same time.

@@ -21,6 +21,7 @@ from hvpd_server.admission.vetting import Vetter
 from hvpd_server.config import Config
 from hvpd_server.device import memory_budget
 from hvpd_server.device.device import devices
+from hvpd_server.device.forming import lead
 from hvpd_server.engine.engine import Engine
 from hvpd_server.errors import ServiceError
 from hvpd_server.importer import rules
@@ -108,7 +109,8 @@ class App:
         certificates = _certificates(config)
         credentials = certificates.credentials() if certificates is not None else None
         store = Store(objects_of(config))
-        found = devices(store.cache)
+        # A group forms before jax finds its devices, and before the address is bound.
+        found, group = lead(config, store) if _config.in_group(config) else (devices(store.cache), None)
         device = found[0]
         self.metrics = Metrics()
         self.metrics.build({"version": hvpd.__version__, "jax": device.jax_version, "platform": device.platform})
@@ -133,6 +135,7 @@ class App:
             liveness=liveness,
             quarantine_after=config.quarantine_after,
             vetter=vetter,
+            group=group,
         )
         streams = Streams(max(config.max_calls * 3 // 4, 1))
         self._gate = Gate(tokens, Calls(config.max_calls, streams.end_idle))
@@ -309,7 +312,7 @@ def http_server(config: Config, port: int, app: App) -> HttpServer:
         "jax": device.jax_version,
         "platform": device.platform,
         "device": device.kind,
-        "devices": str(len(engine.devices)),
+        "devices": str(engine.device_count),
         "address": app.address,
     }
     catalogue = Catalogue(engine.store, engine.checks, engine.quarantine)

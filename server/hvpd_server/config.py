@@ -52,6 +52,19 @@ def _host(text: str) -> str:
     return text.strip()
 
 
+def _host_port(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) <= 65535:
+        raise argparse.ArgumentTypeError(f"expected HOST:PORT with a port from 1, got {text!r}")
+    return text
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
+    return int(text)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
@@ -250,6 +263,20 @@ class Config:
     insecure: bool = _setting(
         _flag, False, "allow a host other than loopback without TLS, or without tokens and client certificates", ""
     )
+    group: bool = _setting(
+        _flag,
+        False,
+        "be a rank of a group of processes that are one server; Slurm, Open MPI or an indexed Job of Kubernetes tells the rank",
+        "",
+    )
+    leader: str | None = _setting(
+        _host_port,
+        None,
+        "be a rank of a group: where rank 0 listens for the others; with --rank and --size",
+        "HOST:PORT",
+    )
+    rank: int | None = _setting(_number, None, "with --leader: number of this process, from 0", "R")
+    size: int | None = _setting(_positive, None, "with --leader: number of processes in the group", "P")
     log_level: str = _setting(_level, "INFO", "DEBUG, INFO, WARNING or ERROR", "LEVEL")
     log_format: str = _setting(_format, "text", "text or json: one object a line on stderr", "FORMAT")
 
@@ -322,6 +349,7 @@ def load(arguments: argparse.Namespace, environment: Mapping[str, str] = os.envi
                 f"--max-pending {config.max_pending} has no room for one block of --max-block-width {config.max_block_width}"
             )
         faults += _security_faults(config)
+        faults += _group_faults(config)
     if faults:
         raise SettingsError(faults)
     return config
@@ -391,6 +419,23 @@ def _security_faults(config: Config) -> Iterator[str]:
             f"--host {config.host} can be reached from other machines: give {', and '.join(missing)}; or listen on 127.0.0.1 behind "
             "a tunnel or a proxy that does it; or give --insecure, so that every machine may do everything"
         )
+
+
+def in_group(config: Config) -> bool:
+    """Return whether the process is a rank of a group."""
+    return config.group or config.leader is not None
+
+
+def _group_faults(config: Config) -> Iterator[str]:
+    """Yield how the settings of a group contradict each other."""
+    given = {"--leader": config.leader, "--rank": config.rank, "--size": config.size}
+    missing = [flag for flag, value in given.items() if value is None]
+    if config.group and len(missing) < len(given):
+        yield "--group takes the place of --leader, --rank and --size: give either"
+    elif not config.group and 0 < len(missing) < len(given):
+        yield f"--leader, --rank and --size need each other: {' and '.join(missing)} missing"
+    elif config.rank is not None and config.size is not None and config.rank >= config.size:
+        yield f"--rank {config.rank} is not below --size {config.size}: ranks are numbered from 0"
 
 
 def _is_loopback(host: str) -> bool:

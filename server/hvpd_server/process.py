@@ -11,10 +11,11 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from hvpd_server.admission.vetting import Vetter
 from hvpd_server.app import App, http_server
-from hvpd_server.config import Config
+from hvpd_server.config import Config, in_group
 from hvpd_server.errors import ServiceError
 from hvpd_server.liveness import Liveness
 from hvpd_server.store.location import local_directory
@@ -43,17 +44,19 @@ def run(
         liveness: Shows the supervisor that this process lives, and which work runs.
     """
     logs.configure(config.log_level, config.log_format)
-    for chatty in ("jax", "jaxlib"):
-        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
+    quiet()
     _keep_freed_memory()
-    signalled = _signalled(signal.SIGTERM, signal.SIGINT)
+    told = signalled(signal.SIGTERM, signal.SIGINT)
     if owner is not None:
         threading.Thread(
-            target=_die_with,
+            target=die_with,
             args=(owner, local_directory(config) if ephemeral else None),
             name="hvpd-owner",
             daemon=True,
         ).start()
+    formed = threading.Event()
+    if in_group(config):
+        threading.Thread(target=_stop_while_forming, args=(told, formed), name="hvpd-stop", daemon=True).start()
     try:
         spans = tracing.start()
         app = App(config, liveness, spans, vetter)
@@ -61,7 +64,10 @@ def run(
     except (ServiceError, ValueError, OSError) as error:
         logs.say(f"cannot start: {error}", logging.ERROR)
         vetter.close()
+        if in_group(config):
+            leave(1)  # An ordinary exit would wait for the other ranks.
         return 1
+    formed.set()
     metrics_port = 0
     if http is not None:
         http.start()
@@ -69,12 +75,12 @@ def run(
         logs.say(f"metrics on http://{http.address}/metrics", address=http.address)
         logs.say(f"status page on http://{http.address}/", address=http.address)
     if liveness is not None:
-        threading.Thread(target=_beat, args=(liveness, app.port, metrics_port), name="hvpd-beat", daemon=True).start()
+        threading.Thread(target=beat, args=(liveness, app.port, metrics_port), name="hvpd-beat", daemon=True).start()
     app.start()
     device = app.engine.devices[0]
-    _log.info("computing on %s: %d x %s", device.platform, len(app.engine.devices), device.kind)
+    _log.info("computing on %s: %d x %s", device.platform, app.engine.device_count, device.kind)
     logs.say(f"serving on {app.address}", address=app.address)
-    os.read(signalled, 1)
+    os.read(told, 1)
     logs.say("stopping")
     app.stop()
     if spans is not None:
@@ -85,7 +91,27 @@ def run(
     os._exit(0)
 
 
-def _signalled(*numbers: signal.Signals) -> int:
+def leave(code: int) -> NoReturn:
+    """End the process at once, with an exit code."""
+    logs.finish()
+    os._exit(code)
+
+
+def _stop_while_forming(told: int, formed: threading.Event) -> None:
+    """End the process when a signal comes before its group is complete."""
+    select.select([told], [], [])
+    if not formed.is_set():
+        logs.say("stopped")
+        leave(0)
+
+
+def quiet() -> None:
+    """Keep what jax tells at INFO out of the log."""
+    for chatty in ("jax", "jaxlib"):
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+def signalled(*numbers: signal.Signals) -> int:
     """Return a descriptor from which a byte can be read once one of the signals has
     come.
 
@@ -117,7 +143,7 @@ def _keep_freed_memory() -> None:
     mallopt(trim_threshold, 512 << 20)
 
 
-def _die_with(owner: int, store: Path | None) -> None:
+def die_with(owner: int, store: Path | None) -> None:
     """End this process when its owner is gone.
 
     Then the owner's end of the pipe closes. If a fork of the owner holds that end, this
@@ -132,7 +158,8 @@ def _die_with(owner: int, store: Path | None) -> None:
             os._exit(0)
 
 
-def _beat(liveness: Liveness, port: int, metrics_port: int) -> None:
+def beat(liveness: Liveness, port: int, metrics_port: int) -> None:
+    """Show the supervisor once a second that this process lives, and its ports."""
     while True:
         liveness.beat(port, metrics_port)
         time.sleep(1.0)

@@ -20,6 +20,7 @@ from typing import Final, NamedTuple
 
 from hvpd_server import config as _config
 from hvpd_server.errors import ServiceError
+from hvpd_server.group import failure
 from hvpd_server.liveness import LOST, Liveness
 from hvpd_server.store.location import objects_of
 from hvpd_server.store.quarantine import Quarantine
@@ -73,7 +74,7 @@ def run(config: _config.Config) -> int:
         code = process.returncode
         if stopped or code == 0:
             return 0
-        if code > 0 and not served:  # It cannot start, and has logged the reason.
+        if code > 0 and code != failure.ENDED and not served:  # It cannot start, and has logged the reason.
             return code
         known = _blame(config, liveness, code, ended)
         # A known cause is quarantined in the end, so others need not wait ever longer.
@@ -190,8 +191,11 @@ def _stuck(liveness: Liveness, config: _config.Config, now: float) -> _Ended | N
         what = f"a launch of it did not end within {timeout:g} s"
         return _Ended(f"had no answer of its device for {timeout:g} s", stuck, what)
     beat, _, _ = liveness.last_beat()
-    if beat and now - beat > max(_SILENCE, config.launch_timeout):
-        digests = [each.digest for each in work]
+    silence = max(_SILENCE, config.launch_timeout)
+    if _config.in_group(config):  # The other ranks wait for it, and end before.
+        silence = failure.silence_seconds(config.launch_timeout)
+    if beat and now - beat > silence:
+        digests = [] if _config.in_group(config) else [each.digest for each in work]
         return _Ended(f"was silent for {now - beat:.0f} s", digests, "it was at work when the server fell silent")
     return None
 
@@ -234,6 +238,8 @@ def _judge(quarantine: Quarantine, digests: Sequence[str], how: str, config: _co
 def _how(code: int) -> str:
     if code == LOST:
         return "lost its device"
+    if code == failure.ENDED:
+        return "ended with its group"
     if code >= 0:
         return f"ended with code {code}"
     try:

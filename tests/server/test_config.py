@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvpd_server.config import Config, load, parse, parse_bytes, vector_port
+from hvpd_server.config import Config, in_group, load, parse, parse_bytes, vector_port
 
 # Each setting with two values as they are written, and their meanings.
 VALUES = {
@@ -37,6 +37,9 @@ VALUES = {
     "tls_client_ca": ("a.pem", Path("a.pem"), "/srv/b.pem", Path("/srv/b.pem")),
     "tokens": ("a.json", Path("a.json"), "/srv/b.json", Path("/srv/b.json")),
     "vector_port": ("7071", "7071", "OFF", "off"),
+    "leader": ("a:7071", "a:7071", "[::1]:1", "[::1]:1"),
+    "rank": ("0", 0, "3", 3),
+    "size": ("4", 4, "10", 10),
     "log_level": ("debug", "DEBUG", "ERROR", "ERROR"),
     "log_format": ("JSON", "json", "text", "text"),
 }
@@ -46,6 +49,9 @@ WITH = {
     "tls_cert": {"tls_key": "key"},
     "tls_key": {"tls_cert": "cert"},
     "tls_client_ca": {"tls_cert": "cert", "tls_key": "key"},
+    "leader": {"rank": "0", "size": "4"},
+    "rank": {"leader": "a:1", "size": "4"},
+    "size": {"leader": "a:1", "rank": "3"},
 }
 
 BAD = {
@@ -67,6 +73,9 @@ BAD = {
     "launch_timeout": ["-1", "inf", "soon"],
     "compile_timeout": ["-1", "inf", "soon"],
     "quarantine_after": ["0", "-1", "often"],
+    "leader": ["a", "a:", ":1", "a:0", "a:70000", "7071"],
+    "rank": ["-1", "one", "1.0"],
+    "size": ["0", "-2", "two"],
     "log_level": ["loud", "5"],
     "log_format": ["xml", "js on"],
 }
@@ -116,7 +125,7 @@ def test_the_default_store_is_where_users_data_belongs(monkeypatch, tmp_path):
 
 
 def test_these_tests_know_every_setting():
-    assert {*VALUES, "insecure"} == {field.name for field in dataclasses.fields(Config)}
+    assert {*VALUES, "insecure", "group"} == {field.name for field in dataclasses.fields(Config)}
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -126,9 +135,9 @@ def test_flags_win_over_variables_and_variables_over_defaults(name):
     assert getattr(config(flag(name), written, **needed), name) == meant
     assert getattr(config(**{variable(name): written}, **needed), name) == meant
     both = config(flag(name), other_written, **{variable(name): written}, **needed)
-    assert both == dataclasses.replace(
-        config(), **{other: Path(value) for other, value in WITH.get(name, {}).items()}, **{name: other_meant}
-    )
+    parse_of = {field.name: field.metadata["parse"] for field in dataclasses.fields(Config)}
+    others = {other: parse_of[other](value) for other, value in WITH.get(name, {}).items()}
+    assert both == dataclasses.replace(config(), **others, **{name: other_meant})
     assert getattr(config(**{variable(name): ""}), name) == getattr(Config(), name)
 
 
@@ -250,6 +259,28 @@ def test_help_names_every_flag_and_variable(capsys):
     for field in dataclasses.fields(Config):
         assert flag(field.name) in shown
         assert f"${variable(field.name)}" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--leader", "a:1"], "--rank and --size missing"),
+        (["--leader", "a:1", "--rank", "0"], "--size missing"),
+        (["--rank", "0", "--size", "2"], "--leader missing"),
+        (["--leader", "a:1", "--rank", "2", "--size", "2"], "--rank 2 is not below --size 2"),
+        (["--group", "--leader", "a:1", "--rank", "0", "--size", "2"], "give either"),
+        (["--group", "--size", "2"], "give either"),
+    ],
+)
+def test_settings_of_a_group_that_contradict_each_other_are_refused(flags, says):
+    with pytest.raises(ValueError, match=says):
+        config(*flags)
+
+
+def test_a_rank_is_in_a_group():
+    assert not in_group(config())
+    assert in_group(config("--group"))
+    assert in_group(config("--leader", "a:1", "--rank", "0", "--size", "2"))
 
 
 def test_a_queue_that_no_block_fits_into_is_refused():

@@ -11,6 +11,7 @@ import pytest
 
 from hvpd_server import config as _config
 from hvpd_server import supervisor
+from hvpd_server.group.failure import ENDED
 from hvpd_server.liveness import LOST, Liveness
 from hvpd_server.store.quarantine import Quarantine
 
@@ -125,6 +126,28 @@ def test_work_that_progresses_while_the_device_hangs_is_not_blamed(monkeypatch, 
     assert hangs(monkeypatch, 601.0, 400.0, config=config).digests == [DIGEST, OTHER]
     assert hangs(monkeypatch, 3599.0, 3000.0, compiling=True, config=config) is None
     assert hangs(monkeypatch, 3601.0, 1000.0, compiling=True, config=config).digests == [DIGEST]
+
+
+def test_a_rank_that_is_silent_is_replaced_soon_and_no_objective_is_blamed(monkeypatch, tmp_path):
+    """Another rank may have stopped, and the silence of one ends all."""
+    liveness = Liveness()
+    liveness.begin(DIGEST)
+    liveness.beat(0, 0)
+    alone = _config.Config(store=tmp_path, launch_timeout=6.0)
+    member = _config.Config(store=tmp_path, launch_timeout=6.0, leader="a:1", rank=1, size=2)
+    now = time.monotonic()
+    assert supervisor._stuck(liveness, member, now + 2.9) is None
+    ended = supervisor._stuck(liveness, member, now + 3.5)
+    assert (ended.reason, list(ended.digests)) == ("was silent for 4 s", [])
+    assert supervisor._stuck(liveness, alone, now + 5.5) is None
+
+
+def test_the_end_of_a_group_is_the_fault_of_no_objective(tmp_path):
+    config, liveness = _config.Config(store=tmp_path), Liveness()
+    liveness.begin(DIGEST)
+    assert supervisor._blame(config, liveness, ENDED, None) is False
+    assert Quarantine(tmp_path, 3).release(DIGEST) == 0
+    assert supervisor._how(ENDED) == "ended with its group"
 
 
 def test_objectives_that_hang_together_are_on_probation(tmp_path):

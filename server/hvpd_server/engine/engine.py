@@ -21,6 +21,7 @@ from hvpd.v1 import curvature_pb2, objective_pb2, server_pb2, tensor_pb2
 from hvpd_server import bundle as _admission
 from hvpd_server.admission.vetting import Vetter
 from hvpd_server.device.device import Device, host
+from hvpd_server.device.group_device import GroupDevice
 from hvpd_server.engine.lane import lanes_of
 from hvpd_server.engine.launches import Iteration
 from hvpd_server.engine.objective import Objective
@@ -64,6 +65,7 @@ class Engine:
         liveness: Shows the supervisor the work that runs.
         quarantine_after: Crashes after which an objective is not served any more.
         vetter: Reads programs before they are used; by default the engine starts one.
+        group: The devices of all processes of a group as one; None: there is no group.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Engine:
         liveness: Liveness | None = None,
         quarantine_after: int = 3,
         vetter: Vetter | None = None,
+        group: GroupDevice | None = None,
     ) -> None:
         self.store = store
         self.owners = Owners(store, lambda tenant: limits.tenants(tenant).stored_bytes)
@@ -84,13 +87,16 @@ class Engine:
             vetter = self._stack.enter_context(contextlib.closing(Vetter()))
         self.vetter = vetter
         self.devices = devices
+        self._group = group
+        self.device_count = len(devices if group is None else group.parts)
+        """Number of devices, with those of the other processes of a group."""
         self.limits = limits
         self.metrics = metrics
         self.quarantine = quarantine = Quarantine(store.objects, quarantine_after)
         store.watch(quarantine.load)
         liveness = liveness or Liveness()
         liveness.probation = self._probation(quarantine)
-        self.lanes = lanes_of(devices, store, limits, metrics, liveness)
+        self.lanes = lanes_of(devices, store, limits, metrics, liveness, group)
         self.objectives = Objectives(store, self.owners, self.lanes, vetter, quarantine, metrics, liveness, limits)
         self.checks = Checks(store, self._pending, metrics.checked)
         self.registration = Registration(store, self.owners, self.objectives, quarantine, self.checks, metrics.named)
@@ -167,6 +173,7 @@ class Engine:
             program_bytes=self.objectives.memory.used_bytes(),
             program_budget_bytes=self.limits.program_bytes,
             memory=[Memory(name, *use) for name, use in told.items() if use is not None],
+            **(self._group.readings() if self._group is not None else {}),
         )
 
     # Points

@@ -43,17 +43,25 @@ and its product.
 
 
 def lanes_of(
-    devices: Sequence[Device], store: Store, limits: Limits, metrics: Metrics, liveness: Liveness
+    devices: Sequence[Device],
+    store: Store,
+    limits: Limits,
+    metrics: Metrics,
+    liveness: Liveness,
+    group: Device | None = None,
 ) -> "list[Lane]":
     """Return a lane for each device. If there are several devices, a last lane has all
-    of them together, and each lane has half of the memory.
+    of them together, and each lane has half of the memory. In a group, the last lane
+    has the devices of all processes.
     """
-    if len(devices) == 1:
+    if len(devices) == 1 and group is None:
         return [Lane(devices[0], store, limits, metrics, liveness)]
+    all_devices = group or Device.together(devices)
+    count = len(devices) if group is None else len(group.parts)
     half = dataclasses.replace(limits, memory_budget_bytes=limits.memory_budget_bytes // 2)
-    together = dataclasses.replace(limits, memory_budget_bytes=half.memory_budget_bytes * len(devices))
+    together = dataclasses.replace(limits, memory_budget_bytes=half.memory_budget_bytes * count)
     single = [Lane(device, store, half, metrics, liveness) for device in devices]
-    return [*single, Lane(Device.together(devices), store, together, metrics, liveness)]
+    return [*single, Lane(all_devices, store, together, metrics, liveness)]
 
 
 class Lane:
@@ -324,10 +332,7 @@ class Lane:
         ]
 
         def load(rows: slice) -> list[Any]:
-            return [
-                self._put(part[rows], data=True, owned=True) if position in moving else part
-                for position, part in enumerate(parts)
-            ]
+            return [self._put_rows(part, rows) if position in moving else part for position, part in enumerate(parts)]
 
         return data_sources.Streamed(
             kernels, placement.spans, objective.bundle.row_reduction, load, self._ahead, self._liveness.renew
@@ -339,15 +344,26 @@ class Lane:
         """
 
         def make() -> tuple[Any, int]:
-            array = self._store.read_tensor(tensor, set_aside=not unnoticed)
-            return self._put(array, data=True), array.nbytes * self.device.copies(array.shape, data=True)
+            if self.device.spans_processes:  # Each process reads its own rows.
+                part = self._store.open_tensor(tensor, set_aside=not unnoticed)
+                placed = self._put_rows(part, slice(0, tensor.shape[0] if tensor.shape else 1))
+            else:
+                placed = self._put(self._store.read_tensor(tensor, set_aside=not unnoticed), data=True)
+            return placed, array_bytes(tensor) * self.device.copies(tensor.shape, data=True)
 
         return self.residency.load(tensor_key(tensor), "data", make, evict=not unnoticed)
 
-    def _put(self, array: codec.Array, *, data: bool = False, owned: bool = False) -> Any:
+    def _put(self, array: codec.Array, *, data: bool = False) -> Any:
         """Copy an array to the device, and record how long that took."""
         started = time.perf_counter()
-        placed = self.device.put(array, data=data, owned=owned)
+        placed = self.device.put(array, data=data)
+        self._metrics.put(time.perf_counter() - started)
+        return placed
+
+    def _put_rows(self, part: Any, rows: slice) -> Any:
+        """Copy rows of a tensor to the device, and record how long that took."""
+        started = time.perf_counter()
+        placed = self.device.place_rows(part, rows)
         self._metrics.put(time.perf_counter() - started)
         return placed
 

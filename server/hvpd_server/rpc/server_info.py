@@ -51,7 +51,7 @@ class ServerService:
             device_kind=device.kind,
             max_block_width=engine.limits.max_block_width,
             stablehlo_version=device.stablehlo_version,
-            device_count=len(engine.devices),
+            device_count=engine.device_count,
             port=port,
             vector_port=vector_port,
             krylov_runs=True,

@@ -14,7 +14,8 @@ from hvpd_server.errors import Code, ServiceError, to_service_error
 
 
 class Rows:
-    """A tensor on the disk. `rows[start:stop]` reads a part of it.
+    """A tensor on the disk. `rows[start:stop]` reads a part of it. A scalar has one
+    row.
 
     The file is not mapped into memory: if the disk fails, or the file is cut short, a
     mapping ends the process.
@@ -37,9 +38,11 @@ class Rows:
         self._verify = verify
         self._path = path
         self._digest = tensor.digest
+        self.tensor = tensor
+        """Shape, dtype and digest."""
         self._row = tuple(tensor.shape[1:])
         self._row_bytes = math.prod(self._row) * self._dtype.itemsize
-        expected, size = self._row_bytes * tensor.shape[0], path.stat().st_size
+        expected, size = self._row_bytes * (tensor.shape[0] if tensor.shape else 1), path.stat().st_size
         if size != expected:
             raise no_tensor(tensor, f"{tensor.dtype}{list(tensor.shape)} takes {expected} bytes, got {size}")
 

@@ -200,14 +200,15 @@ class Store(Index):
         except (ValueError, TypeError) as error:
             raise no_tensor(tensor, str(error)) from None
 
-    def open_tensor(self, tensor: tensor_pb2.Tensor, *, set_aside: bool = True) -> Rows:
+    def open_tensor(self, tensor: tensor_pb2.Tensor, *, set_aside: bool = True, verified: bool = False) -> Rows:
         """Open a tensor that is too large to be read at once.
 
-        Its digest is verified before, once for each version of the file.
+        Its digest is verified before, once for each version of the file, unless another
+        process has just verified it (`verified`).
         """
         path = self._existing(tensor.digest, set_aside=set_aside)
         known = self._verified.get(tensor.digest)
-        if known is None or known != version(path):
+        if not verified and (known is None or known != version(path)):
             self.verify(tensor.digest, set_aside=set_aside)
         return Rows(path, tensor, functools.partial(self.verify, set_aside=set_aside))
 

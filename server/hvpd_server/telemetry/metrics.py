@@ -52,6 +52,9 @@ _SERIOUS = (
 _KINDS = ("data", "point", "residuals", "direction", "run")
 """The kinds of entries on a device."""
 
+_ORDERS = ("load", "place", "put", "launch")
+"""The kinds of orders in a group."""
+
 _RUNS = ("lanczos", "solve", "step", "tridiagonals", "trace", "diagonal")
 """The kinds of Krylov runs and computations."""
 
@@ -415,6 +418,12 @@ class Metrics(Collector):
         yield GaugeMetricFamily("hvpd_pending_vectors", "Vectors that wait for the device.", live.pending)
         yield GaugeMetricFamily("hvpd_pending_limit_vectors", "Vectors that may wait.", live.pending_limit)
         yield GaugeMetricFamily("hvpd_in_flight_vectors", "Vectors in launches.", live.in_flight)
+        yield GaugeMetricFamily("hvpd_group_ranks", "Processes of the group.", live.ranks)
+        orders = CounterMetricFamily("hvpd_group_orders", "Orders to other ranks.", labels=["kind"])
+        for kind in _ORDERS:
+            orders.add_metric([kind], live.orders.get(kind, 0))
+        yield orders
+        yield GaugeMetricFamily("hvpd_group_pending_orders", "Orders not executed by all ranks.", live.pending_orders)
         yield GaugeMetricFamily("hvpd_open_calls", "Calls that are served, streams too.", calls)
         yield GaugeMetricFamily("hvpd_open_streams", "Product streams that are open.", streams)
 

@@ -32,6 +32,12 @@ class Live:
     program_bytes: int = 0
     """Bytes of compiled programs in the host's memory."""
     program_budget_bytes: int = 0
+    ranks: int = 1
+    """Processes of the group; 1 without a group."""
+    orders: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Orders to the other ranks, by kind."""
+    pending_orders: int = 0
+    """Orders that the slowest rank has not executed yet."""
 
 
 @dataclasses.dataclass(frozen=True)
