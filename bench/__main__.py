@@ -26,6 +26,7 @@ BENCHMARKS = (
     "samehost",
     "fleet",
     "solve",
+    "group",
 )
 ALONE = ("versions", "peers", "gpu")
 """Benchmarks that `all` leaves out: `versions` cannot run without another checkout,
