@@ -11,7 +11,9 @@ import pytest
 from hvpd._wire import codec
 from hvpd.v1 import group_pb2
 from hvpd_server.group import failure
+from hvpd_server.group.channel import Channel
 from hvpd_server.group.follower import RefusedError
+from hvpd_server.group.leader import _Rank
 from hvpd_server.group.replay import Replay
 from hvpd_server.liveness import LOST
 from tests.support.waiting import until
@@ -107,11 +109,10 @@ def test_a_rank_that_does_not_fit_is_refused(group, rank, size, facts, why):
 
 
 def test_a_rank_that_is_there_already_is_refused(group):
-    leader = group.leader(3)
+    leader, (ours, theirs) = group.leader(3), socket.socketpair()
+    leader._ranks[1] = _Rank(Channel(ours), (b"", b""))
     group.gathering(leader)
-    threading.Thread(target=group.follower, args=(leader, 1, 3), daemon=True).start()
-    until(lambda: leader._ranks)
-    with pytest.raises(RefusedError, match="rank 1 has joined already"):
+    with theirs, pytest.raises(RefusedError, match="rank 1 has joined already"):
         group.follower(leader, 1, 3)
 
 
