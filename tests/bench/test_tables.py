@@ -101,6 +101,7 @@ def test_a_plot_has_a_bar_for_each_ratio_on_a_logarithmic_axis(site):
     texts = [each.text for each in chart.iter("text")]
     assert {"a < b", "below one", "0.1", "1", "10", "100"} <= set(texts)
     assert len(list(chart.iter("circle"))) == 1
+    assert {"10", "0.1"} <= {each.text for each in chart.iter("text") if float(each.get("x")) > 600}  # The values.
     (above, wide), (below, narrow) = boxes
     assert below + narrow == pytest.approx(above, abs=0.2)  # Both begin at 1.
     assert wide == pytest.approx(narrow, abs=0.2)  # A factor of 10 each.
@@ -114,3 +115,17 @@ def test_each_benchmark_of_the_readme_has_a_page(site):
     assert re.search(r"^On cpu, 2 cores", pages["benchmarks/latency.md"], re.MULTILINE)
     assert "<svg" in pages["benchmarks/latency.md"]
     assert not re.search(r"\| ms +\|", pages["benchmarks/latency.md"])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (1.0, 1.0, [1, 2]),
+        (0.93, 1.9, [0.5, 1, 2]),
+        (1.0, 25.0, [1, 2, 5, 10, 20, 50]),
+        (0.3, 250.0, [0.1, 1, 10, 100, 1000]),
+    ],
+)
+def test_the_axis_spans_all_numbers_with_round_marks(site, low, high, ticks):
+    _, plots = site
+    assert plots._ticks(low, high) == pytest.approx(ticks)
