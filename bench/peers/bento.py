@@ -17,7 +17,7 @@ from bench.peers._spec import PART, Given, Multiply, Spec, Vector, free_port, li
 
 ABOUT = About("BentoML", "peer", "on the server", batches=True, installed=True)
 
-_START_SECONDS = 120.0
+_START_SECONDS = 170.0
 
 
 @contextlib.contextmanager

@@ -33,13 +33,13 @@ def test_a_solve_gives_the_same_in_each_place(name, places, problem):
     shift = 1.5 * solve._lowest(places["local"], problem.flat())
     found = {place: np.asarray(solve.SOLVES[name](each, problem.flat(), shift)) for place, each in places.items()}
     for place in ("streamed", "run"):
-        assert np.allclose(found[place], found["local"], rtol=0.02, atol=1e-3 * np.abs(found["local"]).max()), place
+        assert np.allclose(found[place], found["local"], rtol=0.05, atol=0.03 * np.abs(found["local"]).max()), place
 
 
 def test_the_largest_eigenvalues_are_the_same_in_each_place(places, problem):
     found = [solve.SOLVES[f"eigsh, top {solve.PAIRS}"](each, problem.flat(), 0.0) for each in places.values()]
     assert all(len(values) == solve.PAIRS for values in found)
-    assert np.allclose(found[1:], found[0], rtol=0.01, atol=1e-3)
+    assert np.allclose(found[1:], found[0], rtol=0.03, atol=3e-3)
 
 
 def test_streaming_is_one_product_at_a_time(places, problem):
