@@ -12,12 +12,16 @@ from bench._report import Figure
 from bench.peers._spec import SPECS
 
 BENCH = "peers"
-PARTS = tuple(SPECS)
-"""Parts that can run alone: the sizes."""
+INSTALL = "install"
+PARTS = (INSTALL, *SPECS)
+"""Parts that can run alone: the installations, which measure nothing, and the sizes."""
 
 
 def run(*, quick: bool, part: str | None = None) -> Iterator[Figure]:
     """Yield the figures of each size."""
     from bench.peers import _run  # Peers import this package in environments without hvpd.
 
+    if part == INSTALL:
+        _run.install()
+        return
     yield from _run.run(quick=quick, part=part)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from bench._objectives import mlp
 from bench._report import Figure, Goal, measured, skipped
+from bench.peers import _environments
 from bench.peers._contender import Contender, FailedError, started
 from bench.peers._kernel import Kernel
 from bench.peers._peer import NAMES, peer
@@ -27,7 +28,7 @@ COUNTS = (1, MOST)
 
 CHECKED = 99
 """Seed of the vector whose product is checked; `_caller.CHECKED`."""
-_ROUNDS = 5
+_ROUNDS = 4
 _SECONDS = 1.0
 """Seconds of a contender in a round."""
 _MOST_SECONDS = 10.0
@@ -49,6 +50,19 @@ class Round:
     """Seconds."""
     p99: float
     """Seconds."""
+
+
+def install() -> None:
+    """Make the environments of all peers, and say which cannot be made."""
+    for name in NAMES:
+        about = peer(name).ABOUT
+        if about.installed:
+            try:
+                _environments.python(name, system=about.system_python)
+                outcome = "installed"
+            except _environments.NotInstalledError as error:
+                outcome = f"not installed: {error}"
+            print(f"peers: {about.label}: {outcome}", file=sys.stderr, flush=True)
 
 
 def run(*, quick: bool, part: str | None) -> Iterator[Figure]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import _report
+from bench import _report, peers
 from bench._objectives import mlp
 from bench.peers import _caller, _contender, _environments, _family, _kernel, _predictions, _run, _serve, _spec
 from bench.peers._peer import NAMES, peer
@@ -166,6 +166,22 @@ def test_an_environment_that_has_the_pinned_versions_is_used_again(tmp_path, mon
     assert len(calls) == 4
 
 
+def test_the_installations_are_a_part_of_their_own(monkeypatch, capsys):
+    asked = []
+
+    def python(name, *, system=False):
+        asked.append((name, system))
+        if name == "bento":
+            raise _environments.NotInstalledError("ERROR: no wheel")
+
+    monkeypatch.setattr(_environments, "python", python)
+    assert list(peers.run(quick=False, part="install")) == []
+    assert asked == [(name, name == "triton") for name in NAMES if peer(name).ABOUT.installed]
+    said = capsys.readouterr().err
+    assert "peers: BentoML: not installed: ERROR: no wheel\n" in said
+    assert "peers: Ray Serve: installed\n" in said
+
+
 def test_a_wrong_product_is_refused(tmp_path, monkeypatch):
     contender = _contender.Contender("bare_grpc", "-", None, [None])
     monkeypatch.setattr(_contender, "_asked", lambda child, **order: {})
@@ -199,7 +215,7 @@ class Fake:
 def test_slow_contenders_get_fewer_rounds_and_the_slowest_none():
     quick, slow, slowest = Fake(0.01), Fake(0.4), Fake(2.5)
     rounds, failed = _run._rounds({"own": quick, "bare_grpc": slow, "echo": slowest}, 16, quick=False)
-    assert len(rounds["own"]) == 5
+    assert len(rounds["own"]) == _run._ROUNDS
     assert [each.number for each in rounds["bare_grpc"]] == [0]
     assert failed == {"echo": "a product takes 2.5 s, so 16 callers would take 40 s"}
     assert slowest.calls == 0
@@ -208,7 +224,7 @@ def test_slow_contenders_get_fewer_rounds_and_the_slowest_none():
 def test_a_contender_that_ends_is_named_and_the_others_go_on():
     rounds, failed = _run._rounds({"own": Fake(0.01), "echo": Fake(0.01, fails_after=2)}, 1, quick=False)
     assert failed == {"echo": "its callers ended: gone"}
-    assert len(rounds["own"]) == 5
+    assert len(rounds["own"]) == _run._ROUNDS
 
 
 def test_the_server_process_serves_until_its_input_ends(monkeypatch):
