@@ -32,7 +32,10 @@ def problems(config: Config) -> Iterator[str]:
             yield f"--tls-cert, --tls-key: {error}"
     yield from _store(config)
     ports: dict[int, str] = {}
+    # The leader of a group listens on all addresses if --leader gives a name.
+    leads = config.leader is not None and config.rank == 0
     for flag, host, port in (
+        ("--leader", "0.0.0.0", int((config.leader or "").rpartition(":")[2]) if leads else None),  # noqa: S104 - closed at once
         ("--port", config.host, config.port),
         ("--vector-port", config.host, _config.vector_port(config)),
         ("--metrics-port", config.metrics_host, config.metrics_port),

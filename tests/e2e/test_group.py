@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import hvpd
+from tests.support.security import Place
 from tests.support.serving import _command
 from tests.support.waiting import until
 
@@ -32,11 +33,15 @@ def free_address():
 
 
 class Group:
-    """A leader, and one rank beside it, each with its supervisor."""
+    """A leader, and one rank beside it, each with its supervisor. Clients and orders
+    are encrypted.
+    """
 
-    def __init__(self, store, serve, zygotes):
+    def __init__(self, store, place, serve, zygotes):
+        self.trust = place.trust
         leader = free_address()
         flags = ["--leader", leader, "--size", "2", "--launch-timeout", TIMEOUT, "--memory-budget", "1M"]
+        flags += ["--tls-cert", str(place.root / "server.pem"), "--tls-key", str(place.root / "server.key")]
         self.log = store.parent / f"{store.name}.log"
         with self.log.open("wb") as log:
             arguments = ["serve", "--store", str(store), *flags, "--rank", "1"]
@@ -61,7 +66,8 @@ def _double():
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory, serve_module, zygotes):
-    found = Group(tmp_path_factory.mktemp("store"), serve_module, zygotes)
+    place = Place(tmp_path_factory.mktemp("place"))
+    found = Group(tmp_path_factory.mktemp("store"), place, serve_module, zygotes)
     yield found
     found.rank.kill()
     found.rank.wait(60)
@@ -69,7 +75,7 @@ def group(tmp_path_factory, serve_module, zygotes):
 
 @pytest.fixture(scope="module")
 def client(group):
-    with hvpd.connect(group.server.address) as found:
+    with hvpd.connect(group.server.address, ca=group.trust) as found:
         yield found
 
 

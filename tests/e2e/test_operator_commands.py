@@ -237,6 +237,16 @@ def test_check_config_names_every_fault(said, tmp_path):
     assert f"--metrics-port {port}: --port has the same port" in err
 
 
+@pytest.mark.parametrize(("rank", "faults"), [("0", 1), ("1", 0)])
+def test_check_config_looks_at_the_address_of_a_leader(said, tmp_path, rank, faults):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        leader = f"localhost:{other.getsockname()[1]}"
+        place = ("--leader", leader, "--size", "2", "--rank", rank)
+        code, _, err = said("serve", "--check-config", "--port", "0", "--store", str(tmp_path), *place)
+    assert code == 2 * faults
+    assert err.count(f"--leader {leader.rpartition(':')[2]}: another program listens on it") == faults
+
+
 def test_check_config_of_good_settings_changes_nothing(said, tmp_path):
     store = tmp_path / "store"
     code, out, _ = said("serve", "--check-config", "--port", "0", "--store", str(store))
