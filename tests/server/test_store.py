@@ -442,6 +442,20 @@ def test_a_tensor_is_read_by_rows_in_its_dtype(store, upload, dtype, shape):
         np.testing.assert_array_equal(found, array[start:stop])
 
 
+def test_a_scalar_has_one_row(store, upload):
+    rows = store.open_tensor(rows_tensor(store, upload, np.float64(2.5)))
+    assert rows[slice(0, 1)].tolist() == [2.5]
+    assert rows.tensor.shape == []
+
+
+def test_a_tensor_that_another_process_has_verified_is_not_read_for_it(store, upload):
+    tensor = rows_tensor(store, upload)
+    blob_file(store, tensor.digest).write_bytes(np.zeros_like(ROWS).tobytes())
+    assert not store.open_tensor(tensor, verified=True)[slice(0, 100)].any()
+    with pytest.raises(ServiceError):
+        store.open_tensor(tensor)
+
+
 def test_a_tensor_read_by_rows_is_verified_once(store, upload, monkeypatch):
     tensor, verified, verify = rows_tensor(store, upload), [], Store.verify
     monkeypatch.setattr(

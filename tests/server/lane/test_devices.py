@@ -67,6 +67,19 @@ def test_one_device_has_all_of_its_memory(tmp_path, device):
     store.close()
 
 
+def test_the_last_lane_of_a_group_has_the_devices_of_all_processes(tmp_path, device):
+    class Group:
+        parts = device.parts * 4
+        overlaps = False
+
+    store = _store.Store(tmp_path / "store")
+    alone, group = lanes_of([device], store, Limits(3000, 16, max_pending=1), Metrics(), Liveness(), Group)
+    assert (alone.budget_bytes, alone.device, group.budget_bytes, group.device) == (1500, device, 6000, Group)
+    for lane in (alone, group):
+        lane.close()
+    store.close()
+
+
 def test_objectives_go_where_least_data_is(several):
     _, register = several
     sizes = [100, 60, 50, 10, 11, 61]
