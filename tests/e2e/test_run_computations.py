@@ -14,6 +14,7 @@ from scipy.sparse.linalg import aslinearoperator
 
 import hvpd
 from hvpd._krylov import trust_region
+from hvpd._krylov.preconditioning import Described
 from hvpd._krylov.runner import runner
 from hvpd._transport.server_space import chunked, described_arrays
 from hvpd._wire.frames import Frame
@@ -344,6 +345,31 @@ def test_nan_in_step_4000_keeps_the_run_so_far(overflows_in_step_4000):
         assert run.steps == steps
         np.testing.assert_allclose(run.alphas, 2, rtol=1e-12)
         np.testing.assert_allclose(abs(run.betas), 1, rtol=1e-12)
+
+
+class Layers(scipy.sparse.linalg.LinearOperator):
+    """Twice the identity, as the inverse of K-FAC of layers that no objective has."""
+
+    def __init__(self):
+        super().__init__(float, (N, N))
+
+    def _matvec(self, v):
+        return 2 * v
+
+    def _described(self):
+        one = {f"M_{part}_0": np.ones((1, 1)) for part in ("a", "g", "weights")}
+        return Described("kronecker", {**one, "M_elements_0": np.zeros((1, 1), np.int64)}, 2.0)
+
+
+def test_no_program_is_compiled_for_layers_of_another_objective(client, launched, server, b):
+    """A client could ask for any number of such programs."""
+    before = launches(server, "cg_hvp")
+    for _ in range(2):
+        assert launched.solve(b, tol=1e-10, M=Layers()).converged
+    assert launches(server, "cg_hvp") == before
+    programs = [each.program for each in client.objective("computations/logistic").compiles()]
+    assert "cg_hvp" in programs
+    assert not any("kronecker" in program for program in programs)
 
 
 def test_shifts_in_launches_end_at_one_without_positive_curvature(server, H, A, b):

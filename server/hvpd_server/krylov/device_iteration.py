@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from hvpd._krylov.preconditioning import Applied
 from hvpd._wire import codec
 from hvpd_server.derivation import several_steps
 from hvpd_server.device.device import host
@@ -27,7 +26,7 @@ class DeviceIteration:
     Args:
         operator: Multiplies. `launcher.is_possible` holds for it.
         packed: The iteration.
-        precondition: Its preconditioner; None for the identity.
+        fixed: What its program takes beside its state.
 
     Attributes:
         taken: Steps of all launches.
@@ -35,13 +34,13 @@ class DeviceIteration:
             has the state.
     """
 
-    def __init__(self, operator: Operator, packed: packing.Packed, precondition: Applied | None) -> None:
+    def __init__(self, operator: Operator, packed: packing.Packed, fixed: packing.Fixed) -> None:
         self._operator = operator
         self._packed = packed
-        self._fixed = packing.fixed(packed.shifts, operator.terms, precondition, operator.dtype)
+        self._fixed = fixed
         self._placed: list[Any] = []
         self._launcher = Launcher(
-            operator, packed.prefix, several_steps.STEPS, form=str(self._fixed.form), vectors=packed.rows
+            operator, packed.prefix, several_steps.STEPS, form=str(fixed.form), vectors=packed.rows
         )
         self.taken = 0
         self.arrays: list[Any] = []

@@ -16,10 +16,10 @@ from hvpd._krylov.space import Multiply
 from hvpd._wire import codec
 from hvpd_server.derivation import conjugate_gradients
 from hvpd_server.device.device import host
-from hvpd_server.krylov import launcher
+from hvpd_server.krylov import launcher, packing
 from hvpd_server.krylov.device_iteration import DeviceIteration
 from hvpd_server.krylov.operator import Operator
-from hvpd_server.krylov.packing import PackedCG, PackedShortRecurrence
+from hvpd_server.krylov.packing import Packed, PackedCG, PackedShortRecurrence
 
 Tick = Callable[[int, float], object]
 
@@ -39,11 +39,11 @@ class DeviceRunner(Runner):
     @contextlib.contextmanager
     def stepping(self, state: BlockCG | ShortRecurrence, precondition: Multiply | None) -> Iterator[Advance]:
         """See `Runner.stepping`."""
-        if not self._launches or not (precondition is None or isinstance(precondition, Applied)):
+        packed = PackedCG(state) if isinstance(state, BlockCG) else PackedShortRecurrence(state)
+        iteration = self._iteration(packed, precondition)
+        if iteration is None:
             yield state.advance
             return
-        packed = PackedCG(state) if isinstance(state, BlockCG) else PackedShortRecurrence(state)
-        iteration = DeviceIteration(self._operator, packed, precondition)
         try:
             yield iteration.advance
         finally:
@@ -63,12 +63,10 @@ class DeviceRunner(Runner):
 
         `tick` is called with the steps so far and the norm of the residual.
         """
-        state = None
-        if self._launches and (precondition is None or isinstance(precondition, Applied)):
-            cg = BlockCG(self.multiply, precondition, -gradient[None])
-            if not cg.finished:
-                iteration = DeviceIteration(self._operator, PackedCG(cg, radius), precondition)
-                state = _region_state(iteration, tol, maxiter, tick)
+        cg, state = BlockCG(self.multiply, precondition, -gradient[None]), None
+        iteration = None if cg.finished else self._iteration(PackedCG(cg, radius), precondition)
+        if iteration is not None:
+            state = _region_state(iteration, tol, maxiter, tick)
 
         def multiply(rows: codec.Array) -> codec.Array:
             tick(self.products, 0.0)
@@ -77,6 +75,22 @@ class DeviceRunner(Runner):
         return trust_region.steihaug(
             multiply, gradient, radius, tol=tol, maxiter=maxiter, precondition=precondition, state=state
         )
+
+    def _iteration(self, packed: Packed, precondition: Multiply | None) -> DeviceIteration | None:
+        """Return an iteration in launches; None if there is no program for it.
+
+        A program for other layers than those of the objective is refused, because a
+        client could ask for any number of programs.
+        """
+        if not self._launches or not (precondition is None or isinstance(precondition, Applied)):
+            return None
+        objective = self._operator.point.objective
+        fixed = packing.fixed(packed.shifts, self._operator.terms, precondition, self._operator.dtype)
+        if fixed.form.M == "kronecker" and fixed.form.sizes != packing.layer_sizes(
+            objective.described, objective.bundle
+        ):
+            return None
+        return DeviceIteration(self._operator, packed, fixed)
 
 
 def _region_state(iteration: DeviceIteration, tol: float, maxiter: int, tick: Tick) -> trust_region.State | None:

@@ -13,6 +13,7 @@ from hvpd._krylov.conjugate_gradients import BlockCG
 from hvpd._krylov.preconditioning import PARTS, Applied, layer_count
 from hvpd._krylov.short_recurrence import CG, Links, ShortRecurrence
 from hvpd._wire import codec
+from hvpd.v1 import objective_pb2
 from hvpd_server.derivation import conjugate_gradients, short_recurrences
 from hvpd_server.derivation.names import Form
 from hvpd_server.krylov.operator import Terms
@@ -133,6 +134,17 @@ class PackedShortRecurrence:
 
 
 Packed = PackedCG | PackedShortRecurrence
+
+
+def layer_sizes(described: objective_pb2.Derivation, bundle: objective_pb2.Bundle) -> tuple[int, ...]:
+    """Return p and q of each dense layer of an objective, as K-FAC's inverse has them:
+    the rows of a kernel, with a bias as the last one, and its columns.
+    """
+    found = list[int]()
+    for layer in described.dense_layers:
+        rows, columns = list(bundle.x_leaves[layer.kernel].shape)[:: -1 if layer.transposed else 1]
+        found += [rows + layer.HasField("bias"), columns]
+    return tuple(found)
 
 
 class Fixed(NamedTuple):
