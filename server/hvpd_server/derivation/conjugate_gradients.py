@@ -66,10 +66,8 @@ def step(product: Function, precondition: Function | None, radius: jax.Array, be
     squares, lengths = dots(S, S), dots(W, W)
     live = squares > 0
     norm = jnp.maximum(norm, jnp.sqrt(jnp.where(live, lengths / jnp.where(live, squares, 1.0), 0.0)).max())
-    G = gram(S, W)
-    root = _inverse(_triangle((G + G.T) / 2, live))
-    # Its norm is at least 1 over the smallest curvature.
-    inverse = jnp.where(live[:, None] & live, root.T @ root, 0.0)
+    inverse = _inverse_of(gram(S, W), live)
+    # The norm of the inverse is at least 1 over the smallest curvature.
     curved = 1 / jnp.sqrt((inverse**2).sum()) > float(np.finfo(dtype).eps) * norm * squares.sum()
     Q, Z, change, independent = _factored(Q - inverse.astype(dtype) @ W, precondition, live)
     D = inverse @ C
@@ -118,6 +116,16 @@ def _triangle(G: jax.Array, live: jax.Array) -> jax.Array:
     """
     G = jnp.where(live[:, None] & live, G, jnp.eye(len(G)))
     return jnp.sqrt(G) if len(G) == 1 else jax.lax.linalg.cholesky(G)
+
+
+def _inverse_of(G: jax.Array, live: jax.Array) -> jax.Array:
+    """Return the inverse of the rows of G that live, with zeros for the others; NaN if
+    G is not positive definite.
+    """
+    if len(G) == 1:  # Without the rounding of a root.
+        return jnp.where(G > 0, 1 / G, jnp.nan)
+    root = _inverse(_triangle((G + G.T) / 2, live))
+    return jnp.where(live[:, None] & live, root.T @ root, 0.0)
 
 
 def _inverse(L: jax.Array) -> jax.Array:
