@@ -94,3 +94,12 @@ def test_a_product_that_is_not_finite_ends_the_iteration_before_it():
 @pytest.mark.parametrize(("n", "steps"), [(1, 64), (6_000, 64), (270_000, 3), (1_900_000, 1), (1 << 40, 1)])
 def test_a_launch_adds_rows_of_a_few_megabytes(n, steps):
     assert iterations.steps_of(n) == steps
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("n", [40, 20_000])
+def test_inner_products_of_blocks_accumulate_in_float64(rows, n):
+    U, V = np.random.default_rng(0).standard_normal((2, rows, n)).astype(np.float32)
+    expected = U.astype(np.float64) @ V.astype(np.float64).T
+    np.testing.assert_allclose(iterations.gram(U, V), expected, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(iterations.dots(U, V), np.diag(expected), rtol=1e-11, atol=1e-11)
