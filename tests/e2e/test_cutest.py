@@ -2,20 +2,17 @@
 tests.truth.cutest` compares on more of them.
 """
 
+import importlib.util
+
 import pytest
 
 from tests.truth import cutest
 
 
-@pytest.fixture(scope="module")
-def problems():
-    pytest.importorskip("sif2jax")
-    return cutest.problems()
-
-
+@pytest.mark.skipif(importlib.util.find_spec("sif2jax") is None, reason="needs sif2jax")
 @pytest.mark.parametrize("name", ["BROWNDEN", "CHNROSNB", "HELIX", "OSBORNEB", "S308"])
-def test_a_minimum_is_scipys(client, problems, name):
-    found = cutest.compare(client, problems[name])
+def test_a_minimum_is_scipys(client, name):
+    found = cutest.compare(client, cutest.problem(name))
     assert found.ours.success
     assert found.theirs.success
     assert abs(found.excess) < 1e-8
