@@ -33,7 +33,7 @@ def test_kill_9_at_random_moments_under_sixteen_solves(serve, seed):
     server = serve("--memory-budget", "4M", supervised=True)  # The budget is small, so that points are evicted, too.
     rng = np.random.default_rng(seed)
     Q, _ = np.linalg.qr(rng.normal(size=(N, N)))
-    A = (Q * np.geomspace(1, 1e3, N)) @ Q.T
+    A = (Q * np.geomspace(1, 1e2, N)) @ Q.T
     X = rng.normal(size=(300, N))
     with hvpd.connect(server.address) as client:
         client.register(quadratic, np.zeros(N), A, name="chaos/quadratic")
