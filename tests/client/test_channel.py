@@ -27,7 +27,7 @@ def test_a_server_accepts_frequent_keepalive_pings(server):
         stub = curvature_pb2_grpc.CurvatureServiceStub(channel)
         requests = queue.SimpleQueue()
         with pytest.raises(grpc.RpcError) as error:
-            next(stub.StreamProducts(iter(requests.get, None), timeout=28))
+            next(stub.StreamProducts(iter(requests.get, None), timeout=23))
         requests.put(None)
     assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 

@@ -23,7 +23,7 @@ def quartic(x):
 
 
 def slow(x, A):
-    """Return a quadratic function whose products take about a second."""
+    """Return a quadratic function whose products take half a second."""
     return jnp.sum(jnp.linalg.matrix_power(A, 300) @ x) ** 2
 
 
@@ -174,6 +174,10 @@ def test_a_call_that_is_never_awaited_is_named(server, registered):
 # Cancellation
 
 
+SLOW = 600
+"""Elements of the x of `slow`."""
+
+
 @pytest.fixture(params=[(), ("--vector-port", "off")], ids=["vector port", "gRPC"])
 def busy(request, serve, compiled_programs):
     """A server of its own, and a blocking client with an operator whose products are
@@ -181,9 +185,9 @@ def busy(request, serve, compiled_programs):
     """
     server = serve(*request.param, cache=compiled_programs)
     with hvpd.connect(server.address) as client:
-        objective = client.register(slow, np.zeros(900), np.eye(900), name="aio/slow")
-        H = objective.at(np.ones(900)).hessian()
-        H @ np.ones(900)  # It is compiled now.
+        objective = client.register(slow, np.zeros(SLOW), np.eye(SLOW), name="aio/slow")
+        H = objective.at(np.ones(SLOW)).hessian()
+        H @ np.ones(SLOW)  # It is compiled now.
         yield server, client, H
 
 
@@ -201,13 +205,13 @@ def test_cancelled_products_are_dropped_by_the_server(busy, beside):
 
     async def main():
         async with hvpd.aio.connect(server.address, in_flight=8) as client:
-            point = await (await client.objective("aio/slow")).at(np.ones(900))
-            await (point.hessian() @ np.ones(900))
-            other = await (await client.objective("aio/slow")).at(np.full(900, 2.0))
+            point = await (await client.objective("aio/slow")).at(np.ones(SLOW))
+            await (point.hessian() @ np.ones(SLOW))
+            other = await (await client.objective("aio/slow")).at(np.full(SLOW, 2.0))
             before = blocking.load().vectors
-            beside(lambda: H @ np.ones((900, 2)))
+            beside(lambda: H @ np.ones((SLOW, 2)))
             await until_async(lambda: blocking.load().in_flight_vectors == 2)
-            tasks = [asyncio.create_task(other.hessian() @ np.ones(900)) for _ in range(5)]
+            tasks = [asyncio.create_task(other.hessian() @ np.ones(SLOW)) for _ in range(5)]
             await until_async(lambda: waiting(blocking) == 5)
             for task in tasks:
                 task.cancel()
@@ -217,7 +221,7 @@ def test_cancelled_products_are_dropped_by_the_server(busy, beside):
             await until_async(lambda: blocking.load().in_flight_vectors == 0)
             assert blocking.load().vectors == before + 2  # Those of the other client.
             assert not client._calls._under_way
-            np.testing.assert_allclose(await (other.hessian() @ np.ones(900)), 1800)
+            np.testing.assert_allclose(await (other.hessian() @ np.ones(SLOW)), 2 * SLOW)
 
     asyncio.run(main())
 
@@ -226,10 +230,10 @@ def test_a_closed_loop_leaves_nothing_behind(busy, beside, caplog):
     server, blocking, H = busy
     loop = asyncio.new_event_loop()
     client = loop.run_until_complete(hvpd.aio.connect(server.address)._connected())
-    point = loop.run_until_complete(loop.run_until_complete(client.objective("aio/slow")).at(np.full(900, 2.0)))
-    beside(lambda: H @ np.ones((900, 2)))
+    point = loop.run_until_complete(loop.run_until_complete(client.objective("aio/slow")).at(np.full(SLOW, 2.0)))
+    beside(lambda: H @ np.ones((SLOW, 2)))
     until(lambda: blocking.load().in_flight_vectors == 2)
-    task = loop.create_task(point.hessian() @ np.ones(900))
+    task = loop.create_task(point.hessian() @ np.ones(SLOW))
     loop.run_until_complete(until_async(lambda: waiting(blocking) == 1))
     loop.run_until_complete(loop.shutdown_default_executor())
     loop.close()
@@ -240,7 +244,7 @@ def test_a_closed_loop_leaves_nothing_behind(busy, beside, caplog):
     assert not caplog.records
 
     async def other_loop():  # The client serves another loop.
-        np.testing.assert_allclose(await (point.hessian() @ np.ones(900)), 1800)
+        np.testing.assert_allclose(await (point.hessian() @ np.ones(SLOW)), 2 * SLOW)
         await client.close()
 
     asyncio.run(other_loop())
@@ -251,13 +255,13 @@ def test_runs_on_the_server_are_awaited_and_cancelled(busy):
 
     async def main():
         async with hvpd.aio.connect(server.address) as client:
-            H = (await (await client.objective("aio/slow")).at(np.ones(900))).hessian()
+            H = (await (await client.objective("aio/slow")).at(np.ones(SLOW))).hessian()
             async with await H.lanczos(2, seed=1) as run:
                 ritz = await run.ritz(1)
-                np.testing.assert_allclose(ritz.values, [1800.0])
+                np.testing.assert_allclose(ritz.values, [2.0 * SLOW])
             before = blocking.load().in_flight_vectors
             assert before == 0
-            task = asyncio.create_task(H.lanczos(500, np.arange(900.0) + 1, reorthogonalize="none"))
+            task = asyncio.create_task(H.lanczos(500, np.arange(float(SLOW)) + 1, reorthogonalize="none"))
             await until_async(lambda: blocking.load().in_flight_vectors > 0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -273,9 +277,9 @@ def test_a_timeout_of_asyncio_cancels(busy):
 
     async def main():
         async with hvpd.aio.connect(server.address) as client:
-            H = (await (await client.objective("aio/slow")).at(np.ones(900))).hessian()
+            H = (await (await client.objective("aio/slow")).at(np.ones(SLOW))).hessian()
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(H @ np.ones((900, 64)), 0.05)
+                await asyncio.wait_for(H @ np.ones((SLOW, 64)), 0.05)
             await until_async(lambda: not client._calls._under_way)
 
     asyncio.run(main())
@@ -305,16 +309,16 @@ def test_calls_that_wait_for_a_thread_never_begin(busy):
 
     async def main():
         async with hvpd.aio.connect(server.address, in_flight=1) as client:
-            H = (await (await client.objective("aio/slow")).at(np.ones(900))).hessian()
-            first = asyncio.create_task(H @ np.ones((900, 8)))
+            H = (await (await client.objective("aio/slow")).at(np.ones(SLOW))).hessian()
+            first = asyncio.create_task(H @ np.ones((SLOW, 8)))
             await until_async(lambda: blocking.load().in_flight_vectors == 8)
             before = blocking.load().vectors
-            second = asyncio.create_task(H @ np.ones(900))
+            second = asyncio.create_task(H @ np.ones(SLOW))
             await asyncio.sleep(0)
             second.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await second
-            assert (await first).shape == (900, 8)
+            assert (await first).shape == (SLOW, 8)
             assert blocking.load().vectors == before + 8
 
     asyncio.run(main())
@@ -325,8 +329,8 @@ def test_closing_cancels_running_calls(busy):
 
     async def main():
         client = await hvpd.aio.connect(server.address)
-        H = (await (await client.objective("aio/slow")).at(np.ones(900))).hessian()
-        task = asyncio.create_task(H @ np.ones((900, 8)))
+        H = (await (await client.objective("aio/slow")).at(np.ones(SLOW))).hessian()
+        task = asyncio.create_task(H @ np.ones((SLOW, 8)))
         await until_async(lambda: blocking.load().in_flight_vectors == 8)
         await client.close()
         with pytest.raises(hvpd.HvpdError) as caught:
