@@ -18,7 +18,7 @@ _PATIENCE = 120.0
 """Seconds to wait for the process to start, or to report a limit."""
 
 _END = 10.0
-"""Seconds to wait until the keeper of a fork says why the fork ended."""
+"""Seconds to wait until the parent of a fork says why the fork ended."""
 
 _MOST = 1 << 24
 """Most bytes of an answer."""
