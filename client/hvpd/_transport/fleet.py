@@ -100,7 +100,7 @@ class Member:
         return self.link
 
 
-class _Rank(enum.IntEnum):
+class _Readiness(enum.IntEnum):
     """How good a member is for an objective at the moment, the best first."""
 
     FREE = 0
@@ -247,9 +247,11 @@ class Fleet:
         self._resolve()
         now = self._clock()
         with self._changed:
-            ranks = [(self._rank(each, digest, now), each) for each in self._order(digest)]
-        rank, member = min(ranks, key=lambda each: (each[0], each[1].absence.until if each[0] is _Rank.AWAY else 0.0))
-        return member, rank is _Rank.FREE
+            found = [(self._readiness(each, digest, now), each) for each in self._order(digest)]
+        best, member = min(
+            found, key=lambda each: (each[0], each[1].absence.until if each[0] is _Readiness.AWAY else 0.0)
+        )
+        return member, best is _Readiness.FREE
 
     def leave(self, member: Member, digest: str, failure: Failure) -> bool:
         """Note a failure of a member. Return whether its callers should leave it.
@@ -284,11 +286,11 @@ class Fleet:
         with self._changed:
             member.away = False
 
-    def _rank(self, member: Member, digest: str, now: float) -> _Rank:
+    def _readiness(self, member: Member, digest: str, now: float) -> _Readiness:
         if member.away:
-            return _Rank.DUE if member.absence.over(now) else _Rank.AWAY
+            return _Readiness.DUE if member.absence.over(now) else _Readiness.AWAY
         full = self._full.get((digest, member.address))
-        return _Rank.FREE if full is None or full.over(now) else _Rank.FULL
+        return _Readiness.FREE if full is None or full.over(now) else _Readiness.FULL
 
     def _order(self, digest: str) -> list[Member]:
         """Return the members that have answered, the best for an objective first."""
