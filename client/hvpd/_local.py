@@ -24,10 +24,11 @@ from hvpd_server import config
 
 _READY = "hvpd: serving on "
 
-_NOT_OURS = ("tls_cert", "tls_key", "tls_client_ca", "tokens", "log_format")
+_NOT_OURS = ("tls_cert", "tls_key", "tls_client_ca", "tokens", "log_format", "group", "leader", "rank", "size")
 """Settings that an embedded server does not have.
 
-It listens on loopback for its owner, which has no token and reads its log lines."""
+It listens on loopback for its owner, which has no token and reads its log lines. It is
+one process."""
 
 
 def missing_packages() -> list[str]:
