@@ -1,10 +1,10 @@
 """Whole solves, near and far: in this process, streamed from a server product by
 product, and as Krylov runs on the server; at several distances and bandwidths.
 
-All three run hvpd's own iterations, so that they differ in the place of the products
-and of the iteration alone. Server and client have the same two cores, so a remote solve
-can hardly be faster than a local one: the figures show what the distance costs. A
-server with a faster device gains its advantage on top.
+All three run the same iterations. They differ only in two places: where the products
+run, and where the iteration runs. Server and client have the same two cores, so a
+remote solve can hardly be faster than a local one: the figures show what the distance
+costs. A server with a faster device gains its advantage on top.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ RIGHT_HAND_SIDES = 16
 ITERATIONS = 10
 """Iterations of the minimisation."""
 PROBES, STEPS = 8, 40
-"""Of the spectral density."""
+"""Probes and steps of the spectral density."""
 PAIRS = 20
 _TOL = 1e-2
 """Tolerance of eigenpairs and of linear systems, in float32."""

@@ -42,7 +42,7 @@ class Callers:
         return self._peer.connect(address, self._given)
 
     def check(self) -> Answer:
-        """Leave the product of the vector that is checked in the folder."""
+        """Save the product of the test vector in the folder."""
         v = vector(self._given.spec.n, CHECKED)
         product = self._connections[0](v[None] if self._in_process else v)
         np.save(self._folder / f"{self._name}.npy", np.asarray(product).reshape(-1))

@@ -120,7 +120,7 @@ def started(name: str, spec: Spec, folder: Path, expected: Vector) -> Iterator[C
 
 @contextlib.contextmanager
 def _running(argv: Sequence[str], ready: str, *, talks: bool) -> Iterator[_processes.Child]:
-    """Run a process. Also those of its descendants end that would outlive it."""
+    """Run a process. At the end, end its descendants, too."""
     family: list[_family.Member] = []
     try:
         with contextlib.ExitStack() as stack:

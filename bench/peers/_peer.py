@@ -30,7 +30,7 @@ class About:
     label: str
     kind: Literal["own", "peer", "floor"]
     x: Literal["on the server", "sent with every vector", "in process", "not used"]
-    """Where x is. Data are always on the server."""
+    """Where x is. The data are in the process that computes."""
     batches: bool = False
     """Whether vectors of several callers share a launch."""
     installed: bool = False

@@ -2,8 +2,8 @@
 no delay of its queue, by gRPC.
 
 Triton brings an interpreter of its own, which reads the standard library of this one.
-That of an early patch release works, as the system's often is. That of Python 3.11.7
-does not.
+The library of an early patch release works, and the system's Python often is one. The
+library of Python 3.11.7 does not work.
 """
 
 import contextlib

@@ -79,7 +79,7 @@ _X: dict[int, list[float]] = {}
 """x as the library takes it, by n: a list, which all callers of a process share."""
 
 _LONG = 0.5
-"""Seconds of a product that is not measured again, warm."""
+"""If the first product takes longer than so many seconds, it is not repeated."""
 
 
 def _numbers(given: Given) -> list[float]:

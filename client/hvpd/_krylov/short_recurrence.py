@@ -35,8 +35,8 @@ class Arithmetic(NamedTuple):
     dots: Callable[[Any, Any], Any]
     """Returns the inner product of each pair of rows, in float64."""
     check: Callable[[Any], None]
-    """Receives r' M r for the rows r of a block. Raises an error if M is not positive
-    definite, or leaves NaN to the step.
+    """Receives r' M r for the rows r of a block. With NumPy, it raises an error if M is
+    not positive definite. With jax, it does nothing, and the step then holds NaN.
     """
 
 
@@ -162,7 +162,9 @@ class Minres(NamedTuple):
     sizes: Array
     """Lower bounds of the norms of the preconditioned operators, of shape (m, s)."""
     least_squares: Array
-    """Whether a residual cannot fall further, because A has no inverse: (m, s)."""
+    """Whether a residual cannot fall further, because A + shift I has no inverse: (m,
+    s).
+    """
 
 
 def advanced_minres(state: Minres, link: Link, shifts: Array, arithmetic: Arithmetic) -> Minres:
@@ -178,8 +180,8 @@ def advanced_minres(state: Minres, link: Link, shifts: Array, arithmetic: Arithm
     gamma = xp.hypot(gamma_bar, beta)
     root = xp.hypot(gamma_bar, delta_bar)
     active = (state.norms > 0) & ~state.least_squares
-    # root is |A r| / |r| before this step. Rounding keeps it above about the square
-    # root of eps. From there on, X would grow without bound along the kernel.
+    # root is |A r| / |r| before this step. Rounding does not let it fall far below the
+    # square root of eps. After that, X would grow without bound along the kernel.
     least_squares = state.least_squares | (active & (root <= eps**0.5 * sizes))
     active = active & ~least_squares & (gamma > eps * sizes)
     gamma = xp.where(active, gamma, 1.0)
@@ -269,8 +271,8 @@ class ShortRecurrence:
             self.solved = Minres(X, X, X, tracked, norms, sizes, zeros - 1, zeros, zeros, zeros, zeros, no)
 
     def advance(self, targets: vectors.Array, most: int) -> Iterator[vectors.Array]:
-        """Take one step; see `BlockCG.advance`. A system i of m is at i + m j for shift
-        j.
+        """Take one step; see `BlockCG.advance`. Element i + m j is the norm for
+        right-hand side i of m, and shift j.
         """
         self.step()
         yield self.solved.norms.T.reshape(-1)

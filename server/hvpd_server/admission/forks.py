@@ -20,7 +20,8 @@ class Forks:
     """The forks of this process, which has no other children and one thread.
 
     A fork that ends badly cannot answer, so this process says on the fork's socket how
-    it ended. A fork whose answer nobody waits for is killed. Both happen in `wait`.
+    it ended. If the other end of that socket is closed, the fork is killed. Both happen
+    in `wait`.
 
     Example:
         forks = Forks()
@@ -88,7 +89,7 @@ class Forks:
                 if child in self._running:
                     answer, allowance = self._running[child]
                     verdict = _verdict_on(os.waitstatus_to_exitcode(status), allowance)
-                    with contextlib.suppress(OSError):  # Nobody reads on, or the fork's own answer is in the way.
+                    with contextlib.suppress(OSError):  # The other end is closed, or the socket is full.
                         answer.send(json.dumps(verdict).encode() + b"\n", socket.MSG_DONTWAIT)
                     self._forget(child, poll)
 
@@ -127,6 +128,6 @@ def _verdict_on(code: int, allowance: Allowance) -> dict[str, Any]:
     how = f"signal {names.get(-code, -code)}" if code < 0 else f"code {code}"
     return {
         "reason": allowance.failed,
-        "message": f"the process that {allowance.did} the programs ended with {how}: they are damaged, or made to crash their "
-        f"reader, or take more than {allowance.memory_bytes >> 20} MiB",
+        "message": f"the process that {allowance.did} the programs ended with {how}: the programs are damaged, or made to "
+        f"crash their reader, or take more than {allowance.memory_bytes >> 20} MiB",
     }

@@ -2,8 +2,9 @@
 
 A method (`Method`) is a step function and the arrays of its state. Here is all that the
 methods share: the terms of the operator, the preconditioner, the loop, and the reason
-why the loop ends. A launch takes the usual steps only. The iteration in NumPy takes an
-unusual step, with a product of its own, and says why it ends.
+why the loop ends. A step is usual if its product is finite, and its method has no
+special case for it. A launch ends before any other step. The iteration in NumPy takes
+that step, with a product of its own, and says why it ends.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,12 +69,15 @@ class Method(NamedTuple):
 
 
 def specs_of(method: Method, sizes: Sizes) -> list[list[Spec]]:
-    """Return the arguments of a program between x and the product's own, in groups.
+    """Return the specs of a program's arguments, in five groups. They stand after x and
+    before the arguments of the product.
 
-    These are the state; the array that stays the same; the arrays of the
-    preconditioner, after its shift; U[n, rank] and C[rank, rank] of a low-rank term of
-    the operator; and its scale and shift, the norms of the residuals that end the
-    steps, and the number of steps.
+    1. The state.
+    2. The array that stays the same.
+    3. The preconditioner's shift and arrays.
+    4. U[n, rank] and C[rank, rank] of the operator's low-rank term.
+    5. The operator's scale and shift; the norms of the residuals that end the steps;
+       and the number of steps.
     """
     form, vector = sizes.form, sizes.dtype
     shift, rank = Spec((), vector), form.rank

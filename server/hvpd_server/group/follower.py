@@ -43,8 +43,8 @@ class RefusedError(Exception):
 
 
 class Follower:
-    """The group, as a rank other than the leader sees it. Requests to join until the
-    leader admits the rank.
+    """The group, as a rank other than the leader sees it. It asks the leader again and
+    again until the leader admits the rank.
 
     Args:
         address: The leader's host and port.

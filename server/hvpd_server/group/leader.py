@@ -1,8 +1,8 @@
 """The leader's side of a group: admits the other ranks, sends them orders, and ends the
 group if one of them dies, stops or disagrees.
 
-One process decides the sequence of all orders. It never waits for jax to notice that a
-process is gone: jax does not notice a process that is stopped.
+One process decides the sequence of all orders. It does not rely on jax to notice a
+failure: jax notices a killed process after 100 s, and a stopped process never.
 """
 
 import collections
@@ -42,7 +42,7 @@ _WATCH_SECONDS: Final = 0.1
 """Seconds between two checks of the ranks."""
 
 _GRACE_SECONDS: Final = 1.0
-"""Seconds in which the end of another rank shows, which may be why a launch failed."""
+"""Seconds to wait after a failed launch, because a dead rank may be the cause."""
 
 End = Callable[[str, int], NoReturn]
 """Ends the process, for a reason, with an exit code."""
@@ -130,7 +130,7 @@ class Leader:
             readable, _, _ = select.select([self._listener.fileno(), *channels], [], [], _REMINDER_SECONDS)
             if not readable:
                 logs.say(f"the group waits for rank {', '.join(map(str, missing))} of {self.size}")
-            # A rank that waits for its admission says nothing, so its connection ended.
+            # A waiting rank sends nothing, so a readable socket means that it is gone.
             for number in [number for number, rank in self._ranks.items() if rank.channel.fileno() in readable]:
                 self._ranks.pop(number).channel.close()
             if self._listener.fileno() in readable:

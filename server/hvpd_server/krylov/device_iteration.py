@@ -20,8 +20,8 @@ class DeviceIteration:
 
     A launch takes the usual steps only. It ends before a step whose product is not
     finite, or that the iteration may not take, such as one along a direction without
-    positive curvature. The iteration itself takes that step, with a product of its own,
-    and says why it ends.
+    positive curvature. The iteration in NumPy takes that step, with a product of its
+    own, and says why it ends.
 
     Args:
         operator: Multiplies. `launcher.is_possible` holds for it.
@@ -31,7 +31,7 @@ class DeviceIteration:
     Attributes:
         taken: Steps of all launches.
         arrays: The state on the device, as the program has it; empty if the iteration
-            has the state.
+            in NumPy has the state.
     """
 
     def __init__(self, operator: Operator, packed: packing.Packed, fixed: packing.Fixed) -> None:
@@ -86,7 +86,7 @@ class DeviceIteration:
         return packed.norms(norms[:taken]), usual
 
     def home(self) -> None:
-        """Give the state to the iteration."""
+        """Copy the state from the device to the iteration in NumPy."""
         if self.arrays:
             self._packed.unpack([host(array) for array in self.arrays])
             self.arrays = []

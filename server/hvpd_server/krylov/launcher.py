@@ -17,8 +17,8 @@ LAUNCH_SECONDS = 0.02
 def is_possible(operator: Operator) -> bool:
     """Return whether several steps with an operator can be one launch.
 
-    They cannot with a fixed bucket, because its bits depend on the program, with data
-    in chunks, or on several devices.
+    Several steps cannot be one launch with data in chunks, on several devices, or with
+    a fixed bucket, whose bits depend on the program.
     """
     point = operator.point
     device = operator.engine.objectives.lane(point.objective).device
@@ -33,9 +33,9 @@ def is_possible(operator: Operator) -> bool:
 class Pace:
     """The times of a program's last two launches, and how many steps fit into a time.
 
-    A step takes the time of its product, which is the same for all steps, and a time
-    that grows with the rows of the basis that it multiplies, if there is one. So with
-    more rows its time grows in proportion to the rows at most.
+    A step has two parts. The product takes the same time in each step. The work on the
+    basis, if there is one, grows with its rows. So with more rows a step's time grows
+    in proportion to the rows at most.
     """
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class Launcher:
         self._name = prefix + operator.program + form
         self._operator = operator
         self._vectors = vectors
-        # A queue has room for a block, and may have room for no more.
+        # The queue may have room for one block only, so a launch is no wider.
         self._most = max(min(most, operator.engine.limits.max_block_width // vectors), 1)
         self._seconds = seconds
         self._requested: set[int] = set()
@@ -113,7 +113,8 @@ class Launcher:
         """Return whether the program is compiled for a width. Start its compile at the
         first call.
 
-        A compile that failed for want of memory would fail again at each step.
+        A compile is requested once, because one that found no memory would fail again
+        at each step.
         """
         kernels = self._operator.point.source.kernels
         if kernels.ready(self._name, width):

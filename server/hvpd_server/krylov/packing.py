@@ -61,8 +61,8 @@ class PackedCG:
         self.constant = np.array(radius)
 
     def pack(self) -> Arrays:
-        """Return the arrays of the state. The inner products of the ball are those of
-        an iteration that has not begun.
+        """Return the arrays of the state. The inner products for the ball are as they
+        are before the first step.
         """
         cg, k = self.state, self.width
         no = np.zeros((k, k))
@@ -110,7 +110,7 @@ class PackedShortRecurrence:
         links = [padded(array, self.width) for array in self.state.links]
         solved = self.state.solved
         solved = type(solved)(*(padded(array, self.width, self.shifts) for array in solved))
-        if isinstance(solved, CG):  # Other pivots divide by zero.
+        if isinstance(solved, CG):  # The step divides by the pivots, and padded ones are zero.
             solved = solved._replace(d=np.where(solved.d == 0, 1.0, solved.d))
         return [*links, *solved]
 
