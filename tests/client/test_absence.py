@@ -1,8 +1,10 @@
 """For how long a server is left alone, with a clock of the test."""
 
+import random
+
 import pytest
 
-from hvpd._transport.absence import Absence
+from hvpd._transport.absence import Absence, spread
 
 
 def test_nobody_is_absent_at_first():
@@ -39,3 +41,10 @@ def test_a_minute_without_an_absence_is_forgiven(quiet, seconds):
     now = absence.until + quiet
     absence.begin(now)
     assert seconds <= absence.until - now <= 1.3 * seconds
+
+
+def test_pauses_leave_the_users_random_numbers_alone():
+    """Otherwise a retry in another thread would look like a side effect of a trace."""
+    before = random.getstate()
+    assert 1.0 <= spread(1.0) <= 1.3
+    assert random.getstate() == before

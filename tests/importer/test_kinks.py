@@ -385,7 +385,10 @@ CASES = {
     "cholesky": Case(lambda x: jnp.linalg.cholesky(definite(x)), VECTOR),
     "cho_solve": Case(lambda x: jsp.linalg.cho_solve(jsp.linalg.cho_factor(definite(x)), x), VECTOR),
     "eigh": Case(lambda x: jnp.sin(jnp.linalg.eigh(definite(x))[0]), VECTOR),
-    "eigh_vectors": Case(lambda x: jnp.linalg.eigh(definite(x))[1] ** 2, VECTOR, tolerance=1e-10),
+    # Weighted, because rows and columns sum to 1 at each x.
+    "eigh_vectors": Case(
+        lambda x: jnp.linalg.eigh(definite(x))[1] ** 2 * jnp.arange(9.0).reshape(3, 3) ** 2, VECTOR, tolerance=1e-10
+    ),
     "svd": Case(lambda x: jnp.linalg.svd(matrix(x)[:, :2], full_matrices=False)[1], VECTOR),
     "qr": Case(lambda x: jnp.linalg.qr(matrix(x))[1] ** 2, VECTOR),
     "pinv": Case(lambda x: jnp.linalg.pinv(matrix(x)), VECTOR, tolerance=1e-10),

@@ -8,6 +8,14 @@ import random
 _FORGIVEN = 60.0
 """Seconds after an absence without another one, after which pauses are short again."""
 
+# The user's generators must not change while jax traces the user's function.
+_generator = random.Random()  # noqa: S311 - no secret
+
+
+def spread(seconds: float) -> float:
+    """Return a little more seconds, so that many clients do not return at once."""
+    return seconds * _generator.uniform(1.0, 1.3)
+
 
 class Absence:
     """The absences of one server. Each is longer than the one before, so that
@@ -39,4 +47,4 @@ class Absence:
             return
         again = now < self.until + _FORGIVEN
         self._seconds = min(2 * self._seconds, self._most) if again else self._first
-        self.until = now + self._seconds * random.uniform(1.0, 1.3)  # noqa: S311 - spreads the returns of many clients
+        self.until = now + spread(self._seconds)

@@ -5,7 +5,6 @@ Everything on this wire can be repeated. Knows neither messages nor channels.
 
 import dataclasses
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import grpc
 from hvpd._errors import Failure, to_error
 from hvpd._progress import Reporter, Stage
 from hvpd._transport import cancellation
+from hvpd._transport.absence import spread
 from hvpd._transport.stream import RpcFailure
 
 _T = TypeVar("_T")
@@ -110,7 +110,7 @@ class Retry:
                     self._on_failure(failure)
                     raise to_error(failure, self._address)
                 waiting = self._repeats(failure, waiting)
-                cancellation.sleep(wait * random.uniform(1.0, 1.3))  # noqa: S311 - spreads the retries of many clients
+                cancellation.sleep(spread(wait))
                 pause = min(2 * pause, _LONGEST_PAUSE)
         finally:
             if waiting is not None:
