@@ -1,15 +1,13 @@
 """Prometheus metrics. Their names are a contract, listed in
 docs/reference/metrics.md. Durations are in seconds.
 
-Recording is on the path of every product, so it is a few additions under one lock. What
-is known before an answer leaves is only noted until then. The families are made when
-they are scraped.
+Recording is on the path of every product, so it is a few additions under one lock. The
+families are made when they are scraped.
 """
 
-import collections
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeVar
 
 import prometheus_client
 from google.rpc import error_details_pb2, status_pb2
@@ -84,10 +82,6 @@ class ProductRecord(NamedTuple):
     """When the launch ended, on a monotonic clock."""
 
 
-_NotedLaunch: TypeAlias = tuple[str, int, int]
-"""Program, vectors and padding of one launch."""
-
-
 class Metrics(Collector):
     """The metrics of one server, in a registry of their own."""
 
@@ -103,8 +97,6 @@ class Metrics(Collector):
         self._transfers = {name: Histogram(SECONDS) for name in ("receive", "to_device", "send")}
         self._compile = Histogram(SECONDS)
         self._compiles = LabelCounter(("compiled",), ("cached",), ("failed",))
-        self._noted_products: collections.deque[ProductRecord] = collections.deque()
-        self._noted_launches: collections.deque[_NotedLaunch] = collections.deque()
         self._launches = LabelCounter(("hvp",), ("apply",))
         self._launched_columns = 0
         self._padding_columns = 0
@@ -125,29 +117,15 @@ class Metrics(Collector):
     # Products
 
     def product(self, record: ProductRecord) -> None:
-        """Note a product. It is counted when its answer has left, so that the answer
-        does not wait.
-        """
-        self._noted_products.append(record)
-
-    def _count_noted(self) -> None:
-        """Count the noted products. The caller holds the lock, and calls this with
-        every answer and before every reading.
-        """
-        while self._noted_products:
-            digest, tenant, columns, width, queue, compute, device, finished = self._noted_products.popleft()
-            account = self._usage.account(digest, _called(tenant), finished)
+        """Count a product."""
+        with self._lock:
+            account = self._usage.account(record.digest, _called(record.tenant), record.finished)
             account.products += 1
-            account.columns += columns
-            account.device_seconds += device
-            account.queue.add(queue)
-            account.compute.add(compute)
-            self._width.add(width)
-        while self._noted_launches:
-            program, columns, padding = self._noted_launches.popleft()
-            self._launches.add((program,))
-            self._launched_columns += columns
-            self._padding_columns += padding
+            account.columns += record.columns
+            account.device_seconds += record.device_seconds
+            account.queue.add(record.queue_seconds)
+            account.compute.add(record.compute_seconds)
+            self._width.add(record.width)
 
     def answered(self, method: str, seconds: float, receive: float | None = None, send: float | None = None) -> None:
         """Count a request that has its answer, or its error.
@@ -160,7 +138,6 @@ class Metrics(Collector):
             send: From the result until the transport had taken it.
         """
         with self._lock:
-            self._count_noted()
             found = self._requests.get(method)
             if found is None:
                 found = self._requests[method] = Histogram(SECONDS)
@@ -176,7 +153,7 @@ class Metrics(Collector):
             self._transfers["to_device"].add(seconds)
 
     def launched(self, program: str, columns: int, padding: int) -> None:
-        """Note a launch. It is counted when its answers have left.
+        """Count a launch.
 
         Args:
             program: The program.
@@ -185,7 +162,10 @@ class Metrics(Collector):
         """
         # One series for all blocks and forms: any leaves of any x can be a block.
         base, block, _ = program.partition("{")[0].partition("[")
-        self._noted_launches.append((f"{base}[]" if block else base, columns, padding))
+        with self._lock:
+            self._launches.add((f"{base}[]" if block else base,))
+            self._launched_columns += columns
+            self._padding_columns += padding
 
     def refused(self) -> None:
         """Count a product that found the queue full."""
@@ -284,7 +264,6 @@ class Metrics(Collector):
     def named(self, digest: str, name: str) -> None:
         """Note the name of an objective. The first name is its label value."""
         with self._lock:
-            self._count_noted()  # Earlier products are counted by the digest.
             self._usage.named(digest, name)
 
     def build(self, facts: Mapping[str, str]) -> None:
@@ -312,7 +291,6 @@ class Metrics(Collector):
         copies only.
         """
         with self._lock:
-            self._count_noted()
             accounts = [
                 (
                     labels,
@@ -362,7 +340,6 @@ class Metrics(Collector):
         """
         live, streams = self._live(), self._open_streams()
         with self._lock:
-            self._count_noted()
             usage, calls = self._usage.copy(), self._open_calls
             counted = list(self._counted())
         yield InfoMetricFamily("hvpd_build", "What this server is.", dict(self._build))
