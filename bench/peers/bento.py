@@ -7,13 +7,14 @@ import http.client
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from bench.peers._peer import About
-from bench.peers._spec import PART, Given, Multiply, Spec, Vector, free_port, listening
+from bench.peers._spec import PART, Given, Multiply, Spec, Vector, free_port
 
 ABOUT = About("BentoML", "peer", "on the server", batches=True, installed=True)
 
@@ -33,10 +34,29 @@ def serving(spec: Spec) -> Iterator[str]:
         stdout=subprocess.DEVNULL,
     ) as server:
         try:
-            listening(port, _START_SECONDS)
+            _ready(port)
             yield f"127.0.0.1:{port}"
         finally:
             server.terminate()
+
+
+def _ready(port: int) -> None:
+    """Wait until the server says that its services are ready. Its port may listen, and
+    close again, before that.
+
+    Raises:
+        TimeoutError: It does not within `_START_SECONDS`.
+    """
+    ends = time.monotonic() + _START_SECONDS
+    while True:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+            connection.request("GET", "/readyz")
+            if connection.getresponse().status == http.HTTPStatus.OK:
+                return
+        if time.monotonic() > ends:
+            raise TimeoutError(f"BentoML is not ready after {_START_SECONDS:g} s")
+        time.sleep(0.05)
 
 
 def connect(address: str, given: Given) -> Multiply:
