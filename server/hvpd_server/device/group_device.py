@@ -16,7 +16,7 @@ from hvpd.v1 import group_pb2, tensor_pb2
 from hvpd_server.derivation import compiling
 from hvpd_server.derivation.compiling import Compiled
 from hvpd_server.device.device import Device, device_errors
-from hvpd_server.device.processes import assembled
+from hvpd_server.device.processes import assembled, assembled_rows
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.group.leader import Leader
 
@@ -96,10 +96,9 @@ class GroupDevice(Device):
         tensor: tensor_pb2.Tensor = part.tensor
         place = group_pb2.GroupOrder.Place(tensor=tensor, start=rows.start, stop=rows.stop)
         number = self._leader.order(group_pb2.GroupOrder(place=place), awaited=True)
-        shape = [rows.stop - rows.start, *tensor.shape[1:]] if tensor.shape else []
         try:
             with device_errors():
-                placed = assembled(self.target, shape, part.__getitem__, data=True, first=rows.start)
+                placed = assembled_rows(self.target, part, rows)
         except BaseException:
             self._leader.done(number)
             self._leader.drop(number)

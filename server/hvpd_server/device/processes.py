@@ -16,6 +16,7 @@ from hvpd._wire import codec
 from hvpd_server.derivation.compiling import Target
 from hvpd_server.device.executables import processor
 from hvpd_server.importer import rules
+from hvpd_server.store.rows import Rows
 
 _START_SECONDS = 300
 """Most seconds in which jax's own connections between the ranks are made."""
@@ -122,6 +123,18 @@ def assembled(
     found: jax.Array = jax.make_array_from_single_device_arrays(tuple(shape), sharding, parts)
     jax.block_until_ready(found)
     return found
+
+
+def assembled_rows(target: Target, part: Rows, rows: slice) -> jax.Array:
+    """Return some rows of a tensor of the store, of which this process reads its own.
+
+    Args:
+        target: The devices of the group.
+        part: The opened tensor.
+        rows: The rows.
+    """
+    shape = [rows.stop - rows.start, *part.tensor.shape[1:]] if part.tensor.shape else []
+    return assembled(target, shape, part.__getitem__, data=True, first=rows.start)
 
 
 def _indices(sharding: Any, shape: Sequence[int]) -> list[tuple[jax.Device, tuple[slice, ...]]]:

@@ -11,7 +11,7 @@ from hvpd._wire.codec import Buffer
 from hvpd.v1 import tensor_pb2
 from hvpd_server.derivation import compiling
 from hvpd_server.derivation.compiling import Target
-from hvpd_server.device.processes import assembled
+from hvpd_server.device.processes import assembled, assembled_rows
 from hvpd_server.store.store import Store
 
 
@@ -34,8 +34,7 @@ class RankMesh:
     def place(self, tensor: tensor_pb2.Tensor, rows: slice) -> Any:
         """See `Mesh.place`. The leader has verified the tensor's digest."""
         opened = self._store.open_tensor(tensor, set_aside=False, verified=True)
-        shape = [rows.stop - rows.start, *tensor.shape[1:]] if tensor.shape else []
-        return assembled(self._target, shape, opened.__getitem__, data=True, first=rows.start)
+        return assembled_rows(self._target, opened, rows)
 
     def put(self, value: codec.Array) -> Any:
         """See `Mesh.put`."""

@@ -206,7 +206,7 @@ def test_a_silent_rank_ends_the_group(group, monkeypatch):
 
 
 def test_an_order_that_takes_too_long_ends_the_group(group):
-    leader, _ = group.formed(patience=0.2)  # Nobody executes the rank's orders.
+    leader, _ = group.formed(patience=0.2)  # The rank executes no order.
     launch(leader, 1)
     assert "rank 1 has not executed order 1 within 0.2 s" in group.leader_ends.first()[0]
 
