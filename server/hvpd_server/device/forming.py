@@ -75,7 +75,8 @@ def lead(config: Config, store: Store) -> tuple[list[Device], GroupDevice]:
         raise ServiceError(
             Code.FAILED_PRECONDITION,
             "NO_GROUP",
-            f"a group computes on CPUs so far, and this is {found[0].kind}: set JAX_PLATFORMS=cpu",
+            f"a group computes on CPUs so far, and this is {found[0].kind}: start one server with all devices of the machine, or set "
+            "JAX_PLATFORMS=cpu on all ranks",
         )
     leader.confirm(hardware())
     device = GroupDevice(leader)
