@@ -2,11 +2,9 @@
 dies or stops.
 """
 
-import contextlib
 import os
 import signal
 import socket
-import threading
 from pathlib import Path
 
 import jax
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 
 import hvpd
+from bench._striking import Solves
 from tests.support.security import Place
 from tests.support.serving import _command
 from tests.support.waiting import until
@@ -196,53 +195,24 @@ def test_data_that_does_not_fit_goes_through_all_ranks_in_chunks(client):
     assert np.linalg.norm(found - expected) <= 1e-11 * np.linalg.norm(expected)
 
 
-def strike(group, victim, number, client):
-    """Send a signal to a process under solves. Return the errors and the number of
-    products that were seen before the group was back.
+def strike(group, victim, number):
+    """Send a signal to a process under 16 solves. Return the number of wrong answers,
+    and the errors that a caller saw, before all solves went on.
     """
-    dense, stop = hessian(W, *data()), threading.Event()
     before = child(group.server.process.pid)
-    wrong, errors, after = [], [], [0, 0, 0, 0]
-    objective = client.register(logistic, np.zeros(N), *data(), sharded=True)
-    b = np.random.default_rng(5).normal(size=(4, N))
-    solutions = np.linalg.solve(dense, b.T).T
-
-    def solve(index):
-        H = objective.at(W).hessian()
-        while not stop.is_set():
-            try:
-                found = H.solve(b[index], tol=1e-12).x
-            except hvpd.HvpdError as error:
-                errors.append(error)
-                return
-            if np.linalg.norm(found - solutions[index]) > 1e-9:
-                wrong.append(found)
-            after[index] += 1
-
-    threads = [threading.Thread(target=solve, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    until(lambda: min(after) > 1)
-    os.kill(victim, number)
-    try:
+    with Solves(lambda: hvpd.connect(group.server.address, ca=group.trust)) as solves:
+        os.kill(victim, number)
         until(lambda: child(group.server.process.pid) not in (None, before))
-        seen = list(after)
-        until(lambda: errors or all(now > then + 1 for now, then in zip(after, seen, strict=True)))
-    finally:
-        stop.set()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(victim, signal.SIGCONT)
-        for thread in threads:
-            thread.join(60)
-    return wrong, errors
+        solves.wait_for_each()
+    return solves.wrong, solves.errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("side", ["rank", "leader"])
-def test_solves_ride_through_the_end_of_a_process(group, client, side, number):
+def test_solves_ride_through_the_end_of_a_process(group, side, number):
     supervisor = group.rank if side == "rank" else group.server.process
     victim = child(supervisor.pid)
-    assert strike(group, victim, number, client) == ([], [])
+    assert strike(group, victim, number) == (0, [])
     assert child(supervisor.pid) != victim
     assert not (group.server.store / "quarantine").exists()  # No objective is to blame.
 

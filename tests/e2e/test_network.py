@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import os
 import random
-import socket
 import threading
 import time
 
@@ -17,93 +16,10 @@ import scipy.optimize
 import scipy.sparse.linalg
 
 import hvpd
+from bench._network import Network
 from tests.support.waiting import until
 
 N = 100
-
-
-class Network:
-    """A path to a server that can be slow, cut, or black. When it is black, it takes
-    bytes and passes none on.
-
-    Args:
-        port: The server's port on this machine.
-        delay: Seconds of delay for each piece.
-        rate: Bytes a second, each way of each connection; 0 for no limit.
-    """
-
-    def __init__(self, port, *, delay=0.0, rate=0):
-        self._target = port
-        self._delay, self._rate = delay, rate
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self._lock = threading.Lock()
-        self._open = []
-        self._ends = []
-        self._light = threading.Event()
-        self._light.set()
-        self.cuts = 0
-        self.passed = 0
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                ours, _ = self._listener.accept()
-                try:
-                    theirs = socket.create_connection(("127.0.0.1", self._target))
-                except OSError:
-                    ours.close()
-                    continue
-                with self._lock:
-                    self._open.append((ours, theirs))
-                    self._ends += [ours, theirs]
-                for source, target in ((ours, theirs), (theirs, ours)):
-                    self._threads.append(threading.Thread(target=self._pass, args=(source, target)))
-                    self._threads[-1].start()
-
-    def _pass(self, source, target):
-        pause = threading.Event()
-        with contextlib.suppress(OSError):
-            while piece := source.recv(4096 if self._rate else 1 << 16):
-                self._light.wait()
-                pause.wait(self._delay + (len(piece) / self._rate if self._rate else 0))
-                target.sendall(piece)
-                self.passed += len(piece)
-        for end in (source, target):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def cut(self, how=socket.SHUT_RDWR):
-        """End every connection, in the middle of its messages."""
-        with self._lock:
-            opened, self._open = self._open, []
-        for pair in opened:
-            for end in pair:
-                with contextlib.suppress(OSError):
-                    end.shutdown(how)
-        self.cuts += bool(opened)
-
-    def darken(self):
-        """Pass nothing on from now on, without telling the ends."""
-        self._light.clear()
-
-    def lighten(self):
-        """Pass the held bytes on."""
-        self._light.set()
-
-    def close(self):
-        self._light.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self.cut()
-        for thread in self._threads:
-            thread.join(60)
-            assert not thread.is_alive()
-        for end in self._ends:
-            end.close()
 
 
 @pytest.fixture

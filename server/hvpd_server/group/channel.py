@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any, Protocol
 
-from hvpd._wire import frames
+from hvpd._wire import frames, vector_socket
 from hvpd._wire.codec import Buffer
 from hvpd.v1 import group_pb2
 
@@ -55,8 +55,7 @@ class Channel:
         self, connection: socket.socket, context: ssl.SSLContext | None = None, *, server: bool = False
     ) -> None:
         self._socket = connection
-        if connection.family != socket.AF_UNIX:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        vector_socket.tune(connection)
         self._pipe: _Pipe = _Plain(connection) if context is None else _Encrypted(connection, context, server=server)
 
     def fileno(self) -> int:

@@ -14,7 +14,7 @@ ENDED: Final = 72
 BEAT_SECONDS: Final = 0.5
 """Seconds between two signs of life."""
 
-_SILENCE_SECONDS: Final = 8.0
+_SILENCE_SECONDS: Final = 5.0
 """Seconds without a sign of life after which a rank counts as stopped."""
 
 

@@ -32,9 +32,11 @@ _CONNECT_SECONDS: Final = 5.0
 _REMINDER_SECONDS: Final = 30.0
 """Seconds between two lines in the log while there is no leader."""
 
-_SECRET_SECONDS: Final = 90.0
-"""Most seconds in which the secret of a new start may become visible in a shared
-directory: NFS keeps the absence of a file for 60 s.
+_REFUSED_SECONDS: Final = 90.0
+"""Most seconds of refusals that may end by themselves. The secret of a new start
+becomes visible in a shared directory: NFS keeps the absence of a file for 60 s. The
+leader notices that an earlier process of this rank is gone: its machine may have lost
+its power, which TCP notices after 30 s.
 """
 
 
@@ -97,17 +99,17 @@ class Follower:
             try:
                 found = self._asked()
             except (OSError, DecodeError) as error:
-                refused = None
-                if time.monotonic() >= reminder:
-                    reminder = time.monotonic() + _REMINDER_SECONDS
-                    host, port = self._address
-                    logs.say(f"rank {self._rank} waits for the leader at {host}:{port} ({error})")
+                refused, why = None, str(error)
             else:
                 if isinstance(found, tuple):
                     return found
-                refused = refused or time.monotonic()
-                if not found.retry or time.monotonic() - refused > _SECRET_SECONDS:
+                refused, why = refused or time.monotonic(), found.refusal
+                if not found.retry or time.monotonic() - refused > _REFUSED_SECONDS:
                     raise RefusedError(found.refusal)
+            if time.monotonic() >= reminder:
+                reminder = time.monotonic() + _REMINDER_SECONDS
+                host, port = self._address
+                logs.say(f"rank {self._rank} waits for the leader at {host}:{port} ({why})")
             never.wait(_PAUSE_SECONDS)
 
     def _asked(self) -> tuple[Channel, str] | group_pb2.GroupOrder.Admission:

@@ -183,7 +183,7 @@ class Leader:
         if not 0 < join.rank < self.size:
             return f"there is no rank {join.rank} among {self.size}: --rank is from 1 to {self.size - 1}", False
         if join.rank in self._ranks:
-            return f"rank {join.rank} has joined already: give each process a --rank of its own", False
+            return f"rank {join.rank} has joined already: give each process a --rank of its own", True
         return differences(join.rank, report.facts, self._facts), False
 
     def confirm(self, devices: Mapping[str, str]) -> None:
@@ -286,20 +286,25 @@ class Leader:
         never = threading.Event()
         while not never.wait(_WATCH_SECONDS):
             now = time.monotonic()
-            for number, rank in self._ranks.items():
-                if now - rank.heard > self._silence:
-                    self._end(f"rank {number} has been silent for {now - rank.heard:.1f} s", failure.ENDED)
-                with self._changed:
-                    oldest = self._log.oldest(number)
-                if oldest and self._patience and now - oldest[1] > self._patience:
-                    reason = f"rank {number} has not executed order {oldest[0]} within {self._patience:g} s"
-                    self._end(reason, failure.ENDED)
+            if why := self._overdue(now):
+                self._end(why, failure.ENDED)
             # A send to a rank that has stopped can hold the lock for ever.
             if now - self._sent > failure.BEAT_SECONDS and self._sending.acquire(blocking=False):
                 try:
                     self._send(group_pb2.GroupOrder())
                 finally:
                     self._sending.release()
+
+    def _overdue(self, now: float) -> str:
+        """Return which rank is silent or too slow at a time; empty if none is."""
+        for number, rank in self._ranks.items():
+            if now - rank.heard > self._silence:
+                return f"rank {number} has been silent for {now - rank.heard:.1f} s"
+            with self._changed:
+                oldest = self._log.oldest(number)
+            if oldest and self._patience and now - oldest[1] > self._patience:
+                return f"rank {number} has not executed order {oldest[0]} within {self._patience:g} s"
+        return ""
 
 
 def _code(why: str) -> int:

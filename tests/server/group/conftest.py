@@ -45,8 +45,8 @@ class Group:
         self._stack.callback(self._close, found)
         return found
 
-    def follower(self, leader, rank=1, size=2, *, facts=FACTS, secret=lambda: SECRET, **settings):
-        address = "127.0.0.1", leader.port
+    def follower(self, leader, rank=1, size=2, *, facts=FACTS, secret=lambda: SECRET, port=0, **settings):
+        address = "127.0.0.1", port or leader.port
         found = Follower(address, rank, size, facts, secret, end=self.rank_ends, **settings)
         self._stack.callback(found.close)
         return found

@@ -74,6 +74,13 @@ def test_the_end_of_the_other_side_is_an_error(pair):
         other.receive()
 
 
+def test_a_network_that_dies_while_nothing_is_sent_ends_the_connection():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one = Channel(socket.create_connection(listener.getsockname()))
+    assert one._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    one.close()
+
+
 def test_a_rank_accepts_the_certificate_of_its_files_only(tmp_path):
     leader, _ = _channel.contexts(*files(tmp_path / "one"))
     _, rank = _channel.contexts(*files(tmp_path / "other"))

@@ -8,7 +8,7 @@ import pytest
 from hvpd_server.group import failure
 
 
-@pytest.mark.parametrize(("timeout", "seconds"), [(600.0, 8.0), (6.0, 3.0), (0.0, 8.0)])
+@pytest.mark.parametrize(("timeout", "seconds"), [(600.0, 5.0), (6.0, 3.0), (0.0, 5.0)])
 def test_silence_shows_before_the_supervisor_blames_a_launch(timeout, seconds):
     assert failure.silence_seconds(timeout) == seconds
 

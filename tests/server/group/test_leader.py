@@ -108,7 +108,8 @@ def test_a_rank_that_does_not_fit_is_refused(group, rank, size, facts, why):
         group.follower(leader, rank, size, facts=facts)
 
 
-def test_a_rank_that_is_there_already_is_refused(group):
+def test_a_rank_that_is_there_already_is_refused(group, monkeypatch):
+    monkeypatch.setattr("hvpd_server.group.follower._REFUSED_SECONDS", 0.0)
     leader, (ours, theirs) = group.leader(3), socket.socketpair()
     leader._ranks[1] = _Rank(Channel(ours), (b"", b""))
     group.gathering(leader)
@@ -117,7 +118,7 @@ def test_a_rank_that_is_there_already_is_refused(group):
 
 
 def test_a_rank_without_the_secret_is_refused(group, monkeypatch):
-    monkeypatch.setattr("hvpd_server.group.follower._SECRET_SECONDS", 0.0)
+    monkeypatch.setattr("hvpd_server.group.follower._REFUSED_SECONDS", 0.0)
     leader = group.leader()
     group.gathering(leader)
     with pytest.raises(RefusedError, match="does not know the secret"):
@@ -209,6 +210,22 @@ def test_an_order_that_takes_too_long_ends_the_group(group):
     leader, _ = group.formed(patience=0.2)  # The rank executes no order.
     launch(leader, 1)
     assert "rank 1 has not executed order 1 within 0.2 s" in group.leader_ends.first()[0]
+
+
+def test_a_rank_has_the_whole_timeout_for_each_order(group):
+    leader, follower = group.formed(patience=60.0)
+    launch(leader, 1)
+    first = leader._log.oldest(1)[1]
+    leader.order(group_pb2.GroupOrder(put={"array": {"dtype": "float64", "shape": [0]}}))
+    leader._ranks[1].heard = first + 60.0
+    assert leader._overdue(first + 59.9) == ""
+    assert "has not executed order 1 within 60 s" in leader._overdue(first + 60.1)
+    follower._send(group_pb2.GroupReport(done=1))
+    until(lambda: leader.pending == 1)
+    number, second = leader._log.oldest(1)
+    leader._ranks[1].heard = second + 60.0
+    assert number == 2
+    assert leader._overdue(second + 59.9) == ""
 
 
 def test_a_rank_that_disagrees_ends_the_group(group):
