@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvpd_server.scheduling import blocks
-from hvpd_server.scheduling.blocks import pad, split
+from hvpd_server.scheduling.blocks import join, split
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (7,), (3, 1000), (1 << 20,)])
@@ -40,16 +40,16 @@ def test_they_are_not_copied_on_a_cpu():
     spare=st.integers(0, 9),
     dtype=st.sampled_from(["float32", "float64"]),
 )
-def test_split_undoes_pad(widths, n, spare, dtype):
+def test_split_undoes_join(widths, n, spare, dtype):
     parts = [np.random.default_rng(i).standard_normal((width, n)).astype(dtype) for i, width in enumerate(widths)]
-    padded = pad(parts, sum(widths) + spare)
-    assert padded.shape == (sum(widths) + spare, n)
-    assert padded.dtype == dtype
-    assert not padded[sum(widths) :].any()
-    for block, again in zip(parts, split(padded, widths), strict=True):
+    joined = join(parts, sum(widths) + spare)
+    assert joined.shape == (sum(widths) + spare, n)
+    assert joined.dtype == dtype
+    assert not joined[sum(widths) :].any()
+    for block, again in zip(parts, split(joined, widths), strict=True):
         np.testing.assert_array_equal(again, block)
 
 
 def test_one_block_of_the_right_width_is_not_copied():
     block = np.ones((4, 3))
-    assert pad([block], 4) is block
+    assert join([block], 4) is block

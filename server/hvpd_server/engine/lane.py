@@ -293,7 +293,7 @@ class Lane:
             resident = source if objective.plan.needs_apply and isinstance(source, data_sources.Resident) else None
 
             def product(row: codec.Array) -> Any:
-                block = blocks.pad([row], self.launches.bucket(objective) or 1)
+                block = blocks.join([row], self.launches.bucket(objective) or 1)
                 source.kernels.request("apply" if resident else "hvp", len(block)).result()
                 with self._liveness.working(objective.digest):
                     if resident:

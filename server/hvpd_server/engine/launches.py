@@ -26,7 +26,7 @@ from hvpd_server.engine.residuals import residuals_of
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.liveness import Liveness
 from hvpd_server.scheduling.batcher import Batcher
-from hvpd_server.scheduling.blocks import pad, split
+from hvpd_server.scheduling.blocks import join, split
 from hvpd_server.scheduling.holdback import bucket_of
 from hvpd_server.scheduling.job import Job
 from hvpd_server.scheduling.probation import OnWait
@@ -368,13 +368,13 @@ class Launches:
         """Multiply in launches of one width, one after the other."""
         total = sum(map(len, blocks))
         if not self.bucket(point.objective) or point.objective.steady.get((program, point.source.kernels.rows)):
-            padded = pad(blocks, -(-total // bucket) * bucket)
+            padded = join(blocks, -(-total // bucket) * bucket)
             return [
                 self._product(point, program, seed, padded[row : row + bucket], max(row + bucket - total, 0))
                 for row in range(0, total, bucket)
             ]
         vectors = [block[row : row + 1] for block in blocks for row in range(len(block))]
-        found = [self._product(point, program, seed, pad([vector], bucket), bucket - 1) for vector in vectors]
+        found = [self._product(point, program, seed, join([vector], bucket), bucket - 1) for vector in vectors]
         return [(product[:1], made_by) for product, made_by in found]
 
     def _relieved(self, point: Point, base: str, bucket: int, asked: str) -> bool:

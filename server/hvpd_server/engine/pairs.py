@@ -13,7 +13,7 @@ from hvpd._wire import codec
 from hvpd_server.device import data_sources, memory_relief
 from hvpd_server.device.device import host
 from hvpd_server.errors import ServiceError
-from hvpd_server.scheduling.blocks import pad, split
+from hvpd_server.scheduling.blocks import join, split
 from hvpd_server.scheduling.holdback import bucket_of
 from hvpd_server.scheduling.job import Job
 from hvpd_server.telemetry.metrics import Metrics
@@ -62,7 +62,7 @@ def multiply(
     X = np.concatenate([X, X[-1:].repeat(bucket - total, axis=0)])
     started = time.perf_counter()
     try:
-        whole = host(key.call(PROGRAM, bucket, X, pad([job.block for job in jobs], bucket)))
+        whole = host(key.call(PROGRAM, bucket, X, join([job.block for job in jobs], bucket)))
     except ServiceError as error:
         if error.reason != memory_relief.REASON:
             raise

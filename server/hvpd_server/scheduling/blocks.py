@@ -25,23 +25,23 @@ def empty(shape: Sequence[int], dtype: "np.dtype[Any]") -> codec.Array:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def pad(blocks: Sequence[Block], width: int) -> Block:
+def join(blocks: Sequence[Block], width: int) -> Block:
     """Stack the blocks, and fill up with rows of zeros to `width` rows. One block of
     that width is returned as it is.
     """
     if len(blocks) == 1 and len(blocks[0]) == width:
         return blocks[0]
-    padded = empty((width, *blocks[0].shape[1:]), blocks[0].dtype)
+    joined = empty((width, *blocks[0].shape[1:]), blocks[0].dtype)
     row = 0
     for block in blocks:
-        padded[row : row + len(block)] = block
+        joined[row : row + len(block)] = block
         row += len(block)
-    padded[row:] = 0
-    return padded
+    joined[row:] = 0
+    return joined
 
 
 def split(block: Block, widths: Sequence[int]) -> list[Block]:
-    """Undo `pad`: return views of the first rows, one for each width."""
+    """Undo `join`: return views of the first rows, one for each width."""
     found, row = [], 0
     for width in widths:
         found.append(block[row : row + width])
