@@ -28,9 +28,9 @@ from hvpd.v1 import (
 )
 from hvpd_server.bundle import check_name
 from hvpd_server.errors import ServiceError
-from hvpd_server.store.ownership import Owners
 from hvpd_server.store.quarantine import Quarantine
 from hvpd_server.store.store import Store
+from hvpd_server.store.tenant_content import Owners
 
 SECRET = b"what nobody asked for"
 

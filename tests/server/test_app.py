@@ -13,7 +13,7 @@ from hvpd_server.engine import registration
 from hvpd_server.errors import ServiceError
 from hvpd_server.importer import rules, table
 from hvpd_server.rpc import call_limits
-from hvpd_server.store import ownership
+from hvpd_server.store import tenant_content
 
 PAGES = Path(__file__).parents[2] / "docs" / "operate" / "security"
 SECURITY = PAGES / "bundles.md"
@@ -86,7 +86,7 @@ def test_the_page_has_a_row_for_each_reason():
 def test_the_pages_state_the_limits_that_need_no_setting():
     owned = " ".join((PAGES / "ownership.md").read_text().split())
     assert "at most 20,000 names and objectives, and 250,000 blobs" in owned
-    assert (ownership.MAX_RECORDS, ownership.MAX_BLOBS) == (20_000, 250_000)
+    assert (tenant_content.MAX_RECORDS, tenant_content.MAX_BLOBS) == (20_000, 250_000)
     assert "does not read an answer for a minute" in owned
     assert call_limits.STALLED_SECONDS == 60
     assert "compiles 30 s later" in " ".join(SECURITY.read_text().split())

@@ -20,9 +20,9 @@ from hvpd_server.store import exclusion, lease, object_store
 from hvpd_server.store.copy import copy
 from hvpd_server.store.object_store import ObjectStore
 from hvpd_server.store.objects import Directory
-from hvpd_server.store.ownership import Owners
 from hvpd_server.store.quarantine import Quarantine
 from hvpd_server.store.store import Store, blob_key
+from hvpd_server.store.tenant_content import Owners
 from tests.support.object_server import BUCKET, ObjectServer
 from tests.support.waiting import until
 

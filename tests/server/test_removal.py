@@ -11,9 +11,9 @@ import pytest
 
 from hvpd.v1 import objective_pb2, tensor_pb2
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.store import ownership
-from hvpd_server.store.ownership import Owners
+from hvpd_server.store import tenant_content
 from hvpd_server.store.removal import PRUNE_AGE_SECONDS, Removal
+from hvpd_server.store.tenant_content import Owners
 
 
 class Place:
@@ -391,7 +391,7 @@ def test_a_derivation_counts_for_each_tenant_that_registered_its_objective(store
 
 
 def test_without_a_limit_the_number_of_names_is_bounded(store, monkeypatch):
-    monkeypatch.setattr(ownership, "MAX_RECORDS", 4)
+    monkeypatch.setattr(tenant_content, "MAX_RECORDS", 4)
     owners = Owners(store)
     for name in ("one", "two", "three"):
         register_in(owners, store, "a", "ab" * 32, name)
@@ -408,7 +408,7 @@ def test_without_a_limit_the_number_of_names_is_bounded(store, monkeypatch):
 
 
 def test_without_a_limit_the_number_of_blobs_is_bounded(store, upload, monkeypatch):
-    monkeypatch.setattr(ownership, "MAX_BLOBS", 2)
+    monkeypatch.setattr(tenant_content, "MAX_BLOBS", 2)
     owners = Owners(store)
     first = put(owners, upload, "a", b"1")
     with owners.adding_blob("a", "ab" * 32, 1), pytest.raises(ServiceError) as error:

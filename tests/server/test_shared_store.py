@@ -13,9 +13,9 @@ from hvpd.v1 import objective_pb2
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.store import exclusion
 from hvpd_server.store.objects import CHANGES, Directory
-from hvpd_server.store.ownership import Owners
 from hvpd_server.store.quarantine import Quarantine
 from hvpd_server.store.store import Store
+from hvpd_server.store.tenant_content import Owners
 from hvpd_server.store.verify import verify
 from tests.support.waiting import until
 
@@ -251,7 +251,7 @@ def test_an_objective_that_another_server_registers_is_loaded_in_the_background(
 KILLED = """
 import os, pathlib, signal, sys
 from hvpd_server.store import objects
-from hvpd_server.store.ownership import Owners
+from hvpd_server.store.tenant_content import Owners
 from hvpd_server.store.store import Store
 from hvpd_server import files
 

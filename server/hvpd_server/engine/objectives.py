@@ -28,10 +28,10 @@ from hvpd_server.errors import Code, ServiceError
 from hvpd_server.liveness import Liveness
 from hvpd_server.scheduling.compile_queue import CompileQueue
 from hvpd_server.scheduling.probation import OnWait
-from hvpd_server.store.ownership import Owners
 from hvpd_server.store.program_cache import ProgramCache
 from hvpd_server.store.quarantine import Quarantine
 from hvpd_server.store.store import Store
+from hvpd_server.store.tenant_content import Owners
 from hvpd_server.telemetry.metrics import Metrics
 from hvpd_server.tenancy.limits import Limits
 

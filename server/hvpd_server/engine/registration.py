@@ -19,10 +19,10 @@ from hvpd_server.engine.objectives import Objectives, registration_given_up
 from hvpd_server.engine.registration_checks import Checks
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.scheduling.probation import OnWait
-from hvpd_server.store.ownership import Owners
 from hvpd_server.store.quarantine import Quarantine
 from hvpd_server.store.removal import Deleted, Pruned, Removal
 from hvpd_server.store.store import Store
+from hvpd_server.store.tenant_content import Owners
 
 _GRACE = 30.0
 """Seconds for which a registration goes on without a caller. A client repeats a call

@@ -7,7 +7,7 @@ servers can use one store at once:
 - `locked` excludes the changes of all other servers.
 - `bump` counts a change, and `version` tells whether anything has changed since.
 
-Objects decide nothing: `index`, `store` and `ownership` know what the keys mean.
+Objects decide nothing: `index`, `store` and `tenant_content` know what the keys mean.
 """
 
 import builtins

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterable
 from hvpd.v1 import objective_pb2
 from hvpd_server import bundle as _admission
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.store.ownership import Owners
 from hvpd_server.store.store import Store
+from hvpd_server.store.tenant_content import Owners
 
 PRUNE_AGE_SECONDS = 3600.0
 """Least age in seconds of blobs to prune: those of a registration under way are

@@ -3,7 +3,8 @@
     STORE/blobs/ab/abcd...     bytes whose SHA-256 is the file's name
     STORE/objectives/DIGEST    JSON: when the objective was registered
     STORE/checks/DIGEST        JSON: the check after a registration without a tenant
-    STORE/owners/              uploads and registrations of tenants; see `ownership`
+    STORE/owners/              what tenants have uploaded and registered; see
+                               `tenant_content`
     STORE/derived/DIGEST       JSON: the derivation of the bundle, and its version
     STORE/names/SHA256         JSON: a name and its digest; the file is named by the
                                SHA-256 of the name

@@ -1,6 +1,7 @@
 """The vectors and the device time that each tenant has used, against its limits.
 
-Resident bytes are counted by `device.residency`, stored bytes by `store.ownership`.
+Resident bytes are counted by `device.residency`, and stored bytes by
+`store.tenant_content`.
 """
 
 import threading

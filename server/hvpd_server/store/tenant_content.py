@@ -1,4 +1,4 @@
-"""Ownership of objectives, names and blobs by tenants.
+"""What each tenant has in a store: objectives, names and blobs. The quota on its bytes.
 
     STORE/owners/SHA256/blobs/DIGEST        JSON, empty: the tenant uploaded this blob
     STORE/owners/SHA256/objectives/DIGEST   JSON: the tenant registered this objective;

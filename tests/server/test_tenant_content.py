@@ -8,7 +8,7 @@ import pytest
 from hvpd._wire import codec
 from hvpd.v1 import objective_pb2
 from hvpd_server.errors import ServiceError
-from hvpd_server.store.ownership import Owners
+from hvpd_server.store.tenant_content import Owners
 
 D, E = "ab" * 32, "cd" * 32
 
