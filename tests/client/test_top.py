@@ -11,6 +11,7 @@ def load(seconds, products, shares=(), counts=(0, 0, 0)):
         pending_vectors=3,
         pending_limit=4096,
         resident_bytes=3 << 20,
+        points=7,
         budget_bytes=1 << 30,
         request_seconds=server_pb2.Histogram(bounds=[0.001, 0.01], counts=counts),
         queue_seconds=server_pb2.Histogram(bounds=[0.001, 0.01], counts=[0, 0, 0]),
@@ -33,7 +34,7 @@ def test_rates_and_quantiles_are_those_between_two_moments():
     assert lines[1].startswith("products 100/s   vectors 400/s   failures 0/s")
     assert lines[2] == "latency  p50 5.5 ms   p90 9.1 ms   p99 9.91 ms"
     assert "no products   waiting 3 of 4096 vectors" in lines[3]
-    assert "3 MiB of 1 GiB resident" in lines[5]
+    assert "3 MiB of 1 GiB resident   7 points" in lines[5]
     rows = [line.split() for line in lines[8:]]
     assert rows == [["b", "vision", "50", "0", "75%"], ["a", "vision", "50", "0", "50%"]]
 
@@ -83,15 +84,47 @@ def test_several_servers_have_a_row_each_and_one_table_of_objectives():
         "3",
         "of",
         "4096",
+        "7",
         "3",
         "MiB",
         "of",
         "1",
         "GiB",
     ]
-    assert lines[2] == ["b:7070", "serving", "0", "10", "40", "0", "-", "3", "of", "4096", "3", "MiB", "of", "1", "GiB"]
-    assert lines[3] == ["c:7070", "away", "-", "-", "-", "-", "-", "-", "-"]
-    assert lines[6:] == [["f", "vision", "60", "0", "75%"], ["g", "vision", "10", "0", "5%"]]
+    assert lines[2] == [
+        "b:7070",
+        "serving",
+        "0",
+        "10",
+        "40",
+        "0",
+        "-",
+        "3",
+        "of",
+        "4096",
+        "7",
+        "3",
+        "MiB",
+        "of",
+        "1",
+        "GiB",
+    ]
+    assert lines[3] == ["c:7070", "away", "-", "-", "-", "-", "-", "-", "-", "-"]
+    assert lines[6:] == [
+        ["f", "vision", "60", "0", "75%", "a:7070", "67%,", "b:7070", "33%"],
+        ["g", "vision", "10", "0", "5%", "b:7070", "100%"],
+    ]
+
+
+def test_a_server_with_hardly_any_of_the_device_time_is_left_out():
+    before = {each: load(10, 1, [share("f", 1, 0.0), share("idle", 1, 0.0)]) for each in ("a:7070", "b:7070")}
+    now = {
+        "a:7070": load(12, 9, [share("f", 9, 1.0), share("idle", 1, 0.0)]),
+        "b:7070": load(12, 9, [share("f", 9, 0.005), share("idle", 1, 0.0)]),
+    }
+    lines = [line.split() for line in fleet_frame(before, now)]
+    assert lines[5] == ["f", "vision", "8", "0", "50%", "a:7070", "100%"]
+    assert lines[6] == ["idle", "vision", "0", "0", "0%", "-"]
 
 
 def test_a_server_of_several_that_was_started_again_counts_from_zero():

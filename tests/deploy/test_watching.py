@@ -134,6 +134,17 @@ def test_panels_select_by_the_dashboards_variables():
             assert 'instance=~"$instance"' in selector
 
 
+def test_panels_of_a_fleet_show_each_server():
+    titles = [panel["title"] for panel in DASHBOARD["panels"]]
+    fleet = DASHBOARD["panels"][titles.index("The servers of a fleet") + 1 :]
+    assert len(fleet) == 6
+    for panel in fleet:
+        for target in panel["targets"]:
+            sums = re.findall(r"sum by \(([^)]*)\)", target["expr"])
+            assert all("instance" in by.split(", ") for by in sums)
+            assert "{{instance}}" in target["legendFormat"]
+
+
 # The compose file
 
 

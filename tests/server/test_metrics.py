@@ -323,6 +323,8 @@ def test_an_engine_counts_its_work(open_engine, logistic):
     assert value(metrics, "hvpd_residency_misses_total", kind="point") == 1
     assert value(metrics, "hvpd_residency_hits_total", kind="point") >= 1
     assert value(metrics, "hvpd_resident_bytes", kind="point") == point.objective.vector_bytes * 2
+    assert value(metrics, "hvpd_resident_entries", kind="point") == 1
+    assert value(metrics, "hvpd_resident_entries", kind="data") == 2
     assert value(metrics, "hvpd_budget_bytes") == 1 << 30
     assert value(metrics, "hvpd_pending_limit_vectors") == 4096
     assert value(metrics, "hvpd_in_flight_vectors") == 0

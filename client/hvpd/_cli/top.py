@@ -122,21 +122,34 @@ def frame(address: str, before: server_pb2.GetLoadResponse, now: server_pb2.GetL
         f"latency  {_spread(before.request_seconds, now.request_seconds, seconds)}",
         f"queue    {queue}   waiting {now.pending_vectors} of {now.pending_limit} vectors",
         f"device   {now.in_flight_vectors} vectors in flight   median launch {f'{width:.3g}' if width else '-'} vectors",
-        f"memory   {show_bytes(now.resident_bytes)} of {show_bytes(now.budget_bytes)} resident",
+        f"memory   {show_bytes(now.resident_bytes)} of {show_bytes(now.budget_bytes)} resident   {now.points} points",
         "",
         *_text.table(_shares(before, now, seconds)),
     ]
 
 
-_FLEET = ("SERVER", "STATE", "CALLS", "PRODUCTS/s", "VECTORS/s", "FAILURES/s", "LATENCY p50", "WAITING", "RESIDENT")
+_FLEET = (
+    "SERVER",
+    "STATE",
+    "CALLS",
+    "PRODUCTS/s",
+    "VECTORS/s",
+    "FAILURES/s",
+    "LATENCY p50",
+    "WAITING",
+    "POINTS",
+    "RESIDENT",
+)
 
 
 def fleet_frame(before: "Loads", now: "Loads") -> list[str]:
     """Return the lines that show the load of several servers between two moments: a row
-    for each, and then the objectives and tenants of all.
+    for each, and then the objectives and tenants of all, with the servers that have
+    most of their device time.
     """
     rows: list[Sequence[str]] = [_FLEET]
     earlier, later, seconds = server_pb2.GetLoadResponse(), server_pb2.GetLoadResponse(), 0.0
+    places: dict[tuple[str, str], dict[str, float]] = {}
     for address, load in now.items():
         if load is None:
             rows.append((address, "away", *["-"] * (len(_FLEET) - 2)))
@@ -155,13 +168,16 @@ def fleet_frame(before: "Loads", now: "Loads") -> list[str]:
                 _rate(load.failures - was.failures, grown, 3),
                 "-" if latency is None else f"{show_number(latency * 1e3, 3)} ms",
                 f"{load.pending_vectors} of {load.pending_limit}",
+                str(load.points),
                 f"{show_bytes(load.resident_bytes)} of {show_bytes(load.budget_bytes)}",
             )
         )
+        for share, _, device in _grown(was, load):
+            places.setdefault((share.objective, share.tenant), {})[address] = device
         _add(earlier, was)
         _add(later, load)
         seconds = max(seconds, grown)
-    return [*_text.table(rows), "", *_text.table(_shares(earlier, later, seconds))]
+    return [*_text.table(rows), "", *_text.table(_shares(earlier, later, seconds, places))]
 
 
 def _add(total: server_pb2.GetLoadResponse, load: server_pb2.GetLoadResponse) -> None:
@@ -180,22 +196,39 @@ def _rate(grown: float, seconds: float, digits: int) -> str:
     return show_number(grown / seconds, digits) if seconds > 0 else "-"
 
 
-def _shares(
-    before: server_pb2.GetLoadResponse, now: server_pb2.GetLoadResponse, seconds: float
-) -> Sequence[Sequence[str]]:
-    """Return the table of objectives and tenants, by device time."""
+def _grown(
+    before: server_pb2.GetLoadResponse, now: server_pb2.GetLoadResponse
+) -> list[tuple[server_pb2.Share, server_pb2.Share, float]]:
+    """Return the shares with their earlier state and the device time between."""
     earlier = {(share.objective, share.tenant): share for share in before.shares}
-    rows = []
+    found = []
     for share in now.shares:
         if not share.products and not share.device_seconds:  # Only refused calls.
             continue
         was = earlier.get((share.objective, share.tenant), server_pb2.Share())
         if was.products > share.products:  # Another pair had the account.
             was = server_pb2.Share()
-        rows.append((share, was, share.device_seconds - was.device_seconds))
-    rows.sort(key=lambda row: (-row[2], row[0].objective, row[0].tenant))
+        found.append((share, was, share.device_seconds - was.device_seconds))
+    return found
+
+
+def _shares(
+    before: server_pb2.GetLoadResponse,
+    now: server_pb2.GetLoadResponse,
+    seconds: float,
+    places: "Mapping[tuple[str, str], Mapping[str, float]] | None" = None,
+) -> Sequence[Sequence[str]]:
+    """Return the table of objectives and tenants, by device time.
+
+    Args:
+        before: The counts at the first moment.
+        now: The counts at the second moment.
+        seconds: Seconds between both.
+        places: Of several servers, the device time of each pair by server.
+    """
+    rows = sorted(_grown(before, now), key=lambda row: (-row[2], row[0].objective, row[0].tenant))
     return [
-        ("OBJECTIVE", "TENANT", "PRODUCTS/s", "VECTORS/s", "DEVICE"),
+        ("OBJECTIVE", "TENANT", "PRODUCTS/s", "VECTORS/s", "DEVICE", *(["SERVERS"] if places is not None else [])),
         *(
             (
                 share.objective,
@@ -203,10 +236,20 @@ def _shares(
                 _rate(share.products - was.products, seconds, 4),
                 _rate(share.vectors - was.vectors, seconds, 4),
                 f"{device / seconds:.0%}" if seconds > 0 else "-",
+                *([_placed(places[share.objective, share.tenant])] if places is not None else []),
             )
             for share, was, device in rows[:_ROWS]
         ),
     ]
+
+
+def _placed(device: "Mapping[str, float]") -> str:
+    """Return the servers by their part of a device time, without those below 1 %."""
+    total = sum(device.values())
+    if total <= 0:
+        return "-"
+    parts = sorted(((seconds / total, address) for address, seconds in device.items()), reverse=True)
+    return ", ".join(f"{address} {part:.0%}" for part, address in parts if part >= 0.01)
 
 
 def _since(before: server_pb2.Histogram, now: server_pb2.Histogram) -> Distribution:

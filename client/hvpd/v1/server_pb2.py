@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hvpd/v1/server.proto\x12\x07hvpd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x10\n\x0eGetLoadRequest\"\xc9\x03\n\x0fGetLoadResponse\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05state\x18\x02 \x01(\t\x12\x10\n\x08products\x18\x03 \x01(\x03\x12\x0f\n\x07vectors\x18\x04 \x01(\x03\x12\x10\n\x08\x66\x61ilures\x18\x05 \x01(\x03\x12\x17\n\x0fpadding_vectors\x18\x06 \x01(\x03\x12+\n\x0frequest_seconds\x18\x07 \x01(\x0b\x32\x12.hvpd.v1.Histogram\x12)\n\rqueue_seconds\x18\x08 \x01(\x0b\x32\x12.hvpd.v1.Histogram\x12*\n\x0elaunch_vectors\x18\t \x01(\x0b\x32\x12.hvpd.v1.Histogram\x12\x17\n\x0fpending_vectors\x18\n \x01(\x03\x12\x15\n\rpending_limit\x18\x0b \x01(\x03\x12\x19\n\x11in_flight_vectors\x18\x0c \x01(\x03\x12\x16\n\x0eresident_bytes\x18\r \x01(\x03\x12\x14\n\x0c\x62udget_bytes\x18\x0e \x01(\x03\x12\x12\n\nopen_calls\x18\x0f \x01(\x05\x12\x1e\n\x06shares\x18\x10 \x03(\x0b\x32\x0e.hvpd.v1.Share\"+\n\tHistogram\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x03\"e\n\x05Share\x12\x11\n\tobjective\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x10\n\x08products\x18\x03 \x01(\x03\x12\x0f\n\x07vectors\x18\x04 \x01(\x03\x12\x16\n\x0e\x64\x65vice_seconds\x18\x05 \x01(\x01\"&\n\x0fGetUsageRequest\x12\x13\n\x0b\x61ll_tenants\x18\x01 \x01(\x08\"2\n\x10GetUsageResponse\x12\x1e\n\x06usages\x18\x01 \x03(\x0b\x32\x0e.hvpd.v1.Usage\"\xe2\x04\n\x05Usage\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12%\n\x18vectors_per_second_limit\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12$\n\x17vectors_in_flight_limit\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12\x19\n\x11vectors_in_flight\x18\x05 \x01(\x03\x12\x1f\n\x12\x64\x65vice_share_limit\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12!\n\x14resident_bytes_limit\x18\x07 \x01(\x03H\x03\x88\x01\x01\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x03\x12\x1f\n\x12stored_bytes_limit\x18\t \x01(\x03H\x04\x88\x01\x01\x12\x14\n\x0cstored_bytes\x18\n \x01(\x03\x12 \n\x13transit_bytes_limit\x18\x0b \x01(\x03H\x05\x88\x01\x01\x12\x15\n\rtransit_bytes\x18\x0c \x01(\x03\x12 \n\x13program_bytes_limit\x18\r \x01(\x03H\x06\x88\x01\x01\x12\x15\n\rprogram_bytes\x18\x0e \x01(\x03\x12\x1c\n\x14\x63\x61\x63hed_program_bytes\x18\x0f \x01(\x03\x42\x1b\n\x19_vectors_per_second_limitB\x1a\n\x18_vectors_in_flight_limitB\x15\n\x13_device_share_limitB\x17\n\x15_resident_bytes_limitB\x15\n\x13_stored_bytes_limitB\x16\n\x14_transit_bytes_limitB\x16\n\x14_program_bytes_limit\"\x12\n\x10GetServerRequest\"\x90\x03\n\x11GetServerResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cmin_protocol\x18\x02 \x01(\x05\x12\x14\n\x0cmax_protocol\x18\x03 \x01(\x05\x12\x13\n\x0bjax_version\x18\x04 \x01(\t\x12\x10\n\x08platform\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65vice_kind\x18\x08 \x01(\t\x12\x17\n\x0fmax_block_width\x18\t \x01(\x05\x12\x19\n\x11stablehlo_version\x18\n \x01(\t\x12\x14\n\x0c\x64\x65vice_count\x18\x0b \x01(\x05\x12\x13\n\x0bvector_port\x18\x0c \x01(\x05\x12\x0c\n\x04port\x18\r \x01(\x05\x12(\n\x04time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bkrylov_runs\x18\x0f \x01(\x08\x12\n\n\x02id\x18\x10 \x01(\tJ\x04\x08\x05\x10\x06J\x04\x08\x06\x10\x07R\x1emin_calling_convention_versionR\x1emax_calling_convention_version2\xd2\x01\n\rServerService\x12\x42\n\tGetServer\x12\x19.hvpd.v1.GetServerRequest\x1a\x1a.hvpd.v1.GetServerResponse\x12?\n\x08GetUsage\x12\x18.hvpd.v1.GetUsageRequest\x1a\x19.hvpd.v1.GetUsageResponse\x12<\n\x07GetLoad\x12\x17.hvpd.v1.GetLoadRequest\x1a\x18.hvpd.v1.GetLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hvpd/v1/server.proto\x12\x07hvpd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x10\n\x0eGetLoadRequest\"\xd9\x03\n\x0fGetLoadResponse\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05state\x18\x02 \x01(\t\x12\x10\n\x08products\x18\x03 \x01(\x03\x12\x0f\n\x07vectors\x18\x04 \x01(\x03\x12\x10\n\x08\x66\x61ilures\x18\x05 \x01(\x03\x12\x17\n\x0fpadding_vectors\x18\x06 \x01(\x03\x12+\n\x0frequest_seconds\x18\x07 \x01(\x0b\x32\x12.hvpd.v1.Histogram\x12)\n\rqueue_seconds\x18\x08 \x01(\x0b\x32\x12.hvpd.v1.Histogram\x12*\n\x0elaunch_vectors\x18\t \x01(\x0b\x32\x12.hvpd.v1.Histogram\x12\x17\n\x0fpending_vectors\x18\n \x01(\x03\x12\x15\n\rpending_limit\x18\x0b \x01(\x03\x12\x19\n\x11in_flight_vectors\x18\x0c \x01(\x03\x12\x16\n\x0eresident_bytes\x18\r \x01(\x03\x12\x14\n\x0c\x62udget_bytes\x18\x0e \x01(\x03\x12\x12\n\nopen_calls\x18\x0f \x01(\x05\x12\x1e\n\x06shares\x18\x10 \x03(\x0b\x32\x0e.hvpd.v1.Share\x12\x0e\n\x06points\x18\x11 \x01(\x03\"+\n\tHistogram\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x03\"e\n\x05Share\x12\x11\n\tobjective\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x10\n\x08products\x18\x03 \x01(\x03\x12\x0f\n\x07vectors\x18\x04 \x01(\x03\x12\x16\n\x0e\x64\x65vice_seconds\x18\x05 \x01(\x01\"&\n\x0fGetUsageRequest\x12\x13\n\x0b\x61ll_tenants\x18\x01 \x01(\x08\"2\n\x10GetUsageResponse\x12\x1e\n\x06usages\x18\x01 \x03(\x0b\x32\x0e.hvpd.v1.Usage\"\xe2\x04\n\x05Usage\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12%\n\x18vectors_per_second_limit\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12$\n\x17vectors_in_flight_limit\x18\x04 \x01(\x03H\x01\x88\x01\x01\x12\x19\n\x11vectors_in_flight\x18\x05 \x01(\x03\x12\x1f\n\x12\x64\x65vice_share_limit\x18\x06 \x01(\x01H\x02\x88\x01\x01\x12!\n\x14resident_bytes_limit\x18\x07 \x01(\x03H\x03\x88\x01\x01\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x03\x12\x1f\n\x12stored_bytes_limit\x18\t \x01(\x03H\x04\x88\x01\x01\x12\x14\n\x0cstored_bytes\x18\n \x01(\x03\x12 \n\x13transit_bytes_limit\x18\x0b \x01(\x03H\x05\x88\x01\x01\x12\x15\n\rtransit_bytes\x18\x0c \x01(\x03\x12 \n\x13program_bytes_limit\x18\r \x01(\x03H\x06\x88\x01\x01\x12\x15\n\rprogram_bytes\x18\x0e \x01(\x03\x12\x1c\n\x14\x63\x61\x63hed_program_bytes\x18\x0f \x01(\x03\x42\x1b\n\x19_vectors_per_second_limitB\x1a\n\x18_vectors_in_flight_limitB\x15\n\x13_device_share_limitB\x17\n\x15_resident_bytes_limitB\x15\n\x13_stored_bytes_limitB\x16\n\x14_transit_bytes_limitB\x16\n\x14_program_bytes_limit\"\x12\n\x10GetServerRequest\"\x90\x03\n\x11GetServerResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cmin_protocol\x18\x02 \x01(\x05\x12\x14\n\x0cmax_protocol\x18\x03 \x01(\x05\x12\x13\n\x0bjax_version\x18\x04 \x01(\t\x12\x10\n\x08platform\x18\x07 \x01(\t\x12\x13\n\x0b\x64\x65vice_kind\x18\x08 \x01(\t\x12\x17\n\x0fmax_block_width\x18\t \x01(\x05\x12\x19\n\x11stablehlo_version\x18\n \x01(\t\x12\x14\n\x0c\x64\x65vice_count\x18\x0b \x01(\x05\x12\x13\n\x0bvector_port\x18\x0c \x01(\x05\x12\x0c\n\x04port\x18\r \x01(\x05\x12(\n\x04time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bkrylov_runs\x18\x0f \x01(\x08\x12\n\n\x02id\x18\x10 \x01(\tJ\x04\x08\x05\x10\x06J\x04\x08\x06\x10\x07R\x1emin_calling_convention_versionR\x1emax_calling_convention_version2\xd2\x01\n\rServerService\x12\x42\n\tGetServer\x12\x19.hvpd.v1.GetServerRequest\x1a\x1a.hvpd.v1.GetServerResponse\x12?\n\x08GetUsage\x12\x18.hvpd.v1.GetUsageRequest\x1a\x19.hvpd.v1.GetUsageResponse\x12<\n\x07GetLoad\x12\x17.hvpd.v1.GetLoadRequest\x1a\x18.hvpd.v1.GetLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,21 +35,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETLOADREQUEST']._serialized_start=66
   _globals['_GETLOADREQUEST']._serialized_end=82
   _globals['_GETLOADRESPONSE']._serialized_start=85
-  _globals['_GETLOADRESPONSE']._serialized_end=542
-  _globals['_HISTOGRAM']._serialized_start=544
-  _globals['_HISTOGRAM']._serialized_end=587
-  _globals['_SHARE']._serialized_start=589
-  _globals['_SHARE']._serialized_end=690
-  _globals['_GETUSAGEREQUEST']._serialized_start=692
-  _globals['_GETUSAGEREQUEST']._serialized_end=730
-  _globals['_GETUSAGERESPONSE']._serialized_start=732
-  _globals['_GETUSAGERESPONSE']._serialized_end=782
-  _globals['_USAGE']._serialized_start=785
-  _globals['_USAGE']._serialized_end=1395
-  _globals['_GETSERVERREQUEST']._serialized_start=1397
-  _globals['_GETSERVERREQUEST']._serialized_end=1415
-  _globals['_GETSERVERRESPONSE']._serialized_start=1418
-  _globals['_GETSERVERRESPONSE']._serialized_end=1818
-  _globals['_SERVERSERVICE']._serialized_start=1821
-  _globals['_SERVERSERVICE']._serialized_end=2031
+  _globals['_GETLOADRESPONSE']._serialized_end=558
+  _globals['_HISTOGRAM']._serialized_start=560
+  _globals['_HISTOGRAM']._serialized_end=603
+  _globals['_SHARE']._serialized_start=605
+  _globals['_SHARE']._serialized_end=706
+  _globals['_GETUSAGEREQUEST']._serialized_start=708
+  _globals['_GETUSAGEREQUEST']._serialized_end=746
+  _globals['_GETUSAGERESPONSE']._serialized_start=748
+  _globals['_GETUSAGERESPONSE']._serialized_end=798
+  _globals['_USAGE']._serialized_start=801
+  _globals['_USAGE']._serialized_end=1411
+  _globals['_GETSERVERREQUEST']._serialized_start=1413
+  _globals['_GETSERVERREQUEST']._serialized_end=1431
+  _globals['_GETSERVERRESPONSE']._serialized_start=1434
+  _globals['_GETSERVERRESPONSE']._serialized_end=1834
+  _globals['_SERVERSERVICE']._serialized_start=1837
+  _globals['_SERVERSERVICE']._serialized_end=2047
 # @@protoc_insertion_point(module_scope)

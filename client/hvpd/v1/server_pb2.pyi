@@ -53,6 +53,7 @@ class GetLoadResponse(google.protobuf.message.Message):
     BUDGET_BYTES_FIELD_NUMBER: builtins.int
     OPEN_CALLS_FIELD_NUMBER: builtins.int
     SHARES_FIELD_NUMBER: builtins.int
+    POINTS_FIELD_NUMBER: builtins.int
     state: builtins.str
     """Whether the server is "warming", "serving" or "draining"."""
     products: builtins.int
@@ -75,6 +76,8 @@ class GetLoadResponse(google.protobuf.message.Message):
     """Most bytes that these may have."""
     open_calls: builtins.int
     """Open calls and streams."""
+    points: builtins.int
+    """Points on the devices."""
     @property
     def time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """The server's time."""
@@ -116,9 +119,10 @@ class GetLoadResponse(google.protobuf.message.Message):
         budget_bytes: builtins.int = ...,
         open_calls: builtins.int = ...,
         shares: collections.abc.Iterable[Global___Share] | None = ...,
+        points: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["launch_vectors", b"launch_vectors", "queue_seconds", b"queue_seconds", "request_seconds", b"request_seconds", "time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["budget_bytes", b"budget_bytes", "failures", b"failures", "in_flight_vectors", b"in_flight_vectors", "launch_vectors", b"launch_vectors", "open_calls", b"open_calls", "padding_vectors", b"padding_vectors", "pending_limit", b"pending_limit", "pending_vectors", b"pending_vectors", "products", b"products", "queue_seconds", b"queue_seconds", "request_seconds", b"request_seconds", "resident_bytes", b"resident_bytes", "shares", b"shares", "state", b"state", "time", b"time", "vectors", b"vectors"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["budget_bytes", b"budget_bytes", "failures", b"failures", "in_flight_vectors", b"in_flight_vectors", "launch_vectors", b"launch_vectors", "open_calls", b"open_calls", "padding_vectors", b"padding_vectors", "pending_limit", b"pending_limit", "pending_vectors", b"pending_vectors", "points", b"points", "products", b"products", "queue_seconds", b"queue_seconds", "request_seconds", b"request_seconds", "resident_bytes", b"resident_bytes", "shares", b"shares", "state", b"state", "time", b"time", "vectors", b"vectors"]) -> None: ...
 
 Global___GetLoadResponse: typing_extensions.TypeAlias = GetLoadResponse
 

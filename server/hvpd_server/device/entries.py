@@ -55,6 +55,8 @@ class Entries(collections.OrderedDict[Hashable, Entry]):
         """By user, the entries that the user joined."""
         self.used_bytes: collections.Counter[str] = collections.Counter()
         """Bytes of the entries, by kind."""
+        self.counts: collections.Counter[str] = collections.Counter()
+        """Number of entries, by kind."""
 
     def add(self, key: Hashable, kind: str, value: Any, size_bytes: int, needs: Sequence[Hashable]) -> None:
         """Add an entry, as the one that was used last.
@@ -73,6 +75,7 @@ class Entries(collections.OrderedDict[Hashable, Entry]):
         entry = Entry(kind, value, size_bytes, tuple(needs), all_needs, used=next(self._uses))
         self.latest = self[key] = entry
         self.used_bytes[kind] += size_bytes
+        self.counts[kind] += 1
 
     def pinned(self, user: str | None = None) -> list[Hashable]:
         """Return the keys that are pinned, by this user or by any."""
@@ -133,6 +136,7 @@ class Entries(collections.OrderedDict[Hashable, Entry]):
             self.joined[user].discard(key)
         dropped.append(entry.kind)
         self.used_bytes[entry.kind] -= entry.size_bytes
+        self.counts[entry.kind] -= 1
         for need in entry.needs:
             if need in self:
                 self[need].needed_by.discard(key)

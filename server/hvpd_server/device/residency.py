@@ -64,6 +64,11 @@ class Residency:
         with self._lock:
             return dict(self._entries.used_bytes)
 
+    def counts(self) -> dict[str, int]:
+        """Return the number of entries, by kind."""
+        with self._lock:
+            return dict(self._entries.counts)
+
     def asked(self) -> tuple[dict[str, int], dict[str, int]]:
         """Return the hits (entries that were found) and the misses (entries that were
         made), by kind.

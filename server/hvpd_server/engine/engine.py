@@ -164,6 +164,9 @@ class Engine:
         told = {f"{device.platform}:{index}": device.memory_use() for index, device in enumerate(self.devices)}
         return Live(
             resident_bytes=self._used_bytes(),
+            resident_entries=sum(
+                (collections.Counter(lane.residency.counts()) for lane in self.lanes), collections.Counter()
+            ),
             budget_bytes=sum(lane.residency.budget_bytes for lane in self.lanes),
             hits=sum((collections.Counter(hits) for hits, _ in asked), collections.Counter()),
             misses=sum((collections.Counter(misses) for _, misses in asked), collections.Counter()),

@@ -95,6 +95,7 @@ class ServerService:
             pending_limit=live.pending_limit,
             in_flight_vectors=live.in_flight,
             resident_bytes=sum(live.resident_bytes.values()),
+            points=live.resident_entries.get("point", 0),
             budget_bytes=live.budget_bytes,
             open_calls=calls,
             shares=[

@@ -382,6 +382,8 @@ class Metrics(Collector):
             yield _by_kind(CounterMetricFamily(name, text, labels=["kind"]), by_kind)
         resident = GaugeMetricFamily("hvpd_resident_bytes", "Bytes on the device.", labels=["kind"])
         yield _by_kind(resident, live.resident_bytes)
+        entries = GaugeMetricFamily("hvpd_resident_entries", "Entries on the device.", labels=["kind"])
+        yield _by_kind(entries, live.resident_entries)
         yield GaugeMetricFamily("hvpd_budget_bytes", "Bytes that may be resident.", live.budget_bytes)
         yield GaugeMetricFamily("hvpd_program_bytes", "Memory of compiled programs.", live.program_bytes)
         yield GaugeMetricFamily("hvpd_program_budget_bytes", "Memory that they may take.", live.program_budget_bytes)

@@ -17,9 +17,13 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Live:
-    """The engine's contents at one time. Bytes, hits and misses are by kind."""
+    """The engine's contents at one time.
+
+    Bytes, entries, hits and misses are by kind.
+    """
 
     resident_bytes: Mapping[str, int]
+    resident_entries: Mapping[str, int] = dataclasses.field(default_factory=dict)
     budget_bytes: int = 0
     hits: Mapping[str, int] = dataclasses.field(default_factory=dict)
     misses: Mapping[str, int] = dataclasses.field(default_factory=dict)
