@@ -161,13 +161,14 @@ NETWORKS: Mapping[str, Network] = {
 }
 
 
-def _classifier(name: str, model: Callable[..., Any], x: Any, inputs: Any, labels: Labels) -> Problem:
-    composite = hvpd.composite(model, _cross_entropy, distribution="categorical")
-    return Problem(name, composite, x, (inputs, labels))
-
-
-def _cross_entropy(logits: Any, labels: Any) -> Any:
+def cross_entropy(logits: Any, labels: Any) -> Any:
+    """Return the mean cross-entropy of labels, by logits of shape (..., classes)."""
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1))
+
+
+def _classifier(name: str, model: Callable[..., Any], x: Any, inputs: Any, labels: Labels) -> Problem:
+    composite = hvpd.composite(model, cross_entropy, distribution="categorical")
+    return Problem(name, composite, x, (inputs, labels))
 
 
 def _dense(seed: int, inputs: int, outputs: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

@@ -24,10 +24,10 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 class Programs:
     """An objective's programs, warm in this process, with x and data on the device."""
 
-    def __init__(self, problem: Problem, mode: str = "forward_over_reverse") -> None:
+    def __init__(self, problem: Problem, mode: str = "forward_over_reverse", precision: str = "highest") -> None:
         self.n = problem.n
         self._export = _export.export(
-            problem.fun, problem.x, problem.data, platforms=("cpu", "cuda"), precision="highest", mode=mode
+            problem.fun, problem.x, problem.data, platforms=("cpu", "cuda"), precision=precision, mode=mode
         )
         bundle = self._export.bundle
         derivation = Derivation(

@@ -1,11 +1,8 @@
-"""Programs on an accelerator, in process: absolute times, and what share they reach of
-the device's own rate of matrix products and of its bandwidth, both measured here.
-
-On a machine without an accelerator the command runs small networks. That shows that it
-works. Its times are no figures then.
+"""Programs of networks, in process: absolute times, and what share they reach of the
+device's own rate of matrix products and of its bandwidth, both measured here.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,16 +13,11 @@ from bench import _timing
 from bench._networks import NETWORKS
 from bench._objectives import normal
 from bench._programs import Programs
-from bench._report import Figure, Goal, measured, skipped
-
-BENCH = "gpu"
-PARTS = tuple(NETWORKS)
-"""Parts that can run alone: the networks."""
+from bench._report import Figure, Goal
+from bench.gpu._scale import Scale
 
 WIDTHS = (1, 4, 16, 64)
 GGN_WIDTHS = (1, 16)
-
-_SMALL = "a small network, on a CPU: no figure"
 
 PREDICTED = {
     "MLP": {"value_and_grad": 0.6, "hvp 1": 2.1, "hvp 16": 1.6},
@@ -52,17 +44,14 @@ nanoGPT.
 """
 
 
-def run(*, quick: bool, part: str | None = None) -> Iterator[Figure]:
-    """Yield the device's rates, and the figures of each network."""
-    small = jax.default_backend() == "cpu"
-    rounds, seconds = (2, 0.02) if quick or small else (9, 0.2)
-    rates = _rates(256 if small else 8192, (1 if small else 1024) << 20, rounds, seconds)
-    note = _SMALL if small else ""
-    yield measured(BENCH, "matmul rate, float32 at highest precision", "TFLOP/s", rates["matmul"] / 1e12, note=note)
-    yield measured(BENCH, "bandwidth, reading and writing", "GB/s", rates["copy"] / 1e9, note=note)
+def run(scale: Scale, labels: Sequence[str]) -> Iterator[Figure]:
+    """Yield the device's rates, and the figures of some networks."""
+    rates = _rates(scale.of(8192, 256), scale.of(1024, 1) << 20, scale.rounds, scale.seconds)
+    yield scale.measured("matmul rate, float32 at highest precision", "TFLOP/s", rates["matmul"] / 1e12)
+    yield scale.measured("bandwidth, reading and writing", "GB/s", rates["copy"] / 1e9)
     flops, bandwidth = (float(np.median(rates[name])) for name in ("matmul", "copy"))
-    for label in [part] if part else list(NETWORKS):
-        yield from _network(label, flops, bandwidth, rounds, seconds, small=small)
+    for label in labels:
+        yield from _network(scale, label, flops, bandwidth)
 
 
 def _rates(size: int, copied: int, rounds: int, seconds: float) -> "dict[str, np.ndarray[Any, Any]]":
@@ -79,11 +68,9 @@ def _rates(size: int, copied: int, rounds: int, seconds: float) -> "dict[str, np
     return {name: work[name] / np.array(taken) for name, taken in times.items()}
 
 
-def _network(
-    label: str, flops: float, bandwidth: float, rounds: int, seconds: float, *, small: bool
-) -> Iterator[Figure]:
+def _network(scale: Scale, label: str, flops: float, bandwidth: float) -> Iterator[Figure]:
     network = NETWORKS[label]
-    programs = Programs((network.small if small else network.full)())
+    programs = Programs(scale.of(network.full, network.small)())
     kinds = [
         ("value_and_grad", 0),
         *(("hvp", k) for k in WIDTHS),
@@ -99,28 +86,26 @@ def _network(
             calls[_key(name, k)] = call
         except (jax.errors.JaxRuntimeError, MemoryError) as error:  # The block does not fit on the device.
             failed[_key(name, k)] = str(error).partition("\n")[0][:120]
-    times = _timing.interleave(calls, rounds=rounds, seconds=seconds)
+    times = _timing.interleave(calls, rounds=scale.rounds, seconds=scale.seconds)
     gradient = np.array(times["value_and_grad"])
     for name, k in kinds:
-        key, facts = _key(name, k), {"n": programs.n, "k": k or None}
+        key, n, width = _key(name, k), programs.n, k or None
         if key in failed:
-            yield skipped(BENCH, f"{label}: {key}", "ms", failed[key], **facts)
+            yield scale.skipped(f"{label}: {key}", "ms", failed[key], n=n, k=width)
             continue
         taken = np.array(times[key])
         cost = programs.compiled(name, k).cost_analysis() or {}
-        start, predicted = f"{label}: {name}", {} if small else PREDICTED[label]
-        yield measured(BENCH, start, "ms", taken * 1e3, note=_SMALL if small else "", **facts)
-        expected = predicted.get(key) if key == "value_and_grad" else None
+        start, expected = f"{label}: {name}", PREDICTED[label].get(key)
+        yield scale.measured(start, "ms", taken * 1e3, n=n, k=width)
         share = cost.get("flops", np.nan) / taken / flops
-        yield measured(BENCH, f"{start}, share of the matmul rate", "", share, predicted=expected, **facts)
+        predicted = expected if key == "value_and_grad" else None
+        yield scale.measured(f"{start}, share of the matmul rate", "", share, predicted=predicted, n=n, k=width)
         share = cost.get("bytes accessed", np.nan) / taken / bandwidth
-        yield measured(BENCH, f"{start}, share of the bandwidth", "", share, **facts)
+        yield scale.measured(f"{start}, share of the bandwidth", "", share, n=n, k=width)
         if name != "value_and_grad":
-            goal = None if small else GOALS.get((label, key))
             ratio = taken / gradient / max(k, 1)
             figure = f"{start}, for each vector over the gradient" if k else f"{start}, over the gradient"
-            expected = predicted.get(key)
-            yield measured(BENCH, figure, "", ratio, predicted=expected, goal=goal, **facts)
+            yield scale.measured(figure, "", ratio, predicted=expected, goal=GOALS.get((label, key)), n=n, k=width)
 
 
 def _key(name: str, k: int) -> str:
