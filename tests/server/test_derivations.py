@@ -9,6 +9,9 @@ import pytest
 from hvpd.v1 import objective_pb2
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.importer import reader, rules
+from hvpd_server.rpc.call_context import GrpcCall
+from hvpd_server.rpc.objectives import ObjectiveService
+from tests.server.test_services import FakeContext
 from tests.support.vetting import artifact
 
 pytestmark = pytest.mark.slow  # Real programs, compiled and run.
@@ -51,6 +54,17 @@ def test_a_derivation_is_made_again_only_for_a_new_version(open_engine, rosen, c
     engine.objectives.warm_all()
     assert len(counted) == 2
     assert engine.store.derivation(digest, "other code cpu") == kept
+
+
+def test_a_client_gets_the_derivation_of_an_objective_of_another_version(open_engine, rosen, monkeypatch):
+    name = "other/version"
+    open_engine(rosen).registration.register(rosen.export.digest, name)
+    monkeypatch.setattr(rules, "version", lambda: "other code")
+    engine = open_engine()
+    call, request = GrpcCall(FakeContext()), objective_pb2.GetObjectiveRequest(name=name)
+    found = ObjectiveService(engine).GetObjective(request, call).objective
+    assert "hvp" in found.derivation.programs
+    assert found.derivation == engine.objectives.derivation(rosen.export.digest)
 
 
 def test_a_derivation_for_another_platform_is_made_again(open_engine, rosen, counted):

@@ -1,5 +1,6 @@
 """ObjectiveService: objectives by name and digest."""
 
+import contextlib
 import logging
 
 from google.protobuf import timestamp_pb2
@@ -72,7 +73,13 @@ class ObjectiveService:
     ) -> objective_pb2.GetObjectiveResponse:
         call.objective = request.name
         name, digest, created = self._engine.owners.find(call.owner, request.name)
-        self._engine.objectives.prepare(digest)
+        objectives = self._engine.objectives
+        if objectives.derivation(digest) is None:  # A server of another version has registered it.
+            cancellation = Cancellation()
+            call.on_end(cancellation.gone)
+            with contextlib.suppress(ServiceError):  # The client's next call gets the error.
+                objectives.load(digest, call.owner, on_wait=cancellation.on_queue)
+        objectives.prepare(digest)
         objective = self._message(name, digest, created, call.owner, self._engine.objectives.bundle(digest))
         return objective_pb2.GetObjectiveResponse(objective=objective)
 
