@@ -1,11 +1,12 @@
-"""The gRPC channel: the server accepts the pings that its options send, and a server
-that ends while it answers is asked again.
+"""The gRPC channel: the server accepts the pings that its options send, a server that
+ends while it answers is asked again, and a close waits for calls.
 """
 
 import contextlib
 import queue
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock, call
 
 import grpc
 import pytest
@@ -76,3 +77,15 @@ def test_a_server_that_always_ends_is_asked_until_the_timeout(ending):
         hvpd.connect(address, connect_timeout=0.5)
     assert service.asked > 1
     assert time.monotonic() - began > 0.3
+
+
+def test_a_close_waits_for_the_calls_that_no_caller_awaits(server):
+    channel = hvpd.connect(server.address)._transport.channel
+    channel.close()
+    everything = channel._channel = Mock()
+    everything.done.add_done_callback.side_effect = lambda discard: discard(everything.done)
+    for future in (everything.done, everything.pending):
+        channel.await_at_end(future)
+    channel.close()
+    assert everything.mock_calls[-2:] == [call.pending.exception(), call.close()]
+    assert not everything.done.exception.called

@@ -464,9 +464,21 @@ def test_a_run_counts_for_its_tenant_and_for_nobody_else(tmp_path, serve):
         thief._space._run_id = run._space._run_id
         thief.combine(np.eye(2))  # It gets a run of its own.
         assert thief._space._run_id != run._space._run_id
-        run.close()
-        assert one.usage().resident_bytes == before
+        run.close()  # It does not wait for the server.
+        until(lambda: one.usage().resident_bytes == before)
         thief.close()
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_only_the_close_of_a_pinned_run_takes_a_round_trip(H, monkeypatch, pinned):
+    with begin(H) as run:
+        run.extend(1)
+        if pinned:
+            run.pin(60)
+        waited, transport = [], run._space._transport
+        monkeypatch.setattr(transport, "ask_once", lambda method, request: waited.append(request.run_id))
+        number = run.id
+    assert waited == [number] * pinned
 
 
 def test_a_run_of_another_point_is_refused(H, objective):

@@ -173,6 +173,15 @@ class Calls:
         except grpc.RpcError:
             return None
 
+    def tell(self, method: Any, request: Any) -> None:
+        """Call a unary method, and do not wait for its answer. `Channel.close` waits.
+
+        For what the server may also find out later.
+        """
+        if not (self.closed or os.getpid() != self._owner):
+            metadata, _ = self.channel.new_call()
+            self.channel.await_at_end(method.future(request, metadata=metadata, timeout=_ASK_SECONDS))
+
     def unary(self, method: Callable[..., _T], request: Any) -> _T:
         """Call a unary method of `channel`."""
         with self.sending(lambda: _tracing.method_of(request)) as (metadata, request_id):

@@ -67,6 +67,8 @@ class Channel:
         self._has_token = token is not None
         credentials = () if token is None else (("authorization", f"Bearer {token}"),)
         self._identity: Metadata = ((protocol.VERSION_KEY, __version__), *credentials)
+        self._told = set[Any]()
+        """Calls that `close` waits for."""
         self._speak(protocol.NEWEST)
         self._open()
 
@@ -121,7 +123,8 @@ class Channel:
             others: Objects of the old channel, which must never be freed either.
         """
         with self._lock:
-            never_free((self._channel, others))
+            never_free((self._channel, others, self._told))
+            self._told = set()
             self._open()
 
     @property
@@ -129,8 +132,15 @@ class Channel:
         """Return gRPC's channel, for calls with bytes."""
         return self._channel
 
+    def await_at_end(self, call: Any) -> None:
+        """Let `close` wait for a call, a future of gRPC that has a timeout."""
+        self._told.add(call)
+        call.add_done_callback(self._told.discard)
+
     def close(self) -> None:
         """End all calls and the connection."""
+        for call in list(self._told):
+            call.exception()
         self._channel.close()
 
     def new_call(self) -> tuple[Metadata, str]:

@@ -181,10 +181,12 @@ class ServerSpace:
         self._asking(lambda: list(self._steps(0, pin_seconds=seconds)))
 
     def close(self) -> None:
-        """See `Space.close`."""
+        """See `Space.close`. The server evicts a run that it is not told to close."""
         if self._run_id:
             request = krylov_pb2.CloseRunRequest(point_id=self._point_id, run_id=self._run_id)
-            self._transport.ask_once(self._transport.channel.close_run, request)
+            # The memory of a pinned run must be free before the next request.
+            close = self._transport.ask_once if self._pin else self._transport.tell
+            close(self._transport.channel.close_run, request)
         self._run_id, self.rows, self._waiting = "", 0, 0
         self._start, self._log, self._taken = self._start[:0], [], []
 
