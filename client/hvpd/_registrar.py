@@ -7,7 +7,7 @@ from hvpd import _modules
 from hvpd._check.watch import Watch
 from hvpd._errors import HvpdError, InvalidArgumentError, MissingExtraError
 from hvpd._objective import Objective
-from hvpd._submission import check_may_register, submit
+from hvpd._submission import check_has_room, check_may_register, submit
 from hvpd._transport.transport import Transport
 from hvpd._wire import protocol, pytree
 from hvpd.v1 import objective_pb2
@@ -137,6 +137,7 @@ class Registrar:
                     fixed_bucket=fixed_bucket,
                     sharded=sharded,
                     stablehlo_version=self._transport.server.stablehlo_version,
+                    before_tracing=lambda data: check_has_room(self._transport, name, data),
                 )
             return self._store(export, name, tracing.trees.flatten(x)[1], shared=shared)
 

@@ -37,7 +37,7 @@ def submit(
     create = transport.channel.objectives.CreateObjective
     began = time.monotonic()
     for last in [False] * len(export.blobs) + [True]:
-        _upload(transport, blobs, request, export.blobs)
+        _upload(transport, name, blobs, request, export.blobs)
         try:
             with transport.reporter.stage("compiling on the server"):
                 response = transport.unary(create, request)
@@ -58,6 +58,7 @@ def submit(
 
 def _upload(
     transport: Transport,
+    name: str | None,
     blobs: dict[str, codec.Buffer],
     request: objective_pb2.CreateObjectiveRequest,
     needed: "Mapping[str, codec.Buffer]",
@@ -70,7 +71,7 @@ def _upload(
     if not missing:
         return
     sizes = {digest: memoryview(blobs[digest]).nbytes for digest in missing}
-    check_may_register(transport, request.name, [sizes[digest] for digest in missing if digest in needed])
+    check_may_register(transport, name, [sizes[digest] for digest in missing if digest in needed])
     with transport.reporter.stage("uploading", sum(sizes.values()), "B") as stage:
         for digest in missing:
             try:
@@ -93,6 +94,10 @@ def check_may_register(transport: Transport, name: str | None, upload_bytes: Seq
     """
     if name is not None and not isinstance(name, str):
         raise InvalidArgumentError(f"a name must be a string, got {name!r}", reason="INVALID_NAME")
+    if name == "":
+        raise InvalidArgumentError(
+            "the name is empty: leave out `name` for an objective without one", reason="INVALID_NAME"
+        )
     request = objective_pb2.CreateObjectiveRequest(name=name or "", validate_only=True, upload_bytes=upload_bytes)
     try:
         transport.unary(transport.channel.objectives.CreateObjective, request)
@@ -100,6 +105,22 @@ def check_may_register(transport: Transport, name: str | None, upload_bytes: Seq
         # A server that does not know `validate_only` misses the digest.
         if error.reason not in ("BLOBS_MISSING", "INVALID_DIGEST"):
             raise
+
+
+def check_has_room(transport: Transport, name: str | None, arrays: Sequence[codec.Array]) -> None:
+    """Ask whether the server has room for data, before the client traces.
+
+    Raises:
+        HvpdError: The server would refuse it.
+    """
+    if not arrays:
+        return
+    try:
+        check_may_register(transport, name, [array.nbytes for array in arrays])
+    except OverloadedError:
+        # Hashing takes long. So the client asks for what the server has only now.
+        sizes = {codec.digest(codec.payload(array)): array.nbytes for array in arrays}
+        check_may_register(transport, name, [sizes[digest] for digest in transport.missing(list(sizes))])
 
 
 def _check_platform(transport: Transport, bundle: objective_pb2.Bundle) -> None:

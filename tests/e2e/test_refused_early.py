@@ -45,9 +45,9 @@ def test_a_missing_right(joined):
         joined("reader", ["use"]).register(never, np.ones(3))
 
 
-@pytest.mark.parametrize("name", ["a b", "/a", "a" * 201, "ab" * 32, 7])
+@pytest.mark.parametrize("name", ["", "a b", "/a", "a" * 201, "ab" * 32, 7])
 def test_a_bad_name(joined, name):
-    with pytest.raises(hvpd.InvalidArgumentError, match="name must"):
+    with pytest.raises(hvpd.InvalidArgumentError, match=r"name must|name is empty"):
         joined("namer").register(never, np.ones(3), name=name)
 
 
@@ -62,18 +62,38 @@ def test_the_name_of_another_tenants_objective(joined):
     assert other.register(lambda x: jnp.sum(x**4), np.ones(3), name="owner/secret").name == "other/owner/secret"
 
 
-def test_data_beyond_the_quota_are_refused_before_the_first_upload(joined, tokens):
+@pytest.fixture
+def small(joined, tokens):
+    """A client of a tenant that may store 1 MiB."""
     client = joined("small")
     token_file.limit(tokens, "small", {"stored_bytes": 1 << 20})
     until(lambda: client.usage().stored_bytes_limit == 1 << 20)
-    before = client.usage().stored_bytes
+    return client
+
+
+def test_data_beyond_the_quota_are_refused_before_tracing(small):
+    before = small.usage().stored_bytes
     data = [np.full(60_000, float(value)) for value in range(3)]  # The first two have room.
     with pytest.raises(hvpd.OverloadedError, match="exceed its limit") as error:
-        client.register(lambda x, a, b, c: jnp.sum(x) * (a + b + c).sum(), np.ones(3), *data)
+        small.register(never, np.ones(3), *data)
     assert error.value.reason == "TENANT_STORAGE"
-    assert client.usage().stored_bytes == before
+    assert small.usage().stored_bytes == before
     # Without data there is room.
-    assert client.register(lambda x: jnp.sum(x**2), np.ones(3)).value(np.ones(3)) == 3
+    assert small.register(lambda x: jnp.sum(x**2), np.ones(3)).value(np.ones(3)) == 3
+
+
+def test_closed_over_arrays_beyond_the_quota_are_refused_before_the_first_upload(small):
+    before = small.usage().stored_bytes
+    data = [np.full(60_000, float(value)) for value in range(3)]
+    with pytest.raises(hvpd.OverloadedError, match="exceed its limit"):
+        small.register(lambda x: jnp.sum(x) * sum(jnp.sum(a) for a in map(jnp.asarray, data)), np.ones(3))
+    assert small.usage().stored_bytes == before
+
+
+def test_data_that_the_server_has_need_no_room(small):
+    data = np.full(80_000, 7.0)
+    for power in (2, 4):  # The second time, twice the data would exceed the limit.
+        small.register(lambda x, a, power=power: jnp.sum(x**power) + a.sum(), np.ones(3), data)
 
 
 def test_sizes_below_zero_are_refused(address, joined):

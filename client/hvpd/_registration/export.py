@@ -60,6 +60,7 @@ def export(
     sharded: bool = False,
     stablehlo_version: str = "",
     lift_bytes: int = LIFT_BYTES,
+    before_tracing: Callable[[Sequence[codec.Array]], None] = lambda data: None,
 ) -> Export:
     """Trace `fun(x, *data)`, mark derivative rules, and lower it to StableHLO.
 
@@ -83,6 +84,7 @@ def export(
             that servers up to four weeks older read.
         lift_bytes: Bytes of the largest closed-over array that stays a constant of the
             program.
+        before_tracing: Called with the leaves of data. May raise.
 
     Raises:
         InvalidArgumentError: `fun`, `x` or `data` cannot be registered; the message
@@ -98,6 +100,7 @@ def export(
             reason="CONFLICTING_OPTIONS",
         )
     given = _given(x, data)
+    before_tracing(given.data)
     # On the server, the bundle's precision applies to matrix products that state none.
     # A mesh of the caller (jax.set_mesh) would add shardings to the program.
     with (
