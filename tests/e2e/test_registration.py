@@ -139,6 +139,10 @@ def test_data_is_taken_as_jax_takes_it(client):
         client.register(lambda x, k: jnp.sum(x) * k[0], np.zeros(2, np.float32), np.array([2**40]))
 
 
+def _kernel(x):
+    return jax.ffi.ffi_call("a_kernel", jax.ShapeDtypeStruct((), x.dtype))(x)
+
+
 Pair = collections.namedtuple("Pair", ["first", "second"])
 
 
@@ -251,6 +255,13 @@ def _prints(x):
             (),
             r"platforms=\('cpu',\)",
         ),
+        (
+            lambda x: jax.lax.platform_dependent(x, cpu=jnp.sum, cuda=_kernel),
+            np.ones(3),
+            (),
+            r"outside of jax.*\('cpu',\)",
+        ),
+        (lambda x: jnp.sum(x) if x[0] > 0 else 0.0, np.ones(3), (), r"jnp\.where"),
         (_prints, np.ones(3), (), "_prints has side effects .*a callback, print or checkify.check.*EQX_ON_ERROR=nan"),
         (
             lambda x: io_callback(np.sum, jax.ShapeDtypeStruct((), x.dtype), x),

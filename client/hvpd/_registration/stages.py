@@ -199,6 +199,14 @@ _TRAITS = (
         ),
     ),
     ("_callback", f"it has a callback inside, which the server cannot run. {_CALLBACKS} "),
+    (
+        "ffi_call",
+        "it calls code outside of jax. If only one platform needs it, leave that platform out, as in platforms=('cpu',). ",
+    ),
+    (
+        "pallas_call",
+        "it has a Pallas kernel inside. If only one platform needs it, leave that platform out, as in platforms=('cpu',). ",
+    ),
     ("not found for platforms", "register it with the platforms that can run it, such as platforms=('cpu',). "),
 )
 """Parts of errors, each with its likely cause and what to do."""
@@ -227,7 +235,9 @@ def _remedy(error: Exception, said: str) -> str:
     concrete = (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError)
     if isinstance(error, concrete) or "concrete values" in said:
         where = (
-            "" if "leaves[0]" in said else " Bind a step count, flag or shape among the data with functools.partial."
+            " Branch with jnp.where or jax.lax.cond."
+            if "leaves[0]" in said
+            else " Bind a step count, flag or shape among the data with functools.partial."
         )
         return f"x and data are traced, so Python sees no values of them.{where} "
     return ""
