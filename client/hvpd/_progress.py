@@ -209,7 +209,7 @@ def _bar(progress: Progress) -> Any:
     return tqdm(
         desc=f"hvpd: {progress.stage}",
         total=progress.total,
-        unit=progress.unit,
+        unit=progress.unit if progress.unit == "B" else f" {progress.unit}",
         unit_scale=progress.unit == "B",
         unit_divisor=1024,
         leave=False,

@@ -88,6 +88,14 @@ def test_bars_show_the_stage_and_the_count(quick, capsys):
     assert "hvpd: uploading" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("unit", "says"), [("products", "7 products ["), ("B", "7.00B [")])
+def test_a_bar_shows_a_count_and_its_unit(unit, says):
+    bar = _progress._bar(_progress.Progress("sparse", 0, None, unit, 1.0, finished=False))
+    bar.n = 7
+    assert says in str(bar)
+    bar.close()
+
+
 def test_a_notebook_without_ipywidgets_gets_bars_without_a_warning(quick, monkeypatch):
     """tqdm.auto imports the package, and warns if that fails."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
