@@ -2,9 +2,11 @@
 cannot move them. Their memory is limited.
 """
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hvpd._registration.export import export
 from hvpd_server.admission.session import UnsupportedError
 from hvpd_server.device.executables import Executables
 from hvpd_server.errors import Code, ServiceError
@@ -73,6 +75,38 @@ def test_a_changed_dependency_changes_the_executables_name(executables, tmp_path
         monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
     assert executables()(0, "value_and_grad", 0)[1] == "compiled"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_objectives_that_differ_only_in_their_data_share_programs(device, vetter, tmp_path):
+    rng, cache = np.random.default_rng(0), ProgramCache(tmp_path, 1 << 30)
+
+    def made(rows):
+        data = rng.normal(size=(rows, 3)), rng.normal(size=rows)
+        found = export(
+            lambda x, A, b: jnp.sum((A @ x - b) ** 2), np.ones(3), data, platforms=("cpu",), precision="highest"
+        )
+        blobs = {name: bytes(found.blobs[program.digest]) for name, program in found.bundle.programs.items()}
+        derivation = vetter.vet({"bundle": found.bundle.SerializeToString()} | blobs)
+        read = found.blobs.__getitem__
+        return (
+            data,
+            Executables(found.digest, found.bundle, derivation, device.parts, read, vetter, cache),
+            found.digest,
+        )
+
+    (_, first, digest), (data, second, other), (_, longer, _) = (made(rows) for rows in (5, 5, 6))
+    assert first(0, "value_and_grad", 0).outcome == "compiled"
+    assert longer(0, "value_and_grad", 0).outcome == "compiled"
+    compiled, outcome, size = second(0, "value_and_grad", 0)
+    assert outcome == "cached"
+    A, b = data
+    value, gradient = compiled(np.ones(3), A, b)
+    np.testing.assert_allclose(value, np.sum((A @ np.ones(3) - b) ** 2), rtol=1e-12)
+    np.testing.assert_allclose(gradient, 2 * A.T @ (A @ np.ones(3) - b), rtol=1e-12)
+    assert cache.bytes_of("") > 3 * size - 1000  # Each link counts.
+    cache.forget(digest)
+    assert [path.name[:64] for path in tmp_path.glob(f"{other}-*")] == [other]
+    assert second(0, "value_and_grad", 0).outcome == "cached"
 
 
 class Unable:

@@ -97,6 +97,7 @@ class Executables:
         self._cache = cache
         self._loading = loading
         self._key = hashlib.sha256(bundle.SerializeToString()).hexdigest()
+        self._form = _form(bundle)
         self._in_process: Build | None = None
 
     def __call__(self, rows: int, name: str, width: int) -> Built:
@@ -118,7 +119,10 @@ class Executables:
         }
         if self._spans_processes:
             order["processes"] = True
-        path = self._cache.path(self._digest, _fingerprint(self._digest, self._parts[0], order))
+        key = _fingerprint(self._form, self._parts[0], order)
+        path = self._cache.path(self._digest, key)
+        if not path.exists():
+            self._cache.borrow(self._digest, key)
         found, size = self._cached(path)
         if found is not None:
             self._check_memory(found, order)
@@ -239,10 +243,21 @@ class InProcess:
         return Built(compiled, "compiled", _USUAL_BYTES)
 
 
-def _fingerprint(digest: str, device: jax.Device, order: Mapping[str, object]) -> str:
+def _form(bundle: objective_pb2.Bundle) -> str:
+    """Return a digest of a bundle without the content of its arrays, which are
+    arguments of the programs.
+    """
+    form = objective_pb2.Bundle()
+    form.CopyFrom(bundle)
+    for tensor in (*form.captured, *form.data):
+        tensor.ClearField("digest")
+    return hashlib.sha256(form.SerializeToString(deterministic=True)).hexdigest()
+
+
+def _fingerprint(form: str, device: jax.Device, order: Mapping[str, object]) -> str:
     """Return a digest of everything that an executable depends on."""
     facts = [
-        digest,
+        form,
         sorted(order.items()),
         rules.version(),
         device.device_kind,

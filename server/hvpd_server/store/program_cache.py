@@ -1,8 +1,9 @@
 """The files of compiled programs, STORE/cache, within a number of bytes.
 
 A file's name begins with the digest of its objective, so it counts for the tenants of
-that objective. jax keeps small programs of the server itself there, which count for no
-tenant.
+that objective. Objectives that differ only in the content of their data share a file by
+links, and each link counts. jax keeps small programs of the server itself there, which
+count for no tenant.
 """
 
 import collections
@@ -48,6 +49,17 @@ class ProgramCache:
     def path(self, digest: str, key: str) -> Path:
         """Return the path of a program of an objective."""
         return self.directory / f"{digest}-{key}"
+
+    def borrow(self, digest: str, key: str) -> None:
+        """Give an objective a program that another objective has, if there is one. The
+        file counts for both.
+        """
+        path = self.path(digest, key)
+        for other in self.directory.glob(f"*-{key}"):
+            with contextlib.suppress(OSError):  # It is gone, or the disk has no links.
+                path.hardlink_to(other)
+                self.written(digest, path.stat().st_size)
+                return
 
     def bytes_of(self, tenant: str) -> int:
         """Return the bytes of a tenant's files; of all if empty."""
