@@ -85,35 +85,45 @@ def command(zygotes: Zygotes | None) -> Callable[..., "subprocess.CompletedProce
 
 @pytest.fixture(scope="session")
 def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of compiled programs, for servers of tests that are not about
-    compiling: serve(cache=compiled_programs).
+    """Return the folder of compiled programs of all servers whose store is new. A test
+    about compiling gives its server another one: serve(cache=tmp_path).
     """
     return tmp_path_factory.mktemp("programs")
 
 
 @pytest.fixture
-def serve(tmp_path_factory: pytest.TempPathFactory, zygotes: Zygotes | None) -> Iterator[Callable[..., Serving]]:
+def serve(
+    tmp_path_factory: pytest.TempPathFactory, zygotes: Zygotes | None, compiled_programs: Path
+) -> Iterator[Callable[..., Serving]]:
     """Start servers, which end with the test: serve(*flags, store=..., cache=...,
     environment=..., supervised=..., forked=...). With forked=False, the server and its
     vetter are started by their true command lines.
     """
-    yield from _starting(tmp_path_factory, zygotes)
+    yield from _starting(tmp_path_factory, zygotes, compiled_programs)
 
 
 @pytest.fixture(scope="module")
-def serve_module(tmp_path_factory: pytest.TempPathFactory, zygotes: Zygotes | None) -> Iterator[Callable[..., Serving]]:
+def serve_module(
+    tmp_path_factory: pytest.TempPathFactory, zygotes: Zygotes | None, compiled_programs: Path
+) -> Iterator[Callable[..., Serving]]:
     """Start servers as `serve` does. They end with the module."""
-    yield from _starting(tmp_path_factory, zygotes)
+    yield from _starting(tmp_path_factory, zygotes, compiled_programs)
 
 
-def _starting(tmp_path_factory: pytest.TempPathFactory, zygotes: Zygotes | None) -> Iterator[Callable[..., Serving]]:
+def _starting(
+    tmp_path_factory: pytest.TempPathFactory, zygotes: Zygotes | None, compiled_programs: Path
+) -> Iterator[Callable[..., Serving]]:
     started: list[Serving] = []
 
     def start(
-        *flags: str, store: Path | None = None, cache: Path | None = None, forked: bool = True, **settings: Any
+        *flags: str,
+        store: Path | None = None,
+        cache: Path = compiled_programs,
+        forked: bool = True,
+        **settings: Any,
     ) -> Serving:
-        store = store or tmp_path_factory.mktemp("store")
-        if cache is not None:
+        if store is None:
+            store = tmp_path_factory.mktemp("store")
             (store / "cache").symlink_to(cache)
         started.append(Serving(store, *flags, zygotes=zygotes if forked else None, **settings))
         return started[-1]
@@ -125,11 +135,13 @@ def _starting(tmp_path_factory: pytest.TempPathFactory, zygotes: Zygotes | None)
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def server(tmp_path_factory: pytest.TempPathFactory, compiled_programs: Path) -> Iterator[Serving]:
     """Yield one server for all tests that leave it unchanged, started by its true
     command line.
     """
-    serving = Serving(tmp_path_factory.mktemp("store"))
+    store = tmp_path_factory.mktemp("store")
+    (store / "cache").symlink_to(compiled_programs)
+    serving = Serving(store)
     yield serving
     serving.kill()
 

@@ -31,9 +31,10 @@ def tokens(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(serve_module, tokens):
+def server(serve_module, tokens, tmp_path_factory):
     token_file.create(tokens, "ops", ["use", "publish", "administer"])
-    return serve_module("--tokens", str(tokens), "--program-memory", str(MEMORY), "--cache-size", str(CACHE))
+    flags = ["--tokens", str(tokens), "--program-memory", str(MEMORY), "--cache-size", str(CACHE)]
+    return serve_module(*flags, cache=tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

@@ -179,11 +179,11 @@ SLOW = 600
 
 
 @pytest.fixture(params=[(), ("--vector-port", "off")], ids=["vector port", "gRPC"])
-def busy(request, serve, compiled_programs):
+def busy(request, serve):
     """A server of its own, and a blocking client with an operator whose products are
     slow.
     """
-    server = serve(*request.param, cache=compiled_programs)
+    server = serve(*request.param)
     with hvpd.connect(server.address) as client:
         objective = client.register(slow, np.zeros(SLOW), np.eye(SLOW), name="aio/slow")
         H = objective.at(np.ones(SLOW)).hessian()

@@ -4,7 +4,6 @@ or the client is gone. No result is lost.
 
 import concurrent.futures
 import ctypes
-import functools
 import hashlib
 import json
 import re
@@ -29,12 +28,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import hvpd
 from hvpd_server.tenancy import token_file
 from tests.support.objectives import quadratic
-
-
-@pytest.fixture
-def serve(serve, compiled_programs):
-    """Start servers that share their compiled programs."""
-    return functools.partial(serve, cache=compiled_programs)
 
 
 @pytest.fixture(scope="module")
@@ -467,14 +460,14 @@ def test_an_objective_is_repaired_after_every_blob_was_altered(serve, spd):
         assert [listing.name for listing in client.objectives()] == ["damaged"]
 
 
-def test_the_error_for_a_lost_part_says_to_register_again(serve, spd):
-    server = serve()
+def test_the_error_for_a_lost_part_says_to_register_again(serve, spd, tmp_path):
+    server = serve(cache=tmp_path)
     with hvpd.connect(server.address) as client:
         bundle = client.register(quadratic, np.zeros(60), spd, name="parts")._bundle
     server.kill()
     digest = bundle.programs["objective"].digest
     (server.store / "blobs" / digest[:2] / digest).write_bytes(b"")
-    for compiled in (server.store / "cache").iterdir():
+    for compiled in tmp_path.iterdir():
         compiled.unlink()
     server.start()
     with hvpd.connect(server.address) as client:

@@ -5,7 +5,6 @@ Truth is dense, in numpy, or from the same objective on a server with room for a
 """
 
 import concurrent.futures
-import functools
 import os
 import re
 import threading
@@ -53,17 +52,11 @@ W = np.random.default_rng(1).normal(size=N)
 VALUE, GRADIENT, HESSIAN = truth(W, X, Y, 0.1)
 
 
-@pytest.fixture
-def serve(serve, compiled_programs):
-    """Start servers that share their compiled programs."""
-    return functools.partial(serve, cache=compiled_programs)
-
-
 @pytest.fixture(scope="module")
-def small(serve_module, compiled_programs):
+def small(serve_module):
     """Yield a server with room for a tenth of the data."""
     assert X.nbytes + Y.nbytes >= 10 * BUDGET
-    return serve_module("--memory-budget", str(BUDGET), cache=compiled_programs)
+    return serve_module("--memory-budget", str(BUDGET))
 
 
 @pytest.fixture(scope="module")

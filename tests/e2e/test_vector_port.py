@@ -3,7 +3,6 @@ caller notices the difference.
 """
 
 import contextlib
-import functools
 import socket
 import subprocess
 import sys
@@ -57,16 +56,10 @@ def check(H, k=None):
     np.testing.assert_allclose(H @ V, ((W * X**2) * V.T).T, rtol=1e-12)
 
 
-@pytest.fixture
-def serve(serve, compiled_programs):
-    """Start servers that share their compiled programs."""
-    return functools.partial(serve, cache=compiled_programs)
-
-
 @pytest.fixture(scope="module")
-def plain(serve_module, compiled_programs):
+def plain(serve_module):
     """Yield the address of a server for all tests that leave it unchanged."""
-    return serve_module(cache=compiled_programs).address
+    return serve_module().address
 
 
 @pytest.fixture

@@ -25,11 +25,11 @@ def three(tmp_path_factory, zygotes, spd):
 
 
 @pytest.fixture
-def replicas(serve, tmp_path_factory, compiled_programs):
+def replicas(serve):
     """Return a function that starts servers with one store: replicas(count)."""
 
     def start(count=3):
-        first = serve(cache=compiled_programs)
+        first = serve()
         return [first, *(serve(store=first.store) for _ in range(count - 1))]
 
     return start

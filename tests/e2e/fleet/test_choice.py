@@ -148,9 +148,9 @@ def test_a_full_server_is_left_for_some_time(three, serve, spd, monkeypatch):
         assert asked()
 
 
-def test_an_objective_is_used_where_it_is(serve, compiled_programs, spd):
+def test_an_objective_is_used_where_it_is(serve, spd):
     """Servers that share no store: the home lacks an objective that the others have."""
-    servers = [serve(cache=compiled_programs) for _ in range(3)]
+    servers = [serve() for _ in range(3)]
     A = next(factor * spd for factor in range(1, 100) if home(servers, digest_of(factor * spd)) is servers[0])
     for server in servers[1:]:
         register([server], "some", A)
