@@ -1,6 +1,7 @@
 """A store in S3: a real server by HTTP, which throttles, fails and tears requests."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -429,6 +430,51 @@ def test_azure_and_google_take_the_urls_of_the_page(tmp_path, monkeypatch):
     monkeypatch.setenv("GOOGLE_SKIP_SIGNATURE", "true")
     found = ObjectStore("gs://bucket/some/prefix", tmp_path, 1 << 30)._store
     assert (found.config["bucket"], found.prefix) == ("bucket", "some/prefix")
+
+
+class Generations:
+    """An application of WSGI that is Google's, as far as single files go."""
+
+    def __init__(self):
+        self.files = {}
+        self.latest = 0
+
+    def __call__(self, environ, respond):
+        path, found = environ["PATH_INFO"], self.files.get(environ["PATH_INFO"])
+        status, content, headers = "200 OK", b"", []
+        if environ["REQUEST_METHOD"] == "PUT":
+            content = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+            wanted = environ.get("HTTP_X_GOOG_IF_GENERATION_MATCH")
+            if wanted not in (None, str(found[0] if found else 0)):
+                status, found = "412 Precondition Failed", None
+            else:
+                self.latest += 1
+                found = self.files[path] = (self.latest, content)
+        elif found is None:
+            status = "404 Not Found"
+        if found:
+            headers = [("x-goog-generation", str(found[0])), ("ETag", '"e"')]
+            headers += [("Last-Modified", "Mon, 30 Nov 2026 12:00:00 GMT")]
+            content = found[1]
+        respond(status, [*headers, ("Content-Length", str(len(content)))])
+        return [content]
+
+
+def test_conditional_writes_to_google_are_on_generations(server, tmp_path, monkeypatch):
+    account = tmp_path / "account.json"
+    url = server.environment["AWS_ENDPOINT_URL"]
+    keys = dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+    account.write_text(json.dumps({"gcs_base_url": url, "disable_oauth": True, **keys}))
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(account))
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    monkeypatch.setattr(server, "_app", Generations())
+    store = ObjectStore(f"gs://{BUCKET}/prefix", tmp_path, 1 << 30)
+    first = store.replace("names/a", b"1", None)
+    assert store.replace("names/a", b"2", None) is None
+    second = store.replace("names/a", b"3", first)
+    assert second not in (None, first)
+    assert store.replace("names/a", b"4", first) is None
+    assert store.read("names/a") == (b"3", second)
 
 
 KILLED = """

@@ -174,7 +174,7 @@ class ObjectStore:
         self._lease.keep()
         mode: Any = "create"
         if tag is not None:
-            mode = {"version": tag, "e_tag": None} if self._generations else {"e_tag": tag}
+            mode = {"version" if self._generations else "e_tag": tag}
         with self._told():
             try:
                 return self._tag(self._obstore.put(self._writes, key, content, mode=mode))
