@@ -36,9 +36,9 @@ class Gate:
 
 def test_one_tenant_leaves_room_for_others():
     queue, gate = CompileQueue(threads=3, each=2), Gate()
-    futures = [queue.submit("many", gate.call(f"many/{index}")) for index in range(5)]
+    futures = [queue.submit("many", "", gate.call(f"many/{index}")) for index in range(5)]
     gate.until(2)
-    futures.append(queue.submit("other", gate.call("other/0")))
+    futures.append(queue.submit("other", "", gate.call("other/0")))
     gate.until(3)
     assert gate.began == ["many/0", "many/1", "other/0"]
     gate.open.set()
@@ -47,33 +47,59 @@ def test_one_tenant_leaves_room_for_others():
 
 def test_tenants_take_turns():
     queue, gate = CompileQueue(threads=1, each=1), Gate()
-    futures = [queue.submit("a", gate.call("first"))]
+    futures = [queue.submit("a", "", gate.call("first"))]
     gate.until(1)
     for tenant, name in [("a", "a1"), ("a", "a2"), ("a", "a3"), ("b", "b1"), ("b", "b2"), ("c", "c1")]:
-        futures.append(queue.submit(tenant, gate.call(name)))
+        futures.append(queue.submit(tenant, "", gate.call(name)))
     gate.open.set()
     for future in futures:
         future.result(WAIT)
     assert gate.began == ["first", "a1", "b1", "c1", "a2", "b2", "a3"]
 
 
+def test_programs_of_one_objective_wait_while_another_objective_can_begin():
+    queue, gate = CompileQueue(threads=2, each=2), Gate()
+    futures = [queue.submit("a", "x", gate.call("x1"))]
+    gate.until(1)
+    blocker = Gate()
+    futures.append(queue.submit("b", "", blocker.call("blocker")))
+    blocker.until(1)
+    for objective, name in [("x", "x2"), ("x", "x3"), ("y", "y1"), ("y", "y2")]:
+        futures.append(queue.submit("a", objective, gate.call(name)))
+    blocker.open.set()
+    gate.until(2)
+    assert gate.began == ["x1", "y1"]
+    gate.open.set()
+    for future in futures:
+        future.result(WAIT)
+    assert sorted(gate.began) == ["x1", "x2", "x3", "y1", "y2"]
+
+
+def test_programs_of_one_objective_run_together_if_no_other_waits():
+    queue, gate = CompileQueue(threads=2, each=2), Gate()
+    futures = [queue.submit("a", "x", gate.call(name)) for name in ("x1", "x2")]
+    gate.until(2)
+    gate.open.set()
+    assert [future.result(WAIT) for future in futures] == ["x1", "x2"]
+
+
 def test_an_error_is_its_callers_and_the_next_call_runs():
     queue = CompileQueue(threads=1, each=1)
-    failed, worked = queue.submit("a", lambda: 1 / 0), queue.of("a").submit(lambda a, *, b: (a, b), 1, b=2)
+    failed, worked = queue.submit("a", "", lambda: 1 / 0), queue.of("a", "").submit(lambda a, *, b: (a, b), 1, b=2)
     with pytest.raises(ZeroDivisionError):
         failed.result(WAIT)
     assert worked.result(WAIT) == (1, 2)
-    assert queue.submit("b", lambda: 3).result(WAIT) == 3
+    assert queue.submit("b", "", lambda: 3).result(WAIT) == 3
 
 
 def test_closing_cancels_waiting_compiles_and_lets_running_ones_end():
     queue, gate = CompileQueue(threads=1, each=1), Gate()
-    running, waiting = queue.submit("a", gate.call("running")), queue.submit("a", gate.call("waiting"))
+    running, waiting = queue.submit("a", "", gate.call("running")), queue.submit("a", "", gate.call("waiting"))
     gate.until(1)
     queue.close()
     assert waiting.cancelled()
     with pytest.raises(ServiceError, match="stopping"):
-        queue.submit("a", gate.call("late"))
+        queue.submit("a", "", gate.call("late"))
     gate.open.set()
     queue.close(wait=True)
     assert running.done()

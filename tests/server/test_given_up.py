@@ -118,9 +118,18 @@ def begin(start):
     """
 
     def begin(engine, digest, name=""):
-        latest = []
-        result = start(engine.registration.register, digest, name, on_wait=latest.append)
-        return result, lambda: latest[-1]()
+        latest, left = [], threading.Event()
+
+        def on_wait(cancel):
+            latest.append(cancel)
+            if left.is_set():
+                cancel()
+
+        def leave():
+            left.set()
+            latest[-1]()
+
+        return start(engine.registration.register, digest, name, on_wait=on_wait), leave
 
     return begin
 

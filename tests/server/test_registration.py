@@ -108,7 +108,7 @@ class Turns:
 
     def __enter__(self):
         for _ in range(compile_queue.EACH):
-            self._engine.objectives._compiles.submit("", lambda: self._open.wait(WAIT))
+            self._engine.objectives._compiles.submit("", "", lambda: self._open.wait(WAIT))
 
     def __exit__(self, *error):
         self._open.set()

@@ -183,6 +183,13 @@ def order(name, width=0, rows=0):
     return {"rows": rows, "name": name, "width": width, "devices": [0], "data": 0, "deterministic": False}
 
 
+GIVEN = parts(PLAIN)
+
+
+def ask(vetter, derived, name, width):
+    return vetter.compile(vetting.key_of(GIVEN["bundle"]), lambda: GIVEN, derived, "cpu", order(name, width))
+
+
 def compiled(vetter, name, width=0, parts_=None):
     given = parts_ or parts(PLAIN)
     key = hashlib.sha256(given["bundle"]).hexdigest()
@@ -286,6 +293,77 @@ def test_sessions_that_compile_nothing_end(vetter):
     compiled(vetter, "hvp", 1)
 
 
+@pytest.fixture
+def told_pids(monkeypatch):
+    """Return a vetter whose compiles return the number of their process, wait for a
+    file named after the program, and end if the program is `hvp` of width 13.
+    """
+
+    def open_vetter(folder):
+        program = (
+            "import os, time\n"
+            "from hvpd_server.admission import vetter\n"
+            "from hvpd_server.derivation import compiling\n"
+            "def compile_program(sized, name, width, *args, **settings):\n"
+            "    if width == 13: os._exit(3)\n"
+            f"    fifo = {str(folder)!r} + f'/{{name}}-{{width}}'\n"
+            "    if os.path.exists(fifo): open(fifo).read()\n"
+            "    return str(os.getpid()).encode()\n"
+            "compiling.compile_program, compiling.dump = compile_program, lambda compiled: compiled\n"
+            "vetter.main()\n"
+        )
+        monkeypatch.setattr(vetter_process, "COMMAND", ["-c", program])
+        return contextlib.closing(vetting.Vetter())
+
+    return open_vetter
+
+
+def test_one_process_compiles_the_programs_of_a_bundle(told_pids, tmp_path):
+    with told_pids(tmp_path) as vetter:
+        derived = vetter.vet(GIVEN)
+        pids = {ask(vetter, derived, "hvp", width) for width in (1, 2, 4)}
+        assert len(pids) == 1
+
+
+def test_a_program_that_ends_its_process_fails_alone(told_pids, tmp_path):
+    with told_pids(tmp_path) as vetter:
+        derived = vetter.vet(GIVEN)
+        before = ask(vetter, derived, "hvp", 1)
+        with pytest.raises(ServiceError, match=r"hvp \(width 13\): .* code 3"):
+            ask(vetter, derived, "hvp", 13)
+        assert ask(vetter, derived, "hvp", 2) != before
+
+
+def test_a_program_waits_for_a_short_compile_and_not_for_a_long_one(told_pids, tmp_path, start, monkeypatch):
+    long = tmp_path / "hvp-1"
+    os.mkfifo(long)
+    with told_pids(tmp_path) as vetter:
+        derived = vetter.vet(GIVEN)
+        first = start(ask, vetter, derived, "hvp", 1)
+        with long.open("w"):  # The first compile runs.
+            monkeypatch.setattr(vetting, "_WAIT", 0.0)
+            other = ask(vetter, derived, "hvp", 2)
+            monkeypatch.setattr(vetting, "_WAIT", 60.0)
+        assert first.result(60) != other
+
+
+def test_a_program_whose_objective_is_deleted_meanwhile_says_so(vetter):
+    """Its programs are gone when the session reads them."""
+    derived = vetter.vet(GIVEN)
+    vetter.sweep(-1.0)
+
+    def gone():
+        raise ServiceError(Code.FAILED_PRECONDITION, "BLOBS_MISSING", "gone")
+
+    def deleted():
+        raise ServiceError(Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND", "deleted")
+
+    for check, reason in [(deleted, "OBJECTIVE_NOT_FOUND"), (lambda: None, "BLOBS_MISSING")]:
+        with pytest.raises(ServiceError) as error:
+            vetter.compile(vetting.key_of(GIVEN["bundle"]), gone, derived, "cpu", order("hvp", 1), check)
+        assert error.value.reason == reason
+
+
 def test_a_compile_that_needs_more_than_its_memory_is_refused(vetter):
     """XLA itself runs out of memory here. With the default limit it does not."""
     compiling.load(compiled(vetter, "hvp", 1), jax.devices()[:1])
@@ -295,10 +373,15 @@ def test_a_compile_that_needs_more_than_its_memory_is_refused(vetter):
     assert error.value.reason == rules.COMPILE_FAILED
 
 
-def test_a_compile_has_a_limit_on_memory_on_a_cpu_only():
-    limits = Limits(compile_memory_bytes=100)
-    assert _vetter._address_space(1000, limits, "cpu") == 1100
-    assert _vetter._address_space(1000, limits, "cuda") == resource.RLIM_INFINITY
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_compile_has_a_limit_on_memory_on_a_cpu_only(monkeypatch, gpu):
+    limits = {}
+    monkeypatch.setattr(resource, "setrlimit", lambda which, pair: limits.update({which: pair[0]}))
+    monkeypatch.setattr(signal, "setitimer", lambda which, seconds: None)
+    _vetter._allow(Limits(compile_memory_bytes=1 << 40).compiling(), gpu=gpu)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    assert (limits[resource.RLIMIT_AS] == hard) == gpu
+    assert gpu or 1 << 40 < limits[resource.RLIMIT_AS] < 2 << 40
 
 
 def test_on_a_system_without_a_limit_on_memory_the_log_says_so(monkeypatch, caplog):
@@ -326,7 +409,7 @@ def test_a_vetter_that_is_closed_says_so():
     vetter = vetting.Vetter()
     vetter.close()
     with pytest.raises(ServiceError) as error:
-        vetter.vet({})
+        vetter.vet({"bundle": b""})
     assert (error.value.code, error.value.reason) == (Code.UNAVAILABLE, "SHUTTING_DOWN")
 
 

@@ -9,9 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any, Final
-
-from hvpd_server.importer.rules import Allowance
+from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -19,13 +17,13 @@ _PR_SET_PDEATHSIG: Final = 1
 class Forks:
     """The forks of this process, which has no other children and one thread.
 
-    A fork that ends badly cannot answer, so this process says on the fork's socket how
-    it ended. If the other end of that socket is closed, the fork is killed. Both happen
-    in `wait`.
+    A fork that ends badly cannot answer, so this process sends {"ended": code} on the
+    fork's socket. The code is the exit code, or a negative signal. If the other end of
+    that socket is closed, the fork is killed. Both happen in `wait`.
 
     Example:
         forks = Forks()
-        forks.start(answer, work, allowance, closing=control)
+        forks.start(answer, work, closing=control)
         forks.wait(control)
     """
 
@@ -35,17 +33,14 @@ class Forks:
         os.set_blocking(self._write, False)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._running: dict[int, tuple[socket.socket, Allowance]] = {}
+        self._running: dict[int, socket.socket] = {}
 
-    def start(
-        self, answer: socket.socket, work: Callable[[], None], allowance: Allowance, closing: socket.socket
-    ) -> None:
+    def start(self, answer: socket.socket, work: Callable[[], None], closing: socket.socket) -> None:
         """Do `work` in a fork, and return at once.
 
         Args:
             answer: Socket for the fork's answer. It is closed when the fork has ended.
             work: Sends the answer.
-            allowance: Limits of the fork, for a message about its bad end.
             closing: A socket of this process that the fork must not keep open.
         """
         parent = os.getpid()
@@ -57,7 +52,7 @@ class Forks:
                 work()
                 os._exit(0)
             os._exit(1)
-        self._running[child] = answer, allowance
+        self._running[child] = answer
 
     def wait(self, control: socket.socket) -> None:
         """Return when something has arrived at `control`, or it was closed. Attend to
@@ -66,11 +61,11 @@ class Forks:
         poll = select.poll()
         poll.register(control, select.POLLIN)
         poll.register(self._ended, select.POLLIN)
-        for answer, _ in self._running.values():
+        for answer in self._running.values():
             poll.register(answer, 0)  # Reports a hang-up only.
         while True:
             ready = {descriptor for descriptor, _ in poll.poll()}
-            for child, (answer, _) in list(self._running.items()):
+            for child, answer in list(self._running.items()):
                 if answer.fileno() in ready:
                     os.kill(child, signal.SIGKILL)
                     self._forget(child, poll)
@@ -87,14 +82,13 @@ class Forks:
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 child, status = ended
                 if child in self._running:
-                    answer, allowance = self._running[child]
-                    verdict = _verdict_on(os.waitstatus_to_exitcode(status), allowance)
+                    verdict = {"ended": os.waitstatus_to_exitcode(status)}
                     with contextlib.suppress(OSError):  # The other end is closed, or the socket is full.
-                        answer.send(json.dumps(verdict).encode() + b"\n", socket.MSG_DONTWAIT)
+                        self._running[child].send(json.dumps(verdict).encode() + b"\n", socket.MSG_DONTWAIT)
                     self._forget(child, poll)
 
     def _forget(self, child: int, poll: select.poll) -> None:
-        answer, _ = self._running.pop(child)
+        answer = self._running.pop(child)
         poll.unregister(answer)
         answer.close()
 
@@ -105,7 +99,7 @@ class Forks:
         os.close(self._ended)
         os.close(self._write)
         closing.close()
-        for answer, _ in self._running.values():
+        for answer in self._running.values():
             answer.close()
 
 
@@ -115,19 +109,3 @@ def _die_with(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)
-
-
-def _verdict_on(code: int, allowance: Allowance) -> dict[str, Any]:
-    """Return the reason and the message for a fork that ended without an answer."""
-    if code == 0:
-        return {"reason": allowance.failed, "message": f"the process that {allowance.did} the programs said nothing"}
-    if code in (-signal.SIGXCPU, -signal.SIGALRM):
-        took = f"{allowance.seconds:g} s" if code == -signal.SIGALRM else f"{allowance.cpu_seconds} s of computing"
-        return {"reason": allowance.late, "message": f"it took more than {took}"}
-    names = {each.value: each.name for each in signal.Signals}
-    how = f"signal {names.get(-code, -code)}" if code < 0 else f"code {code}"
-    return {
-        "reason": allowance.failed,
-        "message": f"the process that {allowance.did} the programs ended with {how}: the programs are damaged, or made to "
-        f"crash their reader, or take more than {allowance.memory_bytes >> 20} MiB",
-    }

@@ -4,10 +4,10 @@ import base64
 import contextlib
 import hashlib
 import json
+import signal
 import socket
-import threading
-import time
 from collections.abc import Mapping
+from typing import Any
 
 from hvpd import _text
 from hvpd.v1 import objective_pb2
@@ -16,9 +16,6 @@ from hvpd_server.importer import rules
 
 _PATIENCE = 120.0
 """Seconds to wait for the process to start, or to report a limit."""
-
-_END = 10.0
-"""Seconds to wait until the parent of a fork says why the fork ended."""
 
 _MOST = 1 << 24
 """Most bytes of an answer."""
@@ -38,7 +35,7 @@ class UnsupportedError(Exception):
 
 
 class Session:
-    """A fork that has read one bundle and compiles its programs.
+    """A fork that has read one bundle and compiles its programs, one after the other.
 
     Args:
         key: SHA-256 of the serialized bundle.
@@ -50,13 +47,12 @@ class Session:
         self.key = key
         self.abandoned = False
         """Whether the session was ended because no caller waits for it."""
+        self.busy = True
+        """Whether the session reads or compiles."""
+        self.used = 0.0
+        """Time of the last compile's end."""
         self._control = control
         self._limits = limits
-        self._sending = threading.Lock()
-        self.users = 0
-        """Number of compiles under way."""
-        self.used = time.monotonic()
-        """Time of the last compile's end."""
 
     def derivation(self) -> objective_pb2.Derivation:
         """Return the derivation of the bundle.
@@ -65,11 +61,7 @@ class Session:
             ServiceError: The programs are refused.
             OSError: The process is gone.
         """
-        self._control.settimeout(self._limits.seconds + _PATIENCE)
-        try:
-            verdict = _read_line(self._control)
-        except TimeoutError:
-            verdict = {"reason": rules.VETTING_TIMEOUT, "message": "the process that reads programs does not answer"}
+        verdict = self._answer(self._limits.reading())
         if "derivation" not in verdict:
             raise _refused(verdict, "the bundle is refused")
         return objective_pb2.Derivation.FromString(base64.b64decode(verdict["derivation"]))
@@ -86,28 +78,17 @@ class Session:
             OSError: The session is gone.
         """
         what = f"the server cannot compile {order['name']} (width {order['width']})"
-        ours, theirs = socket.socketpair()
-        with ours:
-            with theirs, self._sending:
-                socket.send_fds(self._control, [json.dumps(order).encode() + b"\n"], [theirs.fileno()])
-            ours.settimeout(self._limits.compile_seconds + _PATIENCE if self._limits.compile_seconds else None)
-            try:
-                try:
-                    header = _read_line(ours)
-                except ConnectionError:  # The session ended; its parent says why.
-                    self._control.settimeout(_END)
-                    header = _read_line(self._control)
-                if "unsupported" in header:
-                    raise UnsupportedError(header["unsupported"])
-                if "size" not in header:
-                    raise _refused(header, what)
-                blob = _read(ours, min(int(header["size"]), _MOST_EXECUTABLE))
-            except TimeoutError:
-                verdict = {
-                    "reason": rules.COMPILE_FAILED,
-                    "message": f"it takes more than {self._limits.compile_seconds:g} s",
-                }
-                raise _refused(verdict, what) from None
+        self._control.settimeout(None)
+        self._control.sendall(json.dumps(order).encode() + b"\n")
+        header = self._answer(self._limits.compiling())
+        if "unsupported" in header:
+            raise UnsupportedError(header["unsupported"])
+        if "size" not in header:
+            raise _refused(header, what)
+        try:
+            blob = _read(self._control, min(int(header["size"]), _MOST_EXECUTABLE))
+        except TimeoutError:
+            blob = b""
         if hashlib.sha256(blob).hexdigest() != header["sha256"]:
             verdict = {
                 "reason": rules.COMPILE_FAILED,
@@ -116,9 +97,22 @@ class Session:
             raise _refused(verdict, what)
         return blob
 
+    def _answer(self, allowance: rules.Allowance) -> Mapping[str, Any]:
+        """Return the first line of the fork's answer, or the verdict on its end.
+
+        Raises:
+            OSError: The process is gone.
+        """
+        self._control.settimeout(allowance.seconds + _PATIENCE if allowance.seconds else None)
+        try:
+            found = _read_line(self._control)
+        except TimeoutError:
+            found = {"ended": -signal.SIGALRM}
+        return _verdict_on(found["ended"], allowance) if "ended" in found else found
+
     def end(self) -> None:
         """End the fork."""
-        self._hang_up()
+        self.hang_up()
         self._control.close()
 
     def abandon(self) -> None:
@@ -126,14 +120,15 @@ class Session:
         CANCELLED.
         """
         self.abandoned = True
-        self._hang_up()  # The vetting process kills the fork, and the kernel kills the workers with it.
+        self.hang_up()  # The vetting process kills the fork.
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
+        """Have the vetting process kill the fork, and wake the thread that waits."""
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
 
 
-def _read_line(control: socket.socket) -> Mapping[str, str]:
+def _read_line(control: socket.socket) -> Mapping[str, Any]:
     """Return a line of JSON from a process.
 
     Raises:
@@ -164,6 +159,22 @@ def _read(control: socket.socket, size: int) -> bytes:
     while len(found) < size and (piece := control.recv(min(size - len(found), _PIECE))):
         found += piece
     return bytes(found)
+
+
+def _verdict_on(code: int, allowance: rules.Allowance) -> Mapping[str, str]:
+    """Return the reason and the message for a fork that ended without an answer."""
+    if code == 0:
+        return {"reason": allowance.failed, "message": f"the process that {allowance.did} the programs said nothing"}
+    if code in (-signal.SIGXCPU, -signal.SIGALRM):
+        took = f"{allowance.seconds:g} s" if code == -signal.SIGALRM else f"{allowance.cpu_seconds} s of computing"
+        return {"reason": allowance.late, "message": f"it took more than {took}"}
+    names = {each.value: each.name for each in signal.Signals}
+    how = f"signal {names.get(-code, -code)}" if code < 0 else f"code {code}"
+    return {
+        "reason": allowance.failed,
+        "message": f"the process that {allowance.did} the programs ended with {how}: the programs are damaged, or made to "
+        f"crash their reader, or take more than {allowance.memory_bytes >> 20} MiB",
+    }
 
 
 def _refused(verdict: Mapping[str, str], what: str) -> ServiceError:

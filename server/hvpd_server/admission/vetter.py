@@ -2,30 +2,29 @@
 hvpd_server.admission.vetter`.
 
 `vetting` starts it. It imports jax once and forks a *session* for each bundle. The
-session takes limits on itself, reads the bundle's programs, and traces their
-derivatives. It forks again for each program that is to be compiled:
-
-    this process -> session: reads and traces -> worker: compiles one program, and ends
+session reads the bundle's programs and traces their derivatives. Then it compiles one
+program after the other, as the server asks. Each of these steps has limits of its own.
 
 A program that crashes the parser or the compiler, fills the memory, or never ends, ends
-its own fork only. The parent of a fork tells the server about a bad end, and kills the
-fork when the server hangs up.
+its own session only. This process tells the server about a bad end, and kills a session
+when the server hangs up.
 """
 
 import base64
 import contextlib
-import functools
 import gc
 import hashlib
 import importlib
 import json
+import math
 import os
 import resource
 import signal
 import socket
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import jax
@@ -86,35 +85,32 @@ def serve(control: socket.socket) -> None:
     gc.collect()
     gc.freeze()
     forks = Forks()
-    for request, (programs, answer) in _requests(control, 2, forks):
-        limits, orders = Limits(**request["limits"]), socket.socket(fileno=answer)
-        forks.start(
-            orders, _session_of(request["platform"], programs, limits, orders), limits.reading(), closing=control
-        )
-        os.close(programs)
-
-
-def _session_of(platform: str, programs: int, limits: Limits, orders: socket.socket) -> Callable[[], None]:
-    return lambda: _Session(platform, _programs(programs), limits, orders).run()
-
-
-def _requests(control: socket.socket, descriptors: int, forks: Forks) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """Yield each line of JSON that arrives, with its file descriptors. Attend to the
-    forks meanwhile.
-    """
     while True:
         forks.wait(control)
-        line, found = b"", []
+        line, descriptors = b"", []
         while not line.endswith(b"\n"):
             try:
-                piece, more, *_ = socket.recv_fds(control, _LINE, descriptors)
+                piece, more, *_ = socket.recv_fds(control, _LINE, 2)
             except ConnectionError:  # The server is gone.
                 return
             if not piece:
                 return
             line += piece
-            found += more
-        yield json.loads(line), found
+            descriptors += more
+        programs, orders = descriptors
+        _start(forks, json.loads(line), programs, socket.socket(fileno=orders), control)
+        os.close(programs)
+
+
+def _start(
+    forks: Forks, request: Mapping[str, Any], programs: int, orders: socket.socket, control: socket.socket
+) -> None:
+    """Fork a session."""
+
+    def work() -> None:
+        _Session(request["platform"], _programs(programs), Limits(**request["limits"]), orders).run()
+
+    forks.start(orders, work, closing=control)
 
 
 def _import_all() -> None:
@@ -131,8 +127,7 @@ def _import_all() -> None:
 
 
 class _Session:
-    """One bundle in a fork: derive its programs, then compile them in further forks.
-
+    """One bundle in a fork: derive its programs, then compile them.
 
     Args:
         platform: Platform of the server's device.
@@ -150,93 +145,86 @@ class _Session:
         self._orders = orders
         self._derivation: Derivation | None = None
         self._sized: dict[int, Sized] = {}
+        self._devices: dict[int, jax.Device] = {}
 
     def run(self) -> None:
         """Serve until the server hangs up."""
-        _confine(self._limits, self._platform)
+        _confine()
         if DERIVATION not in self._parts:
-            signal.setitimer(signal.ITIMER_REAL, self._limits.seconds)
-            verdict = self._verdict()
+            _allow(self._limits.reading(), gpu=False)
+            verdict = _refusal_of(self._derived, self._limits.reading())
             _send(self._orders, json.dumps(verdict).encode() + b"\n")
-            signal.setitimer(signal.ITIMER_REAL, 0)
             if DERIVATION not in verdict:
                 return
-        forks = Forks()
-        for order, (answer,) in _requests(self._orders, 1, forks):
-            self._compile(order, socket.socket(fileno=answer), forks)
+        orders = self._orders.makefile("rb")
+        while True:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            line = orders.readline()
+            if not line:
+                return
+            _allow(self._limits.compiling(), gpu=self._platform != "cpu")
+            self._compile(json.loads(line))
 
-    def _verdict(self) -> dict[str, str]:
-        def found() -> dict[str, str]:
-            # Kept with its traces for the programs that are compiled next.
-            self._derivation = derivation_of(self._parts, self._platform, self._limits)
-            derived = derive(self._parts, self._platform, self._limits, self._derivation)
-            answer = base64.b64encode(derived.SerializeToString(deterministic=True)).decode()
-            if len(answer) > _MOST:
-                raise Refused(rules.VETTING_FAILED, f"gives a derivation of more than {_MOST >> 20} MiB")
-            return {DERIVATION: answer}
+    def _derived(self) -> dict[str, str]:
+        # Kept with its traces for the programs that are compiled next.
+        self._derivation = derivation_of(self._parts, self._platform, self._limits)
+        derived = derive(self._parts, self._platform, self._limits, self._derivation)
+        answer = base64.b64encode(derived.SerializeToString(deterministic=True)).decode()
+        if len(answer) > _MOST:
+            raise Refused(rules.VETTING_FAILED, f"gives a derivation of more than {_MOST >> 20} MiB")
+        return {DERIVATION: answer}
 
-        return _refusal_of(found, self._limits.reading())
+    def _compile(self, order: Mapping[str, Any]) -> None:
+        """Compile one program and send its executable.
 
-    def _compile(self, order: Mapping[str, Any], reply: socket.socket, forks: Forks) -> None:
-        """Trace the objective once for all its programs, and compile one of them in a
-        fork.
+        A line with its size and SHA-256 comes first, then its bytes.
         """
+        blob = b""
 
-        def traced() -> dict[str, str]:
-            rows = order["rows"]
-            if rows not in self._sized:
-                while len(self._sized) >= _SIZES:
-                    del self._sized[next(iter(self._sized))]
-                if self._derivation is None:
-                    self._derivation = derivation_of(self._parts, self._platform, self._limits)
-                    self._derivation.described = objective_pb2.Derivation.FromString(self._parts[DERIVATION])
-                self._sized[rows] = sized = self._derivation.for_rows(rows)
-                with sized.tracing():
-                    _ = sized.traced
-            return {}
+        def found() -> dict[str, Any]:
+            nonlocal blob
+            sized = self._traced(order["rows"])
+            if not self._devices:
+                self._devices = _devices(self._platform, len(order["devices"]) if order.get("processes") else 0)
+            target = compiling.Target([self._devices[identity] for identity in order["devices"]])
+            deterministic, data = order["deterministic"], order["data"]
+            compiled = compiling.compile_program(
+                sized, order["name"], order["width"], target, data, deterministic=deterministic
+            )
+            try:
+                blob = compiling.dump(compiled)
+            except Exception as error:  # noqa: BLE001 - each backend raises another error
+                return {"unsupported": _text.cut(f"{type(error).__name__}: {error}", 500)}
+            return {"size": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
 
-        refusal = _refusal_of(traced, self._limits.reading())
-        if refusal:
-            with reply:
-                _send(reply, json.dumps(refusal).encode() + b"\n")
-            return
-        sized = self._sized[order["rows"]]
-        work = functools.partial(_work, sized, order, self._platform, self._limits, reply)
-        if _threads() > 1:  # A fork would wait for those threads without end.
-            with reply:
-                work()
-        else:
-            forks.start(reply, work, self._limits.compiling(), closing=self._orders)
+        header = _refusal_of(found, self._limits.compiling())
+        _send(self._orders, json.dumps(header).encode() + b"\n")
+        _send(self._orders, blob)
+
+    def _traced(self, rows: int) -> Sized:
+        """Return the programs for data of so many rows, with one trace for all."""
+        if self._derivation is None:
+            described = objective_pb2.Derivation.FromString(self._parts[DERIVATION])
+            self._derivation = derivation_of(self._parts, self._platform, self._limits)
+            self._derivation.described = described
+        if rows not in self._sized:
+            while len(self._sized) >= _SIZES:
+                del self._sized[next(iter(self._sized))]
+            self._sized[rows] = self._derivation.for_rows(rows)
+        return self._sized[rows]
 
 
-def _work(sized: Sized, order: Mapping[str, Any], platform: str, limits: Limits, reply: socket.socket) -> None:
-    """Compile one program and send its executable.
+def _devices(platform: str, pretended: int) -> dict[int, jax.Device]:
+    """Open the device, and return its parts by their numbers.
 
-    A line with its size and SHA-256 comes first, then its bytes.
+    Args:
+        platform: The device's platform.
+        pretended: Number of CPUs of a whole group; 0 without a group.
     """
-    _compile_limits(limits, platform)
-    blob = b""
-
-    def found() -> dict[str, Any]:
-        nonlocal blob
-        jax.config.update("jax_platforms", platform if platform == "cpu" else f"{platform},cpu")
-        if order.get("processes"):
-            _pretend_devices(len(order["devices"]))
-        by_id = {device.id: device for device in jax.local_devices()}
-        target = compiling.Target([by_id[identity] for identity in order["devices"]])
-        deterministic, data = order["deterministic"], order["data"]
-        compiled = compiling.compile_program(
-            sized, order["name"], order["width"], target, data, deterministic=deterministic
-        )
-        try:
-            blob = compiling.dump(compiled)
-        except Exception as error:  # noqa: BLE001 - each backend raises another error
-            return {"unsupported": _text.cut(f"{type(error).__name__}: {error}", 500)}
-        return {"size": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
-
-    header = _refusal_of(found, limits.compiling())
-    _send(reply, json.dumps(header).encode() + b"\n")
-    _send(reply, blob)
+    jax.config.update("jax_platforms", platform if platform == "cpu" else f"{platform},cpu")
+    if pretended:
+        _pretend_devices(pretended)
+    return {device.id: device for device in jax.local_devices()}
 
 
 def _pretend_devices(count: int) -> None:
@@ -276,8 +264,10 @@ def _send(answer: socket.socket, content: bytes) -> None:
         answer.sendall(content)
 
 
-def _confine(limits: Limits, platform: str) -> None:
-    """Limit this process: memory, time, files and core dumps."""
+def _confine() -> None:
+    """Take from this process what it needs for no program: streams, priority, core
+    dumps.
+    """
     silent = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(silent, stream)
@@ -285,42 +275,28 @@ def _confine(limits: Limits, platform: str) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as score:  # noqa: PTH123 - no pathlib in a confined process
             score.write("1000")  # If the machine runs out of memory, the kernel ends this process and not the server.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _allow(allowance: Allowance, *, gpu: bool) -> None:
+    """Limit the memory, time and files that this process takes from now on.
+
+    On a GPU there is no limit on memory and files, because a driver maps far more than
+    it uses, and writes files.
+    """
+    if sys.platform == "linux":
         with open("/proc/self/statm", encoding="ascii") as statm:  # noqa: PTH123 - no pathlib in a confined process
             used = int(statm.read().split()[0]) * resource.getpagesize()
-        _limit(resource.RLIMIT_AS, used + limits.memory_bytes, _address_space(used, limits, platform))
-    _limit(resource.RLIMIT_CPU, limits.cpu_seconds, limits.compile_cpu_seconds)
-    _limit(resource.RLIMIT_CORE, 0, 0)
-    _limit(resource.RLIMIT_FSIZE, 0, 0 if platform == "cpu" else resource.RLIM_INFINITY)
+        _limit(resource.RLIMIT_AS, resource.RLIM_INFINITY if gpu else used + allowance.memory_bytes)
+    _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + allowance.cpu_seconds)
+    _limit(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY if gpu else 0)
+    signal.setitimer(signal.ITIMER_REAL, allowance.seconds)
 
 
-def _address_space(used: int, limits: Limits, platform: str) -> int:
-    """Return the most bytes that a compile may map.
-
-    There is no limit on a GPU, because its driver maps far more than it uses.
-    """
-    return used + limits.compile_memory_bytes if platform == "cpu" else resource.RLIM_INFINITY
-
-
-def _compile_limits(limits: Limits, platform: str) -> None:
-    """Replace the limits of reading by those of compiling."""
-    for which in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE):
-        _, hard = resource.getrlimit(which)
-        resource.setrlimit(which, (hard, hard))
-    signal.setitimer(signal.ITIMER_REAL, limits.compile_seconds)
-
-
-def _limit(which: int, soft: int, hard: int) -> None:
-    _, most = resource.getrlimit(which)
-    if most != resource.RLIM_INFINITY:
-        soft = min(soft, most)
-        hard = most if hard == resource.RLIM_INFINITY else min(hard, most)
-    if hard != resource.RLIM_INFINITY:
-        soft = min(soft, hard)
-    resource.setrlimit(which, (soft, hard))
-
-
-def _threads() -> int:
-    return len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 1  # noqa: PTH208 - no pathlib in a confined process
+def _limit(which: int, soft: int) -> None:
+    _, hard = resource.getrlimit(which)
+    limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(which, (min(limits, default=resource.RLIM_INFINITY), hard))
 
 
 # Programs

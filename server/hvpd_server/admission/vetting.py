@@ -16,7 +16,6 @@ import sys
 import tempfile
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, TypeVar
 
@@ -40,8 +39,13 @@ _DYING = 1.0
 _IDLE = 10.0
 """Seconds after which a session that compiles nothing is ended."""
 
-_MOST_SESSIONS = 2
+_MOST_IDLE = 2
 """Most sessions that stay open without compiling."""
+
+_WAIT = 1.0
+"""Seconds to wait for a session that compiles another program of the same bundle. After
+that, a second session reads the bundle again.
+"""
 
 
 class Vetter:
@@ -55,13 +59,12 @@ class Vetter:
 
     def __init__(self, limits: rules.Limits | None = None) -> None:
         self.limits = limits or rules.Limits()
-        self._opening = threading.Lock()
         self._lock = threading.Lock()
+        self._freed = threading.Condition(self._lock)
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._closed = False
-        self._sessions: dict[str, Session] = {}
-        self._alive: weakref.WeakSet[Session] = weakref.WeakSet()  # Also those that read, or are replaced.
+        self._sessions: list[Session] = []  # In the order of their last use.
 
     def start(self) -> socket.socket:
         """Start the process unless it runs, and return the socket to it, without
@@ -100,16 +103,8 @@ class Vetter:
             raise too_large(size, self.limits)
 
         def attempt() -> objective_pb2.Derivation:
-            session = self._open(programs, platform)
-            try:
-                found = session.derivation()
-            except BaseException as error:
-                session.end()
-                if session.abandoned and isinstance(error, OSError):
-                    raise _abandoned() from None
-                raise
-            self._keep(session.key, session)
-            return found
+            with self._session(key_of(programs["bundle"]), lambda: programs, platform, new=True) as session:
+                return session.derivation()
 
         return self._twice(attempt)
 
@@ -130,37 +125,20 @@ class Vetter:
             derivation: Derivation of the bundle, from `vet`.
             platform: Platform of the server's device.
             order: The program; see `Session.compile`.
-            check_wanted: Called when `abandon` knows the session already; raises
-                ServiceError if the program is not wanted any more.
+            check_wanted: Raises ServiceError if the program is not wanted any more.
         """
 
-        def attempt() -> bytes:
-            with self._opening:  # Otherwise programs of one bundle would not share a session and its traces.
-                with self._lock:
-                    session = self._sessions.get(key)
-                    if session is not None:
-                        session.users += 1
-                if session is None:
-                    session = self._open({**read(), "derivation": derivation.SerializeToString()}, platform)
-                    session.users = 1
-                    self._keep(key, session)
+        def programs() -> Mapping[str, bytes]:
             try:
+                return {**read(), "derivation": derivation.SerializeToString()}
+            except ServiceError:
+                check_wanted()  # The programs of a deleted objective are gone.
+                raise
+
+        def attempt() -> bytes:
+            with self._session(key, programs, platform) as session:
                 check_wanted()  # An earlier `abandon` did not find this session.
                 return session.compile(order)
-            except (OSError, ServiceError) as error:
-                with self._lock:
-                    if self._sessions.get(key) is session:  # The session may have failed.
-                        del self._sessions[key]
-                if session.abandoned and isinstance(error, OSError):
-                    raise _abandoned() from None
-                raise
-            finally:
-                with self._lock:
-                    session.users -= 1
-                    session.used = time.monotonic()
-                    gone = not session.users and self._sessions.get(key) is not session
-                if gone:
-                    session.end()
 
         return self._twice(attempt)
 
@@ -171,23 +149,15 @@ class Vetter:
             key: SHA-256 of the serialized bundle.
         """
         with self._lock:
-            kept = self._sessions.pop(key, None)
-            idle = kept is not None and not kept.users
-            ended = [session for session in self._alive if session.key == key]
-        for session in ended:
+            abandoned = [session for session in self._sessions if session.key == key]
+        for session in abandoned:
             session.abandon()
-        if kept is not None and idle:  # The last user of another session closes it.
-            kept.end()
+        self._end_idle(lambda session: session.abandoned)
 
     def sweep(self, idle: float = _IDLE) -> None:
         """End the sessions that have compiled nothing for `idle` seconds."""
         now = time.monotonic()
-        with self._lock:
-            ended = {key: each for key, each in self._sessions.items() if not each.users and now - each.used > idle}
-            for key in ended:
-                del self._sessions[key]
-        for session in ended.values():
-            session.end()
+        self._end_idle(lambda session: now - session.used > idle)
 
     def close(self) -> None:
         """End the process."""
@@ -195,31 +165,61 @@ class Vetter:
             self._closed = True
         self._end()
 
-    def _open(self, programs: Mapping[str, bytes], platform: str) -> Session:
+    @contextlib.contextmanager
+    def _session(
+        self, key: str, programs: Callable[[], Mapping[str, bytes]], platform: str, *, new: bool = False
+    ) -> Iterator[Session]:
+        """Yield an idle session of a bundle, or a new one. Keep the session afterwards,
+        unless it failed.
+        """
+
+        def of_key() -> list[Session]:
+            return [session for session in self._sessions if session.key == key]
+
+        theirs = None
+        with self._freed:
+            if not new:
+                self._freed.wait_for(lambda: not of_key() or not all(each.busy for each in of_key()), _WAIT)
+            session = next((each for each in of_key() if not (each.busy or new)), None)
+            if session is None:
+                ours, theirs = socket.socketpair()
+                session = Session(key, ours, self.limits)
+                self._sessions.append(session)
+            session.busy = True
+        try:
+            if theirs is not None:
+                with theirs:
+                    self._open(theirs, programs(), platform)
+            yield session
+        except BaseException as error:  # The session may have failed.
+            with self._freed:
+                self._sessions.remove(session)
+                self._freed.notify_all()
+            session.end()
+            if session.abandoned and isinstance(error, OSError):
+                raise _abandoned() from None
+            raise
+        with self._freed:
+            session.busy, session.used = False, time.monotonic()
+            self._sessions.remove(session)
+            self._sessions.append(session)
+            self._freed.notify_all()
+        self._end_idle()
+
+    def _open(self, theirs: socket.socket, programs: Mapping[str, bytes], platform: str) -> None:
         control = self.start()
         line = json.dumps({"platform": platform, "limits": dataclasses.asdict(self.limits)}).encode() + b"\n"
-        ours, theirs = socket.socketpair()
-        try:
-            with theirs, _file(programs) as file, self._lock:
-                socket.send_fds(control, [line], [file.fileno(), theirs.fileno()])
-        except BaseException:
-            ours.close()
-            raise
-        session = Session(key_of(programs["bundle"]), ours, self.limits)
-        with self._lock:
-            self._alive.add(session)
-        return session
+        with _file(programs) as file, self._lock:
+            socket.send_fds(control, [line], [file.fileno(), theirs.fileno()])
 
-    def _keep(self, key: str, session: Session) -> None:
-        """Keep a session for the next compiles, and end surplus idle sessions."""
+    def _end_idle(self, which: Callable[[Session], bool] = lambda session: False) -> None:
+        """End the idle sessions that are surplus, abandoned, or chosen by `which`."""
         with self._lock:
-            ended = [self._sessions.pop(key)] if key in self._sessions else []
-            self._sessions[key] = session
-            idle = [key for key, each in self._sessions.items() if not each.users and each is not session]
-            ended += [self._sessions.pop(key) for key in idle[: max(len(self._sessions) - _MOST_SESSIONS, 0)]]
-            ended = [each for each in ended if not each.users]
-        for each in ended:
-            each.end()
+            idle = [each for each in self._sessions if not each.busy]
+            ended = [each for each in idle if each in idle[:-_MOST_IDLE] or each.abandoned or which(each)]
+            self._sessions = [each for each in self._sessions if each not in ended]
+        for session in ended:
+            session.end()
 
     def _twice(self, attempt: "Callable[[], _T]") -> "_T":
         """Return the result of an attempt. If the process is gone, try once more with a
@@ -264,9 +264,10 @@ class Vetter:
         with self._lock:
             process, control = self._process, self._control
             self._process = self._control = None
-            sessions, self._sessions = list(self._sessions.values()), {}
+            sessions = list(self._sessions)
         for session in sessions:
-            session.end()
+            session.hang_up()  # Wakes the threads that wait for an answer.
+        self._end_idle(lambda session: True)
         if process is None or control is None:
             return
         with contextlib.suppress(OSError):

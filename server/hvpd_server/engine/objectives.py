@@ -125,7 +125,7 @@ class Objectives:
         if bundle is None:
             bundle = self.bundle(digest)
         read = functools.partial(self._part, digest)
-        compiles = self._compiles.of(tenant or next(iter(self._owners.owners_of(digest)), ""))
+        compiles = self._compiles.of(tenant or next(iter(self._owners.owners_of(digest)), ""), digest)
         described = self._vetting.known(digest)
         if described is None:
             reading = compiles.submit(self._vetting.admit, digest, bundle, read)

@@ -1,12 +1,16 @@
 """The compile queue shares the threads for reading and compiling between tenants, so
 that no tenant waits for all of another's objectives.
+
+A tenant's calls run in their order, with one exception: an objective that is being
+compiled waits while another objective can begin. So one process compiles all programs
+of an objective, and processes of several objectives run at the same time.
 """
 
 import collections
 import concurrent.futures
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from hvpd_server.errors import Code, ServiceError
 
@@ -33,13 +37,14 @@ class CompileQueue:
         # In the order of turns; a tenant is in it while it has calls that wait.
         self._waiting: collections.OrderedDict[str, collections.deque[_Call]] = collections.OrderedDict()
         self._running: collections.Counter[str] = collections.Counter()
+        self._objectives: collections.Counter[str] = collections.Counter()
         self._closed = False
 
-    def of(self, tenant: str) -> "concurrent.futures.Executor":
-        """Return an executor for the calls of a tenant."""
-        return _OfTenant(self, tenant)
+    def of(self, tenant: str, objective: str) -> "concurrent.futures.Executor":
+        """Return an executor for the calls of a tenant about an objective."""
+        return _OfTenant(self, tenant, objective)
 
-    def submit(self, tenant: str, call: "Callable[[], Any]") -> "concurrent.futures.Future[Any]":
+    def submit(self, tenant: str, objective: str, call: "Callable[[], Any]") -> "concurrent.futures.Future[Any]":
         """Run a call in its turn.
 
         Raises:
@@ -49,7 +54,7 @@ class CompileQueue:
         with self._lock:
             if self._closed:
                 raise ServiceError(Code.UNAVAILABLE, "SHUTTING_DOWN", "the server is stopping: nothing is compiled")
-            self._waiting.setdefault(tenant, collections.deque()).append((future, call))
+            self._waiting.setdefault(tenant, collections.deque()).append(_Call(future, call, objective))
             self._start()
         return future
 
@@ -61,8 +66,8 @@ class CompileQueue:
             self._closed = True
             waiting, self._waiting = self._waiting, collections.OrderedDict()
         for calls in waiting.values():
-            for future, _ in calls:
-                future.cancel()
+            for call in calls:
+                call.future.cancel()
         if wait:
             with self._ended:
                 self._ended.wait_for(lambda: not self._running.total())
@@ -74,38 +79,43 @@ class CompileQueue:
             if tenant is None:
                 return
             calls = self._waiting[tenant]
-            future, call = calls.popleft()
+            call = next((each for each in calls if not self._objectives[each.objective]), calls[0])
+            calls.remove(call)
             if calls:
                 self._waiting.move_to_end(tenant)
             else:
                 del self._waiting[tenant]
             self._running[tenant] += 1
-            threading.Thread(target=self._run, args=(tenant, future, call), name="hvpd-compile", daemon=True).start()
+            self._objectives[call.objective] += 1
+            threading.Thread(target=self._run, args=(tenant, call), name="hvpd-compile", daemon=True).start()
 
-    def _run(self, tenant: str, future: "concurrent.futures.Future[Any]", call: "Callable[[], Any]") -> None:
+    def _run(self, tenant: str, call: "_Call") -> None:
         try:
-            if future.set_running_or_notify_cancel():
+            if call.future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(call())
+                    call.future.set_result(call.run())
                 except BaseException as error:  # noqa: BLE001 - raised again by future.result()
-                    future.set_exception(error)
+                    call.future.set_exception(error)
         finally:
             with self._lock:
-                self._running[tenant] -= 1
-                if not self._running[tenant]:
-                    del self._running[tenant]
+                self._running -= {tenant: 1}
+                self._objectives -= {call.objective: 1}
                 self._start()
                 self._ended.notify_all()
 
 
-_Call = tuple["concurrent.futures.Future[Any]", Callable[[], Any]]
+class _Call(NamedTuple):
+    future: "concurrent.futures.Future[Any]"
+    run: Callable[[], Any]
+    objective: str
 
 
 class _OfTenant(concurrent.futures.Executor):
-    def __init__(self, queue: CompileQueue, tenant: str) -> None:
+    def __init__(self, queue: CompileQueue, tenant: str, objective: str) -> None:
         self._queue = queue
         self._tenant = tenant
+        self._objective = objective
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **settings: Any) -> "concurrent.futures.Future[Any]":
         """Run a call in its tenant's turn."""
-        return self._queue.submit(self._tenant, lambda: function(*args, **settings))
+        return self._queue.submit(self._tenant, self._objective, lambda: function(*args, **settings))
