@@ -131,3 +131,9 @@ def test_a_server_of_several_that_was_started_again_counts_from_zero():
     lines = fleet_frame({"a:7070": load(10, 1000), "b:7070": None}, {"a:7070": load(12, 10), "b:7070": load(12, 10)})
     assert lines[1].split()[:4] == ["a:7070", "serving", "0", "5"]
     assert lines[2].split()[:4] == ["b:7070", "serving", "0", "-"]
+
+
+def test_the_median_launch_has_whole_vectors():
+    before, now = load(10, 100), load(12, 300)
+    now.launch_vectors.counts[0] = 5
+    assert "median launch 1 vectors" in frame("gpu-box:7070", before, now)[4]

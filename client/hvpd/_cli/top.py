@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -121,7 +122,7 @@ def frame(address: str, before: server_pb2.GetLoadResponse, now: server_pb2.GetL
         f"products {rate('products')}/s   vectors {rate('vectors')}/s   failures {rate('failures', 3)}/s",
         f"latency  {_spread(before.request_seconds, now.request_seconds, seconds)}",
         f"queue    {queue}   waiting {now.pending_vectors} of {now.pending_limit} vectors",
-        f"device   {now.in_flight_vectors} vectors in flight   median launch {f'{width:.3g}' if width else '-'} vectors",
+        f"device   {now.in_flight_vectors} vectors in flight   median launch {math.ceil(width) if width else '-'} vectors",
         f"memory   {show_bytes(now.resident_bytes)} of {show_bytes(now.budget_bytes)} resident   {now.points} points",
         "",
         *_text.table(_shares(before, now, seconds)),
