@@ -80,6 +80,19 @@ def test_doctor_names_a_port_that_refuses_and_a_port_of_another_program(said):
     assert f"FAIL  port         {port} refuses connections: is `hvpd serve` running there" in out
 
 
+def test_doctor_goes_through_the_proxy_of_the_environment(said, place, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{other.getsockname()[1]}")
+    code, out, _ = said("doctor", "--address", "no-such-host.invalid:7070", "--connect-timeout", "0.5")
+    assert code == 1
+    assert "add no-such-host.invalid to $no_proxy" in out
+    assert "FAIL  server" in out
+    assert "DNS" not in out  # The proxy asks.
+    code, out, _ = said("doctor", "--address", place[0], "--token", place[1])
+    assert code == 0
+    assert "proxy" not in out  # gRPC takes none to this machine.
+
+
 def test_doctor_names_a_misspelled_variable(said, place, monkeypatch):
     monkeypatch.setenv("HVPD_TOKEM", "x")
     with pytest.warns(UserWarning, match=r"did you mean \$HVPD_TOKEN"):

@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from hvpd import _environment, _profiles
@@ -80,15 +80,8 @@ def _look(arguments: argparse.Namespace) -> Iterator[Finding]:
     if not host or not port.isdecimal():
         yield Finding(False, "address", f"it must be host:port, such as gpu-box:7070, got {address!r}")
         return
-    found = _resolved(host.strip("[]"), int(port))
-    yield found
-    if found.good is False:
-        return
-    yield from _proxy(host.strip("[]"))
-    yield (reached := _reached(host.strip("[]"), int(port), "port"))
-    if reached.good is False:
-        return
-    yield from _served(arguments)
+    if (yield from _way(host.strip("[]"), int(port))):
+        yield from _served(arguments)
 
 
 def _look_at_fleet(arguments: argparse.Namespace, address: str) -> Iterator[Finding]:
@@ -105,12 +98,7 @@ def _look_at_fleet(arguments: argparse.Namespace, address: str) -> Iterator[Find
     for one in each:
         host, _, port = one.rpartition(":")
         yield Finding(None, "server", one)
-        yield (found := _resolved(host.strip("[]"), int(port)))
-        if found.good is False:
-            continue
-        yield from _proxy(host.strip("[]"))
-        yield (reached := _reached(host.strip("[]"), int(port), "port"))
-        if reached.good:
+        if (yield from _way(host.strip("[]"), int(port))):
             there.append(one)
     if there:
         yield from _served(arguments, there)
@@ -131,19 +119,25 @@ def _address(arguments: argparse.Namespace) -> tuple[str, str]:
     return DEFAULT_ADDRESS, "no setting: the default"
 
 
+def _way(host: str, port: int) -> Generator[Finding, None, bool]:
+    """Look at the way to a server, and return whether gRPC may find it."""
+    if reach.is_proxied(host):  # Only the proxy may know the host, and reach it.
+        why = f"gRPC goes through the proxy of the environment; to avoid it, add {host} to $no_proxy"
+        yield Finding(None, "proxy", why)
+        return True
+    yield (found := _resolved(host, port))
+    if found.good is False:
+        return False
+    yield (reached := _reached(host, port, "port"))
+    return reached.good is True
+
+
 def _resolved(host: str, port: int) -> Finding:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         return Finding(False, "DNS", reach.no_address(host, error))
     return Finding(True, "DNS", f"{host} is {', '.join(dict.fromkeys(str(entry[4][0]) for entry in found))}")
-
-
-def _proxy(host: str) -> Iterator[Finding]:
-    if reach.is_proxied(host):
-        yield Finding(
-            None, "proxy", f"gRPC goes through the proxy of the environment; to avoid it, add {host} to $no_proxy"
-        )
 
 
 def _reached(host: str, port: int, subject: str) -> Finding:

@@ -3,6 +3,8 @@
 import socket
 from typing import NamedTuple
 
+from hvpd._transport.address import is_local
+
 REFUSED = "refuses connections: is `hvpd serve` running there, on this port and this interface (--host)?"
 """The state of a port, then what to do."""
 
@@ -52,4 +54,4 @@ def is_proxied(host: str) -> bool:
     from urllib.request import getproxies_environment, proxy_bypass
 
     named = {"grpc", "https", "http"} & set(getproxies_environment())
-    return bool(named) and not proxy_bypass(host)
+    return bool(named) and not is_local(host) and not proxy_bypass(host)

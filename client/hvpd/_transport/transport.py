@@ -138,7 +138,7 @@ class Transport(Calls):
             self.close()
             raise
         _log.info("connected to %s: hvpd %s on %s", address, self.server.version, self.server.device_kind)
-        self._direct = local or not is_proxied(host)
+        self._direct = not is_proxied(host)
         self.restarted(self._server)
 
     @property
