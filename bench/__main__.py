@@ -28,9 +28,10 @@ BENCHMARKS = (
     "solve",
     "group",
 )
-ALONE = ("versions", "peers", "gpu")
+ALONE = ("versions", "peers", "gpu", "accuracy")
 """Benchmarks that `all` leaves out: `versions` cannot run without another checkout,
-`peers` installs packages, and `gpu` has figures only on an accelerator.
+`peers` installs packages, `gpu` has figures only on an accelerator, and `accuracy`
+measures no time.
 """
 COMPARES = ("register", "versions")
 """Benchmarks that take another checkout."""

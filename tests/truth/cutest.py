@@ -7,11 +7,7 @@ few (tests/e2e/test_cutest.py).
 """
 
 import argparse
-import functools
-import importlib.util
 import sys
-import types
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +15,7 @@ import numpy as np
 import scipy.optimize
 
 import hvpd
+from bench import _cutest
 
 NAMES = (
     *("ARGTRIGLS", "BARD", "BEALE", "BROWNDEN", "CHNROSNB", "CUBE", "DENSCHNC", "EDENSCH", "ENGVAL2"),
@@ -56,33 +53,6 @@ class Compared(NamedTuple):
         )
 
 
-def problem(name: str) -> Any:
-    """Return an unconstrained problem of sif2jax, in float64.
-
-    Only its own module is imported. The package imports a thousand of them, and takes
-    40 s.
-
-    Args:
-        name: The problem's name, such as "HELIX".
-    """
-    with jax.enable_x64(True):
-        return getattr(importlib.import_module(f"{_bare_package()}.{name.lower()}"), name)()
-
-
-@functools.cache
-def _bare_package() -> str:
-    """Return the name of a package that has the modules of the problems, and imports
-    none of them.
-    """
-    found = importlib.util.find_spec("sif2jax")
-    assert found is not None, "sif2jax is not installed"
-    parts = ["bare_sif2jax", "cutest", "_unconstrained_minimisation"]
-    for depth in (1, 2, 3):
-        package = sys.modules[".".join(parts[:depth])] = types.ModuleType(parts[depth - 1])
-        package.__path__ = [str(Path(found.origin or "").parent.joinpath(*parts[1:depth]))]
-    return ".".join(parts)
-
-
 def compare(client: hvpd.Client, problem: Any) -> Compared:
     """Minimise a problem twice, from its published start."""
     with jax.enable_x64(True):
@@ -116,7 +86,7 @@ def main() -> int:
     print(f"{'problem':12}{'n':>7}{'server':>20}{'SciPy':>20}{'excess':>10}{'products':>8}{'SciPy':>8}")
     with hvpd.local() as client:
         for name in names:
-            found = compare(client, problem(name))
+            found = compare(client, _cutest.problem(name))
             missed += found.excess > 1e-8
             print(found, flush=True)
     print(f"{len(names) - missed} of {len(names)} minima are SciPy's, or lower")
