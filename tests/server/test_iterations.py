@@ -71,7 +71,7 @@ def test_an_invariant_space_ends_the_iteration_with_beta_zero():
     x, Q = np.ones(30), problem(30, np.float64)[1]
     new, alphas, betas, facts = run(x, Q, 1, 8, product=lambda x, v: 3 * v)
     assert facts.tolist() == pytest.approx([1, 1, 3], rel=1e-14)
-    assert (alphas[0], betas[0]) == (3, 0)
+    assert (alphas[0], betas[0]) == (pytest.approx(3, rel=1e-14), 0)
     assert not new.any()
 
 

@@ -15,7 +15,7 @@ import scipy.linalg
 import scipy.special
 
 from hvpd._krylov import vectors
-from hvpd._krylov.space import Multiply, NotFiniteError
+from hvpd._krylov.space import KEPT, Multiply, NotFiniteError
 from hvpd._krylov.vectors import Array
 
 BASIS_BYTES = 1 << 30
@@ -130,10 +130,8 @@ def _iterate(multiply: Multiply, V: Array, found: Tridiagonals, rows: slice, tic
         alpha = vectors.dots(V, W)
         W -= alpha[:, None].astype(dtype) * V
         if full:
-            for _ in range(2):
-                for row in np.flatnonzero(going):
-                    Q = basis[row, : step + 1]
-                    vectors.subtract(W[row : row + 1], vectors.gram(Q, W[row : row + 1]), Q)
+            for row in np.flatnonzero(going):
+                _orthogonalize(W[row : row + 1], basis[row, : step + 1])
         alphas[going, step] = alpha[going]
         sizes[going] = step + 1
         size = np.maximum(size, abs(alpha) + beta)
@@ -145,6 +143,16 @@ def _iterate(multiply: Multiply, V: Array, found: Tridiagonals, rows: slice, tic
         betas[going, step] = beta[going]
         beta = np.where(going, beta, 0.0)
         before, V = V, W * np.where(going, 1.0 / np.where(going, beta, 1.0), 0.0)[:, None].astype(dtype)
+
+
+def _orthogonalize(w: Array, Q: Array) -> None:
+    """Make a row of the three-term recurrence orthogonal to all rows of Q."""
+    after = float(vectors.norms(w)[0])
+    for _ in range(3):
+        vectors.subtract(w, vectors.gram(Q, w), Q)
+        before, after = after, float(vectors.norms(w)[0])
+        if not after < KEPT * before:
+            return
 
 
 class Sketch(NamedTuple):

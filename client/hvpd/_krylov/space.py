@@ -126,6 +126,16 @@ class Resident(Protocol):
         ...
 
 
+KEPT = 0.7
+"""Part of a norm that a pass of an orthogonalization must leave. If a pass leaves less,
+another pass follows, because the rounding of the first one has grown relative to what
+is left.
+
+Source: Daniel, Gragg, Kaufman and Stewart, Reorthogonalization and stable algorithms
+for updating the Gram-Schmidt QR factorization, Mathematics of Computation 30 (1976).
+"""
+
+
 class LocalSpace:
     """A `Space` in NumPy, on this machine.
 
@@ -224,18 +234,22 @@ class LocalSpace:
     def _orthogonal(self, W: vectors.Array) -> tuple[vectors.Array, vectors.Array]:
         """Return the coefficients of W in the basis, and W without them.
 
-        Two passes are enough, unless a pass leaves little but rounding.
+        The last rows come first, because a product has little in the others. So one
+        pass over all rows is enough for most products.
         """
         Q, total = self._basis, np.zeros((self._kept, len(W)))
         if not len(Q):
             return total, W
+        latest = min(2 * len(W), len(Q))
+        total[-latest:] = vectors.gram(Q[-latest:], W)
+        vectors.subtract(W, total[-latest:], Q[-latest:])
         size = vectors.norms(W)
-        for number in range(4):
+        for _ in range(4):
             C = vectors.gram(Q, W)
             vectors.subtract(W, C, Q)
             total += C
             before, size = size, vectors.norms(W)
-            if number and (size >= 0.5 * before).all():
+            if (size >= KEPT * before).all():
                 break
         return total, W
 

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hvpd._krylov.space import KEPT
+
 Function = Callable[..., Any]
 
 PREFIX: Final = "lanczos_"
 """Prefix of the name of such a program. The name of the product follows."""
 
 _PASSES: Final = 4
-"""Most passes of an orthogonalization. Two are enough, unless little is left."""
+"""Most passes of an orthogonalization; see `hvpd._krylov.space.KEPT`."""
 
 _NEW_ELEMENTS: Final = 1 << 20
 """Elements of the rows that one launch may add, above which it adds one row."""
@@ -174,8 +176,11 @@ def lanczos_of(multiply: Function, steps: int, platform: str = "cpu") -> Functio
         rows, count = counts[0], counts[1]
         some, few = _together(len(Q), platform), _together(steps, platform)
 
+        def dot(v: jax.Array, w: jax.Array) -> jax.Array:
+            return jnp.sum(v.astype(jnp.float64) * w.astype(jnp.float64))
+
         def norm(w: jax.Array) -> jax.Array:
-            return jnp.sqrt(jnp.sum(jnp.square(w.astype(jnp.float64))))
+            return jnp.sqrt(dot(w, w))
 
         def orthogonal(w: jax.Array, new: jax.Array, made: jax.Array) -> tuple[jax.Array, ...]:
             """Return the coefficients of w in Q and in the new rows that were made, the
@@ -184,7 +189,7 @@ def lanczos_of(multiply: Function, steps: int, platform: str = "cpu") -> Functio
 
             def again(state: Any) -> Any:
                 number, _, _, _, before, after = state
-                return (number < 2) | ((number < _PASSES) & (after < 0.5 * before))
+                return (number == 0) | ((number < _PASSES) & (after < KEPT * before))
 
             def once(state: Any) -> Any:
                 number, h, g, w, _, before = state
@@ -200,13 +205,16 @@ def lanczos_of(multiply: Function, steps: int, platform: str = "cpu") -> Functio
             return (state[0] < count) & state[5]
 
         def step(state: Any) -> Any:
-            number, new, alphas, betas, size, _, _, q = state
+            number, new, alphas, betas, size, _, _, q, before = state
             w = scale.astype(dtype) * multiply(x, q, *args) + shift.astype(dtype) * q
             length = norm(w)
             finite = jnp.isfinite(length)
             size = jnp.where(finite, jnp.maximum(size, length), size)
+            alpha = dot(q, w)
+            w -= alpha.astype(dtype) * q
+            w -= dot(before, w).astype(dtype) * before
             h, g, rest, beta = orthogonal(w, new, number)
-            alpha = jnp.where(number == 0, h[rows - 1], g[number - 1])
+            alpha += jnp.where(number == 0, h[rows - 1], g[number - 1])
             ended = beta <= 10 * np.finfo(dtype).eps * size
             beta = jnp.where(ended, 0.0, beta)
             following = jnp.where(ended, 0.0, rest / jnp.where(ended, 1.0, beta).astype(dtype))
@@ -214,7 +222,7 @@ def lanczos_of(multiply: Function, steps: int, platform: str = "cpu") -> Functio
             new = jax.lax.dynamic_update_index_in_dim(new, jnp.where(kept, following, 0.0), number, 0)
             alphas = alphas.at[number].set(jnp.where(finite, alpha, 0.0))
             betas = betas.at[number].set(jnp.where(finite, beta, 0.0))
-            return number + finite, new, alphas, betas, size, kept, finite, following
+            return number + finite, new, alphas, betas, size, kept, finite, following, q
 
         start = (
             jnp.int32(0),
@@ -225,8 +233,9 @@ def lanczos_of(multiply: Function, steps: int, platform: str = "cpu") -> Functio
             jnp.bool_(True),
             jnp.bool_(True),
             jax.lax.dynamic_index_in_dim(Q, rows - 1, keepdims=False),
+            jax.lax.dynamic_index_in_dim(Q, jnp.maximum(rows - 2, 0), keepdims=False),
         )
-        number, new, alphas, betas, size, _, finite, _ = jax.lax.while_loop(going, step, start)
+        number, new, alphas, betas, size, _, finite, _, _ = jax.lax.while_loop(going, step, start)
         return new, alphas, betas, jnp.stack([number.astype(jnp.float64), finite.astype(jnp.float64), size])
 
     return lanczos

@@ -30,6 +30,19 @@ def test_the_basis_is_orthonormal_and_projects_the_operator(dtype, orthogonal, e
     assert abs(Q.T @ A.astype(np.float64) @ Q - run.projected).max() < exact * np.linalg.norm(A, 2)
 
 
+def test_a_vector_that_is_almost_in_the_space_becomes_orthogonal_to_it():
+    """One pass leaves rounding that is large relative to the rest of the vector."""
+    A = symmetric(60)
+    space = LocalSpace(lambda rows: rows @ A, 60, A.dtype)
+    space.append(start_block(60, A.dtype, None, 0, 1))
+    list(space.extend(20))
+    within = space.combine(np.eye(space.rows)).sum(axis=0)
+    space.append(within[None] + 1e-10 * np.random.default_rng(1).standard_normal((1, 60)))
+    Q = space.combine(np.eye(space.rows))
+    assert len(Q) == 22
+    assert abs(Q @ Q.T - np.eye(22)).max() < 1e-13
+
+
 def test_all_steps_give_all_eigenvalues_and_vectors():
     A = symmetric(60)
     pairs = lanczos(A, 60).ritz()
