@@ -30,7 +30,7 @@ def quadratic(scale):
 def replicas(request, serve, tmp_path):
     if request.param == "s3":
         server = request.getfixturevalue("object_server")
-        settings = {"store": server.url, "environment": server.environment, "forked": False}
+        settings = {"store": server.url, "environment": server.environment}
         return tuple(serve("--store-cache", str(tmp_path / name), **settings) for name in "ab")
     one = serve(store=tmp_path / "store")
     return one, serve(store=one.store)

@@ -190,7 +190,7 @@ def page_of(server):
 
 @contextlib.contextmanager
 def load(address):
-    """Run a client that asks for products all the time, of an objective that is
+    """Run a client that asks for many products a second, of an objective that is
     registered here.
     """
     with hvpd.connect(address) as client:
@@ -201,7 +201,7 @@ def load(address):
         stop = threading.Event()
 
         def ask():
-            while not stop.is_set():
+            while not stop.wait(0.01):  # The browser needs the CPU, too.
                 H @ np.ones((20, 3))
 
         asking = threading.Thread(target=ask)
@@ -280,7 +280,16 @@ def shown(tab):
         def shown(*names):
             metrics, clock = Metrics(), itertools.count(1)
             metrics.observe(
-                lambda: Live({"data": 7 << 40}, 9 << 40, {"data": 1}, {HOSTILE: 1}, 5, 9, 3, [Memory(HOSTILE, 1, 2)])
+                lambda: Live(
+                    {"data": 7 << 40},
+                    budget_bytes=9 << 40,
+                    hits={"data": 1},
+                    misses={HOSTILE: 1},
+                    pending=5,
+                    pending_limit=9,
+                    in_flight=3,
+                    memory=[Memory(HOSTILE, 1, 2)],
+                )
             )
             history = History(metrics, lambda: 2.0 * next(clock))
             for number, name in enumerate(names[:20]):

@@ -65,7 +65,7 @@ def test_a_solve_rides_through_the_death_of_the_server_under_it(serve, spd):
         def matvec(v):
             nonlocal products
             products += 1
-            if products in (5, 60):
+            if products == 5:
                 died.append(child(server))
                 os.kill(died[-1], signal.SIGKILL)
             return H @ v
@@ -76,9 +76,9 @@ def test_a_solve_rides_through_the_death_of_the_server_under_it(serve, spd):
         assert code == 0
         assert np.linalg.norm(spd @ solution - b) <= 1e-9 * np.linalg.norm(b)
         assert client.statistics().retries > 0
-    assert len({*died, child(server)}) == 3
+    assert len({*died, child(server)}) == 2
     assert server.process.poll() is None
-    assert sum("was ended by SIGKILL" in line for line in server.lines) == 2
+    assert sum("was ended by SIGKILL" in line for line in server.lines) == 1
     assert not (server.store / "quarantine").exists()  # No objective is to blame.
     assert server.terminate() == 0
 

@@ -78,7 +78,16 @@ def test_the_page_tells_the_servers_facts_and_load(status, metrics, clock):
     metrics.opened()
     metrics.observe_streams(lambda: 2)
     metrics.observe(
-        lambda: Live({"data": 30, "point": 12}, 100, {"data": 3}, {"data": 1}, 6, 64, 5, [Memory("cuda:0", 1, 2)])
+        lambda: Live(
+            {"data": 30, "point": 12},
+            budget_bytes=100,
+            hits={"data": 3},
+            misses={"data": 1},
+            pending=6,
+            pending_limit=64,
+            in_flight=5,
+            memory=[Memory("cuda:0", 1, 2)],
+        )
     )
     metrics.evicted("point")
     clock.now += 2
