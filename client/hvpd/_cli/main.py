@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.formatwarning = lambda message, *_: f"hvpd: warning: {message}\n"
     parser = _parser()
     completion.complete(parser)
-    arguments = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    if not given:
+        parser.print_help(sys.stderr)
+        return 2
+    arguments = parser.parse_args(given)
     try:
         code: int = arguments.run(arguments)
     except HvpdError as error:
