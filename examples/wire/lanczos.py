@@ -111,4 +111,6 @@ def main(address, name):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python examples/wire/lanczos.py HOST:PORT NAME")
     main(*sys.argv[1:])

@@ -56,6 +56,14 @@ def check(lines, expected):
         assert printed[name] == pytest.approx(value, rel=1e-10)
 
 
+def test_an_address_without_a_name_is_answered_by_the_usage():
+    run = subprocess.run(
+        [sys.executable, EXAMPLES / "lanczos.py", "localhost:7070"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert run.stderr == "usage: python examples/wire/lanczos.py HOST:PORT NAME\n"
+
+
 @pytest.mark.parametrize("name", ["wire/small", "wire/large"])
 def test_python_without_hvpd(server, expected, name, tmp_path):
     # hvpd itself is taken off the path. The stubs of proto/hvpd/v1 have its name.

@@ -157,6 +157,10 @@ async function main(address, name) {
   objectives.close();
 }
 
+if (process.argv.length !== 4) {
+  console.error("usage: node lanczos.js HOST:PORT NAME");
+  process.exit(2);
+}
 main(...process.argv.slice(2)).catch((error) => {
   console.error(error.message);
   process.exit(1);
