@@ -10,6 +10,7 @@ import pytest
 from hvpd._wire import codec
 from hvpd.v1 import curvature_pb2
 from hvpd_server.errors import ServiceError
+from hvpd_server.krylov import computation
 from hvpd_server.krylov.device_space import LanczosLauncher, capacity
 from hvpd_server.krylov.operator import Operator, Terms, Work
 from hvpd_server.krylov.runs import Position, Runs
@@ -118,6 +119,18 @@ def test_a_computation_counts_while_it_runs(engine, runs, point, residency):
 def test_a_computation_takes_a_quarter_of_what_there_is(engine, runs, point):
     operator = Operator(engine, point, "hvp", terms=Terms())
     assert runs.room_bytes(operator) == engine.lanes[0].residency.budget_bytes // 4
+
+
+@pytest.mark.parametrize(("seconds", "fixed", "compiled"), [(0.0, 0, True), (60.0, 0, False), (0.0, 4, False)])
+def test_a_long_quadrature_gets_a_program_for_its_blocks(engine, point, monkeypatch, fixed, seconds, compiled):
+    """Blocks of 3 are padded to 4 otherwise."""
+    monkeypatch.setattr(computation, "_LONG_SECONDS", seconds)
+    point.objective.fixed_bucket = fixed
+    operator = Operator(engine, point, "hvp", terms=Terms())
+    compute = computation.quadrature(seed=0, probes_count=3, steps=2, basis_bytes=1 << 20, width=3)
+    result = list(computation.events(operator, compute))[-1]
+    assert result.arrays["sizes"].tolist() == [2] * 3
+    assert (("hvp", 3) in {(each.program, each.width) for each in point.source.kernels.compiles()}) is compiled
 
 
 def products(operator):

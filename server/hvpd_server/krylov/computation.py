@@ -20,6 +20,10 @@ _PROGRESS_SECONDS = 0.1
 """Seconds between two reports of progress."""
 
 
+_LONG_SECONDS = 1.0
+"""Seconds after which a compile pays that makes a computation faster."""
+
+
 class Progress(NamedTuple):
     """How far a computation is."""
 
@@ -125,10 +129,19 @@ def trust_region_step(
     return compute
 
 
-def quadrature(*, seed: int, probes_count: int, steps: int, basis_bytes: int) -> Compute:
-    """Return the computation of `hvpd._krylov.probes.tridiagonals`."""
+def quadrature(*, seed: int, probes_count: int, steps: int, basis_bytes: int, width: int) -> Compute:
+    """Return the computation of `hvpd._krylov.probes.tridiagonals`. If it takes long,
+    a program is compiled for its blocks, which have `width` vectors.
+    """
 
     def compute(runner: DeviceRunner, tick: Tick) -> Result:
+        long = time.monotonic() + _LONG_SECONDS
+
+        def ticked(step: int, residual: float) -> None:
+            tick(step, residual)
+            if time.monotonic() >= long:
+                runner.operator.expect(width)
+
         found = probes.tridiagonals(
             runner.multiply,
             runner.n,
@@ -136,7 +149,7 @@ def quadrature(*, seed: int, probes_count: int, steps: int, basis_bytes: int) ->
             seed=seed,
             probes=probes_count,
             steps=steps,
-            tick=tick,
+            tick=ticked,
             basis_bytes=basis_bytes,
         )
         arrays = {"alphas": found.alphas, "betas": found.betas, "sizes": found.sizes}

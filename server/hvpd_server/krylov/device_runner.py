@@ -33,7 +33,7 @@ class DeviceRunner(Runner):
 
     def __init__(self, operator: Operator) -> None:
         super().__init__(operator.multiply, operator.n, operator.dtype)
-        self._operator = operator
+        self.operator = operator
         self._launches = launcher.is_possible(operator)
 
     @contextlib.contextmanager
@@ -84,13 +84,13 @@ class DeviceRunner(Runner):
         """
         if not self._launches or not (precondition is None or isinstance(precondition, Applied)):
             return None
-        objective = self._operator.point.objective
-        fixed = packing.fixed(packed.shifts, self._operator.terms, precondition, self._operator.dtype)
+        objective = self.operator.point.objective
+        fixed = packing.fixed(packed.shifts, self.operator.terms, precondition, self.operator.dtype)
         if fixed.form.M == "kronecker" and fixed.form.sizes != packing.layer_sizes(
             objective.described, objective.bundle
         ):
             return None
-        return DeviceIteration(self._operator, packed, fixed)
+        return DeviceIteration(self.operator, packed, fixed)
 
 
 def _region_state(iteration: DeviceIteration, tol: float, maxiter: int, tick: Tick) -> trust_region.State | None:

@@ -128,6 +128,14 @@ class Operator:
         parts = [self._product(rows[start : start + most]) for start in range(0, len(rows), most)]
         return self.terms.added(rows, parts[0] if len(parts) == 1 else np.concatenate(parts))
 
+    def expect(self, width: int) -> None:
+        """Have a program compiled in the background for blocks of so many vectors,
+        because many of them follow. Blocks are padded otherwise.
+        """
+        objective, kernels = self.point.objective, self.point.source.kernels
+        if not objective.fixed_bucket and width <= self.engine.limits.max_block_width:
+            kernels.request(self.engine.objectives.lane(objective).launches.base(objective, self.program), width)
+
     def in_turn(self, launch: Callable[[], _T]) -> _T:
         """Return the result of a launch; repeat it while the tenant is over a limit."""
         while True:

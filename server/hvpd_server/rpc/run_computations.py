@@ -156,7 +156,9 @@ def _tridiagonals(spec: krylov_pb2.TridiagonalsSpec, operator: Operator, room_by
     most = min(most, max(probes.BASIS_BYTES, one if spec.reorthogonalize == "full" else 0))
     group = min(spec.probes, max(most // one, 1) if one <= most else probes.GROUP_BYTES // vector or 1)
     size_bytes = (one * group if one <= most else 0) + 5 * group * vector
-    compute = computation.quadrature(seed=spec.seed, probes_count=spec.probes, steps=spec.steps, basis_bytes=most)
+    compute = computation.quadrature(
+        seed=spec.seed, probes_count=spec.probes, steps=spec.steps, basis_bytes=most, width=group
+    )
     return Computation("tridiagonals", compute, size_bytes, f"{group} iterations with {size_bytes // vector} vectors")
 
 
