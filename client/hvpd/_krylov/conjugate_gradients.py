@@ -151,7 +151,9 @@ def _orthonormal(R: vectors.Array) -> tuple[vectors.Array, vectors.Array]:
         return (R / R.dtype.type(size), np.array([[size]])) if size > least else (R[:0], np.zeros((0, 1)))
     Q, upper, order = scipy.linalg.qr(R.T.astype(np.float64), mode="economic", pivoting=True)
     sizes = abs(np.diag(upper))
-    rank = int((sizes > max(least, np.finfo(R.dtype).eps * sizes.max(initial=0.0))).sum())
+    # The rest of a row that equals another is up to 6 eps in float64.
+    relative = max(10 * np.finfo(np.float64).eps, np.finfo(R.dtype).eps)
+    rank = int((sizes > max(least, relative * sizes.max(initial=0.0))).sum())
     C = np.empty((rank, len(R)))
     C[:, order] = upper[:rank]
     return Q[:, :rank].T.astype(R.dtype), C

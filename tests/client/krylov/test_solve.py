@@ -7,6 +7,7 @@ from scipy.sparse.linalg import LinearOperator
 
 import hvpd
 from hvpd import krylov
+from hvpd._krylov.conjugate_gradients import BlockCG
 
 N = 120
 rng = np.random.default_rng(0)
@@ -60,6 +61,19 @@ def test_several_right_hand_sides_share_their_space():
     assert len(many.residual_norms) < 0.5 * len(one.residual_norms)
     assert error(many.x[:, 4], A, B[:, 0]) < 1e-8
     assert not many.x[:, 5].any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_equal_right_hand_sides_are_one_row_of_the_block(dtype, seed):
+    """Their scales differ, and one is zero. The block multiplies two vectors."""
+    b = np.random.default_rng(seed).standard_normal((2, N))
+    columns = np.c_[b[0], b[1], -3 * b[0], 1e5 * b[1], np.zeros(N), b[0]].astype(dtype)
+    state = BlockCG(lambda V: V @ A.astype(dtype), None, columns.T)
+    assert len(state.Q) == 2
+    solution = krylov.solve(A.astype(dtype), columns, tol=1e-4)
+    assert solution.converged
+    assert not solution.x[:, 4].any()
 
 
 @pytest.mark.parametrize("method", ["cg", "minres"])
