@@ -1,12 +1,13 @@
 """Certificates without a server: each item fails on a planted error of its kind."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 
 import hvpd
-from hvpd._check.verdicts import resolution
+from hvpd._check.verdicts import Item, RegistrationCheck, resolution
 from hvpd._check.walk import SLOPE
 from tests.support.planted import (
     ALGEBRA,
@@ -389,3 +390,17 @@ def test_finite_differences_have_the_precision_of_their_step():
     eps = np.finfo(np.float32).eps
     assert precision.passed is True
     assert 2 * eps ** (2 / 3) <= precision.measured < precision.threshold < 100 * eps ** (2 / 3)
+
+
+def test_the_servers_check_is_a_table_as_text():
+    items = (
+        Item("symmetry", 0.5, 1e-12, False, "|u.Hv - v.Hu|"),
+        Item("difference", math.nan, math.nan, None, "skipped"),
+    )
+    assert str(RegistrationCheck("failed", items, "")).splitlines() == [
+        "Registration check: failed",
+        "ITEM        MEASURED  THRESHOLD  VERDICT    MEANING",
+        "symmetry    0.5       <= 1e-12   FAILED     |u.Hv - v.Hu|",
+        "difference  -                    undecided  skipped",
+    ]
+    assert str(RegistrationCheck("", (), "off")).splitlines()[0] == "Registration check: none, off"

@@ -10,7 +10,7 @@ import pytest
 import hvpd
 from hvpd import _html
 from hvpd._check.certificate import Certificate
-from hvpd._check.verdicts import Item
+from hvpd._check.verdicts import Item, RegistrationCheck
 from hvpd._objective import Objective
 from hvpd._operators.curvature import CurvatureOperator
 from hvpd._plan import Choice, Plan
@@ -89,11 +89,12 @@ def shown(name, leaves=("w", "b")):
         "point": point,
         "operator": CurvatureOperator(point, shift=0.5).block(leaves[0]),
         "certificate": Certificate(name, "0" * 64, name, 4, "float64", name, 0, items, 12, 3, 0.25),
+        "registration check": RegistrationCheck("failed", items, name),
         "plan": Plan([Choice(8, name, 0.001, None, name)]),
     }
 
 
-KINDS = ["client", "objective", "point", "operator", "certificate", "plan"]
+KINDS = ["client", "objective", "point", "operator", "certificate", "registration check", "plan"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

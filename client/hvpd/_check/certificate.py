@@ -38,7 +38,7 @@ from hvpd._check.rounding import (
     ratio,
     sharp,
 )
-from hvpd._check.verdicts import MEANINGS, Curved, Item
+from hvpd._check.verdicts import MEANINGS, Curved, Item, rows_of
 from hvpd._check.walk import walk
 from hvpd._errors import InvalidArgumentError
 from hvpd._wire.codec import Array
@@ -60,9 +60,6 @@ _PATIENCE = 10.0
 """Seconds of the first look of `brief` after which no second look follows.
 
 A second look costs about ten times as much."""
-
-_LEAST = ("definite", "taylor")
-"""Items whose threshold is the smallest value that passes."""
 
 _BRIEF = ("finite", "symmetry", "linearity", "difference")
 
@@ -124,16 +121,6 @@ class Certificate:
         ]
         return dataclasses.asdict(self) | {"passed": self.passed, "items": items}
 
-    def _rows(self) -> list[tuple[str, ...]]:
-        rows: list[tuple[str, ...]] = [("ITEM", "MEASURED", "THRESHOLD", "VERDICT", "MEANING")]
-        for item in self.items:
-            bound = (
-                "" if math.isnan(item.threshold) else f"{'>=' if item.name in _LEAST else '<='} {item.threshold:.2g}"
-            )
-            measured = "-" if math.isnan(item.measured) else f"{item.measured:.2g}"
-            rows.append((item.name, measured, bound, item.verdict, item.meaning))
-        return rows
-
     @property
     def _title(self) -> str:
         facts = f"n = {self.n}, {self.dtype}, precision {self.precision}, seed {self.seed}"
@@ -146,10 +133,10 @@ class Certificate:
         return f"{verdict}: {self.products} products, {self.points} points, {self.seconds:.2g} s"
 
     def __str__(self) -> str:
-        return _text.printable("\n".join([self._title, *_text.table(self._rows()), self._summary]), keep="\n")
+        return _text.printable("\n".join([self._title, *_text.table(rows_of(self.items)), self._summary]), keep="\n")
 
     def _repr_html_(self) -> str:
-        return _html.grid(self._title, self._rows(), self._summary)
+        return _html.grid(self._title, rows_of(self.items), self._summary)
 
 
 def certify(

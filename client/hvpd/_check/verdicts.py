@@ -4,11 +4,13 @@ Client and server share this file. It computes nothing.
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
+from hvpd import _html, _text
 from hvpd._wire.codec import Array
 from hvpd.v1 import objective_pb2
 
@@ -23,6 +25,9 @@ EPS: Mapping[str, float] = {
     "bfloat16": 2.0**-7,
 }
 """Distance from 1 to the next larger number of each format."""
+
+_LEAST = ("definite", "taylor")
+"""Items whose threshold is the smallest value that passes."""
 
 MEANINGS = {
     "finite": "x, value, gradient and products hold no NaN and no infinity",
@@ -77,13 +82,23 @@ class Item:
         return {True: "passed", False: "FAILED", None: "undecided"}[self.passed]
 
 
+def rows_of(items: Collection[Item]) -> list[tuple[str, ...]]:
+    """Return the table of items, with its headings."""
+    rows: list[tuple[str, ...]] = [("ITEM", "MEASURED", "THRESHOLD", "VERDICT", "MEANING")]
+    for item in items:
+        bound = "" if math.isnan(item.threshold) else f"{'>=' if item.name in _LEAST else '<='} {item.threshold:.2g}"
+        measured = "-" if math.isnan(item.measured) else f"{item.measured:.2g}"
+        rows.append((item.name, measured, bound, item.verdict, item.meaning))
+    return rows
+
+
 @dataclasses.dataclass(frozen=True)
 class RegistrationCheck:
     """The result of `Objective.registration_check`: the server's check.
 
     Example:
         >>> found = objective.registration_check()
-        >>> assert found.verdict != "failed", found.items
+        >>> assert found.verdict != "failed", str(found)
     """
 
     verdict: str
@@ -92,6 +107,16 @@ class RegistrationCheck:
     """finite, symmetry, linearity, difference: the verdict follows from these."""
     reason: str
     """The reason why there are no items, or which numbers are not finite; or empty."""
+
+    def __str__(self) -> str:
+        return _text.printable("\n".join([self._title, *_text.table(rows_of(self.items))]), keep="\n")
+
+    def _repr_html_(self) -> str:
+        return _html.grid(self._title, rows_of(self.items))
+
+    @property
+    def _title(self) -> str:
+        return f"Registration check: {self.verdict or 'none'}{f', {self.reason}' if self.reason else ''}"
 
 
 def registration_check(message: objective_pb2.RegistrationCheck) -> RegistrationCheck:
