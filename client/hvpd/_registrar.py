@@ -1,7 +1,7 @@
 """Registration as the user calls it: trace, upload, compile on the server."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hvpd import _modules
 from hvpd._check.watch import Watch
@@ -36,7 +36,7 @@ class Registrar:
         row_reduction: protocol.Reduction | None = None,
         blocks: Sequence[str | Sequence[str]] = (),
         fixed_bucket: int | None = None,
-        sharded: bool = False,
+        sharded: bool | Literal["parameters"] = False,
         shared: bool = False,
     ) -> Objective:
         """Register f(x, *data) -> scalar with its data.
@@ -101,7 +101,9 @@ class Registrar:
                 a single caller.
             sharded: Whether the server splits data by rows over all of its devices,
                 because one is too small or too slow. If the number of devices does not
-                divide the rows of a leaf, each device has the whole leaf.
+                divide the rows of a leaf, each device has the whole leaf. With
+                "parameters", it splits x and all vectors by leaf, too, for an x that
+                does not fit on one device.
             shared: Whether other tenants may use the objective, on a server with
                 tokens. Another registration can change it.
 

@@ -183,6 +183,18 @@ def _check_programs(bundle: objective_pb2.Bundle) -> None:
             f"mode {bundle.mode} keeps residuals, whose size must be known: it excludes any number of rows, and data that is "
             "split over devices",
         )
+    if bundle.sharded_parameters and (
+        not bundle.sharded
+        or bundle.mode != "forward_over_reverse"
+        or bundle.row_leaves
+        or bundle.blocks
+        or bundle.HasField("composite")
+    ):
+        raise _invalid(
+            "BUNDLE_INVALID",
+            "x that is split over devices needs sharded data and mode forward_over_reverse: it excludes any number of rows, blocks and "
+            "composites",
+        )
     if len(set(bundle.platforms)) != len(bundle.platforms) or not set(bundle.platforms) <= set(PLATFORMS):
         raise _invalid("BUNDLE_INVALID", f"platforms must be of {', '.join(PLATFORMS)}, each once")
 

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.sparse.linalg
 
 import hvpd
+from tests.support.waiting import until
 
 FOUR = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"}
 N = 16
@@ -262,3 +264,110 @@ def test_residuals_do_not_go_with_it(host):
 def test_on_one_device_it_is_as_if_it_had_not_been_said(client):
     data = rows(101)
     assert_right(client.register(logistic, np.zeros(N), *data, sharded=True).at(W), *data)
+
+
+def perceptron(params, X, y):
+    h = jnp.tanh(X @ params["A"] + params["a"])
+    return jnp.mean((jnp.tanh(h @ params["B"] + params["b"]) @ params["c"] - y) ** 2)
+
+
+def parameters(width=32):
+    """Return parameters of which four devices can split the matrices and two
+    vectors.
+    """
+    rng = np.random.default_rng(4)
+    shapes = {"A": (N, width), "a": (width,), "B": (width, 7), "b": (7,), "c": (7,)}
+    return {name: rng.normal(size=shape) / 4 for name, shape in shapes.items()}
+
+
+def test_x_that_is_split_by_leaf_gives_the_same_results(host, client):
+    params, data = parameters(), rows(24)
+    objective = host.register(perceptron, params, *data, sharded="parameters")
+    ours = objective.at(params)
+    theirs = client.register(perceptron, params, *data).at(params)
+    assert ours.value == pytest.approx(theirs.value, rel=1e-13)
+    assert np.linalg.norm(ours.gradient - theirs.gradient) <= 1e-12 * np.linalg.norm(theirs.gradient)
+    for width in (1, 3, 8):
+        V = np.random.default_rng(width).normal(size=(ours.n, width))
+        found, expected = ours.hessian() @ V, theirs.hessian() @ V
+        assert np.linalg.norm(found - expected) <= 1e-12 * np.linalg.norm(expected)
+    until(lambda: objective.registration_check().verdict == "passed")
+
+
+def test_each_device_has_a_part_of_x(serve):
+    resident = []
+    for sharded in (True, "parameters"):
+        server = serve(environment=FOUR)
+        with hvpd.connect(server.address) as client:
+            client.register(perceptron, parameters(), *rows(24), sharded=sharded).at(parameters())
+            resident.append(server.metric(r'hvpd_resident_bytes\{kind="point"\}'))
+    whole, split = resident
+    assert 4 * split < whole * 4 / 3  # A few small leaves are on each device.
+
+
+def test_solves_and_line_searches_with_split_x(host):
+    params, data = parameters(4), rows(24)
+    objective = host.register(perceptron, params, *data, sharded="parameters")
+    H = objective.at(params).hessian()
+    dense = H @ np.eye(objective.n)
+    np.testing.assert_allclose(H.eigsh(2)[0], np.linalg.eigvalsh(dense)[-2:], rtol=1e-9)
+    b = np.ones(objective.n)
+    shifted = objective.at(params).hessian(shift=10.0)
+    np.testing.assert_allclose(
+        shifted.solve(b, tol=1e-12).x, np.linalg.solve(dense + 10 * np.eye(len(b)), b), rtol=1e-8
+    )
+    x0 = objective.ravel(params)
+    found = scipy.optimize.minimize(
+        objective.value_and_grad, x0, jac=True, hessp=objective.hessp, method="Newton-CG", options={"maxiter": 5}
+    )
+    assert found.fun < objective.value(x0)
+
+
+def test_split_x_on_one_device_is_x_on_that_device(client):
+    params, data = parameters(), rows(24)
+    ours = client.register(perceptron, params, *data, sharded="parameters").at(params)
+    theirs = client.register(perceptron, params, *data).at(params)
+    v = np.ones(ours.n)
+    assert np.linalg.norm(ours.hessian() @ v - theirs.hessian() @ v) <= 1e-12 * np.linalg.norm(theirs.hessian() @ v)
+
+
+def test_split_x_has_products_of_the_whole_hessian_only(host):
+    params, data = parameters(), rows(24)
+    objective = host.register(perceptron, params, *data, sharded="parameters")
+    H = objective.at(params).hessian()
+    with pytest.raises(hvpd.InvalidArgumentError, match='registered with sharded="parameters"') as error:
+        H.block("A") @ np.ones(N * 32)
+    assert error.value.reason == "UNKNOWN_BLOCK"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"mode": "reverse_over_reverse"}, {"any_rows": True}, {"row_reduction": "mean"}, {"blocks": ["A"]}],
+    ids=str,
+)
+def test_options_that_need_a_whole_x_are_refused(host, options):
+    with pytest.raises(hvpd.InvalidArgumentError, match='sharded="parameters" splits x by leaf') as error:
+        host.register(perceptron, parameters(), *rows(24), sharded="parameters", **options)
+    assert error.value.reason == "CONFLICTING_OPTIONS"
+
+
+def test_another_word_for_sharded_is_refused(host):
+    with pytest.raises(hvpd.InvalidArgumentError, match="sharded must be False, True or") as error:
+        host.register(perceptron, parameters(), *rows(24), sharded="params")
+    assert error.value.reason == "INVALID_OPTION"
+
+
+def test_an_objective_without_forward_mode_cannot_split_x(host):
+    @jax.custom_vjp
+    def square(x):
+        return x**2
+
+    square.defvjp(lambda x: (x**2, x), lambda x, g: (2 * x * g,))
+
+    @jax.custom_vjp
+    def cube(x):
+        return jnp.sum(x**3)
+
+    cube.defvjp(lambda x: (cube(x), x), lambda x, g: (g * 3 * square(x),))
+    with pytest.raises(hvpd.InvalidArgumentError, match="has a rule for reverse mode only"):
+        host.register(lambda x, X: cube(X @ x), np.zeros(N), rows(8)[0], sharded="parameters")

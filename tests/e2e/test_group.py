@@ -178,6 +178,12 @@ def test_scalars_are_on_each_rank(client):
     assert close(point.hessian() @ np.eye(N), 0.5 * (X.T * np.cosh(X @ W / 10)) @ X)
 
 
+def test_x_is_not_split_over_a_group(client):
+    with pytest.raises(hvpd.HvpdError, match="x cannot be split over the processes of a group") as error:
+        client.register(logistic, np.zeros(N), *data(), sharded="parameters")
+    assert error.value.reason == "NO_GROUP"
+
+
 def test_other_objectives_stay_on_the_leader(group, client):
     placed = r'hvpd_group_orders_total\{kind="place"\}'
     before = group.server.metric(placed)

@@ -5,7 +5,7 @@ Marks keep derivative rules that StableHLO would lose. The server differentiates
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.export
@@ -57,7 +57,7 @@ def export(
     row_reduction: str | None = None,
     blocks: Sequence[str | Sequence[str]] = (),
     fixed_bucket: int | None = None,
-    sharded: bool = False,
+    sharded: bool | Literal["parameters"] = False,
     stablehlo_version: str = "",
     lift_bytes: int = LIFT_BYTES,
     before_tracing: Callable[[Sequence[codec.Array]], None] = lambda data: None,
@@ -79,7 +79,8 @@ def export(
         blocks: Names of leaves, or groups of names: principal blocks with programs of
             their own.
         fixed_bucket: The only block width of launches.
-        sharded: Whether the server splits data by rows over all of its devices.
+        sharded: Whether the server splits data by rows over all of its devices; with
+            "parameters", also x and vectors by leaf.
         stablehlo_version: Newest version that the server reads. Empty for the version
             that servers up to four weeks older read.
         lift_bytes: Bytes of the largest closed-over array that stays a constant of the
@@ -99,6 +100,7 @@ def export(
             f"mode {mode!r} keeps residuals, whose size must be known: it does not go with any_rows, nor with sharded",
             reason="CONFLICTING_OPTIONS",
         )
+    _check_sharded(sharded, fun, mode=mode, any_rows=any_rows, blocks=blocks)
     given = _given(x, data)
     before_tracing(given.data)
     # On the server, the bundle's precision applies to matrix products that state none.
@@ -127,7 +129,8 @@ def export(
             row_leaves=row_leaves,
             row_reduction=row_reduction or "",
             fixed_bucket=fixed_bucket or 0,
-            sharded=sharded,
+            sharded=bool(sharded),
+            sharded_parameters=sharded == "parameters",
             blocks=[objective_pb2.Block(leaves=positions) for positions in groups],
             composite=_composite_message(fun),
             platforms=branches,
@@ -168,6 +171,21 @@ def _check_rows(fun: _Function, row_reduction: str | None) -> None:
     if isinstance(fun, Composite) and fun.reduction != row_reduction:
         raise InvalidArgumentError(
             f"the composite's reduction is {fun.reduction!r}, row_reduction is {row_reduction!r}: both must be the same",
+            reason="CONFLICTING_OPTIONS",
+        )
+
+
+def _check_sharded(
+    sharded: bool | str, fun: Any, *, mode: str, any_rows: bool, blocks: Sequence[str | Sequence[str]]
+) -> None:
+    if not isinstance(sharded, bool) and sharded != "parameters":
+        raise InvalidArgumentError(
+            f'sharded must be False, True or "parameters", got {sharded!r}', reason="INVALID_OPTION"
+        )
+    if sharded == "parameters" and (mode != "forward_over_reverse" or any_rows or blocks or isinstance(fun, Composite)):
+        raise InvalidArgumentError(
+            'sharded="parameters" splits x by leaf: it goes with mode "forward_over_reverse" only, and not with any_rows, row_reduction, '
+            "blocks or hvpd.composite",
             reason="CONFLICTING_OPTIONS",
         )
 

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from hvpd.v1 import tensor_pb2 as hvpd_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hvpd/v1/objective.proto\x12\x07hvpd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14hvpd/v1/tensor.proto\"6\n\x16\x44\x65leteObjectiveRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\":\n\x17\x44\x65leteObjectiveResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x08\"\'\n\x17ReleaseObjectiveRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"+\n\x18ReleaseObjectiveResponse\x12\x0f\n\x07strikes\x18\x01 \x01(\x05\"-\n\x07Program\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"\\\n\x08Residual\x12\x10\n\x06result\x18\x01 \x01(\x05H\x00\x12\x12\n\x08\x61rgument\x18\x02 \x01(\x05H\x00\x12 \n\x04spec\x18\x03 \x01(\x0b\x32\x12.hvpd.v1.ArraySpecB\x08\n\x06source\"\x17\n\x05\x42lock\x12\x0e\n\x06leaves\x18\x01 \x03(\x05\"E\n\tComposite\x12\x14\n\x0c\x64istribution\x18\x01 \x01(\t\x12\x11\n\treduction\x18\x02 \x01(\t\x12\x0f\n\x07samples\x18\x03 \x01(\x05\"L\n\nDenseLayer\x12\x0e\n\x06kernel\x18\x01 \x01(\x05\x12\x11\n\x04\x62ias\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\ntransposed\x18\x03 \x01(\x08\x42\x07\n\x05_bias\"\xa8\x05\n\x06\x42undle\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\x05\x12\t\n\x01n\x18\x02 \x01(\x03\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12!\n\x06x_tree\x18\x04 \x01(\x0b\x32\x11.hvpd.v1.TreeSpec\x12$\n\x08x_leaves\x18\x05 \x03(\x0b\x32\x12.hvpd.v1.ArraySpec\x12$\n\tdata_tree\x18\x06 \x01(\x0b\x32\x11.hvpd.v1.TreeSpec\x12\x1d\n\x04\x64\x61ta\x18\x07 \x03(\x0b\x32\x0f.hvpd.v1.Tensor\x12\x12\n\nrow_leaves\x18\x11 \x03(\x05\x12!\n\x08\x63\x61ptured\x18\x08 \x03(\x0b\x32\x0f.hvpd.v1.Tensor\x12/\n\x08programs\x18\t \x03(\x0b\x32\x1d.hvpd.v1.Bundle.ProgramsEntry\x12%\n\tcomposite\x18\x17 \x01(\x0b\x32\x12.hvpd.v1.Composite\x12\x0c\n\x04mode\x18\n \x01(\t\x12\x11\n\tplatforms\x18\x0c \x03(\t\x12\x11\n\tprecision\x18\r \x01(\t\x12\x0b\n\x03x64\x18\x0e \x01(\x08\x12\x13\n\x0bjax_version\x18\x0f \x01(\t\x12\x19\n\x11stablehlo_version\x18\x18 \x01(\t\x12\x1e\n\x06\x62locks\x18\x12 \x03(\x0b\x32\x0e.hvpd.v1.Block\x12\x14\n\x0c\x66ixed_bucket\x18\x14 \x01(\x05\x12\x15\n\rrow_reduction\x18\x15 \x01(\t\x12\x0f\n\x07sharded\x18\x16 \x01(\x08\x1a\x41\n\rProgramsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.hvpd.v1.Program:\x02\x38\x01J\x04\x08\x0b\x10\x0cJ\x04\x08\x10\x10\x11J\x04\x08\x13\x10\x14R\tresidualsR\x1a\x63\x61lling_convention_versionR\x0c\x64\x65nse_layers\"\xe7\x02\n\nDerivation\x12\x0c\n\x04mode\x18\x01 \x01(\t\x12\x10\n\x08programs\x18\x02 \x03(\t\x12$\n\tresiduals\x18\x03 \x03(\x0b\x32\x11.hvpd.v1.Residual\x12)\n\x0c\x64\x65nse_layers\x18\x04 \x03(\x0b\x32\x13.hvpd.v1.DenseLayer\x12\x37\n\nrecognised\x18\x05 \x03(\x0b\x32#.hvpd.v1.Derivation.RecognisedEntry\x12\x33\n\x08presumed\x18\x06 \x03(\x0b\x32!.hvpd.v1.Derivation.PresumedEntry\x12\x16\n\x0ereverse_stages\x18\x07 \x01(\x08\x1a\x31\n\x0fRecognisedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a/\n\rPresumedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"r\n\tCheckItem\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08measured\x18\x02 \x01(\x01\x12\x11\n\tthreshold\x18\x03 \x01(\x01\x12!\n\x07verdict\x18\x04 \x01(\x0e\x32\x10.hvpd.v1.Verdict\x12\x0f\n\x07meaning\x18\x05 \x01(\t\"i\n\x11RegistrationCheck\x12!\n\x07verdict\x18\x01 \x01(\x0e\x32\x10.hvpd.v1.Verdict\x12!\n\x05items\x18\x02 \x03(\x0b\x32\x12.hvpd.v1.CheckItem\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xcf\x01\n\tObjective\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x1f\n\x06\x62undle\x18\x03 \x01(\x0b\x32\x0f.hvpd.v1.Bundle\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05\x63heck\x18\x05 \x01(\x0b\x32\x1a.hvpd.v1.RegistrationCheck\x12\'\n\nderivation\x18\x06 \x01(\x0b\x32\x13.hvpd.v1.Derivation\"\x85\x01\n\x16\x43reateObjectiveRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08x_digest\x18\x03 \x01(\t\x12\x0e\n\x06shared\x18\x04 \x01(\x08\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x12\x14\n\x0cupload_bytes\x18\x06 \x03(\x03\"@\n\x17\x43reateObjectiveResponse\x12%\n\tobjective\x18\x01 \x01(\x0b\x32\x12.hvpd.v1.Objective\"#\n\x13GetObjectiveRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x14GetObjectiveResponse\x12%\n\tobjective\x18\x01 \x01(\x0b\x32\x12.hvpd.v1.Objective\">\n\x15ListObjectivesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x16ListObjectivesResponse\x12&\n\nobjectives\x18\x01 \x03(\x0b\x32\x12.hvpd.v1.Objective\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x0eGetPlanRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"d\n\x06\x43hoice\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0f\n\x07program\x18\x02 \x01(\t\x12\x13\n\x0bhvp_seconds\x18\x03 \x01(\x01\x12\x15\n\rapply_seconds\x18\x04 \x01(\x01\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\xda\x01\n\x07\x43ompile\x12\x0f\n\x07program\x18\x01 \x01(\t\x12\r\n\x05width\x18\x02 \x01(\x05\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.hvpd.v1.Compile.State\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\r\n\x05\x65rror\x18\x05 \x01(\t\"h\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_QUEUED\x10\x01\x12\x13\n\x0fSTATE_COMPILING\x10\x02\x12\x0f\n\x0bSTATE_READY\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\"o\n\x0fGetPlanResponse\x12 \n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x0f.hvpd.v1.Choice\x12\x16\n\x0eresidual_bytes\x18\x02 \x01(\x03\x12\"\n\x08\x63ompiles\x18\x03 \x03(\x0b\x32\x10.hvpd.v1.Compile*v\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x13\n\x0fVERDICT_PENDING\x10\x01\x12\x12\n\x0eVERDICT_PASSED\x10\x02\x12\x12\n\x0eVERDICT_FAILED\x10\x03\x12\x15\n\x11VERDICT_UNDECIDED\x10\x04\x32\xf5\x03\n\x10ObjectiveService\x12T\n\x0f\x43reateObjective\x12\x1f.hvpd.v1.CreateObjectiveRequest\x1a .hvpd.v1.CreateObjectiveResponse\x12K\n\x0cGetObjective\x12\x1c.hvpd.v1.GetObjectiveRequest\x1a\x1d.hvpd.v1.GetObjectiveResponse\x12Q\n\x0eListObjectives\x12\x1e.hvpd.v1.ListObjectivesRequest\x1a\x1f.hvpd.v1.ListObjectivesResponse\x12<\n\x07GetPlan\x12\x17.hvpd.v1.GetPlanRequest\x1a\x18.hvpd.v1.GetPlanResponse\x12T\n\x0f\x44\x65leteObjective\x12\x1f.hvpd.v1.DeleteObjectiveRequest\x1a .hvpd.v1.DeleteObjectiveResponse\x12W\n\x10ReleaseObjective\x12 .hvpd.v1.ReleaseObjectiveRequest\x1a!.hvpd.v1.ReleaseObjectiveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hvpd/v1/objective.proto\x12\x07hvpd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x14hvpd/v1/tensor.proto\"6\n\x16\x44\x65leteObjectiveRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\":\n\x17\x44\x65leteObjectiveResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x08\"\'\n\x17ReleaseObjectiveRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"+\n\x18ReleaseObjectiveResponse\x12\x0f\n\x07strikes\x18\x01 \x01(\x05\"-\n\x07Program\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"\\\n\x08Residual\x12\x10\n\x06result\x18\x01 \x01(\x05H\x00\x12\x12\n\x08\x61rgument\x18\x02 \x01(\x05H\x00\x12 \n\x04spec\x18\x03 \x01(\x0b\x32\x12.hvpd.v1.ArraySpecB\x08\n\x06source\"\x17\n\x05\x42lock\x12\x0e\n\x06leaves\x18\x01 \x03(\x05\"E\n\tComposite\x12\x14\n\x0c\x64istribution\x18\x01 \x01(\t\x12\x11\n\treduction\x18\x02 \x01(\t\x12\x0f\n\x07samples\x18\x03 \x01(\x05\"L\n\nDenseLayer\x12\x0e\n\x06kernel\x18\x01 \x01(\x05\x12\x11\n\x04\x62ias\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\ntransposed\x18\x03 \x01(\x08\x42\x07\n\x05_bias\"\xc4\x05\n\x06\x42undle\x12\x0e\n\x06\x66ormat\x18\x01 \x01(\x05\x12\t\n\x01n\x18\x02 \x01(\x03\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12!\n\x06x_tree\x18\x04 \x01(\x0b\x32\x11.hvpd.v1.TreeSpec\x12$\n\x08x_leaves\x18\x05 \x03(\x0b\x32\x12.hvpd.v1.ArraySpec\x12$\n\tdata_tree\x18\x06 \x01(\x0b\x32\x11.hvpd.v1.TreeSpec\x12\x1d\n\x04\x64\x61ta\x18\x07 \x03(\x0b\x32\x0f.hvpd.v1.Tensor\x12\x12\n\nrow_leaves\x18\x11 \x03(\x05\x12!\n\x08\x63\x61ptured\x18\x08 \x03(\x0b\x32\x0f.hvpd.v1.Tensor\x12/\n\x08programs\x18\t \x03(\x0b\x32\x1d.hvpd.v1.Bundle.ProgramsEntry\x12%\n\tcomposite\x18\x17 \x01(\x0b\x32\x12.hvpd.v1.Composite\x12\x0c\n\x04mode\x18\n \x01(\t\x12\x11\n\tplatforms\x18\x0c \x03(\t\x12\x11\n\tprecision\x18\r \x01(\t\x12\x0b\n\x03x64\x18\x0e \x01(\x08\x12\x13\n\x0bjax_version\x18\x0f \x01(\t\x12\x19\n\x11stablehlo_version\x18\x18 \x01(\t\x12\x1e\n\x06\x62locks\x18\x12 \x03(\x0b\x32\x0e.hvpd.v1.Block\x12\x14\n\x0c\x66ixed_bucket\x18\x14 \x01(\x05\x12\x15\n\rrow_reduction\x18\x15 \x01(\t\x12\x0f\n\x07sharded\x18\x16 \x01(\x08\x12\x1a\n\x12sharded_parameters\x18\x19 \x01(\x08\x1a\x41\n\rProgramsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.hvpd.v1.Program:\x02\x38\x01J\x04\x08\x0b\x10\x0cJ\x04\x08\x10\x10\x11J\x04\x08\x13\x10\x14R\tresidualsR\x1a\x63\x61lling_convention_versionR\x0c\x64\x65nse_layers\"\xe7\x02\n\nDerivation\x12\x0c\n\x04mode\x18\x01 \x01(\t\x12\x10\n\x08programs\x18\x02 \x03(\t\x12$\n\tresiduals\x18\x03 \x03(\x0b\x32\x11.hvpd.v1.Residual\x12)\n\x0c\x64\x65nse_layers\x18\x04 \x03(\x0b\x32\x13.hvpd.v1.DenseLayer\x12\x37\n\nrecognised\x18\x05 \x03(\x0b\x32#.hvpd.v1.Derivation.RecognisedEntry\x12\x33\n\x08presumed\x18\x06 \x03(\x0b\x32!.hvpd.v1.Derivation.PresumedEntry\x12\x16\n\x0ereverse_stages\x18\x07 \x01(\x08\x1a\x31\n\x0fRecognisedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\x1a/\n\rPresumedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x05:\x02\x38\x01\"r\n\tCheckItem\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08measured\x18\x02 \x01(\x01\x12\x11\n\tthreshold\x18\x03 \x01(\x01\x12!\n\x07verdict\x18\x04 \x01(\x0e\x32\x10.hvpd.v1.Verdict\x12\x0f\n\x07meaning\x18\x05 \x01(\t\"i\n\x11RegistrationCheck\x12!\n\x07verdict\x18\x01 \x01(\x0e\x32\x10.hvpd.v1.Verdict\x12!\n\x05items\x18\x02 \x03(\x0b\x32\x12.hvpd.v1.CheckItem\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xcf\x01\n\tObjective\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x1f\n\x06\x62undle\x18\x03 \x01(\x0b\x32\x0f.hvpd.v1.Bundle\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05\x63heck\x18\x05 \x01(\x0b\x32\x1a.hvpd.v1.RegistrationCheck\x12\'\n\nderivation\x18\x06 \x01(\x0b\x32\x13.hvpd.v1.Derivation\"\x85\x01\n\x16\x43reateObjectiveRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08x_digest\x18\x03 \x01(\t\x12\x0e\n\x06shared\x18\x04 \x01(\x08\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\x12\x14\n\x0cupload_bytes\x18\x06 \x03(\x03\"@\n\x17\x43reateObjectiveResponse\x12%\n\tobjective\x18\x01 \x01(\x0b\x32\x12.hvpd.v1.Objective\"#\n\x13GetObjectiveRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x14GetObjectiveResponse\x12%\n\tobjective\x18\x01 \x01(\x0b\x32\x12.hvpd.v1.Objective\">\n\x15ListObjectivesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x16ListObjectivesResponse\x12&\n\nobjectives\x18\x01 \x03(\x0b\x32\x12.hvpd.v1.Objective\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\" \n\x0eGetPlanRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"d\n\x06\x43hoice\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0f\n\x07program\x18\x02 \x01(\t\x12\x13\n\x0bhvp_seconds\x18\x03 \x01(\x01\x12\x15\n\rapply_seconds\x18\x04 \x01(\x01\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\xda\x01\n\x07\x43ompile\x12\x0f\n\x07program\x18\x01 \x01(\t\x12\r\n\x05width\x18\x02 \x01(\x05\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.hvpd.v1.Compile.State\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\r\n\x05\x65rror\x18\x05 \x01(\t\"h\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_QUEUED\x10\x01\x12\x13\n\x0fSTATE_COMPILING\x10\x02\x12\x0f\n\x0bSTATE_READY\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\"o\n\x0fGetPlanResponse\x12 \n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x0f.hvpd.v1.Choice\x12\x16\n\x0eresidual_bytes\x18\x02 \x01(\x03\x12\"\n\x08\x63ompiles\x18\x03 \x03(\x0b\x32\x10.hvpd.v1.Compile*v\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x13\n\x0fVERDICT_PENDING\x10\x01\x12\x12\n\x0eVERDICT_PASSED\x10\x02\x12\x12\n\x0eVERDICT_FAILED\x10\x03\x12\x15\n\x11VERDICT_UNDECIDED\x10\x04\x32\xf5\x03\n\x10ObjectiveService\x12T\n\x0f\x43reateObjective\x12\x1f.hvpd.v1.CreateObjectiveRequest\x1a .hvpd.v1.CreateObjectiveResponse\x12K\n\x0cGetObjective\x12\x1c.hvpd.v1.GetObjectiveRequest\x1a\x1d.hvpd.v1.GetObjectiveResponse\x12Q\n\x0eListObjectives\x12\x1e.hvpd.v1.ListObjectivesRequest\x1a\x1f.hvpd.v1.ListObjectivesResponse\x12<\n\x07GetPlan\x12\x17.hvpd.v1.GetPlanRequest\x1a\x18.hvpd.v1.GetPlanResponse\x12T\n\x0f\x44\x65leteObjective\x12\x1f.hvpd.v1.DeleteObjectiveRequest\x1a .hvpd.v1.DeleteObjectiveResponse\x12W\n\x10ReleaseObjective\x12 .hvpd.v1.ReleaseObjectiveRequest\x1a!.hvpd.v1.ReleaseObjectiveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,8 +39,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DERIVATION_RECOGNISEDENTRY']._serialized_options = b'8\001'
   _globals['_DERIVATION_PRESUMEDENTRY']._loaded_options = None
   _globals['_DERIVATION_PRESUMEDENTRY']._serialized_options = b'8\001'
-  _globals['_VERDICT']._serialized_start=3013
-  _globals['_VERDICT']._serialized_end=3131
+  _globals['_VERDICT']._serialized_start=3041
+  _globals['_VERDICT']._serialized_end=3159
   _globals['_DELETEOBJECTIVEREQUEST']._serialized_start=91
   _globals['_DELETEOBJECTIVEREQUEST']._serialized_end=145
   _globals['_DELETEOBJECTIVERESPONSE']._serialized_start=147
@@ -60,43 +60,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DENSELAYER']._serialized_start=530
   _globals['_DENSELAYER']._serialized_end=606
   _globals['_BUNDLE']._serialized_start=609
-  _globals['_BUNDLE']._serialized_end=1289
-  _globals['_BUNDLE_PROGRAMSENTRY']._serialized_start=1153
-  _globals['_BUNDLE_PROGRAMSENTRY']._serialized_end=1218
-  _globals['_DERIVATION']._serialized_start=1292
-  _globals['_DERIVATION']._serialized_end=1651
-  _globals['_DERIVATION_RECOGNISEDENTRY']._serialized_start=1553
-  _globals['_DERIVATION_RECOGNISEDENTRY']._serialized_end=1602
-  _globals['_DERIVATION_PRESUMEDENTRY']._serialized_start=1604
-  _globals['_DERIVATION_PRESUMEDENTRY']._serialized_end=1651
-  _globals['_CHECKITEM']._serialized_start=1653
-  _globals['_CHECKITEM']._serialized_end=1767
-  _globals['_REGISTRATIONCHECK']._serialized_start=1769
-  _globals['_REGISTRATIONCHECK']._serialized_end=1874
-  _globals['_OBJECTIVE']._serialized_start=1877
-  _globals['_OBJECTIVE']._serialized_end=2084
-  _globals['_CREATEOBJECTIVEREQUEST']._serialized_start=2087
-  _globals['_CREATEOBJECTIVEREQUEST']._serialized_end=2220
-  _globals['_CREATEOBJECTIVERESPONSE']._serialized_start=2222
-  _globals['_CREATEOBJECTIVERESPONSE']._serialized_end=2286
-  _globals['_GETOBJECTIVEREQUEST']._serialized_start=2288
-  _globals['_GETOBJECTIVEREQUEST']._serialized_end=2323
-  _globals['_GETOBJECTIVERESPONSE']._serialized_start=2325
-  _globals['_GETOBJECTIVERESPONSE']._serialized_end=2386
-  _globals['_LISTOBJECTIVESREQUEST']._serialized_start=2388
-  _globals['_LISTOBJECTIVESREQUEST']._serialized_end=2450
-  _globals['_LISTOBJECTIVESRESPONSE']._serialized_start=2452
-  _globals['_LISTOBJECTIVESRESPONSE']._serialized_end=2541
-  _globals['_GETPLANREQUEST']._serialized_start=2543
-  _globals['_GETPLANREQUEST']._serialized_end=2575
-  _globals['_CHOICE']._serialized_start=2577
-  _globals['_CHOICE']._serialized_end=2677
-  _globals['_COMPILE']._serialized_start=2680
-  _globals['_COMPILE']._serialized_end=2898
-  _globals['_COMPILE_STATE']._serialized_start=2794
-  _globals['_COMPILE_STATE']._serialized_end=2898
-  _globals['_GETPLANRESPONSE']._serialized_start=2900
-  _globals['_GETPLANRESPONSE']._serialized_end=3011
-  _globals['_OBJECTIVESERVICE']._serialized_start=3134
-  _globals['_OBJECTIVESERVICE']._serialized_end=3635
+  _globals['_BUNDLE']._serialized_end=1317
+  _globals['_BUNDLE_PROGRAMSENTRY']._serialized_start=1181
+  _globals['_BUNDLE_PROGRAMSENTRY']._serialized_end=1246
+  _globals['_DERIVATION']._serialized_start=1320
+  _globals['_DERIVATION']._serialized_end=1679
+  _globals['_DERIVATION_RECOGNISEDENTRY']._serialized_start=1581
+  _globals['_DERIVATION_RECOGNISEDENTRY']._serialized_end=1630
+  _globals['_DERIVATION_PRESUMEDENTRY']._serialized_start=1632
+  _globals['_DERIVATION_PRESUMEDENTRY']._serialized_end=1679
+  _globals['_CHECKITEM']._serialized_start=1681
+  _globals['_CHECKITEM']._serialized_end=1795
+  _globals['_REGISTRATIONCHECK']._serialized_start=1797
+  _globals['_REGISTRATIONCHECK']._serialized_end=1902
+  _globals['_OBJECTIVE']._serialized_start=1905
+  _globals['_OBJECTIVE']._serialized_end=2112
+  _globals['_CREATEOBJECTIVEREQUEST']._serialized_start=2115
+  _globals['_CREATEOBJECTIVEREQUEST']._serialized_end=2248
+  _globals['_CREATEOBJECTIVERESPONSE']._serialized_start=2250
+  _globals['_CREATEOBJECTIVERESPONSE']._serialized_end=2314
+  _globals['_GETOBJECTIVEREQUEST']._serialized_start=2316
+  _globals['_GETOBJECTIVEREQUEST']._serialized_end=2351
+  _globals['_GETOBJECTIVERESPONSE']._serialized_start=2353
+  _globals['_GETOBJECTIVERESPONSE']._serialized_end=2414
+  _globals['_LISTOBJECTIVESREQUEST']._serialized_start=2416
+  _globals['_LISTOBJECTIVESREQUEST']._serialized_end=2478
+  _globals['_LISTOBJECTIVESRESPONSE']._serialized_start=2480
+  _globals['_LISTOBJECTIVESRESPONSE']._serialized_end=2569
+  _globals['_GETPLANREQUEST']._serialized_start=2571
+  _globals['_GETPLANREQUEST']._serialized_end=2603
+  _globals['_CHOICE']._serialized_start=2605
+  _globals['_CHOICE']._serialized_end=2705
+  _globals['_COMPILE']._serialized_start=2708
+  _globals['_COMPILE']._serialized_end=2926
+  _globals['_COMPILE_STATE']._serialized_start=2822
+  _globals['_COMPILE_STATE']._serialized_end=2926
+  _globals['_GETPLANRESPONSE']._serialized_start=2928
+  _globals['_GETPLANRESPONSE']._serialized_end=3039
+  _globals['_OBJECTIVESERVICE']._serialized_start=3162
+  _globals['_OBJECTIVESERVICE']._serialized_end=3663
 # @@protoc_insertion_point(module_scope)

@@ -333,6 +333,7 @@ class Bundle(google.protobuf.message.Message):
     FIXED_BUCKET_FIELD_NUMBER: builtins.int
     ROW_REDUCTION_FIELD_NUMBER: builtins.int
     SHARDED_FIELD_NUMBER: builtins.int
+    SHARDED_PARAMETERS_FIELD_NUMBER: builtins.int
     format: builtins.int
     """Revision of this message's meaning; 2 today. A server refuses revisions that it
     does not know. Revision 1 held derivative programs that the client had made.
@@ -373,6 +374,10 @@ class Bundle(google.protobuf.message.Message):
     """
     sharded: builtins.bool
     """Whether data is split by rows over all devices of the server."""
+    sharded_parameters: builtins.bool
+    """Whether x and vectors are split by leaf over these devices, too. It needs sharded,
+    and excludes row_leaves, blocks and a composite. The mode is forward_over_reverse.
+    """
     @property
     def x_tree(self) -> hvpd.v1.tensor_pb2.TreeSpec:
         """Structure of x."""
@@ -444,9 +449,10 @@ class Bundle(google.protobuf.message.Message):
         fixed_bucket: builtins.int = ...,
         row_reduction: builtins.str = ...,
         sharded: builtins.bool = ...,
+        sharded_parameters: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["composite", b"composite", "data_tree", b"data_tree", "x_tree", b"x_tree"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "captured", b"captured", "composite", b"composite", "data", b"data", "data_tree", b"data_tree", "dtype", b"dtype", "fixed_bucket", b"fixed_bucket", "format", b"format", "jax_version", b"jax_version", "mode", b"mode", "n", b"n", "platforms", b"platforms", "precision", b"precision", "programs", b"programs", "row_leaves", b"row_leaves", "row_reduction", b"row_reduction", "sharded", b"sharded", "stablehlo_version", b"stablehlo_version", "x64", b"x64", "x_leaves", b"x_leaves", "x_tree", b"x_tree"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blocks", b"blocks", "captured", b"captured", "composite", b"composite", "data", b"data", "data_tree", b"data_tree", "dtype", b"dtype", "fixed_bucket", b"fixed_bucket", "format", b"format", "jax_version", b"jax_version", "mode", b"mode", "n", b"n", "platforms", b"platforms", "precision", b"precision", "programs", b"programs", "row_leaves", b"row_leaves", "row_reduction", b"row_reduction", "sharded", b"sharded", "sharded_parameters", b"sharded_parameters", "stablehlo_version", b"stablehlo_version", "x64", b"x64", "x_leaves", b"x_leaves", "x_tree", b"x_tree"]) -> None: ...
 
 Global___Bundle: typing_extensions.TypeAlias = Bundle
 

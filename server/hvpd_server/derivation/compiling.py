@@ -44,22 +44,38 @@ class Target:
         rows = shape[0] if shape else 0
         return len(self.parts) > 1 and rows >= len(self.parts) and rows % len(self.parts) == 0
 
+    def by_leaf(self, shape: Sequence[int], front: int = 0) -> jax.sharding.Sharding:
+        """Return the sharding of a leaf of x, or of vectors in its shape: split along
+        the longest axis that can be divided; whole if there is none.
+
+        Args:
+            shape: Shape of the leaf.
+            front: Axes before those of the leaf.
+        """
+        divided = [axis for axis, size in enumerate(shape) if size and size % len(self.parts) == 0]
+        if len(self.parts) == 1 or not divided:
+            return self.whole
+        axis = max(divided, key=lambda axis: shape[axis])
+        return jax.sharding.NamedSharding(self.split.mesh, jax.sharding.PartitionSpec(*[None] * (front + axis), "rows"))
+
     def spec(self, shape: Sequence[int], dtype: Any, *, data: bool) -> jax.ShapeDtypeStruct:
         """Return the spec of an argument, with its sharding."""
         sharding = self.split if data and self.splits(shape) else self.whole
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def compile(
-        self, function: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct], *, deterministic: bool = False
+        self, function: Callable[..., Any], specs: Sequence[Any], *, results: Any = None, deterministic: bool = False
     ) -> jax.stages.Compiled:
-        """Compile a function for arguments of such specs; its results are whole on each
-        part.
+        """Compile a function for arguments of such specs.
 
         Args:
+            function: The function.
+            specs: Specs of the arguments, with their shardings.
+            results: Shardings of the results; None: they are whole on each part.
             deterministic: Whether the program must give the same bits each time.
         """
         options = dict(_DETERMINISTIC) if deterministic and self.platform == "cuda" else None
-        jitted = jax.jit(function, keep_unused=True, out_shardings=self.whole)
+        jitted = jax.jit(function, keep_unused=True, out_shardings=self.whole if results is None else results)
         return jitted.lower(*specs).compile(compiler_options=options)
 
 
@@ -80,15 +96,46 @@ def compile_program(
     with sized.tracing(name):
         program = sized.program(name, width)
         first = len(program.specs) - (data if name != "apply" else 0)  # The residuals of `apply` are whole.
-        specs = [
+        specs: list[Any] = [
             target.spec(spec.shape, spec.dtype, data=position >= first) for position, spec in enumerate(program.specs)
         ]
-        for way in program.ways[:-1]:
+        ways, results = program.ways, None
+        if sized.by_leaf and len(target.parts) > 1:
+            specs[:first], results = _by_leaf(sized, width, target)
+            ways = [_with_whole_data(way, first, target) for way in ways]
+        for way in ways[:-1]:
             try:
-                return target.compile(way, specs, deterministic=deterministic)
+                return target.compile(way, specs, results=results, deterministic=deterministic)
             except (TypeError, ValueError, NotImplementedError) as error:
                 _log.info("%s cannot be vectorized, so its vectors are multiplied one by one: %s", name, error)
-        return target.compile(program.ways[-1], specs, deterministic=deterministic)
+        return target.compile(ways[-1], specs, results=results, deterministic=deterministic)
+
+
+def _by_leaf(sized: Sized, width: int, target: Target) -> tuple[list[Any], Any]:
+    """Return the specs of x by leaf and of vectors by leaf, if there are some; and the
+    shardings of the results.
+    """
+    leaves, dtype = sized.traced.layout.leaves, sized.traced.x.dtype
+    x = [jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=target.by_leaf(leaf.shape)) for leaf in leaves]
+    if not width:
+        return [x], (target.whole, [leaf.sharding for leaf in x])
+    V = [
+        jax.ShapeDtypeStruct((width, *leaf.shape), dtype, sharding=target.by_leaf(leaf.shape, front=1))
+        for leaf in leaves
+    ]
+    return [x, V], [leaf.sharding for leaf in V]
+
+
+def _with_whole_data(way: Callable[..., Any], first: int, target: Target) -> Callable[..., Any]:
+    """Return a program that gathers its data first. Otherwise XLA gathers the vectors,
+    which are larger.
+    """
+
+    def gathered(*args: Any) -> Any:
+        data = [jax.lax.with_sharding_constraint(array, target.whole) for array in args[first:]]
+        return way(*args[:first], *data)
+
+    return gathered
 
 
 def dump(compiled: jax.stages.Compiled) -> bytes:

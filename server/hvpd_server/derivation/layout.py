@@ -24,8 +24,12 @@ class Layout:
     leaves: Sequence[jax.ShapeDtypeStruct]
     """Shape and dtype of each leaf."""
 
-    def split(self, x: jax.Array) -> list[jax.Array]:
-        """Return the leaves of the flat x, in their own dtypes."""
+    def split(self, x: Any) -> list[jax.Array]:
+        """Return the leaves of x, which is flat, or has been split before, in their own
+        dtypes.
+        """
+        if isinstance(x, list | tuple):
+            return [part.astype(leaf.dtype) for part, leaf in zip(x, self.leaves, strict=True)]
         return [
             x[span].reshape(leaf.shape).astype(leaf.dtype)
             for span, leaf in zip(self._spans(), self.leaves, strict=True)

@@ -177,6 +177,11 @@ class Sized:
             return None
         return Factors.of(traced.stages, traced.layout, traced.args, traced.composite)
 
+    @property
+    def by_leaf(self) -> bool:
+        """Whether x and vectors are split by leaf if there are several devices."""
+        return bool(self._derivation.bundle.sharded_parameters)
+
     @contextlib.contextmanager
     def tracing(self, name: str = "") -> Iterator[None]:
         """Set jax up to trace and lower a program."""
@@ -297,6 +302,14 @@ class Sized:
             described.presumed.update(report.presumed)
         described.mode = mode = self._differentiable(bundle.mode)
         described.programs[:] = ["value_and_grad", "hvp"]
+        if bundle.sharded_parameters:
+            if mode != bundle.mode:
+                raise Refused(
+                    rules.NOT_DIFFERENTIABLE,
+                    f"has a rule for reverse mode only, and x that is split over devices needs {bundle.mode}: register it without "
+                    'sharded="parameters"',
+                )
+            return described
         if mode != "linearized" and traced.x.size * traced.x.dtype.itemsize <= PAIRS_BYTES:
             described.programs.append("hvp_pairs")
         if not bundle.row_leaves and not bundle.sharded and mode in ("forward_over_reverse", "linearized", "auto"):

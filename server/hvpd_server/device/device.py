@@ -18,6 +18,7 @@ from jaxlib.mlir.dialects import stablehlo
 from hvpd._wire import codec
 from hvpd_server.derivation import compiling
 from hvpd_server.derivation.compiling import Compiled, Target
+from hvpd_server.device.leaves import Leaves, cut
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.liveness import LOST
 
@@ -127,6 +128,26 @@ class Device:
                 array = np.array(array, copy=True)
             placed: jax.Array = jax.block_until_ready(jax.device_put(array, sharding))
             return placed
+
+    def put_by_leaf(self, x: codec.Array, shapes: Sequence[Sequence[int]]) -> Leaves:
+        """Copy x to the parts, split by leaf.
+
+        Args:
+            x: The flat x.
+            shapes: Shapes of its leaves.
+        """
+        with device_errors():
+            placed = [
+                jax.device_put(np.array(leaf, copy=True), self.target.by_leaf(shape))
+                for leaf, shape in zip(cut(x, shapes), shapes, strict=True)
+            ]
+            return Leaves(jax.block_until_ready(placed), 0)
+
+    def leaf_copies(self, shape: Sequence[int]) -> int:
+        """Return how many copies of a leaf of x the parts hold together, if x is split
+        by leaf.
+        """
+        return len(self.parts) if self.target.by_leaf(shape) is self.target.whole else 1
 
     def place_rows(self, part: Any, rows: slice) -> jax.Array:
         """Copy some rows of a tensor to the device, split if there are several parts.

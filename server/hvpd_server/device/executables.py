@@ -22,6 +22,7 @@ from hvpd_server.admission.vetting import Vetter
 from hvpd_server.derivation import compiling
 from hvpd_server.derivation.compiling import Compiled, Target
 from hvpd_server.derivation.programs import Derivation
+from hvpd_server.device.leaves import LeafProgram
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.files import atomic_file
 from hvpd_server.importer import reader, rules
@@ -106,6 +107,13 @@ class Executables:
         Raises:
             ServiceError: The program cannot be compiled.
         """
+        built = self._built(rows, name, width)
+        if not self._bundle.sharded_parameters or len(self._parts) == 1:
+            return built
+        shapes = [tuple(leaf.shape) for leaf in self._bundle.x_leaves]
+        return built._replace(compiled=LeafProgram(built.compiled, shapes, width))
+
+    def _built(self, rows: int, name: str, width: int) -> Built:
         if self._in_process is not None:
             return self._in_process(rows, name, width)
         bundle = self._bundle

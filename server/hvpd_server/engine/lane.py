@@ -120,7 +120,9 @@ class Lane:
     def objective(self, digest: str, bundle: objective_pb2.Bundle, programs: Programs) -> Objective:
         """Return an objective that is served here."""
         copies = functools.partial(self.device.copies, data=True)
-        return Objective(digest, bundle, programs, self.budget_bytes, parts=len(self.device.parts), copies=copies)
+        parts = len(self.device.parts)
+        by_leaf = self.device.leaf_copies if bundle.sharded_parameters and parts > 1 else None
+        return Objective(digest, bundle, programs, self.budget_bytes, parts=parts, leaf_copies=by_leaf, copies=copies)
 
     def load_with(self, bundle: objective_pb2.Bundle) -> tuple[int, int, int]:
         """Return the load of this lane with one more objective, as a tuple to compare.
@@ -188,7 +190,7 @@ class Lane:
         def make() -> tuple[Point, int]:
             source = self.source(objective, data, placement)
             self._check_rows(objective, source, x, working)
-            on_device = self._put(x)
+            on_device = self._put_x(objective, x)
             source.kernels.request("value_and_grad").result()
             with working():
                 started = time.perf_counter()
@@ -288,7 +290,7 @@ class Lane:
         def at(x: codec.Array) -> LoosePoint:
             turn()
             self._check_rows(objective, source, x, functools.partial(self._liveness.working, objective.digest))
-            on_device = self.device.put(x)
+            on_device = self._put_x(objective, x)
 
             resident = source if objective.plan.needs_apply and isinstance(source, data_sources.Resident) else None
 
@@ -352,6 +354,15 @@ class Lane:
             return placed, array_bytes(tensor) * self.device.copies(tensor.shape, data=True)
 
         return self.residency.load(tensor_key(tensor), "data", make, evict=not unnoticed)
+
+    def _put_x(self, objective: Objective, x: codec.Array) -> Any:
+        """Copy x to the device, split by leaf if the objective wants it."""
+        if not objective.leaves:
+            return self._put(x)
+        started = time.perf_counter()
+        placed = self.device.put_by_leaf(x, objective.leaves)
+        self._metrics.put(time.perf_counter() - started)
+        return placed
 
     def _put(self, array: codec.Array, *, data: bool = False) -> Any:
         """Copy an array to the device, and record how long that took."""

@@ -83,6 +83,7 @@ class Objective:
         memory_budget_bytes: int,
         *,
         parts: int = 1,
+        leaf_copies: Callable[[Sequence[int]], int] | None = None,
         copies: Callable[[Sequence[int]], int] = lambda shape: 1,
     ) -> None:
         self.digest = digest
@@ -93,7 +94,12 @@ class Objective:
         self._copies = copies
         self.dtype = codec.dtype(bundle.dtype)
         self.n = bundle.n
-        self.vector_bytes = bundle.n * self.dtype.itemsize * parts
+        self.leaves = [] if leaf_copies is None else [tuple(leaf.shape) for leaf in bundle.x_leaves]
+        """Shapes of the leaves of x, if x is split by leaf over several devices."""
+        elements = bundle.n * parts
+        if leaf_copies is not None:
+            elements = sum(math.prod(shape) * leaf_copies(shape) for shape in self.leaves)
+        self.vector_bytes = elements * self.dtype.itemsize
         """Bytes of a vector of n elements on the device."""
         self.kernels = self.kernels_for(bundle.data)
         """The programs for the data of the registration."""

@@ -217,7 +217,15 @@ class Objectives:
         the device with the least load.
         """
         if bundle.sharded:
-            return self._lanes[-1]
+            lane = self._lanes[-1]
+            if bundle.sharded_parameters and lane.device.spans_processes:
+                raise ServiceError(
+                    Code.FAILED_PRECONDITION,
+                    "NO_GROUP",
+                    "x cannot be split over the processes of a group: register the objective with sharded=True, or at one server with "
+                    "several devices",
+                )
+            return lane
         singles = self._lanes[:-1] or self._lanes
         return min(singles, key=lambda lane: lane.load_with(bundle))
 

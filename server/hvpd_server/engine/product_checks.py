@@ -36,6 +36,13 @@ def check_product(spec: curvature_pb2.ProductSpec, objective: Objective, max_blo
             "UNKNOWN_BLOCK",
             f"objective {objective.digest[:12]} has {len(objective.bundle.blocks)} blocks, got {spec.block}",
         )
+    if objective.bundle.sharded_parameters and (spec.block or spec.leaves or spec.mode):
+        raise ServiceError(
+            Code.INVALID_ARGUMENT,
+            "UNKNOWN_MODE" if spec.mode else "UNKNOWN_BLOCK",
+            f'objective {objective.digest[:12]} was registered with sharded="parameters": it has products of the whole Hessian in its own '
+            "mode only",
+        )
     if spec.mode or spec.precision:
         _check_choices(spec, objective)
     program = program_of(spec, objective.bundle)

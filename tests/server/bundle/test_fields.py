@@ -256,6 +256,21 @@ def test_modes_that_keep_residuals_need_data_of_one_size_on_one_device(bundle, m
     assert f"mode {mode} keeps residuals" in refuse(bundle)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"sharded": False}, {"row_leaves": [0]}, {"blocks": [{"leaves": [0]}]}, {"mode": "reverse_over_reverse"}],
+    ids=str,
+)
+def test_x_that_is_split_needs_a_whole_objective_in_forward_mode(bundle, fields):
+    bundle.MergeFrom(objective_pb2.Bundle(sharded=True, sharded_parameters=True))
+    bundle.ClearField("blocks")
+    parse(bundle.SerializeToString())
+    bundle.MergeFrom(objective_pb2.Bundle(**fields))
+    if "sharded" in fields:
+        bundle.sharded = False
+    assert "x that is split over devices needs sharded data" in refuse(bundle)
+
+
 def test_rows_that_the_program_fixes_are_no_rows(bundle, valid):
     """The registered rows fit, so the program is admitted. Other rows are refused when
     they are bound.
