@@ -3,18 +3,24 @@ the files of settings.
 """
 
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trustme
 
 import hvpd
+from hvpd._cli import doctor
 from hvpd._cli.main import main
+from hvpd.v1 import server_pb2
 from hvpd_server.tenancy import token_file
 from tests.support.waiting import until
 
@@ -78,6 +84,47 @@ def test_doctor_names_a_port_that_refuses_and_a_port_of_another_program(said):
     code, out, _ = said("doctor", "--address", f"127.0.0.1:{port}")
     assert code == 1
     assert f"FAIL  port         {port} refuses connections: is `hvpd serve` running there" in out
+
+
+def test_doctor_names_a_server_without_tls(said, place, tmp_path):
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes(trustme.CA().cert_pem.bytes())
+    code, out, _ = said("doctor", "--address", place[0], "--ca", str(ca))
+    assert code == 1
+    assert re.search(r"FAIL  TLS +.*this client speaks TLS and the server does not", out)
+
+
+def test_doctor_names_versions_that_do_not_fit(said, place, monkeypatch):
+    def connect(arguments):
+        raise hvpd.IncompatibleError("revisions 1 and 9", reason="PROTOCOL_MISMATCH")
+
+    monkeypatch.setattr(doctor, "connect", connect)
+    code, out, _ = said("doctor", "--address", place[0])
+    assert code == 1
+    assert "FAIL  versions     revisions 1 and 9" in out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "good", "says"),
+    [(0, True, "less than 60 s"), (-300, False, "behind this one: set both by NTP"), (300, False, "ahead of this one")],
+)
+def test_doctor_compares_clocks(seconds, good, says):
+    server = server_pb2.GetServerResponse()
+    server.time.FromNanoseconds(time.time_ns() + seconds * 10**9)
+    found = doctor._clock(SimpleNamespace(server=server))
+    assert found.good is good
+    assert says in found.text
+
+
+def test_doctor_names_a_vector_port_that_cannot_be_reached():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    server = server_pb2.GetServerResponse(port=7070, vector_port=port)
+    transport = SimpleNamespace(by_unix_socket=lambda: False)
+    found = doctor._vectors(SimpleNamespace(server=server, address="127.0.0.1:7070", _transport=transport))
+    assert found.good is None
+    assert found.text.startswith(f"{port} refuses connections")
+    assert found.text.endswith("Products go over gRPC, which takes longer.")
 
 
 def test_doctor_goes_through_the_proxy_of_the_environment(said, place, monkeypatch):
