@@ -53,7 +53,7 @@ class Programs:
         if name not in ("hvp", "apply"):
             return lambda: jax.block_until_ready(compiled(self._x, *self._args))
         V = aligned(normal(5, k, self.n))
-        arguments = [self._x, V, *self._args] if name == "hvp" else [V, *self._residuals()]
+        arguments = [self._x, V, *self._args] if name == "hvp" else [V, *self.residuals()]
         return lambda: np.asarray(compiled(*arguments))
 
     def on_device(self, name: str, k: int = 0) -> Callable[[], object]:
@@ -65,7 +65,7 @@ class Programs:
         """
         compiled = self.compiled(name, k)
         V = [jax.device_put(normal(5, k, self.n))] if k else []
-        arguments = [*V, *self._residuals()] if name == "apply" else [self._x, *V, *self._args]
+        arguments = [*V, *self.residuals()] if name == "apply" else [self._x, *V, *self._args]
         return lambda: compiled(*arguments)
 
     def multiply(self, name: str) -> Callable[[Vector], Vector]:
@@ -73,7 +73,7 @@ class Programs:
         by hvp or apply.
         """
         compiled, x, args = self.compiled(name, 1), self._x, self._args
-        residuals = self._residuals() if name == "apply" else []
+        residuals = self.residuals() if name == "apply" else []
 
         def product(v: Vector) -> Vector:
             found: Vector = np.asarray(compiled(v, *residuals) if residuals else compiled(x, v, *args))
@@ -104,7 +104,8 @@ class Programs:
                 self._compiled[name, k] = lowered.compile()
         return self._compiled[name, k]
 
-    def _residuals(self) -> Sequence[Any]:
+    def residuals(self) -> Sequence[Any]:
+        """Return the arguments of apply after its vectors."""
         arguments = [self._x, *self._args]
         results = self.compiled("prepare", 0)(*arguments)[2:]
         return [

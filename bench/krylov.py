@@ -140,14 +140,15 @@ def _figures(label: str, server: _processes.Child, *, quick: bool) -> Iterator[F
 def _solves(label: str, server: _processes.Child, *, quick: bool) -> Iterator[Figure]:
     """Yield the time of each solve by single products over that in launches.
 
-    A Hessian in the mode "linearized" has no launches of several steps.
+    An objective with a fixed bucket has no launches of several steps.
     """
     problem, (rounds, _, seconds) = PROBLEMS[label](), (1, 1, 0.02) if quick else ROUNDS[label]
     with hvpd.connect(_processes.address(server)) as client:
         point = client.objective(f"bench/krylov/{problem.n}").at(problem.x)
         H = point.hessian()
         shift = 1.01 * abs(float(H.eigsh(1, "SA", tol=1e-2).values[0]))
-        definite, single = point.hessian(shift), point.hessian(shift, mode="linearized")
+        fixed = client.register(problem.fun, problem.x, *problem.data, fixed_bucket=1)
+        definite, single = point.hessian(shift), fixed.at(problem.x).hessian(shift)
         M = hvpd.nystrom(definite, 20)
         for method, predicted in PREDICTED_SOLVES.items():
             contenders = {"launches": _solve(definite, method, M), "products": _solve(single, method, M)}
@@ -181,7 +182,7 @@ def _solve(H: hvpd.CurvatureOperator, method: str, M: object) -> Callable[[], ob
 
 def _launched(server: _processes.Child, solve: Callable[[], object]) -> bool:
     """Solve. Return whether steps were launched together."""
-    several = r'hvpd_launches_total{program="(cg|shifted_cg|minres)_hvp"}'
+    several = r'hvpd_launches_total{program="(cg|shifted_cg|minres)_(hvp|apply)"}'
     before = _processes.metric(server, several)
     solve()
     return _processes.metric(server, several) > before
@@ -262,14 +263,14 @@ def _in_process(problem: Problem) -> dict[str, Callable[[], object]]:
 def _launches(programs: Programs, start: Vector) -> list[float]:
     """Run the server's program of several steps, launch by launch."""
     n = programs.n
-    program, most = programs.compiled(f"{iterations.PREFIX}hvp", _BUCKET), iterations.steps_of(n)
+    program, most = programs.compiled(f"{iterations.PREFIX}apply", _BUCKET), iterations.steps_of(n)
     Q = aligned(np.zeros((_BUCKET, n), np.float32))
     Q[0] = start[0] / np.linalg.norm(start[0].astype(float))
     rows, size, alphas = 1, 0.0, list[float]()
-    x, args = programs.arguments
+    x, residuals = programs.arguments[0], programs.residuals()
     while rows <= STEPS:
         counts = np.array([rows, min(most, STEPS + 1 - rows)], np.int32)
-        found = program(x, Q, np.array([1.0, 0.0, size]), counts, *args)
+        found = program(x, Q, np.array([1.0, 0.0, size]), counts, *residuals)
         new, some, _, facts = map(np.asarray, found)
         taken, size = int(facts[0]), float(facts[2])
         Q[rows : rows + taken] = new[:taken]

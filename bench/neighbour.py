@@ -44,7 +44,7 @@ the whole of it. A single product takes 0.2 ms, and the steps around it take tim
 server's Python and of the two cores, too: three products' time.
 """
 
-_CG = r'hvpd_launches_total{program="cg_hvp"}'
+_CG = r'hvpd_launches_total{program="cg_(hvp|apply)"}'
 """Launches of several steps of CG, whose program is compiled while CG runs."""
 
 

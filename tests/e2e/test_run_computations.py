@@ -90,18 +90,18 @@ def in_launches(server, program, solve, most=1):
 @pytest.fixture(scope="module")
 def launched(server, H):
     """Return H when its steps of conjugate gradients are launched together."""
-    in_launches(server, "cg_hvp", lambda: H.solve(np.ones(N), maxiter=2))
+    in_launches(server, "cg_apply", lambda: H.solve(np.ones(N), maxiter=2))
     return H
 
 
 METHODS = {
-    "cg": ("cg_hvp", 1, {}),
+    "cg": ("cg_apply", 1, {}),
     "many": ("cg_hvp", 5, {}),
-    "minres": ("minres_hvp", 1, {"method": "minres"}),
+    "minres": ("minres_apply", 1, {"method": "minres"}),
     "minres of many": ("minres_hvp", 3, {"method": "minres"}),
-    "shifts": ("shifted_cg_hvp", 1, {"shifts": [0.01, 0.5, 3.0]}),
+    "shifts": ("shifted_cg_apply", 1, {"shifts": [0.01, 0.5, 3.0]}),
     "shifts of many": ("shifted_cg_hvp", 2, {"shifts": [0.01, 0.5]}),
-    "minres with shifts": ("minres_hvp", 1, {"method": "minres", "shifts": [0.01, 0.5]}),
+    "minres with shifts": ("minres_apply", 1, {"method": "minres", "shifts": [0.01, 0.5]}),
 }
 
 
@@ -126,12 +126,21 @@ def test_a_solve_in_launches_equals_the_iteration_here(server, H, A, method, M):
     assert products == 1  # The check of the residual.
 
 
+def test_the_mode_linearized_is_solved_in_launches(client, server, A, b):
+    """They share the program and the residuals of the objective's own mode."""
+    point = client.objective("computations/logistic").at(problem()[0])
+    operator = point.hessian(shift=0.01, mode="linearized")
+    found, several, _ = in_launches(server, "cg_apply", lambda: operator.solve(b, tol=1e-12))
+    assert several < len(found.residual_norms) - 1
+    np.testing.assert_allclose(found.x, np.linalg.solve(A, b), rtol=1e-9)
+
+
 @pytest.mark.parametrize("rank", [1, 3, 4])
 def test_operators_with_a_low_rank_term_are_solved_in_launches(launched, server, A, b, rank):
     U = np.random.default_rng(6).standard_normal((N, rank))
     C = np.linspace(0.5, 2, rank)
     updated, dense = (2.0 * launched).updated(U, C), 2 * A + (U * C) @ U.T
-    found, _, _ = in_launches(server, "cg_hvp", lambda: updated.solve(b, tol=1e-12))
+    found, _, _ = in_launches(server, "cg_apply", lambda: updated.solve(b, tol=1e-12))
     expected = hvpd.krylov.solve(aslinearoperator(dense), b, tol=1e-12)
     assert abs(found.products - expected.products) <= 1
     np.testing.assert_allclose(found.x, np.linalg.solve(dense, b), rtol=1e-9)
@@ -274,11 +283,16 @@ def test_the_step_of_a_trust_region_is_one_call(H, A, b, calls, radius, precondi
 )
 def test_a_step_in_launches_equals_the_step_here(launched, server, A, b, weighted, shift, radius, maxiter, reason):
     M = 1 / np.diag(A) if weighted else None
-    before = launches(server, "cg_hvp")
-    found = launched.shifted(shift)._krylov().steihaug(b, radius, tol=1e-10, maxiter=maxiter, M=M)
+
+    def step():
+        """Return the step, once its program is compiled: it takes no residuals."""
+        before = launches(server, "cg_hvp")
+        found = launched.shifted(shift)._krylov().steihaug(b, radius, tol=1e-10, maxiter=maxiter, M=M)
+        return found if launches(server, "cg_hvp") > before else None
+
+    found = until(step)
     dense = aslinearoperator(A + shift * np.eye(N))
     expected = runner(dense).steihaug(b, radius, tol=1e-10, maxiter=maxiter, M=M)
-    assert launches(server, "cg_hvp") > before
     assert found.reason == expected.reason == reason
     assert abs(found.products - expected.products) <= 1
     np.testing.assert_allclose(found.p, expected.p, rtol=1e-7, atol=1e-10 * np.linalg.norm(expected.p))
@@ -363,12 +377,12 @@ class Layers(scipy.sparse.linalg.LinearOperator):
 
 def test_no_program_is_compiled_for_layers_of_another_objective(client, launched, server, b):
     """A client could ask for any number of such programs."""
-    before = launches(server, "cg_hvp")
+    before = launches(server, "cg_apply")
     for _ in range(2):
         assert launched.solve(b, tol=1e-10, M=Layers()).converged
-    assert launches(server, "cg_hvp") == before
+    assert launches(server, "cg_apply") == before
     programs = [each.program for each in client.objective("computations/logistic").compiles()]
-    assert "cg_hvp" in programs
+    assert "cg_apply" in programs
     assert not any("kronecker" in program for program in programs)
 
 
@@ -376,7 +390,7 @@ def test_shifts_in_launches_end_at_one_without_positive_curvature(server, H, A, 
     """The solutions are those of the steps before."""
     lowest = float(np.linalg.eigvalsh(A)[0])
     shifts = [1.0, -1.5 * lowest]
-    found, _, _ = in_launches(server, "shifted_cg_hvp", lambda: H.solve(b, tol=1e-11, shifts=shifts), most=2)
+    found, _, _ = in_launches(server, "shifted_cg_apply", lambda: H.solve(b, tol=1e-11, shifts=shifts), most=2)
     expected = hvpd.krylov.solve(aslinearoperator(A), b, tol=1e-11, shifts=shifts)
     assert found.reason == expected.reason
     assert "not positive definite" in found.reason
@@ -448,7 +462,7 @@ def long(serve):
             )
             frames = chunked(krylov_pb2.ComputeRequest(spec=spec), krylov_pb2.ComputeRequest, B)
             call = channel.compute(frames, metadata=channel.metadata)
-            until(lambda: launches(server, f"{method}_hvp") > 2)
+            until(lambda: launches(server, f"{method}_(hvp|apply)") > 2)
             return call
 
         yield server, client, begin

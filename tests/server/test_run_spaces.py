@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hvpd.v1 import curvature_pb2
+from hvpd_server.engine.plan import Plan
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.krylov.host_space import HostSpace
 from hvpd_server.krylov.launcher import LAUNCH_SECONDS, Launcher
@@ -24,6 +25,9 @@ class Objective:
 
     def columns(self, program):
         return N
+
+    def plan_of(self, program):
+        return Plan("", has_apply=False, fits=True)
 
 
 class Point:

@@ -9,9 +9,12 @@ import pytest
 
 from hvpd._wire import codec
 from hvpd.v1 import curvature_pb2
+from hvpd_server.engine import launches
+from hvpd_server.engine.objective import LINEARIZED
 from hvpd_server.errors import ServiceError
 from hvpd_server.krylov import computation
 from hvpd_server.krylov.device_space import LanczosLauncher, capacity
+from hvpd_server.krylov.launcher import Launcher
 from hvpd_server.krylov.operator import Operator, Terms, Work
 from hvpd_server.krylov.runs import Position, Runs
 from tests.support.waiting import until
@@ -119,6 +122,26 @@ def test_a_computation_counts_while_it_runs(engine, runs, point, residency):
 def test_a_computation_takes_a_quarter_of_what_there_is(engine, runs, point):
     operator = Operator(engine, point, "hvp", terms=Terms())
     assert runs.room_bytes(operator) == engine.lanes[0].residency.budget_bytes // 4
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_launches_take_residuals_if_there_is_room(engine, point, residency, monkeypatch, room):
+    if not room:
+        monkeypatch.setattr(launches, "residuals_of", lambda *_: None)
+    operator, rows = Operator(engine, point, "hvp", terms=Terms()), capacity(1)
+    found = LanczosLauncher(operator).launch(np.eye(rows, N), rows, 1, 1, 0.0)
+    assert found.alphas[0] == pytest.approx(operator.multiply(np.eye(1, N))[0, 0], rel=1e-12)
+    programs = {each.program for each in point.source.kernels.compiles()}
+    assert programs >= {"prepare", "lanczos_apply"}
+    assert ("lanczos_hvp" in programs) is not room
+    assert ("residuals" in residency.used_bytes()) is room
+
+
+def test_few_steps_take_no_residuals(engine, point):
+    names = []
+    for program, options in (("hvp", {}), ("hvp", {"brief": True}), ("hvp", {"vectors": 2}), (LINEARIZED, {})):
+        names.append(Launcher(Operator(engine, point, program, terms=Terms()), "cg_", 64, **options)._name)
+    assert names == ["cg_apply", "cg_hvp", "cg_hvp", "cg_apply"]
 
 
 @pytest.mark.parametrize(("seconds", "fixed", "compiled"), [(0.0, 0, True), (60.0, 0, False), (0.0, 4, False)])

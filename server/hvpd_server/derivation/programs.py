@@ -170,6 +170,13 @@ class Sized:
     def _linearized(self) -> tuple[Function, Batched, list[objective_pb2.Residual]]:
         return linearized(self.traced.fun, [self.traced.x, *self.traced.args])
 
+    def _residuals(self) -> list[jax.ShapeDtypeStruct]:
+        """Return the arguments of `apply` after its vectors."""
+        return [
+            jax.ShapeDtypeStruct(tuple(r.spec.shape), np.dtype(jax.numpy.dtype(r.spec.dtype)))
+            for r in self._linearized[2]
+        ]
+
     @functools.cached_property
     def _factors(self) -> Factors | None:
         traced = self.traced
@@ -222,11 +229,7 @@ class Sized:
         if base == "prepare":
             return Program([self._linearized[0]], [x, *args])
         if base == "apply":
-            residuals = [
-                jax.ShapeDtypeStruct(tuple(r.spec.shape), np.dtype(jax.numpy.dtype(r.spec.dtype)))
-                for r in self._linearized[2]
-            ]
-            return _batched(self._linearized[1], [block, *residuals])
+            return _batched(self._linearized[1], [block, *self._residuals()])
         if base == "hvp_pairs":
             return _batched(pairs_of(traced.fun, self._derivation.described.mode), [block, block, *args])
         if base in ("kfac", "sampled_kfac"):
@@ -237,11 +240,18 @@ class Sized:
 
     def _iteration(self, prefix: str, name: Name, width: int) -> Program:
         """Return several steps of an iteration around a product, for so many right-hand
-        sides; or of Lanczos's iteration for a basis of so many rows.
+        sides; or of Lanczos's iteration for a basis of so many rows. With `apply`, the
+        last arguments are its residuals.
         """
         traced = self.traced
         n, dtype = traced.layout.size(name.leaves or None), traced.x.dtype
-        product, drawn = self._whole_or_block(name)
+        product: Batched
+        if name.base == "apply":
+            apply, args = self._linearized[1], self._residuals()
+            product = lambda batch: lambda x, *arguments: apply(batch)(*arguments)  # noqa: E731
+        else:
+            product, drawn = self._whole_or_block(name)
+            args = [*drawn, *traced.args]
         single = product(lambda f: lambda V: f(V[0])[None])
         if prefix == iterations.PREFIX:
 
@@ -249,13 +259,13 @@ class Sized:
                 return single(x, v[None], *args)[0]
 
             steps = iterations.lanczos_of(multiply, iterations.steps_of(n), self._derivation.platform)
-            return Program([steps], [traced.x, *iterations.specs_of(width, n, dtype), *drawn, *traced.args])
+            return Program([steps], [traced.x, *iterations.specs_of(width, n, dtype), *args])
         method, sizes = _METHODS[prefix], several_steps.Sizes(width, n, dtype, name.form)
         products = [single] if width == 1 else [product(jax.vmap), product(lambda f: lambda V: jax.lax.map(f, V))]
         specs = itertools.chain(*several_steps.specs_of(method, sizes))
         return Program(
             [several_steps.several(method, each, sizes) for each in products],
-            [traced.x, *specs, *drawn, *traced.args],
+            [traced.x, *specs, *args],
         )
 
     def _whole_or_block(self, name: Name) -> tuple[Batched, list[jax.ShapeDtypeStruct]]:

@@ -53,6 +53,8 @@ class Iteration:
     """Vectors that each step multiplies."""
     seed: int | None = None
     """Seed, if the operator draws random numbers."""
+    by_apply: bool = False
+    """Whether the program multiplies by `apply`, and takes the point's residuals."""
 
     @property
     def columns(self) -> int:
@@ -64,7 +66,7 @@ class Iteration:
 
         A first product that is not used counts, too.
         """
-        return max(int(found[-1][0]), 1) * self.vectors
+        return max(int(found[-1][0]), 1) * self.vectors if found else 0
 
 
 class Launches:
@@ -147,12 +149,15 @@ class Launches:
 
     def iterate(self, job: Job, on_queue: OnWait) -> list[Any]:
         """Launch an iteration, the key of a job, in its turn. Return its results: the
-        first one where the device has it, the others in the host's memory.
+        first one where the device has it, the others in the host's memory. Return no
+        results if there is no room for the residuals that it needs.
         """
         iteration = job.key
         assert isinstance(iteration, Iteration)
         job.point = point = iteration.point
         found: list[Any] = self._in_turn(job, on_queue)
+        if not found:
+            return found
         seconds, columns = job.finished - job.started, iteration.multiplied(found)
         self._metrics.product(
             ProductRecord(
@@ -171,9 +176,17 @@ class Launches:
 
     def _iterated(self, iteration: Iteration) -> list[Any]:
         point, seed = iteration.point, iteration.seed
+        source, program, front = point.source, (iteration.program, iteration.width), (point.x, *iteration.front)
 
         def call() -> list[Any]:
-            found = point.source.call(iteration.program, iteration.width, point.x, *iteration.front, seed=seed)
+            if iteration.by_apply:
+                assert isinstance(source, data_sources.Resident)
+                residuals = residuals_of(point, source, 1, point.objective.plan_of(LINEARIZED), self._residency)
+                if residuals is None:
+                    return []
+                found = source.kernels.call(*program, *front, *residuals)
+            else:
+                found = source.call(*program, *front, seed=seed)
             return [computed(found[0]), *map(host, found[1:])]
 
         return with_relief(self._residency, call, [point.id], f"{iteration.steps} steps of {iteration.program}")

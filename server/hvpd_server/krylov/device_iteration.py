@@ -27,6 +27,7 @@ class DeviceIteration:
         operator: Multiplies. `launcher.is_possible` holds for it.
         packed: The iteration.
         fixed: What its program takes beside its state.
+        brief: Whether few steps follow.
 
     Attributes:
         taken: Steps of all launches.
@@ -34,13 +35,20 @@ class DeviceIteration:
             in NumPy has the state.
     """
 
-    def __init__(self, operator: Operator, packed: packing.Packed, fixed: packing.Fixed) -> None:
+    def __init__(
+        self, operator: Operator, packed: packing.Packed, fixed: packing.Fixed, *, brief: bool = False
+    ) -> None:
         self._operator = operator
         self._packed = packed
         self._fixed = fixed
         self._placed: list[Any] = []
         self._launcher = Launcher(
-            operator, packed.prefix, several_steps.STEPS, form=str(fixed.form), vectors=packed.rows
+            operator,
+            packed.prefix,
+            several_steps.STEPS,
+            form=str(fixed.form),
+            vectors=packed.rows,
+            brief=brief,
         )
         self.taken = 0
         self.arrays: list[Any] = []

@@ -64,7 +64,7 @@ class DeviceRunner(Runner):
         `tick` is called with the steps so far and the norm of the residual.
         """
         cg, state = BlockCG(self.multiply, precondition, -gradient[None]), None
-        iteration = None if cg.finished else self._iteration(PackedCG(cg, radius), precondition)
+        iteration = None if cg.finished else self._iteration(PackedCG(cg, radius), precondition, brief=True)
         if iteration is not None:
             state = _region_state(iteration, tol, maxiter, tick)
 
@@ -76,7 +76,9 @@ class DeviceRunner(Runner):
             multiply, gradient, radius, tol=tol, maxiter=maxiter, precondition=precondition, state=state
         )
 
-    def _iteration(self, packed: Packed, precondition: Multiply | None) -> DeviceIteration | None:
+    def _iteration(
+        self, packed: Packed, precondition: Multiply | None, *, brief: bool = False
+    ) -> DeviceIteration | None:
         """Return an iteration in launches; None if there is no program for it.
 
         A program for other layers than those of the objective is refused, because a
@@ -90,7 +92,7 @@ class DeviceRunner(Runner):
             objective.described, objective.bundle
         ):
             return None
-        return DeviceIteration(self.operator, packed, fixed)
+        return DeviceIteration(self.operator, packed, fixed, brief=brief)
 
 
 def _region_state(iteration: DeviceIteration, tol: float, maxiter: int, tick: Tick) -> trust_region.State | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from hvpd_server.device import data_sources
 from hvpd_server.engine.launches import Iteration
+from hvpd_server.engine.objective import LINEARIZED
 from hvpd_server.krylov.operator import Operator
 
 LAUNCH_SECONDS = 0.02
@@ -18,15 +19,12 @@ def is_possible(operator: Operator) -> bool:
     """Return whether several steps with an operator can be one launch.
 
     Several steps cannot be one launch with data in chunks, on several devices, or with
-    a fixed bucket, whose bits depend on the program.
+    a fixed bucket, whose bits depend on the steps of each launch.
     """
     point = operator.point
     device = operator.engine.objectives.lane(point.objective).device
     return (
-        isinstance(point.source, data_sources.Resident)
-        and len(device.parts) == 1
-        and not point.objective.fixed_bucket
-        and operator.program != "hvp@linearized"
+        isinstance(point.source, data_sources.Resident) and len(device.parts) == 1 and not point.objective.fixed_bucket
     )
 
 
@@ -87,6 +85,7 @@ class Launcher:
         form: The end of the program's name.
         vectors: Vectors that each step multiplies.
         seconds: Seconds that a launch should take.
+        brief: Whether few steps follow, so that residuals do not pay.
     """
 
     def __init__(
@@ -98,16 +97,32 @@ class Launcher:
         form: str = "",
         vectors: int = 1,
         seconds: float = LAUNCH_SECONDS,
+        brief: bool = False,
     ) -> None:
-        self._name = prefix + operator.program + form
         self._operator = operator
+        self._prefix, self._form = prefix, form
+        whole = operator.program in ("hvp", LINEARIZED)
+        # A block shares what depends on x, so residuals pay for single vectors only.
+        pays = whole and vectors == 1 and not brief and operator.point.objective.plan_of(LINEARIZED).needs_apply
+        self._product = "apply" if pays else _fused(operator)
         self._vectors = vectors
         # The queue may have room for one block only, so a launch is no wider.
         self._most = max(min(most, operator.engine.limits.max_block_width // vectors), 1)
         self._seconds = seconds
-        self._requested: set[int] = set()
-        paces = _paces.setdefault(operator.point.source.kernels, {})
-        self._pace = paces.setdefault((self._name, vectors), Pace())
+        self._requested: set[tuple[str, int]] = set()
+
+    @property
+    def _name(self) -> str:
+        return self._prefix + self._product + self._form
+
+    @property
+    def _pace(self) -> Pace:
+        paces = _paces.setdefault(self._operator.point.source.kernels, {})
+        return paces.setdefault((self._name, self._vectors), Pace())
+
+    def _programs(self, width: int) -> list[tuple[str, int]]:
+        """Return the programs of a launch, with their widths."""
+        return [(self._name, width), *([("prepare", 0)] if self._product == "apply" else [])]
 
     def ready(self, width: int) -> bool:
         """Return whether the program is compiled for a width. Start its compile at the
@@ -117,12 +132,12 @@ class Launcher:
         at each step.
         """
         kernels = self._operator.point.source.kernels
-        if kernels.ready(self._name, width):
-            return True
-        if width not in self._requested:
-            self._requested.add(width)
-            kernels.request(self._name, width)
-        return False
+        missing = [program for program in self._programs(width) if not kernels.ready(*program)]
+        for program in missing:
+            if program not in self._requested:
+                self._requested.add(program)
+                kernels.request(*program)
+        return not missing
 
     def steps(self, left: int, rows: float = 1.0, growth: float = 0.0) -> int:
         """Return the steps of the next launch.
@@ -147,23 +162,42 @@ class Launcher:
             rows: As in `steps`.
             growth: As in `steps`.
         """
-        operator, work = self._operator, self._operator.work
-        seed = operator.seed if operator.program.startswith("sampled_") else None
-        operator.point.source.kernels.request(self._name, width).result()
-        iteration = Iteration(operator.point, self._name, width, front, steps, self._vectors, seed)
+        operator, kernels = self._operator, self._operator.point.source.kernels
+        while True:
+            for program in self._programs(width):
+                kernels.request(*program).result()
+            found = operator.in_turn(lambda: self._launch(width, front, steps, rows, growth))
+            if found:
+                return found
+            self._product = _fused(operator)  # There is no room for residuals.
 
-        def launch() -> list[Any]:
-            found, seconds = operator.engine.iterate(
-                iteration,
-                tenant=work.tenant,
-                priority=operator.priority,
-                deadline=work.deadline,
-                on_queue=work.on_wait,
-            )
+    def _launch(self, width: int, front: Sequence[Any], steps: int, rows: float, growth: float) -> list[Any]:
+        """Launch the program. Return no results if there is no room for residuals."""
+        operator, work = self._operator, self._operator.work
+        found, seconds = operator.engine.iterate(
+            Iteration(
+                operator.point,
+                self._name,
+                width,
+                front,
+                steps,
+                self._vectors,
+                operator.seed if operator.program.startswith("sampled_") else None,
+                by_apply=self._product == "apply",
+            ),
+            tenant=work.tenant,
+            priority=operator.priority,
+            deadline=work.deadline,
+            on_queue=work.on_wait,
+        )
+        operator.device_seconds += seconds
+        if found:
             taken = int(found[-1][0])
-            operator.device_seconds += seconds
             operator.products += taken * self._vectors
             self._pace.note(seconds, taken, rows, growth)
-            return found
+        return found
 
-        return operator.in_turn(launch)
+
+def _fused(operator: Operator) -> str:
+    """Return the program that recomputes in each product what depends on x."""
+    return "hvp" if operator.program == LINEARIZED else operator.program
