@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import textwrap
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import hvpd
+from hvpd._cli.main import main
 
 
 def test_help_of_serve_names_each_setting_and_its_variable(command):
@@ -77,6 +79,17 @@ def test_register_and_list(serve, tmp_path, command):
         assert failed.stderr.startswith("hvpd: ")
         assert says in failed.stderr
         assert "Traceback" not in failed.stderr
+
+
+def test_register_without_jax_names_the_extra(monkeypatch, tmp_path, capsys):
+    source = tmp_path / "model.py"
+    source.write_text("import jax\n")
+    monkeypatch.setitem(sys.modules, "jax", None)  # An import fails.
+    assert main(["register", f"{source}:objective"]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"hvpd: {source} needs jax here (the server's is not enough): pip install 'hvpd[jax]'\n"
+    )
 
 
 def test_health(serve, command):

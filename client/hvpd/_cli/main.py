@@ -289,6 +289,12 @@ def _made_by(source: str) -> tuple[Any, ...]:
         defined = runpy.run_path(path)
     except OSError as error:
         raise InvalidArgumentError(f"cannot read {path}: {error.strerror}", reason="FILE_ACCESS") from None
+    except ModuleNotFoundError as error:
+        if error.name != "jax":
+            raise
+        raise MissingExtraError(
+            f"{path} needs jax here (the server's is not enough): pip install 'hvpd[jax]'"
+        ) from None
     if not callable(defined.get(name)):
         raise InvalidArgumentError(f"{path} defines no function {name!r}", reason="FILE_CONTENT")
     made = defined[name]()
