@@ -31,6 +31,13 @@ def problems(config: Config) -> Iterator[str]:
         except ValueError as error:
             yield f"--tls-cert, --tls-key: {error}"
     yield from _store(config)
+    yield from taken_ports(config)
+
+
+def taken_ports(config: Config) -> Iterator[str]:
+    """Yield a line for each port on which a server cannot listen."""
+    if config.rank:  # The leader has the ports of its group.
+        return
     ports: dict[int, str] = {}
     # The leader of a group listens on all addresses if --leader gives a name.
     leads = config.leader is not None and config.rank == 0
@@ -83,6 +90,6 @@ def _taken(host: str, port: int) -> str | None:
             listener.bind(address)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                return "another program listens on it"
+                return "another program listens on it: choose another port, or stop that program"
             return f"cannot listen on it ({error.strerror})"
     return None

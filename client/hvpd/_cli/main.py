@@ -143,15 +143,13 @@ def _serve(arguments: argparse.Namespace) -> int:
         print(f"hvpd: {error}", file=sys.stderr)
         return 2
     from hvpd._local import missing_packages
-    from hvpd_server import supervisor
+    from hvpd_server import config_check, supervisor
 
     for line in _environment.unknown(os.environ):
         show(f"hvpd: warning: {line}", sys.stderr)
     if missing := missing_packages():
         raise MissingExtraError(f"serving needs {', '.join(missing)}: pip install 'hvpd[server]'")
     if arguments.check_config:
-        from hvpd_server import config_check
-
         problems = list(config_check.problems(config))
         for line in problems:
             show(f"hvpd: {line}", sys.stderr)
@@ -161,6 +159,12 @@ def _serve(arguments: argparse.Namespace) -> int:
             else f"the settings are good: hvpd serve can listen on {config.host}:{config.port}"
         )
         return 2 if problems else 0
+    # The server itself would notice after its imports, which take seconds. A rank of a
+    # group may not be the one that listens.
+    taken = None if _config.in_group(config) else next(config_check.taken_ports(config), None)
+    if taken is not None:
+        show(f"hvpd: cannot start: {taken}", sys.stderr)
+        return 1
     return supervisor.run(config)
 
 
