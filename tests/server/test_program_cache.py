@@ -48,6 +48,21 @@ def test_files_count_for_the_tenants_of_their_objective(files):
         assert [cache.bytes_of(tenant) for tenant in ("a", "b", "c", "")] == [110, 10, 0, 111]
 
 
+def test_an_objective_borrows_programs_of_its_own_tenants_only(files):
+    found, other = files(), "d" * 64
+    found.write(A, "1", 100)
+    for tenants in ((), ("b",)):
+        found.cache.borrow(other, "1", tenants)
+        assert found.names() == [f"{A}-1"]
+    found.cache.borrow(other, "1", ("b", "a"))
+    assert found.names() == [f"{A}-1", f"{other}-1"]
+    assert found.cache.bytes_of("") == 200
+    found.cache.borrow(B, "1", ())  # An objective without tenants now has the program, too.
+    assert found.names() == [f"{A}-1", f"{B}-1", f"{other}-1"]
+    found.cache.borrow(B, "2", ())  # No objective has this program.
+    assert len(found.names()) == 3
+
+
 def test_a_full_cache_loses_the_oldest_files_of_the_tenant_that_has_most(files):
     found = files(100)
     found.write(B, "old", 20)

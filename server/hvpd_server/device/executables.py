@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import platform as machine
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +67,7 @@ class Executables:
         check_wanted: Raises ServiceError if the objective was deleted.
         load: Loads an executable from its bytes; by default on the parts.
         spans_processes: Whether some parts belong to other processes.
+        tenants: Returns the tenants of the objective, or the one that registers it.
     """
 
     def __init__(
@@ -83,7 +84,9 @@ class Executables:
         check_wanted: Callable[[], None] = lambda: None,
         load: Callable[[bytes], Compiled] | None = None,
         spans_processes: bool = False,
+        tenants: Callable[[], Collection[str]] = lambda: (),
     ) -> None:
+        self._tenants = tenants
         self._load = load or (lambda blob: compiling.load(blob, parts))
         self._spans_processes = spans_processes
         self._check_wanted = check_wanted
@@ -130,7 +133,7 @@ class Executables:
         key = _fingerprint(self._form, self._parts[0], order)
         path = self._cache.path(self._digest, key)
         if not path.exists():
-            self._cache.borrow(self._digest, key)
+            self._cache.borrow(self._digest, key, self._tenants())
         found, size = self._cached(path)
         if found is not None:
             self._check_memory(found, order)

@@ -136,6 +136,11 @@ class Objectives:
             if lane is None:
                 lane = self._lane_of[digest] = self._choose_lane(bundle)
                 lane.expect(digest, bundle)
+
+        def tenants() -> Collection[str]:
+            """Return the owners; before the first one has registered, that one."""
+            return self._owners.owners_of(digest) or ((tenant,) if tenant else ())
+
         loading = functools.partial(self._liveness.working, digest, compiling=True)
         forgotten = threading.Event()
         check_wanted = functools.partial(_check_wanted, digest, forgotten)
@@ -152,11 +157,8 @@ class Objectives:
             check_wanted,
             lane.device.load,
             lane.device.spans_processes,
+            tenants,
         )
-
-        def tenants() -> Collection[str]:
-            """Return the owners; before the first one has registered, that one."""
-            return self._owners.owners_of(digest) or ((tenant,) if tenant else ())
 
         def build_with_room(rows: int, name: str, width: int) -> Built:
             check_wanted()

@@ -1,9 +1,9 @@
 """The files of compiled programs, STORE/cache, within a number of bytes.
 
 A file's name begins with the digest of its objective, so it counts for the tenants of
-that objective. Objectives that differ only in the content of their data share a file by
-links, and each link counts. jax keeps small programs of the server itself there, which
-count for no tenant.
+that objective. Objectives of a tenant that differ only in the content of their data
+share a file by links, and each link counts. jax keeps small programs of the server
+itself there, which count for no tenant.
 """
 
 import collections
@@ -50,12 +50,18 @@ class ProgramCache:
         """Return the path of a program of an objective."""
         return self.directory / f"{digest}-{key}"
 
-    def borrow(self, digest: str, key: str) -> None:
-        """Give an objective a program that another objective has, if there is one. The
-        file counts for both.
+    def borrow(self, digest: str, key: str, tenants: Collection[str]) -> None:
+        """Give an objective a program that another objective of one of its tenants has,
+        if there is one. The file counts for both.
+
+        Without tenants, the other objective must have none. Another tenant's program is
+        left out, because its tenant would show in the time of a registration.
         """
         path = self.path(digest, key)
         for other in self.directory.glob(f"*-{key}"):
+            theirs = self._tenants_of(_objective_of(other))
+            if not (set(tenants) & set(theirs) or not (tenants or theirs)):
+                continue
             with contextlib.suppress(OSError):  # It is gone, or the disk has no links.
                 path.hardlink_to(other)
                 self.written(digest, path.stat().st_size)
