@@ -68,7 +68,7 @@ def test_facts_name_what_ranks_must_share(monkeypatch):
         software = processes.software()
     assert software["XLA_FLAGS"] == "--xla_some"
     assert software["version of jax"] == jax.__version__
-    assert processes.hardware().keys() == {"platform", "kind of device", "driver", "processor"}
+    assert processes.hardware().keys() == {"platform", "kind of device", "driver", "processor", "number of CPUs"}
 
 
 @pytest.mark.parametrize(("shape", "first"), [((6, 2), 0), ((6, 2), 3), ((4,), 0), ((), 0)])

@@ -74,6 +74,9 @@ def hardware() -> Mapping[str, str]:
     }
     if first.platform == "cpu":  # Compiled programs are for one processor.
         facts["processor"] = hashlib.sha256(processor().encode()).hexdigest()[:16]
+        # XLA adds in another sequence with other threads, and a loop on all ranks must
+        # end everywhere at once.
+        facts["number of CPUs"] = str(len(os.sched_getaffinity(0)))
     return facts
 
 

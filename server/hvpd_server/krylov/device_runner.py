@@ -34,7 +34,8 @@ class DeviceRunner(Runner):
     def __init__(self, operator: Operator) -> None:
         super().__init__(operator.multiply, operator.n, operator.dtype)
         self.operator = operator
-        self._launches = launcher.is_possible(operator)
+        # In a group, the state goes to all ranks with each launch: few vectors.
+        self._launches = launcher.is_possible(operator, basis=False)
 
     @contextlib.contextmanager
     def stepping(self, state: BlockCG | ShortRecurrence, precondition: Multiply | None) -> Iterator[Advance]:

@@ -15,16 +15,23 @@ LAUNCH_SECONDS = 0.02
 """Seconds that a launch of several steps should take."""
 
 
-def is_possible(operator: Operator) -> bool:
+def is_possible(operator: Operator, *, basis: bool = True) -> bool:
     """Return whether several steps with an operator can be one launch.
 
-    Several steps cannot be one launch with data in chunks, on several devices, or with
-    a fixed bucket, whose bits depend on the steps of each launch.
+    Several steps cannot be one launch with data in chunks, with a fixed bucket, whose
+    bits depend on the steps of each launch, or with x by leaf on several devices.
+
+    Args:
+        operator: Multiplies.
+        basis: Whether the steps need a basis. On several devices they are then no
+            launch, because in a group the basis would go to all ranks each time.
     """
     point = operator.point
     device = operator.engine.objectives.lane(point.objective).device
     return (
-        isinstance(point.source, data_sources.Resident) and len(device.parts) == 1 and not point.objective.fixed_bucket
+        isinstance(point.source, data_sources.Resident)
+        and (len(device.parts) == 1 or not (basis or point.objective.leaves))
+        and not point.objective.fixed_bucket
     )
 
 
