@@ -164,8 +164,18 @@ _tried: collections.Counter[str] = collections.Counter()
 
 @pytest.fixture(scope="session")
 def tried() -> Callable[..., None]:
-    """Count inputs: tried("messages")."""
-    return lambda what, count=1: _tried.update({what: count})
+    """Count inputs: tried("messages"). If $HVPD_FUZZ_COUNTS names a file, add a line
+    with the count there.
+    """
+    file = os.environ.get("HVPD_FUZZ_COUNTS")
+
+    def add(what: str, count: int = 1) -> None:
+        _tried[what] += count
+        if file:
+            with Path(file).open("a", encoding="utf-8") as lines:
+                lines.write(f"{count} {what}\n")
+
+    return add
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -33,7 +33,7 @@ SERVER = tuple(
 
 _OTHERS = re.compile(
     # Between hvpd's own processes; of its tests; of Kubernetes for a service "hvpd".
-    "HVPD_(?:OWNED|SUPERVISOR|LIVENESS|FUZZ_EXAMPLES|LEAK_PRODUCTS|LONG|IMAGE_TEST|CRDS|(?:[A-Z0-9_]*_)?SERVICE_.*|PORT_.*)"
+    "HVPD_(?:OWNED|SUPERVISOR|LIVENESS|FUZZ_EXAMPLES|FUZZ_COUNTS|LEAK_PRODUCTS|LONG|IMAGE_TEST|CRDS|(?:[A-Z0-9_]*_)?SERVICE_.*|PORT_.*)"
 )
 
 

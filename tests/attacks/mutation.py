@@ -1,9 +1,9 @@
 """Changes of a valid program: of its text, and of its parsed module.
 
-As a script, this is a process that makes mutants and reads them by the functions of the
-server's vetter, without a fork for each. It leaves out a mutant that is imported as the
-same program as an earlier one. It writes a mutant out before it reads the mutant. If
-the process ends there, that mutant ended it.
+As a script, this is a process that makes mutants, and reads and imports them by the
+functions of the server's vetter, without a fork for each. It leaves out a mutant that
+is imported as the same program as an earlier one. It writes a mutant out before it
+reads the mutant. If the process ends there, that mutant ended it.
 """
 
 import functools
@@ -353,12 +353,12 @@ def mutate(text: str, rng: random.Random) -> str:
 
 
 class Read(NamedTuple):
-    """A mutant that the vetter's reader has read."""
+    """A mutant that the vetter's functions have read, and imported or refused."""
 
     original: str
     text: str
     reason: str
-    """The reason of a refusal; empty if the mutant is admitted; "ENDED" if it ended its
+    """The reason of a refusal; empty if the mutant is imported; "ENDED" if it ended its
     reader.
     """
 
@@ -405,7 +405,10 @@ def mutants(originals: Mapping[str, Mapping[str, bytes]], count: int, seed: obje
 
 
 def _read(parts: Mapping[str, bytes], text: str, seen: set[str]) -> str:
-    """Return the reason of a refusal, SEEN, or an empty text."""
+    """Read and import a mutant. Return the reason of a refusal, SEEN, or an empty text.
+
+    The server differentiates it later.
+    """
     limits = Limits()
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
@@ -420,7 +423,6 @@ def _read(parts: Mapping[str, bytes], text: str, seen: set[str]) -> str:
         if key in seen:
             return SEEN
         seen.add(key)
-        vetter.derive(parts, "cpu", limits, derivation)
     except Refused as refused:
         return refused.reason
     except Exception:  # noqa: BLE001 - the vetter refuses such a program, too

@@ -12,7 +12,16 @@ def test_the_servers_variables_are_its_settings():
 
 
 @pytest.mark.parametrize(
-    "name", [*_environment.CLIENT, "HVPD_PORT", "HVPD_FUZZ_EXAMPLES", "HVPD_PORT_7070_TCP", "HVPD_SERVICE_HOST", "PATH"]
+    "name",
+    [
+        *_environment.CLIENT,
+        "HVPD_PORT",
+        "HVPD_FUZZ_EXAMPLES",
+        "HVPD_FUZZ_COUNTS",
+        "HVPD_PORT_7070_TCP",
+        "HVPD_SERVICE_HOST",
+        "PATH",
+    ],
 )
 def test_variables_of_hvpd_and_of_kubernetes_are_known(name):
     assert _environment.unknown([name]) == []
