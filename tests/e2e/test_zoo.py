@@ -78,7 +78,8 @@ def check_products(objective, name, dtype):
     H = objective.at(cast(ZOO[name].x, dtype)).hessian()
     V = normal(99, len(expected), 4).astype(dtype)
     assert relative(H @ V, expected @ V) < TOLERANCE[dtype]
-    for v in V.T:  # fused at first, from residuals later
+    # Fused at first, from residuals later. test_modes has residuals in float32, too.
+    for v in V.T[: 4 if dtype is np.float64 else 1]:
         assert relative(H @ v, expected @ v) < TOLERANCE[dtype]
 
 

@@ -156,7 +156,7 @@ def test_residuals_are_evicted_first_all_of_them_and_then_everything_that_is_not
     assert keys(residency, ["d", "p"]) == "dp"
 
 
-def test_an_entry_that_grows_evictsOTHERS_and_not_its_needs(residency, evicted):
+def test_an_entry_that_grows_evicts_others_and_not_its_needs(residency, evicted):
     residency.put("point", "point", "P", 2)
     residency.put("old", "data", "O", 3)
     residency.put("run", "run", "R", 2, needs=["point"])

@@ -75,7 +75,7 @@ def test_a_users_share_of_an_entry_counts_for_that_user_only(limited):
     assert (limited.had_bytes("a"), limited.had_bytes("b")) == (3, 23)
 
 
-def test_a_user_whose_entry_grows_leavesOTHERS(limited):
+def test_a_user_whose_entry_grows_leaves_others(limited):
     put(limited, "p", 4, "a")
     put(limited, "run", 4, "a")
     assert limited.resize("run", 8)
