@@ -17,7 +17,7 @@ from bench._programs import Programs, aligned
 from bench._report import Figure, Goal, measured
 from hvpd._krylov.lanczos import Lanczos
 from hvpd._krylov.runner import Runner, runner
-from hvpd_server.derivation import iterations
+from hvpd_server.derivation import lanczos
 
 BENCH = "krylov"
 STEPS = 50
@@ -263,7 +263,7 @@ def _in_process(problem: Problem) -> dict[str, Callable[[], object]]:
 def _launches(programs: Programs, start: Vector) -> list[float]:
     """Run the server's program of several steps, launch by launch."""
     n = programs.n
-    program, most = programs.compiled(f"{iterations.PREFIX}apply", _BUCKET), iterations.steps_of(n)
+    program, most = programs.compiled(f"{lanczos.PREFIX}apply", _BUCKET), lanczos.steps_of(n)
     Q = aligned(np.zeros((_BUCKET, n), np.float32))
     Q[0] = start[0] / np.linalg.norm(start[0].astype(float))
     rows, size, alphas = 1, 0.0, list[float]()

@@ -62,7 +62,7 @@ SHARED = {"_wire", "_krylov", "_text", "_errors", "_composite", "_check", "_vers
 """The parts of the client that the server may import."""
 
 JAX = {
-    "server/hvpd_server/admission/vetter.py",
+    "server/hvpd_server/admission/vetting_process.py",
     "server/hvpd_server/derivation",
     "server/hvpd_server/device/basis.py",
     "server/hvpd_server/device/executables.py",

@@ -138,9 +138,9 @@ def _reason(value: ast.expr) -> str:
 
 
 def _rules() -> frozenset[str]:
-    from hvpd_server.importer import rules
+    from hvpd_server.importer import refusals
 
-    return rules.REASONS
+    return refusals.REASONS
 
 
 def _class(code: str, reason: str) -> str:

@@ -24,7 +24,7 @@ from hvpd_server.device.device import devices
 from hvpd_server.device.forming import lead
 from hvpd_server.engine.engine import Engine
 from hvpd_server.errors import ServiceError
-from hvpd_server.importer import rules
+from hvpd_server.importer import refusals
 from hvpd_server.liveness import Liveness
 from hvpd_server.rpc import tls, vector_port
 from hvpd_server.rpc.blobs import BlobService
@@ -278,12 +278,12 @@ def _repeat(stopping: threading.Event, seconds: float, look: Callable[[], None])
             return
 
 
-def _program_limits(config: Config) -> rules.Limits:
+def _program_limits(config: Config) -> refusals.Limits:
     """Return the limits of reading and compiling programs on this machine.
 
     So many run at once that together they fit into its memory.
     """
-    defaults = rules.Limits()
+    defaults = refusals.Limits()
     share = memory_budget.host_bytes() // compile_queue.THREADS
     return dataclasses.replace(
         defaults,

@@ -23,9 +23,9 @@ import jax
 import numpy as np
 from jaxlib.mlir import ir
 
-from hvpd_server.admission import vetter
-from hvpd_server.importer import families, rules
-from hvpd_server.importer.rules import Limits
+from hvpd_server.admission import vetting_process
+from hvpd_server.importer import families, refusals
+from hvpd_server.importer.refusals import Limits
 from hvpd_server.importer.table import Refused
 
 NUMBERS = [
@@ -413,7 +413,7 @@ def _read(parts: Mapping[str, bytes], text: str, seen: set[str]) -> str:
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         parts = {**parts, "objective": text.encode()}
-        derivation = vetter.derivation_of(parts, "cpu", limits)
+        derivation = vetting_process.derivation_of(parts, "cpu", limits)
         bundle = derivation.bundle
         sized = derivation.for_rows(bundle.data[bundle.row_leaves[0]].shape[0] if bundle.row_leaves else 0)
         with sized.tracing():
@@ -426,7 +426,7 @@ def _read(parts: Mapping[str, bytes], text: str, seen: set[str]) -> str:
     except Refused as refused:
         return refused.reason
     except Exception:  # noqa: BLE001 - the vetter refuses such a program, too
-        return rules.VETTING_FAILED
+        return refusals.VETTING_FAILED
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     return ""

@@ -35,7 +35,7 @@ from jaxlib.mlir.dialects import stablehlo
 import hvpd
 from hvpd._registration import export as _export
 from hvpd.v1 import objective_pb2, objective_pb2_grpc
-from hvpd_server.importer import rules
+from hvpd_server.importer import refusals
 from tests.attacks import mutation
 from tests.fuzz.wire import send
 
@@ -183,13 +183,13 @@ def test_a_changed_program_is_refused_or_harms_no_neighbour(attacked, neighbour,
 
         def attack(index, mutant):
             tried("mutants of programs")
-            if COUNT and mutant.reason in rules.REASONS and index % 20:
+            if COUNT and mutant.reason in refusals.REASONS and index % 20:
                 return
             name = f"mutant/{original}/{index}"
             refused = registered(channel, made, mutant.text, name)
             tried("mutants of programs, sent to a server")
-            assert not (mutant.reason in rules.REASONS and not refused), mutant
-            assert not refused or refused in rules.REASONS, mutant
+            assert not (mutant.reason in refusals.REASONS and not refused), mutant
+            assert not refused or refused in refusals.REASONS, mutant
             if not refused:
                 with contextlib.suppress(hvpd.HvpdError):
                     client.objective(name).at(X).hessian() @ np.ones((16, 2))

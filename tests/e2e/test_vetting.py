@@ -328,7 +328,10 @@ def vetters(server):
         while ancestor in parents and ancestor != server.process.pid:
             ancestor = parents[ancestor]
         with contextlib.suppress(OSError):
-            if ancestor == server.process.pid and b"admission.vetter" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if (
+                ancestor == server.process.pid
+                and b"admission.vetting_process" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            ):
                 found.append(pid)
     return found
 

@@ -22,7 +22,7 @@ from hvpd.v1 import blob_pb2, blob_pb2_grpc, objective_pb2, objective_pb2_grpc
 from hvpd_server import bundle as _admission
 from hvpd_server.admission import vetting
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.importer import rules
+from hvpd_server.importer import refusals
 from tests.fuzz import wire
 from tests.fuzz.wire import send
 
@@ -201,7 +201,7 @@ def test_a_damaged_program_is_a_program_or_refused_and_the_next_is_read(vetter, 
         vetter.vet({"bundle": BUNDLE, "objective": blob})
     except ServiceError as error:
         assert error.code is Code.INVALID_ARGUMENT  # noqa: PT017 - some are still programs
-        assert error.reason in rules.REASONS  # noqa: PT017 - as above
+        assert error.reason in refusals.REASONS  # noqa: PT017 - as above
     assert "hvp" in vetter.vet({"bundle": BUNDLE, "objective": PROGRAM}).programs
 
 

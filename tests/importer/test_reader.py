@@ -19,9 +19,9 @@ from jax import export
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
-from hvpd_server.importer import attributes, reader, rules
+from hvpd_server.importer import attributes, reader, refusals
 from hvpd_server.importer.graph import Block, Module, TensorType
-from hvpd_server.importer.rules import Limits
+from hvpd_server.importer.refusals import Limits
 from hvpd_server.importer.table import Refused
 
 
@@ -108,7 +108,7 @@ def test_artifacts_of_other_versions():
     later[4] = (99 << 1) + 1  # The version of the bytecode, behind the four bytes that name it.
     with pytest.raises(Refused, match="bytecode version 99 is newer") as refused:
         reader.read(later)
-    assert refused.value.reason == rules.BUNDLE_INCOMPATIBLE
+    assert refused.value.reason == refusals.BUNDLE_INCOMPATIBLE
 
 
 def test_a_symbolic_size_is_an_extent_that_is_not_known(looped):
@@ -292,29 +292,45 @@ def test_short_decimals_are_rounded_once():
 @pytest.mark.parametrize(
     ("text", "reason", "words"),
     [
-        ("", rules.BUNDLE_INVALID, ["empty"]),
-        ("module {}", rules.BUNDLE_INVALID, ["no public function"]),
-        ("func.func private @f() { return }", rules.BUNDLE_INVALID, ["no public function"]),
-        ("func.func @f() { return } func.func @g() { return }", rules.BUNDLE_INVALID, ["2 public functions", "f, g"]),
-        (program(before="func.func @other() { return }"), rules.OPERATION_REFUSED, ["several entry points", "other"]),
-        ("func.func private @main(tensor<f32>) -> tensor<f32>", rules.OPERATION_REFUSED, ["0 blocks"]),
-        ("no module at all", rules.BUNDLE_INCOMPATIBLE, ["cannot be read", jax.__version__]),
-        ("module { module {} }", rules.OPERATION_REFUSED, ["builtin.module", "line 1"]),
+        ("", refusals.BUNDLE_INVALID, ["empty"]),
+        ("module {}", refusals.BUNDLE_INVALID, ["no public function"]),
+        ("func.func private @f() { return }", refusals.BUNDLE_INVALID, ["no public function"]),
+        (
+            "func.func @f() { return } func.func @g() { return }",
+            refusals.BUNDLE_INVALID,
+            ["2 public functions", "f, g"],
+        ),
+        (
+            program(before="func.func @other() { return }"),
+            refusals.OPERATION_REFUSED,
+            ["several entry points", "other"],
+        ),
+        ("func.func private @main(tensor<f32>) -> tensor<f32>", refusals.OPERATION_REFUSED, ["0 blocks"]),
+        ("no module at all", refusals.BUNDLE_INCOMPATIBLE, ["cannot be read", jax.__version__]),
+        ("module { module {} }", refusals.OPERATION_REFUSED, ["builtin.module", "line 1"]),
         (
             program(module="attributes {mhlo.num_partitions = 2 : i32}"),
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             ["num_partitions = 2"],
         ),
-        (program(function="attributes {llvm.noreturn}"), rules.OPERATION_REFUSED, ["llvm.noreturn", "function main"]),
+        (
+            program(function="attributes {llvm.noreturn}"),
+            refusals.OPERATION_REFUSED,
+            ["llvm.noreturn", "function main"],
+        ),
         (
             program(arguments="%a: tensor<3xf32> {tf.aliasing_output = 0 : i32}"),
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             ["tf.aliasing_output", "argument 0", "donated"],
         ),
-        (program(arguments="%a: tensor<3xf32> {jax.buffer_donor = true}"), rules.OPERATION_REFUSED, ["buffer_donor"]),
+        (
+            program(arguments="%a: tensor<3xf32> {jax.buffer_donor = true}"),
+            refusals.OPERATION_REFUSED,
+            ["buffer_donor"],
+        ),
         (
             program(arguments='%a: tensor<3xf32> {mhlo.sharding = "{devices=[2]<=[2]}"}'),
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             ["mhlo.sharding", "one device"],
         ),
         (
@@ -322,105 +338,113 @@ def test_short_decimals_are_rounded_once():
                 before='sdy.mesh @mesh = <["x"=2]>',
                 arguments='%a: tensor<3xf32> {sdy.sharding = #sdy.sharding<@mesh, [{"x"}]>}',
             ),
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             ["sdy.mesh", "one device"],
         ),
         (
             program(arguments='%a: tensor<3xf32> {mhlo.memory_kind = "pinned_host"}'),
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             ["memory_kind"],
         ),
         (
             program('%b = "foo.bar"(%a) : (tensor<3xf32>) -> tensor<f32>'),
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             ["foo.bar at line 4"],
         ),
-        (program("%b = arith.constant 1 : i32"), rules.OPERATION_REFUSED, ["arith.constant at line 4"]),
-        (program('%b = "stablehlo.foo"() : () -> tensor<f32>'), rules.BUNDLE_INCOMPATIBLE, ["stablehlo.foo"]),
-        (program("%b = stablehlo.create_token : !stablehlo.token"), rules.OPERATION_REFUSED, ["create_token"]),
+        (program("%b = arith.constant 1 : i32"), refusals.OPERATION_REFUSED, ["arith.constant at line 4"]),
+        (program('%b = "stablehlo.foo"() : () -> tensor<f32>'), refusals.BUNDLE_INCOMPATIBLE, ["stablehlo.foo"]),
+        (program("%b = stablehlo.create_token : !stablehlo.token"), refusals.OPERATION_REFUSED, ["create_token"]),
         (
             program("%b = stablehlo.partition_id : tensor<ui32>"),
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             ["partition_id", "one device"],
         ),
         (
             program("%b = stablehlo.tuple %a : tuple<tensor<3xf32>>"),
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             ["stablehlo.tuple", "expected an array"],
         ),
-        (program("%b = stablehlo.constant dense<1> : tensor<3xi4>"), rules.OPERATION_REFUSED, ["type i4"]),
-        (program("%b = stablehlo.constant dense<1> : tensor<3xui2>"), rules.OPERATION_REFUSED, ["type ui2"]),
+        (program("%b = stablehlo.constant dense<1> : tensor<3xi4>"), refusals.OPERATION_REFUSED, ["type i4"]),
+        (program("%b = stablehlo.constant dense<1> : tensor<3xui2>"), refusals.OPERATION_REFUSED, ["type ui2"]),
         (
             program(arguments="%a: tensor<3xf32>, %b: tensor<4x!quant.uniform<i8:f32, 0.5>>"),
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             ["!quant.uniform<i8:f32"],
         ),
         (
             program(
                 "%b = stablehlo.uniform_quantize %a : (tensor<3xf32>) -> tensor<3x!quant.uniform<i8:f32, 0.5>>",
             ),
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             ["quantized"],
         ),
         (
             program(arguments="%a: tensor<3xf32>, %b: tensor<?xf32, #stablehlo.bounds<5>>"),
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             ["encoding", "bounds"],
         ),
-        (program(arguments="%a: tensor<3xf32>, %b: !stablehlo.token"), rules.OPERATION_REFUSED, ["token", "effects"]),
-        (program(arguments="%a: tensor<3xf32>, %b: tensor<*xf32>"), rules.OPERATION_REFUSED, ["tensor<*xf32>"]),
-        (program(arguments="%a: tensor<3xf32>, %b: memref<3xf32>"), rules.OPERATION_REFUSED, ["memref<3xf32>"]),
-        (program(arguments="%a: tensor<3xf32>, %b: tensor<-3xf32>"), rules.BUNDLE_INCOMPATIBLE, ["cannot be read"]),
+        (
+            program(arguments="%a: tensor<3xf32>, %b: !stablehlo.token"),
+            refusals.OPERATION_REFUSED,
+            ["token", "effects"],
+        ),
+        (program(arguments="%a: tensor<3xf32>, %b: tensor<*xf32>"), refusals.OPERATION_REFUSED, ["tensor<*xf32>"]),
+        (program(arguments="%a: tensor<3xf32>, %b: memref<3xf32>"), refusals.OPERATION_REFUSED, ["memref<3xf32>"]),
+        (program(arguments="%a: tensor<3xf32>, %b: tensor<-3xf32>"), refusals.BUNDLE_INCOMPATIBLE, ["cannot be read"]),
         (
             program(arguments=f"%a: tensor<3xf32>, %b: tensor<{1 << 62}xf32>"),
-            rules.PROGRAM_TOO_LARGE,
+            refusals.PROGRAM_TOO_LARGE,
             ["TiB", str(1 << 62)],
         ),
         (
             program(arguments=f"%a: tensor<3xf32>, %b: tensor<{1 << 31}x?x{1 << 31}xi8>"),
-            rules.PROGRAM_TOO_LARGE,
+            refusals.PROGRAM_TOO_LARGE,
             ["TiB"],
         ),
-        (program(arguments=f"%a: tensor<3xf32>, %b: tensor<{'1x' * 65}f32>"), rules.PROGRAM_TOO_LARGE, ["65 axes"]),
+        (program(arguments=f"%a: tensor<3xf32>, %b: tensor<{'1x' * 65}f32>"), refusals.PROGRAM_TOO_LARGE, ["65 axes"]),
         (
             program(f"%b = stablehlo.constant dense<1.0> : tensor<{1 << 30}xf64>"),
-            rules.PROGRAM_TOO_LARGE,
+            refusals.PROGRAM_TOO_LARGE,
             ["constants", "pass arrays as data"],
         ),
         (
             program("%b = stablehlo.constant dense_resource<r> : tensor<3xf32>"),
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             ["dense_resource", "dense<...>"],
         ),
         (
             program("%b = stablehlo.add %a, %a {where = #foo.bar} : tensor<3xf32>"),
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             ["stablehlo.add at line 4", "attribute where", "foo"],
         ),
         (
             program("%b = stablehlo.add %a, %a {where = dense<(1.0, 2.0)> : tensor<complex<f32>>} : tensor<3xf32>"),
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             ["stablehlo.add at line 4", "attribute where"],
         ),
         (
             program(f"%b = stablehlo.add %a, %a {{x = dense<1> : tensor<{1 << 62}xi8>}} : tensor<3xf32>"),
-            rules.PROGRAM_TOO_LARGE,
+            refusals.PROGRAM_TOO_LARGE,
             ["stablehlo.add at line 4", "attribute x", "more than 65536 elements"],
         ),
         (
             program(f"%b = stablehlo.add %a, %a {{x = {'[' * 5000}1{']' * 5000}}} : tensor<3xf32>"),
-            rules.PROGRAM_TOO_LARGE,
+            refusals.PROGRAM_TOO_LARGE,
             ["nested too deeply"],
         ),
-        (program('%b = stablehlo.add %a, %a {x = "\\FF"} : tensor<3xf32>'), rules.BUNDLE_INVALID, ["cannot be read"]),
+        (
+            program('%b = stablehlo.add %a, %a {x = "\\FF"} : tensor<3xf32>'),
+            refusals.BUNDLE_INVALID,
+            ["cannot be read"],
+        ),
         (
             program("cf.br ^next(%a: tensor<3xf32>)\n^next(%b: tensor<3xf32>):"),
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             ["2 blocks", "stablehlo.if"],
         ),
         (
             program("%b = call @main(%a) : (tensor<3xf32>) -> tensor<3xf32>"),
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             ["call themselves", "main"],
         ),
     ],
@@ -461,7 +485,7 @@ def test_functions_that_call_each_other_in_a_circle():
     text = program("%b = call @f(%a) : (tensor<3xf32>) -> tensor<3xf32>", before=f"{one}\n{other}")
     with pytest.raises(Refused, match="call themselves") as refused:
         reader.read(text)
-    assert refused.value.reason == rules.OPERATION_REFUSED
+    assert refused.value.reason == refusals.OPERATION_REFUSED
 
 
 @pytest.mark.parametrize("named", ["@rule", '"rule"', '["rule"]'])
@@ -490,14 +514,14 @@ def chain(length, times):
 def test_nested_calls_count_as_often_as_they_are_made():
     with pytest.raises(Refused, match=r"1000000 operations, where each call .* Nest loops") as refused:
         reader.read(chain(40, 2))
-    assert refused.value.reason == rules.PROGRAM_TOO_LARGE
+    assert refused.value.reason == refusals.PROGRAM_TOO_LARGE
 
 
 def test_long_chains_of_calls():
     assert len(reader.read(chain(60, 1)).functions) == 62
     with pytest.raises(Refused, match=r"more than 64 functions that call each other") as refused:
         reader.read(chain(200, 1))
-    assert refused.value.reason == rules.PROGRAM_TOO_LARGE
+    assert refused.value.reason == refusals.PROGRAM_TOO_LARGE
 
 
 def nested(depth):
@@ -518,7 +542,7 @@ def test_deep_nesting():
     assert block.operations == []
     with pytest.raises(Refused, match="more than 64 regions deep: nest loops and conditions less deeply") as refused:
         reader.read(nested(70))
-    assert refused.value.reason == rules.PROGRAM_TOO_LARGE
+    assert refused.value.reason == refusals.PROGRAM_TOO_LARGE
 
 
 def test_limits_are_those_that_are_given():
@@ -533,7 +557,7 @@ def test_limits_are_those_that_are_given():
     ]:
         with pytest.raises(Refused, match=words) as refused:
             reader.read(text, limits)
-        assert refused.value.reason == rules.PROGRAM_TOO_LARGE
+        assert refused.value.reason == refusals.PROGRAM_TOO_LARGE
     assert len(reader.read(text, Limits(operations=3, constant_bytes=12, rank=1)).main.operations) == 2
 
 

@@ -11,7 +11,7 @@ from hvpd_server import app, bundle
 from hvpd_server import config as _config
 from hvpd_server.engine import registration
 from hvpd_server.errors import ServiceError
-from hvpd_server.importer import rules, table
+from hvpd_server.importer import refusals, table
 from hvpd_server.rpc import call_limits
 from hvpd_server.store import tenant_content
 
@@ -58,7 +58,7 @@ LIMITS = {
 
 def test_the_page_states_each_default_limit_of_programs():
     page = " ".join(SECURITY.read_text().split())
-    assert dataclasses.asdict(rules.Limits()) == {name: value for name, (value, _) in LIMITS.items()}
+    assert dataclasses.asdict(refusals.Limits()) == {name: value for name, (value, _) in LIMITS.items()}
     assert [said for _, said in LIMITS.values() if said not in page] == []
     assert table.LOOP_BYTES == 1 << 40
     assert "| 1 TiB | the values that a loop or a derivative keeps |" in page
@@ -74,13 +74,13 @@ def test_programs_share_the_memory_of_the_machine(monkeypatch, host, reads, comp
     monkeypatch.setattr(app.memory_budget, "host_bytes", lambda: host)
     limits = app._program_limits(_config.load(_config.parse(["--compile-timeout", "5"]), {}))
     expected = {"memory_bytes": reads, "compile_memory_bytes": compiles, "compile_seconds": 5}
-    assert limits == dataclasses.replace(rules.Limits(), **expected)
+    assert limits == dataclasses.replace(refusals.Limits(), **expected)
     default = app._program_limits(_config.load(_config.parse([]), {}))
-    assert default.compile_seconds == rules.Limits().compile_seconds
+    assert default.compile_seconds == refusals.Limits().compile_seconds
 
 
 def test_the_page_has_a_row_for_each_reason():
-    assert set(re.findall(r"^\| `([A-Z_]+)` \|", SECURITY.read_text(), re.MULTILINE)) == rules.REASONS
+    assert set(re.findall(r"^\| `([A-Z_]+)` \|", SECURITY.read_text(), re.MULTILINE)) == refusals.REASONS
 
 
 def test_the_pages_state_the_limits_that_need_no_setting():

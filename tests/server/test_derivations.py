@@ -8,7 +8,7 @@ import pytest
 
 from hvpd.v1 import objective_pb2
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.importer import reader, rules
+from hvpd_server.importer import reader, refusals
 from hvpd_server.rpc.call_context import GrpcCall
 from hvpd_server.rpc.objectives import ObjectiveService
 from tests.server.test_services import FakeContext
@@ -33,7 +33,7 @@ def counted(vetter, monkeypatch):
 
 
 def version():
-    return f"{rules.version()} cpu"
+    return f"{refusals.version()} cpu"
 
 
 def test_a_derivation_is_made_again_only_for_a_new_version(open_engine, rosen, counted, monkeypatch):
@@ -48,7 +48,7 @@ def test_a_derivation_is_made_again_only_for_a_new_version(open_engine, rosen, c
     engine.objectives.warm_all()
     assert len(counted) == 1
     assert engine.objectives.derivation(digest) == kept
-    monkeypatch.setattr(rules, "version", lambda: "other code")
+    monkeypatch.setattr(refusals, "version", lambda: "other code")
     engine = open_engine()
     assert engine.objectives.derivation(digest) is None
     engine.objectives.warm_all()
@@ -59,7 +59,7 @@ def test_a_derivation_is_made_again_only_for_a_new_version(open_engine, rosen, c
 def test_a_client_gets_the_derivation_of_an_objective_of_another_version(open_engine, rosen, monkeypatch):
     name = "other/version"
     open_engine(rosen).registration.register(rosen.export.digest, name)
-    monkeypatch.setattr(rules, "version", lambda: "other code")
+    monkeypatch.setattr(refusals, "version", lambda: "other code")
     engine = open_engine()
     call, request = GrpcCall(FakeContext()), objective_pb2.GetObjectiveRequest(name=name)
     found = ObjectiveService(engine).GetObjective(request, call).objective
@@ -70,7 +70,7 @@ def test_a_client_gets_the_derivation_of_an_objective_of_another_version(open_en
 def test_a_derivation_for_another_platform_is_made_again(open_engine, rosen, counted):
     engine = open_engine(rosen)
     derived = engine.objectives.derivation(rosen.export.digest)
-    engine.store.add_derivation(rosen.export.digest, f"{rules.version()} cuda", derived)
+    engine.store.add_derivation(rosen.export.digest, f"{refusals.version()} cuda", derived)
     engine = open_engine()
     engine.objectives.warm_all()
     assert len(counted) == 2
@@ -78,8 +78,8 @@ def test_a_derivation_for_another_platform_is_made_again(open_engine, rosen, cou
 
 
 def test_the_version_is_that_of_the_code_and_of_jax():
-    assert f"jax {jax.__version__}" in rules.version()
-    assert "jaxlib " in rules.version()
+    assert f"jax {jax.__version__}" in refusals.version()
+    assert "jaxlib " in refusals.version()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": 3}', b'{"version": "older", "derivation": {}}'])
@@ -120,7 +120,7 @@ def test_a_refused_program_is_not_registered_nor_stored_nor_read_by_the_server(o
     for _ in range(2):
         with pytest.raises(ServiceError, match=r"the bundle is refused: objective has .*backdoor") as error:
             engine.registration.register(digest, "evil")
-        assert error.value.reason == rules.OPERATION_REFUSED
+        assert error.value.reason == refusals.OPERATION_REFUSED
     assert engine.store.objectives() == []
     assert not list((engine.store.root / "derived").iterdir())
     assert engine.objectives.derivation(digest) is None
@@ -144,14 +144,14 @@ def test_one_that_a_newer_version_refuses_is_not_served_and_its_neighbours_are(
     open_engine, rosen, logistic, monkeypatch
 ):
     open_engine(rosen, logistic)
-    monkeypatch.setattr(rules, "version", lambda: "newer")
+    monkeypatch.setattr(refusals, "version", lambda: "newer")
     engine = open_engine()
     vet = engine.objectives._vetting._vetter.vet
     evil = rosen.bundle.SerializeToString()
 
     def refuse(programs, platform):
         if programs["bundle"] == evil:
-            raise ServiceError(Code.INVALID_ARGUMENT, rules.OPERATION_REFUSED, "no more")
+            raise ServiceError(Code.INVALID_ARGUMENT, refusals.OPERATION_REFUSED, "no more")
         return vet(programs, platform)
 
     monkeypatch.setattr(engine.objectives._vetting._vetter, "vet", refuse)
@@ -169,7 +169,7 @@ def test_programs_have_the_sizes_that_the_bundle_says(open_engine, rosen, upload
     digest = changed(rosen, upload, engine.store, program, size_bytes=claim)
     with pytest.raises(ServiceError, match=rf"objective has {len(program)} bytes, the bundle says {claim}") as error:
         engine.registration.register(digest, "")
-    assert error.value.reason == rules.BUNDLE_INVALID
+    assert error.value.reason == refusals.BUNDLE_INVALID
     assert engine.store.objectives() == []
 
 
@@ -182,4 +182,4 @@ def test_programs_that_are_too_large_are_not_even_read(open_engine, rosen, uploa
         file.truncate(1 << 30)
     with pytest.raises(ServiceError, match="its programs have 1024 MiB, at most 512 MiB are allowed") as error:
         engine.registration.register(rosen.export.digest, "")
-    assert error.value.reason == rules.PROGRAM_TOO_LARGE
+    assert error.value.reason == refusals.PROGRAM_TOO_LARGE

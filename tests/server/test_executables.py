@@ -10,7 +10,7 @@ from hvpd._registration.export import export
 from hvpd_server.admission.session import UnsupportedError
 from hvpd_server.device.executables import Executables
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.importer import rules
+from hvpd_server.importer import refusals
 from hvpd_server.store.program_cache import ProgramCache
 
 
@@ -70,7 +70,7 @@ def test_a_file_that_is_damaged_is_compiled_again(executables, rosen, tmp_path, 
 def test_a_changed_dependency_changes_the_executables_name(executables, tmp_path, monkeypatch, change):
     executables()(0, "value_and_grad", 0)
     if change == "version":
-        monkeypatch.setattr(rules, "version", lambda: "other code")
+        monkeypatch.setattr(refusals, "version", lambda: "other code")
     else:
         monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
     assert executables()(0, "value_and_grad", 0)[1] == "compiled"

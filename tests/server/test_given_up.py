@@ -11,7 +11,7 @@ import types
 import pytest
 
 from hvpd_server import app
-from hvpd_server.admission import vetter_process, vetting
+from hvpd_server.admission import spawn, vetting
 from hvpd_server.config import Config
 from hvpd_server.device import executables
 from hvpd_server.engine import registration
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow  # Real programs, compiled and run.
 
 PROGRAM = """
 import socket
-from hvpd_server.admission import vetter
+from hvpd_server.admission import vetting_process
 from hvpd_server.derivation import compiling
 
 def hold(work):
@@ -32,7 +32,7 @@ def hold(work):
     holder.send(work.encode())
     holder.recv(1)
 
-derive, compile_program = vetter.derive, compiling.compile_program
+derive, compile_program = vetting_process.derive, compiling.compile_program
 
 def held_derive(*args):
     hold("read")
@@ -42,8 +42,8 @@ def held_compile(sized, name, *args, **settings):
     hold(name)
     return compile_program(sized, name, *args, **settings)
 
-vetter.derive, compiling.compile_program = held_derive, held_compile
-vetter.main()
+vetting_process.derive, compiling.compile_program = held_derive, held_compile
+vetting_process.main()
 """
 
 
@@ -104,7 +104,7 @@ def held():
 
 @pytest.fixture
 def vetter(held, monkeypatch):
-    monkeypatch.setattr(vetter_process, "COMMAND", ["-c", PROGRAM.format(address=held.address)])
+    monkeypatch.setattr(spawn, "COMMAND", ["-c", PROGRAM.format(address=held.address)])
     # Otherwise a program that an earlier test has compiled is not compiled here.
     monkeypatch.setattr(executables.Executables, "_cached", lambda self, path: (None, 0))
     with contextlib.closing(vetting.Vetter()) as opened:

@@ -46,9 +46,9 @@ import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_enable_x64", True)
 from hvpd._registration import export
 from hvpd.v1 import objective_pb2
-from hvpd_server.admission import vetter
+from hvpd_server.admission import vetting_process
 from hvpd_server.derivation import compiling
-from hvpd_server.importer.rules import Limits
+from hvpd_server.importer.refusals import Limits
 
 WIDTH, LAYERS = 128, 6
 params = [{"w": np.ones((WIDTH, WIDTH)), "b": np.ones(WIDTH)} for _ in range(LAYERS)]
@@ -63,7 +63,7 @@ for sharded in (True, "parameters"):
     made = export.export(loss, params, (np.ones((16, WIDTH)),), platforms=("cpu",), precision="highest", sharded=sharded)
     bundle = objective_pb2.Bundle.FromString(bytes(made.blobs[made.digest]))
     parts = {name: bytes(made.blobs[program.digest]) for name, program in bundle.programs.items()}
-    derivation = vetter.derivation_of({vetter.BUNDLE: bundle.SerializeToString(), **parts}, "cpu", Limits())
+    derivation = vetting_process.derivation_of({vetting_process.BUNDLE: bundle.SerializeToString(), **parts}, "cpu", Limits())
     target = compiling.Target(jax.devices())
     for name, width in (("value_and_grad", 0), ("hvp", 2)):
         compiled = compiling.compile_program(derivation.for_rows(0), name, width, target, 1, deterministic=False)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from hvpd._registration import export as _export
-from hvpd_server.admission.vetter import derive
+from hvpd_server.admission.vetting_process import derive
 from hvpd_server.derivation.programs import PAIRS_BYTES
 from hvpd_server.engine.plan import Plan
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.importer.rules import Limits
+from hvpd_server.importer.refusals import Limits
 from tests.support.engine import WAIT, create_point, launches
 
 pytestmark = pytest.mark.slow  # Real programs, compiled and run.

@@ -19,14 +19,14 @@ import pytest
 import scipy.optimize
 
 from hvpd.v1 import objective_pb2
-from hvpd_server.admission.vetter import derive
+from hvpd_server.admission.vetting_process import derive
 from hvpd_server.derivation.compiling import Target
 from hvpd_server.device import device as device_module
 from hvpd_server.device.device import host
 from hvpd_server.device.executables import Built, InProcess
 from hvpd_server.device.programs import Programs
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.importer.rules import Limits
+from hvpd_server.importer.refusals import Limits
 from hvpd_server.importer.table import Refused
 from hvpd_server.liveness import LOST
 

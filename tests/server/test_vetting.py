@@ -13,7 +13,7 @@ from jaxlib.mlir.dialects import chlo, stablehlo
 import hvpd
 from hvpd._registration import export as _export
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.importer import rules, table
+from hvpd_server.importer import refusals, table
 from tests.support.vetting import PLAIN, artifact, made, main, parts, refused
 
 pytestmark = pytest.mark.slow  # Real programs, compiled and run.
@@ -206,7 +206,7 @@ BACKDOOR = """
 @pytest.mark.parametrize("body", BODIES)
 def test_a_refusal_names_program_and_operation(vetter, body):
     text, says = BODIES[body]
-    message = refused(vetter, main(text, BACKDOOR if "@other" in text else ""), rules.OPERATION_REFUSED, *says)
+    message = refused(vetter, main(text, BACKDOOR if "@other" in text else ""), refusals.OPERATION_REFUSED, *says)
     assert message.startswith("the bundle is refused: objective has a ")
 
 
@@ -226,7 +226,7 @@ def test_a_refusal_of_a_composite_names_its_stage(vetter):
     for name, size in [("loss", 5), ("model", 3)]:
         with pytest.raises(ServiceError, match=rf"refused: {name} has a stablehlo.custom_call .*backdoor") as error:
             vetter.vet(parts(composite, **{name: artifact(backdoor.format(size))}))
-        assert error.value.reason == rules.OPERATION_REFUSED
+        assert error.value.reason == refusals.OPERATION_REFUSED
 
 
 def test_an_objective_that_cannot_be_differentiated_twice_is_refused(vetter):
@@ -235,7 +235,7 @@ def test_an_objective_that_cannot_be_differentiated_twice_is_refused(vetter):
     )
     with pytest.raises(ServiceError, match="cannot be differentiated twice") as error:
         vetter.vet(parts(loop))
-    assert (error.value.code, error.value.reason) == (Code.INVALID_ARGUMENT, rules.NOT_DIFFERENTIABLE)
+    assert (error.value.code, error.value.reason) == (Code.INVALID_ARGUMENT, refusals.NOT_DIFFERENTIABLE)
 
 
 def test_branches_for_other_devices_only_are_refused(vetter):
@@ -245,5 +245,5 @@ def test_branches_for_other_devices_only_are_refused(vetter):
     other = _export.export(branching, np.ones(3), (), platforms=("cuda", "tpu"), precision="highest")
     with pytest.raises(ServiceError, match="has branches for cuda, tpu, and this server's device is cpu") as error:
         vetter.vet(parts(other), "cpu")
-    assert (error.value.code, error.value.reason) == (Code.INVALID_ARGUMENT, rules.BUNDLE_INCOMPATIBLE)
+    assert (error.value.code, error.value.reason) == (Code.INVALID_ARGUMENT, refusals.BUNDLE_INCOMPATIBLE)
     assert "hvp" in vetter.vet(parts(other), "cuda").programs

@@ -18,8 +18,8 @@ from jax._src.export import serialization, serialization_generated
 
 from hvpd_server.admission import vetting
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.importer import rules
-from hvpd_server.importer.rules import Limits
+from hvpd_server.importer import refusals
+from hvpd_server.importer.refusals import Limits
 from tests.support.vetting import PLAIN, A, made, main, parts, refused
 
 pytestmark = pytest.mark.slow  # Real programs, compiled and run.
@@ -40,7 +40,7 @@ def deep(levels):
 
 
 def test_nesting_has_an_end(vetter):
-    refused(vetter, deep(100), rules.PROGRAM_TOO_LARGE, "objective ", "64")
+    refused(vetter, deep(100), refusals.PROGRAM_TOO_LARGE, "objective ", "64")
 
 
 def test_calls_that_multiply_are_counted_as_they_would_be(vetter):
@@ -54,7 +54,7 @@ def test_calls_that_multiply_are_counted_as_they_would_be(vetter):
     ]
     others.append("func.func private @f40(%x: tensor<3xf32>) -> tensor<3xf32> { return %x : tensor<3xf32> }")
     text = main(call.format(0), "\n".join(others))
-    refused(vetter, text, rules.PROGRAM_TOO_LARGE, "objective ", "1000000 operations")
+    refused(vetter, text, refusals.PROGRAM_TOO_LARGE, "objective ", "1000000 operations")
 
 
 def test_loops_that_are_nested_too_deeply_are_refused_with_the_limit_and_a_remedy(vetter):
@@ -64,14 +64,14 @@ def test_loops_that_are_nested_too_deeply_are_refused_with_the_limit_and_a_remed
     deep_loops = made(lambda x: jnp.sum(nest(20, x)), np.zeros(3, np.float32))
     with pytest.raises(ServiceError, match=r"more than 1000000 operations, .* Nest loops .* less deeply") as error:
         vetter.vet(parts(deep_loops))
-    assert error.value.reason == rules.PROGRAM_TOO_LARGE
+    assert error.value.reason == refusals.PROGRAM_TOO_LARGE
 
 
 def test_programs_that_are_too_large_together_are_not_sent(vetter):
     with contextlib.closing(vetting.Vetter(dataclasses.replace(Limits(), bundle_bytes=1 << 20))) as small:
         with pytest.raises(ServiceError, match="its programs have 2 MiB, at most 1 MiB are allowed") as error:
             small.vet({"bundle": b"", "objective": bytes(2 << 20)})
-        assert (error.value.code, error.value.reason) == (Code.INVALID_ARGUMENT, rules.PROGRAM_TOO_LARGE)
+        assert (error.value.code, error.value.reason) == (Code.INVALID_ARGUMENT, refusals.PROGRAM_TOO_LARGE)
         assert small._process is None
 
 
@@ -110,7 +110,7 @@ def test_structures_that_unfold_for_ever_are_ended(hasty, monkeypatch):
     assert len(blob) < 10_000
     with pytest.raises(ServiceError) as error:
         hasty.vet(parts(PLAIN, objective=blob))
-    assert error.value.reason in (rules.VETTING_TIMEOUT, rules.VETTING_FAILED)
+    assert error.value.reason in (refusals.VETTING_TIMEOUT, refusals.VETTING_FAILED)
 
 
 def test_a_parser_that_wants_too_much_memory_is_ended(hasty):
@@ -121,7 +121,7 @@ def test_a_parser_that_wants_too_much_memory_is_ended(hasty):
         %z = stablehlo.slice %c [0:3] : (tensor<{len(values)}xui8>) -> tensor<3xui8>
         %y = stablehlo.convert %z : (tensor<3xui8>) -> tensor<3xf32>
     """
-    refused(hasty, main(text).encode(), rules.VETTING_FAILED)
+    refused(hasty, main(text).encode(), refusals.VETTING_FAILED)
     hasty.vet(parts(PLAIN))
 
 
@@ -146,7 +146,7 @@ def test_damaged_programs_end_nothing(vetter, data):
         vetter.vet(parts(DAMAGED, objective=bytes(blob[:cut])))
     except ServiceError as error:
         assert error.code is Code.INVALID_ARGUMENT  # noqa: PT017 - some are still programs
-        assert error.reason in rules.REASONS  # noqa: PT017 - as above
+        assert error.reason in refusals.REASONS  # noqa: PT017 - as above
     vetter.vet(parts(PLAIN))
 
 
@@ -163,4 +163,4 @@ def test_damaged_programs_end_nothing(vetter, data):
     ids=["zero", "ones", "headers", "random", "headed", "braces"],
 )
 def test_bytes_that_are_no_program_are_refused(vetter, blob):
-    refused(vetter, blob, rules.BUNDLE_INCOMPATIBLE, "the bundle is refused: objective ")
+    refused(vetter, blob, refusals.BUNDLE_INCOMPATIBLE, "the bundle is refused: objective ")

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from hvpd.v1 import objective_pb2, tensor_pb2
-from hvpd_server.admission.vetter import BUNDLE, derive
+from hvpd_server.admission.vetting_process import BUNDLE, derive
 from hvpd_server.bundle import (
     parse,
 )
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.importer.rules import Limits
+from hvpd_server.importer.refusals import Limits
 from hvpd_server.importer.table import Refused
 
 Spec = tensor_pb2.TreeSpec

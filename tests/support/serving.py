@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from hvpd_server.admission import vetter_process
+from hvpd_server.admission import spawn
 from tests.support.zygote import Fork, UnsuitedError, Zygote
 
 _WAIT = 120.0
@@ -41,7 +41,7 @@ class Zygotes:
 
     def vetters(self) -> str:
         """Return the address of the zygote of vetters."""
-        return self.address("hvpd_server.admission.vetter", vetter_process.environment())
+        return self.address("hvpd_server.admission.vetting_process", spawn.environment())
 
     def commands(self) -> str:
         """Return the address of the zygote of `hvpd`."""

@@ -41,7 +41,7 @@ class Zygote:
     """A zygote, which ends with this process at the latest.
 
     Args:
-        module: "hvpd_server", "hvpd_server.admission.vetter" or "hvpd._cli".
+        module: "hvpd_server", "hvpd_server.admission.vetting_process" or "hvpd._cli".
         environment: The zygote's environment.
     """
 
@@ -223,9 +223,9 @@ def _server(request: Mapping[str, Any]) -> int:
 
 def _fork_vetters(address: str) -> None:
     """Have a zygote fork the vetter of this process."""
-    from hvpd_server.admission import vetter_process
+    from hvpd_server.admission import spawn
 
-    start = vetter_process.start
+    start = spawn.start
 
     def fork(stdin: int, environment: Mapping[str, str]) -> Any:
         with Path(os.devnull).open("wb") as silent:
@@ -234,7 +234,7 @@ def _fork_vetters(address: str) -> None:
             except UnsuitedError:
                 return start(stdin, environment)
 
-    vetter_process.start = fork
+    spawn.start = fork
 
 
 class _Child:
@@ -298,10 +298,10 @@ def _command(request: Mapping[str, Any]) -> int:
 
 
 def _vetter(request: Mapping[str, Any]) -> None:
-    from hvpd_server.admission import vetter
+    from hvpd_server.admission import vetting_process
 
-    vetter._import_all = lambda: None  # The zygote has done this.
-    vetter.main()
+    vetting_process._import_all = lambda: None  # The zygote has done this.
+    vetting_process.main()
 
 
 def main() -> None:
@@ -318,10 +318,10 @@ def main() -> None:
     else:
         import jax
 
-        from hvpd_server.admission import vetter
+        from hvpd_server.admission import vetting_process
 
         jax.config.update("jax_enable_x64", True)
-        vetter._import_all()
+        vetting_process._import_all()
         run = _vetter
     gc.collect()
     gc.freeze()

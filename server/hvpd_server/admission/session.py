@@ -12,7 +12,7 @@ from typing import Any
 from hvpd import _text
 from hvpd.v1 import objective_pb2
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.importer import rules
+from hvpd_server.importer import refusals
 
 _PATIENCE = 120.0
 """Seconds to wait for the process to start, or to report a limit."""
@@ -43,7 +43,7 @@ class Session:
         limits: Limits on programs.
     """
 
-    def __init__(self, key: str, control: socket.socket, limits: rules.Limits) -> None:
+    def __init__(self, key: str, control: socket.socket, limits: refusals.Limits) -> None:
         self.key = key
         self.abandoned = False
         """Whether the session was ended because no caller waits for it."""
@@ -91,13 +91,13 @@ class Session:
             blob = b""
         if hashlib.sha256(blob).hexdigest() != header["sha256"]:
             verdict = {
-                "reason": rules.COMPILE_FAILED,
+                "reason": refusals.COMPILE_FAILED,
                 "message": "the process that compiled it ended before it had sent the whole executable",
             }
             raise _refused(verdict, what)
         return blob
 
-    def _answer(self, allowance: rules.Allowance) -> Mapping[str, Any]:
+    def _answer(self, allowance: refusals.Allowance) -> Mapping[str, Any]:
         """Return the first line of the fork's answer, or the verdict on its end.
 
         Raises:
@@ -149,7 +149,7 @@ def _read_line(control: socket.socket) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        return {"reason": rules.VETTING_FAILED, "message": "the process that read the programs said nothing"}
+        return {"reason": refusals.VETTING_FAILED, "message": "the process that read the programs said nothing"}
     return found
 
 
@@ -161,7 +161,7 @@ def _read(control: socket.socket, size: int) -> bytes:
     return bytes(found)
 
 
-def _verdict_on(code: int, allowance: rules.Allowance) -> Mapping[str, str]:
+def _verdict_on(code: int, allowance: refusals.Allowance) -> Mapping[str, str]:
     """Return the reason and the message for a fork that ended without an answer."""
     if code == 0:
         return {"reason": allowance.failed, "message": f"the process that {allowance.did} the programs said nothing"}
@@ -179,9 +179,9 @@ def _verdict_on(code: int, allowance: rules.Allowance) -> Mapping[str, str]:
 
 def _refused(verdict: Mapping[str, str], what: str) -> ServiceError:
     reason = verdict.get("reason")
-    reason = reason if reason in rules.REASONS else rules.VETTING_FAILED
+    reason = reason if reason in refusals.REASONS else refusals.VETTING_FAILED
     return ServiceError(
-        Code.RESOURCE_EXHAUSTED if reason == rules.DEVICE_MEMORY else Code.INVALID_ARGUMENT,
+        Code.RESOURCE_EXHAUSTED if reason == refusals.DEVICE_MEMORY else Code.INVALID_ARGUMENT,
         reason,
         f"{what}: {_text.cut(_printable(str(verdict.get('message', ''))), _MESSAGE)}",
     )

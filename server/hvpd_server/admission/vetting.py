@@ -1,7 +1,7 @@
 """Admission of bundles, and compilation of their programs, by a separate process.
 
-The process is `vetter`. `importer.table` lists the operations that it allows. The store
-keeps a derivation until the importer, the derivation code, or jax change.
+The process is `vetting_process`. `importer.table` lists the operations that it allows.
+The store keeps a derivation until the importer, the derivation code, or jax change.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import IO, TypeVar
 
 from hvpd.v1 import objective_pb2
-from hvpd_server.admission import vetter_process
+from hvpd_server.admission import spawn
 from hvpd_server.admission.session import Session
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.importer import rules
+from hvpd_server.importer import refusals
 from hvpd_server.store.store import Store
 
 _log = logging.getLogger(__name__)
@@ -57,8 +57,8 @@ class Vetter:
         limits: Limits on programs.
     """
 
-    def __init__(self, limits: rules.Limits | None = None) -> None:
-        self.limits = limits or rules.Limits()
+    def __init__(self, limits: refusals.Limits | None = None) -> None:
+        self.limits = limits or refusals.Limits()
         self._lock = threading.Lock()
         self._freed = threading.Condition(self._lock)
         self._process: subprocess.Popen[bytes] | None = None
@@ -82,7 +82,7 @@ class Vetter:
                     _log.warning("programs are read without a limit on memory: %s has none", sys.platform)
                 ours, theirs = socket.socketpair()
                 with theirs:
-                    self._process = vetter_process.start(theirs.fileno(), vetter_process.environment())
+                    self._process = spawn.start(theirs.fileno(), spawn.environment())
                 self._control = ours
             return self._control
 
@@ -94,7 +94,7 @@ class Vetter:
             platform: Platform of the server's device.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT with a reason of `rules.REASONS`, and a
+            ServiceError: INVALID_ARGUMENT with a reason of `refusals.REASONS`, and a
                 message that names program and operation; UNAVAILABLE if the process
                 does not run.
         """
@@ -293,7 +293,7 @@ class Vetting:
         self._store = store
         self._vetter = vetter
         self._platform = platform
-        self._version = f"{rules.version()} {platform}"
+        self._version = f"{refusals.version()} {platform}"
 
     def admit(
         self, digest: str, bundle: objective_pb2.Bundle, read: Callable[[str], bytes]
@@ -319,7 +319,7 @@ class Vetting:
             if program.size_bytes != len(programs[name]):
                 raise ServiceError(
                     Code.INVALID_ARGUMENT,
-                    rules.BUNDLE_INVALID,
+                    refusals.BUNDLE_INVALID,
                     f"{name} has {len(programs[name])} bytes, the bundle says {program.size_bytes}",
                 )
         found = self._vetter.vet({"bundle": bundle.SerializeToString()} | programs, self._platform)
@@ -344,11 +344,11 @@ def _abandoned() -> ServiceError:
     )
 
 
-def too_large(size: int, limits: rules.Limits) -> ServiceError:
+def too_large(size: int, limits: refusals.Limits) -> ServiceError:
     """Return the error for programs of too many bytes."""
     return ServiceError(
         Code.INVALID_ARGUMENT,
-        rules.PROGRAM_TOO_LARGE,
+        refusals.PROGRAM_TOO_LARGE,
         f"the bundle is refused: its programs have {size >> 20} MiB, at most {limits.bundle_bytes >> 20} MiB are allowed; "
         "pass large arrays as data",
     )

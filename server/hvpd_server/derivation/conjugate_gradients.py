@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hvpd_server.derivation.iterations import dots, gram
+from hvpd_server.derivation.lanczos import dots, gram
 from hvpd_server.derivation.several_steps import FLOAT, Function, Method, Sizes, Spec, Stepped
 
 PREFIX: Final = "cg_"

@@ -15,7 +15,7 @@ import numpy as np
 from hvpd.v1 import objective_pb2
 from hvpd_server.derivation.layout import Layout
 from hvpd_server.derivation.products import Stages
-from hvpd_server.importer import evaluate, rules
+from hvpd_server.importer import evaluate, refusals
 from hvpd_server.importer.graph import Block, Module
 from hvpd_server.importer.table import Refused, Report
 
@@ -126,7 +126,7 @@ def trace(
     first = stage(MODEL, [*layout.leaves, *args])
     outputs = first.out_avals
     if not outputs or not all(jnp.issubdtype(output.dtype, jnp.floating) for output in outputs):
-        raise Refused(rules.BUNDLE_INVALID, f"{MODEL} must return real floating arrays, it returns {outputs}")
+        raise Refused(refusals.BUNDLE_INVALID, f"{MODEL} must return real floating arrays, it returns {outputs}")
     second = stage(LOSS, [*(jax.ShapeDtypeStruct(output.shape, output.dtype) for output in outputs), *args])
     _check_scalar(LOSS, second.out_avals)
     run_model, run_loss = jex.jaxpr_as_fun(first), jex.jaxpr_as_fun(second)
@@ -146,7 +146,7 @@ def trace(
         least = 2 if composite.distribution == "categorical" else 1
         if rows_of_z is None or outputs[0].ndim < least:
             raise Refused(
-                rules.BUNDLE_INVALID,
+                refusals.BUNDLE_INVALID,
                 f"{MODEL} of distribution {composite.distribution} must return one array [rows, ...], it returns {outputs}",
             )
     return Traced(stages.whole, stages, composite, layout, x, args)
@@ -160,7 +160,7 @@ def _branch(platforms: Sequence[str], platform: str, main: Block) -> list[np.nda
         return []
     if platform not in platforms:
         raise Refused(
-            rules.BUNDLE_INCOMPATIBLE,
+            refusals.BUNDLE_INCOMPATIBLE,
             f"has branches for {', '.join(platforms)}, and this server's device is {platform}: "
             f"register with platforms=({platform!r}, ...)",
         )
@@ -190,7 +190,7 @@ def _check_arguments(name: str, main: Block, specs: Sequence[Any]) -> None:
     )
     if not fits:
         raise Refused(
-            rules.BUNDLE_INVALID,
+            refusals.BUNDLE_INVALID,
             f"{name} takes {_listed(taken)}, and the bundle says that it takes {_listed(given)}",
         )
 
@@ -203,6 +203,6 @@ def _listed(specs: Sequence[tuple[str, Sequence[int | None]]]) -> str:
 def _check_scalar(name: str, results: Sequence[Any]) -> None:
     if len(results) != 1 or results[0].shape != () or not jnp.issubdtype(results[0].dtype, jnp.floating):
         raise Refused(
-            rules.BUNDLE_INVALID,
+            refusals.BUNDLE_INVALID,
             f"{name} must return one real floating scalar, it returns {', '.join(map(str, results)) or 'nothing'}",
         )

@@ -15,13 +15,13 @@ import numpy as np
 
 from hvpd import _text
 from hvpd.v1 import objective_pb2
-from hvpd_server.derivation import conjugate_gradients, iterations, several_steps, short_recurrences
+from hvpd_server.derivation import conjugate_gradients, lanczos, several_steps, short_recurrences
 from hvpd_server.derivation.dense_layers import Factors
 from hvpd_server.derivation.layout import View
 from hvpd_server.derivation.names import Name
 from hvpd_server.derivation.objective import Traced, trace, tracing
 from hvpd_server.derivation.products import Function, curvatures_of, hvp_of, linearized, pairs_of
-from hvpd_server.importer import rules
+from hvpd_server.importer import refusals
 from hvpd_server.importer.graph import Module
 from hvpd_server.importer.table import LOOP_BYTES, Refused, Report
 
@@ -33,7 +33,7 @@ launch by itself.
 _METHODS: Final = {conjugate_gradients.PREFIX: conjugate_gradients.METHOD, **short_recurrences.METHODS}
 """The iterations without a basis, by the prefixes of their programs."""
 
-_ARRAY_BYTES: Final = rules.Limits().array_bytes
+_ARRAY_BYTES: Final = refusals.Limits().array_bytes
 
 Batched = Callable[[Function], Function]
 """A product of a block, given how to batch the product of one vector."""
@@ -83,7 +83,7 @@ def _check_sizes(jaxpr: Any) -> None:
             for variable in equation.outvars:
                 if math.prod(variable.aval.shape) * variable.aval.dtype.itemsize > limit:
                     raise Refused(
-                        rules.PROGRAM_TOO_LARGE,
+                        refusals.PROGRAM_TOO_LARGE,
                         f"makes an array of {variable.aval.str_short()} in {equation.primitive}, and {limit >> 40} TiB are "
                         "allowed: a derivative keeps the values of all rounds of a loop",
                     )
@@ -211,7 +211,7 @@ class Sized:
         found = None if name.leaves else self._of_whole(name, width)
         if found is not None:
             return found
-        for prefix in (iterations.PREFIX, *_METHODS):
+        for prefix in (lanczos.PREFIX, *_METHODS):
             if name.base.startswith(prefix):
                 return self._iteration(prefix, name._replace(base=name.base.removeprefix(prefix)), width)
         traced = self.traced
@@ -253,13 +253,13 @@ class Sized:
             product, drawn = self._whole_or_block(name)
             args = [*drawn, *traced.args]
         single = product(lambda f: lambda V: f(V[0])[None])
-        if prefix == iterations.PREFIX:
+        if prefix == lanczos.PREFIX:
 
             def multiply(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
                 return single(x, v[None], *args)[0]
 
-            steps = iterations.lanczos_of(multiply, iterations.steps_of(n), self._derivation.platform)
-            return Program([steps], [traced.x, *iterations.specs_of(width, n, dtype), *args])
+            steps = lanczos.lanczos_of(multiply, lanczos.steps_of(n), self._derivation.platform)
+            return Program([steps], [traced.x, *lanczos.specs_of(width, n, dtype), *args])
         method, sizes = _METHODS[prefix], several_steps.Sizes(width, n, dtype, name.form)
         products = [single] if width == 1 else [product(jax.vmap), product(lambda f: lambda V: jax.lax.map(f, V))]
         specs = itertools.chain(*several_steps.specs_of(method, sizes))
@@ -315,7 +315,7 @@ class Sized:
         if bundle.sharded_parameters:
             if mode != bundle.mode:
                 raise Refused(
-                    rules.NOT_DIFFERENTIABLE,
+                    refusals.NOT_DIFFERENTIABLE,
                     f"has a rule for reverse mode only, and x that is split over devices needs {bundle.mode}: register it without "
                     'sharded="parameters"',
                 )
@@ -374,7 +374,7 @@ class Sized:
 
 def _not_differentiable(error: Exception) -> Refused:
     return Refused(
-        rules.NOT_DIFFERENTIABLE,
+        refusals.NOT_DIFFERENTIABLE,
         f"cannot be differentiated twice by jax on the server: {type(error).__name__}: {_text.cut(str(error), 600)} "
         'If it can be differentiated once, register it with mode="finite_difference".',
     )

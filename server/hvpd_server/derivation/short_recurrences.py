@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hvpd._krylov.short_recurrence import CG, Arithmetic, Links, Minres, advanced_cg, advanced_minres, linked
-from hvpd_server.derivation.iterations import dots
+from hvpd_server.derivation.lanczos import dots
 from hvpd_server.derivation.several_steps import FLOAT, Function, Method, Sizes, Spec, Stepped
 
 MINRES_PREFIX: Final = "minres_"

@@ -25,7 +25,7 @@ from hvpd_server.derivation.programs import Derivation
 from hvpd_server.device.leaves import LeafProgram
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.files import atomic_file
-from hvpd_server.importer import reader, rules
+from hvpd_server.importer import reader, refusals
 from hvpd_server.importer.table import Refused
 from hvpd_server.store.program_cache import ProgramCache
 
@@ -176,7 +176,7 @@ class Executables:
         if size > self._memory_bytes:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
-                rules.DEVICE_MEMORY,
+                refusals.DEVICE_MEMORY,
                 f"{order['name']} (width {order['width']}) takes {size} bytes of memory beside its arguments, and {self._memory_bytes} "
                 "are allowed: send narrower blocks, or write the objective so that it keeps smaller arrays",
             )
@@ -248,7 +248,7 @@ class InProcess:
             _log.exception("compiling %s for width %d failed", name, width)
             raise ServiceError(
                 Code.INVALID_ARGUMENT,
-                rules.COMPILE_FAILED,
+                refusals.COMPILE_FAILED,
                 f"the server cannot compile {name} (width {width}): {error}",
             ) from error
         return Built(compiled, "compiled", _USUAL_BYTES)
@@ -270,7 +270,7 @@ def _fingerprint(form: str, device: jax.Device, order: Mapping[str, object]) -> 
     facts = [
         form,
         sorted(order.items()),
-        rules.version(),
+        refusals.version(),
         device.device_kind,
         device.client.platform_version,
         os.environ.get("XLA_FLAGS", ""),

@@ -15,7 +15,7 @@ import hvpd
 from hvpd._wire import codec
 from hvpd_server.derivation.compiling import Target
 from hvpd_server.device.executables import processor
-from hvpd_server.importer import rules
+from hvpd_server.importer import refusals
 from hvpd_server.store.rows import Rows
 
 _START_SECONDS = 300
@@ -56,7 +56,7 @@ def software() -> Mapping[str, str]:
     """Return what must be equal on all ranks before jax connects them."""
     return {
         "version of hvpd": hvpd.__version__,
-        "derivation": rules.version(),
+        "derivation": refusals.version(),
         "version of jax": jax.__version__,
         "version of jaxlib": importlib.metadata.version("jaxlib"),
         "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", ""),

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from jaxlib.mlir import ir
 
-from hvpd_server.importer import rules
+from hvpd_server.importer import refusals
 from hvpd_server.importer.graph import TensorType
 from hvpd_server.importer.table import Refused
 
@@ -85,23 +85,23 @@ def tensor_type(type_: ir.Type) -> TensorType:
     """
     if str(type_) == "!stablehlo.token":
         raise Refused(
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             "that is a token, which orders effects: export a function whose results are all that it does",
         )
     if not isinstance(type_, ir.RankedTensorType):
         raise Refused(
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             f"of type {short(type_)}: expected an array with a rank, such as tensor<3x?xf32>",
         )
     if type_.encoding is not None:
         raise Refused(
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             f"of type {short(type_)}, which has an encoding: expected a dense array without bounds or layout",
         )
     element = str(type_.element_type)
     if element not in DTYPES:
         raise Refused(
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             f"with elements of type {short(element)}: expected one of {', '.join(DTYPES)}",
         )
     shape = tuple(None if type_.is_dynamic_dim(axis) else type_.get_dim_size(axis) for axis in range(type_.rank))
@@ -146,10 +146,10 @@ def plain(attribute: Any) -> Any:  # noqa: C901, PLR0911 - one case for each kin
         return found
     if printed.startswith("dense_resource<"):
         raise Refused(
-            rules.OPERATION_REFUSED,
+            refusals.OPERATION_REFUSED,
             "that is a dense_resource, stored beside the program: expected constants in place (dense<...>), or data",
         )
-    raise Refused(rules.OPERATION_REFUSED, f"that is not served: {short(printed)}")
+    raise Refused(refusals.OPERATION_REFUSED, f"that is not served: {short(printed)}")
 
 
 def _structure(name: str, body: str) -> Any:
@@ -197,7 +197,7 @@ def dense(attribute: ir.DenseElementsAttr) -> np.ndarray[Any, Any]:
     shape = [shaped.get_dim_size(axis) for axis in range(shaped.rank)]
     if math.prod(shape) > ATTRIBUTE_ELEMENTS:
         raise Refused(
-            rules.PROGRAM_TOO_LARGE,
+            refusals.PROGRAM_TOO_LARGE,
             f"with more than {ATTRIBUTE_ELEMENTS} elements: {short(attribute.type)}",
         )
     if str(shaped.element_type) == "index":  # Layouts of custom calls, which the bindings cannot convert.
@@ -220,7 +220,7 @@ def constant(operation: ir.Operation, type_: TensorType) -> np.ndarray[Any, Any]
     printed = str(operation.get_asm(print_generic_op_form=True))
     hidden = _HIDDEN.search(printed)
     if hidden is None:
-        raise Refused(rules.OPERATION_REFUSED, f"that is not served: {short(printed)}")
+        raise Refused(refusals.OPERATION_REFUSED, f"that is not served: {short(printed)}")
     return parse(hidden[1], type_)
 
 
@@ -236,7 +236,9 @@ def _elements(attribute: ir.DenseElementsAttr, type_: TensorType) -> np.ndarray[
         return np.broadcast_to(np.array(found[(0,) * found.ndim], want), shape)
     found = np.array(attribute)
     if found.dtype != want or found.shape != shape:
-        raise Refused(rules.BUNDLE_INVALID, f"that is {found.dtype}{list(found.shape)}, not {want.name}{list(shape)}")
+        raise Refused(
+            refusals.BUNDLE_INVALID, f"that is {found.dtype}{list(found.shape)}, not {want.name}{list(shape)}"
+        )
     return found
 
 
@@ -252,7 +254,7 @@ def parse(printed: str, type_: TensorType) -> np.ndarray[Any, Any]:
     want = dtype(type_.dtype)
     found = _DENSE.fullmatch(printed)
     if found is None:
-        raise Refused(rules.OPERATION_REFUSED, f"that is not served: {short(printed)}")
+        raise Refused(refusals.OPERATION_REFUSED, f"that is not served: {short(printed)}")
     body = found[1]
     size = math.prod(shape)
     if body.startswith('"'):
@@ -265,7 +267,7 @@ def parse(printed: str, type_: TensorType) -> np.ndarray[Any, Any]:
     if values.size == 1:
         return np.broadcast_to(values.reshape(()), shape)
     if values.size != size:
-        raise Refused(rules.BUNDLE_INVALID, f"that has {values.size} elements, not {size}")
+        raise Refused(refusals.BUNDLE_INVALID, f"that has {values.size} elements, not {size}")
     return values.reshape(shape)
 
 

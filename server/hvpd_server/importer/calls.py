@@ -6,9 +6,9 @@ from typing import Any
 
 from jaxlib.mlir import ir
 
-from hvpd_server.importer import attributes, rules
+from hvpd_server.importer import attributes, refusals
 from hvpd_server.importer.attributes import short
-from hvpd_server.importer.rules import Limits
+from hvpd_server.importer.refusals import Limits
 from hvpd_server.importer.table import Refused
 
 
@@ -40,13 +40,13 @@ def reached(entry: str, functions: Mapping[str, Size], limits: Limits) -> frozen
             pending.pop()
             continue
         if name not in functions:
-            raise Refused(rules.BUNDLE_INVALID, f"calls the function {short(name)}, which is not there")
+            raise Refused(refusals.BUNDLE_INVALID, f"calls the function {short(name)}, which is not there")
         calls = functions[name].calls
         missing = [called for called in dict.fromkeys(calls) if called not in sizes]
         if missing:
             if name in under_way:
                 raise Refused(
-                    rules.OPERATION_REFUSED,
+                    refusals.OPERATION_REFUSED,
                     f"has functions that call themselves, such as {short(name)}: expected loops by stablehlo.while",
                 )
             under_way.add(name)
@@ -58,7 +58,7 @@ def reached(entry: str, functions: Mapping[str, Size], limits: Limits) -> frozen
             raise too_many(limits)
         if depths[name] > limits.calls:
             raise Refused(
-                rules.PROGRAM_TOO_LARGE,
+                refusals.PROGRAM_TOO_LARGE,
                 f"has more than {limits.calls} functions that call each other in a chain: inline some of them",
             )
         pending.pop()
@@ -68,7 +68,7 @@ def reached(entry: str, functions: Mapping[str, Size], limits: Limits) -> frozen
 def too_many(limits: Limits) -> Refused:
     """Return the refusal of a program of too many operations."""
     return Refused(
-        rules.PROGRAM_TOO_LARGE,
+        refusals.PROGRAM_TOO_LARGE,
         f"has more than {limits.operations} operations, where each call of a function counts its operations again. "
         "Nest loops and conditions less deeply, because each level can count its body twice, or put repeated code into one loop",
     )

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from hvpd import _text
-from hvpd_server.importer import reductions, rules
+from hvpd_server.importer import reductions, refusals
 from hvpd_server.importer.table import Call, Value, operation
 
 FUNCTIONS: Final[Mapping[str, tuple[int, Callable[..., Any]]]] = {
@@ -52,14 +52,14 @@ def apply(call: Call, name: str) -> Value:
     """Return the result of a function of `FUNCTIONS` for the operands of a call."""
     count, function = FUNCTIONS[name]
     if len(call.operands) != count:
-        raise call.refuse(f"chlo.{name} with {len(call.operands)} operands: expected {count}", rules.BUNDLE_INVALID)
+        raise call.refuse(f"chlo.{name} with {len(call.operands)} operands: expected {count}", refusals.BUNDLE_INVALID)
     return function(*(jnp.asarray(each) for each in call.operands))
 
 
 def top_k(call: Call, k: Any) -> list[Value]:
     """Return the k largest elements along the last axis, and their indices."""
     if len(call.operands) != 1:
-        raise call.refuse(f"chlo.top_k with {len(call.operands)} operands: expected 1", rules.BUNDLE_INVALID)
+        raise call.refuse(f"chlo.top_k with {len(call.operands)} operands: expected 1", refusals.BUNDLE_INVALID)
     (x,) = call.operands
     if type(k) is not int or not np.ndim(x) or not 0 <= k <= np.shape(x)[-1]:
         raise call.refuse(f"chlo.top_k whose k is {_text.cut(str(k), 40)}: expected an integer up to the last extent")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from hvpd import _text
-from hvpd_server.importer import chlo, mark, primitives, rules, structural
+from hvpd_server.importer import chlo, mark, primitives, refusals, structural
 from hvpd_server.importer.table import Call, Value, operation
 
 
@@ -19,12 +19,12 @@ from hvpd_server.importer.table import Call, Value, operation
 def _composite(call: Call) -> Sequence[Value]:
     name = call.attributes.get("name")
     if type(name) is not str:
-        raise call.refuse("without a name", rules.BUNDLE_INVALID)
+        raise call.refuse("without a name", refusals.BUNDLE_INVALID)
     if name == "chlo.scan" and (found := chlo.scan(call)) is not None:
         return found
     if name.startswith("hvpd."):
         if call.regions:
-            raise call.refuse(f"{_text.cut(name, 80)} with regions: expected none in a mark", rules.BUNDLE_INVALID)
+            raise call.refuse(f"{_text.cut(name, 80)} with regions: expected none in a mark", refusals.BUNDLE_INVALID)
         return _marked(call, name)
     if name.startswith("chlo."):
         return _chlo(call, name.removeprefix("chlo."))

@@ -13,7 +13,7 @@ from jax import lax
 from jax.extend.random import threefry2x32_p
 
 from hvpd import _text
-from hvpd_server.importer import factorizations, random_bits, reductions, rules, shapes
+from hvpd_server.importer import factorizations, random_bits, reductions, refusals, shapes
 from hvpd_server.importer.table import Call, Refused, Value, dtype_of, operation
 from hvpd_server.importer.targets import TARGETS, CustomCall, Target, check_layouts, target
 
@@ -108,7 +108,7 @@ def _shape_assertion(custom: CustomCall) -> Sequence[Value]:
         message = re.sub(
             r"\{(\d{1,2})\}", lambda found: str(values[int(found[1])]) if int(found[1]) < len(values) else "?", text
         )
-        raise Refused(rules.BUNDLE_INVALID, f"does not fit the shapes of its arguments: {message}")
+        raise Refused(refusals.BUNDLE_INVALID, f"does not fit the shapes of its arguments: {message}")
     return []
 
 

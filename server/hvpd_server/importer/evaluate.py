@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hvpd import _text
-from hvpd_server.importer import families, rules
+from hvpd_server.importer import families, refusals
 from hvpd_server.importer.graph import Block, Module, Operation
 from hvpd_server.importer.table import KINKS, TABLE, Call, Refused, Report, Value, known
 
@@ -58,7 +58,7 @@ def function(
             return evaluator.call(module.entry, *args)
         except RecursionError:
             message = "has operations inside each other that are too deep for Python: use fewer functions in functions"
-            raise Refused(rules.PROGRAM_TOO_LARGE, message) from None
+            raise Refused(refusals.PROGRAM_TOO_LARGE, message) from None
 
     return evaluate
 
@@ -76,9 +76,9 @@ class _Evaluator:
     def call(self, symbol: str, *args: Value) -> list[Value]:
         """Return the results of a function."""
         if symbol not in self.module.functions:
-            raise Refused(rules.BUNDLE_INVALID, f"calls {_text.cut(symbol, 80)}, which is not there")
+            raise Refused(refusals.BUNDLE_INVALID, f"calls {_text.cut(symbol, 80)}, which is not there")
         if self.depth >= MAX_CALLS:
-            raise Refused(rules.PROGRAM_TOO_LARGE, f"has more than {MAX_CALLS} functions that call each other")
+            raise Refused(refusals.PROGRAM_TOO_LARGE, f"has more than {MAX_CALLS} functions that call each other")
         self.depth += 1
         try:
             return self.run(self.module.functions[symbol], {}, args)
@@ -88,7 +88,7 @@ class _Evaluator:
     def run(self, block: Block, around: dict[int, Value], args: Sequence[Value]) -> list[Value]:
         """Return the results of a block, given the values around it."""
         if len(args) != len(block.arguments):
-            raise Refused(rules.BUNDLE_INVALID, f"passes {len(args)} values where {len(block.arguments)} are taken")
+            raise Refused(refusals.BUNDLE_INVALID, f"passes {len(args)} values where {len(block.arguments)} are taken")
         values = {**around, **dict(zip(block.arguments, args, strict=True))}
         for each in block.operations:
             results = self.operation(each, values, block)
@@ -118,7 +118,7 @@ class _Evaluator:
             raise call.refuse(f"with the attribute {foreign[0]}, which is not served")
         any_regions = entry.regions == -2 or (entry.regions == -1 and operation.regions)
         if len(operation.regions) != entry.regions and not any_regions:
-            raise call.refuse(f"with {len(operation.regions)} regions", rules.BUNDLE_INVALID)
+            raise call.refuse(f"with {len(operation.regions)} regions", refusals.BUNDLE_INVALID)
         try:
             found = entry.rule(call)
         except (Refused, MemoryError, RecursionError):
@@ -152,14 +152,14 @@ class _Evaluator:
 
     def _signature(self, symbol: str) -> Block:
         if symbol not in self.module.functions:
-            raise Refused(rules.BUNDLE_INVALID, f"refers to {_text.cut(symbol, 80)}, which is not there")
+            raise Refused(refusals.BUNDLE_INVALID, f"refers to {_text.cut(symbol, 80)}, which is not there")
         return self.module.functions[symbol]
 
     def _check(self, call: Call, results: Sequence[Any]) -> None:
         """Raise Refused unless results have the types that the program states."""
         types = call.types
         if len(results) != len(types):
-            raise call.refuse(f"with {len(types)} results, it has {len(results)}", rules.BUNDLE_INVALID)
+            raise call.refuse(f"with {len(types)} results, it has {len(results)}", refusals.BUNDLE_INVALID)
         for result, type_ in zip(results, types, strict=True):
             shape, dtype = np.shape(result), np.dtype(result.dtype).name
             fits = len(shape) == len(type_.shape) and all(
@@ -168,5 +168,5 @@ class _Evaluator:
             if not fits or dtype != type_.dtype:
                 raise call.refuse(
                     f"whose result is {dtype}{list(shape)}, the program says {type_.dtype}{list(type_.shape)}",
-                    rules.BUNDLE_INVALID,
+                    refusals.BUNDLE_INVALID,
                 )

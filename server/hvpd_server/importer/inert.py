@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from jaxlib.mlir import ir
 
-from hvpd_server.importer import attributes, rules
+from hvpd_server.importer import attributes, refusals
 from hvpd_server.importer.attributes import short
 from hvpd_server.importer.parsing import EXPORT_PLAIN
 from hvpd_server.importer.table import Refused
@@ -65,7 +65,7 @@ def check_module(module: ir.Module) -> None:
         value = module.operation.attributes[name]
         if not _allowed(_MODULE, name, value):
             raise Refused(
-                rules.OPERATION_REFUSED,
+                refusals.OPERATION_REFUSED,
                 f"has the attribute {short(name)} = {short(value)} on its module, which is not served: {EXPORT_PLAIN}",
             )
 
@@ -78,7 +78,7 @@ def check_function(function: ir.Operation) -> None:
     for name in function.attributes:
         if name not in _FUNCTION:
             raise Refused(
-                rules.OPERATION_REFUSED,
+                refusals.OPERATION_REFUSED,
                 f"has the attribute {short(name)} on the function {symbol}, which is not served: {EXPORT_PLAIN}",
             )
     for part in ("arg_attrs", "res_attrs"):
@@ -89,7 +89,7 @@ def check_function(function: ir.Operation) -> None:
                 if not _allowed(_ARGUMENT, name, value):
                     kind = "argument" if part == "arg_attrs" else "result"
                     raise Refused(
-                        rules.OPERATION_REFUSED,
+                        refusals.OPERATION_REFUSED,
                         f"has the attribute {short(name)} = {short(value)} on {kind} {index} of the function {symbol}, "
                         f"which is not served: {EXPORT_PLAIN}",
                     )

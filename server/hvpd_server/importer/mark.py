@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hvpd import _text
-from hvpd_server.importer import rules
+from hvpd_server.importer import refusals
 from hvpd_server.importer.graph import TensorType
 from hvpd_server.importer.table import Call, Refused, Value
 
@@ -37,7 +37,7 @@ class Mark:
         """Return the refusal of the mark; `why` completes "a stablehlo.composite
         hvpd.scan ...".
         """
-        return self.call.refuse(f"{_text.cut(str(self.call.attributes['name']), 80)} {why}", rules.BUNDLE_INVALID)
+        return self.call.refuse(f"{_text.cut(str(self.call.attributes['name']), 80)} {why}", refusals.BUNDLE_INVALID)
 
     def take(self, name: str) -> Any:
         """Return a field."""
@@ -155,15 +155,15 @@ def read(call: Call) -> Mark:
     text, functions = (given.get("mark"), given.get("functions")) if isinstance(given, Mapping) else (None, None)
     strings = isinstance(functions, list) and all(type(each) is str for each in functions)
     if functions is None or not strings or type(text) is not str or len(given) != 2 or len(text) > _MARK_CHARACTERS:
-        raise call.refuse(f"{name} without the attributes mark and functions of a mark", rules.BUNDLE_INVALID)
+        raise call.refuse(f"{name} without the attributes mark and functions of a mark", refusals.BUNDLE_INVALID)
     try:
         fields = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise call.refuse(
-            f"{name} whose mark is not JSON: {_text.cut(str(error), 100)}", rules.BUNDLE_INVALID
+            f"{name} whose mark is not JSON: {_text.cut(str(error), 100)}", refusals.BUNDLE_INVALID
         ) from None
     if type(fields) is not dict:
-        raise call.refuse(f"{name} whose mark is not a JSON object", rules.BUNDLE_INVALID)
+        raise call.refuse(f"{name} whose mark is not a JSON object", refusals.BUNDLE_INVALID)
     return Mark(call, fields, frozenset(functions))
 
 

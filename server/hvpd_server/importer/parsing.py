@@ -11,7 +11,7 @@ import jax.export
 import jax.extend.mlir
 from jaxlib.mlir import ir
 
-from hvpd_server.importer import rules
+from hvpd_server.importer import refusals
 from hvpd_server.importer.attributes import short
 from hvpd_server.importer.table import Refused
 
@@ -42,16 +42,16 @@ def parse(blob: bytes | str) -> ir.Module:
     except (MemoryError, Refused):
         raise
     except RecursionError:
-        raise Refused(rules.PROGRAM_TOO_LARGE, "is nested too deeply to be read") from None
+        raise Refused(refusals.PROGRAM_TOO_LARGE, "is nested too deeply to be read") from None
     except Exception as error:  # noqa: BLE001 - the parsers raise many kinds
         words = short(str(error).replace("\n", " "))
         if _QUANTIZED.search(words):
             raise Refused(
-                rules.OPERATION_REFUSED,
+                refusals.OPERATION_REFUSED,
                 f"has quantized types, which are not served: {words}. Expected floating-point numbers in their place",
             ) from None
         raise Refused(
-            rules.BUNDLE_INCOMPATIBLE,
+            refusals.BUNDLE_INCOMPATIBLE,
             f"cannot be read by this server (jax {jax.__version__}): {type(error).__name__}: {words}. Expected StableHLO "
             "as a portable artifact, bytecode or text, or a serialized jax.export.Exported",
         ) from None
@@ -64,7 +64,7 @@ def _exported(blob: bytes) -> bytes:
         sharding is not None for sharding in (*exported.in_shardings_hlo, *exported.out_shardings_hlo)
     ):
         raise Refused(
-            rules.OPERATION_REFUSED, f"is for {exported.nr_devices} devices or says where arrays are: {EXPORT_PLAIN}"
+            refusals.OPERATION_REFUSED, f"is for {exported.nr_devices} devices or says where arrays are: {EXPORT_PLAIN}"
         )
     return exported.mlir_module_serialized
 

@@ -20,13 +20,13 @@ from typing import Any, Final
 import jax.interpreters.mlir
 from jaxlib.mlir import ir
 
-from hvpd_server.importer import attributes, rules
+from hvpd_server.importer import attributes, refusals
 from hvpd_server.importer.attributes import short
 from hvpd_server.importer.calls import Size, add_symbols, marked, reached, too_many
 from hvpd_server.importer.graph import Block, Module, Operation, TensorType
 from hvpd_server.importer.inert import check_function, check_module, is_inert
 from hvpd_server.importer.parsing import EXPORT_PLAIN, parse
-from hvpd_server.importer.rules import Limits
+from hvpd_server.importer.refusals import Limits
 from hvpd_server.importer.table import Refused
 
 _DIALECTS: Final = ("stablehlo.", "chlo.", "func.call", "func.return")
@@ -70,11 +70,11 @@ def read(blob: bytes | bytearray | str, limits: Limits | None = None, *, context
     limits = limits if limits is not None else Limits()
     if len(blob) > limits.bundle_bytes:
         raise Refused(
-            rules.PROGRAM_TOO_LARGE,
+            refusals.PROGRAM_TOO_LARGE,
             f"has {len(blob)} bytes, more than {limits.bundle_bytes}: pass large constants as data",
         )
     if not blob.strip():
-        raise Refused(rules.BUNDLE_INVALID, "is empty: expected StableHLO")
+        raise Refused(refusals.BUNDLE_INVALID, "is empty: expected StableHLO")
     context = context if context is not None else jax.interpreters.mlir.make_ir_context()
     context.enable_multithreading(False)  # A process that has threads cannot fork, as the one that reads programs does.
     context.allow_unregistered_dialects = True  # So that the refusal of a foreign operation can name it.
@@ -83,10 +83,10 @@ def read(blob: bytes | bytearray | str, limits: Limits | None = None, *, context
         try:
             return _Reader(module, limits).module()
         except RecursionError:
-            raise Refused(rules.PROGRAM_TOO_LARGE, "has attributes that are nested too deeply to be read") from None
+            raise Refused(refusals.PROGRAM_TOO_LARGE, "has attributes that are nested too deeply to be read") from None
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise Refused(
-                rules.BUNDLE_INVALID,
+                refusals.BUNDLE_INVALID,
                 f"has names or attributes that cannot be read: {type(error).__name__}: {short(error)}",
             ) from None
 
@@ -120,7 +120,7 @@ class _Frame:
     def block(self) -> Block:
         """Return the finished block."""
         if self.returns is None:
-            raise Refused(rules.BUNDLE_INVALID, "has a block without a return at its end")
+            raise Refused(refusals.BUNDLE_INVALID, "has a block without a return at its end")
         return Block(self.arguments, self.types, self.operations, self.returns, self.result_types)
 
 
@@ -163,7 +163,7 @@ class _Reader:
         others = [symbol for symbol in public if symbol not in called]
         if others:
             raise Refused(
-                rules.OPERATION_REFUSED,
+                refusals.OPERATION_REFUSED,
                 f"has several entry points: {short(entry)} and {short(', '.join(others))}. Make all but one of them private, or "
                 "register each as a program of its own",
             )
@@ -177,7 +177,7 @@ class _Reader:
         what = (
             f"has {len(public)} public functions ({short(', '.join(public))})" if public else "has no public function"
         )
-        raise Refused(rules.BUNDLE_INVALID, f"{what}: expected one, or one that is called main")
+        raise Refused(refusals.BUNDLE_INVALID, f"{what}: expected one, or one that is called main")
 
     def _function(self, function: ir.Operation) -> tuple[Block, Size]:
         """Return the body of a function, and its size."""
@@ -198,7 +198,7 @@ class _Reader:
                 continue
             operation = view.operation
             if frame.returns is not None:
-                raise self._refused(operation, "behind the return of its block", rules.BUNDLE_INVALID)
+                raise self._refused(operation, "behind the return of its block", refusals.BUNDLE_INVALID)
             self._count(size)
             name = operation.name
             if name in _RETURNS:
@@ -222,7 +222,7 @@ class _Reader:
             raise self._refused(
                 pending.operation,
                 f"more than {self._limits.nesting} regions deep: nest loops and conditions less deeply, or move inner parts into functions (jax.jit)",
-                rules.PROGRAM_TOO_LARGE,
+                refusals.PROGRAM_TOO_LARGE,
             )
         frames.append(self._frame(pending.operation, region, values, pending))
 
@@ -257,7 +257,7 @@ class _Reader:
             raise self._refused(
                 operation,
                 f"with which its constants take more than {self._limits.constant_bytes} bytes: pass arrays as data",
-                rules.PROGRAM_TOO_LARGE,
+                refusals.PROGRAM_TOO_LARGE,
             )
         try:
             return {"value": attributes.constant(operation, type_)}
@@ -318,15 +318,15 @@ class _Reader:
             raise self._refused(
                 operation,
                 f"with an array of {len(found.shape)} axes, more than {self._limits.rank}",
-                rules.PROGRAM_TOO_LARGE,
+                refusals.PROGRAM_TOO_LARGE,
             )
         if any(extent is not None and extent < 0 for extent in found.shape):
-            raise self._refused(operation, f"with a negative extent: {short(type_)}", rules.BUNDLE_INVALID)
+            raise self._refused(operation, f"with a negative extent: {short(type_)}", refusals.BUNDLE_INVALID)
         if _bytes(found) > self._limits.array_bytes:
             raise self._refused(
                 operation,
                 f"with an array of more than {self._limits.array_bytes >> 40} TiB: {short(type_)}",
-                rules.PROGRAM_TOO_LARGE,
+                refusals.PROGRAM_TOO_LARGE,
             )
         self._types[type_] = found
         return found
@@ -338,7 +338,7 @@ class _Reader:
             found = self._locations[location] = _place(location)
         return found
 
-    def _refused(self, operation: ir.Operation, why: str, reason: str = rules.OPERATION_REFUSED) -> Refused:
+    def _refused(self, operation: ir.Operation, why: str, reason: str = refusals.OPERATION_REFUSED) -> Refused:
         """Return an operation's refusal; `why` completes "has a stablehlo.add ..."."""
         place = self._location(operation)
         return Refused(reason, f"has a {short(operation.name)}{f' at {place}' if place else ''} {why}")

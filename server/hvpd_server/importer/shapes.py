@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from hvpd import _text
-from hvpd_server.importer import rules
+from hvpd_server.importer import refusals
 from hvpd_server.importer.elementwise import Array, converted
 from hvpd_server.importer.table import FOLD_ELEMENTS, Call, Value, dtype_of, known, operation, static_shape
 
@@ -33,12 +33,12 @@ def fits(call: Call, shape: Sequence[int], dtype: np.dtype[Any]) -> tuple[int, .
     Raises:
         Refused: An extent is negative, or the array is larger than the server allows.
     """
-    limit = rules.Limits().array_bytes
+    limit = refusals.Limits().array_bytes
     if any(extent < 0 for extent in shape):
         raise call.refuse(f"whose result would be of shape {list(shape)}: an extent is negative")
     if math.prod(shape) * dtype.itemsize > limit:
         raise call.refuse(
-            f"whose result would be {dtype.name}{list(shape)}: the limit is {limit} bytes", rules.PROGRAM_TOO_LARGE
+            f"whose result would be {dtype.name}{list(shape)}: the limit is {limit} bytes", refusals.PROGRAM_TOO_LARGE
         )
     return tuple(shape)
 

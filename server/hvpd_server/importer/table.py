@@ -15,7 +15,7 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from hvpd_server.importer import rules
+from hvpd_server.importer import refusals
 from hvpd_server.importer.graph import Block, Operation, TensorType
 
 Value = Any
@@ -40,7 +40,7 @@ class Refused(Exception):  # noqa: N818 - a verdict
     """A program is not served.
 
     Args:
-        reason: Constant of `rules.REASONS`.
+        reason: Constant of `refusals.REASONS`.
         message: Operation, the value that arrived, and the expected value.
     """
 
@@ -118,7 +118,7 @@ class Call:
         block = self.regions[index]
         return lambda *args: self.run(block, *args)
 
-    def refuse(self, why: str, reason: str = rules.OPERATION_REFUSED) -> Refused:
+    def refuse(self, why: str, reason: str = refusals.OPERATION_REFUSED) -> Refused:
         """Return the refusal of this operation; `why` completes "has a stablehlo.add
         ...".
         """
@@ -136,7 +136,7 @@ class Call:
         if rounds * max(size, 1) > LOOP_BYTES:
             raise self.refuse(
                 f"of {rounds} rounds that carry {size} bytes: its derivative keeps them all, and {LOOP_BYTES >> 40} TiB are allowed",
-                rules.PROGRAM_TOO_LARGE,
+                refusals.PROGRAM_TOO_LARGE,
             )
 
     def concrete(self, index: int, what: str) -> np.ndarray[Any, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from hvpd._krylov.space import NotFiniteError, Step
 from hvpd._wire import codec
-from hvpd_server.derivation import iterations
+from hvpd_server.derivation import lanczos
 from hvpd_server.device.device import host
 from hvpd_server.krylov.host_space import HostSpace
 from hvpd_server.krylov.launcher import Launcher
@@ -56,10 +56,10 @@ class LanczosLauncher:
 
     def __init__(self, operator: Operator) -> None:
         self._terms = operator.terms
-        # An accelerator multiplies all rows of the basis, see `iterations._ROWS`.
+        # An accelerator multiplies all rows of the basis, see `lanczos._ROWS`.
         device = operator.engine.objectives.lane(operator.point.objective).device
         self._growth = 1 if device.platform == "cpu" else 0
-        self._launcher = Launcher(operator, iterations.PREFIX, iterations.steps_of(operator.n))
+        self._launcher = Launcher(operator, lanczos.PREFIX, lanczos.steps_of(operator.n))
         self.ready = self._launcher.ready
 
     def launch(self, Q: Any, bucket: int, rows: int, left: int, scale: float) -> Launched:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hvpd._krylov.space import LocalSpace
-from hvpd_server.derivation import iterations
+from hvpd_server.derivation import lanczos
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +19,8 @@ def multiply(x, v):
 
 
 def run(x, Q, rows, count, *, terms=(1.0, 0.0, 0.0), product=multiply, platform="cpu"):
-    steps = iterations.steps_of(x.size)
-    program = jax.jit(iterations.lanczos_of(product, steps, platform))
+    steps = lanczos.steps_of(x.size)
+    program = jax.jit(lanczos.lanczos_of(product, steps, platform))
     return [np.asarray(part) for part in program(x, Q, np.array(terms), np.array([rows, count], np.int32))]
 
 
@@ -93,7 +93,7 @@ def test_a_product_that_is_not_finite_ends_the_iteration_before_it():
 
 @pytest.mark.parametrize(("n", "steps"), [(1, 64), (6_000, 64), (270_000, 3), (1_900_000, 1), (1 << 40, 1)])
 def test_a_launch_adds_rows_of_a_few_megabytes(n, steps):
-    assert iterations.steps_of(n) == steps
+    assert lanczos.steps_of(n) == steps
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -101,5 +101,5 @@ def test_a_launch_adds_rows_of_a_few_megabytes(n, steps):
 def test_inner_products_of_blocks_accumulate_in_float64(rows, n):
     U, V = np.random.default_rng(0).standard_normal((2, rows, n)).astype(np.float32)
     expected = U.astype(np.float64) @ V.astype(np.float64).T
-    np.testing.assert_allclose(iterations.gram(U, V), expected, rtol=1e-11, atol=1e-11)
-    np.testing.assert_allclose(iterations.dots(U, V), np.diag(expected), rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(lanczos.gram(U, V), expected, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(lanczos.dots(U, V), np.diag(expected), rtol=1e-11, atol=1e-11)

@@ -1,4 +1,4 @@
-"""How the server starts the process of `vetter`."""
+"""How the server starts the process of `vetting_process`."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import hvpd
 
-COMMAND = ["-m", "hvpd_server.admission.vetter"]
+COMMAND = ["-m", "hvpd_server.admission.vetting_process"]
 
 _KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
 """Variables of the process's environment, beside `_KEPT_PREFIXES`. Credentials are not

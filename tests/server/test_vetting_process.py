@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hvpd_server.admission import vetter as _vetter
-from hvpd_server.admission import vetter_process, vetting
+from hvpd_server.admission import spawn, vetting, vetting_process
 from hvpd_server.admission.session import UnsupportedError
 from hvpd_server.derivation import compiling
 from hvpd_server.errors import Code, ServiceError
-from hvpd_server.importer import rules
-from hvpd_server.importer.rules import Limits
+from hvpd_server.importer import refusals
+from hvpd_server.importer.refusals import Limits
 from tests.support.vetting import PLAIN, made, parts, refused
 
 pytestmark = pytest.mark.slow  # Real programs, compiled and run.
@@ -41,14 +40,14 @@ def told(monkeypatch):
         program = (
             "import os, signal, sys, time, ctypes\n"
             "from hvpd.v1 import objective_pb2\n"
-            "from hvpd_server.admission import vetter\n"
+            "from hvpd_server.admission import vetting_process\n"
             "def derive(programs, platform, limits, derivation):\n"
             f"{textwrap.indent(textwrap.dedent(code), '    ')}\n"
             "    return objective_pb2.Derivation(mode=f'told of {platform}')\n"
-            "vetter.derive = derive\n"
-            "vetter.main()\n"
+            "vetting_process.derive = derive\n"
+            "vetting_process.main()\n"
         )
-        monkeypatch.setattr(vetter_process, "COMMAND", ["-c", program])
+        monkeypatch.setattr(spawn, "COMMAND", ["-c", program])
         opened.append(vetting.Vetter(dataclasses.replace(Limits(), **limits)))
         return opened[-1]
 
@@ -60,23 +59,23 @@ def told(monkeypatch):
 @pytest.mark.parametrize(
     ("code", "reason", "says"),
     [
-        ("ctypes.string_at(0)", rules.VETTING_FAILED, "SIGSEGV"),
-        ("os.abort()", rules.VETTING_FAILED, "SIGABRT"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", rules.VETTING_FAILED, "SIGKILL"),
+        ("ctypes.string_at(0)", refusals.VETTING_FAILED, "SIGSEGV"),
+        ("os.abort()", refusals.VETTING_FAILED, "SIGABRT"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", refusals.VETTING_FAILED, "SIGKILL"),
         (
             "from jaxlib.mlir import ir\nir.Module.parse('module {' * 100_000 + '}' * 100_000, ir.Context())",
-            rules.VETTING_FAILED,
+            refusals.VETTING_FAILED,
             "SIGSEGV",
         ),
-        ("os._exit(3)", rules.VETTING_FAILED, "code 3"),
-        ("os._exit(0)", rules.VETTING_FAILED, "said nothing"),
-        ("return 3", rules.VETTING_FAILED, "AttributeError"),
-        ("bytearray(1 << 31)", rules.VETTING_FAILED, "64 MiB of memory"),
-        ("while True: pass", rules.VETTING_TIMEOUT, "1 s of computing"),
-        ("recursive = lambda: recursive()\nrecursive()", rules.VETTING_FAILED, "RecursionError"),
+        ("os._exit(3)", refusals.VETTING_FAILED, "code 3"),
+        ("os._exit(0)", refusals.VETTING_FAILED, "said nothing"),
+        ("return 3", refusals.VETTING_FAILED, "AttributeError"),
+        ("bytearray(1 << 31)", refusals.VETTING_FAILED, "64 MiB of memory"),
+        ("while True: pass", refusals.VETTING_TIMEOUT, "1 s of computing"),
+        ("recursive = lambda: recursive()\nrecursive()", refusals.VETTING_FAILED, "RecursionError"),
         (
             "os.write(os.open(os.environ['HOME'] + '/.hvpd-test', os.O_CREAT | os.O_WRONLY), b'x')",
-            rules.VETTING_FAILED,
+            refusals.VETTING_FAILED,
             "OSError",
         ),
     ],
@@ -97,17 +96,17 @@ def test_a_reader_that_fails_in_any_way_refuses_and_the_next_program_is_read(
 def test_one_that_waits_for_ever_is_ended(told, code):
     """It is ended also if it has closed the pipe for its verdict."""
     vetter = told(code, seconds=0.2)
-    refused(vetter, b"", rules.VETTING_TIMEOUT, "0.2 s")
+    refused(vetter, b"", refusals.VETTING_TIMEOUT, "0.2 s")
 
 
 def test_one_that_says_too_much_is_ended(told):
-    vetter = told("raise vetter.Refused('OPERATION_REFUSED', 'x' * 10_000_000)")
-    refused(vetter, b"", rules.OPERATION_REFUSED)
+    vetter = told("raise vetting_process.Refused('OPERATION_REFUSED', 'x' * 10_000_000)")
+    refused(vetter, b"", refusals.OPERATION_REFUSED)
 
 
 def test_a_derivation_that_is_too_long_is_a_refusal(told):
     vetter = told("if programs['objective'] == b'bad': return objective_pb2.Derivation(programs=['x' * 10_000_000])")
-    refused(vetter, b"bad", rules.VETTING_FAILED)
+    refused(vetter, b"bad", refusals.VETTING_FAILED)
     vetter.vet(parts(PLAIN))
 
 
@@ -118,12 +117,19 @@ def test_a_long_derivation_comes_back_whole(told):
 
 def test_words_of_a_program_do_not_reach_a_terminal_as_they_are(told):
     text = "\\x1b[31mred\\r\\n\\tover\\u202ethere \\U0001f600"
-    says = refused(told(f"raise vetter.Refused('OPERATION_REFUSED', '{text}')"), b"", rules.OPERATION_REFUSED)
+    says = refused(
+        told(f"raise vetting_process.Refused('OPERATION_REFUSED', '{text}')"), b"", refusals.OPERATION_REFUSED
+    )
     assert says == "the bundle is refused: ?[31mred over?there \U0001f600"
 
 
 def test_a_reason_that_is_unknown_is_none(told):
-    refused(told("raise vetter.Refused('BECAUSE', 'no')"), b"", rules.VETTING_FAILED, "the bundle is refused: no")
+    refused(
+        told("raise vetting_process.Refused('BECAUSE', 'no')"),
+        b"",
+        refusals.VETTING_FAILED,
+        "the bundle is refused: no",
+    )
 
 
 def test_a_fork_has_neither_the_servers_streams_nor_its_environment(told, monkeypatch, capfd):
@@ -133,10 +139,10 @@ def test_a_fork_has_neither_the_servers_streams_nor_its_environment(told, monkey
         """
         os.write(1, b"out"); os.write(2, b"err")
         open_ones = [os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
-        raise vetter.Refused("OPERATION_REFUSED", f"{sorted(os.environ)} {sorted(open_ones)}")
+        raise vetting_process.Refused("OPERATION_REFUSED", f"{sorted(os.environ)} {sorted(open_ones)}")
         """
     )
-    says = refused(vetter, b"", rules.OPERATION_REFUSED)
+    says = refused(vetter, b"", refusals.OPERATION_REFUSED)
     names = set(ast.literal_eval(says[says.index("[") : says.index("]") + 1]))
     kept = {name for name in names if re.match("XLA_|NVIDIA_|CUDA_|ROCR_|HIP_|TPU_", name)}
     assert {"XLA_FLAGS", "NVIDIA_VISIBLE_DEVICES"} <= kept
@@ -151,19 +157,21 @@ def test_a_fork_has_neither_the_servers_streams_nor_its_environment(told, monkey
 def test_reading_and_compiling_have_a_lower_priority_than_the_server(told, monkeypatch):
     ours = os.getpriority(os.PRIO_PROCESS, 0)
     says = refused(
-        told("raise vetter.Refused('OPERATION_REFUSED', f'nice {os.nice(0)}')"), b"", rules.OPERATION_REFUSED
+        told("raise vetting_process.Refused('OPERATION_REFUSED', f'nice {os.nice(0)}')"),
+        b"",
+        refusals.OPERATION_REFUSED,
     )
     assert says.endswith(f"nice {min(ours + 10, 19)}")
     program = (
         "import os\n"
-        "from hvpd_server.admission import vetter\n"
+        "from hvpd_server.admission import vetting_process\n"
         "from hvpd_server.derivation import compiling\n"
         "def compile_program(*args, **settings):\n"
         "    raise ValueError(f'nice {os.nice(0)}')\n"
         "compiling.compile_program = compile_program\n"
-        "vetter.main()\n"
+        "vetting_process.main()\n"
     )
-    monkeypatch.setattr(vetter_process, "COMMAND", ["-c", program])
+    monkeypatch.setattr(spawn, "COMMAND", ["-c", program])
     with contextlib.closing(vetting.Vetter()) as compiles, pytest.raises(ServiceError) as error:
         compiled(compiles, "hvp", 1)
     assert str(error.value).endswith(f"nice {min(ours + 10, 19)}")
@@ -211,27 +219,27 @@ def test_compiles_go_on_when_the_process_is_killed(vetter, start):
 @pytest.mark.parametrize(
     ("work", "reason", "says"),
     [
-        ("os.kill(os.getpid(), signal.SIGSEGV)", rules.COMPILE_FAILED, "SIGSEGV"),
-        ("os._exit(0)", rules.COMPILE_FAILED, "said nothing"),
-        ("signal.pause()", rules.COMPILE_FAILED, "more than 0.5 s"),
-        ("bytearray(1 << 40)", rules.COMPILE_FAILED, "cannot be compiled in 16384 MiB of memory"),
-        ("raise RuntimeError('RESOURCE_EXHAUSTED: no memory')", rules.DEVICE_MEMORY, "no memory"),
-        ("raise RuntimeError('XLA does not know this')", rules.COMPILE_FAILED, "XLA does not know this"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", refusals.COMPILE_FAILED, "SIGSEGV"),
+        ("os._exit(0)", refusals.COMPILE_FAILED, "said nothing"),
+        ("signal.pause()", refusals.COMPILE_FAILED, "more than 0.5 s"),
+        ("bytearray(1 << 40)", refusals.COMPILE_FAILED, "cannot be compiled in 16384 MiB of memory"),
+        ("raise RuntimeError('RESOURCE_EXHAUSTED: no memory')", refusals.DEVICE_MEMORY, "no memory"),
+        ("raise RuntimeError('XLA does not know this')", refusals.COMPILE_FAILED, "XLA does not know this"),
     ],
 )
 def test_a_compile_that_ends_badly_is_an_answer_and_the_next_one_is_compiled(monkeypatch, work, reason, says):
     program = (
         "import os, signal\n"
-        "from hvpd_server.admission import vetter\n"
+        "from hvpd_server.admission import vetting_process\n"
         "from hvpd_server.derivation import compiling\n"
         "compile_program = compiling.compile_program\n"
         "def bad(sized, name, *args, **settings):\n"
         f"    if name == 'hvp': {work}\n"
         "    return compile_program(sized, name, *args, **settings)\n"
         "compiling.compile_program = bad\n"
-        "vetter.main()\n"
+        "vetting_process.main()\n"
     )
-    monkeypatch.setattr(vetter_process, "COMMAND", ["-c", program])
+    monkeypatch.setattr(spawn, "COMMAND", ["-c", program])
     seconds = 0.5 if "pause" in work else 60
     with contextlib.closing(vetting.Vetter(dataclasses.replace(Limits(), compile_seconds=seconds))) as vetter:
         for _ in range(2):
@@ -247,21 +255,21 @@ def test_forks_find_jax_and_scipy_imported(monkeypatch):
     """A compile that imports scipy.linalg takes twice as long."""
     program = (
         "import sys\n"
-        "from hvpd_server.admission import vetter\n"
+        "from hvpd_server.admission import vetting_process\n"
         "from hvpd_server.derivation import compiling\n"
-        "import_all, compile_program = vetter._import_all, compiling.compile_program\n"
+        "import_all, compile_program = vetting_process._import_all, compiling.compile_program\n"
         "def imported():\n"
         "    import_all()\n"
         "    known.update(sys.modules)\n"
         "def late(*args, **settings):\n"
         "    compile_program(*args, **settings)\n"
         "    found = {name.split('.')[0] for name in set(sys.modules) - known}\n"
-        "    raise vetter.Refused('COMPILE_FAILED', f'late: {sorted(found & set(\"jax jaxlib numpy scipy\".split()))}')\n"
+        "    raise vetting_process.Refused('COMPILE_FAILED', f'late: {sorted(found & set(\"jax jaxlib numpy scipy\".split()))}')\n"
         "known = set()\n"
-        "vetter._import_all, compiling.compile_program = imported, late\n"
-        "vetter.main()\n"
+        "vetting_process._import_all, compiling.compile_program = imported, late\n"
+        "vetting_process.main()\n"
     )
-    monkeypatch.setattr(vetter_process, "COMMAND", ["-c", program])
+    monkeypatch.setattr(spawn, "COMMAND", ["-c", program])
     factored = made(lambda x: jnp.sum(jnp.linalg.cholesky(jnp.eye(3) + jnp.outer(x, x))), np.zeros(3))
     with (
         contextlib.closing(vetting.Vetter()) as vetter,
@@ -272,12 +280,12 @@ def test_forks_find_jax_and_scipy_imported(monkeypatch):
 
 def test_a_backend_that_cannot_serialize_is_told_apart(monkeypatch):
     program = (
-        "from hvpd_server.admission import vetter\n"
+        "from hvpd_server.admission import vetting_process\n"
         "from hvpd_server.derivation import compiling\n"
         "compiling.dump = lambda compiled: 1 / 0\n"
-        "vetter.main()\n"
+        "vetting_process.main()\n"
     )
-    monkeypatch.setattr(vetter_process, "COMMAND", ["-c", program])
+    monkeypatch.setattr(spawn, "COMMAND", ["-c", program])
     with (
         contextlib.closing(vetting.Vetter()) as vetter,
         pytest.raises(UnsupportedError, match="ZeroDivision"),
@@ -302,7 +310,7 @@ def told_pids(monkeypatch):
     def open_vetter(folder):
         program = (
             "import os, time\n"
-            "from hvpd_server.admission import vetter\n"
+            "from hvpd_server.admission import vetting_process\n"
             "from hvpd_server.derivation import compiling\n"
             "def compile_program(sized, name, width, *args, **settings):\n"
             "    if width == 13: os._exit(3)\n"
@@ -310,9 +318,9 @@ def told_pids(monkeypatch):
             "    if os.path.exists(fifo): open(fifo).read()\n"
             "    return str(os.getpid()).encode()\n"
             "compiling.compile_program, compiling.dump = compile_program, lambda compiled: compiled\n"
-            "vetter.main()\n"
+            "vetting_process.main()\n"
         )
-        monkeypatch.setattr(vetter_process, "COMMAND", ["-c", program])
+        monkeypatch.setattr(spawn, "COMMAND", ["-c", program])
         return contextlib.closing(vetting.Vetter())
 
     return open_vetter
@@ -370,7 +378,7 @@ def test_a_compile_that_needs_more_than_its_memory_is_refused(vetter):
     with contextlib.closing(vetting.Vetter(Limits(compile_memory_bytes=256 << 20))) as narrow:
         with pytest.raises(ServiceError, match=r"cannot compile hvp .* take more than 256 MiB") as error:
             compiled(narrow, "hvp", 1)
-    assert error.value.reason == rules.COMPILE_FAILED
+    assert error.value.reason == refusals.COMPILE_FAILED
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -378,7 +386,7 @@ def test_a_compile_has_a_limit_on_memory_on_a_cpu_only(monkeypatch, gpu):
     limits = {}
     monkeypatch.setattr(resource, "setrlimit", lambda which, pair: limits.update({which: pair[0]}))
     monkeypatch.setattr(signal, "setitimer", lambda which, seconds: None)
-    _vetter._allow(Limits(compile_memory_bytes=1 << 40).compiling(), gpu=gpu)
+    vetting_process._allow(Limits(compile_memory_bytes=1 << 40).compiling(), gpu=gpu)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     assert (limits[resource.RLIMIT_AS] == hard) == gpu
     assert gpu or 1 << 40 < limits[resource.RLIMIT_AS] < 2 << 40
@@ -398,7 +406,7 @@ def test_on_a_system_without_a_limit_on_memory_the_log_says_so(monkeypatch, capl
     "command", [["-c", "raise SystemExit(1)"], ["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]]
 )
 def test_one_that_cannot_be_had_is_not_the_bundles_fault(monkeypatch, command):
-    monkeypatch.setattr(vetter_process, "COMMAND", command)
+    monkeypatch.setattr(spawn, "COMMAND", command)
     with contextlib.closing(vetting.Vetter()) as broken, pytest.raises(ServiceError) as error:
         broken.vet(parts(PLAIN, objective=b""))
     assert (error.value.code, error.value.reason) == (Code.UNAVAILABLE, "VETTING_UNAVAILABLE")
@@ -421,17 +429,17 @@ def test_kill_9_of_the_server_leaves_no_process_behind(tmp_path):
     os.mkfifo(pipe)
     reading = f"""
 import os, signal
-from hvpd_server.admission import vetter
+from hvpd_server.admission import vetting_process
 alive = os.open({str(pipe)!r}, os.O_WRONLY)
 def derive(programs, platform, limits, derivation):
     os.write(alive, b"reading")
     signal.pause()
-vetter.derive = derive
-vetter.main()
+vetting_process.derive = derive
+vetting_process.main()
 """
     owning = f"""
-from hvpd_server.admission import vetter_process, vetting
-vetter_process.COMMAND = ["-c", {reading!r}]
+from hvpd_server.admission import spawn, vetting
+spawn.COMMAND = ["-c", {reading!r}]
 vetting.Vetter().vet({{"bundle": b""}})
 """
     with subprocess.Popen([sys.executable, "-c", owning]) as owner, pipe.open("rb", buffering=0) as alive:

@@ -1,5 +1,5 @@
 """The process that reads, differentiates and compiles: `python -m
-hvpd_server.admission.vetter`.
+hvpd_server.admission.vetting_process`.
 
 `vetting` starts it. It imports jax once and forks a *session* for each bundle. The
 session reads the bundle's programs and traces their derivatives. Then it compiles one
@@ -34,9 +34,9 @@ from hvpd.v1 import objective_pb2, tensor_pb2
 from hvpd_server.admission.forks import Forks
 from hvpd_server.derivation import compiling
 from hvpd_server.derivation.programs import Derivation, Sized
-from hvpd_server.importer import reader, rules
+from hvpd_server.importer import reader, refusals
 from hvpd_server.importer.graph import Module
-from hvpd_server.importer.rules import Allowance, Limits
+from hvpd_server.importer.refusals import Allowance, Limits
 from hvpd_server.importer.table import Refused
 
 _MOST = 1 << 23
@@ -171,7 +171,7 @@ class _Session:
         derived = derive(self._parts, self._platform, self._limits, self._derivation)
         answer = base64.b64encode(derived.SerializeToString(deterministic=True)).decode()
         if len(answer) > _MOST:
-            raise Refused(rules.VETTING_FAILED, f"gives a derivation of more than {_MOST >> 20} MiB")
+            raise Refused(refusals.VETTING_FAILED, f"gives a derivation of more than {_MOST >> 20} MiB")
         return {DERIVATION: answer}
 
     def _compile(self, order: Mapping[str, Any]) -> None:
@@ -249,9 +249,9 @@ def _refusal_of(work: Callable[[], dict[str, Any]], allowance: Allowance) -> dic
             "message": f"the programs cannot be {allowance.did} in {allowance.memory_bytes >> 20} MiB of memory",
         }
     except Exception as error:  # noqa: BLE001 - any error refuses the program
-        if reason == rules.COMPILE_FAILED and "RESOURCE_EXHAUSTED" in str(error):
-            reason = rules.DEVICE_MEMORY
-        what = "compiled" if reason in (rules.COMPILE_FAILED, rules.DEVICE_MEMORY) else "read or differentiated"
+        if reason == refusals.COMPILE_FAILED and "RESOURCE_EXHAUSTED" in str(error):
+            reason = refusals.DEVICE_MEMORY
+        what = "compiled" if reason in (refusals.COMPILE_FAILED, refusals.DEVICE_MEMORY) else "read or differentiated"
         return {
             "reason": reason,
             "message": _text.cut(f"a program cannot be {what}: {type(error).__name__}: {error}", 2000),
