@@ -50,9 +50,10 @@ def run(*, quick: bool, part: str | None = None) -> Iterator[Figure]:
 
 
 def error(found: npt.ArrayLike, truth: npt.ArrayLike) -> float:
-    """Return the relative error of a result."""
+    """Return the relative error of a result; infinite if it is not finite."""
     expected = np.asarray(truth)
-    return float(np.linalg.norm(np.asarray(found) - expected) / max(float(np.linalg.norm(expected)), 1.0))
+    relative = float(np.linalg.norm(np.asarray(found) - expected) / max(float(np.linalg.norm(expected)), 1.0))
+    return relative if math.isfinite(relative) else math.inf
 
 
 # CUTEst
@@ -85,7 +86,7 @@ def cutest(client: hvpd.Client, *, quick: bool) -> Iterator[Figure]:
             except (ArithmeticError, hvpd.HvpdError) as failure:
                 failed.append(f"{make.__name__}: {str(failure)[:100]}")
         for quantity in ("value", "gradient", "product"):
-            errors = {name: getattr(each, quantity) for name, each in found.items()}
+            errors = {name: getattr(each, quantity) for name, each in found.items()} or {"none": math.inf}
             worst = max(errors, key=lambda name: errors[name])
             yield measured(
                 BENCH,
@@ -213,7 +214,9 @@ def chain(n: int) -> tuple[Array, Array]:
 
 
 def spectra(client: hvpd.Client, *, quick: bool) -> Iterator[Figure]:
-    """Yield the errors of eigenvalues by the server's Lanczos iteration."""
+    """Yield the errors of eigenvalues: of all, from products with the identity; or of
+    some, by Lanczos's iteration on the server.
+    """
     matrices: dict[str, tuple[tuple[Array, Array], int]] = {
         "Rosser's matrix, all eigenvalues": (rosser(), 8),
         "Wilkinson's W21+, the two largest": (wilkinson(), 2),

@@ -1,6 +1,6 @@
-"""What an accelerator does for curvature: the programs of networks, copies, products
-through a server, callers, precision, memory, and the cross-entropy of a large
-vocabulary.
+"""Figures of an accelerator: the programs of networks, copies, products through a
+server, callers, precision, memory, the cross-entropy of a large vocabulary, the same
+host, and restarts.
 
 On a machine without an accelerator the command runs small sizes. That shows that it
 works. Its times are no figures then.

@@ -1,4 +1,4 @@
-"""Benchmarks of their own that have figures for the device, too."""
+"""The benchmarks `samehost` and `restart`, on the device."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator

@@ -1,5 +1,5 @@
-"""The sizes that all parts share: small on a CPU, and few rounds if it has to be
-quick.
+"""The sizes that all parts share: small on a CPU, and few rounds for a quick
+run.
 """
 
 import dataclasses

@@ -86,6 +86,9 @@ def _network(scale: Scale, label: str, flops: float, bandwidth: float) -> Iterat
             calls[_key(name, k)] = call
         except (jax.errors.JaxRuntimeError, MemoryError) as error:  # The block does not fit on the device.
             failed[_key(name, k)] = str(error).partition("\n")[0][:120]
+    if "value_and_grad" in failed:
+        yield scale.skipped(f"{label}: value_and_grad", "ms", failed["value_and_grad"], n=programs.n)
+        return
     times = _timing.interleave(calls, rounds=scale.rounds, seconds=scale.seconds)
     gradient = np.array(times["value_and_grad"])
     for name, k in kinds:

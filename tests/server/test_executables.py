@@ -123,6 +123,8 @@ def test_a_backend_that_cannot_move_them_compiles_in_this_process_and_says_so(ex
         assert outcome == "compiled"
     assert right(found(0, "value_and_grad", 0)[0], rosen)
     assert caplog.text.count("this server compiles by itself") == 1
+    with pytest.raises(ServiceError, match="bytes of memory"):
+        executables(Unable(), memory_bytes=8)(0, "value_and_grad", 0)
 
 
 def test_a_disk_that_is_full_costs_only_the_cache(executables, rosen, tmp_path, monkeypatch, caplog):

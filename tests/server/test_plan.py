@@ -18,6 +18,7 @@ def measured(plan, width, hvp, apply):
 def test_a_bundle_without_apply_has_no_choice(mode):
     choice = Plan(mode, has_apply=False, fits=True).choose(4)
     assert (choice.program, choice.width, choice.reason) == ("hvp", 4, f"mode {mode}")
+    assert not Plan("linearized", has_apply=False, fits=True).needs_apply
 
 
 @pytest.mark.parametrize("mode", ["forward_over_reverse", "linearized", "auto"])

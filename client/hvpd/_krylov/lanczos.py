@@ -248,7 +248,7 @@ class Lanczos:
 
     @property
     def alphas(self) -> Array | tuple[Array, ...]:
-        """Return the diagonal of T: float64 of shape (steps,).
+        """Return the diagonal of T: float64, one for each step since the last restart.
 
         For `block` > 1, a tuple of arrays of shape (b, b).
 
@@ -259,7 +259,7 @@ class Lanczos:
 
     @property
     def betas(self) -> Array | tuple[Array, ...]:
-        """Return the subdiagonal of T: float64 of shape (steps - 1,).
+        """Return the subdiagonal of T: float64, one less than `alphas`.
 
         `scipy.linalg.eigh_tridiagonal(run.alphas, run.betas)` gives the Ritz values.
         For `block` > 1, a tuple of arrays of shape (b', b).
@@ -268,6 +268,7 @@ class Lanczos:
             >>> scipy.linalg.eigh_tridiagonal(run.alphas, run.betas)
         """
         between = self._betas[:-1]
+        # After a breakdown, beta has the shape (0, 1).
         return np.array([beta.sum() for beta in between]) if self.block == 1 else tuple(between)
 
     @property
@@ -308,8 +309,8 @@ class Lanczos:
         Example:
             >>> values, Y, couplings = run.decomposed()
         """
-        if not self._alphas:
-            return np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0))
+        if not self._alphas:  # Nothing yet, or nothing since a restart.
+            return self._kept, np.eye(len(self._kept)), self._coupling
         if self.block == 1 and not len(self._kept):
             values, Y = scipy.linalg.eigh_tridiagonal(self.alphas, self.betas)
         else:

@@ -72,7 +72,7 @@ class Objective(Protocol):
 
 
 class Search:
-    """A minimisation: its point, its counts, and what is the same for all methods."""
+    """A minimisation: its point, its counts, and the parts that all methods share."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class Search:
         """Return the step of truncated CG, with the tolerance of Newton's method."""
         norm = float(vectors.norms(gradient[None])[0])
         M = self.preconditioner
-        preconditioner(M, len(self.x), self.x.dtype)  # So that each runner refuses the same.
+        preconditioner(M, len(self.x), self.x.dtype)  # Here, so that every runner refuses the same M.
         found = self.hessian().steihaug(
             gradient, radius, tol=min(0.5, np.sqrt(norm)) * norm, maxiter=2 * len(self.x) + 10, M=M
         )

@@ -213,7 +213,7 @@ def left_out(R: Array) -> Array:
     """
     if not R.size:
         return np.zeros_like(R)
-    U, values, V = np.linalg.svd(R, full_matrices=False)  # SciPy's holds the GIL.
+    U, values, V = np.linalg.svd(R, full_matrices=False)  # NumPy's, because SciPy's holds the GIL.
     S = U @ (V / values[:, None])
     needed = (V**2).sum(axis=0) > 1 - 1e-6
     found: Array = np.where(needed, S / np.linalg.norm(S, axis=0), 0.0)
@@ -223,8 +223,8 @@ def left_out(R: Array) -> Array:
 def standard_error(samples: Array) -> Array:
     """Return the standard error of the mean over the last axis.
 
-    For normal samples it is an upper bound at 95 % confidence, because the deviation is
-    itself an estimate from few samples. So the mean lies within 2 standard errors at
+    The deviation of few samples is itself an estimate, so this is its upper bound at
+    95 % confidence, for normal samples. So the mean lies within 2 standard errors at
     least as often as for a known deviation.
     """
     count = samples.shape[-1]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -162,7 +164,7 @@ def load(path: str | os.PathLike[str]) -> Result:
 def _array(arrays: Any, name: str, path: str | os.PathLike[str]) -> Array:
     try:
         found: Array = arrays[name]
-    except ValueError as error:  # Python's objects, which could run code.
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # Damaged, or an object of Python.
         raise InvalidArgumentError(
             f"{os.fspath(path)!r} holds no result of hvpd.krylov: pass a file that save() wrote", reason="FILE_CONTENT"
         ) from error
@@ -172,7 +174,7 @@ def _array(arrays: Any, name: str, path: str | os.PathLike[str]) -> Array:
 def _opened(file: Any, path: str | os.PathLike[str]) -> Any:
     try:
         found = np.load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InvalidArgumentError(
             f"{os.fspath(path)!r} is no .npz file: pass a file that save() wrote", reason="FILE_CONTENT"
         ) from error

@@ -8,6 +8,7 @@ through a runner. A runner that has a server overrides its primitives:
 - `stepping`: the steps of a solve;
 - `tridiagonals`: independent Lanczos iterations from random vectors;
 - `sketch`: the small matrices of a randomized range, for traces;
+- `estimate`: means over random vectors, for traces and diagonals;
 - `solve` and `steihaug`: whole linear solves.
 
 All that it does not override runs through `multiply`.

@@ -6,9 +6,10 @@ steps moves few numbers. `LocalSpace` keeps the basis here, and asks for one pro
 a block in each step.
 
 The basis has the rows q_0, ..., q_(rows-1). The last block of it waits for its product.
-One step multiplies this block, W = A Q_last, and makes W orthogonal to all rows in two
-passes of block products. It factors the rest into beta^T times a new orthonormal block,
-and appends the new block:
+One step multiplies this block, W = A Q_last, and makes W orthogonal to the last rows,
+then to all rows, in one pass of block products. If a pass leaves less than 0.7 of a
+norm, another pass follows. The step factors the rest into beta^T times a new
+orthonormal block, and appends the new block:
 
     A Q_last^T = Q_last^T alpha + (earlier rows) + Q_new^T beta
 
@@ -16,7 +17,8 @@ The new block has fewer rows than the last one if W has lost rank. It has none i
 rows span an invariant space. Both are data, not errors.
 
 Source: Golub and Van Loan, Matrix Computations, 10.1 and 10.3; Daniel, Gragg, Kaufman,
-Stewart 1976 (https://doi.org/10.1090/S0025-5718-1976-0431641-8) for the second pass.
+Stewart 1976 (https://doi.org/10.1090/S0025-5718-1976-0431641-8) for
+the further passes.
 """
 
 from collections.abc import Callable, Iterator

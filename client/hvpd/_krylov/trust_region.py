@@ -69,9 +69,9 @@ def steihaug(
     Args:
         multiply: Multiplies a block V[k, n] by H.
         gradient: g, of shape (n,).
-        radius: Radius of the ball, in the norm of the inverse of M; may be infinite.
-            Then a direction without positive curvature ends the step: the first
-            direction of all is followed with length 1, and a later one is not followed.
+        radius: Radius of the ball, in the norm of the inverse of M. If it is infinite,
+            a direction without positive curvature ends the step. Only the first
+            direction is then followed, with the factor 1.
         tol: Largest |H p + g| of a solution.
         maxiter: Largest number of products.
         precondition: Multiplies a block by M, a positive definite approximation of the

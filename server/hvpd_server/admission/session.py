@@ -21,7 +21,9 @@ _MOST = 1 << 24
 """Most bytes of an answer."""
 
 _MESSAGE = 2100
-"""Most characters of a refusal. The process sends at most 2000, and their number."""
+"""Most characters of a refusal. The process sends at most 2000, and a note of the
+full length.
+"""
 
 _MOST_EXECUTABLE = 2 << 30
 """Most bytes of an executable."""
@@ -70,7 +72,8 @@ class Session:
         """Return the executable of a program, as `derivation.compiling.load` takes it.
 
         Args:
-            order: rows, name, width, devices, data and deterministic; see `vetter`.
+            order: rows, name, width, devices, data, deterministic, and processes in a
+                group; see `vetting_process`.
 
         Raises:
             ServiceError: The program cannot be compiled.

@@ -196,7 +196,7 @@ class Vetter:
                 self._sessions.remove(session)
                 self._freed.notify_all()
             session.end()
-            if session.abandoned and isinstance(error, OSError):
+            if session.abandoned and isinstance(error, OSError | ServiceError):
                 raise _abandoned() from None
             raise
         with self._freed:
@@ -255,14 +255,14 @@ class Vetter:
             process.wait(_DYING)
         except subprocess.TimeoutExpired:
             return
-        with self._lock:
-            if self._process is not process:  # Another thread was faster.
-                return
-        self._end()
+        self._end(process)
 
-    def _end(self) -> None:
+    def _end(self, dead: "subprocess.Popen[bytes] | None" = None) -> None:
+        """End the process; with `dead`, only if another thread has not done so."""
         with self._lock:
             process, control = self._process, self._control
+            if dead is not None and process is not dead:
+                return
             self._process = self._control = None
             sessions = list(self._sessions)
         for session in sessions:

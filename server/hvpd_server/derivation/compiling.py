@@ -1,4 +1,6 @@
-"""Compile a derived program for its devices: in a worker, or in the server."""
+"""Compile a derived program for its devices: in a session of the vetting process, or in
+the server.
+"""
 
 import io
 import logging

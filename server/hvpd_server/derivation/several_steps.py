@@ -3,8 +3,8 @@
 A method (`Method`) is a step function and the arrays of its state. Here is all that the
 methods share: the terms of the operator, the preconditioner, the loop, and the reason
 why the loop ends. A step is usual if its product is finite, and its method has no
-special case for it. A launch ends before any other step. The iteration in NumPy takes
-that step, with a product of its own, and says why it ends.
+special case for it. A launch ends before a step that is not usual. The iteration in
+NumPy takes that step, with a product of its own, and says why it ends.
 """
 
 from collections.abc import Callable, Sequence
@@ -108,7 +108,8 @@ def targets_of(sizes: Sizes) -> tuple[int, ...]:
 
 
 def several(method: Method, multiply: Function, sizes: Sizes) -> Function:
-    """Return (x, *arguments, *args) -> (state, norms, facts).
+    """Return the program of several steps: (x, *arguments, *args) -> (state, norms,
+    facts).
 
     The norms are those after each step, of shape (STEPS, rows, shifts). facts are the
     steps that were taken, whether the next step is a usual one, and whether no step can

@@ -18,7 +18,7 @@ import jax
 
 from hvpd.v1 import objective_pb2
 from hvpd_server.admission.session import UnsupportedError
-from hvpd_server.admission.vetting import Vetter
+from hvpd_server.admission.vetting import Vetter, key_of
 from hvpd_server.derivation import compiling
 from hvpd_server.derivation.compiling import Compiled, Target
 from hvpd_server.derivation.programs import Derivation
@@ -100,7 +100,7 @@ class Executables:
         self._vetter = vetter
         self._cache = cache
         self._loading = loading
-        self._key = hashlib.sha256(bundle.SerializeToString()).hexdigest()
+        self._key = key_of(bundle.SerializeToString())
         self._form = _form(bundle)
         self._in_process: Build | None = None
 
@@ -117,8 +117,6 @@ class Executables:
         return built._replace(compiled=LeafProgram(built.compiled, shapes, width))
 
     def _built(self, rows: int, name: str, width: int) -> Built:
-        if self._in_process is not None:
-            return self._in_process(rows, name, width)
         bundle = self._bundle
         order: dict[str, object] = {
             "rows": rows,
@@ -130,14 +128,15 @@ class Executables:
         }
         if self._spans_processes:
             order["processes"] = True
+        if self._in_process is not None:
+            return self._checked(self._in_process(rows, name, width), order)
         key = _fingerprint(self._form, self._parts[0], order)
         path = self._cache.path(self._digest, key)
         if not path.exists():
             self._cache.borrow(self._digest, key, self._tenants())
         found, size = self._cached(path)
         if found is not None:
-            self._check_memory(found, order)
-            return Built(found, "cached", size)
+            return self._checked(Built(found, "cached", size), order)
         try:
             blob = self._vetter.compile(
                 self._key, self._programs, self._derivation, self._platform, order, self._check_wanted
@@ -157,21 +156,21 @@ class Executables:
                 error,
             )
             self._in_process = InProcess(bundle, self._derivation, self._parts, self._read, self._loading)
-            return self._in_process(rows, name, width)
+            return self._checked(self._in_process(rows, name, width), order)
         if _write(path, blob):
             self._cache.written(self._digest, len(blob))
         with self._loading():
             found = self._load(blob)
-        self._check_memory(found, order)
-        return Built(found, "compiled", len(blob))
+        return self._checked(Built(found, "compiled", len(blob)), order)
 
-    def _check_memory(self, compiled: Any, order: Mapping[str, object]) -> None:
-        """Raise ServiceError if a program takes more memory than it may, because the
-        kernel would kill the server.
+    def _checked(self, built: Built, order: Mapping[str, object]) -> Built:
+        """Return a program; raise ServiceError if it takes more memory than it may,
+        because the kernel would kill the server.
         """
-        found = compiled.memory_analysis()
+        executable: Any = built.compiled  # A compiled program of jax.
+        found = executable.memory_analysis()
         if self._memory_bytes is None or found is None:
-            return
+            return built
         size = found.temp_size_in_bytes + found.output_size_in_bytes
         if size > self._memory_bytes:
             raise ServiceError(
@@ -180,6 +179,7 @@ class Executables:
                 f"{order['name']} (width {order['width']}) takes {size} bytes of memory beside its arguments, and {self._memory_bytes} "
                 "are allowed: send narrower blocks, or write the objective so that it keeps smaller arrays",
             )
+        return built
 
     def _cached(self, path: Path) -> tuple[Compiled | None, int]:
         """Return the executable in a file, and its size; None if there is none, or it

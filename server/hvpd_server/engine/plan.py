@@ -39,7 +39,7 @@ class Plan:
         self._has_apply = has_apply
         self._fits = fits
         self._fixed = fixed
-        self.needs_apply = mode == "linearized" and fits
+        self.needs_apply = has_apply and mode == "linearized" and fits
         """Whether products wait for `apply` to be compiled."""
         self._lock = threading.Lock()
         self._chosen: dict[int, str] = {}

@@ -173,7 +173,7 @@ class _Encrypted:
 
 
 def proof(secret: bytes, side: str, *nonces: bytes) -> bytes:
-    """Return what shows that a side knows the secret, without telling it.
+    """Return a proof that a side knows the secret. The proof does not reveal it.
 
     Args:
         secret: The secret of this start.
@@ -189,7 +189,7 @@ def is_proof(found: bytes, expected: bytes) -> bool:
 
 
 def contexts(cert: Path, key: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """Return the TLS of the leader, and that of another rank, which accepts the same
+    """Return the TLS contexts of the leader and of another rank, which accepts the same
     certificate only.
 
     Raises:

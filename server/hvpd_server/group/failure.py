@@ -14,7 +14,7 @@ ENDED: Final = 72
 BEAT_SECONDS: Final = 0.5
 """Seconds between two signs of life."""
 
-_SILENCE_SECONDS: Final = 5.0
+SILENCE_SECONDS: Final = 5.0
 """Seconds without a sign of life after which a rank counts as stopped."""
 
 
@@ -24,7 +24,7 @@ def silence_seconds(launch_timeout: float) -> float:
     They are less than the timeout of a launch. Otherwise the supervisor would blame the
     objective whose launch waits for the stopped rank.
     """
-    return min(_SILENCE_SECONDS, launch_timeout / 2) if launch_timeout else _SILENCE_SECONDS
+    return min(SILENCE_SECONDS, launch_timeout / 2) if launch_timeout else SILENCE_SECONDS
 
 
 def end(reason: str, code: int = ENDED) -> NoReturn:

@@ -73,7 +73,7 @@ class Follower:
         secret: Callable[[], bytes | None],
         *,
         context: Callable[[], ssl.SSLContext | None] = lambda: None,
-        silence: float = 8.0,
+        silence: float = failure.SILENCE_SECONDS,
         end: End = failure.end,
     ) -> None:
         self._address = address
@@ -89,7 +89,7 @@ class Follower:
         self._heard = time.monotonic()
         self._orders: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
         threading.Thread(target=self._listen, name="hvpd-orders", daemon=True).start()
-        threading.Thread(target=self._beat, name="hvpd-beat", daemon=True).start()
+        threading.Thread(target=self._beat, name="hvpd-rank-beat", daemon=True).start()
 
     def _joined(self) -> tuple[Channel, str]:
         """Return the connection to the leader, and the address of jax's coordinator."""
@@ -150,14 +150,14 @@ class Follower:
     def serve(self, replay: Replay) -> NoReturn:
         """Execute the orders of the leader, until the group ends."""
         while True:
-            frame = _channel.read(self._orders.get())
-            order = frame.message
             try:
+                frame = _channel.read(self._orders.get())
+                order = frame.message
                 if not order.number:
                     replay.drop(order.dropped)
                     continue
                 report = replay.execute(order, frame.chunk)
-            except DisagreementError as error:
+            except (DecodeError, DisagreementError) as error:
                 report = group_pb2.GroupReport(failure=str(error), fatal=True)
             self._send(report)
             if report.fatal:

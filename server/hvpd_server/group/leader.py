@@ -1,8 +1,8 @@
 """The leader's side of a group: admits the other ranks, sends them orders, and ends the
 group if one of them dies, stops or disagrees.
 
-One process decides the sequence of all orders. It does not rely on jax to notice a
-failure: jax notices a killed process after 100 s, and a stopped process never.
+One process decides the sequence of all orders. The leader does not rely on jax to
+notice a failure: jax notices a killed process after 100 s, and a stopped process never.
 """
 
 import collections
@@ -84,7 +84,7 @@ class Leader:
         secret: bytes,
         *,
         context: ssl.SSLContext | None = None,
-        silence: float = 8.0,
+        silence: float = failure.SILENCE_SECONDS,
         patience: float = 0.0,
         end: End = failure.end,
     ) -> None:
@@ -212,7 +212,7 @@ class Leader:
                 if awaited:
                     self._digests[number] = order.load.sha256
             self._send(order, chunk)
-        self.counts[order.WhichOneof("kind") or ""] += 1
+            self.counts[order.WhichOneof("kind") or ""] += 1
         return number
 
     def done(self, number: int) -> str:

@@ -71,18 +71,16 @@ class Replay:
         self.drop(order.dropped)
         report = group_pb2.GroupReport(done=order.number)
         kind = order.WhichOneof("kind")
-        # After a failed load or placement, the ranks are still in step: the leader
-        # drops the order. A launch that fails on one rank leaves the others waiting.
-        report.fatal = kind not in ("load", "place")
         try:
             made = self._made(order, chunk, report)
         except DisagreementError:
             raise
         except Exception as error:  # noqa: BLE001 - any error goes to the leader
             report.failure = f"{type(error).__name__}: {error}"
+            # After a failed load or placement, the ranks are still in step: the leader
+            # drops the order. If a launch fails on one rank, the others wait for it.
+            report.fatal = kind not in ("load", "place")
             made = _FAILED
-        else:
-            report.fatal = False
         if made is not None:
             self._held[order.number] = made
         return report

@@ -210,6 +210,21 @@ def test_a_restart_keeps_positions_that_there_are(keep):
     assert run.extend(2).size == 4
 
 
+def test_a_restart_has_its_ritz_pairs_before_the_next_step():
+    A = symmetric(40)
+    run = lanczos(A, 20)
+    before = run.ritz(3)
+    run.restart(np.arange(15, 20))
+    after = run.ritz(3)
+    np.testing.assert_allclose(after.values, before.values, rtol=1e-12)
+    np.testing.assert_allclose(after.residuals, before.residuals, rtol=1e-9)
+    np.testing.assert_allclose(abs(np.sum(after.vectors * before.vectors, axis=0)), 1.0, rtol=1e-12)
+    run.restart([3, 4])
+    np.testing.assert_allclose(run.ritz().values, before.values[1:], rtol=1e-12)
+    run.extend(20)
+    np.testing.assert_allclose(run.ritz(1).values, np.linalg.eigvalsh(A)[-1:], rtol=1e-9)
+
+
 def test_too_few_dimensions_are_explained():
     with pytest.raises(hvpd.InvalidArgumentError, match=r"no Ritz pairs: all steps .* are done; extend\(\) takes more"):
         lanczos(symmetric(9), 0).ritz(1)

@@ -85,6 +85,12 @@ def test_other_files_are_refused(tmp_path):
         np.save(file, A)
     with pytest.raises(hvpd.InvalidArgumentError, match="holds one array"):
         krylov.load(path)
+    RESULTS["Estimate"]().save(path)
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:40] + bytes(40) + whole[80:]):
+        path.write_bytes(damaged)
+        with pytest.raises(hvpd.InvalidArgumentError, match=r"is no \.npz file|holds no result"):
+            krylov.load(path)
     np.savez(path, kind=np.array([object()], dtype=object))
     with pytest.raises(hvpd.InvalidArgumentError, match="holds no result"):
         krylov.load(path)
