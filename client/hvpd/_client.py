@@ -238,8 +238,8 @@ class Client(Registrar):
             NotFoundError: There is no objective with this name.
             InvalidArgumentError: `new` is the name of another objective (reason
                 `NAME_TAKEN`).
-            AccessError: It belongs to another tenant, or the token lacks the right
-                `publish`.
+            AccessError: It belongs to another tenant (reason `NOT_YOURS`), or the token
+                lacks the right `publish`.
 
         Example:
             >>> client.rename("digits/mlp", "digits/mlp-2026")

@@ -2,9 +2,9 @@
 
 import contextlib
 
-from hvpd._errors import InvalidArgumentError, NotFoundError
+from hvpd._errors import AccessError, InvalidArgumentError, NotFoundError
 from hvpd._transport.transport import Transport
-from hvpd.v1 import objective_pb2
+from hvpd.v1 import objective_pb2, server_pb2
 
 
 def deleted(transport: Transport, name: str) -> bool:
@@ -28,6 +28,11 @@ def renamed(transport: Transport, name: str, new: str) -> objective_pb2.Objectiv
     if found.name != name and not found.name.endswith(f"/{name}"):
         raise InvalidArgumentError(
             f"{name!r} is a digest: register the objective with the new name", reason="INVALID_NAME"
+        )
+    tenant = transport.unary(transport.channel.server.GetUsage, server_pb2.GetUsageRequest()).usages[0].tenant
+    if tenant and not found.name.startswith(f"{tenant}/"):
+        raise AccessError(
+            f"objective {found.name!r} is not tenant {tenant}'s own: only its owner can rename it", reason="NOT_YOURS"
         )
     with contextlib.suppress(NotFoundError):
         there = transport.unary(objectives.GetObjective, objective_pb2.GetObjectiveRequest(name=new)).objective

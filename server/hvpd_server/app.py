@@ -315,7 +315,7 @@ def http_server(config: Config, port: int, app: App) -> HttpServer:
         "devices": str(engine.device_count),
         "address": app.address,
     }
-    catalogue = Catalogue(engine.store, engine.checks, engine.quarantine)
+    catalogue = Catalogue(engine.store, engine.checks, engine.quarantine, engine.objectives.derivation)
     status = Status(facts, lambda: app.state, app.metrics, history, catalogue)
     try:
         server = HttpServer(

@@ -190,6 +190,13 @@ def test_a_teammates_objective_is_deleted_by_its_owner_and_by_the_operator(place
         owner.register(quartic, x, data, name="shared", shared=True)
         error = refused(mate.delete, f"{tenant}/shared")
         assert (type(error), error.reason) == (hvpd.AccessError, "NOT_YOURS")
+        error = refused(mate.rename, f"{tenant}/shared", "mine")
+        assert (type(error), error.reason) == (hvpd.AccessError, "NOT_YOURS")
+        assert (
+            f"objective '{tenant}/shared' is not tenant {tenant[:50]}-mate's own: only its owner can rename it"
+            in str(error)
+        )
+        assert [each.name for each in mate.objectives()] == [f"{tenant}/shared"]
         solves(mate.objective(f"{tenant}/shared"), x, data)
         token = token_file.create(place.tokens, "ops", ["use", "publish", "administer"])[0]
         with hvpd.connect(place.address, token=token) as operator:

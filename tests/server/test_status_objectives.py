@@ -2,6 +2,11 @@
 store as it is.
 """
 
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from hvpd_server.status_page.objectives import Catalogue
@@ -18,7 +23,8 @@ def opened(open_engine, clock):
     def opened(*examples):
         engine = open_engine(*examples)
         quarantine = Quarantine(engine.store.root, 1)
-        return engine, quarantine, Catalogue(engine.store, engine.checks, quarantine, clock)
+        catalogue = Catalogue(engine.store, engine.checks, quarantine, engine.objectives.derivation, clock)
+        return engine, quarantine, catalogue
 
     return opened
 
@@ -35,6 +41,18 @@ def test_an_objective_is_told_with_its_facts(opened, rosen):
     assert (facts.check, facts.trouble) == ("", "")
     assert "no x came" in facts.check_reason
     assert catalogue.troubled() == {}
+
+
+def test_the_derived_mode_is_shown(opened, export):
+    @jax.custom_vjp
+    def cube(x):
+        return x**3
+
+    cube.defvjp(lambda x: (cube(x), x), lambda x, g: (3 * x**2 * g,))
+    exported = export(lambda x: jnp.sum(cube(x)), np.ones(3))
+    assert exported.bundle.mode == "forward_over_reverse"
+    _, _, catalogue = opened(SimpleNamespace(export=exported))
+    assert catalogue.facts(exported.digest).mode == "reverse_over_reverse"
 
 
 def test_a_later_registration_is_listed_at_once(opened, rosen, logistic, upload):

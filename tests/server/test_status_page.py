@@ -228,7 +228,8 @@ def test_the_data_for_all_readers_is_made_once_a_second(status, metrics, clock, 
 def test_a_real_store_is_shown(open_engine, rosen, clock):
     engine = open_engine(rosen)
     engine.store.add_objective(rosen.export.digest, "team/rosen")
-    catalogue = Catalogue(engine.store, engine.checks, Quarantine(engine.store.root, 1))
+    derivation = engine.objectives.derivation
+    catalogue = Catalogue(engine.store, engine.checks, Quarantine(engine.store.root, 1), derivation)
     made = Status({}, lambda: "warming", engine.metrics, History(engine.metrics), catalogue)
     (row,) = ask(made)["objectives"]["rows"]
     assert (row["names"], row["n"], row["dtype"], row["products"]) == (["team/rosen"], 7, "float64", 0)
@@ -238,7 +239,7 @@ def test_a_real_store_is_shown(open_engine, rosen, clock):
         lambda: "serving",
         engine.metrics,
         History(engine.metrics),
-        Catalogue(engine.store, engine.checks, Quarantine(engine.store.root, 1)),
+        Catalogue(engine.store, engine.checks, Quarantine(engine.store.root, 1), derivation),
     )
     (row,) = ask(made)["objectives"]["rows"]
     assert (row["trouble"], row["n"]) == ("quarantined", 7)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from hvpd._check import verdicts
+from hvpd.v1 import objective_pb2
 from hvpd_server import bundle as _admission
 from hvpd_server.engine.registration_checks import Checks
 from hvpd_server.errors import ServiceError
@@ -40,6 +41,7 @@ class Facts:
     n: int = 0
     dtype: str = ""
     mode: str = ""
+    """Mode of its products, which a custom_vjp can change."""
     precision: str = ""
     check: str = ""
     """"passed", "failed", "undecided", "pending", or empty."""
@@ -58,15 +60,22 @@ class Catalogue:
         store: The store.
         checks: Registration checks.
         quarantine: Objectives that are not served.
+        derivation: Returns the derivation of an objective; None if it is not known.
         clock: Seconds, monotonic.
     """
 
     def __init__(
-        self, store: Store, checks: Checks, quarantine: Quarantine, clock: Callable[[], float] = time.monotonic
+        self,
+        store: Store,
+        checks: Checks,
+        quarantine: Quarantine,
+        derivation: Callable[[str], objective_pb2.Derivation | None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._checks = checks
         self._quarantine = quarantine
+        self._derivation = derivation
         self._clock = clock
         self._lock = threading.Lock()
         self._revision = -1
@@ -133,12 +142,13 @@ class Catalogue:
         try:
             bundle = _admission.parse(self._store.read(digest, set_aside=False))
             check = self._checks.overall(digest, bundle)
+            derived = self._derivation(digest)
         except (ServiceError, OSError) as error:
             return Facts(trouble="damaged", reason=str(error))
         facts = Facts(
             n=bundle.n,
             dtype=bundle.dtype,
-            mode=bundle.mode,
+            mode=derived.mode if derived is not None else bundle.mode,
             precision=bundle.precision,
             check=verdicts.verdict_of(check),
             check_reason=check.reason,
