@@ -8,6 +8,10 @@ import sys
 # take the cores from XLA's threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# Before the first import of gRPC, which reads it. gRPC would log each failed handshake
+# of any stranger, without a limit.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 from hvpd_server import config as _config
 from hvpd_server import supervisor
 from hvpd_server.admission.vetting import Vetter

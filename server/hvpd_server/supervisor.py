@@ -92,9 +92,7 @@ def _child(config: _config.Config, descriptor: int) -> "Iterator[subprocess.Pope
     """Start a server that does not outlive this process, and kill it at the end of the
     `with` statement.
     """
-    # gRPC logs every failed handshake of any peer at INFO.
-    environment = {"GRPC_VERBOSITY": "ERROR"} | os.environ
-    environment |= {_LIVENESS: str(descriptor), _PARENT: str(os.getpid()), "HVPD_OWNED": "1"}
+    environment = os.environ | {_LIVENESS: str(descriptor), _PARENT: str(os.getpid()), "HVPD_OWNED": "1"}
     process = _start(_config.arguments(config), environment, descriptor)
     try:
         yield process

@@ -21,9 +21,6 @@ _WAIT = 120.0
 _FAULTS = {"PYTHONFAULTHANDLER": "1"}
 """Variables of all servers: a crash logs the stacks."""
 
-_SUPERVISED = {"GRPC_VERBOSITY": "ERROR"}
-"""Variables that a supervisor sets, and that gRPC reads when it is imported."""
-
 
 class Zygotes:
     """The zygotes of commands, servers and vetters. Each starts when it is needed."""
@@ -45,7 +42,7 @@ class Zygotes:
 
     def commands(self) -> str:
         """Return the address of the zygote of `hvpd`."""
-        return self.address("hvpd._cli", _SUPERVISED | os.environ | _FAULTS)
+        return self.address("hvpd._cli", os.environ | _FAULTS)
 
     def close(self) -> None:
         """End the zygotes."""
@@ -80,7 +77,7 @@ def _command(
     zygotes: Zygotes | None, arguments: Sequence[str], environment: Mapping[str, str], streams: tuple[int, int, int]
 ) -> "Fork | subprocess.Popen[bytes]":
     if zygotes is not None:
-        forked = _SUPERVISED | os.environ | _FAULTS | environment
+        forked = os.environ | _FAULTS | environment
         with contextlib.suppress(UnsuitedError):
             return Fork(zygotes.commands(), streams, arguments, forked, vetters=zygotes.vetters())
     stdin, stdout, stderr = streams
@@ -115,8 +112,6 @@ class Serving:
         self._flags = flags
         self._environment = os.environ | _FAULTS | (environment or {})
         self._zygotes = zygotes
-        if supervised and zygotes is not None:
-            self._environment = _SUPERVISED | self._environment
         self._host = host
         self.port = 0
         self.lines: list[str] = []

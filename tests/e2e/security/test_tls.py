@@ -63,6 +63,27 @@ def test_a_server_of_another_ca_or_another_name_is_not_talked_to(place, secured,
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.parametrize("verbosity", [None, "ERROR"])
+def test_handshakes_of_strangers_write_no_line(serve, place, verbosity):
+    chosen = {} if verbosity is None else {"GRPC_VERBOSITY": verbosity}
+    server = serve(*place.flags, supervised=True, forked=False, environment=chosen)
+    before = len(server.lines)
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    for name in ("no-such-name.example", "other.example"):
+        with socket.create_connection(("127.0.0.1", server.port), 30) as plain:
+            with context.wrap_socket(plain, server_hostname=name) as secure:
+                assert secure.recv(1)
+    with socket.create_connection(("127.0.0.1", server.port), 30) as plain:
+        plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert not plain.recv(1 << 16)[4096:]
+    assert server.terminate() == 0
+    lines = [line for line in server.lines[before:] if not line.startswith("hvpd: stop")]
+    assert ("No match found for server name" in "\n".join(lines)) is (verbosity is not None)
+    assert (lines == []) is (verbosity is None)
+
+
 def test_a_server_that_asks_for_certificates_takes_those_of_its_ca_only(mutual):
     place, server = mutual
     with connect(place, server, **place.personal("member")) as client:
