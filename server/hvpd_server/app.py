@@ -65,6 +65,9 @@ for a name, and each list, looks by itself.
 _TRIM_SECONDS = 600.0
 """Seconds between two looks at the size of the cache of compiled programs."""
 
+_CERTIFICATE_SECONDS = 86_400.0
+"""Seconds between two looks at the end of the certificate."""
+
 _SPARE_CALLS = 16
 """Calls beyond the limit, for the open methods: the server answers probes while all
 other calls are taken.
@@ -106,7 +109,7 @@ class App:
     ) -> None:
         self.config = config
         tokens = None if config.tokens is None else Tokens(config.tokens)
-        certificates = _certificates(config)
+        self._certificates = certificates = _certificates(config)
         credentials = certificates.credentials() if certificates is not None else None
         store = Store(objects_of(config))
         # A group forms before jax finds its devices, and before the address is bound.
@@ -156,6 +159,7 @@ class App:
         self._curvature = CurvatureService(
             self.engine, streams, self.metrics, tracing, stalls=self._stalls, arrivals=arrivals
         )
+        self.metrics.observe_certificate(lambda: certificates.expires if certificates is not None else None)
         self.metrics.observe_streams(lambda: streams.count)
         host = f"[{config.host}]" if ":" in config.host.strip("[]") and not config.host.startswith("[") else config.host
         try:
@@ -222,6 +226,7 @@ class App:
             ("hvpd-store", _FOLLOW_SECONDS, self.engine.registration.follow),
             ("hvpd-given-up", _SWEEP_SECONDS, self.engine.registration.sweep),
             ("hvpd-cache", _TRIM_SECONDS, self._trim),
+            *([("hvpd-certificate", _CERTIFICATE_SECONDS, self._certificates.warn)] if self._certificates else []),
         ):
             threading.Thread(target=_repeat, args=(self._stopping, seconds, look), name=name, daemon=True).start()
         self.engine.objectives.warm_all()

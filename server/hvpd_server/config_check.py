@@ -34,6 +34,14 @@ def problems(config: Config) -> Iterator[str]:
     yield from taken_ports(config)
 
 
+def warnings(config: Config) -> Iterator[str]:
+    """Yield a line for each fault that will keep a server from serving soon."""
+    if config.tls_cert is not None and config.tls_key is not None:
+        with contextlib.suppress(ValueError):  # That is one of the problems.
+            if warning := Certificates(Files(config.tls_cert, config.tls_key, config.tls_client_ca)).warning():
+                yield warning
+
+
 def taken_ports(config: Config) -> Iterator[str]:
     """Yield a line for each port on which a server cannot listen."""
     if config.rank:  # The leader has the ports of its group.

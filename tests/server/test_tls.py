@@ -1,6 +1,7 @@
 """The server's certificates in their files, without a server."""
 
 import contextlib
+import datetime
 import itertools
 import logging
 import socket
@@ -11,6 +12,8 @@ import grpc
 import pytest
 import trustme
 
+from hvpd_server import config_check
+from hvpd_server.config import Config
 from hvpd_server.rpc.tls import Certificates, Files
 
 WAIT = 30
@@ -25,8 +28,8 @@ def ca():
 def issue(ca, tmp_path):
     """Return a function that makes a certificate and its key, as bytes."""
 
-    def issue():
-        leaf = ca.issue_cert("127.0.0.1")
+    def issue(**validity):
+        leaf = ca.issue_cert("127.0.0.1", **validity)
         return leaf.cert_chain_pems[0].bytes(), leaf.private_key_pem.bytes()
 
     return issue
@@ -83,6 +86,55 @@ def test_new_files_are_used_once_they_fit_whichever_is_written_first(ca, issue, 
     assert shown_by_grpc(ca, certificates).split() == before[0].split()
     write(both[1 - first], after[1 - first])
     assert shown_by_grpc(ca, certificates).split() == after[0].split()
+
+
+def days(number):
+    return datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=number)
+
+
+@pytest.fixture
+def put(issue, files):
+    """Return a function that writes a certificate of so many days, and its key."""
+
+    def put(number):
+        made = issue(not_before=days(-9), not_after=days(number))
+        for file, content in zip((files.cert, files.key), made, strict=True):
+            write(file, content)
+        return made[0].split()
+
+    return put
+
+
+def test_an_expired_certificate_is_refused(files, put):
+    put(-1)
+    with pytest.raises(ValueError, match=rf"server.pem expired on {days(-1):%Y-%m-%d} .* UTC: renew it"):
+        Certificates(files)
+    config = Config(tls_cert=files.cert, tls_key=files.key, store=files.cert.parent / "store", port=0)
+    assert [line for line in config_check.problems(config) if "expired on" in line]
+    assert list(config_check.warnings(config)) == []
+
+
+def test_an_expired_certificate_does_not_take_the_place_of_a_valid_one(ca, files, put, caplog):
+    before = put(40)
+    certificates = Certificates(files)
+    put(-1)
+    assert shown_by_grpc(ca, certificates).split() == before
+    assert "expired on" in caplog.text
+    after = put(50)
+    assert shown_by_grpc(ca, certificates).split() == after
+    assert certificates.expires == pytest.approx(days(50).timestamp(), abs=60)
+
+
+@pytest.mark.parametrize(("number", "warns"), [(29, True), (31, False)])
+def test_a_certificate_that_ends_soon_is_warned_of(files, put, caplog, number, warns):
+    put(number)
+    certificates = Certificates(files)
+    certificates.warn()
+    assert ("WARNING" in caplog.text) is warns
+    assert (f"is valid until {days(number):%Y-%m-%d}" in caplog.text) is warns
+    config = Config(tls_cert=files.cert, tls_key=files.key, store=files.cert.parent / "store", port=0)
+    assert list(config_check.problems(config)) == []
+    assert bool(list(config_check.warnings(config))) is warns
 
 
 def test_with_a_ca_of_clients_each_handshake_has_new_keys_for_sessions(ca, issue, files, tmp_path):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from hvpd import _environment, _profiles
 from hvpd._cli.common import connect, connection, show
 from hvpd._errors import AccessError, HvpdError, InvalidArgumentError
-from hvpd._transport import reach
+from hvpd._transport import reach, tls
 from hvpd._transport.address import DNS, is_fleet, listed, resolved
 from hvpd._version import __version__
 
@@ -170,8 +170,9 @@ def _served(arguments: argparse.Namespace, there: Sequence[str] = ()) -> Iterato
             if there and address in there:
                 yield Finding(None, "server", address)
             if one is not None:
-                for look in (_server, _clock, _token, _vectors):
-                    yield look(one)
+                for look in (_server, _tls, _clock, _token, _vectors):
+                    if finding := look(one):
+                        yield finding
             elif address in there:
                 yield Finding(False, "server", f"{address} accepts connections, and does not answer as an hvpd server")
 
@@ -188,6 +189,18 @@ def _server(client: "Client") -> Finding:
     server = client.server
     facts = f"hvpd {server.version} on {server.platform} ({server.device_kind}); this client is hvpd {__version__}"
     return Finding(True, "server", facts)
+
+
+def _tls(client: "Client") -> Finding | None:
+    """Look at the certificate, unless the connection is plain text."""
+    encryption = client._transport.channel.tls  # noqa: SLF001 - our own
+    if encryption is None:
+        return None
+    found = tls.shown(client.address, encryption, _SECONDS)
+    if found is None:
+        return Finding(None, "TLS", "gRPC accepts the certificate, but Python's own TLS cannot read it")
+    names, ends = found
+    return Finding(True, "TLS", f"certificate for {', '.join(names)}, until {ends}")
 
 
 def _clock(client: "Client") -> Finding:

@@ -150,6 +150,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     if missing := missing_packages():
         raise MissingExtraError(f"serving needs {', '.join(missing)}: pip install 'hvpd[server]'")
     if arguments.check_config:
+        for line in config_check.warnings(config):
+            show(f"hvpd: warning: {line}", sys.stderr)
         problems = list(config_check.problems(config))
         for line in problems:
             show(f"hvpd: {line}", sys.stderr)

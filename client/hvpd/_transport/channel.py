@@ -57,11 +57,12 @@ class Channel:
 
     Attributes:
         metadata: Metadata of each call, without its id.
+        tls: Certificates to trust and to show; None for plain text.
     """
 
     def __init__(self, address: str, token: str | None, tls: Tls | None, *, local: bool) -> None:
         self._address = address
-        self._tls = tls
+        self.tls = tls
         self._local = local
         self._lock = threading.Lock()
         self._has_token = token is not None
@@ -90,12 +91,12 @@ class Channel:
             # A connection of its own, because an interrupt may have left others behind.
             ("grpc.use_local_subchannel_pool", 1),
             *([("grpc.enable_http_proxy", 0)] if self._local else []),
-            *([("grpc.ssl_target_name_override", name)] if (name := self._tls and self._tls.server_name) else []),
+            *([("grpc.ssl_target_name_override", name)] if (name := self.tls and self.tls.server_name) else []),
         ]
-        if self._tls is None:
+        if self.tls is None:
             self._channel = grpc.insecure_channel(self._address, options)
         else:
-            self._channel = grpc.secure_channel(self._address, self._tls.credentials, options)
+            self._channel = grpc.secure_channel(self._address, self.tls.credentials, options)
         self.find_missing = _method(self._channel, blob_pb2, "FindMissingBlobs")
         self.upload = _method(self._channel, blob_pb2, "UploadBlob")
         self.prune_blobs = _method(self._channel, blob_pb2, "PruneBlobs")
@@ -226,7 +227,7 @@ class Channel:
             try:
                 answer: server_pb2.GetServerResponse = asked.result(timeout=patience if left > patience else None)
             except grpc.FutureTimeoutError:
-                why = diagnose(self._address, self._tls, min(1.0, max(left, 0.1)))
+                why = diagnose(self._address, self.tls, min(1.0, max(left, 0.1)))
                 if why is not None and not asked.done():
                     asked.cancel()
                     raise UnavailableError(f"no connection to {self._address}: {why}", reason="TLS") from None

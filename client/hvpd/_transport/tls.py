@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -103,6 +105,29 @@ def _named(name: str, file: Path, wrong: str) -> Iterator[None]:
         raise InvalidArgumentError(
             f"{name}={str(file)!r} {wrong} (cannot read it: {error.strerror})", reason="TLS_FILE"
         ) from None
+
+
+def shown(address: str, tls: Tls, seconds: float) -> tuple[list[str], str] | None:
+    """Return the names in a server's certificate, and when the certificate ends; None
+    if Python's own TLS cannot read the certificate.
+
+    Args:
+        address: "host:port".
+        tls: Certificates of this client.
+        seconds: Seconds to wait for each answer.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        with (
+            socket.create_connection((host, int(port)), seconds) as plain,
+            tls.context.wrap_socket(plain, server_hostname=tls.server_name or host) as secure,
+        ):
+            found: dict[str, Any] = secure.getpeercert() or {}
+    except OSError:
+        return None
+    ends = datetime.datetime.fromtimestamp(ssl.cert_time_to_seconds(found["notAfter"]), datetime.UTC)
+    return [name for _, name in found.get("subjectAltName", ())], ends.strftime("%Y-%m-%d %H:%M UTC")
 
 
 def diagnose(address: str, tls: Tls | None, seconds: float) -> str | None:

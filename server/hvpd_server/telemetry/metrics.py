@@ -90,6 +90,7 @@ class Metrics(Collector):
         self._build: Mapping[str, str] = {}
         self._live: Callable[[], Live] = lambda: Live({})
         self._open_streams: Callable[[], int] = lambda: 0
+        self._expires: Callable[[], float | None] = lambda: None
         self._open_calls = 0
         self._usage = Usage()
         self._width = Histogram(_WIDTHS)
@@ -278,6 +279,12 @@ class Metrics(Collector):
         """Set the function that returns the number of open product streams."""
         self._open_streams = count
 
+    def observe_certificate(self, expires: Callable[[], float | None]) -> None:
+        """Set the function that returns when the certificate ends, in seconds since
+        1970.
+        """
+        self._expires = expires
+
     # Readings
 
     def live(self) -> tuple[Live, int, int]:
@@ -405,6 +412,8 @@ class Metrics(Collector):
         yield GaugeMetricFamily("hvpd_group_pending_orders", "Orders not executed by all ranks.", live.pending_orders)
         yield GaugeMetricFamily("hvpd_open_calls", "Calls that are served, streams too.", calls)
         yield GaugeMetricFamily("hvpd_open_streams", "Product streams that are open.", streams)
+        expires = self._expires()  # None, without TLS, is no sample.
+        yield GaugeMetricFamily("hvpd_certificate_expiry_timestamp_seconds", "When the certificate ends.", expires)
 
 
 def _called(tenant: str) -> str:

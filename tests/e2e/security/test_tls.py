@@ -19,6 +19,7 @@ import pytest
 import trustme
 
 import hvpd
+from hvpd._cli.main import main
 from hvpd._transport import channel as _channel
 from tests.support.security import N, Place, connect, product
 from tests.support.waiting import until
@@ -61,6 +62,22 @@ def test_a_server_of_another_ca_or_another_name_is_not_talked_to(place, secured,
     with pytest.raises(hvpd.UnavailableError, match=r"certificate is not accepted: Hostname mismatch"):
         hvpd.connect(f"localhost:{secured.port}", token=publisher, ca=place.trust, connect_timeout=60)
     assert time.monotonic() - began < 30
+
+
+def test_doctor_and_a_metric_say_when_the_certificate_ends(place, secured, publisher, capsys):
+    ends = ssl.cert_time_to_seconds(_decoded(place, secured)["notAfter"])
+    assert main(["doctor", "--address", secured.address, "--ca", str(place.trust), "--token", publisher]) == 0
+    date = datetime.datetime.fromtimestamp(ends, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    assert f"ok    TLS          certificate for 127.0.0.1, until {date}\n" in capsys.readouterr().out
+    assert secured.metric("hvpd_certificate_expiry_timestamp_seconds") == ends
+
+
+def _decoded(place, server):
+    context = ssl.create_default_context(cadata=place.ca.cert_pem.bytes().decode())
+    context.set_alpn_protocols(["h2"])
+    with socket.create_connection(("127.0.0.1", server.port), 30) as plain:
+        with context.wrap_socket(plain, server_hostname="127.0.0.1") as secure:
+            return secure.getpeercert()
 
 
 @pytest.mark.parametrize("verbosity", [None, "ERROR"])
