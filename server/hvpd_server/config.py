@@ -426,6 +426,18 @@ def in_group(config: Config) -> bool:
     return config.group or config.leader is not None
 
 
+def listening(host: str) -> str:
+    """Return the host that a leader listens on: for a name, all addresses (empty),
+    because the name of this machine may be an address of its own only, such as
+    127.0.1.1.
+    """
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host if host == "localhost" else ""
+    return host
+
+
 def _group_faults(config: Config) -> Iterator[str]:
     """Yield how the settings of a group contradict each other."""
     given = {"--leader": config.leader, "--rank": config.rank, "--size": config.size}

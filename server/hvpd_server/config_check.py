@@ -4,9 +4,9 @@ without serving.
 
 import contextlib
 import errno
-import os
 import secrets
 import socket
+import tempfile
 from collections.abc import Iterator
 
 from hvpd_server import config as _config
@@ -31,6 +31,8 @@ def problems(config: Config) -> Iterator[str]:
         except ValueError as error:
             yield f"--tls-cert, --tls-key: {error}"
     yield from _store(config)
+    if config.rank:
+        yield from _unknown_leader(config)
     yield from taken_ports(config)
 
 
@@ -43,14 +45,16 @@ def warnings(config: Config) -> Iterator[str]:
 
 
 def taken_ports(config: Config) -> Iterator[str]:
-    """Yield a line for each port on which a server cannot listen."""
+    """Yield a line for each port on which a server cannot listen, and for a leader
+    whose own name has no address.
+    """
     if config.rank:  # The leader has the ports of its group.
         return
+    yield from _unknown_leader(config)
     ports: dict[int, str] = {}
-    # The leader of a group listens on all addresses if --leader gives a name.
-    leads = config.leader is not None and config.rank == 0
+    leader, _, leader_port = (config.leader or "").rpartition(":")
     for flag, host, port in (
-        ("--leader", "0.0.0.0", int((config.leader or "").rpartition(":")[2]) if leads else None),  # noqa: S104 - closed at once
+        ("--leader", _config.listening(leader.strip("[]")), int(leader_port or 0)),
         ("--port", config.host, config.port),
         ("--vector-port", config.host, _config.vector_port(config)),
         ("--metrics-port", config.metrics_host, config.metrics_port),
@@ -62,6 +66,15 @@ def taken_ports(config: Config) -> Iterator[str]:
         elif why := _taken(host.strip("[]"), port):
             yield f"{flag} {port}: {why}"
         ports[port] = flag
+
+
+def _unknown_leader(config: Config) -> Iterator[str]:
+    if config.leader is not None:
+        host, _, port = config.leader.rpartition(":")
+        try:
+            socket.getaddrinfo(host.strip("[]"), port)
+        except OSError as error:
+            yield f"--leader {config.leader}: the host {host} has no address ({error.strerror})"
 
 
 def _store(config: Config) -> Iterator[str]:
@@ -80,15 +93,18 @@ def _store(config: Config) -> Iterator[str]:
     there = next(path for path in (store, *store.absolute().parents) if path.exists())
     if not there.is_dir():
         yield f"--store {store}: {there} is no directory"
-    elif not os.access(there, os.W_OK | os.X_OK):
-        yield f"--store {store}: this user may not write to {there}"
+        return
+    try:
+        tempfile.TemporaryDirectory(prefix=".hvpd-check-", dir=there).cleanup()
+    except OSError as error:
+        yield f"--store {store}: this user cannot write to {there} ({error.strerror})"
 
 
 def _taken(host: str, port: int) -> str | None:
     """Return why a server cannot listen on a port; None if it can."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except OSError as error:
         return f"the host {host} has no address ({error.strerror})"

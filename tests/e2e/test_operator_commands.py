@@ -304,9 +304,29 @@ def test_check_config_looks_at_the_address_of_a_leader(said, tmp_path, rank, fau
         place = ("--leader", leader, "--size", "2", "--rank", rank)
         # The leader alone has a port for clients.
         port = "0" if rank == "0" else leader.rpartition(":")[2]
-        code, _, err = said("serve", "--check-config", "--port", port, "--store", str(tmp_path), *place)
+        code, out, err = said("serve", "--check-config", "--port", port, "--store", str(tmp_path), *place)
     assert code == 2 * faults
+    assert (f"can join the leader at {leader}, and listens on no port" in out) is (rank == "1")
     assert err.count(f"--leader {leader.rpartition(':')[2]}: another program listens on it") == faults
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_check_config_names_a_leader_without_an_address(said, tmp_path, rank):
+    place = ("--leader", "no-such-host.invalid:7075", "--size", "2", "--rank", rank)
+    code, _, err = said("serve", "--check-config", "--port", "0", "--store", str(tmp_path), *place)
+    assert code == 2
+    assert "--leader no-such-host.invalid:7075: the host no-such-host.invalid has no address" in err
+    if rank == "0":
+        code, _, err = said("serve", "--port", "0", "--store", str(tmp_path), *place)
+        assert code == 1
+        assert "cannot start: --leader no-such-host.invalid:7075: the host no-such-host.invalid has no address" in err
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where no directory can be made")
+def test_check_config_names_a_store_that_cannot_be_made(said):
+    code, _, err = said("serve", "--check-config", "--port", "0", "--store", "/proc/hvpd")
+    assert code == 2
+    assert "--store /proc/hvpd: this user cannot write to /proc (" in err
 
 
 def test_check_config_of_good_settings_changes_nothing(said, tmp_path):

@@ -643,3 +643,10 @@ def test_a_name_that_the_disk_does_not_take_is_not_in_the_index_either(store, mo
         with pytest.raises(OSError, match=os.strerror(28)):
             store.add_objective(digest, name)
     assert [(name, digest) for name, digest, _ in store.objectives()] == [("kept", DIGEST)]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where no directory can be made")
+def test_a_store_that_cannot_be_made_is_named():
+    with pytest.raises(ServiceError, match=r"--store /proc/hvpd cannot be used: .*No such file") as error:
+        Store(Path("/proc/hvpd"))
+    assert error.value.reason == "STORE_UNAVAILABLE"

@@ -155,15 +155,16 @@ def _serve(arguments: argparse.Namespace) -> int:
         problems = list(config_check.problems(config))
         for line in problems:
             show(f"hvpd: {line}", sys.stderr)
-        print(
-            f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-            if problems
-            else f"the settings are good: hvpd serve can listen on {config.host}:{config.port}"
-        )
+        if problems:
+            print(f"{len(problems)} problem{'s' * (len(problems) > 1)}")
+        elif config.rank:
+            print(f"the settings are good: hvpd serve can join the leader at {config.leader}, and listens on no port")
+        else:
+            print(f"the settings are good: hvpd serve can listen on {config.host}:{config.port}")
         return 2 if problems else 0
-    # The server itself would notice after its imports, which take seconds. A rank of a
-    # group may not be the one that listens.
-    taken = None if _config.in_group(config) else next(config_check.taken_ports(config), None)
+    # The server itself would notice after its imports, which take seconds. With
+    # --group, this rank may not be the one that listens.
+    taken = None if config.group else next(config_check.taken_ports(config), None)
     if taken is not None:
         show(f"hvpd: cannot start: {taken}", sys.stderr)
         return 1

@@ -3,13 +3,12 @@ and connects jax with them.
 """
 
 import dataclasses
-import ipaddress
 import secrets
 import socket
 import ssl
 
 from hvpd._wire import codec
-from hvpd_server.config import Config
+from hvpd_server.config import Config, listening
 from hvpd_server.device.device import Device, devices
 from hvpd_server.device.group_device import GroupDevice
 from hvpd_server.device.processes import Place, connect, detect, hardware, software
@@ -55,20 +54,24 @@ def lead(config: Config, store: Store) -> tuple[list[Device], GroupDevice]:
     """
     place, secret = place_of(config), secrets.token_bytes(channel.NONCE_BYTES)
     host, port = _address(place)
-    leader = Leader(
-        (_listening(host), port),
-        place.size,
-        software(),
-        secret,
-        context=_tls(config)[0],
-        silence=failure.silence_seconds(config.launch_timeout),
-        patience=config.launch_timeout,
-    )
+    context, _ = _tls(config)
+    try:
+        leader = Leader(
+            (listening(host), port),
+            place.size,
+            software(),
+            secret,
+            context=context,
+            silence=failure.silence_seconds(config.launch_timeout),
+            patience=config.launch_timeout,
+        )
+    except OSError as error:
+        raise OSError(f"--leader {place.leader}: cannot listen on port {port} ({error.strerror})") from None
     store.objects.put(_key(place), secret)
     logs.say(f"rank 0 of {place.size} waits for the others at {place.leader}", address=place.leader)
-    coordinator = f"{place.leader.rpartition(':')[0]}:{_free_port(_listening(host))}"
+    coordinator = f"{place.leader.rpartition(':')[0]}:{_free_port(listening(host))}"
     leader.gather(coordinator)
-    connect(coordinator, place, listening=_listening(host), detected=config.group)
+    connect(coordinator, place, listening=listening(host), detected=config.group)
     found = devices(store.cache)
     if found[0].platform != "cpu":
         # Its programs would have to be compiled where all devices of the group are.
@@ -125,17 +128,6 @@ def _key(place: Place) -> str:
 def _address(place: Place) -> tuple[str, int]:
     host, _, port = place.leader.rpartition(":")
     return host.strip("[]"), int(port)
-
-
-def _listening(host: str) -> str:
-    """Return the host to listen on: all addresses for a name, because the name of this
-    machine may be an address of its own only, such as 127.0.1.1.
-    """
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return host if host == "localhost" else ""
-    return host
 
 
 def _free_port(host: str) -> int:

@@ -63,7 +63,7 @@ class Leader:
     """The group, as the leader sees it. It listens from its construction on.
 
     Args:
-        address: The host and the port to listen on.
+        address: The host, empty for all addresses, and the port to listen on.
         size: Number of ranks, with the leader.
         facts: The leader's facts about its software, by name.
         secret: The secret of this start.
@@ -95,7 +95,8 @@ class Leader:
         self._silence = silence
         self._patience = patience
         self._end = end
-        family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
+        host, port = address
+        family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         self._listener = socket.create_server(address, family=family)
         self.port: int = self._listener.getsockname()[1]
         """The port that the leader listens on."""

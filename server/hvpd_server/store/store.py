@@ -58,9 +58,24 @@ class Store(Index):
     def __init__(self, where: Path | Objects) -> None:
         super().__init__(Directory(where) if isinstance(where, Path) else where)
         self.root = self.objects.local
-        self.objects.open()
-        for folder in ("blobs", "objectives", "checks", "derived", "names", "owners", "corrupt", "incoming", "cache"):
-            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        try:
+            self.objects.open()
+            for folder in (
+                "blobs",
+                "objectives",
+                "checks",
+                "derived",
+                "names",
+                "owners",
+                "corrupt",
+                "incoming",
+                "cache",
+            ):
+                (self.root / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ServiceError(
+                Code.FAILED_PRECONDITION, "STORE_UNAVAILABLE", f"--store {self.root} cannot be used: {error}"
+            ) from None
         self._verified: dict[str, Version | None] = {}
         with self.changing():
             self.unsaid()  # Others must read what a server left that was killed in a change.
