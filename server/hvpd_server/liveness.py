@@ -125,6 +125,13 @@ class Liveness:
             finally:
                 self.end(slot)
 
+    def oldest_seconds(self) -> float:
+        """Return the age of the oldest work on a device; 0 if there is none. Compiles
+        do not count.
+        """
+        now = time.monotonic()
+        return max((now - work.since for work in self.work() if not work.compiling), default=0.0)
+
     # The supervisor's side
 
     def last_beat(self) -> tuple[float, int, int]:

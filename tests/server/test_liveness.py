@@ -52,6 +52,17 @@ def test_whether_it_is_compiled_is_seen(both):
         assert [work.compiling for work in supervisor.work()] == [False]
 
 
+def test_the_age_of_the_oldest_work_leaves_compiles_out():
+    server = Liveness()
+    with server.working(DIGESTS[0], compiling=True):
+        assert server.oldest_seconds() == 0
+        with server.working(DIGESTS[1]), server.working(DIGESTS[2]):
+            (_, oldest, _) = server.work()
+            least = time.monotonic() - oldest.since
+            assert least <= server.oldest_seconds() <= time.monotonic() - oldest.since
+    assert server.oldest_seconds() == 0
+
+
 def test_renewed_work_counts_from_its_renewal(both):
     server, supervisor = both
     with server.working(DIGESTS[0]):

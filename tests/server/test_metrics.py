@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from hvpd._wire import codec
 from hvpd._wire.frames import Frame
 from hvpd.v1 import curvature_pb2
+from hvpd_server.device import data_sources
 from hvpd_server.errors import Code, ServiceError, to_status
 from hvpd_server.rpc.call_context import GrpcCall
 from hvpd_server.rpc.curvature import CurvatureService
@@ -332,6 +333,29 @@ def test_an_engine_counts_its_work(open_engine, logistic):
     compiled = value(metrics, "hvpd_compiles_total", outcome="compiled")
     cached = value(metrics, "hvpd_compiles_total", outcome="cached")
     assert compiled + cached == value(metrics, "hvpd_compile_seconds_count") >= 3
+
+
+def test_a_device_that_hangs_at_a_point_is_exported(open_engine, logistic, start, monkeypatch):
+    engine = open_engine(logistic)
+    create(engine, logistic)
+    assert value(engine.metrics, "hvpd_oldest_work_seconds") == 0
+    hangs, finish = threading.Event(), threading.Event()
+    inner = data_sources.Resident.call
+
+    def call(*args, **settings):
+        hangs.set()
+        assert finish.wait(WAIT)
+        return inner(*args, **settings)
+
+    monkeypatch.setattr(data_sources.Resident, "call", call)
+    made = start(create, engine, logistic, logistic.x + 1)
+    assert hangs.wait(WAIT)
+    first = value(engine.metrics, "hvpd_oldest_work_seconds")
+    assert 0 < first < value(engine.metrics, "hvpd_oldest_work_seconds") < WAIT
+    assert value(engine.metrics, "hvpd_in_flight_vectors") == 0
+    finish.set()
+    made.result(WAIT)
+    assert value(engine.metrics, "hvpd_oldest_work_seconds") == 0
 
 
 def test_vectors_in_flight_are_exported(open_engine, logistic, start, monkeypatch):

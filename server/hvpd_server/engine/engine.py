@@ -94,7 +94,7 @@ class Engine:
         self.metrics = metrics
         self.quarantine = quarantine = Quarantine(store.objects, quarantine_after)
         store.watch(quarantine.load)
-        liveness = liveness or Liveness()
+        self._liveness = liveness = liveness or Liveness()
         liveness.probation = self._probation(quarantine)
         self.lanes = lanes_of(devices, store, limits, metrics, liveness, group)
         self.objectives = Objectives(store, self.owners, self.lanes, vetter, quarantine, metrics, liveness, limits)
@@ -173,6 +173,7 @@ class Engine:
             pending=self._pending(),
             pending_limit=self.limits.max_pending * len(self.lanes),
             in_flight=sum(lane.in_flight for lane in self.lanes),
+            oldest_work_seconds=self._liveness.oldest_seconds(),
             program_bytes=self.objectives.memory.used_bytes(),
             program_budget_bytes=self.limits.program_bytes,
             memory=[Memory(name, *use) for name, use in told.items() if use is not None],

@@ -404,6 +404,8 @@ class Metrics(Collector):
         yield GaugeMetricFamily("hvpd_pending_vectors", "Vectors that wait for the device.", live.pending)
         yield GaugeMetricFamily("hvpd_pending_limit_vectors", "Vectors that may wait.", live.pending_limit)
         yield GaugeMetricFamily("hvpd_in_flight_vectors", "Vectors in launches.", live.in_flight)
+        oldest = live.oldest_work_seconds
+        yield GaugeMetricFamily("hvpd_oldest_work_seconds", "Age of the oldest work on a device.", oldest)
         yield GaugeMetricFamily("hvpd_group_ranks", "Processes of the group.", live.ranks)
         orders = CounterMetricFamily("hvpd_group_orders", "Orders to other ranks.", labels=["kind"])
         for kind in _ORDERS:

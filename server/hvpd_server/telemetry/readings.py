@@ -32,6 +32,8 @@ class Live:
     pending_limit: int = 0
     in_flight: int = 0
     """Vectors in launches."""
+    oldest_work_seconds: float = 0.0
+    """Age of the oldest work on a device, without compiles; 0 if there is none."""
     memory: Sequence[Memory] = ()
     program_bytes: int = 0
     """Bytes of compiled programs in the host's memory."""
