@@ -75,8 +75,9 @@ def register(
             `fixed_bucket`, `platforms`, `shared`.
 
     `objective.at` refuses a label that is no class, if the loss is PyTorch's
-    `cross_entropy` or `nll_loss`. An objective that another client found by name has
-    the value NaN with such labels.
+    `cross_entropy` or `nll_loss`. It also refuses an input that is an index out of
+    range, as of `nn.Embedding`. An objective that another client found by name has NaN
+    as its value, gradient and products there.
 
     Raises:
         InvalidArgumentError: The module cannot be registered: it is on several devices,
@@ -112,7 +113,14 @@ def register(
     with torch_program.wide():
         objective = client.register(made, converted.x, *converted.data, name=name, **options)
     objective.containers(lambda leaves: _state(objective, leaves, device))
-    objective.data_check(label_check(loss, converted.output, converted.inputs))
+    check_labels = label_check(loss, converted.output, converted.inputs)
+
+    def check_data(data: Sequence[Any]) -> None:
+        converted.check_indices(data[1 : converted.inputs])
+        if check_labels is not None:
+            check_labels(data)
+
+    objective.data_check(check_data)
     return objective
 
 

@@ -153,6 +153,27 @@ def test_labels_are_checked_for_losses_of_classes_only():
     assert label_check(nn.CrossEntropyLoss(), (), 0) is None
 
 
+def test_inputs_that_are_indices_are_checked():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows = nn.Embedding(20, 4)
+
+        def forward(self, words, columns, floats):
+            return self.rows(words.reshape(-1).to(torch.int64))[:, columns] + floats
+
+    words, columns, floats = torch.tensor([[3, 19]], dtype=torch.int32), torch.tensor([0, -4]), torch.zeros(2)
+    converted = torch_program.convert(Words(), lambda z: z.sum(), (words, columns, floats), ())
+    converted.check_indices((words, columns.numpy(), floats + 30))
+    converted.check_indices((words,))  # The number of inputs is another check.
+    with pytest.raises(
+        InvalidArgumentError, match=r"the index 20, .* reads 20 elements with it: pass indices from 0 to 19"
+    ):
+        converted.check_indices((words + 1, columns, floats))
+    with pytest.raises(InvalidArgumentError, match=r"the index -5, .* from -4 to 3"):
+        converted.check_indices((words, columns - 1, floats))
+
+
 @pytest.mark.parametrize(
     ("loss", "words"),
     [

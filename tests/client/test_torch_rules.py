@@ -215,3 +215,60 @@ def test_a_norm_of_zero_has_no_slope():
         point = torch.zeros(N, dtype=torch.float64, requires_grad=True)
         function(point).backward()
         assert torch.equal(point.grad, torch.zeros(N).double())
+
+
+# An index in range is one of 0, 3 and 4. Each case has indices out of range.
+INDEXED = {
+    "embedding": (lambda w, i: F.embedding(i, w), (5, -1, 35, -25)),
+    "first axis": (lambda w, i: w[i], (5, -6)),
+    "last axis": (lambda w, i: w[:, i], (5, -6)),
+    "two axes": (lambda w, i: w.reshape(5, 1, 5)[i[:, None], :, i], (5, -6)),
+    "table": (lambda w, i: w[torch.arange(5)[i]], (5, -6)),
+    "take": (lambda w, i: w.take(5 * i), (5, -6)),
+    "index_select": (lambda w, i: w.index_select(1, i), (5, -1)),
+    "gather": (lambda w, i: w.gather(0, i[:, None]), (5, -1)),
+    "index_put": (lambda w, i: (0 * w).index_put((i,), w[:3]), (5, -6)),
+    "index_add": (lambda w, i: (0 * w).index_add(0, i, w[:3]), (5,)),
+    "scatter": (lambda w, i: (0 * w).scatter(0, i[:, None].expand(3, 5), w[:3]), (5, -1)),
+    "scatter_add": (lambda w, i: (0 * w).scatter_add(0, i[:, None].expand(3, 5), w[:3]), (5, -1)),
+    "scatter_reduce": (lambda w, i: (0 * w).scatter_reduce(0, i[:, None].expand(3, 5), w[:3], "sum"), (5, -1)),
+    "cross entropy": (lambda w, i: F.cross_entropy(w[:3], i), (5, -1)),
+    "nll of each row": (lambda w, i: F.nll_loss(w[:3].log_softmax(1), i, reduction="none"), (5, -1)),
+}
+
+
+class Indexed(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.linspace(-1, 2, 25, dtype=torch.float64).reshape(5, 5))
+        self.function = function
+
+    def forward(self, indices):
+        return self.function(self.w, indices)
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_an_index_out_of_range_makes_all_results_nan(name):
+    function, outside = INDEXED[name]
+    module, right = Indexed(function), torch.tensor([0, 3, 4])
+    converted = torch_program.convert(module, lambda z: z.sin().sum(), (right,), ())
+
+    @jax.jit
+    def results(x, indices):
+        def value(x):
+            return converted.loss(converted.model(torch_program.Parameters(w=x), converted.data[0], indices))
+
+        product = jax.jvp(jax.grad(value), (x,), (x + 1,))[1]
+        return value(x), jax.grad(value)(x), product
+
+    with torch_program.wide():
+        x = converted.x["w"]
+        value, gradient, product = results(x, right.numpy())
+        expected = module(right).sin().sum()
+        (slope,) = torch.autograd.grad(expected, module.w)
+        assert float(value) == pytest.approx(expected.item(), rel=1e-12)
+        assert np.abs(gradient - slope.numpy()).max() <= 1e-12
+        assert np.isfinite(product).all()
+        for index in outside:
+            found = results(x, np.array([index, 3, 4]))
+            assert all(np.isnan(each).any() for each in found), index

@@ -200,7 +200,24 @@ def test_labels_that_are_no_classes_are_refused_or_have_no_value(client, registe
         other[0] = wrong
         with pytest.raises(InvalidArgumentError, match=f"the label {wrong}, and the module has 3 classes"):
             objective.at(module, inputs, other)
-        assert "value" in client.objective("torch/mlp").at(module, inputs, other).nonfinite
+        point = client.objective("torch/mlp").at(module, inputs, other)
+        assert "value" in point.nonfinite
+        assert "gradient" in point.nonfinite
+        assert np.isnan(point.hessian() @ np.ones(objective.n)).any()
+
+
+def test_indices_out_of_range_are_refused_or_make_results_nan(client):
+    module = torch.nn.Embedding(20, 4).double()
+    words = torch.tensor([0, 5, 19])
+    objective = hvpd.torch.register(client, module, lambda z: z.square().sum(), words, name="torch/words")
+    for wrong in (20, -1):
+        other = torch.tensor([0, 5, wrong])
+        with pytest.raises(InvalidArgumentError, match=f"the index {wrong}, .* pass indices from 0 to 19"):
+            objective.at(module, other)
+        point = client.objective("torch/words").at(module, other)
+        assert "value" in point.nonfinite
+        assert "gradient" in point.nonfinite
+        assert np.isnan(point.hessian() @ np.ones(objective.n)).any()
 
 
 def test_a_batch_of_another_size_needs_another_registration(registered):

@@ -26,6 +26,7 @@ from hvpd import _text
 from hvpd._errors import HvpdError, InvalidArgumentError
 from hvpd._registration import torch_import
 from hvpd._registration.torch_rules import DECOMPOSED, RULES, WINDOWS
+from hvpd._torch.checks import index_check
 
 
 class Parameters(dict[str, Any]):
@@ -70,6 +71,8 @@ class Converted:
     """Number of data arguments of the model."""
     output: tuple[int, ...]
     """Shape of the output if it is one tensor; otherwise ()."""
+    check_indices: Callable[[Sequence[Any]], None]
+    """Check of other inputs, for those that the module uses as indices."""
 
 
 def wide() -> Any:
@@ -115,6 +118,7 @@ def convert(
         data=(buffers, *jax.tree.map(array, tuple(inputs)), *jax.tree.map(array, tuple(targets))),
         inputs=1 + len(inputs),
         output=tuple(output.shape) if isinstance(output, torch.Tensor) else (),
+        check_indices=index_check(program),
     )
 
 

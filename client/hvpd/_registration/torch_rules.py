@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 
 _aten: Final[Any] = torch.ops.aten
@@ -161,6 +162,18 @@ def _max_pool(
     return jaten.max_pool(x, kernel, stride, *sides, ceil), None
 
 
+def _guarded(found: Any, inside: Any) -> Any:
+    """Return elements that were read at indices, and NaN for an index outside, where
+    PyTorch raises an error.
+
+    The factor makes the derivatives NaN, too. An integer becomes the smallest of its
+    dtype, so that it is outside again if it is used as an index.
+    """
+    if not jnp.issubdtype(found.dtype, jnp.inexact):
+        return jnp.where(inside, found, np.iinfo(found.dtype).min) if found.dtype != bool else found
+    return found * jnp.where(inside, 1, jnp.nan).astype(found.dtype)
+
+
 def _embedding(weight: Any, indices: Any, padding: int = -1, scale: bool = False, sparse: bool = False) -> Any:
     if scale:
         raise NotImplementedError(
@@ -169,7 +182,8 @@ def _embedding(weight: Any, indices: Any, padding: int = -1, scale: bool = False
     if padding >= 0:  # This row has no gradient.
         row = jnp.arange(weight.shape[0])[:, None] == padding
         weight = jnp.where(row, jax.lax.stop_gradient(weight), weight)
-    return weight[indices]
+    inside = (indices >= 0) & (indices < weight.shape[0])
+    return _guarded(weight.at[jnp.maximum(indices, 0)].get(mode="clip"), inside[..., None])
 
 
 def _solve(a: Any, b: Any, *, left: bool = True, check_errors: bool = False) -> tuple[Any, Any, Any, Any]:
@@ -192,21 +206,79 @@ def _norm_of_rows(x: Any, weight: Any, bias: Any, training: bool, momentum: floa
 
 
 def _gather(x: Any, dim: int, index: Any) -> Any:
-    """Return the elements at indices, and NaN outside, where PyTorch raises an error.
-
-    So a label that is no class does not count as another class.
-    """
     if not x.ndim:
         return jnp.broadcast_to(x, index.shape)
     places = list(jnp.indices(index.shape, sparse=True))
-    places[dim] = jnp.where(index < 0, x.shape[dim], index)
-    return x.at[tuple(places)].get(mode="fill")
+    places[dim] = jnp.maximum(index, 0)
+    return _guarded(x.at[tuple(places)].get(mode="clip"), (index >= 0) & (index < x.shape[dim]))
+
+
+def _index_select(x: Any, dim: int, index: Any) -> Any:
+    if not x.ndim:
+        return x
+    found = jnp.take(x, jnp.maximum(index, 0), dim, mode="clip")
+    inside = (index >= 0) & (index < x.shape[dim])
+    return _guarded(found, jnp.expand_dims(inside.reshape(-1), range(1, x.ndim - dim % x.ndim)))
+
+
+def _inside(x: Any, indices: Sequence[Any]) -> Any:
+    """Return where indices are in range; None if one of them is a mask."""
+    inside: Any = jnp.array(True)
+    for axis, index in enumerate(indices):
+        if index is None:
+            continue
+        if index.dtype in (bool, jnp.uint8):
+            return None
+        inside &= (index >= -x.shape[axis]) & (index < x.shape[axis])
+    return inside
+
+
+def _index(x: Any, indices: Sequence[Any]) -> Any:
+    used = [axis for axis, index in enumerate(indices) if index is not None]
+    places = tuple(slice(None) if index is None else index for index in indices)
+    inside = _inside(x, indices)
+    if inside is None:
+        return x[places]
+    found = x.at[places].get(mode="clip")
+    # As in NumPy, the indices' axes come first in the result, unless all are adjacent.
+    first = used[0] if used[-1] - used[0] < len(used) else 0
+    return _guarded(found, jnp.expand_dims(inside, range(inside.ndim, found.ndim - first)))
+
+
+def _index_put(x: Any, indices: Sequence[Any], values: Any, accumulate: bool = False) -> Any:
+    from torchax.ops import jaten
+
+    inside = _inside(x, indices)
+    found = jaten._aten_index_put(x, indices, values, accumulate)  # noqa: SLF001 - an operator's name
+    return found if inside is None else _guarded(found, jnp.all(inside))
+
+
+def _scatter(name: str) -> Callable[..., Any]:
+    """Return torchax's function of this name, with NaN everywhere for an index outside.
+
+    jax would leave out what is written there.
+    """
+
+    def scatter(x: Any, dim: int, index: Any, *arguments: Any, **options: Any) -> Any:
+        from torchax.ops import jaten
+
+        found = getattr(jaten, name)(x, dim, index, *arguments, **options)
+        return _guarded(found, jnp.all((index >= 0) & (index < x.shape[dim])))
+
+    return scatter
 
 
 RULES: Final[dict[Any, Callable[..., Any]]] = {
     _aten.abs.default: _abs,
     _aten.addmm.default: _addmm,
     _aten.gather.default: _gather,
+    _aten.index.Tensor: _index,
+    _aten.index_select.default: _index_select,
+    _aten.index_put.default: _index_put,
+    _aten.scatter.src: _scatter("_aten_scatter_src"),
+    _aten.scatter.value: _scatter("_aten_scatter"),
+    _aten.scatter_add.default: _scatter("_aten_scatter_add"),
+    _aten.scatter_reduce.two: _scatter("_aten_scatter_reduce"),
     _aten.elu.default: _elu,
     _aten.celu.default: lambda x, alpha=1.0: _elu(x, alpha, 1.0, 1.0 / alpha),
     _aten.detach.default: jax.lax.stop_gradient,

@@ -1,6 +1,6 @@
 """Checks of a module before it is traced, and what is known of a loss."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -148,3 +148,72 @@ def label_check(
             )
 
     return check_labels
+
+
+_aten: Final[Any] = torch.ops.aten
+
+_READS: Final[Mapping[Any, bool]] = {
+    _aten.embedding.default: False,
+    _aten.gather.default: False,
+    _aten.index_select.default: False,
+    _aten.index.Tensor: True,
+}
+"""Operators that read at indices, and whether they count negative ones from the end."""
+
+_SAME_ELEMENTS: Final = frozenset(
+    getattr(_aten, name).default for name in ("_to_copy", "clone", "expand", "permute", "unsqueeze", "view")
+)
+"""Operators whose results have all elements of their first argument, and no others."""
+
+
+def index_check(program: Any) -> Callable[[Sequence[Any]], None]:
+    """Return a check of inputs that a module uses as indices.
+
+    Args:
+        program: The module's program of core operators.
+
+    Returns:
+        A function of the inputs, which raises InvalidArgumentError.
+    """
+    kinds = [spec.kind for spec in program.graph_signature.input_specs]
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    user = torch.export.graph_signature.InputKind.USER_INPUT
+    inputs = [node for node, kind in zip(placeholders, kinds, strict=True) if kind == user]
+    in_spec = program.call_spec.in_spec
+    ranges = {(inputs.index(node), low, end) for node, low, end in _ranges(program.graph) if node in inputs}
+
+    def check_indices(given: Sequence[Any]) -> None:
+        try:
+            leaves = in_spec.flatten_up_to((tuple(given), {}))
+        except ValueError:
+            return  # Another structure, which has an error of its own.
+        for position, low, end in ranges:
+            indices = _arrays.host(leaves[position], "the inputs")
+            wrong = indices[(indices < low) | (indices >= end)]
+            if indices.dtype.kind in "iu" and wrong.size:
+                raise InvalidArgumentError(
+                    f"the inputs hold the index {wrong[0]}, and the module reads {end} elements with it: pass indices from {low} to {end - 1}",
+                    reason="DATA_MISMATCH",
+                )
+
+    return check_indices
+
+
+def _ranges(graph: Any) -> Iterator[tuple[Any, int, int]]:
+    """Yield each node that is an index, its lowest value, and the end of its values."""
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in _READS:
+            continue
+        sizes = node.args[0].meta["val"].shape
+        if node.target is _aten.index.Tensor:
+            found = [(index, axis) for axis, index in enumerate(node.args[1]) if index is not None]
+        elif node.target is _aten.embedding.default:
+            found = [(node.args[1], 0)]
+        else:
+            found = [(node.args[2], node.args[1])]
+        for index, axis in found:
+            source = index
+            while source.op == "call_function" and source.target in _SAME_ELEMENTS:
+                source = source.args[0]
+            if sizes:
+                yield source, -sizes[axis] if _READS[node.target] else 0, sizes[axis]
