@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 import torch
 from torch import nn
@@ -172,6 +173,25 @@ def test_inputs_that_are_indices_are_checked():
         converted.check_indices((words + 1, columns, floats))
     with pytest.raises(InvalidArgumentError, match=r"the index -5, .* from -4 to 3"):
         converted.check_indices((words, columns - 1, floats))
+
+
+def test_entries_of_dicts_are_found_by_their_keys():
+    class Entries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.line = nn.Linear(3, 3)
+
+        def forward(self, given):
+            return {"q": self.line(given["z"]), "b": given["a"]}
+
+    module, given = Entries(), {"z": torch.ones(4, 3), "a": torch.full((4, 3), 2.0)}
+    loss = lambda found: found["q"].square().sum() + found["b"].sum()  # noqa: E731 - a loss in one line
+    converted = torch_program.convert(module, loss, (given,), ())
+    with torch_program.wide():
+        found = jax.jit(lambda x, *data: converted.loss(jax.jit(converted.model)(x, *data)))(
+            converted.x, *converted.data
+        )
+    assert float(found) == pytest.approx(loss(module(given)).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(

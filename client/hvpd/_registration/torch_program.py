@@ -353,10 +353,11 @@ def _function(
     signature = program.graph_signature
     kinds = torch.export.graph_signature.InputKind
     module = program.graph_module
-    out_spec = program.call_spec.out_spec
+    in_spec, out_spec = program.call_spec
 
     def run(tensors: Mapping[str, Any], arguments: Any) -> Any:
-        flat = iter(_trees.tree_leaves(tuple(arguments)))
+        # By the traced structure, because jax hands dicts on with sorted keys.
+        flat = iter(in_spec.flatten_up_to((tuple(arguments), {})))
         values = []
         for spec in signature.input_specs:
             if spec.kind in (kinds.PARAMETER, kinds.BUFFER):
