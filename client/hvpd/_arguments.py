@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hvpd import _text
 from hvpd._errors import InvalidArgumentError
 
 
@@ -18,7 +19,9 @@ def integer(number: Any, name: str, least: int, most: int | None = None) -> int:
     """
     if not isinstance(number, (int, np.integer)) or number < least or (most is not None and number > most):
         limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise InvalidArgumentError(f"{name} must be an integer {limits}, got {number!r}", reason="INVALID_OPTION")
+        raise InvalidArgumentError(
+            f"{name} must be an integer {limits}, got {_text.described(number)}", reason="INVALID_OPTION"
+        )
     return int(number)
 
 
@@ -29,8 +32,23 @@ def finite(number: Any, name: str) -> float:
         InvalidArgumentError: The argument is no finite real number.
     """
     if not isinstance(number, numbers.Real) or not math.isfinite(number):
-        raise InvalidArgumentError(f"{name} must be a finite real number, got {number!r}", reason="INVALID_OPTION")
+        raise InvalidArgumentError(
+            f"{name} must be a finite real number, got {_text.described(number)}", reason="INVALID_OPTION"
+        )
     return float(number)
+
+
+def name_or_digest(name: object) -> str:
+    """Return the name or digest of an objective.
+
+    Raises:
+        InvalidArgumentError: It is no string, or empty.
+    """
+    if not isinstance(name, str) or not name:
+        raise InvalidArgumentError(
+            f"a name or digest must be a string, got {_text.described(name)}", reason="INVALID_NAME"
+        )
+    return name
 
 
 def check_choice(choice: object, name: str, choices: Collection[str]) -> None:
@@ -40,5 +58,7 @@ def check_choice(choice: object, name: str, choices: Collection[str]) -> None:
         InvalidArgumentError: It is none of them.
     """
     if choice not in choices:
-        words = ", ".join(word or '""' for word in choices)
-        raise InvalidArgumentError(f"{name} must be one of {words}, got {choice!r}", reason="INVALID_OPTION")
+        words = ", ".join(filter(None, choices))
+        raise InvalidArgumentError(
+            f"{name} must be one of {words}, got {_text.described(choice)}", reason="INVALID_OPTION"
+        )

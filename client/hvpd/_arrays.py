@@ -9,7 +9,7 @@ else is left to `numpy.asarray`, and its results are NumPy's.
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -219,6 +219,17 @@ def is_array(thing: Any) -> bool:
 def host(array: Any, where: str) -> Array:
     """Return an array of any kind as a NumPy array; raise as `Kind.host`."""
     return array if type(array) is np.ndarray else kind_of(array).host(array, where)
+
+
+def vectors(array: Any, where: str) -> Array:
+    """Return vectors of any kind as a NumPy array; raise as `host`, and for a dict."""
+    if isinstance(array, Mapping):
+        keys = ", ".join(sorted(map(str, array)))
+        raise InvalidArgumentError(
+            f"{where} must be an array, got a dict with the keys {{{keys}}}: objective.ravel(tree) makes the vector",
+            reason="SHAPE",
+        )
+    return host(array, where)
 
 
 def back(result: Array, like: Any) -> Any:

@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from hvpd import _html, _text
+from hvpd._arguments import name_or_digest
 from hvpd._errors import HvpdError
 from hvpd._listing import Listing, listed
 from hvpd._naming import deleted, renamed
@@ -108,7 +109,7 @@ class Client(Registrar):
         Example:
             >>> objective = client.objective("demo/logistic")
         """
-        request = objective_pb2.GetObjectiveRequest(name=name)
+        request = objective_pb2.GetObjectiveRequest(name=name_or_digest(name))
         return self._objective(
             self._transport.unary(self._transport.channel.objectives.GetObjective, request).objective
         )
@@ -142,7 +143,7 @@ class Client(Registrar):
         Example:
             >>> client.delete("demo/logistic")
         """
-        return deleted(self._transport, name)
+        return deleted(self._transport, name_or_digest(name))
 
     def prune(self, tenant: str = "") -> int:
         """Delete stored blobs of the tenant that no objective or resident point needs.
@@ -244,7 +245,7 @@ class Client(Registrar):
         Example:
             >>> client.rename("digits/mlp", "digits/mlp-2026")
         """
-        return self._objective(renamed(self._transport, name, new))
+        return self._objective(renamed(self._transport, name_or_digest(name), name_or_digest(new)))
 
     def release(self, name: str) -> int:
         """Release an objective from quarantine.
@@ -262,5 +263,5 @@ class Client(Registrar):
         Example:
             >>> client.release("demo/logistic")
         """
-        request = objective_pb2.ReleaseObjectiveRequest(name=name)
+        request = objective_pb2.ReleaseObjectiveRequest(name=name_or_digest(name))
         return self._transport.unary(self._transport.channel.objectives.ReleaseObjective, request).strikes

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from hvpd import _text
 from hvpd._arguments import check_choice
 from hvpd._errors import InvalidArgumentError
 from hvpd._wire.protocol import DISTRIBUTIONS, REDUCTIONS, Distribution, Reduction
@@ -88,8 +89,10 @@ def composite(
     check_choice(reduction, "reduction", REDUCTIONS)
     if type(inputs) is not int or inputs < 0:
         raise InvalidArgumentError(
-            f"inputs must be a number of data arguments, got {inputs!r}", reason="INVALID_OPTION"
+            f"inputs must be a number of data arguments, got {_text.described(inputs)}", reason="INVALID_OPTION"
         )
     if type(samples) is not int or samples < 1:
-        raise InvalidArgumentError(f"samples must be a whole number from 1, got {samples!r}", reason="INVALID_OPTION")
+        raise InvalidArgumentError(
+            f"samples must be a whole number from 1, got {_text.described(samples)}", reason="INVALID_OPTION"
+        )
     return Composite(model, loss, inputs, distribution, reduction, samples)

@@ -19,6 +19,9 @@ _ANY_ROWS = ": an objective registered with any_rows=True takes data of any numb
 _FIXED_ROWS = ": the shapes of a PyTorch module are fixed; register it again for a batch of another size"
 
 
+_FLAT = "; a flat vector must be an array: pass numpy.asarray(...) of the list"
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One array of x; see `Objective.leaves`.
@@ -114,18 +117,18 @@ class Layout:
             >>> flat = objective.ravel(params)
         """
         leaves = self._x_leaves(tree)
-        return _arrays.common(leaves)(self._joined(leaves))  # type: ignore[no-any-return]
+        return _arrays.common(leaves)(self._joined(leaves, "x"))  # type: ignore[no-any-return]
 
-    def _joined(self, leaves: Sequence[Any]) -> codec.Array:
+    def _joined(self, leaves: Sequence[Any], what: str) -> codec.Array:
         """Return the flat vector of leaves of any kind."""
         parts = []
         for path, leaf, spec in zip(pytree.leaf_paths(self._bundle.x_tree), leaves, self._bundle.x_leaves, strict=True):
-            array = _arrays.host(leaf, f"x{path}")
+            array = _arrays.host(leaf, f"{what}{path}")
             if array.shape != tuple(spec.shape):
                 raise InvalidArgumentError(
-                    f"x{path} must have the shape {tuple(spec.shape)}, got {array.shape}", reason="SHAPE"
+                    f"{what}{path} must have the shape {tuple(spec.shape)}, got {array.shape}", reason="SHAPE"
                 )
-            parts.append(self._real(array, f"x{path}").reshape(-1))
+            parts.append(self._real(array, f"{what}{path}").reshape(-1))
         return np.concatenate(parts)
 
     def unravel(self, vector: Any) -> Any:
@@ -139,7 +142,7 @@ class Layout:
         Example:
             >>> params = objective.unravel(found.x)
         """
-        flat = self._flat(vector, "the vector", exact="")
+        flat = self._flat(vector, "the argument of unravel", exact="")
         leaves = []
         for spec, span in zip(self._bundle.x_leaves, self._spans, strict=True):
             leaf = flat[span].reshape(tuple(spec.shape))
@@ -202,7 +205,7 @@ class Layout:
             if spec.kind == spec.KIND_LEAF and array.shape == tuple(self._bundle.x_leaves[0].shape):
                 array = array.reshape(-1)
             return self._flat(array, what, exact="x")
-        return self._joined(self._x_leaves(x))
+        return self._joined(self._x_leaves(x, what, _FLAT), what)
 
     def _kind(self, x: Any) -> Callable[[codec.Array], Any]:
         """Return a function that gives flat results the kind of the arrays of x."""
@@ -217,8 +220,13 @@ class Layout:
         except InvalidArgumentError:  # Plain numbers in place of a vector.
             return lambda result: result
 
-    def _x_leaves(self, tree: Any) -> list[Any]:
-        return self._leaves(self._bundle.x_tree, tree, "x")
+    def _x_leaves(self, tree: Any, what: str = "x", hint: str = "") -> list[Any]:
+        try:
+            return self._leaves(self._bundle.x_tree, tree, what)
+        except InvalidArgumentError as error:
+            if not isinstance(tree, (list, tuple)) or not all(map(np.isscalar, tree)):
+                raise
+            raise InvalidArgumentError(f"{error}{hint}", reason=error.reason) from None
 
     def _leaf_structure(self) -> tuple[pytree.Spec, list[str], list[tuple[int, ...]]]:
         """Return the tree of x, and the names and shapes of its leaves."""
@@ -271,7 +279,7 @@ class Layout:
 
     def _leaves(self, spec: pytree.Spec, tree: Any, what: str) -> list[Any]:
         try:
-            return pytree.leaves(spec, tree)
+            return pytree.leaves(spec, tree, what)
         except pytree.StructureError as error:
             if "jax" in sys.modules:  # jax can flatten the user's own containers.
                 from hvpd._registration import trees

@@ -24,6 +24,9 @@ from hvpd_server import config
 
 _READY = "hvpd: serving on "
 
+_WRONG_USAGE, _USAGE = 2, ": error: "
+"""Exit code of argparse, and the words before its message."""
+
 _NOT_OURS = ("tls_cert", "tls_key", "tls_client_ca", "tokens", "log_format", "group", "leader", "rank", "size")
 """Settings that an embedded server does not have.
 
@@ -87,6 +90,9 @@ class LocalServer:
         self.address = self._ready.result()
         if not self.address:
             self.stop()
+            last = self._lines[-1] if self._lines else ""
+            if self.process.returncode == _WRONG_USAGE and _USAGE in last:  # The lines before it list all settings.
+                raise InvalidArgumentError(f"hvpd serve: {last.partition(_USAGE)[2]}", reason="INVALID_OPTION")
             raise HvpdError(
                 "the embedded server did not start:\n" + "\n".join(self._lines), reason="SERVER_NOT_STARTED"
             )
@@ -101,6 +107,17 @@ class LocalServer:
                     self._ready.set_result(line.removeprefix(_READY).strip())
         if not self._ready.done():
             self._ready.set_result("")
+
+    def check(self) -> None:
+        """Raise if the server has ended.
+
+        Raises:
+            HvpdError: It has ended; the message has its exit code or signal.
+        """
+        code = self.process.poll()
+        if code is not None:
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            raise HvpdError(f"the embedded server ended ({how}): call hvpd.local() again", reason="SERVER_ENDED")
 
 
 def _stop(process: "subprocess.Popen[str]", owner: int, ephemeral_store: str | None) -> None:
@@ -144,4 +161,5 @@ def local(**settings: Any) -> Client:
     except BaseException:
         server.stop()
         raise
+    transport.check_server = server.check
     return client_of(transport, on_close=server.stop)

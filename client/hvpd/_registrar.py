@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from hvpd import _modules
+from hvpd import _modules, _text
 from hvpd._check.watch import Watch
+from hvpd._composite import Composite
 from hvpd._errors import HvpdError, InvalidArgumentError, MissingExtraError
 from hvpd._objective import Objective
 from hvpd._submission import check_has_room, check_may_register, submit
@@ -120,6 +121,11 @@ class Registrar:
             raise InvalidArgumentError(
                 f"fun must be a jax function, got the PyTorch module {type(fun).__name__}: call hvpd.torch.register(client, module, "
                 "loss, inputs, targets)",
+                reason="INVALID_OPTION",
+            )
+        if not callable(fun) and not isinstance(fun, Composite):
+            raise InvalidArgumentError(
+                f"fun must be a function, got {_text.described(fun)}: register(fun, x, *data, name=...)",
                 reason="INVALID_OPTION",
             )
         tracing = _tracing_modules()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hvpd import _text
 from hvpd._check.verdicts import REGISTRATION_BYTES
 from hvpd._errors import HvpdError, IncompatibleError, InvalidArgumentError, OverloadedError
 from hvpd._transport.transport import Transport
@@ -93,7 +94,7 @@ def check_may_register(transport: Transport, name: str | None, upload_bytes: Seq
         HvpdError: The server would refuse it.
     """
     if name is not None and not isinstance(name, str):
-        raise InvalidArgumentError(f"a name must be a string, got {name!r}", reason="INVALID_NAME")
+        raise InvalidArgumentError(f"a name must be a string, got {_text.described(name)}", reason="INVALID_NAME")
     if name == "":
         raise InvalidArgumentError(
             "the name is empty: leave out `name` for an objective without one", reason="INVALID_NAME"

@@ -37,6 +37,14 @@ def quoted(text: str, most: int) -> str:
     return repr(text) if len(text) <= most else f"{text[:most]!r}... ({len(text)} characters)"
 
 
+def described(value: object) -> str:
+    """Return the repr of a value, or the class and shape if it is an array."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and shape:
+        return f"a {type(value).__name__} of shape {shape}"
+    return cut(repr(value), 200)
+
+
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table with aligned columns, of printable characters."""
     rows = [[printable(cell) for cell in row] for row in rows]

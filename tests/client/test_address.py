@@ -53,6 +53,11 @@ def test_a_malformed_name_is_refused_at_once(text):
     assert error.value.reason == "ADDRESS"
 
 
+def test_a_port_is_within_its_range():
+    with pytest.raises(hvpd.InvalidArgumentError, match="with a port from 1 to 65535, got 'localhost:99999'"):
+        hvpd.connect("localhost:99999")
+
+
 def test_one_address_is_no_fleet():
     assert not any(map(address.is_fleet, ["a:7070", "[::1]:7070", None, 7, ""]))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hvpd import InvalidArgumentError
-from hvpd._arguments import check_choice, finite, integer
+from hvpd._arguments import check_choice, finite, integer, name_or_digest
 
 
 @pytest.mark.parametrize("number", [1, 3, np.int64(2)])
@@ -34,7 +34,22 @@ def test_a_number_that_is_not_finite_and_real_is_refused(number):
         finite(number, "shift")
 
 
+def test_an_array_is_named_by_its_shape():
+    with pytest.raises(
+        InvalidArgumentError, match=r"shift must be a finite real number, got a ndarray of shape \(900,\)$"
+    ):
+        finite(np.zeros(900), "shift")
+
+
+@pytest.mark.parametrize(("name", "says"), [(3, "got 3"), (None, "got None"), ("", "got ''"), (np.ones(2), r"\(2,\)")])
+def test_a_name_or_digest_must_be_a_string(name, says):
+    assert name_or_digest("demo/x") == "demo/x"
+    with pytest.raises(InvalidArgumentError, match=f"a name or digest must be a string, .*{says}") as caught:
+        name_or_digest(name)
+    assert caught.value.reason == "INVALID_NAME"
+
+
 def test_only_a_listed_word_is_accepted():
     check_choice("sum", "reduction", ("mean", "sum"))
     with pytest.raises(InvalidArgumentError, match="reduction must be one of mean, sum, got 'max'"):
-        check_choice("max", "reduction", ("mean", "sum"))
+        check_choice("max", "reduction", ("", "mean", "sum"))

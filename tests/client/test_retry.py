@@ -1,12 +1,14 @@
 """Failed calls are repeated for some time, on a clock that the tests move."""
 
 import dataclasses
+import logging
 import re
 
 import grpc
 import pytest
 
 import hvpd
+from hvpd import _progress
 from hvpd._errors import Failure
 from hvpd._transport import cancellation, retry
 from hvpd._transport.stream import RpcFailure
@@ -30,7 +32,7 @@ def clock(monkeypatch):
             self.now += seconds
 
     turned = Clock()
-    for module in (retry, cancellation):
+    for module in (retry, cancellation, _progress):
         monkeypatch.setattr(module, "time", turned)
     return turned
 
@@ -67,6 +69,20 @@ def call(clock):
 
 def test_a_call_is_repeated_while_the_server_is_away(call):
     assert call((1, AWAY), (1, AWAY), (1, "here")) == "here"
+
+
+@pytest.mark.parametrize(
+    ("attempts", "warnings"),
+    [
+        ([(1, AWAY), (0.5, AWAY)], 0),
+        ([(1, AWAY), (3, AWAY), (3, AWAY)], 1),
+        ([(1, AWAY), (3, AWAY), (0, FORGOTTEN)], 1),
+    ],
+)
+def test_a_long_absence_is_a_single_warning_in_the_log(call, caplog, attempts, warnings):
+    with caplog.at_level(logging.WARNING, "hvpd"):
+        assert call(*attempts, (0, "here"), restore=lambda: None) == "here"
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warnings
 
 
 def test_the_retry_timeout_starts_after_a_long_product(call):

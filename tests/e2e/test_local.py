@@ -36,6 +36,24 @@ def test_an_embedded_server_ends_with_its_client(tmp_path):
     assert any((tmp_path / "objectives").iterdir())
 
 
+def test_a_client_of_a_killed_embedded_server_says_so_at_once(tmp_path, monkeypatch):
+    import jax.numpy as jnp
+
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *given, **options: started.append(popen(*given, **options)) or started[-1]
+    )
+    with hvpd.local(store=tmp_path, retry_timeout=3600) as client:
+        H = client.register(lambda x: jnp.sum(x**4), np.ones(3)).at(np.ones(3)).hessian()
+        started[0].kill()
+        with pytest.raises(
+            hvpd.HvpdError, match=r"the embedded server ended \(signal 9\): call hvpd.local\(\) again"
+        ) as caught:
+            H @ np.ones(3)
+        assert caught.value.reason == "SERVER_ENDED"
+
+
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "os._exit(3)", "pass", "raise SystemExit(1)"])
 def test_it_never_outlives_its_owner(end, tmp_path):
     program = f"""
@@ -55,8 +73,12 @@ def test_it_never_outlives_its_owner(end, tmp_path):
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path):
-    with pytest.raises(hvpd.HvpdError, match=r"did not start:(.|\n)*--max-block-width.*power of two"):
+    with pytest.raises(hvpd.HvpdError, match=r"^hvpd serve: argument --max-block-width.*power of two, got '3'$"):
         hvpd.local(max_block_width=3)
+    with pytest.raises(
+        hvpd.InvalidArgumentError, match=r"^hvpd serve: argument --memory-budget: expected .*got 'lots'$"
+    ):
+        hvpd.local(memory_budget="lots")
     (tmp_path / "file").touch()
     with pytest.raises(hvpd.HvpdError, match=r"did not start:(.|\n)*cannot start"):
         hvpd.local(store=tmp_path / "file")

@@ -285,6 +285,25 @@ def test_a_refused_registration_gives_the_reason(client, fun, x, data, says):
     assert "stages.py" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda c: c.register("me/x", jnp.sum, np.ones(2)), "fun must be a function, got 'me/x': register\\(fun, x"),
+        (lambda c: c.register(np.ones(900), jnp.sum), r"fun must be a function, got a ndarray of shape \(900,\)"),
+        (
+            lambda c: c.register(jnp.sum, np.ones(2), blocks=["foo"]),
+            "x is one array: it has no named leaves, such as 'foo'",
+        ),
+        (lambda c: c.objective(3), "a name or digest must be a string, got 3"),
+        (lambda c: c.delete(None), "a name or digest must be a string, got None"),
+        (lambda c: c.rename(3, "b"), "a name or digest must be a string, got 3"),
+    ],
+)
+def test_swapped_and_foreign_arguments_are_named(client, call, says):
+    with pytest.raises(hvpd.InvalidArgumentError, match=says):
+        call(client)
+
+
 def test_several_platforms_as_one_string(client):
     with pytest.raises(hvpd.InvalidArgumentError, match=r"such as platforms=\('cuda', 'cpu'\), got 'gpu,cpu'"):
         client.register(lambda x: jnp.sum(x), np.ones(2), platforms="gpu,cpu")
@@ -459,11 +478,27 @@ def objective(client):
             r"data\[0\] must be float64\[2, 3\] as registered, got float64\[3, 3\]: .*any_rows=True",
         ),
         (lambda o: o.at(np.ones(4), np.ones((2, 3)) * 1j), r"data\[0\].*complex128"),
-        (lambda o: o.at(np.ones(4), [np.ones((2, 3))]), "data has another structure"),
+        (
+            lambda o: o.at(np.ones(4), [np.ones((2, 3))]),
+            r"data\[0\] must be an array, got a list of 1: pass numpy.asarray",
+        ),
+        (lambda o: o.at([0.0] * 4), "flat vector must be an array"),
+        (lambda o: o.hessp(np.ones(4), {"w": np.ones(3)}), "^p has another structure.*: p must be a dict"),
+        (lambda o: o.hessp(np.ones(4), {"w": np.ones(4), "b": 0.0}), r"^p\['w'\] must have the shape"),
+        (lambda o: o.at(np.ones(4)).moved(1.0, {"w": 0}), "^the direction has another structure"),
+        (lambda o: o.at(np.ones(4)).moved(1.0, [0.0] * 4), "^the direction has .*flat vector must be an array"),
+        (lambda o: o.at(np.ones(4)).moved(np.ones(4), 1.0), r"alpha must be .*got a ndarray of shape \(4,\)$"),
+        (
+            lambda o: o.at(np.ones(4)).hessian() @ {"w": 1, "b": 2},
+            r"got a dict with the keys \{b, w\}: objective.ravel",
+        ),
+        (lambda o: o.at(np.ones(4)).hessian().solve({"w": 1}), r"b must be an array, got a dict"),
+        (lambda o: o.at(np.ones(4)).hessian().quadratic_form({"w": 1}), r"V must be an array, got a dict"),
+        (lambda o: o.at(np.ones(4)).hessian().eigsh(1, v0={"w": 1}), r"v0 must be an array, got a dict"),
         (lambda o: o.at(np.ones(4)).hessian() @ (np.ones(4) * 1j), "real vectors, got dtype complex128.*imaginary"),
         (lambda o: o.at(np.ones(4)).hessian() @ np.ones((4, 2, 2)), r"of shape \(4, 4\) multiplies .*got \(4, 2, 2\)$"),
         (lambda o: o.at(np.ones(4)).multiply(np.ones((2, 5))), r"a block must be float64\[k, 4\]"),
-        (lambda o: o.unravel(np.ones(3)), r"vector must be a vector of shape \(4,\)|must be a vector"),
+        (lambda o: o.unravel(np.ones(3)), r"^the argument of unravel must be a vector of shape \(4,\)"),
         (lambda o: o.ravel({"w": np.ones(3), "b": "text"}), r"x\['b'\] must have real elements"),
     ],
 )

@@ -170,7 +170,9 @@ def certify(
     try:
         rng = np.random.default_rng([index(seed), 1])
     except (TypeError, ValueError):
-        raise InvalidArgumentError(f"seed must be an integer from 0, got {seed!r}", reason="INVALID_OPTION") from None
+        raise InvalidArgumentError(
+            f"seed must be an integer from 0, got {_text.described(seed)}", reason="INVALID_OPTION"
+        ) from None
     tangents = _tangents(probes, point, rng)
     with np.errstate(all="ignore"):  # The item "finite" reports NaN and infinity.
         items = tuple(_items(counter, H, operator, tangents, rng, point.objective.precision))
@@ -270,7 +272,7 @@ def _tangents(probes: Any, point: Curved, rng: np.random.Generator) -> Array:
     if array.ndim == 0:
         if array.dtype.kind not in "iu" or array < 1:
             raise InvalidArgumentError(
-                f"probes must be a number of tangents from 1, or an array of them, got {probes!r}",
+                f"probes must be a number of tangents from 1, or an array of them, got {_text.described(probes)}",
                 reason="INVALID_OPTION",
             )
         return rng.standard_normal((int(array), point.n)).astype(point.dtype)

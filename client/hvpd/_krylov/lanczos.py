@@ -50,7 +50,7 @@ def start_block(n: int, dtype: np.dtype[Any], v0: Any, seed: int, block: int) ->
     """
     if v0 is None:
         return np.random.default_rng(seed).standard_normal((block, n)).astype(dtype)
-    found = _arrays.host(v0, "v0")
+    found = _arrays.vectors(v0, "v0")
     rows = found.reshape(1, -1) if found.ndim == 1 else found.T
     if found.ndim > 2 or rows.shape != (block, n) or found.dtype.kind not in "fiub":
         shape = f"({n},)" if block == 1 else f"({n}, {block})"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from hvpd import _text
 from hvpd._arguments import check_choice, finite, integer
 from hvpd._errors import InvalidArgumentError
 from hvpd._krylov import trust_region, vectors
@@ -355,7 +356,9 @@ def _called(callback: Any) -> Callable[["OptimizeResult"], object] | None:
     if callback is None:
         return None
     if not callable(callback):
-        raise InvalidArgumentError(f"callback must be a function, got {callback!r}", reason="INVALID_OPTION")
+        raise InvalidArgumentError(
+            f"callback must be a function, got {_text.described(callback)}", reason="INVALID_OPTION"
+        )
     try:
         names = set(inspect.signature(callback).parameters)
     except (TypeError, ValueError):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
+from hvpd import _text
 from hvpd._arguments import integer
 from hvpd._errors import HvpdError, InvalidArgumentError
 from hvpd._krylov import probes as _probes
@@ -53,7 +54,7 @@ def trace_of(
     """Return the estimate of trace f(A); see `hvpd.krylov.trace_of`."""
     if not callable(function):
         raise InvalidArgumentError(
-            f"function must be a function of an array of eigenvalues, such as numpy.sqrt, got {function!r}",
+            f"function must be a function of an array of eigenvalues, such as numpy.sqrt, got {_text.described(function)}",
             reason="INVALID_OPTION",
         )
     before = runner.products
@@ -139,7 +140,8 @@ def _run(runner: Runner, probes: int, steps: int, seed: int, reorthogonalize: st
         )
     if reorthogonalize not in (None, "full", "none"):
         raise InvalidArgumentError(
-            f'reorthogonalize must be "full", "none" or None, got {reorthogonalize!r}', reason="INVALID_OPTION"
+            f'reorthogonalize must be "full", "none" or None, got {_text.described(reorthogonalize)}',
+            reason="INVALID_OPTION",
         )
     most = {None: _probes.BASIS_BYTES, "full": 1 << 62, "none": 0}[reorthogonalize]
     with runner.running("spectrum", probes * steps) as tick:

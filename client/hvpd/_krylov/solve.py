@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hvpd import _arrays
+from hvpd import _arrays, _text
 from hvpd._arguments import check_choice, finite, integer
 from hvpd._errors import InvalidArgumentError
 from hvpd._krylov import vectors
@@ -302,7 +302,7 @@ def _run(
 
 def _rows(vector: Any, name: str, n: int, dtype: np.dtype[Any]) -> Array:
     """Return right-hand sides as rows."""
-    found = _arrays.host(vector, name)
+    found = _arrays.vectors(vector, name)
     if found.ndim not in (1, 2) or len(found) != n or found.dtype.kind not in "fiub" or not found.size:
         raise InvalidArgumentError(
             f"{name} must be real, of shape ({n},) or ({n}, k), got {found.dtype} of shape {found.shape}",
@@ -318,6 +318,6 @@ def _shifts(shifts: Any) -> Array:
     found = np.asarray(shifts)
     if found.ndim != 1 or not found.size or found.dtype.kind not in "fiub" or not np.isfinite(found).all():
         raise InvalidArgumentError(
-            f"shifts must be finite real numbers of shape (s,), got {shifts!r}", reason="INVALID_OPTION"
+            f"shifts must be finite real numbers of shape (s,), got {_text.described(shifts)}", reason="INVALID_OPTION"
         )
     return found.astype(np.float64)

@@ -129,7 +129,7 @@ class CurvatureOperator(SymmetricOperator):
         Example:
             >>> curvature = H.quadratic_form(direction)
         """
-        directions = _arrays.host(V, "V")
+        directions = _arrays.vectors(V, "V")
         if directions.ndim not in (1, 2) or len(directions) != self.shape[0]:
             raise InvalidArgumentError(
                 f"directions must have the shape ({self.shape[0]},) or ({self.shape[0]}, k), got {directions.shape}",

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
+from hvpd import _text
 from hvpd._arguments import integer
 from hvpd._errors import InvalidArgumentError
 from hvpd._krylov.preconditioning import Described
@@ -200,7 +201,7 @@ def nystrom(
         A, total = aslinearoperator(A), float(shift)
     if A.shape[0] != A.shape[1] or np.dtype(A.dtype).kind not in "fiub" or not np.isfinite(total):
         raise InvalidArgumentError(
-            f"a Nyström preconditioner needs a square real operator and a finite shift, got {A.shape} {A.dtype}, {shift!r}",
+            f"a Nyström preconditioner needs a square real operator and a finite shift, got {A.shape} {A.dtype}, {_text.described(shift)}",
             reason="NOT_SYMMETRIC",
         )
     dtype = np.dtype(A.dtype if A.dtype in (np.float32, np.float64) else np.float64)

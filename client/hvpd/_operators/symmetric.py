@@ -103,7 +103,7 @@ class SymmetricOperator(KrylovMethods, LinearOperator):
                 "torch.nn.utils.parameters_to_vector(...)",
                 reason="SHAPE",
             )
-        array = _arrays.host(operand, "the operand")
+        array = _arrays.vectors(operand, "the operand")
         if array.ndim not in (1, 2) or array.shape[0] != n:
             raise InvalidArgumentError(
                 f"an operator of shape ({n}, {n}) multiplies vectors of shape ({n},) and blocks of shape ({n}, k), got "

@@ -12,6 +12,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
+from hvpd import _text
 from hvpd._arguments import check_choice
 from hvpd._composite import Composite
 from hvpd._errors import InvalidArgumentError
@@ -180,7 +181,7 @@ def _check_sharded(
 ) -> None:
     if not isinstance(sharded, bool) and sharded != "parameters":
         raise InvalidArgumentError(
-            f'sharded must be False, True or "parameters", got {sharded!r}', reason="INVALID_OPTION"
+            f'sharded must be False, True or "parameters", got {_text.described(sharded)}', reason="INVALID_OPTION"
         )
     if sharded == "parameters" and (mode != "forward_over_reverse" or any_rows or blocks or isinstance(fun, Composite)):
         raise InvalidArgumentError(
@@ -195,7 +196,7 @@ def _check_bucket(fixed_bucket: int | None) -> None:
         type(fixed_bucket) is int and 1 <= fixed_bucket <= MAX_FIXED_BUCKET and fixed_bucket & (fixed_bucket - 1) == 0
     ):
         raise InvalidArgumentError(
-            f"fixed_bucket must be a power of two from 1 to {MAX_FIXED_BUCKET}, got {fixed_bucket!r}",
+            f"fixed_bucket must be a power of two from 1 to {MAX_FIXED_BUCKET}, got {_text.described(fixed_bucket)}",
             reason="INVALID_OPTION",
         )
 

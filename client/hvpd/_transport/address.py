@@ -28,8 +28,9 @@ def host_of(address: object) -> str:
     if not host or not port.isdecimal() or int(port) > 65535 or set(host) & set(" /\t\n"):
         bare = isinstance(address, str) and re.fullmatch(r"[\w.-]+:?", address)
         example = f"{str(address).rstrip(':')}:7070" if bare else "gpu-box:7070"
+        range_of_ports = ", with a port from 1 to 65535" if host and port.isdecimal() and int(port) > 65535 else ""
         raise InvalidArgumentError(
-            f"an address must be host:port, such as {example}, got {address!r}", reason="ADDRESS"
+            f"an address must be host:port, such as {example}{range_of_ports}, got {address!r}", reason="ADDRESS"
         )
     return host
 

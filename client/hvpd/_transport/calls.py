@@ -59,6 +59,8 @@ class Calls:
         self.channel = channel
         self._owner = os.getpid()
         self._closed = False
+        self.check_server: Callable[[], None] | None = None
+        """Raises if the server will never answer again; called before a retry."""
         self._counts = counts or Counts()
         self._tracing = _tracing.of(address)
         self._retry = Retry(address, retry_timeout, timeout, self._on_retry, self._on_failure, reporter)
@@ -131,6 +133,8 @@ class Calls:
             )
 
     def _on_retry(self, failure: Failure) -> None:
+        if self.check_server is not None:
+            self.check_server()
         self._counts.add_retry()
         if self._tracing is not None:
             self._tracing.repeated(failure)

@@ -30,6 +30,9 @@ _AT_WORK = 2.0
 server cannot be reached, the call fails sooner.
 """
 
+_WARN_AFTER, _WARN_EVERY = 2.0, 60.0
+"""Seconds without a server after which the log has a warning, and between warnings."""
+
 _CODE = grpc.StatusCode
 
 
@@ -61,6 +64,8 @@ class Retry:
         self._on_retry = on_retry
         self._on_failure = on_failure
         self._reporter = reporter or Reporter()
+        self._quiet_until = float("-inf")
+        """The end of the time without a further warning in the log."""
         self._outer = threading.local()
         """`ends`: the end of the call for which this thread makes a point again."""
 
@@ -123,7 +128,11 @@ class Retry:
         waiting = waiting or self._reporter.begin("")
         waiting.name = f"waiting for {self._address} ({reason})"
         seconds = time.monotonic() - waiting.began
-        _log.info("repeating a call to %s after %.1f s: %s: %s", self._address, seconds, reason, failure.message)
+        level = logging.INFO
+        now = time.monotonic()
+        if failure.code is _CODE.UNAVAILABLE and seconds >= _WARN_AFTER and now >= self._quiet_until:
+            level, self._quiet_until = logging.WARNING, now + _WARN_EVERY
+        _log.log(level, "repeating a call to %s after %.1f s: %s: %s", self._address, seconds, reason, failure.message)
         return waiting
 
     def _restore(self, restore: Callable[[], None], ends: float) -> None:

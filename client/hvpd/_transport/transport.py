@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from hvpd import _text
 from hvpd._errors import HvpdError, InvalidArgumentError
 from hvpd._progress import Reporter, Stage
 from hvpd._transport import cancellation
@@ -446,7 +447,8 @@ def _check_token(token: object) -> None:
 def _check_seconds(name: str, seconds: object, most: float = _MOST_SECONDS) -> None:
     if not isinstance(seconds, int | float) or not 0 <= seconds <= most:
         raise InvalidArgumentError(
-            f"{name} must be a number of seconds from 0 to {most:g}, got {seconds!r}", reason="INVALID_OPTION"
+            f"{name} must be a number of seconds from 0 to {most:g}, got {_text.described(seconds)}",
+            reason="INVALID_OPTION",
         )
 
 
@@ -454,5 +456,6 @@ def _check_priority(priority: object) -> None:
     most = protocol.MAX_PRIORITY
     if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > most:
         raise InvalidArgumentError(
-            f"priority must be a whole number from -{most} to {most}, got {priority!r}", reason="PRIORITY"
+            f"priority must be a whole number from -{most} to {most}, got {_text.described(priority)}",
+            reason="PRIORITY",
         )

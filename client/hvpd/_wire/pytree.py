@@ -82,10 +82,11 @@ def _flatten(spec: Spec, tree: Any, path: str, found: list[Any]) -> None:
     kind = spec.kind
     if kind == Spec.KIND_LEAF:
         if isinstance(tree, (dict, list, tuple)) or tree is None:
-            raise StructureError(f"{path or 'it'} must be an array, got {described(tree)}")
+            array = ": pass numpy.asarray(...) of it" if isinstance(tree, (list, tuple)) else ""
+            raise StructureError(f"{path or 'it'} must be an array, got {described(tree)}{array}")
         found.append(tree)
         return
-    if spec.HasField("sparse") and (arrays := sparse.arrays(spec, tree, f"data{path}")) is not None:
+    if spec.HasField("sparse") and (arrays := sparse.arrays(spec, tree, path or "data")) is not None:
         found.extend(arrays)
         return
     children = _children(spec, tree)
@@ -227,6 +228,10 @@ def select(known: Sequence[str], names: Sequence[str]) -> list[int]:
     if not names:
         raise InvalidArgumentError(
             f"name the leaves of the block: any of {_listed(known)}, or names above them", reason="UNKNOWN_BLOCK"
+        )
+    if list(known) == [""] and any(names):
+        raise InvalidArgumentError(
+            f"x is one array: it has no named leaves, such as {next(filter(None, names))!r}", reason="UNKNOWN_BLOCK"
         )
     for name in names:
         if not any(_below(leaf, name) for leaf in known):

@@ -350,7 +350,9 @@ def _check_wanted(digest: str, forgotten: threading.Event) -> None:
 
 
 def _deleted(digest: str) -> ServiceError:
-    return ServiceError(Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND", f"objective {digest[:12]} was deleted meanwhile")
+    return ServiceError(
+        Code.NOT_FOUND, "OBJECTIVE_NOT_FOUND", f"objective {digest[:12]} was deleted meanwhile: register it again"
+    )
 
 
 def registration_given_up() -> ServiceError:

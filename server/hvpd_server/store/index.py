@@ -314,8 +314,14 @@ def _first_part(name: str) -> str:
 def _not_found(name: str, usable: Sequence[str]) -> ServiceError:
     # No stored name is longer, and comparing long names takes time.
     near = difflib.get_close_matches(name, usable[:_COMPARED], n=3, cutoff=0.5) if len(name) <= _LONGEST else []
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; no stored name is similar"
-    kind = "digest" if codec.is_digest(name) else "name"
+    hint = (
+        f"; did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else "; no stored name is similar, and client.objectives() lists the names"
+    )
+    kind = "name"
+    if codec.is_digest(name):
+        kind, hint = "digest", ": if it was deleted, register it again"
     return ServiceError(
         Code.NOT_FOUND,
         "OBJECTIVE_NOT_FOUND",
