@@ -1,5 +1,6 @@
 """Registration as the user calls it: trace, upload, compile on the server."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -123,9 +124,10 @@ class Registrar:
                 "loss, inputs, targets)",
                 reason="INVALID_OPTION",
             )
-        if not callable(fun) and not isinstance(fun, Composite):
+        given: Any = fun
+        if not callable(given) and not isinstance(given, Composite):
             raise InvalidArgumentError(
-                f"fun must be a function, got {_text.described(fun)}: register(fun, x, *data, name=...)",
+                f"fun must be a function, got {_text.described(given)}: register(fun, x, *data, name=...)",
                 reason="INVALID_OPTION",
             )
         tracing = _tracing_modules()
@@ -147,7 +149,14 @@ class Registrar:
                     stablehlo_version=self._transport.server.stablehlo_version,
                     before_tracing=lambda data: check_has_room(self._transport, name, data),
                 )
-            return self._store(export, name, tracing.trees.flatten(x)[1], shared=shared)
+            try:
+                return self._store(export, name, tracing.trees.flatten(x)[1], shared=shared)
+            except InvalidArgumentError as error:
+                if error.reason != "NOT_DIFFERENTIABLE":
+                    raise
+                raise InvalidArgumentError(
+                    f"{_defined(fun)}: {error}", reason=error.reason, request_id=error.request_id
+                ) from None
 
     def register_exported(
         self, exported: bytes | bytearray, *data: Any, name: str | None = None, shared: bool = False
@@ -277,6 +286,14 @@ class Registrar:
             ) from error
         self._watches[objective.digest] = objective.watch
         return objective
+
+
+def _defined(fun: Any) -> str:
+    """Return the name of a function, after the place of its definition if known."""
+    inner = inspect.unwrap(fun)
+    name = getattr(inner, "__name__", type(fun).__name__)
+    code = getattr(inner, "__code__", None)
+    return name if code is None else f"{code.co_filename}:{code.co_firstlineno}, {name}"
 
 
 def _tracing_modules() -> Any:

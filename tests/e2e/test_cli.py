@@ -92,6 +92,36 @@ def test_register_without_jax_names_the_extra(monkeypatch, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("import no_such_module\n", ":1: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("x = 1\ndef loss(:\n", ":2: SyntaxError: "),
+        ("x = 1\nraise ValueError('no\\nluck')\n", ":2: ValueError: no luck"),
+        ("def loss():\n    return 1 / 0\n", ":2: ZeroDivisionError: division by zero"),
+        (
+            "def loss(w, X, y): pass\n",
+            "needs arguments (w, X, y): name a function without arguments that returns (fun, x",
+        ),
+    ],
+)
+def test_a_file_that_fails_is_one_line(server, tmp_path, capsys, text, says):
+    source = tmp_path / "model.py"
+    source.write_text(text)
+    assert main(["register", f"{source}:loss", "--address", server.address]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("hvpd: ")
+    assert f"{source}{says}" in error or f"loss in {source} {says}" in error
+    assert error.count("\n") == 1
+
+
+def test_an_option_before_the_command_is_explained(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--address", "gpu-box:7070", "info"])
+    assert ended.value.code == 2
+    assert "options come after the command, such as: hvpd info --address gpu-box:7070" in capsys.readouterr().err
+
+
 def test_health(serve, command):
     server = serve()
     done = command("health", "--address", server.address)

@@ -118,7 +118,7 @@ def test_a_refused_program_is_not_registered_nor_stored_nor_read_by_the_server(o
     digest = changed(rosen, upload, engine.store, artifact(EVIL))
     monkeypatch.setattr(reader, "read", None)
     for _ in range(2):
-        with pytest.raises(ServiceError, match=r"the bundle is refused: objective has .*backdoor") as error:
+        with pytest.raises(ServiceError, match=r"the registration is refused: objective has .*backdoor") as error:
             engine.registration.register(digest, "evil")
         assert error.value.reason == refusals.OPERATION_REFUSED
     assert engine.store.objectives() == []

@@ -163,4 +163,4 @@ def test_damaged_programs_end_nothing(vetter, data):
     ids=["zero", "ones", "headers", "random", "headed", "braces"],
 )
 def test_bytes_that_are_no_program_are_refused(vetter, blob):
-    refused(vetter, blob, refusals.BUNDLE_INCOMPATIBLE, "the bundle is refused: objective ")
+    refused(vetter, blob, refusals.BUNDLE_INCOMPATIBLE, "the registration is refused: objective ")

@@ -120,7 +120,7 @@ def test_words_of_a_program_do_not_reach_a_terminal_as_they_are(told):
     says = refused(
         told(f"raise vetting_process.Refused('OPERATION_REFUSED', '{text}')"), b"", refusals.OPERATION_REFUSED
     )
-    assert says == "the bundle is refused: ?[31mred over?there \U0001f600"
+    assert says == "the registration is refused: ?[31mred over?there \U0001f600"
 
 
 def test_a_reason_that_is_unknown_is_none(told):
@@ -128,7 +128,7 @@ def test_a_reason_that_is_unknown_is_none(told):
         told("raise vetting_process.Refused('BECAUSE', 'no')"),
         b"",
         refusals.VETTING_FAILED,
-        "the bundle is refused: no",
+        "the registration is refused: no",
     )
 
 

@@ -5,10 +5,12 @@ Other commands are in `operate`. Each command makes one call of the library.
 
 import argparse
 import dataclasses
+import inspect
 import json
 import os
 import runpy
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not given:
         parser.print_help(sys.stderr)
         return 2
+    if given[0].startswith("-") and given[0] not in ("-h", "--help", "--version"):
+        parser.error(f"options come after the command, such as: hvpd info {' '.join(given[:2])}")
     arguments = parser.parse_args(given)
     try:
         code: int = arguments.run(arguments)
@@ -298,18 +302,42 @@ def _made_by(source: str) -> tuple[Any, ...]:
         raise InvalidArgumentError(f"cannot read {path}: {error.strerror}", reason="FILE_ACCESS") from None
     except ModuleNotFoundError as error:
         if error.name != "jax":
-            raise
+            raise _failed(path, error) from None
         raise MissingExtraError(
             f"{path} needs jax here (the server's is not enough): pip install 'hvpd[jax]'"
         ) from None
+    except Exception as error:  # noqa: BLE001 - the file can raise anything
+        raise _failed(path, error) from None
     if not callable(defined.get(name)):
         raise InvalidArgumentError(f"{path} defines no function {name!r}", reason="FILE_CONTENT")
-    made = defined[name]()
+    try:
+        signature = inspect.signature(defined[name])
+        signature.bind()
+    except TypeError:
+        raise InvalidArgumentError(
+            f"{name} in {path} needs arguments {signature}: name a function without arguments that returns (fun, x, *data)",
+            reason="FILE_CONTENT",
+        ) from None
+    try:
+        made = defined[name]()
+    except Exception as error:  # noqa: BLE001 - as above
+        raise _failed(path, error) from None
     if not isinstance(made, tuple):
         raise InvalidArgumentError(
             f"{name}() in {path} must return a tuple, it returned {type(made).__name__}", reason="FILE_CONTENT"
         )
     return made
+
+
+def _failed(path: str, error: Exception) -> InvalidArgumentError:
+    """Return the error of a file that raised one, in one line."""
+    if isinstance(error, SyntaxError):
+        place = f"{error.filename}:{error.lineno}"
+    else:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        place = f"{path}:{lines[-1]}" if lines else path
+    said = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    return InvalidArgumentError(f"{place}: {type(error).__name__}: {said}", reason="FILE_CONTENT")
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -5,11 +5,12 @@ A stage is a function of flat arrays, so that a server needs none of the user's 
 
 import contextlib
 import dataclasses
+import inspect
 import os
 import re
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -21,7 +22,9 @@ from hvpd._composite import Composite
 from hvpd._errors import InvalidArgumentError
 from hvpd._registration.closures import HiddenError, check_closed
 from hvpd._registration.hijax import is_high
+from hvpd._registration.jaxprs import inside
 from hvpd._registration.lift import lift, trace
+from hvpd._registration.marked_primitives import UnmarkableError
 from hvpd._wire import codec
 
 _Function = Callable[..., Any]
@@ -74,6 +77,7 @@ class Subject:
         def flat(*leaves: Any) -> Any:
             return fun(self.tree_of(leaves[: self.count]), *self.arguments_of(leaves[self.count :]))
 
+        _check_takes(fun, len(jax.eval_shape(lambda *leaves: self.arguments_of(leaves), *self.specs[self.count :])))
         captured, lifted, closed = self._scalar(flat, fun, self.specs, self.count)
         return captured, {"objective": self._stage(lifted, closed, self.specs, self.count, captured, 0, len(captured))}
 
@@ -160,15 +164,22 @@ def worded(fun: _Function) -> Iterator[None]:
         yield
     except (InvalidArgumentError, HiddenError):
         raise
+    except UnmarkableError as error:
+        remedy = _remedy(error, str(error))
+        raise InvalidArgumentError(
+            f"{_name(fun)} cannot be registered: {remedy}{error}", reason="DERIVATIVE_RULE"
+        ) from None
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         remedy = _remedy(error, said)
         # The frame that jax names there is one of hvpd's.
-        said = re.sub(r"\n?The error occurred while tracing the function \w+ at [^\n]*", "", said)
-        raise InvalidArgumentError(
-            f"jax cannot trace, differentiate or export {_name(fun)}: {remedy}{said}{_place(error)}",
-            reason="NOT_TRACEABLE",
-        ) from error
+        said = re.sub(r"\n?The error occurred while tracing the function \w+ at [^\n]*", "", said).strip()
+        frames = _own_frames(error.__traceback__)
+        # An error that the user's own code raised is not jax's.
+        theirs = not remedy and frames and frames[-1].tb_next is None
+        subject = "" if theirs else f"jax cannot trace, differentiate or export {_name(fun)}: "
+        _shorten(error, frames)
+        raise InvalidArgumentError(f"{_place(frames)}{subject}{remedy}{said}", reason="NOT_TRACEABLE") from error
 
 
 _FOREIGN = tuple(
@@ -177,11 +188,48 @@ _FOREIGN = tuple(
 """Folders of jax, NumPy, SciPy and hvpd, whose frames an error does not name."""
 
 
-def _place(error: Exception) -> str:
-    """Return the innermost place in the user's own code that led to an error."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [each for each in frames if not each.filename.startswith(("<", contextlib.__file__, *_FOREIGN))]
-    return f" (at {own[-1].filename}:{own[-1].lineno}, in {own[-1].name})" if own else ""
+def _own_frames(found: TracebackType | None) -> list[TracebackType]:
+    """Return the parts of a traceback that are in the user's own code."""
+    own = []
+    while found is not None:
+        file = found.tb_frame.f_code.co_filename
+        if not file.startswith(("<frozen", "<string>", contextlib.__file__, *_FOREIGN)):
+            own.append(found)
+        found = found.tb_next
+    return own
+
+
+def _place(frames: Sequence[TracebackType]) -> str:
+    """Return the innermost place in the user's own code, to begin a message."""
+    if not frames:
+        return ""
+    code = frames[-1].tb_frame.f_code
+    return f"{code.co_filename}:{frames[-1].tb_lineno}, in {code.co_name}: "
+
+
+def _shorten(error: Exception, frames: Sequence[TracebackType]) -> None:
+    """Leave only the frames of the user's own code in the traceback of an error."""
+    short = None
+    for each in reversed(frames):
+        short = TracebackType(short, each.tb_frame, each.tb_lasti, each.tb_lineno)
+    error.__cause__ = None  # jax's remark about the frames that it has left out.
+    error.__traceback__ = short
+
+
+def _check_takes(fun: _Function, count: int) -> None:
+    """Raise if a function does not take x and this many data arguments."""
+    try:
+        signature = inspect.signature(fun)
+    except (TypeError, ValueError):  # Some callables have none.
+        return
+    try:
+        signature.bind(*[None] * (1 + count))
+    except TypeError as error:
+        raise InvalidArgumentError(
+            f"{_name(fun)}{signature} was called with x and {count} data arguments: {error}. Pass a value for each of its "
+            "arguments after x: register(fun, x, *data)",
+            reason="NOT_TRACEABLE",
+        ) from None
 
 
 _CALLBACKS = (
@@ -233,13 +281,18 @@ def _remedy(error: Exception, said: str) -> str:
             "or data there: return them, or compute them again. "
         )
     concrete = (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError)
-    if isinstance(error, concrete) or "concrete values" in said:
-        where = (
-            " Branch with jnp.where or jax.lax.cond."
-            if "leaves[0]" in said
-            else " Bind a step count, flag or shape among the data with functools.partial."
-        )
-        return f"x and data are traced, so Python sees no values of them.{where} "
+    mask = isinstance(error, jax.errors.NonConcreteBooleanIndexError) or "jnp.nonzero must be statically" in said
+    concrete = (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError)
+    if mask or isinstance(error, concrete) or "concrete values" in said or "must be static integers" in said:
+        if mask:
+            where = "Keep the shape: use jnp.where(mask, x, 0) in place of x[mask]."
+        elif "leaves[0]" not in said:
+            where = "Bind a step count, flag or shape among the data with functools.partial."
+        elif isinstance(error, jax.errors.TracerBoolConversionError):
+            where = "Branch with jnp.where or jax.lax.cond."
+        else:
+            where = "Use jnp in place of math, remove float(), int() and .item(), and loop with jax.lax.fori_loop."
+        return f"x and data are traced, so Python sees no values of them. {where} "
     return ""
 
 
@@ -271,11 +324,19 @@ def _check_scalar(fun: _Function, out: Any) -> None:
 
 
 def _check_pure(fun: _Function, closed: Any) -> None:
-    if closed.effects:
-        kinds = ", ".join(sorted({type(each).__name__ for each in closed.effects}))
+    callbacks = [
+        equation
+        for jaxpr in (closed, *inside(closed))
+        for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns
+        if equation.primitive.name.endswith("callback")
+    ]
+    if closed.effects or callbacks:
+        kinds = {type(each).__name__ for each in closed.effects} or {each.primitive.name for each in callbacks}
+        made = callbacks[0].source_info.traceback if callbacks else None
+        frames = _own_frames(made.as_python_traceback()) if made is not None else []
         raise InvalidArgumentError(
-            f"{_name(fun)} has side effects ({kinds}): it has a callback, print or checkify.check inside, which the server cannot "
-            f"run. Take it out. {_CALLBACKS}",
+            f"{_place(frames)}{_name(fun)} has side effects ({', '.join(sorted(kinds))}): it has a callback, print or "
+            f"checkify.check inside, which the server cannot run. Take it out. {_CALLBACKS}",
             reason="SIDE_EFFECTS",
         )
     if is_high(closed):

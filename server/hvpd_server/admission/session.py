@@ -65,7 +65,7 @@ class Session:
         """
         verdict = self._answer(self._limits.reading())
         if "derivation" not in verdict:
-            raise _refused(verdict, "the bundle is refused")
+            raise _refused(verdict, "the registration is refused")
         return objective_pb2.Derivation.FromString(base64.b64decode(verdict["derivation"]))
 
     def compile(self, order: Mapping[str, object]) -> bytes:

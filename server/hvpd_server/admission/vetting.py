@@ -349,7 +349,7 @@ def too_large(size: int, limits: refusals.Limits) -> ServiceError:
     return ServiceError(
         Code.INVALID_ARGUMENT,
         refusals.PROGRAM_TOO_LARGE,
-        f"the bundle is refused: its programs have {size >> 20} MiB, at most {limits.bundle_bytes >> 20} MiB are allowed; "
+        f"the registration is refused: its programs have {size >> 20} MiB, at most {limits.bundle_bytes >> 20} MiB are allowed; "
         "pass large arrays as data",
     )
 

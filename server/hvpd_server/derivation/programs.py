@@ -347,11 +347,11 @@ class Sized:
             except (TypeError, NotImplementedError) as error:
                 if forbids_forward_mode(error) and each != "reverse_over_reverse":
                     continue
-                raise _not_differentiable(error) from error
+                raise self._not_differentiable(error) from error
             except Refused:  # Its message says more than jax's.
                 raise
             except Exception as error:
-                raise _not_differentiable(error) from error
+                raise self._not_differentiable(error) from error
             return each
         raise AssertionError
 
@@ -364,20 +364,31 @@ class Sized:
             self._program(Name(base), 1).check()
         except (TypeError, NotImplementedError) as error:
             if not forbids_forward_mode(error):
-                raise _not_differentiable(error) from error
+                raise self._not_differentiable(error) from error
             return False
         return True
 
+    def _not_differentiable(self, error: Exception) -> Refused:
+        """Return the refusal, which says whether differences of gradients would do."""
+        said = f"{type(error).__name__}: {_text.cut(str(error), 600).rstrip('.')}"
+        traced = self.traced
+        block = jax.ShapeDtypeStruct((1, traced.x.size), traced.x.dtype)
+        try:
+            _batched(self._hessian("finite_difference"), [traced.x, block, *traced.args]).check()
+        except Exception:  # noqa: BLE001 - any error of the gradient means the same
+            return Refused(
+                refusals.NOT_DIFFERENTIABLE,
+                f"jax on the server cannot differentiate it even once: {said}. No mode can serve it. Write that part with "
+                "operations that have a derivative, or give it a rule of its own with jax.custom_vjp",
+            )
+        return Refused(
+            refusals.NOT_DIFFERENTIABLE,
+            f'jax on the server cannot differentiate it twice: {said}. Register it with mode="finite_difference", for central '
+            "differences of its gradients",
+        )
+
     def _hessian(self, mode: str) -> Batched:
         return hvp_of(self.traced.fun, mode)
-
-
-def _not_differentiable(error: Exception) -> Refused:
-    return Refused(
-        refusals.NOT_DIFFERENTIABLE,
-        f"cannot be differentiated twice by jax on the server: {type(error).__name__}: {_text.cut(str(error), 600)} "
-        'If it can be differentiated once, register it with mode="finite_difference".',
-    )
 
 
 def _drawn(base: str) -> list[jax.ShapeDtypeStruct]:
