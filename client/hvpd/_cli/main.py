@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     if given[0].startswith("-") and given[0] not in ("-h", "--help", "--version"):
-        parser.error(f"options come after the command, such as: hvpd info {' '.join(given[:2])}")
+        parser.error(f"options come after the command, such as: hvpd info {given[0]} ...")
     arguments = parser.parse_args(given)
     try:
         code: int = arguments.run(arguments)
