@@ -270,6 +270,8 @@ def test_a_fori_loop_of_a_traced_length_is_a_while_loop(client):
         client.register(steps, np.ones(3), np.int32(4))
 
 
+# The server's check compares with differences of gradients, which see the roots change.
+@pytest.mark.filterwarnings("ignore::hvpd.CurvatureWarning")
 @pytest.mark.parametrize("mode", ["forward_over_reverse", "reverse_over_reverse", "linearized"])
 def test_a_while_loop_that_nothing_differentiates_is_fine(client, mode):
     """The loop is before stop_gradient, behind it, or over data: the roots are
