@@ -9,6 +9,7 @@ from hvpd import _environment, _profiles
 from hvpd._client import Client
 from hvpd._objective import Objective
 from hvpd._progress import Progress, reporter
+from hvpd._transport.credentials import Token
 from hvpd._transport.fleet_transport import connected
 from hvpd._transport.tls import PathLike, encryption
 from hvpd._transport.transport import Transport
@@ -95,7 +96,7 @@ def connect(
     shown = reporter(progress)
     make = functools.partial(
         Transport,
-        token=token or os.environ.get("HVPD_TOKEN") or chosen.token,
+        token=_token(token or os.environ.get("HVPD_TOKEN"), chosen),
         connect_timeout=connect_timeout,
         retry_timeout=retry_timeout,
         timeout=timeout,
@@ -105,6 +106,13 @@ def connect(
         reporter=shown,
     )
     return client_of(connected(address, make, shown))
+
+
+def _token(given: str | None, chosen: _profiles.Profile) -> Token | None:
+    """Return the token; that of a profile can be read again from its file."""
+    if given:
+        return Token(given)
+    return Token(chosen.token, chosen.read_token) if chosen.token is not None else None
 
 
 def client_of(transport: Transport, on_close: Callable[[], None] = lambda: None) -> Client:

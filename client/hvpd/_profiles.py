@@ -14,10 +14,11 @@ environment variables, and these over the file. A profile's token and certificat
 the address of the profile only.
 """
 
+import functools
 import os
 import stat
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,8 @@ class Profile(NamedTuple):
 
     address: str | None = None
     token: str | None = None
+    read_token: Callable[[], str] | None = None
+    """Reads the token's file again; None if the token has no file of its own."""
     ca: str | None = None
     cert: str | None = None
     key: str | None = None
@@ -120,7 +123,8 @@ def _profile(file: Path, name: str, entry: Mapping[str, Any]) -> Profile:
     if "token_file" in values:
         if "token" in values:
             raise InvalidArgumentError(f"{where} has both token and token_file: keep one", reason="PROFILE")
-        values["token"] = _token(Path(values.pop("token_file")).expanduser(), where)
+        values["read_token"] = functools.partial(_token, Path(values.pop("token_file")).expanduser(), where)
+        values["token"] = values["read_token"]()
     return Profile(**values)
 
 

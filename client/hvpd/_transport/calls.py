@@ -16,7 +16,8 @@ from hvpd._errors import Failure, HvpdError, failure_of_rpc
 from hvpd._progress import Reporter
 from hvpd._transport import cancellation
 from hvpd._transport import tracing as _tracing
-from hvpd._transport.channel import Channel, Metadata, answered
+from hvpd._transport.channel import Channel, answered
+from hvpd._transport.credentials import CallMetadata
 from hvpd._transport.interrupts import OutsideGrpcError, interrupt_behind
 from hvpd._transport.retry import Retry
 from hvpd._transport.statistics import Counts
@@ -96,7 +97,20 @@ class Calls:
         return self._retry.call(lambda left: self._try(attempt, left, request_id), restore)
 
     def _try(self, attempt: Callable[[float | None], _T], left: float | None, request_id: str) -> _T:
-        """Run one try; raise RpcFailure if the server or the network made it fail."""
+        """Run one try; raise RpcFailure if the server or the network made it fail.
+
+        If the server refuses the token, and the token's file has another one, try once
+        more.
+        """
+        token = self.channel.token()
+        try:
+            return self._try_once(attempt, left, request_id)
+        except RpcFailure as error:
+            if error.failure.code is not grpc.StatusCode.UNAUTHENTICATED or not self.channel.renew_token(token):
+                raise
+        return self._try_once(attempt, left, request_id)
+
+    def _try_once(self, attempt: Callable[[float | None], _T], left: float | None, request_id: str) -> _T:
         before = sys.exc_info()[1]
         try:
             self._check_usable()
@@ -144,7 +158,7 @@ class Calls:
             self._tracing.failed(failure)
 
     @contextlib.contextmanager
-    def sending(self, method: Callable[[], str], **facts: Any) -> Iterator[tuple[Metadata, str]]:
+    def sending(self, method: Callable[[], str], **facts: Any) -> Iterator[tuple[CallMetadata, str]]:
         """Make the metadata and the id of a call, and a span around all of its tries.
 
         Args:
@@ -158,7 +172,7 @@ class Calls:
             yield metadata, request_id
             return
         with self._tracing.call(method(), request_id, **facts) as span:
-            yield (*metadata, *span.metadata), request_id
+            yield metadata.plus(span.metadata), request_id
 
     def inside(self, name: str, /, **facts: Any) -> "contextlib.AbstractContextManager[None]":
         """Make one span around several calls, if spans are made."""
@@ -193,7 +207,7 @@ class Calls:
             return answered(answer, self.address)
 
 
-def answer_of(method: Callable[..., _T], message: Any, metadata: Metadata, left: float | None) -> _T:
+def answer_of(method: Callable[..., _T], message: Any, metadata: CallMetadata, left: float | None) -> _T:
     """Return the answer of a method that answers once.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import grpc
 
 from hvpd._errors import HvpdError, IncompatibleError, UnavailableError, failure_of_rpc, to_error
+from hvpd._transport.credentials import CallMetadata, Pairs, Token
 from hvpd._transport.interrupts import never_free
 from hvpd._transport.reach import Unreachable, unreachable
 from hvpd._transport.tls import Tls, diagnose
@@ -19,9 +20,6 @@ from hvpd._wire import request_id as _request_id
 from hvpd.v1 import blob_pb2, curvature_pb2, krylov_pb2, objective_pb2_grpc, server_pb2, server_pb2_grpc
 
 _T = TypeVar("_T")
-
-Metadata = tuple[tuple[str, str | bytes], ...]
-"""Metadata of a call, as gRPC takes it."""
 
 _PATIENCE = 0.5
 """Seconds without an answer after which the client looks for the reason."""
@@ -56,26 +54,35 @@ class Channel:
         local: Whether the server is on this machine. Then no proxy is used.
 
     Attributes:
-        metadata: Metadata of each call, without its id.
         tls: Certificates to trust and to show; None for plain text.
     """
 
-    def __init__(self, address: str, token: str | None, tls: Tls | None, *, local: bool) -> None:
+    def __init__(self, address: str, token: Token | None, tls: Tls | None, *, local: bool) -> None:
         self._address = address
         self.tls = tls
         self._local = local
         self._lock = threading.Lock()
-        self._has_token = token is not None
-        credentials = () if token is None else (("authorization", f"Bearer {token}"),)
-        self._identity: Metadata = ((protocol.VERSION_KEY, __version__), *credentials)
+        self._token = token
+        self._revision = protocol.NEWEST
         self._told = set[Any]()
         """Calls that `close` waits for."""
-        self._speak(protocol.NEWEST)
         self._open()
 
-    def _speak(self, revision: int) -> None:
-        """Use a revision of the protocol from now on."""
-        self.metadata: Metadata = ((protocol.REVISION_KEY, str(revision)), *self._identity)
+    def token(self) -> str:
+        """Return the token of new calls; empty for none."""
+        return self._token.text if self._token is not None else ""
+
+    def renew_token(self, refused: str) -> bool:
+        """Return whether there is another token than the one that the server refused;
+        see `Token.renew`.
+        """
+        return self._token is not None and self._token.renew(refused)
+
+    @property
+    def metadata(self) -> Pairs:
+        """Return the metadata of each call, without its id."""
+        said: Pairs = ((protocol.REVISION_KEY, str(self._revision)), (protocol.VERSION_KEY, __version__))
+        return said if self._token is None else (*said, ("authorization", f"Bearer {self._token.text}"))
 
     def _open(self) -> None:
         options = [
@@ -144,10 +151,10 @@ class Channel:
             call.exception()
         self._channel.close()
 
-    def new_call(self) -> tuple[Metadata, str]:
+    def new_call(self) -> tuple[CallMetadata, str]:
         """Return the metadata and the id of a new call."""
         request_id = _request_id.new()
-        return (*self.metadata, (_request_id.KEY, request_id)), request_id
+        return CallMetadata(lambda: self.metadata, ((_request_id.KEY, request_id),)), request_id
 
     def greet(self, connect_timeout: float | None) -> server_pb2.GetServerResponse:
         """Ask for the server's facts, and choose the revision of the protocol.
@@ -176,8 +183,8 @@ class Channel:
                 "install the same version on both",
                 reason="PROTOCOL_MISMATCH",
             )
-        self._speak(min(protocol.NEWEST, server.max_protocol))
-        if self._has_token:
+        self._revision = min(protocol.NEWEST, server.max_protocol)
+        if self._token is not None:
             self._check_token()
         return server
 
@@ -186,12 +193,13 @@ class Channel:
 
         `greet` needs no token. The rights of a token are checked by each call.
         """
+        token = self.token()
         metadata, request_id = self.new_call()
         try:
-            self.server.GetUsage(server_pb2.GetUsageRequest(), metadata=metadata, timeout=_ALIVE_SECONDS)
+            self.server.GetUsage(server_pb2.GetUsageRequest(), metadata=tuple(metadata), timeout=_ALIVE_SECONDS)
         except grpc.RpcError as error:
             failure = failure_of_rpc(error)
-            if failure.code is _CODE.UNAUTHENTICATED:
+            if failure.code is _CODE.UNAUTHENTICATED and not self.renew_token(token):
                 raise to_error(dataclasses.replace(failure, request_id=request_id), self._address) from None
 
     def _no_answer(self, found: Unreachable | None, waited: str = "") -> UnavailableError:
@@ -217,7 +225,7 @@ class Channel:
         ends, patience = time.monotonic() + connect_timeout, min(_PATIENCE, connect_timeout / 2)
         metadata, _ = self.new_call()
         ask = functools.partial(
-            self.server.GetServer.future, server_pb2.GetServerRequest(), metadata=metadata, wait_for_ready=True
+            self.server.GetServer.future, server_pb2.GetServerRequest(), metadata=tuple(metadata), wait_for_ready=True
         )
         asked = ask(timeout=connect_timeout)
         while True:

@@ -29,6 +29,7 @@ from hvpd._transport.address import host_of, is_local
 from hvpd._transport.calls import Calls, answer_of
 from hvpd._transport.channel import Channel
 from hvpd._transport.creation import Creation, PointStream, Step
+from hvpd._transport.credentials import Token
 from hvpd._transport.exchange import Asked, Exchange
 from hvpd._transport.interrupts import OutsideGrpcError
 from hvpd._transport.reach import is_proxied
@@ -48,9 +49,6 @@ SERVING = b"\x08\x01"
 
 _MOST_SECONDS = 1e9
 """Most seconds of a timeout that gRPC and the vector port can state: about 30 years."""
-
-_TOKEN_LENGTH = 4096
-"""Most characters of a token: gRPC has room for 8 KiB of metadata."""
 
 
 class Transport(Calls):
@@ -85,7 +83,7 @@ class Transport(Calls):
         self,
         address: str,
         *,
-        token: str | None,
+        token: Token | None,
         connect_timeout: float | None,
         retry_timeout: float,
         timeout: float | None,
@@ -97,7 +95,6 @@ class Transport(Calls):
     ) -> None:
         host = host_of(address)
         local = is_local(host)
-        _check_token(token)
         if token is not None and tls is None and not insecure and not local:
             raise InvalidArgumentError(
                 f"the token would go to {address} as plain text, which every machine on the way can read: pass tls=True, or "
@@ -433,15 +430,6 @@ class Transport(Calls):
         there is a tunnel or a proxy, which products must not bypass.
         """
         return 0 < server.vector_port < 1 << 16 and self.address.endswith(f":{server.port}")
-
-
-def _check_token(token: object) -> None:
-    if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
-        raise InvalidArgumentError("a token must consist of printable ASCII characters", reason="TOKEN_MALFORMED")
-    if token is not None and not 0 < len(token.strip()) <= _TOKEN_LENGTH:
-        raise InvalidArgumentError(
-            f"a token must have from 1 to {_TOKEN_LENGTH} characters, got {len(token)}", reason="TOKEN_MALFORMED"
-        )
 
 
 def _check_seconds(name: str, seconds: object, most: float = _MOST_SECONDS) -> None:

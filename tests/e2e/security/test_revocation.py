@@ -1,6 +1,7 @@
 """Solves and streams end when their token ends."""
 
 import datetime
+import functools
 import threading
 import time
 
@@ -41,6 +42,38 @@ def test_a_solve_ends_when_its_token_is_revoked(place, secured, quartic, capsys)
         assert "was revoked" in str(error)
         product(stays, quartic)
         assert stays.statistics().retries == 0
+
+
+def test_a_solve_goes_on_when_its_token_file_has_another_token(place, secured, quartic, tmp_path, monkeypatch):
+    old, listed = place.token("speech", "use")
+    file = tmp_path / "token"
+    file.touch(mode=0o600)
+    file.write_text(old)
+    profiles = tmp_path / "config.toml"
+    profiles.write_text(f'[profile.lab]\naddress = "{secured.address}"\nca = "{place.trust}"\ntoken_file = "{file}"\n')
+    monkeypatch.setenv("HVPD_PROFILES", str(profiles))
+    with hvpd.connect(profile="lab") as client:
+        H = client.objective(quartic).at(np.full(N, 2.0)).hessian()
+        for _ in range(2):
+            new, coming = place.token("speech", "use")
+            file.write_text(new)
+            token_file.revoke(place.tokens, listed)
+            # The server looks once a second; until then, it takes the old token.
+            until(functools.partial(_is_refused, place, secured, old))
+            np.testing.assert_array_equal(H @ np.arange(N), 4.0 * np.arange(N))
+            product(client, quartic)
+            old, listed = new, coming
+        token_file.revoke(place.tokens, listed)
+        assert ends(client, quartic).reason == "TOKEN_UNKNOWN"
+
+
+def _is_refused(place, server, token):
+    """Return whether the server refuses a token."""
+    try:
+        connect(place, server, token).close()
+    except hvpd.AccessError:
+        return True
+    return False
 
 
 def test_a_solve_ends_when_its_token_expires(place, secured, quartic):
