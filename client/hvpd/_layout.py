@@ -128,6 +128,8 @@ class Layout:
                 raise InvalidArgumentError(
                     f"{what}{path} must have the shape {tuple(spec.shape)}, got {array.shape}", reason="SHAPE"
                 )
+            if what == "x" and _arrays.kind_of(leaf) is _arrays.TORCH:
+                self._check_narrow(array, f"x{path}")
             parts.append(self._real(array, f"{what}{path}").reshape(-1))
         return np.concatenate(parts)
 
@@ -197,6 +199,8 @@ class Layout:
         """
         if _modules.is_module(x):
             x = _modules.tensors(x, self.slices(), self.label)
+            for name, array in x.items():
+                self._check_narrow(array, f"the parameter {name!r}")
         if isinstance(x, Mapping) and self._names_leaves(x):
             x = self._rebuilt([x[name] for name in self.slices()])
         spec = self._bundle.x_tree
@@ -206,6 +210,18 @@ class Layout:
                 array = array.reshape(-1)
             return self._flat(array, what, exact="x")
         return self._joined(self._x_leaves(x, what, _FLAT), what)
+
+    def _check_narrow(self, array: codec.Array, what: str) -> None:
+        """Refuse parameters in float64 for an objective in float32.
+
+        Flat vectors are rounded, because SciPy's solvers compute in float64.
+        """
+        if self.dtype == np.float32 and array.dtype == np.float64:
+            raise InvalidArgumentError(
+                f"{what} is float64, and {self.label} is float32: pass it in float32, for instance from "
+                "copy.deepcopy(module).float()",
+                reason="DTYPE",
+            )
 
     def _kind(self, x: Any) -> Callable[[codec.Array], Any]:
         """Return a function that gives flat results the kind of the arrays of x."""

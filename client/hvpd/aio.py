@@ -50,6 +50,7 @@ class _Calls:
     def __init__(self, in_flight: int) -> None:
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="hvpd-aio")
         self._under_way: set[Cancellation] = set()
+        self.closed = False
 
     async def run(self, call: Callable[[], Any], dropped: Callable[[Any], object] = lambda result: None) -> Any:
         """Run a function in a thread, and wait for it.
@@ -88,6 +89,7 @@ class _Calls:
 
     def close(self) -> None:
         """Cancel all calls, and let the threads end."""
+        self.closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.cancel()
 
@@ -246,9 +248,13 @@ class AsyncClient(_Face):
     async def close(self) -> None:
         """Cancel all calls of this client, and end the connection.
 
+        A second call has no effect.
+
         Example:
             >>> await client.close()
         """
+        if self._calls.closed:
+            return
         self._calls.cancel()
         try:
             await self._calls.run(self._blocking.close)
@@ -285,6 +291,12 @@ class Connecting:
         self._make = make
         self._in_flight = integer(in_flight, "in_flight", 1)
         self._client: AsyncClient | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"this connection is still being made, and has no {name!r}: await it, as in `client = await hvpd.aio.connect()`, "
+            "or enter it by `async with`"
+        )
 
     def __await__(self) -> Generator[Any, None, AsyncClient]:
         return self._connected().__await__()

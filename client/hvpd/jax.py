@@ -21,7 +21,7 @@ except ImportError as error:
 
 from hvpd._jax.errors import own_errors as errors
 from hvpd._jax.functions import Function, Linear
-from hvpd._operators.symmetric import SymmetricOperator
+from hvpd._operators.symmetric import SymmetricOperator, not_an_operator
 
 __all__ = ["Function", "Linear", "errors", "lineax_operator"]
 
@@ -42,7 +42,8 @@ def lineax_operator(operator: SymmetricOperator, tags: Iterable[object] | object
 
     Raises:
         MissingExtraError: lineax is not installed.
-        InvalidArgumentError: The operator is float64, and jax computes with 32 bits.
+        InvalidArgumentError: It is no operator of hvpd, or it is asynchronous. Or it is
+            float64, and jax computes with 32 bits.
 
     Example:
         >>> A = hvpd.jax.lineax_operator(H, lineax.positive_semidefinite_tag)
@@ -52,6 +53,8 @@ def lineax_operator(operator: SymmetricOperator, tags: Iterable[object] | object
         import lineax  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingExtraError(f"lineax_operator needs lineax: pip install lineax ({error})") from error
+    if not isinstance(operator, SymmetricOperator):
+        raise not_an_operator("lineax_operator", operator)
     claimed = tags if isinstance(tags, (tuple, list, set, frozenset)) else (tags,)
     structure = jax.ShapeDtypeStruct((operator.shape[0],), operator.dtype)
     return lineax.FunctionLinearOperator(operator.as_jax(), structure, {lineax.symmetric_tag, *claimed})

@@ -18,7 +18,7 @@ from hvpd._client import Client
 from hvpd._composite import composite
 from hvpd._errors import MissingExtraError
 from hvpd._objective import Objective
-from hvpd._torch.checks import check, distribution_of, label_check, reduction_of
+from hvpd._torch.checks import check, check_client, distribution_of, label_check, reduction_of
 from hvpd._wire.protocol import Distribution, Reduction
 
 if TYPE_CHECKING:
@@ -80,11 +80,11 @@ def register(
     as its value, gradient and products there.
 
     Raises:
-        InvalidArgumentError: The module cannot be registered: it is on several devices,
-            has other dtypes, branches on values, changes its buffers, or has an
-            operator that is not served. Or PyTorch itself raises an error for the
-            inputs or the targets. The message names the operator and the path of its
-            module.
+        InvalidArgumentError: The client is asynchronous. Or the module cannot be
+            registered: it is on several devices, has other dtypes, branches on values,
+            changes its buffers, or has an operator that is not served. Or PyTorch
+            itself raises an error for the inputs or the targets. The message names the
+            operator and the path of its module.
         MissingExtraError: The extra `torch` is not installed.
 
     Example:
@@ -93,6 +93,7 @@ def register(
         ... )
         >>> G = objective.at(module).ggn(shift=1e-3)
     """
+    check_client(client)
     given, wanted = _tuple(inputs), _tuple(targets)
     device = check(module, loss, given, wanted)
     try:

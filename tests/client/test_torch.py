@@ -5,14 +5,16 @@ leaves unchanged.
 import os
 import subprocess
 import sys
+import warnings
 
 import jax
 import pytest
 import torch
 from torch import nn
 
+import hvpd.aio
 import hvpd.torch
-from hvpd import InvalidArgumentError, MissingExtraError
+from hvpd import InvalidArgumentError, MissingExtraError, _modules
 from hvpd._registration import torch_program
 from hvpd._torch.checks import check, distribution_of, label_check, reduction_of
 
@@ -209,6 +211,8 @@ def test_a_loss_that_returns_no_scalar_is_refused(loss, words):
 def test_arguments_of_other_kinds_are_refused():
     assert "got None" in refused(nn.Linear(3, 2), loss=None)
     assert "inputs[0] is a numpy.ndarray" in refused(nn.Linear(3, 2), (X.numpy(),))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y))
+    assert "inputs[0] is a DataLoader: pass the tensors of one batch" in refused(nn.Linear(3, 2), (loader,))
     assert "pass torch.as_tensor(" in refused(nn.Linear(3, 2), targets=(Y.numpy(),))
 
 
@@ -241,6 +245,38 @@ def refused(module, inputs=(X,), targets=(Y,), loss=nn.functional.mse_loss):
     with pytest.raises(InvalidArgumentError) as caught:
         check(module, loss, inputs, targets)
     return str(caught.value)
+
+
+def test_wrapped_modules_are_refused_with_the_inner_module_as_the_remedy():
+    parallel = nn.DataParallel.__new__(nn.DataParallel)  # Its constructor needs a device that torchax can lack.
+    nn.Module.__init__(parallel)
+    parallel.module = nn.Linear(3, 2)
+    assert refused(parallel) == (
+        "module is a DataParallel, which torch.export cannot trace: pass the inner module, its .module"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and torch.compile imports it.
+        scripted, compiled = torch.jit.script(nn.Linear(3, 2)), torch.compile(nn.Linear(3, 2))
+    assert refused(compiled).endswith("pass the inner module, its ._orig_mod")
+    assert refused(scripted).endswith("pass the module that torch.jit scripted or traced")
+    for wrapped, inner in ((parallel, "module"), (compiled, "_orig_mod")):
+        with pytest.raises(InvalidArgumentError, match=rf"needs the tensors weight, .* its \.{inner}"):
+            _modules.tensors(wrapped, ["weight"], "demo")
+
+
+def test_clients_and_operators_of_asyncio_are_refused():
+    client = hvpd.aio.AsyncClient(None, None)
+    with pytest.raises(
+        InvalidArgumentError, match=r"client is asynchronous \(AsyncClient\): register with hvpd\.connect"
+    ):
+        hvpd.torch.register(client, nn.Linear(3, 2), nn.MSELoss(), X, Y)
+    with pytest.raises(InvalidArgumentError, match=r"client is of another kind \(str\)"):
+        hvpd.torch.register("localhost:7070", nn.Linear(3, 2), nn.MSELoss(), X, Y)
+    operator = hvpd.aio.AsyncOperator(None, None)
+    with pytest.raises(
+        InvalidArgumentError, match="got a AsyncOperator, which is asynchronous: make the operator with"
+    ):
+        hvpd.torch.LinearOperator(operator)
 
 
 def test_float16_parameters_are_refused_with_the_remedy():

@@ -116,6 +116,11 @@ def test_many_products_are_under_way_at_once(server, registered):
     asyncio.run(main())
 
 
+def test_a_connection_that_is_not_awaited_yet_says_so():
+    with pytest.raises(AttributeError, match=r"has no 'objective': await it, as in `client = await"):
+        hvpd.aio.connect().objective("aio/quartic")
+
+
 def test_connect_can_be_awaited_and_closed(server, registered):
     async def main():
         client = await hvpd.aio.connect(server.address)
@@ -123,6 +128,7 @@ def test_connect_can_be_awaited_and_closed(server, registered):
         objective = await client.objective("aio/quartic")
         assert "objective" in dir(client)
         assert repr(objective).startswith("<asyncio: <Objective aio/quartic")
+        await client.close()
         await client.close()
         with pytest.raises(hvpd.HvpdError, match="is closed: connect again, and use") as caught:
             await objective.value(X)

@@ -196,6 +196,8 @@ def test_lineax_knows_its_structure_and_its_tags(H, operator):
     assert lx.is_symmetric(operator)
     for claim in (lx.is_diagonal, lx.is_tridiagonal, lx.is_positive_semidefinite, lx.is_negative_semidefinite):
         assert not claim(operator)
+    with pytest.raises(hvpd.InvalidArgumentError, match=r"lineax_operator takes an operator of hvpd, .* got a method"):
+        hvpd.jax.lineax_operator(H.as_jax)
     tagged = hvpd.jax.lineax_operator(H, lx.positive_semidefinite_tag)
     assert lx.is_symmetric(tagged)
     assert lx.is_positive_semidefinite(tagged)

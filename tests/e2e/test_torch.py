@@ -257,6 +257,14 @@ def test_float32_stays_float32_with_integers_of_64_bits(client):
     theirs = curvlinops.HessianLinearOperator(module, loss, list(module.parameters()), [(inputs, targets)])
     v = torch.randn(objective.n)
     assert (H @ v).dtype == torch.float32
+    with pytest.raises(
+        InvalidArgumentError, match=r"the parameter '0\.weight' is float64, and .* is float32: pass it in"
+    ):
+        objective.at(copy.deepcopy(module).double())
+    wide = {name: each.detach().double() for name, each in module.named_parameters()}
+    with pytest.raises(InvalidArgumentError, match=r"x\.0\.weight is float64, and .* is float32"):
+        objective.at(wide)
+    assert objective.at(torch.nn.utils.parameters_to_vector(wide.values())).value == objective.at(module).value
     assert (H @ v - theirs @ v).abs().max() < 1e-5 * (theirs @ v).abs().max()
 
 

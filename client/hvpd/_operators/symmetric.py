@@ -18,6 +18,22 @@ if TYPE_CHECKING:
     from hvpd._jax.functions import Linear, Structure
 
 
+def not_an_operator(taker: str, found: object) -> InvalidArgumentError:
+    """Return the error for an argument that is no blocking operator of hvpd.
+
+    Args:
+        taker: The function or class that takes an operator.
+        found: The argument.
+    """
+    kind = type(found)
+    got = f"got a {kind.__name__}"
+    if kind.__module__ == "hvpd.aio":
+        got += ", which is asynchronous: make the operator with the client of hvpd.connect(...)"
+    return InvalidArgumentError(
+        f"{taker} takes an operator of hvpd, such as objective.at(x).hessian(), {got}", reason="INVALID_OPTION"
+    )
+
+
 class SymmetricOperator(KrylovMethods, LinearOperator):
     """A real symmetric matrix of shape (n, n) as SciPy's LinearOperator.
 

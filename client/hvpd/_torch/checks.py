@@ -6,10 +6,45 @@ from typing import Any, Final
 import torch
 
 from hvpd import _arrays
+from hvpd._client import Client
 from hvpd._errors import InvalidArgumentError
 from hvpd._wire.protocol import Distribution, Reduction
 
 _DTYPES: Final = (torch.float32, torch.float64)
+
+
+def check_client(client: Any) -> None:
+    """Check that a client is a blocking one.
+
+    Raises:
+        InvalidArgumentError: It is another object.
+    """
+    if not isinstance(client, Client):
+        asynchronous = type(client).__module__ == "hvpd.aio"
+        raise InvalidArgumentError(
+            f"client is {'asynchronous' if asynchronous else 'of another kind'} ({type(client).__name__}): register with "
+            "hvpd.connect(...) or hvpd.local()"
+            + (", and then find the objective by its name with the asynchronous client" if asynchronous else ""),
+            reason="INVALID_OPTION",
+        )
+
+
+def _check_module(module: Any) -> None:
+    if not isinstance(module, torch.nn.Module):
+        raise InvalidArgumentError(
+            f"module must be a torch.nn.Module, got a {type(module).__name__}", reason="INVALID_OPTION"
+        )
+    remedy = ""
+    if isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+        remedy = "pass the inner module, its .module"
+    elif hasattr(module, "_orig_mod"):  # of torch.compile
+        remedy = "pass the inner module, its ._orig_mod"
+    elif isinstance(module, torch.jit.ScriptModule):
+        remedy = "pass the module that torch.jit scripted or traced"
+    if remedy:
+        raise InvalidArgumentError(
+            f"module is a {type(module).__name__}, which torch.export cannot trace: {remedy}", reason="NOT_TRACEABLE"
+        )
 
 
 def check(module: Any, loss: Any, inputs: Sequence[Any], targets: Sequence[Any]) -> torch.device:
@@ -19,10 +54,7 @@ def check(module: Any, loss: Any, inputs: Sequence[Any], targets: Sequence[Any])
         InvalidArgumentError: There are several devices, or a tensor has no values, or a
             parameter has a dtype that is not served, or an argument is of another kind.
     """
-    if not isinstance(module, torch.nn.Module):
-        raise InvalidArgumentError(
-            f"module must be a torch.nn.Module, got a {type(module).__name__}", reason="INVALID_OPTION"
-        )
+    _check_module(module)
     _check_kinds(loss, inputs, targets)
     parameters = dict(module.named_parameters())
     if not any(each.requires_grad for each in parameters.values()):
@@ -69,6 +101,10 @@ def _check_kinds(loss: Any, inputs: Sequence[Any], targets: Sequence[Any]) -> No
         )
     for what, given in (("inputs", inputs), ("targets", targets)):
         for path, value in _leaves(given):
+            if isinstance(value, torch.utils.data.DataLoader):
+                raise InvalidArgumentError(
+                    f"{what}{path} is a DataLoader: pass the tensors of one batch", reason="INVALID_OPTION"
+                )
             if _arrays.is_array(value) and not isinstance(value, torch.Tensor):
                 raise InvalidArgumentError(
                     f"{what}{path} is a {_arrays.described(value)}, and PyTorch needs tensors: pass torch.as_tensor(...)",

@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from curvlinops._torch_base import PyTorchLinearOperator
 
-from hvpd._errors import InvalidArgumentError
-from hvpd._operators.symmetric import SymmetricOperator
+from hvpd._operators.symmetric import SymmetricOperator, not_an_operator
 
 
 class LinearOperator(PyTorchLinearOperator):  # type: ignore[misc]  # curvlinops has no types
@@ -40,10 +39,7 @@ class LinearOperator(PyTorchLinearOperator):  # type: ignore[misc]  # curvlinops
             InvalidArgumentError: It is no operator of hvpd.
         """
         if not isinstance(operator, SymmetricOperator):
-            raise InvalidArgumentError(
-                f"LinearOperator takes an operator of hvpd, such as objective.at(module).hessian(), got a {type(operator).__name__}",
-                reason="INVALID_OPTION",
-            )
+            raise not_an_operator("LinearOperator", operator)
         point = getattr(operator, "point", None)
         names = getattr(operator, "leaves", ())
         leaves = () if point is None else point.objective.leaves
