@@ -173,7 +173,6 @@ ERROR = {
         ("/ApplyJacobian", GRADIENT | {"vec": B}, "InvalidInput", "vec must have 3 elements, as input 0 has, got 4"),
         ("/ApplyHessian", HESSIAN | {"vec": A}, "InvalidInput", "vec must have 4 elements, as input 1 has, got 3"),
         ("/ApplyHessian", HESSIAN | {"inWrt2": "1"}, "InvalidInput", "inWrt2 must be from 0 to 1"),
-        ("/Square", GRADIENT, "UnsupportedFeature", "there is no Square"),
         ("/EvaluateShMem", GRADIENT, "InvalidInput", "shmem_num_inputs must be 2, got None"),
         (
             "/EvaluateShMem",
@@ -200,6 +199,28 @@ def test_a_wrong_request_gets_an_error_with_its_kind_and_reason(url, path, body,
     jsonschema.validate(answer, ERROR)
     assert (status, answer["error"]["type"]) == (400, kind)
     assert re.search(words, answer["error"]["message"])
+
+
+def test_an_unknown_path_is_not_found(url):
+    for body in (GRADIENT, {}):
+        status, answer = post(url, "/Square", body)
+        assert (status, answer["error"]["type"]) == (404, "UnsupportedFeature")
+        assert "there is no Square: there are Evaluate, " in answer["error"]["message"]
+
+
+def test_a_deleted_objective_is_a_model_that_is_not_found(client):
+    deleted = client.register(lambda x: jnp.sum(jnp.cosh(3 * x)), np.ones(2), name="umbridge/deleted")
+    with UmbridgeServer([Model("umbridge/deleted", deleted)], "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            client.delete("umbridge/deleted")
+            status, answer = post(server.url, "/Evaluate", {"name": "umbridge/deleted", "input": [[0.5, 1.0]]})
+        finally:
+            server.shutdown()
+            thread.join()
+    assert (status, answer["error"]["type"]) == (400, "ModelNotFound")
+    assert "the objective 'umbridge/deleted' is not on the hvpd server any more" in answer["error"]["message"]
 
 
 def test_a_value_that_json_cannot_state_is_an_error(url):
@@ -254,6 +275,8 @@ def test_the_command_serves_until_it_is_told_to_stop(url, server):
         "umbridge/log",
         "--port",
         "0",
+        "--retry-timeout",
+        "5",
         "--address",
         server.address,
     ]

@@ -40,12 +40,17 @@ def connection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--insecure", action="store_true", help="send the token as plain text, to another machine too")
 
 
-def connect(arguments: argparse.Namespace, progress: "Callable[[Progress], object] | None" = None) -> "Client":
+def connect(
+    arguments: argparse.Namespace,
+    progress: "Callable[[Progress], object] | None" = None,
+    retry_timeout: float = 60.0,
+) -> "Client":
     """Connect to the server that the flags choose.
 
     Args:
         arguments: The flags of `connection`.
         progress: Shows the progress of long work; None for bars on a terminal.
+        retry_timeout: As for `hvpd.connect`.
     """
     from hvpd._connect import connect
 
@@ -60,6 +65,7 @@ def connect(arguments: argparse.Namespace, progress: "Callable[[Progress], objec
         insecure=arguments.insecure,
         profile=arguments.profile,
         progress=progress,
+        retry_timeout=retry_timeout,
     )
 
 

@@ -24,6 +24,13 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     umbridge.add_argument(
         "--port", type=int, default=4242, help="port to listen on; 0 picks a free one (default: 4242)"
     )
+    umbridge.add_argument(
+        "--retry-timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long a request waits while the hvpd server is away (default: 60)",
+    )
     connection(umbridge)
     umbridge.set_defaults(run=_run)
 
@@ -35,7 +42,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not 0 <= arguments.port < 1 << 16:
         raise InvalidArgumentError(f"--port must be from 0 to 65535, got {arguments.port}", reason="INVALID_OPTION")
     names = list(dict.fromkeys(arguments.name))
-    with connect(arguments) as client:
+    with connect(arguments, retry_timeout=arguments.retry_timeout) as client:
         models = [Model(name, client.objective(name)) for name in names]
         try:
             server = UmbridgeServer(models, arguments.host, arguments.port)

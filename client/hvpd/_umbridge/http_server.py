@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from hvpd import _text
-from hvpd._errors import HvpdError
+from hvpd._errors import HvpdError, NotFoundError
 from hvpd._umbridge import requests, segments
 from hvpd._umbridge.model import Asked, Model
 from hvpd._umbridge.requests import RefusedError
@@ -29,6 +29,9 @@ _OPERATIONS: Final[Mapping[str, Callable[[Model, Asked], Any]]] = {
     "ApplyJacobian": Model.apply_jacobian,
     "ApplyHessian": Model.apply_hessian,
 }
+
+_ENDPOINTS: Final = ("InputSizes", "OutputSizes", "ModelInfo", "TestShMem")
+"""Further endpoints."""
 
 
 class UmbridgeServer(http.server.ThreadingHTTPServer):
@@ -98,6 +101,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return None
 
     def _reply(self, endpoint: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        shared = endpoint.endswith("ShMem")
+        operation = endpoint.removesuffix("ShMem")
+        if endpoint not in _ENDPOINTS and operation not in _OPERATIONS:
+            raise RefusedError(
+                "UnsupportedFeature", f"there is no {_text.cut(endpoint, 100)}: there are {', '.join(_OPERATIONS)}", 404
+            )
         model = requests.model_of(request, self.server.models)
         if endpoint == "InputSizes":
             return {"inputSizes": model.input_sizes}
@@ -111,15 +120,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._check_local()
                 segments.echo(request)
             return {}
-        shared = endpoint.endswith("ShMem")
-        operation = endpoint.removesuffix("ShMem")
-        if operation not in _OPERATIONS:
-            raise RefusedError(
-                "UnsupportedFeature", f"there is no {_text.cut(endpoint, 100)}: there are {', '.join(_OPERATIONS)}"
-            )
         if shared:
             self._check_local()
-        output = _OPERATIONS[operation](model, requests.asked(request, model, operation, shared=shared))
+        asked = requests.asked(request, model, operation, shared=shared)
+        try:
+            output = _OPERATIONS[operation](model, asked)
+        except NotFoundError as error:
+            raise RefusedError(
+                "ModelNotFound", f"the objective {model.name!r} is not on the hvpd server any more: {error}"
+            ) from None
         if shared:
             segments.write(request, output if operation == "Evaluate" else [output])
             return {}

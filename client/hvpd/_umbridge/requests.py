@@ -18,11 +18,13 @@ class RefusedError(HvpdError):
 
     Attributes:
         kind: Type of the error in the protocol, such as "InvalidInput".
+        status: HTTP status.
     """
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, kind: str, message: str, status: int = 400) -> None:
         super().__init__(message)
         self.kind = kind
+        self.status = status
 
 
 def parsed(body: bytes) -> Mapping[str, Any]:
@@ -129,7 +131,7 @@ def _shown(value: Any) -> str:
 def refused(error: HvpdError) -> tuple[int, str]:
     """Return the HTTP status and the protocol's type of an error."""
     if isinstance(error, RefusedError):
-        return 400, error.kind
+        return error.status, error.kind
     if isinstance(error, (InvalidArgumentError, segments.SegmentError)):
         return 400, "InvalidInput"
     return 500, "InvalidOutput" if error.reason == "NOT_FINITE" else "ServerError"
