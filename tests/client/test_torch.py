@@ -113,6 +113,19 @@ def _run(converted):
         converted.model(converted.x, *converted.data[:2])
 
 
+def test_a_boolean_mask_is_named_with_its_remedy():
+    converted = convert(nn.Sequential(nn.Linear(3, 2), Leaving(lambda h: h[h > 0].sum())))
+    with torch_program.wide(), pytest.raises(InvalidArgumentError, match=r"a boolean mask makes .*: use torch\.where"):
+        jax.eval_shape(converted.model, converted.x, *converted.data[:2])
+
+
+def test_nothing_is_printed_before_the_error(capfd):
+    with pytest.raises(InvalidArgumentError, match=r"keep a number in a tensor in place of float\(\)"):
+        convert(nn.Sequential(nn.Linear(3, 2), Leaving(lambda h: float(h.sum()))))
+    assert capfd.readouterr().err == ""
+    assert not hasattr(torch.export._trace, "print")
+
+
 def test_errors_of_pytorch_for_the_values_have_the_modules_path():
     module, labels = nn.Sequential(nn.Linear(3, 2)), torch.tensor([0, 1, 2, 0])
     with pytest.raises(

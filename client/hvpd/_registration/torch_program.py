@@ -7,6 +7,7 @@ operation. `_Interpreter` runs it with jax arrays: by `torch_rules`, or else by 
 
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import logging
 import operator
@@ -269,8 +270,8 @@ def _untraceable(error: Exception, what: str, place: str) -> HvpdError:
         source = next((f"{a}: {b}" for a, b in itertools.pairwise(lines) if a.startswith("File ")), "")
         return InvalidArgumentError(
             f"{what} takes a branch, or makes a shape, that depends on the values of tensors, in {place}"
-            f"{f' ({source})' if source else ''}: hvpd registers one program for all values. Use torch.where, or move the choice out "
-            "of the module",
+            f"{f' ({source})' if source else ''}: hvpd registers one program for all values. Use torch.where in place of a branch or a "
+            "boolean mask, keep a number in a tensor in place of float() or .item(), or move the choice out of the module",
             reason="VALUE_DEPENDENT",
         )
     remedy = ""
@@ -326,13 +327,17 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("torch")
     level = logger.level
     fast = torch.backends.mha.get_fastpath_enabled()
+    # This module prints a graph to stderr before it raises an error.
+    trace = importlib.import_module("torch.export._trace")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logger.setLevel(logging.CRITICAL)
+        vars(trace)["print"] = lambda *_, **__: None
         torch.backends.mha.set_fastpath_enabled(False)  # Its fused kernels have no core operators.
         try:
             yield
         finally:
+            vars(trace).pop("print", None)
             torch.backends.mha.set_fastpath_enabled(fast)
             logger.setLevel(level)
 
@@ -395,6 +400,11 @@ class _Interpreter(torch.fx.Interpreter):
             found = function(*args, **kwargs)
         except InvalidArgumentError:
             raise
+        except jax.errors.NonConcreteBooleanIndexError as error:
+            raise InvalidArgumentError(
+                f"a boolean mask makes a shape that depends on values, in {_source(n)}: use torch.where",
+                reason="VALUE_DEPENDENT",
+            ) from error
         except Exception as error:
             raise InvalidArgumentError(
                 f"the operator {n.target} cannot be converted to jax, in {_source(n)}: {type(error).__name__}: "
