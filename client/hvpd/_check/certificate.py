@@ -347,6 +347,8 @@ def _finite(counter: Counter, found: _Products) -> Item:
     if not all(np.isfinite(product).all() for product in (found.HV, found.HU, found.HW)):
         wrong.append("products")
     message = f"NaN or infinity in {', '.join(wrong)}" if wrong else MEANINGS["finite"]
+    if "value" in wrong and "x" not in wrong:
+        message += " (perhaps from NaN in the data)"
     return Item("finite", float(len(wrong)), 0.0, not wrong, message)
 
 

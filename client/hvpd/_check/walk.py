@@ -193,7 +193,7 @@ def _judge_lines(lines: Sequence[_Line]) -> Item:
         error, threshold = max(decided, key=lambda pair: ratio(*pair))
         return Item(name, error, threshold, True, meaning)
     else:
-        meaning += "; hidden by rounding"
+        meaning += "; hidden by rounding, or by a kink at x"
     seen = [line.best[:2] for line in lines if line.best is not None]
     error, threshold = max(seen, default=(math.nan, math.nan))
     return Item(name, error, threshold, None, meaning)
@@ -243,7 +243,7 @@ class _Taylor:
             sharpest = min((ratio(_ABOVE * r.floor, r.quadratic) for _, r in self._seen), default=math.inf)
             if sharpest <= coarse(self._rounding.eps):
                 return Item(name, math.nan, SLOPE, True, f"{meaning}; only rounding: f is quadratic")
-            return Item(name, math.nan, SLOPE, None, f"{meaning}; hidden by rounding")
+            return Item(name, math.nan, SLOPE, None, f"{meaning}; hidden by rounding, or by a kink at x")
         slope = _slope([(t, r.both) for t, r in above])
         if slope >= SLOPE:
             return Item(name, slope, SLOPE, True, meaning)

@@ -74,7 +74,12 @@ def eigsh(
     n = runner.n
     check_choice(which, "which", WHICH)
     k = integer(k, "k", 1, n)
-    size = min(max(2 * k + 1, 20), n) if ncv is None else integer(ncv, "ncv", min(k + 1, n), n)
+    if ncv is None:
+        size = max(2 * k + 1, 20)
+        # A second cycle takes size - k products more, and a whole basis is exact.
+        size = n if n <= 2 * size - k else size
+    else:
+        size = integer(ncv, "ncv", min(k + 1, n), n)
     restarts = 10 * n if maxiter is None else integer(maxiter, "maxiter", 1)
     if finite(tol, "tol") < 0:
         raise InvalidArgumentError(
@@ -108,13 +113,15 @@ def eigsh(
             _fill(run, size, seed)
         reason = run.reason
         if not run.size:
-            raise HvpdError(f"no eigenpairs: {reason}, and there are none; {_NO_CURVATURE}", reason="NOT_FINITE")
+            raise HvpdError(
+                f"no eigenpairs: the first product holds NaN or infinity; {_NO_CURVATURE}", reason="NOT_FINITE"
+            )
         pairs = run.ritz(min(k, run.size), which, vectors=return_eigenvectors, tol=tol)
     pairs = dataclasses.replace(pairs, residuals=np.maximum(pairs.residuals, left), reason=reason)
     return _judged(pairs, k, f"raise maxiter ({restarts}) or ncv ({size}), or tol ({tol:g})", restarts)
 
 
-_NO_CURVATURE = "there is no curvature at this point (see point.nonfinite)"
+_NO_CURVATURE = "usually because x, the value or the gradient does: look at point.nonfinite"
 
 
 def _judged(pairs: Eigenpairs, k: int, advice: str, restarts: int) -> Eigenpairs:

@@ -114,7 +114,8 @@ MOST_PRODUCTS = 1 << 20
 
 
 NOT_FINITE = (
-    "products with finite vectors hold NaN or infinity: there is no curvature at this point (see point.nonfinite)"
+    "products with finite vectors hold NaN or infinity, usually because x, the value or the gradient does: look at "
+    "point.nonfinite"
 )
 
 

@@ -21,7 +21,8 @@ def products(multiply: Multiply, block: codec.Array) -> codec.Array:
     found = multiply(block)
     if not np.isfinite(found).all():
         raise InvalidArgumentError(
-            "products with finite vectors hold NaN or infinity here: there is no curvature at this point (see point.nonfinite)",
+            "products with finite vectors hold NaN or infinity, usually because x, the value or the gradient does: look at "
+            "point.nonfinite",
             reason="NOT_FINITE",
         )
     return found

@@ -78,8 +78,17 @@ def test_a_late_product_that_is_not_finite_keeps_the_pairs():
     with pytest.raises(krylov.NotConvergedError, match="a product holds NaN or infinity") as raised:
         krylov.eigsh(broken, 3)
     assert raised.value.pairs.values[-1] > 190
-    with pytest.raises(hvpd.HvpdError, match=r"no eigenpairs: a product holds NaN.*\(see point\.nonfinite\)"):
+    with pytest.raises(hvpd.HvpdError, match=r"no eigenpairs: the first product holds NaN.*look at point\.nonfinite"):
         krylov.eigsh(np.full((9, 9), np.nan), 3)
+
+
+@pytest.mark.parametrize(("n", "k"), [(21, 2), (38, 2), (21, 21), (32, 10)])
+def test_a_small_matrix_takes_at_most_n_products(n, k):
+    found = krylov.eigsh(symmetric(n), k)
+    assert found.products <= n
+    expected = np.linalg.eigvalsh(symmetric(n))
+    expected = np.sort(expected[np.argsort(-abs(expected))[:k]])
+    np.testing.assert_allclose(np.sort(found.values), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize(

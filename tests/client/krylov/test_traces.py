@@ -231,7 +231,7 @@ def test_an_indefinite_operator_has_no_logdet():
 def test_products_that_are_not_finite():
     A = np.full((300, 300), np.nan)
     for call in (krylov.trace, krylov.diagonal, krylov.spectrum, krylov.logdet):
-        with pytest.raises(hvpd.HvpdError, match="hold NaN or infinity: there is no curvature") as raised:
+        with pytest.raises(hvpd.HvpdError, match="hold NaN or infinity, usually because x") as raised:
             call(A)
         assert raised.value.reason == "NOT_FINITE"
     B, count = matrix(SPECTRA["flat"]), iter(range(1000))
