@@ -87,6 +87,13 @@ def composite(
     if distribution is not None:
         check_choice(distribution, "distribution", DISTRIBUTIONS)
     check_choice(reduction, "reduction", REDUCTIONS)
+    parts: dict[str, Any] = {"model": model, "loss": loss}
+    for what, part in parts.items():
+        if not callable(part):
+            raise InvalidArgumentError(
+                f"{what} must be a function, got {_text.described(part)}: composite(model, loss)",
+                reason="INVALID_OPTION",
+            )
     if type(inputs) is not int or inputs < 0:
         raise InvalidArgumentError(
             f"inputs must be a number of data arguments, got {_text.described(inputs)}", reason="INVALID_OPTION"

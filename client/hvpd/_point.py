@@ -362,6 +362,7 @@ class Point:
 
     def _ask(self, V: codec.Array, asked: Asked) -> codec.Array:
         n = self.objective._size_of(asked.leaves)  # noqa: SLF001 - its own objective
+        V = np.asarray(V)  # A list has no shape for the message.
         if V.ndim != 2 or V.shape[1] != n or V.dtype != self.dtype:
             raise InvalidArgumentError(
                 f"a block must be {self.dtype}[k, {n}], got {V.dtype}{list(V.shape)}", reason="SHAPE"

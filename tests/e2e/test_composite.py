@@ -166,6 +166,7 @@ def test_operators_that_an_objective_cannot_give_name_the_registration_that_can(
         ({"distribution": "poisson"}, "distribution must be one of categorical, normal"),
         ({"reduction": "max"}, "reduction must be one of mean, sum"),
         ({"inputs": -1}, "inputs must be a number"),
+        ({"loss": 3}, r"loss must be a function, got 3: composite\(model, loss\)"),
         ({"samples": 0}, "samples must be a whole number from 1"),
         ({"inputs": 3}, "the model takes 3 data arguments .* 2 were given"),
         (

@@ -275,6 +275,13 @@ def test_bytes_that_are_no_exported_function(client, blob):
         client.register_exported(blob)
 
 
+def test_an_exported_function_must_be_given_as_its_bytes(client):
+    with pytest.raises(
+        hvpd.InvalidArgumentError, match=r"takes the bytes of Exported.serialize\(vjp_order=2\), got 3$"
+    ):
+        client.register_exported(3)
+
+
 @pytest.mark.parametrize("version", [1, 99])
 def test_a_foreign_blob_of_another_calling_convention_is_refused_with_both_versions(client, version):
     made = jax.export.deserialize(bytearray(exported()))

@@ -512,6 +512,7 @@ def objective(client):
         (lambda o: o.at(np.ones(4)).hessian() @ (np.ones(4) * 1j), "real vectors, got dtype complex128.*imaginary"),
         (lambda o: o.at(np.ones(4)).hessian() @ np.ones((4, 2, 2)), r"of shape \(4, 4\) multiplies .*got \(4, 2, 2\)$"),
         (lambda o: o.at(np.ones(4)).multiply(np.ones((2, 5))), r"a block must be float64\[k, 4\]"),
+        (lambda o: o.at(np.ones(4)).multiply([1.0] * 4), r"a block must be float64\[k, 4\], got float64\[4\]"),
         (lambda o: o.unravel(np.ones(3)), r"^the argument of unravel must be a vector of shape \(4,\)"),
         (lambda o: o.ravel({"w": np.ones(3), "b": "text"}), r"x\['b'\] must have real elements"),
     ],

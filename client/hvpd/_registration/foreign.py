@@ -10,6 +10,7 @@ import jax.export
 import numpy as np
 from jaxlib.mlir.dialects import stablehlo
 
+from hvpd import _text
 from hvpd._errors import InvalidArgumentError
 
 
@@ -32,6 +33,12 @@ def foreign(blob: bytes | bytearray) -> Foreign:
         InvalidArgumentError: The bytes are no exported function, or its arguments are
             not x and data, or it cannot be differentiated twice.
     """
+    given: Any = blob
+    if not isinstance(given, (bytes, bytearray)):
+        raise InvalidArgumentError(
+            f"register_exported takes the bytes of Exported.serialize(vjp_order=2), got {_text.described(given)}",
+            reason="PROGRAM_UNREADABLE",
+        )
     exported = _read(blob)
     order, derivative = 0, exported
     while order < 2 and derivative.has_vjp():
