@@ -85,6 +85,15 @@ def test_results_are_those_of_the_blocking_client(server, registered):
     asyncio.run(main())
 
 
+def test_a_registration_uploads_its_program_and_data(server):
+    async def main():
+        async with hvpd.aio.connect(server.address) as client:
+            objective = await client.register(lambda x, A: jnp.sum((A @ x) ** 4), X, V, name="aio/uploaded")
+            return await objective.value(X)
+
+    assert np.isclose(asyncio.run(main()), np.sum((V @ X) ** 4))
+
+
 def test_arithmetic_makes_operators_at_once(server, registered):
     async def main():
         async with hvpd.aio.connect(server.address) as client:

@@ -218,7 +218,8 @@ def answer_of(method: Callable[..., _T], message: Any, metadata: CallMetadata, l
     """
     if not cancellation.possible():
         return method(message, metadata=metadata, timeout=left)
-    future = method.future(message, metadata=metadata, timeout=left)  # type: ignore[attr-defined]  # as gRPC's stubs have it
+    # A tuple, because gRPC asks for the length of a stream's metadata here.
+    future = method.future(message, metadata=tuple(metadata), timeout=left)  # type: ignore[attr-defined]  # as gRPC's stubs have it
     with cancellation.ending(future.cancel):
         try:
             answer: _T = future.result()
