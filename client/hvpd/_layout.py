@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -204,6 +204,12 @@ class Layout:
         if isinstance(x, Mapping) and self._names_leaves(x):
             x = self._rebuilt([x[name] for name in self.slices()])
         spec = self._bundle.x_tree
+        if spec.type_name == _modules.PARAMETERS and isinstance(x, (list, tuple, Iterator)):
+            raise InvalidArgumentError(
+                f"{what} is a {type(x).__name__}, and {self.label} is of a PyTorch module: pass the module, a state dict of its "
+                "parameters, or a flat vector",
+                reason="STRUCTURE",
+            )
         if spec.kind == spec.KIND_LEAF or _arrays.is_array(x):
             array = _arrays.host(x, what)
             if spec.kind == spec.KIND_LEAF and array.shape == tuple(self._bundle.x_leaves[0].shape):

@@ -10,6 +10,9 @@ from typing import Any, TypeGuard
 from hvpd import _arrays, _text
 from hvpd._errors import InvalidArgumentError
 
+PARAMETERS = "Parameters"
+"""Type name of the x of a registered module."""
+
 BUFFERS = "Buffers"
 """Type name of the first data argument of a registered module."""
 

@@ -164,7 +164,7 @@ def a_module(reader, folder, request):
 
 def models(reader, folder, request):
     """What `hvpd umbridge` serves."""
-    an_objective("team/posterior", "team/other")(reader, folder, request)
+    an_objective("team/posterior")(reader, folder, request)
     objective = request.getfixturevalue("client").objective("team/posterior")
     bridge = UmbridgeServer([Model("team/posterior", objective)], "127.0.0.1", 0)
     thread = threading.Thread(target=bridge.serve_forever, kwargs={"poll_interval": 0.01})

@@ -230,6 +230,9 @@ def test_a_module_and_lists_of_tensors_get_a_hint(client, registered):
     objective, module, *_ = registered("mlp")
     with pytest.raises(InvalidArgumentError, match=r"PyTorch module Sequential: call hvpd\.torch\.register"):
         client.register(module, torch.zeros(3))
+    for parameters in (list(module.parameters()), module.parameters()):
+        with pytest.raises(InvalidArgumentError, match=r"x is a (list|generator), .* pass the module, a state dict"):
+            objective.at(parameters)
     with pytest.raises(InvalidArgumentError, match=r"got a list of 6 arrays: join them.*parameters_to_vector"):
         objective.at(module).hessian() @ [each.detach() for each in module.parameters()]
 
