@@ -17,7 +17,8 @@ _BAD = ("failed", "undecided")
 
 _REMEDY = (
     "Call objective.check(x) at the x of your solve, and see docs/how-to/warnings-and-progress.md. Usual causes are a kink "
-    "(abs, sqrt or a norm at 0), a custom derivative rule, and numbers beyond the dtype"
+    "(abs, sqrt or a norm at 0), a custom derivative rule, half precision inside of the function, NaN in the data, and numbers "
+    "beyond the dtype"
 )
 
 
