@@ -16,9 +16,9 @@ import torch
 
 from hvpd._client import Client
 from hvpd._composite import composite
-from hvpd._errors import MissingExtraError
+from hvpd._errors import InvalidArgumentError, MissingExtraError
 from hvpd._objective import Objective
-from hvpd._torch.checks import check, check_client, distribution_of, label_check, reduction_of
+from hvpd._torch.checks import check, distribution_of, index_check, label_check, reduction_of
 from hvpd._wire.protocol import Distribution, Reduction
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def register(
         ... )
         >>> G = objective.at(module).ggn(shift=1e-3)
     """
-    check_client(client)
+    _check_client(client)
     given, wanted = _tuple(inputs), _tuple(targets)
     device = check(module, loss, given, wanted)
     try:
@@ -114,15 +114,32 @@ def register(
     with torch_program.wide():
         objective = client.register(made, converted.x, *converted.data, name=name, **options)
     objective.containers(lambda leaves: _state(objective, leaves, device))
+    check_indices = index_check(converted.program)
     check_labels = label_check(loss, converted.output, converted.inputs)
 
     def check_data(data: Sequence[Any]) -> None:
-        converted.check_indices(data[1 : converted.inputs])
+        check_indices(data[1 : converted.inputs])
         if check_labels is not None:
             check_labels(data)
 
     objective.data_check(check_data)
     return objective
+
+
+def _check_client(client: Any) -> None:
+    """Check that a client is a blocking one.
+
+    Raises:
+        InvalidArgumentError: It is another object.
+    """
+    if not isinstance(client, Client):
+        asynchronous = type(client).__module__ == "hvpd.aio"
+        raise InvalidArgumentError(
+            f"client is {'asynchronous' if asynchronous else 'of another kind'} ({type(client).__name__}): register with "
+            "hvpd.connect(...) or hvpd.local()"
+            + (", and then find the objective by its name with the asynchronous client" if asynchronous else ""),
+            reason="INVALID_OPTION",
+        )
 
 
 def _tuple(arguments: Any) -> tuple[Any, ...]:

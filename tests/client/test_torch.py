@@ -16,7 +16,7 @@ import hvpd.aio
 import hvpd.torch
 from hvpd import InvalidArgumentError, MissingExtraError, _modules
 from hvpd._registration import torch_program
-from hvpd._torch.checks import check, distribution_of, label_check, reduction_of
+from hvpd._torch.checks import check, distribution_of, index_check, label_check, reduction_of
 
 pytestmark = pytest.mark.slow
 
@@ -180,14 +180,15 @@ def test_inputs_that_are_indices_are_checked():
 
     words, columns, floats = torch.tensor([[3, 19]], dtype=torch.int32), torch.tensor([0, -4]), torch.zeros(2)
     converted = torch_program.convert(Words(), lambda z: z.sum(), (words, columns, floats), ())
-    converted.check_indices((words, columns.numpy(), floats + 30))
-    converted.check_indices((words,))  # The number of inputs is another check.
+    check_indices = index_check(converted.program)
+    check_indices((words, columns.numpy(), floats + 30))
+    check_indices((words,))  # The number of inputs is another check.
     with pytest.raises(
         InvalidArgumentError, match=r"the index 20, .* reads 20 elements with it: pass indices from 0 to 19"
     ):
-        converted.check_indices((words + 1, columns, floats))
+        check_indices((words + 1, columns, floats))
     with pytest.raises(InvalidArgumentError, match=r"the index -5, .* from -4 to 3"):
-        converted.check_indices((words, columns - 1, floats))
+        check_indices((words, columns - 1, floats))
 
 
 def test_entries_of_dicts_are_found_by_their_keys():

@@ -27,7 +27,6 @@ from hvpd import _text
 from hvpd._errors import HvpdError, InvalidArgumentError
 from hvpd._registration import torch_import
 from hvpd._registration.torch_rules import DECOMPOSED, RULES, WINDOWS
-from hvpd._torch.checks import index_check
 
 
 class Parameters(dict[str, Any]):
@@ -72,8 +71,8 @@ class Converted:
     """Number of data arguments of the model."""
     output: tuple[int, ...]
     """Shape of the output if it is one tensor; otherwise ()."""
-    check_indices: Callable[[Sequence[Any]], None]
-    """Check of other inputs, for those that the module uses as indices."""
+    program: Any
+    """The module's program of core operators."""
 
 
 def wide() -> Any:
@@ -119,7 +118,7 @@ def convert(
         data=(buffers, *jax.tree.map(array, tuple(inputs)), *jax.tree.map(array, tuple(targets))),
         inputs=1 + len(inputs),
         output=tuple(output.shape) if isinstance(output, torch.Tensor) else (),
-        check_indices=index_check(program),
+        program=program,
     )
 
 

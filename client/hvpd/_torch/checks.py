@@ -6,27 +6,10 @@ from typing import Any, Final
 import torch
 
 from hvpd import _arrays
-from hvpd._client import Client
 from hvpd._errors import InvalidArgumentError
 from hvpd._wire.protocol import Distribution, Reduction
 
 _DTYPES: Final = (torch.float32, torch.float64)
-
-
-def check_client(client: Any) -> None:
-    """Check that a client is a blocking one.
-
-    Raises:
-        InvalidArgumentError: It is another object.
-    """
-    if not isinstance(client, Client):
-        asynchronous = type(client).__module__ == "hvpd.aio"
-        raise InvalidArgumentError(
-            f"client is {'asynchronous' if asynchronous else 'of another kind'} ({type(client).__name__}): register with "
-            "hvpd.connect(...) or hvpd.local()"
-            + (", and then find the objective by its name with the asynchronous client" if asynchronous else ""),
-            reason="INVALID_OPTION",
-        )
 
 
 def _check_module(module: Any) -> None:
