@@ -172,7 +172,11 @@ def owned(serve_module, tmp_path_factory):
     return server.store, digests
 
 
-ORDER = re.search(r"tar -cf \S+ (.*) \|\|", commands("Back up"))[1].replace("$(ls -d quarantine 2>/dev/null || true) ", "").split()
+ORDER = (
+    re.search(r"tar -cf \S+ (.*) \|\|", commands("Back up"))[1]
+    .replace("$(ls -d quarantine 2>/dev/null || true) ", "")
+    .split()
+)
 
 
 def records(store, digest):
