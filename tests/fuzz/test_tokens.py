@@ -39,6 +39,12 @@ HEADERS = st.one_of(
 )
 
 
+def message_of(tokens, said):
+    with pytest.raises(ServiceError) as error:
+        tokens.find(said)
+    return str(error.value)
+
+
 @settings(settings.get_profile("fuzz"))
 @given(said=st.lists(HEADERS, max_size=3))
 @example(said=["Bearer \ud800"])
@@ -51,7 +57,10 @@ def test_nothing_else_is_a_token(known, tried, said):
     with pytest.raises(ServiceError) as error:
         tokens.find(said)
     assert error.value.code is Code.UNAUTHENTICATED
-    assert not said or not any(text and str(text) in str(error.value) for text in said if len(text) > 10)
+    # Hypothesis also tries pieces of the message itself, which it finds in the source.
+    usual = [message_of(tokens, headers) for headers in ([], ["Basic"], ["Bearer"], ["Bearer x"])]
+    told = [text for text in said if len(text) > 10 and not any(str(text) in message for message in usual)]
+    assert not any(str(text) in str(error.value) for text in told)
     assert tokens.find([f"Bearer {token}"]).tenant == "vision"
 
 

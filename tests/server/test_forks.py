@@ -125,7 +125,8 @@ def test_a_later_fork_does_not_keep_the_answer_of_an_earlier_one_open(parent):
 def test_an_answer_that_nobody_reads_yet_does_not_stop_the_others(parent):
     full = parent("full")
     assert everything(parent("good")).startswith(b"done ")
-    assert everything(full).strip(bytes(1)) == b""  # There was no room for a report.
+    # There is room for a report only if the fork ends after this begins to read.
+    assert everything(full).strip(bytes(1)) in (b"", b'{"ended": 1}\n')
 
 
 def test_forks_end_with_their_parent(parent):

@@ -375,8 +375,8 @@ def test_a_program_whose_objective_is_deleted_meanwhile_says_so(vetter):
 def test_a_compile_that_needs_more_than_its_memory_is_refused(vetter):
     """XLA itself runs out of memory here. With the default limit it does not."""
     compiling.load(compiled(vetter, "hvp", 1), jax.devices()[:1])
-    with contextlib.closing(vetting.Vetter(Limits(compile_memory_bytes=256 << 20))) as narrow:
-        with pytest.raises(ServiceError, match=r"cannot compile hvp .* take more than 256 MiB") as error:
+    with contextlib.closing(vetting.Vetter(Limits(compile_memory_bytes=64 << 20))) as narrow:
+        with pytest.raises(ServiceError, match=r"cannot compile hvp .* take more than 64 MiB") as error:
             compiled(narrow, "hvp", 1)
     assert error.value.reason == refusals.COMPILE_FAILED
 

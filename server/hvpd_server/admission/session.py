@@ -93,6 +93,8 @@ class Session:
         except TimeoutError:
             blob = b""
         if hashlib.sha256(blob).hexdigest() != header["sha256"]:
+            if self.abandoned:
+                raise ConnectionError("the session was ended")
             verdict = {
                 "reason": refusals.COMPILE_FAILED,
                 "message": "the process that compiled it ended before it had sent the whole executable",

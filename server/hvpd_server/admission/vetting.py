@@ -196,7 +196,7 @@ class Vetter:
                 self._sessions.remove(session)
                 self._freed.notify_all()
             session.end()
-            if session.abandoned and isinstance(error, OSError | ServiceError):
+            if session.abandoned and isinstance(error, OSError):
                 raise _abandoned() from None
             raise
         with self._freed:
