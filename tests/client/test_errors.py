@@ -156,7 +156,7 @@ def test_the_page_lists_each_reason_of_client_and_server():
     page = (ROOT / "docs/reference/errors.md").read_text().partition("## Reasons")[2]
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     listed = set(re.findall(r"`([A-Z_]+)`", " ".join(rows)))
-    found = {"EXTRA_MISSING", "INCOMPATIBLE", "UNAVAILABLE"} | set(refusals.REASONS)
+    found = {"EXTRA_MISSING", "INCOMPATIBLE", "NOT_CONVERGED", "UNAVAILABLE"} | set(refusals.REASONS)
     found |= {reason for _, reason, *_ in [*server_errors._SYSTEM.values(), server_errors._UNKNOWN]}
     for name, node in calls("client/hvpd", "server/hvpd_server"):
         stated = [word.value for word in node.keywords if word.arg == "reason"]
