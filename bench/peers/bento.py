@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.peers._peer import About
-from bench.peers._spec import MOST, PART, Given, Multiply, Spec, Vector, free_port
+from bench.peers._spec import PART, Given, Multiply, Spec, Vector, free_port
 
 ABOUT = About("BentoML", "peer", "on the server", batches=True, installed=True)
 
@@ -60,21 +60,16 @@ def _ready(port: int) -> None:
 
 
 def connect(address: str, given: Given) -> Multiply:
-    """Return a POST on a connection that stays open.
-
-    After a pause, BentoML's own connections to its second service are closed, one for
-    each caller. A request on such a connection gets status 500, so it is repeated.
-    """
+    """Return a POST on a connection that stays open."""
     connection = http.client.HTTPConnection(address, timeout=120)
     headers = {"Content-Type": "application/octet-stream"}
 
     def multiply(v: Vector) -> Vector:
-        for _ in range(MOST + 1):
-            connection.request("POST", "/multiply", v.tobytes(), headers)
-            answer = connection.getresponse()
-            body = answer.read()
-            if answer.status == http.HTTPStatus.OK:
-                return np.frombuffer(body, np.float32)
-        raise RuntimeError(f"BentoML answered {answer.status}: {body[:200]!r}")
+        connection.request("POST", "/multiply", v.tobytes(), headers)
+        answer = connection.getresponse()
+        body = answer.read()
+        if answer.status != http.HTTPStatus.OK:
+            raise RuntimeError(f"BentoML answered {answer.status}: {body[:200]!r}")
+        return np.frombuffer(body, np.float32)
 
     return multiply
