@@ -56,7 +56,7 @@ while True:
 
 @pytest.fixture
 def filler(tmp_path):
-    """Return the file that gets the process number of the fork that fills its socket."""
+    """Return the file that gets the process number of the fork that fills a socket."""
     return tmp_path / "filler"
 
 
