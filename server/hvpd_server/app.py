@@ -78,6 +78,8 @@ _OPTIONS = [
     ("grpc.max_send_message_length", 4 << 20),
     ("grpc.max_receive_message_length", 4 << 20),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.bdp_probe", 0),  # gRPC's own windows grow up to 1 GiB for each stream.
+    ("grpc.http2.lookahead_bytes", 16 << 20),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
