@@ -22,7 +22,7 @@ N = 100_000
 STREAMS, PRODUCTS = 24, 100
 LIMIT = 64 * MIB
 BUFFERED = 32
-"""Mebibytes of each stream that gRPC itself holds: its window, and the memory around it.
+"""Mebibytes of each stream that gRPC itself holds: its window, and memory around it.
 hvpd does not count them.
 """
 
