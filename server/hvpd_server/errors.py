@@ -22,7 +22,6 @@ Code = grpc.StatusCode
 class ServiceError(Exception):
     """An error for the client.
 
-
     Args:
         code: gRPC's status code.
         reason: A constant in UPPER_SNAKE_CASE, part of the contract.
@@ -47,6 +46,11 @@ class ServiceError(Exception):
         self.reason = reason
         self.metadata = dict(metadata or {})
         self.retry_after = retry_after
+
+
+def invalid(reason: str, message: str) -> ServiceError:
+    """Return the error of a request that is wrong."""
+    return ServiceError(Code.INVALID_ARGUMENT, reason, message)
 
 
 _FULL: Final = (
@@ -125,7 +129,7 @@ def to_service_error(error: BaseException) -> ServiceError:
     An unexpected error is INTERNAL.
     """
     if isinstance(error, HvpdError):  # From code that the client has, too.
-        return ServiceError(Code.INVALID_ARGUMENT, error.reason, str(error))
+        return invalid(error.reason, str(error))
     if isinstance(error, OSError):
         code, reason, message, retry_after = _SYSTEM.get(error.errno or 0, _UNKNOWN)
         said = error.strerror or type(error).__name__  # Without the file, which is in the log.
@@ -138,7 +142,6 @@ def to_service_error(error: BaseException) -> ServiceError:
 
 def to_status(error: BaseException, request_id: str = "") -> status_pb2.Status:
     """Return the status to answer for an error.
-
 
     Args:
         error: Any error.

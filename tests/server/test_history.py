@@ -5,7 +5,7 @@ samples.
 import pytest
 
 from hvpd._wire.distribution import Distribution
-from hvpd_server.status_page.history import KEPT, History
+from hvpd_server.status_page.history import MAX_SAMPLES, History
 from hvpd_server.telemetry.metrics import Metrics, ProductRecord
 from hvpd_server.telemetry.readings import Live, Use
 from tests.support.waiting import until
@@ -88,12 +88,12 @@ def test_a_clock_that_stands_still_makes_no_sample(history, metrics):
 
 
 def test_the_past_is_bounded_and_numbers_go_on(history, clock):
-    for _ in range(KEPT + 50):
+    for _ in range(MAX_SAMPLES + 50):
         clock.now += 2
         history.sample()
     found = history.since(0)
-    assert len(found) == KEPT
-    assert [sample.number for sample in found] == list(range(51, KEPT + 51))
+    assert len(found) == MAX_SAMPLES
+    assert [sample.number for sample in found] == list(range(51, MAX_SAMPLES + 51))
 
 
 def test_it_takes_samples_by_itself_and_goes_on_after_one_that_failed(metrics, monkeypatch, caplog):

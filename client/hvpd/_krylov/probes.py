@@ -15,7 +15,7 @@ import scipy.linalg
 import scipy.special
 
 from hvpd._krylov import vectors
-from hvpd._krylov.space import KEPT, Multiply, NotFiniteError
+from hvpd._krylov.space import LEAST_LEFT, Multiply, NotFiniteError
 from hvpd._krylov.vectors import Array
 
 BASIS_BYTES = 1 << 30
@@ -151,7 +151,7 @@ def _orthogonalize(w: Array, Q: Array) -> None:
     for _ in range(3):
         vectors.subtract(w, vectors.gram(Q, w), Q)
         before, after = after, float(vectors.norms(w)[0])
-        if not after < KEPT * before:
+        if not after < LEAST_LEFT * before:
             return
 
 

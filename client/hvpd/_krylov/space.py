@@ -128,7 +128,7 @@ class Resident(Protocol):
         ...
 
 
-KEPT = 0.7
+LEAST_LEFT = 0.7
 """Part of a norm that a pass of an orthogonalization must leave. If a pass leaves less,
 another pass follows, because the rounding of the first one has grown relative to what
 is left.
@@ -251,7 +251,7 @@ class LocalSpace:
             vectors.subtract(W, C, Q)
             total += C
             before, size = size, vectors.norms(W)
-            if (size >= KEPT * before).all():
+            if (size >= LEAST_LEFT * before).all():
                 break
         return total, W
 

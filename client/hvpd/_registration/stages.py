@@ -280,7 +280,6 @@ def _remedy(error: Exception, said: str) -> str:
             "it uses a value that an earlier trace left behind in a global variable, a list or an attribute. Keep no values of x "
             "or data there: return them, or compute them again. "
         )
-    concrete = (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError)
     mask = isinstance(error, jax.errors.NonConcreteBooleanIndexError) or "jnp.nonzero must be statically" in said
     concrete = (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError)
     if mask or isinstance(error, concrete) or "concrete values" in said or "must be static integers" in said:

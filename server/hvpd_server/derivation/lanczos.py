@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hvpd._krylov.space import KEPT
+from hvpd._krylov.space import LEAST_LEFT
 
 Function = Callable[..., Any]
 
@@ -20,7 +20,7 @@ PREFIX: Final = "lanczos_"
 """Prefix of the name of such a program. The name of the product follows."""
 
 _PASSES: Final = 4
-"""Most passes of an orthogonalization; see `hvpd._krylov.space.KEPT`."""
+"""Most passes of an orthogonalization; see `hvpd._krylov.space.LEAST_LEFT`."""
 
 _NEW_ELEMENTS: Final = 1 << 20
 """Elements of the rows that one launch may add, above which it adds one row."""
@@ -200,7 +200,7 @@ def lanczos_of(multiply: Function, steps: int, platform: str = "cpu") -> Functio
 
             def again(state: Any) -> Any:
                 number, _, _, _, before, after = state
-                return (number == 0) | ((number < _PASSES) & (after < KEPT * before))
+                return (number == 0) | ((number < _PASSES) & (after < LEAST_LEFT * before))
 
             def once(state: Any) -> Any:
                 number, h, g, w, _, before = state

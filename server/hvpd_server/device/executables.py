@@ -23,7 +23,7 @@ from hvpd_server.derivation import compiling
 from hvpd_server.derivation.compiling import Compiled, Target
 from hvpd_server.derivation.programs import Derivation
 from hvpd_server.device.leaves import LeafProgram
-from hvpd_server.errors import Code, ServiceError
+from hvpd_server.errors import Code, ServiceError, invalid
 from hvpd_server.files import atomic_file
 from hvpd_server.importer import reader, refusals
 from hvpd_server.importer.table import Refused
@@ -241,15 +241,13 @@ class InProcess:
         except ServiceError:
             raise
         except Refused as refused:
-            raise ServiceError(Code.INVALID_ARGUMENT, refused.reason, f"the program {refused}") from None
+            raise invalid(refused.reason, f"the program {refused}") from None
         except Exception as error:
             if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
                 raise
             _log.exception("compiling %s for width %d failed", name, width)
-            raise ServiceError(
-                Code.INVALID_ARGUMENT,
-                refusals.COMPILE_FAILED,
-                f"the server cannot compile {name} (width {width}): {error}",
+            raise invalid(
+                refusals.COMPILE_FAILED, f"the server cannot compile {name} (width {width}): {error}"
             ) from error
         return Built(compiled, "compiled", _USUAL_BYTES)
 

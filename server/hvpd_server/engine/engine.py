@@ -30,7 +30,7 @@ from hvpd_server.engine.point import Point, point_id
 from hvpd_server.engine.product_checks import check_operator, check_product
 from hvpd_server.engine.registration import Registration, not_stored
 from hvpd_server.engine.registration_checks import Checks
-from hvpd_server.errors import Code, ServiceError
+from hvpd_server.errors import Code, ServiceError, invalid
 from hvpd_server.liveness import Liveness
 from hvpd_server.scheduling.job import Job
 from hvpd_server.scheduling.probation import OnWait, Probation
@@ -249,9 +249,7 @@ class Engine:
     def keep_direction(self, objective: Objective, digest: str, direction: codec.Array, tenant: str = "") -> None:
         """Keep the direction of a move, for later steps along it."""
         if codec.digest(codec.payload(direction)) != digest:
-            raise ServiceError(
-                Code.INVALID_ARGUMENT, "DIGEST_MISMATCH", "the direction does not have its digest: send it again"
-            )
+            raise invalid("DIGEST_MISMATCH", "the direction does not have its digest: send it again")
         residency = self.objectives.lane(objective).residency
         key = "direction", tenant, digest
         with contextlib.suppress(ServiceError):  # If there is no room, later steps send the direction again.
@@ -285,11 +283,7 @@ class Engine:
         """
         objective, data, x_digest, identity = place
         if codec.digest(codec.payload(x)) != x_digest:
-            raise ServiceError(
-                Code.INVALID_ARGUMENT,
-                "DIGEST_MISMATCH",
-                "x does not have the digest that the spec gives: send it again",
-            )
+            raise invalid("DIGEST_MISMATCH", "x does not have the digest that the spec gives: send it again")
         with self._metered(tenant, 1) as charge:
             lane = self.objectives.lane(objective)
             point = lane.create_point(objective, data, identity, x, tenant, deadline=deadline, on_wait=on_wait)

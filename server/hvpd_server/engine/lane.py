@@ -26,7 +26,7 @@ from hvpd_server.engine.launches import Launches
 from hvpd_server.engine.objective import Objective, Placement, array_bytes, tensor_key
 from hvpd_server.engine.point import Point, nonfinite
 from hvpd_server.engine.registration_checks import LoosePoint
-from hvpd_server.errors import Code, ServiceError
+from hvpd_server.errors import ServiceError, invalid
 from hvpd_server.liveness import Liveness
 from hvpd_server.scheduling import blocks
 from hvpd_server.scheduling.probation import OnWait
@@ -256,8 +256,7 @@ class Lane:
                 working,
             )
             if found is False:
-                raise ServiceError(
-                    Code.INVALID_ARGUMENT,
+                raise invalid(
                     "ROW_REDUCTION",
                     f"objective {objective.digest[:12]} was registered with row_reduction {source.reduction!r}, and its gradient over some "
                     f"rows is not the {source.reduction} of its gradients over two parts of them. So its data cannot go through the "

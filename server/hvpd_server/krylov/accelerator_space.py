@@ -10,7 +10,7 @@ from hvpd._krylov.space import LocalSpace, NotFiniteError, Step
 from hvpd._wire import codec
 from hvpd_server.device import basis
 from hvpd_server.device.device import host
-from hvpd_server.errors import Code, ServiceError
+from hvpd_server.errors import invalid
 from hvpd_server.krylov.device_space import LanczosLauncher, capacity
 from hvpd_server.krylov.operator import Operator
 
@@ -62,9 +62,7 @@ class AcceleratorSpace:
     def append(self, V: codec.Array) -> codec.Array:
         """See `Space.append`. The basis comes to the host for it, which is rare."""
         if len(V) != 1:
-            raise ServiceError(
-                Code.INVALID_ARGUMENT, "BLOCK_WIDTH", f"a run that starts with one vector appends one, got {len(V)}"
-            )
+            raise invalid("BLOCK_WIDTH", f"a run that starts with one vector appends one, got {len(V)}")
         local = LocalSpace(_never, self.n, self.dtype)
         local.append(host(self._basis.first(self.rows)))
         before = local.rows

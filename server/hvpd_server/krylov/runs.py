@@ -12,7 +12,7 @@ from hvpd._wire import codec, protocol
 from hvpd_server.device.residency import Residency
 from hvpd_server.engine.engine import Engine
 from hvpd_server.engine.point import Point
-from hvpd_server.errors import Code, ServiceError
+from hvpd_server.errors import Code, ServiceError, invalid
 from hvpd_server.krylov.accelerator_space import AcceleratorSpace
 from hvpd_server.krylov.device_space import DeviceSpace
 from hvpd_server.krylov.host_space import HostSpace
@@ -169,8 +169,7 @@ class Runs:
             run: Run | None = lane.residency.get(("run", position.run_id), owner)
             if run is not None:
                 if run.operator.point.id != position.point_id:
-                    raise ServiceError(
-                        Code.INVALID_ARGUMENT,
+                    raise invalid(
                         "RUN_OF_ANOTHER_POINT",
                         f"run {position.run_id[:12]} belongs to point {run.operator.point.id[:12]}, and the request states point "
                         f"{position.point_id[:12]}: use the run with the operator that started it",
@@ -266,11 +265,7 @@ _BESIDE = 3
 def check_pin(seconds: int) -> None:
     """Raise ServiceError if a pin has an invalid number of seconds."""
     if not 0 <= seconds <= protocol.MAX_PIN_SECONDS:
-        raise ServiceError(
-            Code.INVALID_ARGUMENT,
-            "PIN_SECONDS",
-            f"pin_seconds must be from 0 to {protocol.MAX_PIN_SECONDS}, got {seconds}",
-        )
+        raise invalid("PIN_SECONDS", f"pin_seconds must be from 0 to {protocol.MAX_PIN_SECONDS}, got {seconds}")
 
 
 def _not_resident(run_id: str) -> ServiceError:

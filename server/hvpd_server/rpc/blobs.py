@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from hvpd._wire.frames import Frame
 from hvpd.v1 import blob_pb2
 from hvpd_server.engine.engine import Engine
-from hvpd_server.errors import Code, ServiceError
+from hvpd_server.errors import invalid
 from hvpd_server.rpc.call_context import GrpcCall
 from hvpd_server.rpc.call_limits import Stalls
 from hvpd_server.rpc.methods import check_administers, unary
@@ -23,9 +23,7 @@ class BlobService:
         self, request: blob_pb2.FindMissingBlobsRequest, call: GrpcCall
     ) -> blob_pb2.FindMissingBlobsResponse:
         if len(request.digests) > 10_000:
-            raise ServiceError(
-                Code.INVALID_ARGUMENT, "TOO_MANY", f"ask for 10,000 digests at most, got {len(request.digests)}"
-            )
+            raise invalid("TOO_MANY", f"ask for 10,000 digests at most, got {len(request.digests)}")
         missing = self._engine.owners.missing_blobs(call.owner, request.digests)
         return blob_pb2.FindMissingBlobsResponse(missing_digests=missing)
 
@@ -36,7 +34,7 @@ class BlobService:
         request_iterator = self._stalls.watch(request_iterator, call)
         first = next(request_iterator, None)
         if first is None:
-            raise ServiceError(Code.INVALID_ARGUMENT, "UPLOAD_SIZE", "an upload without a message")
+            raise invalid("UPLOAD_SIZE", "an upload without a message")
         digest, announced = first.message.digest, first.message.size_bytes
         owner, store = call.owner, self._engine.store
         if owner and self._engine.owners.has_blob(owner, digest) and store.size(digest) == announced:

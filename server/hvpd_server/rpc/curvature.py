@@ -10,7 +10,7 @@ from hvpd._wire.frames import Frame
 from hvpd.v1 import curvature_pb2
 from hvpd_server.engine.engine import Engine, Place
 from hvpd_server.engine.point import Point
-from hvpd_server.errors import Code, ServiceError
+from hvpd_server.errors import Code, ServiceError, invalid
 from hvpd_server.rpc.call_context import GrpcCall
 from hvpd_server.rpc.call_limits import Arrivals, Stalls
 from hvpd_server.rpc.incoming import Arriving, Vectors, product_of, whole
@@ -65,17 +65,13 @@ class CurvatureService:
         request_iterator = self.stalls.watch(request_iterator, call)
         first, chunk = next(request_iterator, Frame(curvature_pb2.CreatePointRequest()))
         if not first.HasField("spec") or chunk:
-            raise ServiceError(Code.INVALID_ARGUMENT, "SPEC_MISSING", "the first message must have the point's spec")
+            raise invalid("SPEC_MISSING", "the first message must have the point's spec")
         if not 0 <= first.pin_seconds <= protocol.MAX_PIN_SECONDS:
-            raise ServiceError(
-                Code.INVALID_ARGUMENT,
-                "PIN_SECONDS",
-                f"pin_seconds must be from 0 to {protocol.MAX_PIN_SECONDS}, got {first.pin_seconds}",
+            raise invalid(
+                "PIN_SECONDS", f"pin_seconds must be from 0 to {protocol.MAX_PIN_SECONDS}, got {first.pin_seconds}"
             )
         if not math.isfinite(first.move.alpha):
-            raise ServiceError(
-                Code.INVALID_ARGUMENT, "MOVE", f"the move's alpha must be a finite number, got {first.move.alpha}"
-            )
+            raise invalid("MOVE", f"the move's alpha must be a finite number, got {first.move.alpha}")
         call.objective = first.spec.objective_digest
         place = self._engine.locate(first.spec, call.owner)
         point = self._engine.find_point(place, call.owner)
@@ -140,7 +136,7 @@ class CurvatureService:
         vectors = product.vectors
         try:
             if not vectors.append(request.vectors):
-                raise ServiceError(Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"V has the wrong size: {vectors.progress}")
+                raise invalid("SIZE_MISMATCH", f"V has the wrong size: {vectors.progress}")
             cancellation = Cancellation()
             call.on_end(cancellation.gone)
             answer = self.products.compute(call, product, call.deadline, cancellation.on_queue)

@@ -14,7 +14,7 @@ from hvpd.v1 import curvature_pb2
 from hvpd_server.engine.engine import Engine
 from hvpd_server.engine.objective import program_of
 from hvpd_server.engine.point import Point
-from hvpd_server.errors import Code, ServiceError
+from hvpd_server.errors import ServiceError, invalid
 from hvpd_server.rpc.call_limits import Arrivals
 from hvpd_server.scheduling import blocks
 
@@ -66,9 +66,7 @@ class Vectors:
         end = self._received + len(chunk)
         if end > self.size:
             self._received = end
-            raise ServiceError(
-                Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"the vectors have the wrong size: {self.progress}"
-            )
+            raise invalid("SIZE_MISMATCH", f"the vectors have the wrong size: {self.progress}")
         if end - self._received == self.size:
             self._take()
             self._buffer = chunk
@@ -95,9 +93,7 @@ class Vectors:
         """
         self._received = size
         if size != self.size:
-            raise ServiceError(
-                Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"the vectors have the wrong size: {self.progress}"
-            )
+            raise invalid("SIZE_MISMATCH", f"the vectors have the wrong size: {self.progress}")
         if spare is None or len(spare) != size:
             spare = blocks.empty((size,), np.dtype(np.uint8)).data
         self._take()
@@ -144,7 +140,7 @@ def whole(vector: Vectors, chunks: Iterable[codec.Buffer]) -> codec.Array:
         if vector.append(chunk):
             found: codec.Array = vector.block[0]
             return found
-    raise ServiceError(Code.INVALID_ARGUMENT, "SIZE_MISMATCH", f"x ended early: {vector.progress}")
+    raise invalid("SIZE_MISMATCH", f"x ended early: {vector.progress}")
 
 
 class Product(NamedTuple):
@@ -215,10 +211,9 @@ class Arriving:
         tag = message.tag
         if message.HasField("spec"):
             if tag in self._products or tag in self.computing:
-                raise ServiceError(Code.INVALID_ARGUMENT, "INVALID_TAG", f"tag {tag} is in use")
+                raise invalid("INVALID_TAG", f"tag {tag} is in use")
             if len(self._products) >= _ARRIVING:
-                raise ServiceError(
-                    Code.INVALID_ARGUMENT,
+                raise invalid(
                     "INVALID_TAG",
                     f"{_ARRIVING} products of this stream are arriving: send the rest of one before product {tag}",
                 )
@@ -229,11 +224,7 @@ class Arriving:
         elif tag not in self._products:
             if tag in self._refused:
                 return None
-            raise ServiceError(
-                Code.INVALID_ARGUMENT,
-                "INVALID_TAG",
-                f"no product of tag {tag} is arriving: the first message has its spec",
-            )
+            raise invalid("INVALID_TAG", f"no product of tag {tag} is arriving: the first message has its spec")
         if not self._products[tag].vectors.append(chunk):
             return None
         return self._products.pop(tag)
@@ -244,7 +235,7 @@ class Arriving:
         """
         for tag, product in self._products.items():
             message = f"the vectors ended early: {product.vectors.progress}"
-            yield tag, ServiceError(Code.INVALID_ARGUMENT, "SIZE_MISMATCH", message)
+            yield tag, invalid("SIZE_MISMATCH", message)
 
     def close(self) -> None:
         """Drop the products that have not come as a whole."""

@@ -14,7 +14,7 @@ from hvpd._wire import codec
 from hvpd._wire.frames import Frame
 from hvpd.v1 import krylov_pb2
 from hvpd_server.engine.engine import Engine
-from hvpd_server.errors import Code, ServiceError
+from hvpd_server.errors import Code, ServiceError, invalid
 from hvpd_server.krylov import computation
 from hvpd_server.krylov.operator import Operator
 from hvpd_server.krylov.runs import Position, Run, Runs, check_pin
@@ -29,7 +29,6 @@ from hvpd_server.rpc.run_requests import (
     Specs,
     check_bytes,
     first_of,
-    invalid,
     rest,
     work_of,
 )

@@ -9,7 +9,7 @@ from hvpd import _text
 from hvpd.v1 import objective_pb2
 from hvpd_server.engine.engine import Engine
 from hvpd_server.engine.objective import Objective
-from hvpd_server.errors import Code, ServiceError
+from hvpd_server.errors import ServiceError, invalid
 from hvpd_server.rpc.call_context import GrpcCall
 from hvpd_server.rpc.methods import unary
 from hvpd_server.rpc.products import Cancellation
@@ -89,14 +89,12 @@ class ObjectiveService:
     ) -> objective_pb2.ListObjectivesResponse:
         size = min(request.page_size or _PAGE, _PAGE)
         if size < 0:
-            raise ServiceError(
-                Code.INVALID_ARGUMENT,
+            raise invalid(
                 "INVALID_PAGE",
                 f"page_size must be from 0 to {_PAGE}, where 0 and more than {_PAGE} mean {_PAGE}; got {size}",
             )
         if len(request.page_token) > 9 or not (request.page_token or "0").isdecimal():
-            raise ServiceError(
-                Code.INVALID_ARGUMENT,
+            raise invalid(
                 "INVALID_PAGE",
                 f"page_token must be a next_page_token of this server, or empty for the first page; got "
                 f"{_text.quoted(request.page_token, 40)}",
@@ -183,8 +181,7 @@ def _check_fits(objective: Objective) -> None:
     """Raise ServiceError if no reply has room for an objective."""
     bundle, derived = objective.bundle.ByteSize(), objective.described.ByteSize()
     if bundle + derived > _MESSAGE_BYTES - _REST_BYTES:
-        raise ServiceError(
-            Code.INVALID_ARGUMENT,
+        raise invalid(
             "BUNDLE_INVALID",
             f"the bundle has {bundle} bytes and its derived programs have {derived}, together at most "
             f"{_MESSAGE_BYTES - _REST_BYTES} are allowed: x or data must have fewer leaves, with shorter names",

@@ -7,9 +7,10 @@ import numpy as np
 from hvpd import _text
 from hvpd._krylov import preconditioning, probes, solve, trace
 from hvpd.v1 import krylov_pb2
+from hvpd_server.errors import invalid
 from hvpd_server.krylov import computation, packing
 from hvpd_server.krylov.operator import Operator
-from hvpd_server.rpc.run_requests import Arrays, Expected, invalid
+from hvpd_server.rpc.run_requests import Arrays, Expected
 
 MAX_STEPS = 1 << 20
 """Most steps, products or random vectors of a request."""

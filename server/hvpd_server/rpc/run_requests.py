@@ -16,7 +16,7 @@ from hvpd._wire.frames import Frame
 from hvpd.v1 import krylov_pb2
 from hvpd_server.engine.engine import Engine
 from hvpd_server.engine.objective import program_of
-from hvpd_server.errors import Code, ServiceError
+from hvpd_server.errors import Code, ServiceError, invalid
 from hvpd_server.krylov.operator import Operator, Terms, Work
 from hvpd_server.rpc.call_context import GrpcCall
 from hvpd_server.rpc.call_limits import Arrivals
@@ -201,8 +201,3 @@ def _check_update(U: codec.Array | None, C: codec.Array | None) -> None:
         raise invalid("ARRAYS", "a low-rank term has U of shape [n, r] and C of shape [r, r]")
     if not (np.isfinite(U).all() and np.isfinite(C).all()):
         raise invalid("NOT_FINITE", "the low-rank term holds NaN or infinity")
-
-
-def invalid(reason: str, message: str) -> ServiceError:
-    """Return the error of a wrong request."""
-    return ServiceError(Code.INVALID_ARGUMENT, reason, message)

@@ -18,7 +18,7 @@ from hvpd._wire.vector_protocol import Offer, ProtocolError, Request, ServerEven
 from hvpd._wire.vector_socket import Connection
 from hvpd.v1 import curvature_pb2
 from hvpd_server.engine.engine import Engine
-from hvpd_server.errors import Code, ServiceError
+from hvpd_server.errors import invalid
 from hvpd_server.rpc.call_context import CallContext
 from hvpd_server.rpc.call_limits import Arrivals, Segments
 from hvpd_server.rpc.incoming import Product, product_of
@@ -135,11 +135,10 @@ class VectorConnection:
         try:
             event = self._connection.next_event()
         except ProtocolError as error:
-            raise ServiceError(Code.INVALID_ARGUMENT, "MALFORMED_MESSAGE", str(error)) from None
+            raise invalid("MALFORMED_MESSAGE", str(error)) from None
         assert isinstance(event, Request | Offer)
         if isinstance(event, Request) and event.shared and (self._segment is None or event.size > self._segment.size):
-            raise ServiceError(
-                Code.INVALID_ARGUMENT,
+            raise invalid(
                 "MALFORMED_MESSAGE",
                 f"{event.size} bytes of vectors are said to be in shared memory, and the connection has "
                 f"{self._segment.size if self._segment is not None else 0}",
@@ -257,7 +256,7 @@ def _parsed(encoded: bytes) -> curvature_pb2.ProductSpec:
     try:
         return curvature_pb2.ProductSpec.FromString(encoded)
     except DecodeError as error:
-        raise ServiceError(Code.INVALID_ARGUMENT, "MALFORMED_MESSAGE", f"a message cannot be read: {error}") from None
+        raise invalid("MALFORMED_MESSAGE", f"a message cannot be read: {error}") from None
 
 
 def _refuse(connection: Connection[ServerEvent], failed: Failed) -> None:

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 INTERVAL = 2.0
 """Seconds from one sample to the next."""
-KEPT = 450
+MAX_SAMPLES = 450
 """Most samples that are kept."""
 _WINDOW = 5
 """Samples whose mean is shown as the current rate."""
@@ -91,7 +91,7 @@ class History:
         self._wall = wall
         self._lock = threading.Lock()
         self._read: collections.deque[tuple[float, Totals]] = collections.deque(maxlen=_WINDOW + 1)
-        self._samples: collections.deque[Sample] = collections.deque(maxlen=KEPT)
+        self._samples: collections.deque[Sample] = collections.deque(maxlen=MAX_SAMPLES)
         self._stopped = threading.Event()
         self.sample()
 

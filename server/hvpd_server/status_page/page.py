@@ -17,7 +17,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from hvpd import _text
-from hvpd_server.status_page.history import INTERVAL, KEPT, History, Rates, Sample, Spread
+from hvpd_server.status_page.history import INTERVAL, MAX_SAMPLES, History, Rates, Sample, Spread
 from hvpd_server.status_page.http_server import Answer, Page, Request
 from hvpd_server.status_page.objectives import Catalogue, Entry, Facts
 from hvpd_server.telemetry.metrics import Metrics
@@ -140,7 +140,7 @@ class Status:
             "state": self._state(),
             "facts": dict(self._facts),
             "interval": INTERVAL,
-            "kept": KEPT,
+            "kept": MAX_SAMPLES,
             "width_bounds": list(self._history.width_bounds),
             "now": {
                 "rate_seconds": rates.seconds,

@@ -10,7 +10,7 @@ import numpy as np
 
 from hvpd._wire import codec
 from hvpd.v1 import tensor_pb2
-from hvpd_server.errors import Code, ServiceError, to_service_error
+from hvpd_server.errors import Code, ServiceError, invalid, to_service_error
 
 
 class Rows:
@@ -98,4 +98,4 @@ def unreadable_file(digest: str, error: OSError) -> ServiceError:
 
 def no_tensor(tensor: tensor_pb2.Tensor, why: str) -> ServiceError:
     """Return the error for a blob that is not the tensor that it should be."""
-    return ServiceError(Code.INVALID_ARGUMENT, "INVALID_TENSOR", f"tensor {tensor.digest[:12]}: {why}")
+    return invalid("INVALID_TENSOR", f"tensor {tensor.digest[:12]}: {why}")

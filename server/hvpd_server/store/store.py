@@ -30,7 +30,7 @@ from google.protobuf import json_format
 from hvpd import _text
 from hvpd._wire import codec
 from hvpd.v1 import objective_pb2, tensor_pb2
-from hvpd_server.errors import Code, ServiceError
+from hvpd_server.errors import Code, ServiceError, invalid
 from hvpd_server.files import Version, version
 from hvpd_server.store.index import Index
 from hvpd_server.store.objects import CorruptError, Directory, Objects
@@ -110,10 +110,8 @@ class Store(Index):
             ServiceError: The digest or the size is wrong, or the disk is full.
         """
         if not codec.is_digest(digest):
-            raise ServiceError(
-                Code.INVALID_ARGUMENT,
-                "INVALID_DIGEST",
-                f"a digest must be 64 lower-case hexadecimal digits, got {_text.quoted(digest, 80)}",
+            raise invalid(
+                "INVALID_DIGEST", f"a digest must be 64 lower-case hexadecimal digits, got {_text.quoted(digest, 80)}"
             )
         self.check_room([size_bytes], f"blob {digest[:12]}")
         placed = functools.partial(self.objects.placed, blob_key(digest))
@@ -127,11 +125,7 @@ class Store(Index):
             what: Their name, for the message.
         """
         if any(size < 0 for size in sizes):
-            raise ServiceError(
-                Code.INVALID_ARGUMENT,
-                "INVALID_SIZE",
-                f"the size of {what} must be 0 or more bytes, got {min(sizes)}",
-            )
+            raise invalid("INVALID_SIZE", f"the size of {what} must be 0 or more bytes, got {min(sizes)}")
         if sum(sizes) > shutil.disk_usage(self.root).free:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from hvpd._wire import codec
-from hvpd_server.errors import Code, ServiceError
+from hvpd_server.errors import ServiceError, invalid
 from hvpd_server.files import atomic_file
 
 
@@ -66,6 +66,4 @@ class Upload:
         return self._received
 
     def _refusal(self, reason: str, what: str) -> ServiceError:
-        return ServiceError(
-            Code.INVALID_ARGUMENT, reason, f"upload of blob {self._digest}: {what}; nothing was stored, upload it again"
-        )
+        return invalid(reason, f"upload of blob {self._digest}: {what}; nothing was stored, upload it again")
