@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hvpd_server.admission import spawn, vetting, vetting_process
+from hvpd_server.admission import spawn, vetting
 from hvpd_server.admission.session import UnsupportedError
 from hvpd_server.derivation import compiling
 from hvpd_server.errors import Code, ServiceError
@@ -198,10 +197,10 @@ def ask(vetter, derived, name, width):
     return vetter.compile(vetting.key_of(GIVEN["bundle"]), lambda: GIVEN, derived, "cpu", order(name, width))
 
 
-def compiled(vetter, name, width=0, parts_=None):
+def compiled(vetter, name, width=0, parts_=None, platform="cpu"):
     given = parts_ or parts(PLAIN)
     key = hashlib.sha256(given["bundle"]).hexdigest()
-    return vetter.compile(key, lambda: given, vetter.vet(given), "cpu", order(name, width))
+    return vetter.compile(key, lambda: given, vetter.vet(given, platform), platform, order(name, width))
 
 
 def test_compiles_go_on_when_the_process_is_killed(vetter, start):
@@ -381,15 +380,66 @@ def test_a_compile_that_needs_more_than_its_memory_is_refused(vetter):
     assert error.value.reason == refusals.COMPILE_FAILED
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-def test_a_compile_has_a_limit_on_memory_on_a_cpu_only(monkeypatch, gpu):
-    limits = {}
-    monkeypatch.setattr(resource, "setrlimit", lambda which, pair: limits.update({which: pair[0]}))
-    monkeypatch.setattr(signal, "setitimer", lambda which, seconds: None)
-    vetting_process._allow(Limits(compile_memory_bytes=1 << 40).compiling(), gpu=gpu)
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    assert (limits[resource.RLIMIT_AS] == hard) == gpu
-    assert gpu or 1 << 40 < limits[resource.RLIMIT_AS] < 2 << 40
+@pytest.fixture
+def as_for_a_gpu(monkeypatch):
+    """Have programs compiled for the CPU by a process that has the limits of a GPU's.
+    Return a function that starts a vetter whose compiles run code first.
+    """
+
+    def start(code, **limits):
+        program = (
+            "import jax, mmap, os\n"
+            "from hvpd_server.admission import vetting_process\n"
+            "from hvpd_server.derivation import compiling\n"
+            "from hvpd_server.importer.table import Refused\n"
+            "compile_program = compiling.compile_program\n"
+            "def driven(*args, **settings):\n"
+            f"{textwrap.indent(textwrap.dedent(code), '    ')}\n"
+            "    return compile_program(*args, **settings)\n"
+            "compiling.compile_program = driven\n"
+            "vetting_process._devices = lambda platform, pretended: {each.id: each for each in jax.local_devices()}\n"
+            "vetting_process.main()\n"
+        )
+        monkeypatch.setattr(spawn, "COMMAND", ["-c", program])
+        return contextlib.closing(vetting.Vetter(dataclasses.replace(Limits(), **limits)))
+
+    return start
+
+
+DRIVER = """
+anonymous = mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which Python 3.11 does not know
+reserved = mmap.mmap(-1, 1 << 40, mmap.MAP_PRIVATE | anonymous, prot=0)
+shared = mmap.mmap(-1, 1 << 40, mmap.MAP_SHARED | anonymous)
+"""
+"""What the driver of a GPU does: it reserves addresses, and maps the device."""
+
+
+def test_a_driver_may_reserve_addresses_without_end(as_for_a_gpu):
+    with as_for_a_gpu(DRIVER) as vetter:
+        compiling.load(compiled(vetter, "hvp", 1, platform="cuda"), jax.devices()[:1])
+
+
+def test_a_compile_for_a_gpu_has_a_limit_on_memory(as_for_a_gpu):
+    taken = DRIVER + "mmap.mmap(-1, 1 << 30, mmap.MAP_PRIVATE | anonymous)"
+    for limit, fits in [(2 << 30, True), (1 << 30, False)]:
+        with as_for_a_gpu(taken, compile_memory_bytes=limit) as vetter:
+            if fits:
+                compiled(vetter, "hvp", 1, platform="cuda")
+                continue
+            with pytest.raises(ServiceError, match="Cannot allocate memory") as error:
+                compiled(vetter, "hvp", 1, platform="cuda")
+            assert error.value.reason == refusals.COMPILE_FAILED
+
+
+@pytest.mark.parametrize(
+    ("platform", "size", "says"),
+    [("cuda", 1 << 20, "written"), ("cuda", 3 << 30, "File too large"), ("cpu", 1, "File too large")],
+)
+def test_a_driver_may_write_files_of_some_size(as_for_a_gpu, platform, size, says):
+    code = f"os.ftruncate(os.memfd_create('cache'), {size})\nraise Refused('COMPILE_FAILED', 'written')"
+    with as_for_a_gpu(code) as vetter, pytest.raises(ServiceError, match=says) as error:
+        compiled(vetter, "hvp", 1, platform=platform)
+    assert error.value.reason == refusals.COMPILE_FAILED
 
 
 def test_on_a_system_without_a_limit_on_memory_the_log_says_so(monkeypatch, caplog):

@@ -57,6 +57,11 @@ _SIZES = 4
 _FORCED_DEVICES = "--xla_force_host_platform_device_count"
 """A flag that says how many devices the CPU has."""
 
+_DRIVER_FILE = 2 << 30
+"""Most bytes of a file that a compile for a GPU writes: its driver keeps a cache of
+kernels, and assemblers write their results.
+"""
+
 _NICE = 10
 """Niceness of the forks, so that the server has the CPU first."""
 
@@ -151,7 +156,7 @@ class _Session:
         """Serve until the server hangs up."""
         _confine()
         if DERIVATION not in self._parts:
-            _allow(self._limits.reading(), gpu=False)
+            _allow(self._limits.reading())
             verdict = _refusal_of(self._derived, self._limits.reading())
             _send(self._orders, json.dumps(verdict).encode() + b"\n")
             if DERIVATION not in verdict:
@@ -162,7 +167,7 @@ class _Session:
             line = orders.readline()
             if not line:
                 return
-            _allow(self._limits.compiling(), gpu=self._platform != "cpu")
+            _allow(self._limits.compiling(), 0 if self._platform == "cpu" else _DRIVER_FILE)
             self._compile(json.loads(line))
 
     def _derived(self) -> dict[str, str]:
@@ -278,25 +283,27 @@ def _confine() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _allow(allowance: Allowance, *, gpu: bool) -> None:
+def _allow(allowance: Allowance, file_bytes: int = 0) -> None:
     """Limit the memory, time and files that this process takes from now on.
 
-    On a GPU there is no limit on memory and files, because a driver maps far more than
-    it uses, and writes files.
+    Args:
+        allowance: Memory and time.
+        file_bytes: Most bytes of a file that the process writes.
     """
     if sys.platform == "linux":
         with open("/proc/self/statm", encoding="ascii") as statm:  # noqa: PTH123 - no pathlib in a confined process
-            used = int(statm.read().split()[0]) * resource.getpagesize()
-        _limit(resource.RLIMIT_AS, resource.RLIM_INFINITY if gpu else used + allowance.memory_bytes)
+            used = int(statm.read().split()[5]) * resource.getpagesize()
+        # Not RLIMIT_AS: the driver of a GPU reserves far more addresses than it uses.
+        # The kernel counts no reservation and no shared mapping here.
+        _limit(resource.RLIMIT_DATA, used + allowance.memory_bytes)
     _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + allowance.cpu_seconds)
-    _limit(resource.RLIMIT_FSIZE, resource.RLIM_INFINITY if gpu else 0)
+    _limit(resource.RLIMIT_FSIZE, file_bytes)
     signal.setitimer(signal.ITIMER_REAL, allowance.seconds)
 
 
 def _limit(which: int, soft: int) -> None:
     _, hard = resource.getrlimit(which)
-    limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(which, (min(limits, default=resource.RLIM_INFINITY), hard))
+    resource.setrlimit(which, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 # Programs

@@ -73,14 +73,14 @@ class Limits:
     """Limits of a program, and of reading all programs of a bundle."""
 
     memory_bytes: int = 4 << 30
-    """Address space, beyond that of the process before it reads."""
+    """Private writable memory, beyond that of the process before it reads."""
     cpu_seconds: int = 120
     """Seconds of computing."""
     seconds: float = 300.0
     """Seconds in all."""
     compile_memory_bytes: int = 16 << 30
-    """Address space for compiling one program on a CPU, beyond what the process has
-    before it reads.
+    """Private writable memory for compiling one program, beyond what the process has
+    before it compiles.
     """
     compile_cpu_seconds: int = 36_000
     """Seconds of computing for compiling one program."""
