@@ -17,9 +17,10 @@ class AbortedError(Exception):
 class Context:
     """A gRPC context of a call that has ten seconds."""
 
-    def __init__(self):
+    def __init__(self, lives=False):
         self.status = None
         self.cancelled = False
+        self._lives = lives
 
     def peer(self):
         return "ipv4:10.0.0.1:5000"
@@ -28,7 +29,7 @@ class Context:
         return 10.0
 
     def add_callback(self, callback):
-        return False
+        return self._lives
 
     def cancel(self):
         self.cancelled = True
@@ -55,6 +56,13 @@ def test_the_call_of_the_observer_is_kept_and_others_get_one():
     call, context = GrpcCall(Context()), Context()
     assert GrpcCall.of(call) is call
     assert GrpcCall.of(context, "Watch").method == "Watch"
+
+
+@pytest.mark.parametrize(("lives", "code"), [(True, Code.INVALID_ARGUMENT), (False, Code.CANCELLED)])
+def test_a_body_that_ends_early_is_cancelled_if_its_client_has_left(lives, code):
+    with pytest.raises(ServiceError, match="3 of 8 bytes") as error, GrpcCall(Context(lives)).reading():
+        raise ServiceError(Code.INVALID_ARGUMENT, "SIZE_MISMATCH", "3 of 8 bytes came")
+    assert error.value.code is code
 
 
 def test_an_abort_sends_the_status_with_the_request_id_and_keeps_the_failure():

@@ -42,7 +42,7 @@ class BlobService:
             # room to store the blob twice.
             return blob_pb2.UploadBlobResponse(size_bytes=announced)
         upload = store.upload(digest, announced)
-        with self._engine.owners.adding_blob(owner, digest, announced), upload:
+        with call.reading(), self._engine.owners.adding_blob(owner, digest, announced), upload:
             upload.append(first.message.offset_bytes, first.chunk)
             for message, chunk in request_iterator:
                 upload.append(message.offset_bytes, chunk)

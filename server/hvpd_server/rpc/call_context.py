@@ -5,9 +5,11 @@ The observer makes the call of each gRPC request and hands it on in the place of
 own context. A connection of the vector port makes a call of its own.
 """
 
+import contextlib
 import dataclasses
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import grpc
 from grpc_status import rpc_status
@@ -17,6 +19,9 @@ from hvpd_server.telemetry import requests
 from hvpd_server.telemetry.requests import Request
 from hvpd_server.tenancy.token_file import ADMINISTER, Grant
 from hvpd_server.tenancy.tokens import Tokens
+
+_ENDING_SECONDS = 0.1
+"""Seconds within which gRPC says that a call has ended, if it has."""
 
 
 class Caller:
@@ -119,6 +124,27 @@ class GrpcCall(CallContext):
         """
         return bool(self._context.add_callback(callback))
 
+    def ends(self) -> bool:
+        """Return whether a call that sends no more has ended, which gRPC says a moment
+        later.
+
+        Otherwise the client still waits for its answers.
+        """
+        ended = threading.Event()
+        return not self.on_end(ended.set) or ended.wait(_ENDING_SECONDS)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Raise ServiceError with CANCELLED if a body that is read here is refused, and
+        its client has gone away: it may have been about to send the rest.
+        """
+        try:
+            yield
+        except ServiceError as refusal:
+            if not self.ends():
+                raise
+            raise gone(refusal) from None
+
     def abort(self, error: Exception) -> None:
         """End the call with the error's status. A call that gRPC has ended is left
         alone.
@@ -140,3 +166,8 @@ class GrpcCall(CallContext):
             self._context._rpc_event.call.cancel(code, why)  # type: ignore[attr-defined]  # noqa: SLF001 - there is no public way
         except Exception:  # noqa: BLE001 - another version of gRPC: the call must end all the same
             self.cancel()
+
+
+def gone(refusal: Exception) -> ServiceError:
+    """Return the error of a caller that went away before it had sent a whole body."""
+    return ServiceError(Code.CANCELLED, "CANCELLED", f"the caller went away: {refusal}")

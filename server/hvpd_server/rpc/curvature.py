@@ -103,7 +103,8 @@ class CurvatureService:
         create = functools.partial(engine.create_point, deadline=call.deadline, on_wait=cancellation.on_queue)
 
         def vector(chunks: Iterable[codec.Buffer]) -> codec.Array:
-            return whole(Vectors(1, objective.n, objective.dtype), chunks)
+            with call.reading():
+                return whole(Vectors(1, objective.n, objective.dtype), chunks)
 
         if first.inline_x:
             return create(place, vector([first.inline_x]), owner)

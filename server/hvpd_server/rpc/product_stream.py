@@ -7,7 +7,6 @@ messages.
 import contextlib
 import functools
 import itertools
-import threading
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import Executor
@@ -15,16 +14,12 @@ from concurrent.futures import Executor
 from hvpd._wire import codec
 from hvpd._wire.frames import Frame
 from hvpd.v1 import curvature_pb2
-from hvpd_server.errors import Code, ServiceError
-from hvpd_server.rpc.call_context import GrpcCall
+from hvpd_server.rpc.call_context import GrpcCall, gone
 from hvpd_server.rpc.incoming import Arriving, Product
 from hvpd_server.rpc.pipeline import Pipeline, Task
 from hvpd_server.rpc.products import Answer, Cancellation, OnQueue, Products, nothing
 from hvpd_server.rpc.streams import Stream, Streams
 from hvpd_server.telemetry.requests import Failed
-
-_ENDING_SECONDS = 0.1
-"""Seconds within which gRPC says that a call has ended, if it has."""
 
 _PIPELINED = 64
 """Most products of one stream that are computed beside each other."""
@@ -110,22 +105,11 @@ class ProductStream:
                 del message, chunk  # The next message may come much later.
                 yield tag, found
                 found = None
-            gone = bool(arriving) and self._ends()
+            left = bool(arriving) and self._call.ends()
             for tag, early in arriving.unfinished():
-                # A client that went away may have been about to send the rest.
-                why = ServiceError(Code.CANCELLED, "CANCELLED", f"the caller went away: {early}") if gone else early
-                yield tag, self._refused(tag, why, time.monotonic())
+                yield tag, self._refused(tag, gone(early) if left else early, time.monotonic())
         finally:
             arriving.close()
-
-    def _ends(self) -> bool:
-        """Return whether a call that sends no more has ended, which gRPC says a moment
-        later.
-
-        Otherwise the client still waits for its answers.
-        """
-        ended = threading.Event()
-        return not self._call.on_end(ended.set) or ended.wait(_ENDING_SECONDS)
 
     def _refused(
         self, tag: int, error: Exception, arrived: float, spec: curvature_pb2.ProductSpec | None = None
