@@ -111,8 +111,10 @@ class Reporter:
             with self._lock:
                 self._running.append(stage)
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._watch, name="hvpd-progress", daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=self._watch, name="hvpd-progress", daemon=True)
+                    with contextlib.suppress(RuntimeError):  # The system has no more threads.
+                        thread.start()
+                        self._thread = thread
             self._begun.set()
         return stage
 

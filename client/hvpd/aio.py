@@ -63,7 +63,10 @@ class _Calls:
         waiter: asyncio.Future[None] = loop.create_future()
         try:
             future = self._pool.submit(cancellation.run, call)
-        except RuntimeError:  # The pool was shut down.
+        except RuntimeError:
+            if not self.closed:  # The system has no more threads, and the pool has kept the call.
+                cancellation.cancel()
+                raise
             raise HvpdError(f"this client is closed: {CONNECT_AGAIN}", reason="CLIENT_CLOSED") from None
         self._under_way.add(cancellation)
 

@@ -8,7 +8,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -39,6 +38,7 @@ from hvpd_server.rpc.server_info import ServerService
 from hvpd_server.rpc.streams import Streams
 from hvpd_server.rpc.vector_port import VectorPort
 from hvpd_server.scheduling import compile_queue
+from hvpd_server.scheduling.threads import Threads
 from hvpd_server.status_page.history import History
 from hvpd_server.status_page.http_server import HttpServer, metrics_page
 from hvpd_server.status_page.objectives import Catalogue
@@ -153,7 +153,7 @@ class App:
         self.state = "warming"
         """"warming", "serving" or "draining"."""
         self._server = grpc.server(
-            ThreadPoolExecutor(config.max_calls + _SPARE_CALLS, thread_name_prefix="hvpd-call"),
+            Threads(config.max_calls + _SPARE_CALLS, "hvpd-call"),
             interceptors=[Observer(self.metrics, tracing), self._gate],
             options=_OPTIONS,
             maximum_concurrent_rpcs=config.max_calls + _SPARE_CALLS,

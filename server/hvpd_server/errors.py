@@ -68,9 +68,12 @@ _SCARCE: Final = (
 _BUSY: Final = (
     Code.RESOURCE_EXHAUSTED,
     "HOST_MEMORY",
-    "the server's machine has no memory or no process left for this (%s): try again later",
+    "the server's machine has no memory, thread or process left for this (%s): try again later",
     1.0,
 )
+_NO_THREAD: Final = "can't start new thread"
+"""Python's message when the system has no more threads."""
+
 _DAMAGED: Final = (
     Code.DATA_LOSS,
     "STORE_DAMAGED",
@@ -134,6 +137,9 @@ def to_service_error(error: BaseException) -> ServiceError:
         code, reason, message, retry_after = _SYSTEM.get(error.errno or 0, _UNKNOWN)
         said = error.strerror or type(error).__name__  # Without the file, which is in the log.
         return ServiceError(code, reason, message % said, retry_after=retry_after)
+    if isinstance(error, RuntimeError) and str(error) == _NO_THREAD:
+        code, reason, message, retry_after = _BUSY
+        return ServiceError(code, reason, message % _NO_THREAD, retry_after=retry_after)
     if not isinstance(error, ServiceError):
         said = _PATH.sub("[a path of the server]", str(error))
         return ServiceError(Code.INTERNAL, "INTERNAL", f"{type(error).__name__}: {said}")

@@ -9,6 +9,7 @@ import os
 import re
 import resource
 import shutil
+import threading
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from hvpd_server.errors import Code, ServiceError, to_service_error
 from hvpd_server.status_page import http_server
 from hvpd_server.store.store import Store
 from tests.support.objectives import quartic
+from tests.support.threads import no_threads
 
 N = 20
 X = np.linspace(0.5, 1.5, N)
@@ -153,6 +155,13 @@ def test_no_error_of_the_system_shows_a_path(number):
 def test_each_kind_of_error_of_the_system_has_its_reason(number, code, reason, retries):
     said = to_service_error(OSError(number, os.strerror(number), "/srv/store/x"))
     assert (said.code, said.reason, said.retry_after is not None) == (code, reason, retries)
+
+
+def test_a_system_without_a_further_thread_has_its_reason():
+    with no_threads(), pytest.raises(RuntimeError) as error:
+        threading.Thread().start()
+    said = to_service_error(error.value)
+    assert (said.code, said.reason, said.retry_after) == (Code.RESOURCE_EXHAUSTED, "HOST_MEMORY", 1.0)
 
 
 @pytest.mark.parametrize(

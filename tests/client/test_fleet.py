@@ -15,6 +15,7 @@ from hvpd._errors import Failure
 from hvpd._transport.fleet import Fleet
 from hvpd._transport.transport import SERVING
 from hvpd.v1 import server_pb2
+from tests.support.threads import no_threads
 from tests.support.waiting import until
 
 CODE = grpc.StatusCode
@@ -292,3 +293,22 @@ def test_one_thread_looks_for_a_server_however_often_it_goes_away(fleet, links):
     links[home].serves = True
     until(lambda: first(fleet) == (home, True))
     until(lambda: not member.watched)
+
+
+def test_a_fleet_without_a_thread_looks_up_and_watches_later(links, clock):
+    fleet = Fleet("dns:///hvpd:7070", lambda: list(links), links.__getitem__, resolves=True, clock=clock)
+    fleet.open()
+    member, _ = fleet.choose("f")
+    links[member.address].serves = False
+    clock.now += 1000
+    with no_threads():
+        fleet.choose("f")
+        assert fleet.leave(member, "f", failure(CODE.UNAVAILABLE))
+    assert not fleet._resolving
+    assert not member.watched
+    asked = fleet._resolved
+    clock.now += 1000
+    fleet.choose("f")
+    assert fleet._resolved > asked
+    until(lambda: not fleet._resolving)
+    fleet.close()

@@ -9,6 +9,8 @@ import pytest
 import hvpd
 from hvpd import _progress
 from hvpd._progress import Reporter, reporter
+from tests.support.threads import no_threads
+from tests.support.waiting import until
 
 WAIT = 60.0
 
@@ -116,3 +118,13 @@ def test_a_missing_tqdm_is_an_error_only_if_bars_are_demanded(monkeypatch):
 def test_something_that_is_no_function_is_refused(progress):
     with pytest.raises(hvpd.InvalidArgumentError, match="progress must be a function, True, False or None"):
         reporter(progress)
+
+
+def test_work_without_a_thread_for_its_progress_goes_on(quick):
+    shown = []
+    progress = reporter(shown.append)
+    with no_threads(), progress.stage("tracing"):
+        pass
+    assert shown == []
+    with progress.stage("tracing"):
+        until(lambda: shown)

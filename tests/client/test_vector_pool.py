@@ -19,6 +19,8 @@ from hvpd._wire import segment, vector_protocol, vector_socket
 from hvpd._wire.vector_protocol import CallerEnd, Offer, Opening, ServerEnd
 from hvpd._wire.vector_socket import Connection
 from hvpd.v1 import curvature_pb2
+from tests.support.threads import no_threads
+from tests.support.waiting import until
 
 SPEC = curvature_pb2.ProductSpec(point_id="p", operator=curvature_pb2.OPERATOR_HESSIAN, k=1).SerializeToString()
 V = np.ones((1, 3))
@@ -255,3 +257,21 @@ def test_a_forgotten_client_is_closed_without_a_warning():
     with there:
         there.settimeout(30)
         assert there.recv(1) == b""
+
+
+def test_without_a_thread_products_go_over_grpc_and_the_port_is_tried_again(monkeypatch):
+    tries, now = [], [0.0]
+    monkeypatch.setattr(vector_pool.time, "monotonic", lambda: now[0])
+
+    def refuse(seconds):
+        tries.append(now[0])
+        raise ValueError("no ticket")
+
+    pool = VectorPool("127.0.0.1", None, refuse, lambda: True)
+    pool.offered = True
+    with no_threads():
+        assert pool.take() is None
+    assert not pool._opening
+    now[0] += 60.0
+    assert pool.take() is None
+    until(lambda: tries == [60.0] and not pool._opening)

@@ -10,6 +10,7 @@ import pytest
 
 import hvpd
 import hvpd.aio
+from tests.support.threads import no_threads
 from tests.support.waiting import until
 
 N = 6
@@ -378,3 +379,17 @@ def test_a_cancelled_connect_closes_its_client(server, monkeypatch):
         await until_async(lambda: clients and clients[0]._transport.closed)
 
     asyncio.run(main())
+
+
+def test_a_call_without_a_thread_fails_and_never_begins():
+    ran = []
+
+    async def main():
+        calls = hvpd.aio._Calls(1)
+        with no_threads(), pytest.raises(RuntimeError, match="start new thread"):
+            await calls.run(lambda: ran.append("first"))
+        await calls.run(lambda: ran.append("second"))
+        calls.close()
+
+    asyncio.run(main())
+    assert ran == ["second"]

@@ -42,7 +42,7 @@ LIMITS = {
     "memory_bytes": (4 << 30, "needed more than 4 GiB"),
     "cpu_seconds": (120, "more than 120 s of computing"),
     "seconds": (300, "or 300 s in all"),
-    "compile_memory_bytes": (16 << 30, "on a CPU also: needed more than a quarter of the host's memory"),
+    "compile_memory_bytes": (16 << 30, "or needed more than a quarter of the host's memory"),
     "compile_cpu_seconds": (36_000, "or than ten hours of computing"),
     "compile_seconds": (3600, "took longer than `--compile-timeout` (3600 s)"),
     "bundle_bytes": (512 << 20, "| 512 MiB | all programs of a bundle together |"),

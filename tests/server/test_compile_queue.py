@@ -6,6 +6,7 @@ import pytest
 
 from hvpd_server.errors import ServiceError
 from hvpd_server.scheduling.compile_queue import CompileQueue
+from tests.support.threads import no_threads
 
 WAIT = 60
 
@@ -105,3 +106,21 @@ def test_closing_cancels_waiting_compiles_and_lets_running_ones_end():
     assert running.done()
     assert running.result(WAIT) == "running"
     assert gate.began == ["running"]
+
+
+def test_a_call_without_a_thread_of_its_own_runs_after_another():
+    queue, gate = CompileQueue(threads=2, each=2), Gate()
+    running = queue.submit("a", "", gate.call("running"))
+    gate.until(1)
+    with no_threads():
+        waiting = [queue.submit(tenant, "", gate.call(tenant)) for tenant in ("b", "c")]
+    gate.open.set()
+    assert [each.result(WAIT) for each in (running, *waiting)] == ["running", "b", "c"]
+    queue.close(wait=True)  # No call counts as running any more.
+
+
+def test_a_call_for_which_there_is_no_thread_at_all_is_refused_and_the_next_one_runs():
+    queue = CompileQueue(threads=1, each=1)
+    with no_threads(), pytest.raises(RuntimeError, match="start new thread"):
+        queue.submit("a", "x", lambda: 1)
+    assert queue.submit("a", "x", lambda: 2).result(WAIT) == 2

@@ -50,7 +50,11 @@ while True:
         break
     answer = socket.socket(fileno=descriptors[0])
     done = work(kind)
+    fork = os.fork
+    if kind == b"scarce":
+        os.fork = lambda: os.read(-1, 1)  # An error of the system.
     forks.start(answer, lambda: done(answer), closing=control)
+    os.fork = fork
 """
 
 
@@ -142,3 +146,12 @@ def test_forks_end_with_their_parent(parent):
     parent.process.wait()
     until(lambda: ended(pid))
     answer.close()
+
+
+def test_a_fork_for_which_the_system_has_no_process_ends_alone(parent):
+    beside = parent("hang")
+    pid = pid_of(beside)
+    assert everything(parent("scarce")) == b""
+    assert everything(parent("good")).startswith(b"done ")
+    assert not ended(pid)
+    beside.close()

@@ -91,3 +91,20 @@ def test_the_memory_of_callers_and_kinds_is_bounded(limit, clock, told):
     clock.passes(QUIET)
     assert len(told) <= 1025
     assert sum(each.lines for each in told) == 100_000 - 100
+
+
+def test_a_line_that_is_left_out_needs_no_thread(clock, told):
+    started = []
+
+    def later(seconds, call):
+        started.append(call)
+        if len(started) == 1:
+            raise RuntimeError("can't start new thread")
+
+    limit = LogRateLimit(told.extend, clock=lambda: clock.now, later=later)
+    while limit.admits("ann", WHAT, 0):
+        pass
+    assert not limit.admits("ann", WHAT, 1)
+    started[-1]()
+    assert [each.lines for each in told] == [1]
+    assert len(started) == 2

@@ -10,6 +10,7 @@ import gc
 import threading
 import time
 import traceback
+from unittest import mock
 
 import jax
 import jax.flatten_util
@@ -424,3 +425,13 @@ def test_bytes_that_are_no_program_are_refused(rosen, kernels_of, junk):
     with pytest.raises(Refused, match="objective ") as refused:
         kernels_of(rosen.export, blobs={"objective": content})
     assert refused.value.reason in ("BUNDLE_INCOMPATIBLE", "BUNDLE_INVALID")
+
+
+def test_a_compile_that_cannot_begin_is_asked_again(rosen, programs_of, monkeypatch, compiler):
+    programs = programs_of(rosen.export)
+    kernels = programs.for_rows(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(compiler, "submit", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(RuntimeError, match="thread"):
+            kernels.request("value_and_grad")
+    kernels.request("value_and_grad").result(WAIT)

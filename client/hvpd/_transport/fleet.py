@@ -336,7 +336,10 @@ class Fleet:
             if due:
                 self._resolving, self._resolved = True, now
         if due:
-            threading.Thread(target=_look_up, args=(weakref.ref(self),), name="hvpd-fleet", daemon=True).start()
+            try:
+                threading.Thread(target=_look_up, args=(weakref.ref(self),), name="hvpd-fleet", daemon=True).start()
+            except RuntimeError:  # The system has no more threads. Look up the name the next time.
+                self._resolving = False
 
     def look_up(self) -> None:
         """Look up the name, and take its addresses as the members."""
@@ -368,7 +371,10 @@ class Fleet:
                 return
             member.watched = True
         arguments = (weakref.ref(self), member, self._closed, self.pause(member))
-        threading.Thread(target=_look_for, args=arguments, name="hvpd-fleet", daemon=True).start()
+        try:
+            threading.Thread(target=_look_for, args=arguments, name="hvpd-fleet", daemon=True).start()
+        except RuntimeError:  # The system has no more threads.
+            member.watched = False
 
     def found(self, member: Member) -> bool:
         """Look for a member once. Return whether there is nothing left to look for."""

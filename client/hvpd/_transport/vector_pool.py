@@ -309,8 +309,12 @@ class VectorPool:
     def _begin(self) -> None:
         """Start to open a connection, unless one is being opened, or none can be."""
         if not (self._opening or self._closed or time.monotonic() < self._not_before):
+            try:
+                threading.Thread(target=self._open, name="hvpd-vectors", daemon=True).start()
+            except RuntimeError:  # The system has no more threads. Products go over gRPC.
+                self._not_before = time.monotonic() + self._pause
+                return
             self._opening = True
-            threading.Thread(target=self._open, name="hvpd-vectors", daemon=True).start()
 
     def give_back(self, stream: VectorStream) -> None:
         """Give back a connection without a product under way."""

@@ -44,7 +44,11 @@ class Forks:
             closing: A socket of this process that the fork must not keep open.
         """
         parent = os.getpid()
-        child = os.fork()
+        try:
+            child = os.fork()
+        except OSError:  # The system has no process or no memory left. Other forks go on.
+            answer.close()
+            return
         if child == 0:
             with contextlib.suppress(BaseException):
                 self._leave(closing)

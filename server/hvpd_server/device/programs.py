@@ -136,8 +136,9 @@ class Kernels:
         with self._lock:
             found = self._compiles.get((name, width))
             if found is None or found.future.cancelled() or found.may_be_repeated(time.perf_counter()):
-                found = self._compiles[name, width] = _Compile()
+                found = _Compile()
                 found.future = self._compiler.submit(self._run, found, name, width)
+                self._compiles[name, width] = found
             elif found.future.done() and (error := found.future.exception()) is not None:
                 # Every caller raises this error. Its traceback would keep all their
                 # frames, and so their vectors.

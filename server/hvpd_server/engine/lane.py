@@ -3,7 +3,6 @@ Points are made here.
 """
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -30,6 +29,7 @@ from hvpd_server.errors import ServiceError, invalid
 from hvpd_server.liveness import Liveness
 from hvpd_server.scheduling import blocks
 from hvpd_server.scheduling.probation import OnWait
+from hvpd_server.scheduling.threads import Threads
 from hvpd_server.store.store import Store
 from hvpd_server.telemetry.metrics import Metrics
 from hvpd_server.tenancy.limits import Limits
@@ -87,7 +87,7 @@ class Lane:
         self._expected: dict[Hashable, int] = {}
         self._expecting: collections.Counter[Hashable] = collections.Counter()
         self._served: dict[str, Mapping[Hashable, int]] = {}  # By objective, the bytes of its data.
-        self._ahead = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="hvpd-read")
+        self._ahead = Threads(1, "hvpd-read")
         self.launches = Launches(device, self.residency, limits, metrics, liveness)
 
     def close(self) -> None:

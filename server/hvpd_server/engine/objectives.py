@@ -28,6 +28,7 @@ from hvpd_server.errors import Code, ServiceError
 from hvpd_server.liveness import Liveness
 from hvpd_server.scheduling.compile_queue import CompileQueue
 from hvpd_server.scheduling.probation import OnWait
+from hvpd_server.scheduling.threads import Threads
 from hvpd_server.store.program_cache import ProgramCache
 from hvpd_server.store.quarantine import Quarantine
 from hvpd_server.store.store import Store
@@ -80,7 +81,7 @@ class Objectives:
         self._objectives: dict[str, Objective] = {}
         self._lane_of: dict[str, Lane] = {}
         self._preparing: set[str] = set()
-        self._preparer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="hvpd-prepare")
+        self._preparer = Threads(1, "hvpd-prepare")
         self._alive: weakref.WeakSet[Objective] = weakref.WeakSet()  # Also unloaded ones that a product still uses.
         self._lock = threading.Lock()
 

@@ -26,6 +26,7 @@ from hvpd_server.device import data_sources
 from hvpd_server.device.device import host
 from hvpd_server.engine import probes
 from hvpd_server.errors import ServiceError, to_service_error
+from hvpd_server.scheduling.threads import Threads
 from hvpd_server.store.store import Store
 
 _log = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class Checks:
         self._store = store
         self._waiting = waiting
         self._count = count
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="hvpd-check")
+        self._thread = Threads(1, "hvpd-check")
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._pending: set[tuple[str, str]] = set()

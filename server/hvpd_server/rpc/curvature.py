@@ -1,6 +1,5 @@
 """CurvatureService: points and products."""
 
-import concurrent.futures
 import functools
 import math
 from collections.abc import Generator, Iterable, Iterator
@@ -20,6 +19,7 @@ from hvpd_server.rpc.products import Cancellation, Products
 from hvpd_server.rpc.streams import Streams
 from hvpd_server.rpc.tickets import TICKET_SECONDS
 from hvpd_server.rpc.vector_port import VectorPort, is_same_host
+from hvpd_server.scheduling.threads import Threads
 from hvpd_server.telemetry.metrics import Metrics
 from hvpd_server.telemetry.tracing import Tracing
 
@@ -55,7 +55,7 @@ class CurvatureService:
         self.products = Products(engine, metrics or Metrics(), tracing)
         self.vector_port: VectorPort | None = None
         """The port that tickets are for; the server sets it."""
-        self._workers = concurrent.futures.ThreadPoolExecutor(_WORKERS, thread_name_prefix="hvpd-product")
+        self._workers = Threads(_WORKERS, "hvpd-product")
         self.streams = streams
 
     @streaming

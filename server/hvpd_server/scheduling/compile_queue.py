@@ -49,13 +49,15 @@ class CompileQueue:
 
         Raises:
             ServiceError: The queue is closed.
+            RuntimeError: The system has no thread for the call, and no other call runs.
         """
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         with self._lock:
             if self._closed:
                 raise ServiceError(Code.UNAVAILABLE, "SHUTTING_DOWN", "the server is stopping: nothing is compiled")
             self._waiting.setdefault(tenant, collections.deque()).append(_Call(future, call, objective))
-            self._start()
+            if (found := self._take()) is not None:
+                self._start(*found)
         return future
 
     def close(self, *, wait: bool = False) -> None:
@@ -72,36 +74,58 @@ class CompileQueue:
             with self._ended:
                 self._ended.wait_for(lambda: not self._running.total())
 
-    def _start(self) -> None:
-        """Start the compiles that may run now. Call this with the lock held."""
-        while self._running.total() < self._threads:
-            tenant = next((each for each in self._waiting if self._running[each] < self._each), None)
-            if tenant is None:
-                return
-            calls = self._waiting[tenant]
-            call = next((each for each in calls if not self._objectives[each.objective]), calls[0])
-            calls.remove(call)
-            if calls:
-                self._waiting.move_to_end(tenant)
-            else:
-                del self._waiting[tenant]
-            self._running[tenant] += 1
-            self._objectives[call.objective] += 1
+    def _take(self) -> "tuple[str, _Call] | None":
+        """Return the call that may run now, with its tenant, and count it as running.
+        Call this with the lock held.
+        """
+        if self._running.total() >= self._threads:
+            return None
+        tenant = next((each for each in self._waiting if self._running[each] < self._each), None)
+        if tenant is None:
+            return None
+        calls = self._waiting[tenant]
+        call = next((each for each in calls if not self._objectives[each.objective]), calls[0])
+        calls.remove(call)
+        if calls:
+            self._waiting.move_to_end(tenant)
+        else:
+            del self._waiting[tenant]
+        self._running[tenant] += 1
+        self._objectives[call.objective] += 1
+        return tenant, call
+
+    def _free(self, tenant: str, call: "_Call") -> None:
+        self._running -= {tenant: 1}
+        self._objectives -= {call.objective: 1}
+        self._ended.notify_all()
+
+    def _start(self, tenant: str, call: "_Call") -> None:
+        """Run a call in a new thread. Call this with the lock held."""
+        try:
             threading.Thread(target=self._run, args=(tenant, call), name="hvpd-compile", daemon=True).start()
+        except RuntimeError:  # The system has no more threads.
+            self._free(tenant, call)
+            if not self._running.total():
+                raise
+            self._waiting.setdefault(tenant, collections.deque()).appendleft(call)  # A thread that runs takes it.
 
     def _run(self, tenant: str, call: "_Call") -> None:
-        try:
-            if call.future.set_running_or_notify_cancel():
-                try:
-                    call.future.set_result(call.run())
-                except BaseException as error:  # noqa: BLE001 - raised again by future.result()
-                    call.future.set_exception(error)
-        finally:
+        """Run a call, and then those that may run in its place."""
+        found: tuple[str, _Call] | None = (tenant, call)
+        while found is not None:
+            tenant, call = found
+            _settle(call)
             with self._lock:
-                self._running -= {tenant: 1}
-                self._objectives -= {call.objective: 1}
-                self._start()
-                self._ended.notify_all()
+                self._free(tenant, call)
+                found = self._take()
+
+
+def _settle(call: "_Call") -> None:
+    if call.future.set_running_or_notify_cancel():
+        try:
+            call.future.set_result(call.run())
+        except BaseException as error:  # noqa: BLE001 - raised again by future.result()
+            call.future.set_exception(error)
 
 
 class _Call(NamedTuple):

@@ -91,7 +91,11 @@ class LogRateLimit(Generic[T]):
             count = self._left_out[kind].lines if kind in self._left_out else 0
             self._left_out[kind] = LeftOut(count + 1, line)
         if first:
-            self._later(QUIET, self.flush)
+            try:
+                self._later(QUIET, self.flush)
+            except RuntimeError:  # The system has no more threads. The next line tries again.
+                with self._lock:
+                    self._left_out.clear()
         return False
 
     def flush(self) -> None:
