@@ -102,7 +102,7 @@ def test_the_tenant_in_turn_comes_before_others_where_the_limit_leaves_no_room_f
 
 
 def test_tenants_share_the_device_by_weight(start):
-    bench = Bench(start, limit=1, weights={"heavy": 2.0}).occupy()
+    bench = Bench(start, limit=1, weights=lambda tenant: 2.0 if tenant == "heavy" else 1.0).occupy()
     jobs = [(1, "heavy"), (2, "light"), (3, "heavy"), (4, "light"), (5, "heavy"), (6, "heavy")]
     callers = [bench.queue(number, tenant=tenant) for number, tenant in jobs]
     bench.finish()
@@ -344,14 +344,13 @@ def test_no_wake_up_is_lost_and_every_result_is_its_own(start, max_delay, max_la
             raise ZeroDivisionError
         return [block * (key + 2) for block in blocks]
 
-    weights = {"0": 3.0, "1": 0.1}
     batcher = Batcher(
         execute,
         lambda key: limit,
         max_pending=3 * threads,
         max_launches=max_launches,
         max_delay=max_delay,
-        weights=weights,
+        weights=lambda tenant: {"0": 3.0, "1": 0.1}.get(tenant, 1.0),
     )
     holdbacks = [Holdback(Timing()), Holdback(Timing()), None]
 

@@ -199,7 +199,7 @@ def test_a_leader_that_launched_others_gets_its_product_from_the_next_leader(sta
     """The tenant in turn comes first, so the leader's own product waits, and another
     caller leads meanwhile.
     """
-    runway = Runway(start, weights={"slow": 0.01})
+    runway = Runway(start, weights=lambda tenant: 0.01 if tenant == "slow" else 1.0)
     first, _ = runway.ask(1, "a", tenant="slow")
     assert runway.begun() == ("a", [1])
     own, _ = runway.parks(2, "a", tenant="slow")  # That tenant has had its share with the first launch.
@@ -287,7 +287,7 @@ def test_the_leader_gets_an_error_of_the_queue_and_the_next_leads(start):
 
 
 def test_a_caller_that_serves_a_launch_does_not_lead_while_another_waits(start):
-    runway = Runway(start, weights={"slow": 0.01})
+    runway = Runway(start, weights=lambda tenant: 0.01 if tenant == "slow" else 1.0)
     first, _ = runway.ask(1, "a", tenant="slow")
     runway.begun()
     own, _ = runway.parks(2, "a", tenant="slow")

@@ -38,7 +38,7 @@ def job(key="k", *, width=1, deadline=NEVER, holdback=None):
 
 
 def wait(*jobs, flying=(), max_launches=2, max_delay=0.0):
-    backlog, in_flight = Backlog(limit, {}, max_delay), InFlight(threading.Lock(), max_launches)
+    backlog, in_flight = Backlog(limit, lambda tenant: 1.0, max_delay), InFlight(threading.Lock(), max_launches)
     for each in jobs:
         backlog.add(each)
     for key in flying:

@@ -16,7 +16,6 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from hvpd_server.errors import Code, ServiceError
@@ -52,7 +51,7 @@ class Batcher:
         max_pending: int,
         max_launches: int = 1,
         max_delay: float = 0.0,
-        weights: Weights = MappingProxyType({}),
+        weights: Weights = lambda tenant: 1.0,
         clock: Callable[[], float] = time.monotonic,
         condition: Callable[[threading.Lock], threading.Condition] = threading.Condition,
     ) -> None:

@@ -17,10 +17,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
 from hvpd_server.scheduling.job import Job
 
-Weights = Mapping[str, float] | Callable[[str], float]
-"""Weights of tenants, more than 0; 1 if a mapping lacks the tenant. A function is
-called under a lock, and must not raise.
-"""
+Weights = Callable[[str], float]
+"""Returns a tenant's weight, more than 0. Called under a lock; must not raise."""
 
 _MISFITS = 64
 """Most jobs of a key that one launch passes over because they are wider than the room
@@ -36,7 +34,7 @@ class FairQueue:
     """
 
     def __init__(self, weights: Weights) -> None:
-        self._weigh = weights if callable(weights) else lambda tenant: weights.get(tenant, 1.0)
+        self._weigh = weights
         self._tenants: dict[str, _Tenant] = {}
         self._keys: dict[Hashable, _Key] = {}
         # Every tenant once. Times only grow, so an entry holds a lower bound, which is

@@ -3,8 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 ALL_TENANTS = "*"
 """Key of the limits of every tenant that has no value of its own."""
@@ -39,17 +38,9 @@ class TenantLimits:
 
 _NONE = TenantLimits()
 
-FIELDS: Mapping[str, type] = MappingProxyType(
-    {
-        "vectors_per_second": float,
-        "vectors_in_flight": int,
-        "device_share": float,
-        "resident_bytes": int,
-        "stored_bytes": int,
-        "transit_bytes": int,
-        "program_bytes": int,
-    }
-)
+FIELDS: Mapping[str, type] = {
+    name: kind for name, hint in get_type_hints(TenantLimits).items() for kind in get_args(hint)[:1]
+}
 """Names of limits, with their types."""
 
 
