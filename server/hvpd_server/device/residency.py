@@ -12,9 +12,10 @@ entry that its last user leaves is dropped. This module knows no jax and no gRPC
 """
 
 import collections
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -58,6 +59,17 @@ class Residency:
         self._loading: dict[Hashable, threading.Lock] = {}
         self._hits: collections.Counter[str] = collections.Counter()
         self._misses: collections.Counter[str] = collections.Counter()
+
+    @contextlib.contextmanager
+    def _evicting(self) -> Iterator[list[str]]:
+        """Hold the lock, and yield a list for the kinds of evicted entries, which are
+        reported afterwards.
+        """
+        evicted: list[str] = []
+        with self._lock:
+            yield evicted
+        for kind in evicted:
+            self._on_evict(kind)
 
     def used_bytes(self) -> dict[str, int]:
         """Return the resident bytes, by kind."""
@@ -133,8 +145,7 @@ class Residency:
                 the pinned ones; or, without `evict`, beside all others. Then nothing
                 was dropped, except an earlier entry with this key.
         """
-        evicted: list[str] = []
-        with self._lock:
+        with self._evicting() as evicted:
             self._entries.forget(key, [])
             present = tuple(need for need in dict.fromkeys(needs) if need in self._entries)
             self._check(size_bytes, kind, present)
@@ -152,8 +163,6 @@ class Residency:
                 self._entries.forget(oldest, evicted)
             self._entries.add(key, kind, value, size_bytes, present)
             self._misses[kind] += 1
-        for dropped in evicted:
-            self._on_evict(dropped)
 
     def check(self, size_bytes: int, kind: str, needs: Mapping[Hashable, int] = _NOTHING) -> None:
         """Raise ServiceError if an entry cannot be resident beside the entries that it
@@ -176,8 +185,7 @@ class Residency:
         Raises:
             ServiceError: As for `put`. Then nothing was changed.
         """
-        evicted: list[str] = []
-        with self._lock:
+        with self._evicting() as evicted:
             entry = self._entries.get(key)
             if entry is None:
                 return False
@@ -190,8 +198,6 @@ class Residency:
                 self._entries.forget(next(other for other in self._entries if other not in held), evicted)
             entry.size_bytes = size_bytes
             self._entries.used_bytes[entry.kind] += more
-        for dropped in evicted:
-            self._on_evict(dropped)
         self.fit(key)
         return True
 
@@ -248,15 +254,13 @@ class Residency:
         """Add a user to an entry, if it is resident. A user over its limit leaves other
         entries.
         """
-        with self._lock:
+        with self._evicting() as evicted:
             entry = self._entries.get(key)
             if entry is None:
                 return
             entry.users.add(user)
             self._entries.joined[user].add(key)
-            evicted = self._fit(user, key)
-        for dropped in evicted:
-            self._on_evict(dropped)
+            self._fit(user, key, evicted)
 
     def had_bytes(self, user: str) -> int:
         """Return the bytes of a user's share."""
@@ -298,26 +302,23 @@ class Residency:
         """Enforce the limits of an entry's users, after another entry was added that
         needs it: users over their limits leave other entries.
         """
-        evicted: list[str] = []
-        with self._lock:
+        with self._evicting() as evicted:
             entry = self._entries.get(key)
             for user in tuple(entry.users) if entry is not None else ():
-                evicted += self._fit(user, key)
-        for dropped in evicted:
-            self._on_evict(dropped)
+                self._fit(user, key, evicted)
 
-    def _fit(self, user: str, keep: Hashable) -> list[str]:
-        """Let a user over its limit leave entries. Return the kinds of the entries that
-        were dropped.
+    def _fit(self, user: str, keep: Hashable, evicted: list[str]) -> None:
+        """Let a user over its limit leave entries. Add the kinds of the entries that
+        were dropped to `evicted`.
         """
-        limit, evicted = self._limit_of(user), list[str]()
+        limit = self._limit_of(user)
         if limit is None:
-            return evicted
+            return
         had = {key: self._had(key, user) for key in self._entries.joined[user]}
         times = collections.Counter(part for parts in had.values() for part in parts)
         excess = self._entries.bytes_of(times) - limit
         if excess <= 0:
-            return evicted
+            return
         staying = {keep, *self._entries.pinned(user)}
         for key in sorted(had.keys() - staying, key=lambda key: self._entries[key].used):
             for part in had[key]:
@@ -330,7 +331,6 @@ class Residency:
         for key in had.keys() - self._entries.joined[user]:
             if key in self._entries and not self._entries[key].users:
                 self._entries.forget(key, evicted)
-        return evicted
 
     def _had(self, key: Hashable, user: str) -> set[Hashable]:
         """Return an entry, all that it needs, and all that needs it, except entries of
@@ -379,14 +379,11 @@ class Residency:
         `keep`, pinned entries, and the entries that these need. Return whether any
         entry was evicted.
         """
-        evicted: list[str] = []
-        with self._lock:
+        with self._evicting() as evicted:
             residuals = [key for key, entry in self._entries.items() if entry.kind == "residuals"]
             kept = self._entries.closure([*(key for key in keep if key in self._entries), *self._entries.pinned()])
             for key in residuals or [key for key in self._entries if key not in kept]:
                 self._entries.forget(key, evicted)
-        for kind in evicted:
-            self._on_evict(kind)
         return bool(evicted)
 
     def drop(self, key: Hashable) -> None:

@@ -153,10 +153,10 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether products run, or wait."""
-        return any(lane.in_flight or lane.pending for lane in self.lanes)
+        return any(lane.launches.in_flight or lane.launches.pending for lane in self.lanes)
 
     def _pending(self) -> int:
-        return sum(lane.pending for lane in self.lanes)
+        return sum(lane.launches.pending for lane in self.lanes)
 
     def _live(self) -> Live:
         """Return the current values for the metrics."""
@@ -172,7 +172,7 @@ class Engine:
             misses=sum((collections.Counter(misses) for _, misses in asked), collections.Counter()),
             pending=self._pending(),
             pending_limit=self.limits.max_pending * len(self.lanes),
-            in_flight=sum(lane.in_flight for lane in self.lanes),
+            in_flight=sum(lane.launches.in_flight for lane in self.lanes),
             oldest_work_seconds=self._liveness.oldest_seconds(),
             program_bytes=self.objectives.memory.used_bytes(),
             program_budget_bytes=self.limits.program_bytes,

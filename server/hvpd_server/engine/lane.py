@@ -9,7 +9,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hvpd._check import verdicts
@@ -93,16 +93,6 @@ class Lane:
     def close(self) -> None:
         """Stop reading ahead."""
         self._ahead.shutdown(wait=False, cancel_futures=True)
-
-    @property
-    def pending(self) -> int:
-        """Vectors that wait for the device."""
-        return self.launches.pending
-
-    @property
-    def in_flight(self) -> int:
-        """Vectors in launches."""
-        return self.launches.in_flight
 
     # Objectives
 
@@ -349,33 +339,29 @@ class Lane:
                 part = self._store.open_tensor(tensor, set_aside=not unnoticed)
                 placed = self._put_rows(part, slice(0, tensor.shape[0] if tensor.shape else 1))
             else:
-                placed = self._put(self._store.read_tensor(tensor, set_aside=not unnoticed), data=True)
+                array = self._store.read_tensor(tensor, set_aside=not unnoticed)
+                with self._putting():
+                    placed = self.device.put(array, data=True)
             return placed, array_bytes(tensor) * self.device.copies(tensor.shape, data=True)
 
         return self.residency.load(tensor_key(tensor), "data", make, evict=not unnoticed)
 
     def _put_x(self, objective: Objective, x: codec.Array) -> Any:
         """Copy x to the device, split by leaf if the objective wants it."""
-        if not objective.leaves:
-            return self._put(x)
-        started = time.perf_counter()
-        placed = self.device.put_by_leaf(x, objective.leaves)
-        self._metrics.put(time.perf_counter() - started)
-        return placed
-
-    def _put(self, array: codec.Array, *, data: bool = False) -> Any:
-        """Copy an array to the device, and record how long that took."""
-        started = time.perf_counter()
-        placed = self.device.put(array, data=data)
-        self._metrics.put(time.perf_counter() - started)
-        return placed
+        with self._putting():
+            return self.device.put_by_leaf(x, objective.leaves) if objective.leaves else self.device.put(x)
 
     def _put_rows(self, part: Any, rows: slice) -> Any:
-        """Copy rows of a tensor to the device, and record how long that took."""
+        """Copy rows of a tensor to the device."""
+        with self._putting():
+            return self.device.place_rows(part, rows)
+
+    @contextlib.contextmanager
+    def _putting(self) -> Iterator[None]:
+        """Record how long a copy to the device takes."""
         started = time.perf_counter()
-        placed = self.device.place_rows(part, rows)
+        yield
         self._metrics.put(time.perf_counter() - started)
-        return placed
 
     # Factors
 

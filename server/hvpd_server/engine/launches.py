@@ -127,18 +127,7 @@ class Launches:
             if error.reason == "QUEUE_FULL":
                 self._metrics.refused()
             raise
-        self._metrics.product(
-            ProductRecord(
-                point.objective.digest,
-                job.tenant,
-                len(job.block),
-                job.width,
-                job.started - job.queued,
-                job.finished - job.started,
-                job.device_seconds,
-                job.finished,
-            )
-        )
+        self._count(job, len(job.block), job.width)
         info = curvature_pb2.ProductInfo(
             queue_duration_ns=int((job.started - job.queued) * 1e9),
             compute_duration_ns=int((job.finished - job.started) * 1e9),
@@ -154,25 +143,28 @@ class Launches:
         """
         iteration = job.key
         assert isinstance(iteration, Iteration)
-        job.point = point = iteration.point
+        job.point = iteration.point
         found: list[Any] = self._in_turn(job, on_queue)
-        if not found:
-            return found
-        seconds, columns = job.finished - job.started, iteration.multiplied(found)
+        if found:
+            columns = iteration.multiplied(found)
+            self._count(job, columns, columns)
+            self._metrics.launched(iteration.program, columns, 0)
+        return found
+
+    def _count(self, job: Job, columns: int, width: int) -> None:
+        """Count a product of so many vectors, in a launch of a width."""
         self._metrics.product(
             ProductRecord(
-                point.objective.digest,
+                job.point.objective.digest,
                 job.tenant,
                 columns,
-                columns,
+                width,
                 job.started - job.queued,
-                seconds,
+                job.finished - job.started,
                 job.device_seconds,
                 job.finished,
             )
         )
-        self._metrics.launched(iteration.program, columns, 0)
-        return found
 
     def _iterated(self, iteration: Iteration) -> list[Any]:
         point, seed = iteration.point, iteration.seed

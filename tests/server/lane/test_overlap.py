@@ -65,7 +65,7 @@ def test_launches_go_one_at_a_time_if_memory_does_not_suffice_for_two(
     futures = [start(multiply, engine, points[0], blocks[0])]
     assert begun.wait(WAIT)
     futures.append(start(multiply, engine, points[1], blocks[1]))
-    while engine.lanes[0].pending < 2:
+    while engine.lanes[0].launches.pending < 2:
         assert not futures[1].done()
     assert len(calls) == 1
     may_end.set()
