@@ -19,6 +19,7 @@ from hvpd_server.krylov.host_space import HostSpace
 from hvpd_server.krylov.launcher import Launcher
 from hvpd_server.krylov.operator import Operator
 from hvpd_server.scheduling import blocks
+from hvpd_server.scheduling.holdback import bucket_of
 
 _SMALLEST, _LARGEST = 32, 1024
 """Rows of the smallest and of the largest basis that a program is compiled for."""
@@ -26,10 +27,7 @@ _SMALLEST, _LARGEST = 32, 1024
 
 def capacity(rows: int) -> int:
     """Return the rows of the smallest program for a basis of so many rows."""
-    bucket = _SMALLEST
-    while bucket < rows:
-        bucket *= 2
-    return bucket
+    return max(bucket_of(rows), _SMALLEST)
 
 
 class Launched(NamedTuple):

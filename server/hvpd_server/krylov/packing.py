@@ -18,13 +18,9 @@ from hvpd_server.derivation import conjugate_gradients, short_recurrences
 from hvpd_server.derivation.names import Form
 from hvpd_server.krylov.operator import Terms
 from hvpd_server.scheduling import blocks
+from hvpd_server.scheduling.holdback import bucket_of
 
 Arrays = Sequence[codec.Array]
-
-
-def power(count: int) -> int:
-    """Return the smallest power of two that is at least a positive number."""
-    return 1 << (count - 1).bit_length()
 
 
 def padded(array: codec.Array, *sizes: int) -> codec.Array:
@@ -57,7 +53,7 @@ class PackedCG:
     def __init__(self, cg: BlockCG, radius: float = np.inf) -> None:
         self.state = cg
         self.rows = len(cg.X)
-        self.width = power(self.rows)
+        self.width = bucket_of(self.rows)
         self.constant = np.array(radius)
 
     def pack(self) -> Arrays:
@@ -102,7 +98,7 @@ class PackedShortRecurrence:
         cg = isinstance(state.solved, CG)
         self.prefix = short_recurrences.CG_PREFIX if cg else short_recurrences.MINRES_PREFIX
         self.rows, self._shifts = state.shifts.shape
-        self.width, self.shifts = power(self.rows), power(self._shifts)
+        self.width, self.shifts = bucket_of(self.rows), bucket_of(self._shifts)
         self.constant = padded(state.shifts, self.width, self.shifts)
 
     def pack(self) -> Arrays:
@@ -169,7 +165,7 @@ def fixed(shifts: int, terms: Terms, precondition: Applied | None, dtype: "np.dt
     """
     low_rank, rank = [], 0
     if terms.U is not None and terms.C is not None:
-        rank = power(terms.U.shape[1])
+        rank = bucket_of(terms.U.shape[1])
         low_rank = [padded(terms.U, len(terms.U), rank), padded(terms.C, rank, rank)]
     if precondition is None:
         return Fixed(Form(shifts, rank), [], low_rank)
@@ -179,7 +175,7 @@ def fixed(shifts: int, terms: Terms, precondition: Applied | None, dtype: "np.dt
         found.append(arrays["M"])
     if kind == "low_rank":
         U, weights = arrays["M_U"], arrays["M_weights"]
-        sizes = [power(max(len(weights), 1))]
+        sizes = [bucket_of(max(len(weights), 1))]
         found += [padded(U, len(U), *sizes), padded(weights, *sizes)]
     for number in range(layer_count(arrays)):
         elements, *others = (arrays[f"M_{part}_{number}"] for part in PARTS)

@@ -98,8 +98,7 @@ class CurvatureService:
         step, or is requested now.
         """
         engine, objective, owner = self._engine, place.objective, call.owner
-        cancellation = Cancellation()
-        call.on_end(cancellation.gone)
+        cancellation = Cancellation.of(call)
         create = functools.partial(engine.create_point, deadline=call.deadline, on_wait=cancellation.on_queue)
 
         def vector(chunks: Iterable[codec.Buffer]) -> codec.Array:
@@ -138,8 +137,7 @@ class CurvatureService:
         try:
             if not vectors.append(request.vectors):
                 raise invalid("SIZE_MISMATCH", f"V has the wrong size: {vectors.progress}")
-            cancellation = Cancellation()
-            call.on_end(cancellation.gone)
+            cancellation = Cancellation.of(call)
             answer = self.products.compute(call, product, call.deadline, cancellation.on_queue)
             self.products.sent(call, product, answer)
             return curvature_pb2.ComputeProductResponse(vectors=bytes(codec.payload(answer.result)), info=answer.info)
@@ -172,8 +170,7 @@ class CurvatureService:
         self, request: curvature_pb2.ComputeFactorsRequest, call: GrpcCall
     ) -> Generator[Frame[curvature_pb2.ComputeFactorsResponse], None, None]:
         seed = request.seed if request.HasField("seed") else None
-        cancellation = Cancellation()
-        call.on_end(cancellation.gone)
+        cancellation = Cancellation.of(call)
         factors = self._engine.factors(
             request.point_id, seed, call.owner, deadline=call.deadline, on_wait=cancellation.on_queue
         )

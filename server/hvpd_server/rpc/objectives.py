@@ -51,8 +51,7 @@ class ObjectiveService:
         if request.validate_only:
             self._engine.registration.validate(request.name, request.upload_bytes, owner)
             return objective_pb2.CreateObjectiveResponse()
-        cancellation = Cancellation()
-        call.on_end(cancellation.gone)
+        cancellation = Cancellation.of(call)
         registered = self._engine.registration.register(
             request.digest,
             request.name,
@@ -75,8 +74,7 @@ class ObjectiveService:
         name, digest, created = self._engine.owners.find(call.owner, request.name)
         objectives = self._engine.objectives
         if objectives.derivation(digest) is None:  # A server of another version has registered it.
-            cancellation = Cancellation()
-            call.on_end(cancellation.gone)
+            cancellation = Cancellation.of(call)
             with contextlib.suppress(ServiceError):  # The client's next call gets the error.
                 objectives.load(digest, call.owner, on_wait=cancellation.on_queue)
         objectives.prepare(digest)

@@ -53,8 +53,7 @@ class ProductStream:
         self, messages: Iterator[Frame[curvature_pb2.StreamProductsRequest]], streams: Streams
     ) -> Generator[_Response, None, None]:
         """Yield the answers to the products of the messages."""
-        cancellation = Cancellation()
-        self._call.on_end(cancellation.gone)
+        cancellation = Cancellation.of(self._call)
         with streams.opened(self._call) as stream:
             arrivals = self._arrivals(messages, stream)
             pipelined = False

@@ -6,14 +6,14 @@ wire's messages, and no transport.
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from hvpd._wire import codec
 from hvpd.v1 import curvature_pb2
 from hvpd_server.engine.engine import Engine
-from hvpd_server.rpc.call_context import CallContext
+from hvpd_server.rpc.call_context import CallContext, GrpcCall
 from hvpd_server.rpc.incoming import Product
 from hvpd_server.telemetry import requests
 from hvpd_server.telemetry.metrics import Metrics
@@ -48,6 +48,13 @@ class Cancellation:
     def __init__(self) -> None:
         self._cancel = nothing
         self._gone = False
+
+    @classmethod
+    def of(cls, call: GrpcCall) -> Self:
+        """Return the cancellation that follows a call."""
+        found = cls()
+        call.on_end(found.gone)
+        return found
 
     def on_queue(self, cancel: Callable[[], None]) -> None:
         """Note how to cancel the product that waits now."""

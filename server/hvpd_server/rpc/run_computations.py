@@ -8,9 +8,10 @@ from hvpd import _text
 from hvpd._krylov import preconditioning, probes, solve, trace
 from hvpd.v1 import krylov_pb2
 from hvpd_server.errors import invalid
-from hvpd_server.krylov import computation, packing
+from hvpd_server.krylov import computation
 from hvpd_server.krylov.operator import Operator
 from hvpd_server.rpc.run_requests import Arrays, Expected
+from hvpd_server.scheduling.holdback import bucket_of
 
 MAX_STEPS = 1 << 20
 """Most steps, products or random vectors of a request."""
@@ -104,7 +105,7 @@ def _solve(spec: krylov_pb2.SolveSpec, operator: Operator, arrays: Arrays) -> Co
         raise invalid("SOLVE", "several shifts need the Krylov space of B itself: send no X and no preconditioner")
     described = _described(spec.preconditioner, operator, arrays)
     # A launch has its state, the one before it, and the vectors of a step.
-    rows, systems = packing.power(len(B)), packing.power(len(B)) * packing.power(len(shifts))
+    rows, systems = bucket_of(len(B)), bucket_of(len(B)) * bucket_of(len(shifts))
     vectors = 8 * rows + (11 if spec.method == "minres" else 6) * systems
     size_bytes = vectors * operator.n * operator.dtype.itemsize + _beside(operator, arrays)
     compute = computation.solving(arrays, shifts, described, tol=spec.tol, maxiter=spec.maxiter, method=spec.method)
