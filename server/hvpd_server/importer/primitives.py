@@ -148,9 +148,8 @@ def _number(low: float, high: float) -> _Check:
     return check
 
 
-def _either(*checks: _Check) -> _Check:
+def _or_null(check: _Check) -> _Check:
     """Return a check that accepts null, and all that the given check accepts."""
-    (check,) = checks
     return lambda value, mark, args: None if value is None else check(value, mark, args)
 
 
@@ -260,15 +259,8 @@ def _top_k(x: Value, *, k: int, axis: int) -> Any:
 
 def _random_gamma(key: Value, shape: Value, *, impl: str, log_space: bool) -> Any:
     wrapped = jax.random.wrap_key_data(key, impl=impl)
-    return _bound_key("random_gamma")(wrapped, shape, log_space=log_space)
-
-
-def _bound_key(name: str) -> Callable[..., Any]:
-    """Return the bind of a primitive whose first operand is a random key, which is no
-    plain array.
-    """
-    bind: Callable[..., Any] = getattr(jax.extend.core.primitives, f"{name}_p").bind
-    return bind
+    # Not by `bound`, because a random key is no plain array.
+    return jax.extend.core.primitives.random_gamma_p.bind(wrapped, shape, log_space=log_space)
 
 
 _LARGE: Final = (1 << 31) - 1
@@ -276,7 +268,7 @@ _RANK: Final = 64
 
 _CUMULATIVE: Final = _Primitive(1, {"axis": _axis, "reverse": _flag})
 _ARG: Final = _Primitive(1, {"axes": _one_axis, "index_dtype": _index_dtype})
-_SUBSET: Final = _either(_integers(2, 0, _LARGE))
+_SUBSET: Final = _or_null(_integers(2, 0, _LARGE))
 
 PRIMITIVES: Final[Mapping[str, _Primitive]] = {
     **{
@@ -355,7 +347,7 @@ PRIMITIVES: Final[Mapping[str, _Primitive]] = {
             "lower": _flag,
             "sort_eigenvalues": _flag,
             "subset_by_index": _SUBSET,
-            "algorithm": _either(_member(lax.linalg.EighImplementation)),
+            "algorithm": _or_null(_member(lax.linalg.EighImplementation)),
         },
     ),
     "eig": _Primitive(
@@ -364,7 +356,7 @@ PRIMITIVES: Final[Mapping[str, _Primitive]] = {
             "compute_left_eigenvectors": _flag,
             "compute_right_eigenvectors": _flag,
             "enable_eigvec_derivs": _flag,
-            "implementation": _either(_member(lax.linalg.EigImplementation)),
+            "implementation": _or_null(_member(lax.linalg.EigImplementation)),
         },
     ),
     "svd": _Primitive(
@@ -373,10 +365,10 @@ PRIMITIVES: Final[Mapping[str, _Primitive]] = {
             "full_matrices": _flag,
             "compute_uv": _flag,
             "subset_by_index": _SUBSET,
-            "algorithm": _either(_member(lax.linalg.SvdAlgorithm)),
+            "algorithm": _or_null(_member(lax.linalg.SvdAlgorithm)),
         },
     ),
-    "qr": _Primitive(1, {"pivoting": _flag, "full_matrices": _flag, "use_magma": _either(_flag)}),
+    "qr": _Primitive(1, {"pivoting": _flag, "full_matrices": _flag, "use_magma": _or_null(_flag)}),
     "lu_pivots_to_permutation": _Primitive(1, {"permutation_size": _permutation_size}),
     "geqrf": _Primitive(1, {}, _geqrf),
     "ormqr": _Primitive(3, {"left": _flag, "transpose": _flag}),

@@ -104,9 +104,9 @@ def target(
     return register
 
 
-def lapack(name: str, complex_name: str | None = None, *, letters: str = "sdcz") -> tuple[str, ...]:
+def lapack(name: str, complex_name: str | None = None) -> tuple[str, ...]:
     """Return the names of a routine of LAPACK for real and complex dtypes."""
-    return tuple(f"lapack_{each}{(complex_name or name) if each in 'cz' else name}_ffi" for each in letters)
+    return tuple(f"lapack_{each}{(complex_name or name) if each in 'cz' else name}_ffi" for each in "sdcz")
 
 
 def gpu(name: str) -> tuple[str, ...]:

@@ -22,10 +22,12 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from google.protobuf import json_format
+from google.protobuf.message import Message
 
 from hvpd import _text
 from hvpd._wire import codec
@@ -39,8 +41,7 @@ from hvpd_server.store.upload import Upload
 
 _log = logging.getLogger(__name__)
 
-_PIECE = 1 << 20
-"""Bytes to read at a time from a file that may be large."""
+_Message = TypeVar("_Message", bound=Message)
 
 
 class Store(Index):
@@ -157,15 +158,13 @@ class Store(Index):
 
     def verify(self, digest: str, *, set_aside: bool = True) -> None:
         """Verify a blob as `read` does, but read it piece by piece."""
-        state = hashlib.sha256()
         try:
             with self._existing(digest, set_aside=set_aside).open("rb") as file:
-                while piece := file.read(_PIECE):
-                    state.update(piece)
+                found = hashlib.file_digest(file, "sha256").hexdigest()
                 verified = version(file.fileno())
         except OSError as error:
             raise unreadable_file(digest, error) from error
-        if state.hexdigest() != digest:
+        if found != digest:
             if self.objects.refetch(blob_key(digest)):
                 return self.verify(digest, set_aside=set_aside)
             raise self._corrupt(digest, set_aside=set_aside)
@@ -255,13 +254,7 @@ class Store(Index):
 
     def _read_check(self, key: str) -> objective_pb2.RegistrationCheck | None:
         record = self.record(key)
-        if not record:
-            return None
-        try:
-            return json_format.ParseDict(dict(record), objective_pb2.RegistrationCheck(), ignore_unknown_fields=True)
-        except json_format.ParseError as error:
-            _log.error("%s is damaged, and left aside: %s", key, error)
-            return None
+        return _parsed(key, record, objective_pb2.RegistrationCheck(), ignore_unknown=True) if record else None
 
     def add_derivation(self, digest: str, version: str, found: objective_pb2.Derivation) -> None:
         """Keep the derivation of a bundle, with the version of the code that derived
@@ -288,11 +281,18 @@ class Store(Index):
         content = record.get("derivation")
         if record.get("version") != version or not isinstance(content, dict):
             return None
-        try:
-            return json_format.ParseDict(content, objective_pb2.Derivation())
-        except json_format.ParseError as error:
-            _log.error("derived/%s is damaged, and left aside: %s", digest, error)
-            return None
+        return _parsed(f"derived/{digest}", content, objective_pb2.Derivation())
+
+
+def _parsed(
+    key: str, content: Mapping[str, Any], message: _Message, *, ignore_unknown: bool = False
+) -> _Message | None:
+    """Return a message of a record; None if the record is damaged."""
+    try:
+        return json_format.ParseDict(dict(content), message, ignore_unknown_fields=ignore_unknown)
+    except json_format.ParseError as error:
+        _log.error("%s is damaged, and left aside: %s", key, error)
+        return None
 
 
 def blob_key(digest: str) -> str:

@@ -356,8 +356,8 @@ class Metrics(Collector):
         yield from self._gauges(live, streams, calls)
 
     def _products(self, total: Account) -> Iterator[Metric]:
-        yield _counter("hvpd_products", "Products answered.", total.products)
-        yield _counter("hvpd_columns", "Vectors multiplied.", total.columns)
+        yield CounterMetricFamily("hvpd_products", "Products answered.", total.products)
+        yield CounterMetricFamily("hvpd_columns", "Vectors multiplied.", total.columns)
         yield _histogram("hvpd_queue_seconds", "From a product's arrival to its launch.", total.queue)
         yield _histogram("hvpd_compute_seconds", "From launch to result.", total.compute)
 
@@ -366,18 +366,22 @@ class Metrics(Collector):
         yield _histogram("hvpd_transfer_seconds", "Moving vectors.", self._transfers, "direction")
         yield _histogram("hvpd_batch_width", "Vectors in the launch of a product.", self._width)
         yield self._launches.family("hvpd_launches", "Launches on the device.", "program")
-        yield _counter("hvpd_launched_columns", "Vectors launched, padding too.", self._launched_columns)
-        yield _counter("hvpd_padding_columns", "Vectors that fill launches up.", self._padding_columns)
-        yield _counter("hvpd_refused_products", "Products that found the queue full.", self._refused)
+        yield CounterMetricFamily("hvpd_launched_columns", "Vectors launched, padding too.", self._launched_columns)
+        yield CounterMetricFamily("hvpd_padding_columns", "Vectors that fill launches up.", self._padding_columns)
+        yield CounterMetricFamily("hvpd_refused_products", "Products that found the queue full.", self._refused)
         yield self._failures.family("hvpd_failures", "Requests answered with an error.", "code", "reason")
         yield _histogram("hvpd_compile_seconds", "Compiling one program for one width.", self._compile)
         yield self._compiles.family("hvpd_compiles", "Compiles.", "outcome")
-        yield _counter("hvpd_points", "Points made resident.", self._points)
-        yield _counter("hvpd_points_found", "Points that were asked for and were resident.", self._points_found)
-        yield _counter("hvpd_points_remade", "Points made resident that had been before.", self._points_remade)
+        yield CounterMetricFamily("hvpd_points", "Points made resident.", self._points)
+        yield CounterMetricFamily(
+            "hvpd_points_found", "Points that were asked for and were resident.", self._points_found
+        )
+        yield CounterMetricFamily(
+            "hvpd_points_remade", "Points made resident that had been before.", self._points_remade
+        )
         yield self._evictions.family("hvpd_evictions", "Entries dropped from the device for want of room.", "kind")
-        yield _counter("hvpd_unloaded_objectives", "Objectives unloaded for want of room.", self._unloaded)
-        yield _counter("hvpd_blobs_stored", "Blobs uploaded and stored.", self._uploads)
+        yield CounterMetricFamily("hvpd_unloaded_objectives", "Objectives unloaded for want of room.", self._unloaded)
+        yield CounterMetricFamily("hvpd_blobs_stored", "Blobs uploaded and stored.", self._uploads)
         yield self._runs.family("hvpd_runs", "Krylov runs and computations that ended.", "kind", "outcome")
         yield self._checks.family("hvpd_registration_checks", "Objectives checked after registration.", "verdict")
 
@@ -427,10 +431,6 @@ def _called(tenant: str) -> str:
 
 def _sums(*columns: Sequence[int]) -> list[int]:
     return [sum(values) for values in zip(*columns, strict=True)]
-
-
-def _counter(name: str, documentation: str, value: float) -> CounterMetricFamily:
-    return CounterMetricFamily(name, documentation, value)
 
 
 def _by_kind(family: _ByKind, values: Mapping[str, int]) -> _ByKind:

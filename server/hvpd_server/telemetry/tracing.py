@@ -84,7 +84,7 @@ class Tracing:
         span = self._tracer.start_span(
             method, self._parent(carrier), kind=self._api.SpanKind.SERVER, attributes=attributes
         )
-        found = request.span = CallSpan(self, span)
+        found = request.span = CallSpan(self._api, self._tracer, span)
         return found
 
     def product(
@@ -130,44 +130,10 @@ class Tracing:
             start_time=_wall(started),
         )
         if span.is_recording():
-            whole = CallSpan(self, span)
+            whole = CallSpan(self._api, self._tracer, span)
             if info is not None:
                 whole.made(info, computed)
             whole.end(request, failed, whole=True)
-
-    def stages(self, parent: "trace.Span", info: curvature_pb2.ProductInfo, computed: float) -> None:
-        """Make the two spans within a product's: its time in the queue, and its
-        computation.
-
-        Args:
-            parent: The product's span.
-            info: How the product was computed.
-            computed: When the result was there, on time.monotonic's clock.
-        """
-        context = self._api.set_span_in_context(parent)
-        end = _wall(computed)
-        launched = end - info.compute_duration_ns
-        for name, begins, ends in (
-            ("hvpd.queue", launched - info.queue_duration_ns, launched),
-            ("hvpd.compute", launched, end),
-        ):
-            self._tracer.start_span(name, context, start_time=begins).end(ends)
-
-    def end(self, span: "trace.Span", failed: requests.Failed | None, *, whole: bool) -> None:
-        """End a span with the outcome of its request."""
-        if failed is None:
-            span.set_attribute("rpc.response.status_code", "OK" if whole else "CANCELLED")
-        else:
-            name = failed.code.name
-            span.set_attributes({"rpc.response.status_code": name, "hvpd.reason": failed.reason})
-            if failed.code in _FAULTS:
-                span.set_attribute("error.type", failed.reason or name)
-                span.set_status(
-                    self._api.Status(self._api.StatusCode.ERROR, _text.cut(failed.status.message, _LONGEST))
-                )
-            if failed.cause is not None:
-                span.record_exception(failed.cause)
-        span.end()
 
     def _parent(self, carrier: Mapping[str, str]) -> "Context":
         from opentelemetry.context import Context
@@ -190,12 +156,14 @@ class CallSpan:
     """The span of one call.
 
     Args:
-        tracing: The maker of the span.
+        api: OpenTelemetry's module `trace`.
+        tracer: Makes the spans within.
         span: OpenTelemetry's span.
     """
 
-    def __init__(self, tracing: Tracing, span: "trace.Span") -> None:
-        self._tracing = tracing
+    def __init__(self, api: Any, tracer: "trace.Tracer", span: "trace.Span") -> None:
+        self._api = api
+        self._tracer = tracer
         self._span = span
         context = span.get_span_context()
         self.ids = {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}
@@ -212,7 +180,14 @@ class CallSpan:
                 **({"hvpd.n": n, "hvpd.k": k} if k else {}),
             }
         )
-        self._tracing.stages(self._span, info, computed)
+        # Two spans within it: its time in the queue, and its computation.
+        context, end = self._api.set_span_in_context(self._span), _wall(computed)
+        launched = end - info.compute_duration_ns
+        for name, begins, ends in (
+            ("hvpd.queue", launched - info.queue_duration_ns, launched),
+            ("hvpd.compute", launched, end),
+        ):
+            self._tracer.start_span(name, context, start_time=begins).end(ends)
 
     def end(self, request: requests.Request, failed: requests.Failed | None, *, whole: bool) -> None:
         """End the span.
@@ -224,7 +199,18 @@ class CallSpan:
         """
         facts = {"hvpd.objective": request.objective, "hvpd.tenant": request.owner}
         self._span.set_attributes({key: value[:_LONGEST] for key, value in facts.items() if value})
-        self._tracing.end(self._span, failed, whole=whole)
+        if failed is None:
+            self._span.set_attribute("rpc.response.status_code", "OK" if whole else "CANCELLED")
+        else:
+            name = failed.code.name
+            self._span.set_attributes({"rpc.response.status_code": name, "hvpd.reason": failed.reason})
+            if failed.code in _FAULTS:
+                self._span.set_attribute("error.type", failed.reason or name)
+                message = _text.cut(failed.status.message, _LONGEST)
+                self._span.set_status(self._api.Status(self._api.StatusCode.ERROR, message))
+            if failed.cause is not None:
+                self._span.record_exception(failed.cause)
+        self._span.end()
 
 
 def operator_name(operator: int) -> str:
