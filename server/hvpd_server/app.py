@@ -29,6 +29,7 @@ from hvpd_server.rpc import tls, vector_port
 from hvpd_server.rpc.blobs import BlobService
 from hvpd_server.rpc.call_limits import Arrivals, Calls, Segments, Stalls
 from hvpd_server.rpc.curvature import CurvatureService
+from hvpd_server.rpc.first_message import MOST_OPEN, FirstMessages
 from hvpd_server.rpc.gate import Gate
 from hvpd_server.rpc.krylov import KrylovService
 from hvpd_server.rpc.methods import add_to_server
@@ -68,9 +69,9 @@ _TRIM_SECONDS = 600.0
 _CERTIFICATE_SECONDS = 86_400.0
 """Seconds between two looks at the end of the certificate."""
 
-_SPARE_CALLS = 16
-"""Calls beyond the limit, for the open methods: the server answers probes while all
-other calls are taken.
+_SPARE_CALLS = 2 * MOST_OPEN
+"""Calls beyond the limit, for the open methods and for refusals: the server answers
+probes while all other calls are taken.
 """
 
 _OPTIONS = [
@@ -143,8 +144,8 @@ class App:
             group=group,
         )
         streams = Streams(max(config.max_calls * 3 // 4, 1))
-        self._gate = Gate(tokens, Calls(config.max_calls, streams.end_idle))
         self._stalls = Stalls()
+        self._gate = Gate(tokens, Calls(config.max_calls, streams.end_idle), FirstMessages(self._stalls))
         host_bytes = memory_budget.host_bytes()
         arrivals = Arrivals(host_bytes // 8, lambda tenant: limits.tenants(tenant).transit_bytes)
         segments = Segments(host_bytes // 8, lambda tenant: limits.tenants(tenant).transit_bytes)

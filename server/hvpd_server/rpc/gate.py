@@ -18,7 +18,8 @@ import hvpd
 from hvpd._wire import protocol
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.rpc.call_context import CallContext, Caller, GrpcCall
-from hvpd_server.rpc.call_limits import Calls
+from hvpd_server.rpc.call_limits import Calls, Stalls
+from hvpd_server.rpc.first_message import FirstMessages
 from hvpd_server.rpc.handlers import Behaviour, wrapped
 from hvpd_server.tenancy.token_file import ADMINISTER, PUBLISH, USE
 from hvpd_server.tenancy.tokens import Tokens
@@ -76,12 +77,16 @@ class Gate(grpc.ServerInterceptor):
         tokens: The tokens and their rights. None lets every client do everything.
         calls: Counts the open calls, except those of the open methods. None counts no
             calls.
+        messages: Waits for the messages of calls of one message.
     """
 
-    def __init__(self, tokens: Tokens | None = None, calls: Calls | None = None) -> None:
+    def __init__(
+        self, tokens: Tokens | None = None, calls: Calls | None = None, messages: FirstMessages | None = None
+    ) -> None:
         self.open = False
         self._tokens = tokens
         self._calls = calls
+        self._messages = messages or FirstMessages(Stalls())
         self._lock = threading.Lock()
         self._streams: set[CallContext] = set()
 
@@ -93,8 +98,10 @@ class Gate(grpc.ServerInterceptor):
         """Return the handler that serves the call, or one that refuses it."""
         method = str(handler_call_details.method)
         handler = continuation(handler_call_details)
-        if handler is None or method in OPEN:
-            return handler
+        if handler is None:
+            return None
+        if method in OPEN:
+            return self._messages.early(handler, is_open=True)
         metadata = handler_call_details.invocation_metadata or ()
         ours = method.startswith("/hvpd.")
         try:
@@ -108,6 +115,7 @@ class Gate(grpc.ServerInterceptor):
                 handler = self._bound(handler, caller)
         except ServiceError as error:
             return _refusing(error, method)
+        handler = self._messages.early(handler)
         return handler if self._calls is None else _counted(handler, self._calls, caller, method)
 
     def _check_warm(self) -> None:

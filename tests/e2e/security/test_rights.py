@@ -171,44 +171,56 @@ def test_many_wrong_tokens_do_not_stop_solves(place, secured, publisher, quartic
     assert sum("code=UNAUTHENTICATED" in line for line in secured.lines[before:]) < 50
 
 
-def test_beside_all_calls_sixteen_callers_without_a_token_have_room(serve, tmp_path):
-    """Probes are answered while all other calls are taken. Strangers can take their
-    room, by calls whose message does not arrive.
-    """
+@pytest.fixture
+def small(serve, tmp_path):
+    """Yield a server of four calls, a channel to it, and tokens of tenants a and b."""
     tokens = tmp_path / "tokens.json"
-    made = [token_file.create(tokens, tenant, ["use"])[0] for tenant in "ab" for _ in range(2)]
+    made = {tenant: token_file.create(tokens, tenant, ["use"])[0] for tenant in "ab"}
     server = serve("--tokens", str(tokens), "--max-calls", "4")
-    with contextlib.ExitStack() as stack:
-        silent = threading.Event()
-        stack.callback(silent.set)
-        opened = stack.enter_context(grpc.insecure_channel(server.address))
-        health = health_pb2_grpc.HealthStub(opened)
+    with grpc.insecure_channel(server.address) as opened:
+        yield server, opened, made
 
-        def watch(token):
-            return health.Watch(health_pb2.HealthCheckRequest(), metadata=metadata(token), timeout=60)
 
-        watches = list(map(watch, made))
+@contextlib.contextmanager
+def silent_calls(opened, method, count, token=None):
+    """Begin calls whose message does not arrive."""
+    silent = threading.Event()
+    said = metadata(token) if token else ()
+    try:
+        ask = opened.stream_unary(method)
+        yield [ask.future(iter(silent.wait, True), metadata=said, timeout=60) for _ in range(count)]
+    finally:
+        silent.set()
+
+
+def test_strangers_whose_message_does_not_arrive_keep_out_neither_probes_nor_tenants(small):
+    """Sixteen such calls wait. A further one ends the oldest."""
+    _, opened, made = small
+    health = health_pb2_grpc.HealthStub(opened)
+
+    def watch(tenant):
+        return health.Watch(health_pb2.HealthCheckRequest(), metadata=metadata(made[tenant]), timeout=60)
+
+    with silent_calls(opened, "/hvpd.v1.ServerService/GetServer", 60) as asked:
+        until(lambda: sum(not each.done() for each in asked) == 16)
+        assert {each.code() for each in asked if each.done()} <= {
+            grpc.StatusCode.UNAVAILABLE,
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+        }
+        watches = [watch(tenant) for tenant in "abab"]
         assert {next(each).status for each in watches} == {health_pb2.HealthCheckResponse.SERVING}
         with pytest.raises(grpc.RpcError, match="Too many calls are open: all tenants have 4"):
-            next(watch(made[0]))
+            next(watch("a"))
+        for _ in range(5):
+            probe = health.Check(health_pb2.HealthCheckRequest(), timeout=60)
+            assert probe.status == health_pb2.HealthCheckResponse.SERVING
 
-        def probe():
-            return health.Check(health_pb2.HealthCheckRequest(), timeout=60).status
 
-        assert probe() == health_pb2.HealthCheckResponse.SERVING
-        ask = opened.stream_unary("/hvpd.v1.ServerService/GetServer")
-        asked = [ask.future(iter(silent.wait, True), timeout=60) for _ in range(20)]
-        until(lambda: sum(each.done() for each in asked) == 4)
+def test_a_tenants_calls_count_before_their_message_arrives(small):
+    """Otherwise one tenant could take all calls, by messages that do not arrive."""
+    _, opened, made = small
+    with silent_calls(opened, "/hvpd.v1.CurvatureService/ComputeProduct", 10, made["a"]) as asked:
+        until(lambda: sum(not each.done() for each in asked) == 2)
         assert {each.code() for each in asked if each.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
-        with pytest.raises(grpc.RpcError) as error:
-            probe()
-        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert sum(each.done() for each in asked) == 4
-        for each in asked:
-            each.cancel()
-
-        def answered():
-            with contextlib.suppress(grpc.RpcError):
-                return probe() == health_pb2.HealthCheckResponse.SERVING
-
-        until(answered)
+        usage = server_pb2_grpc.ServerServiceStub(opened).GetUsage
+        assert usage(server_pb2.GetUsageRequest(), metadata=metadata(made["b"]), timeout=60) is not None
