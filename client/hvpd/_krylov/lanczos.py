@@ -7,9 +7,11 @@ Source: Golub and Van Loan, Matrix Computations, 10.1 to 10.3; Wu and Simon 2000
 (https://doi.org/10.1137/S0895479898334605) for the form of T after a restart.
 """
 
+import functools
+import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Concatenate, NoReturn, ParamSpec, Self, TypeVar
 
 import numpy as np
 import scipy.linalg
@@ -68,11 +70,26 @@ def start_block(n: int, dtype: np.dtype[Any], v0: Any, seed: int, block: int) ->
     return np.ascontiguousarray(rows, dtype)
 
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _alone(method: "Callable[Concatenate[Lanczos, _P], _T]") -> "Callable[Concatenate[Lanczos, _P], _T]":
+    """Return a method during which other threads wait for the run."""
+
+    @functools.wraps(method)
+    def locked(self: "Lanczos", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return locked
+
+
 class Lanczos:
     """A run of Lanczos iteration, whose Krylov space can be extended and used.
 
     Made by `H.lanczos` and `hvpd.krylov.lanczos`. A run is a context manager, and
-    `close` frees its basis.
+    `close` frees its basis. Threads may share a run: their calls wait for each other.
 
     Attributes:
         n: Number of elements of a vector.
@@ -100,6 +117,7 @@ class Lanczos:
         self.closed = False
         self.origin = origin or Origin()
         self._space = space
+        self._lock = threading.RLock()
         self._steps = 0
         self._alphas: list[Array] = []
         self._betas: list[Array] = []
@@ -127,6 +145,7 @@ class Lanczos:
     ) -> None:
         self.close()
 
+    @_alone
     def close(self) -> None:
         """Free the basis. The numbers of the run stay.
 
@@ -147,6 +166,7 @@ class Lanczos:
                 reason="RUN_CLOSED",
             )
 
+    @_alone
     def extend(self, steps: int, *, progress: Progress | None = None) -> Self:
         """Take more steps. The result equals one longer run.
 
@@ -199,6 +219,7 @@ class Lanczos:
         """
         return self._space.id if isinstance(self._space, Resident) else ""
 
+    @_alone
     def pin(self, seconds: int) -> None:
         """Keep the run on the device for seconds after its last use.
 
@@ -238,6 +259,7 @@ class Lanczos:
         return self._space.products
 
     @property
+    @_alone
     def size(self) -> int:
         """Return the dimension of the projected matrix.
 
@@ -247,6 +269,7 @@ class Lanczos:
         return len(self._kept) + sum(len(alpha) for alpha in self._alphas)
 
     @property
+    @_alone
     def alphas(self) -> Array | tuple[Array, ...]:
         """Return the diagonal of T: float64, one for each step since the last restart.
 
@@ -258,6 +281,7 @@ class Lanczos:
         return np.array([alpha[0, 0] for alpha in self._alphas]) if self.block == 1 else tuple(self._alphas)
 
     @property
+    @_alone
     def betas(self) -> Array | tuple[Array, ...]:
         """Return the subdiagonal of T: float64, one less than `alphas`.
 
@@ -272,6 +296,7 @@ class Lanczos:
         return np.array([beta.sum() for beta in between]) if self.block == 1 else tuple(between)
 
     @property
+    @_alone
     def residual(self) -> Array:
         """Return the last beta, which couples the space to its next block.
 
@@ -283,6 +308,7 @@ class Lanczos:
         return self._betas[-1] if self._betas else np.zeros((0, 0))
 
     @property
+    @_alone
     def projected(self) -> Array:
         """Return T = Q^T A Q, float64 of shape (size, size).
 
@@ -302,6 +328,7 @@ class Lanczos:
             at = end
         return T
 
+    @_alone
     def decomposed(self) -> tuple[Array, Array, Array]:
         """Return all Ritz values (size,), their coordinates (size, size) in the basis,
         and the couplings (r, size) to the next block. Values ascend.
@@ -317,6 +344,7 @@ class Lanczos:
             values, Y = np.linalg.eigh(self.projected)
         return values, Y, self.residual @ Y[len(Y) - self.residual.shape[1] :]
 
+    @_alone
     def ritz(self, k: int | None = None, which: str = "LA", *, vectors: bool = True, tol: float = 0.0) -> Eigenpairs:
         """Return Ritz pairs: approximate eigenpairs of the operator.
 
@@ -373,6 +401,7 @@ class Lanczos:
             )
         return integer(k, "k", 1, self.size)
 
+    @_alone
     def combine(self, Y: Any) -> Array:
         """Return Q @ Y: combinations of the basis vectors.
 
@@ -400,6 +429,7 @@ class Lanczos:
         columns = self._space.combine(np.asarray(rows, np.float64)).T
         return columns[:, 0] if found.ndim == 1 else columns
 
+    @_alone
     def restart(self, keep: Array, *, fresh: int | None = None) -> None:
         """Continue from a few Ritz vectors, those at the positions `keep`.
 
@@ -434,6 +464,7 @@ class Lanczos:
             self.enlarge(fresh)
             self._coupling = np.zeros((1, len(keep)))
 
+    @_alone
     def enlarge(self, seed: int) -> None:
         """Go on after a breakdown, from a random vector outside of the space.
 
@@ -451,6 +482,13 @@ class Lanczos:
             near = np.sqrt(np.finfo(self.dtype).eps) * abs(values).max()
             found[1:] = np.diff(values) <= near
         return found
+
+    def __reduce__(self) -> NoReturn:
+        raise HvpdError(
+            "a run of lanczos cannot be pickled or copied, because its basis stays where it is: take run.ritz(k), which can be pickled, and "
+            "which .save writes to a file",
+            reason="NOT_PICKLABLE",
+        )
 
     def __repr__(self) -> str:
         return f"<Lanczos {self.n}x{self.n} {self.dtype}: {self.steps} steps, {self.products} products; {self.reason}>"

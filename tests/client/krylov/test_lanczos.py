@@ -1,5 +1,9 @@
 """Lanczos runs equal dense matrices, can be extended, and say why they stop."""
 
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from scipy.linalg import eigh_tridiagonal
@@ -239,3 +243,41 @@ def test_too_few_dimensions_are_explained():
         lanczos(np.eye(9), 5).ritz(3)
     with pytest.raises(hvpd.InvalidArgumentError, match="k must be an integer from 1 to 5, got 0"):
         lanczos(symmetric(9), 5).ritz(0)
+
+
+def test_threads_that_share_a_run_take_turns():
+    A = symmetric(60)
+    both, second = threading.Barrier(2), threading.Event()
+    multiplying = threading.Lock()
+
+    def multiply(rows):
+        if not multiplying.acquire(blocking=False):
+            second.set()
+            return rows @ A
+        try:
+            second.wait(0.02)  # Without turns, the other thread comes here meanwhile.
+            return rows @ A
+        finally:
+            multiplying.release()
+
+    run = Lanczos(LocalSpace(multiply, 60, A.dtype), start_block(60, A.dtype, None, 0, 1))
+
+    def extend():
+        both.wait()
+        for _ in range(5):
+            run.extend(1).ritz()
+
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(extend) for _ in range(2)]:
+            each.result()
+    assert not second.is_set()
+    assert np.array_equal(run.projected, lanczos(A, 10).projected)
+
+
+def test_a_run_cannot_be_pickled_and_says_what_can():
+    run = lanczos(symmetric(9), 5)
+    with pytest.raises(hvpd.HvpdError, match=r"take run.ritz\(k\).*\.save writes") as raised:
+        pickle.dumps(run)
+    assert raised.value.reason == "NOT_PICKLABLE"
+    pairs = pickle.loads(pickle.dumps(run.ritz(2)))
+    assert np.array_equal(pairs.values, run.ritz(2).values)
