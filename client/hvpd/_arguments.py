@@ -44,10 +44,12 @@ def name_or_digest(name: object) -> str:
     Raises:
         InvalidArgumentError: It is no string, or empty.
     """
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str):
         raise InvalidArgumentError(
             f"a name or digest must be a string, got {_text.described(name)}", reason="INVALID_NAME"
         )
+    if not name:
+        raise InvalidArgumentError("the name is empty", reason="INVALID_NAME")
     return name
 
 

@@ -157,7 +157,7 @@ def local(**settings: Any) -> Client:
     with connection["reporter"].stage("starting a server"):
         server = LocalServer(**settings)
     try:
-        transport = Transport(server.address, token=None, connect_timeout=10.0, **connection)
+        transport = Transport(server.address, token=None, connect_timeout=None, **connection)
     except BaseException:
         server.stop()
         raise

@@ -228,10 +228,12 @@ def test_the_command(client, tmp_path, command):
     assert done.stdout.splitlines()[-2].split()[0] == "definite"
 
     (tmp_path / "text.npy").write_text("no array")
+    np.savez(tmp_path / "several.npz", x=np.zeros(3))
     for arguments, says in [
         (["check/none"], "check/none"),
         (["check/cli", "--x", str(tmp_path / "none.npy")], "cannot read"),
-        (["check/cli", "--x", str(tmp_path / "text.npy")], "no array of numpy.save"),
+        (["check/cli", "--x", str(tmp_path / "text.npy")], "no file of numpy.save"),
+        (["check/cli", "--x", str(tmp_path / "several.npz")], "no file of numpy.save"),
         (["check/cli", "--probes", "0"], "probes must be"),
         (["check/cli", "--seed", "-1"], "--seed must be from 0"),
         (["check/cli", "--operator", "ggn"], "registered without ggn"),

@@ -201,3 +201,12 @@ def test_bench_refuses_numbers_that_it_cannot_use(client, wrong, command):
     done = command("bench", "cli/bench", f"{wrong[0]}={wrong[1]}", HVPD_ADDRESS=client.address)
     assert done.returncode == 1
     assert wrong[0] in done.stderr
+
+
+def test_ctrl_c_ends_a_command_in_one_line(monkeypatch, capsys):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hvpd._cli.main.connect", interrupt)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "hvpd: interrupted\n"

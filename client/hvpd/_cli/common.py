@@ -1,10 +1,12 @@
-"""The common parts of commands: connecting, and showing results."""
+"""The common parts of commands: connecting, reading a vector, and showing results."""
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from hvpd import _text
+from hvpd._errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from hvpd._client import Client
@@ -67,6 +69,25 @@ def connect(
         progress=progress,
         retry_timeout=retry_timeout,
     )
+
+
+def vector(path: str) -> Any:
+    """Return the array of a file of `numpy.save`.
+
+    Raises:
+        InvalidArgumentError: The file cannot be read, or holds something else.
+    """
+    import numpy as np
+
+    try:
+        with Path(path).open("rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot read {path}: {error.strerror or error}", reason="FILE_ACCESS") from None
+    except (ValueError, EOFError):
+        raise InvalidArgumentError(
+            f"{path} is no file of numpy.save with one array of numbers", reason="FILE_CONTENT"
+        ) from None
 
 
 def show(text: object, file: TextIO | None = None) -> None:

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from hvpd._cli.common import connect, connection, show
+from hvpd._cli.common import connect, connection, show, vector
 from hvpd._errors import InvalidArgumentError
 from hvpd._wire import protocol
 
@@ -108,20 +108,9 @@ def _at(client: "Client", arguments: argparse.Namespace) -> Any:
     import numpy as np
 
     objective = client.objective(arguments.name)
-    x = _vector(arguments.x) if arguments.x else np.random.default_rng(arguments.seed).standard_normal(objective.n)
+    x = vector(arguments.x) if arguments.x else np.random.default_rng(arguments.seed).standard_normal(objective.n)
     point = objective.at(x)
     return getattr(point, arguments.operator)(arguments.shift)
-
-
-def _vector(path: str) -> Any:
-    import numpy as np
-
-    try:
-        return np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise InvalidArgumentError(f"cannot read {path}: {error.strerror or error}", reason="FILE_ACCESS") from None
-    except (ValueError, EOFError) as error:
-        raise InvalidArgumentError(f"{path} is no array of numpy.save: {error}", reason="FILE_CONTENT") from None
 
 
 def _finish(arguments: argparse.Namespace, result: Any, facts: dict[str, Any], text: str) -> None:
@@ -222,7 +211,7 @@ def _eigsh(arguments: argparse.Namespace) -> int:
 def _solve(arguments: argparse.Namespace) -> int:
     with _connected(arguments) as client:
         A = _at(client, arguments)
-        b = _vector(arguments.b) if arguments.b else -A.point.gradient
+        b = vector(arguments.b) if arguments.b else -A.point.gradient
         found = A.solve(b, tol=arguments.tol, maxiter=arguments.maxiter, method=arguments.method)
     first, last = (float(found.residual_norms[at].max()) for at in (0, -1))
     facts = {

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvpd import _environment
 from hvpd._cli import completion, conformance, doctor, krylov, objectives, operate, top, umbridge
-from hvpd._cli.common import connect, connection, show, show_number
+from hvpd._cli.common import connect, connection, show, show_number, vector
 from hvpd._errors import HvpdError, InvalidArgumentError, MissingExtraError
 from hvpd._version import __version__
 from hvpd._wire import protocol
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code.
 
-    0: done. 1: failed. 2: wrong usage. 3: a check found errors.
+    0: done. 1: failed. 2: wrong usage. 3: a check found errors. 130: Ctrl-C.
     """
     if argv is None:  # A program, in which no line of code is the user's.
         warnings.formatwarning = lambda message, *_: f"hvpd: warning: {message}\n"
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HvpdError as error:
         show(f"hvpd: {error}", sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        show("hvpd: interrupted", sys.stderr)
+        return 130
     except BrokenPipeError:  # `hvpd objectives | head`
         sys.stderr.close()
         return 0
@@ -345,16 +348,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     x = None
     if arguments.x is not None:
-        try:
-            x = np.load(arguments.x, allow_pickle=False)
-        except OSError as error:
-            raise InvalidArgumentError(
-                f"cannot read {arguments.x}: {error.strerror or error}", reason="FILE_ACCESS"
-            ) from None
-        except (ValueError, EOFError) as error:
-            raise InvalidArgumentError(
-                f"{arguments.x} is no array of numpy.save: {error}", reason="FILE_CONTENT"
-            ) from None
+        x = vector(arguments.x)
     elif arguments.seed < 0:
         raise InvalidArgumentError(f"--seed must be from 0, got {arguments.seed}", reason="INVALID_OPTION")
     with connect(arguments) as client:
