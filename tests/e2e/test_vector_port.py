@@ -136,35 +136,59 @@ def test_a_server_that_has_none_is_spoken_to_by_grpc(serve, client_of):
     check(client.objectives() and registered(client))
 
 
-def test_a_client_behind_a_proxy_does_not_go_past_it(serve, client_of):
-    server = serve()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+@contextlib.contextmanager
+def relayed(to, address=("127.0.0.1", 0)):
+    """Relay one connection at an address to a port of this machine. Yield the relay's
+    port, and what the client has sent so far.
+    """
+    sent = bytearray()
 
-        def pump(source, target):
+    def pump(source, target, seen):
+        with contextlib.suppress(OSError):
+            while piece := source.recv(1 << 16):
+                seen += piece
+                target.sendall(piece)
+        for end in (source, target):
             with contextlib.suppress(OSError):
-                while piece := source.recv(1 << 16):
-                    target.sendall(piece)
-            for end in (source, target):
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
+                end.shutdown(socket.SHUT_RDWR)
 
-        def forward():
-            with contextlib.suppress(OSError):
-                ours, _ = listener.accept()
-                theirs = socket.create_connection(("127.0.0.1", server.port))
-                with ours, theirs:
-                    back = threading.Thread(target=pump, args=(theirs, ours))
-                    back.start()
-                    pump(ours, theirs)
-                    back.join(30)
+    def forward(listener):
+        with contextlib.suppress(OSError):
+            ours, _ = listener.accept()
+            theirs = socket.create_connection(("127.0.0.1", to))
+            with ours, theirs:
+                back = threading.Thread(target=pump, args=(theirs, ours, bytearray()))
+                back.start()
+                pump(ours, theirs, sent)
+                back.join(30)
 
-        thread = threading.Thread(target=forward)
+    with socket.create_server(address) as listener:
+        thread = threading.Thread(target=forward, args=(listener,))
         thread.start()
-        with hvpd.connect(f"127.0.0.1:{listener.getsockname()[1]}") as client:
-            assert not past(client, registered(client))
-            check(registered(client))
+        yield listener.getsockname()[1], sent
         thread.join(30)
         assert not thread.is_alive()
+
+
+def test_a_client_behind_a_proxy_does_not_go_past_it(serve, client_of):
+    with relayed(serve().port) as (port, _), hvpd.connect(f"127.0.0.1:{port}") as client:
+        assert not past(client, registered(client))
+        check(registered(client))
+
+
+def test_vectors_go_past_a_mesh_that_encrypts_only_grpcs_port(serve):
+    """The mesh keeps the port's number, so the client cannot notice it."""
+    server, v = serve(), np.random.default_rng(7).normal(size=N)
+    with relayed(server.port, ("127.0.0.2", server.port)) as (port, mesh):
+        with hvpd.connect(f"127.0.0.2:{port}", insecure=True) as client:
+            pool, vectors = by_tcp(client)._transport._vectors, client._transport.server.vector_port
+            with relayed(vectors, ("127.0.0.2", vectors)) as (_, network):
+                H = registered(client)
+                assert past(client, H)
+                H @ v
+                assert v.tobytes() in network
+                assert v.tobytes() not in mesh
+                pool.close()
 
 
 def test_a_blocked_port_costs_callers_nothing(plain, client_of, monkeypatch):

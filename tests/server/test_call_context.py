@@ -52,6 +52,19 @@ def test_the_deadline_counts_from_the_calls_beginning():
     assert before + 10 <= call.deadline <= time.monotonic() + 10
 
 
+def test_a_jump_of_the_wall_clock_moves_no_deadline_of_a_call_that_has_begun(monkeypatch):
+    """gRPC computes the rest of the time by the wall clock. The server asks once."""
+    jump, context, real = [0.0], Context(), time.time
+    ends = real() + 10
+    monkeypatch.setattr(time, "time", lambda: real() + jump[0])
+    context.time_remaining = lambda: max(ends - time.time(), 0.0)
+    call = GrpcCall(context)
+    deadline = call.deadline
+    jump[0] = 3600.0
+    assert call.deadline == deadline > time.monotonic() + 5
+    assert GrpcCall(context).deadline <= time.monotonic()  # The jump came before the server asked.
+
+
 def test_the_call_of_the_observer_is_kept_and_others_get_one():
     call, context = GrpcCall(Context()), Context()
     assert GrpcCall.of(call) is call

@@ -16,6 +16,7 @@ from hvpd.v1 import (
     tensor_pb2,
 )
 from tests.support.security import SECRET, N, metadata
+from tests.support.waiting import until
 
 
 def weighted(x, w):
@@ -86,6 +87,28 @@ def test_two_tenants_that_register_the_same_objective_both_have_it(tenants, w):
     for each in theirs:
         np.testing.assert_array_equal(each.at(SECRET).hessian() @ np.ones(N), w)
     assert f"{a.name}/same" not in [listing.name for listing in b.client.objectives()]
+
+
+def test_an_objective_that_another_tenant_has_registered_is_not_compiled_again(tenants, w):
+    """So the time of a registration, and the plan, show that another tenant has it."""
+    a, b = tenants
+
+    def cubic(x, w):
+        return jnp.sum(w * x**3) / 6
+
+    def compiles(tenant):
+        objective = tenant.client.register(cubic, np.ones(N), w)
+        request = objective_pb2.GetPlanRequest(digest=objective.digest)
+        return tenant.objectives.GetPlan(request, metadata=metadata(tenant.token), timeout=60).compiles
+
+    def ready():
+        found = compiles(a)
+        return all(each.state == objective_pb2.Compile.STATE_READY for each in found) and list(found)
+
+    first = until(ready)
+    assert sum(each.seconds for each in first) > 0
+    theirs = list(compiles(b))
+    assert [each for each in first if each not in theirs] == []
 
 
 def test_a_shared_objective_is_used_by_its_full_name_until_it_is_private_again(tenants, w):
