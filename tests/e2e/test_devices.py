@@ -328,6 +328,84 @@ def test_solves_and_line_searches_with_split_x(host):
     assert found.fun < objective.value(x0)
 
 
+def assert_same(found, expected):
+    assert np.linalg.norm(found - expected) <= 1e-12 * np.linalg.norm(expected)
+
+
+SOLVES = {
+    "cg": ("cg_hvp", 1, {}),
+    "many": ("cg_hvp", 3, {}),
+    "diagonal": ("cg_hvp", 1, {"M": np.linspace(0.5, 2.0, 32 * (N + 8) + 14)}),
+    "low rank": ("minres_hvp", 1, {"method": "minres"}),
+    "shifts": ("shifted_cg_hvp", 1, {"shifts": [0.0, 5.0, 10.0]}),
+}
+"""Program, right-hand sides and options of each solve."""
+
+
+@pytest.fixture(scope="module")
+def split_and_whole(host, client):
+    data = rows(24)
+    return [
+        each.register(perceptron, parameters(), *data, sharded=sharded).at(parameters())
+        for each, sharded in ((host, "parameters"), (client, False))
+    ]
+
+
+@pytest.mark.parametrize("name", SOLVES)
+def test_solves_with_split_x_stay_on_the_devices(devices, split_and_whole, name):
+    program, count, options = SOLVES[name]
+    ours, theirs = (point.hessian(shift=10.0) for point in split_and_whole)
+    if name == "low rank":
+        options = options | {"M": hvpd.nystrom(theirs, 4, shift=0.1)}
+    if name == "many":
+        U = np.random.default_rng(2).normal(size=(theirs.shape[0], 3)) / 10
+        ours, theirs = (each.updated(U) for each in (ours, theirs))
+    b = np.random.default_rng(1).normal(size=(ours.shape[0], count)).squeeze()
+    expected = theirs.solve(b, tol=1e-14, **options).x
+    launches = lambda: [devices.metric(f'hvpd_launches_total{{program="{each}"}}') for each in (program, "hvp")]  # noqa: E731
+
+    def launched():
+        before = launches()
+        assert_same(ours.solve(b, tol=1e-14, **options).x, expected)
+        several, products = np.subtract(launches(), before)
+        return several and products <= 1  # The last residual takes a product.
+
+    until(launched)
+
+
+def test_bases_with_split_x_stay_on_the_devices(devices, split_and_whole):
+    operators = [point.hessian(shift=0.5) for point in split_and_whole]
+    products = devices.metric('hvpd_launches_total{program="hvp"}')
+    (values, vectors), (expected, columns) = (H.eigsh(3, seed=1) for H in operators)
+    assert_same(values, expected)
+    assert_same(abs(vectors), abs(columns))
+    found, expected = (H.spectrum(steps=20, probes=2, seed=1) for H in operators)
+    assert found.reorthogonalize == expected.reorthogonalize == "full"
+    assert_same(found.nodes, expected.nodes)
+    assert_same(found.moments(3), expected.moments(3))
+    with operators[0].lanczos(4, seed=1) as ours, operators[1].lanczos(4, seed=1) as theirs:
+        assert_same(ours.extend(4).alphas, theirs.extend(4).alphas)
+    assert devices.metric('hvpd_launches_total{program="lanczos_hvp"}') > 0
+    assert devices.metric('hvpd_launches_total{program="hvp"}') == products
+
+
+def test_a_spectrum_with_split_x_that_is_not_finite(split_and_whole):
+    objective = split_and_whole[0].objective
+    H = objective.at(np.full(objective.n, np.nan)).hessian()
+    with pytest.raises(hvpd.HvpdError, match="NaN or infinity") as error:
+        H.spectrum(steps=20, probes=2)
+    assert error.value.reason == "NOT_FINITE"
+
+
+def test_steps_of_minimize_with_split_x(host, client):
+    found = [
+        each.register(perceptron, parameters(), *rows(24), sharded=sharded).minimize(parameters(), maxiter=6)
+        for each, sharded in ((host, "parameters"), (client, False))
+    ]
+    assert_same(found[0].x, found[1].x)
+    assert found[0].nit == found[1].nit
+
+
 def test_split_x_on_one_device_is_x_on_that_device(client):
     params, data = parameters(), rows(24)
     ours = client.register(perceptron, params, *data, sharded="parameters").at(params)

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from hvpd_server.device.leaves import LeafProgram, Leaves, cut
+from hvpd_server.derivation.spread import cut
+from hvpd_server.device.leaves import LeafProgram, Leaves
 
 SHAPES = [(2, 3), (), (4,)]
 

@@ -2,6 +2,7 @@
 the server.
 """
 
+import contextlib
 import io
 import logging
 import pickle
@@ -13,7 +14,8 @@ import numpy as np
 from jax._src import compiler
 from jax.experimental import serialize_executable
 
-from hvpd_server.derivation.programs import Sized
+from hvpd_server.derivation.programs import ITERATIONS, Sized
+from hvpd_server.derivation.spread import Spread
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +36,8 @@ class Target:
     def __init__(self, parts: Sequence[jax.Device]) -> None:
         self.parts = parts
         self.platform = {"gpu": "cuda"}.get(parts[0].platform, parts[0].platform)
-        mesh = jax.sharding.Mesh(np.array(parts), ("rows",))
+        self.mesh = mesh = jax.sharding.Mesh(np.array(parts), ("rows",))
+        """The devices along one axis."""
         alone = jax.sharding.SingleDeviceSharding(parts[0])
         self.whole = alone if len(parts) == 1 else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         """Sharding of an array that is on each part."""
@@ -46,6 +49,11 @@ class Target:
         rows = shape[0] if shape else 0
         return len(self.parts) > 1 and rows >= len(self.parts) and rows % len(self.parts) == 0
 
+    def axis(self, shape: Sequence[int]) -> int | None:
+        """Return the axis along which a leaf of x is split; None if it is not."""
+        divided = [axis for axis, size in enumerate(shape) if size and size % len(self.parts) == 0]
+        return max(divided, key=lambda axis: shape[axis]) if len(self.parts) > 1 and divided else None
+
     def by_leaf(self, shape: Sequence[int], front: int = 0) -> jax.sharding.Sharding:
         """Return the sharding of a leaf of x, or of vectors in its shape: split along
         the longest axis that can be divided; whole if there is none.
@@ -54,11 +62,10 @@ class Target:
             shape: Shape of the leaf.
             front: Axes before those of the leaf.
         """
-        divided = [axis for axis, size in enumerate(shape) if size and size % len(self.parts) == 0]
-        if len(self.parts) == 1 or not divided:
+        axis = self.axis(shape)
+        if axis is None:
             return self.whole
-        axis = max(divided, key=lambda axis: shape[axis])
-        return jax.sharding.NamedSharding(self.split.mesh, jax.sharding.PartitionSpec(*[None] * (front + axis), "rows"))
+        return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*[None] * (front + axis), "rows"))
 
     def spec(self, shape: Sequence[int], dtype: Any, *, data: bool) -> jax.ShapeDtypeStruct:
         """Return the spec of an argument, with its sharding."""
@@ -95,15 +102,25 @@ def compile_program(
             split by rows.
         deterministic: Whether the program must give the same bits each time.
     """
-    with sized.tracing(name):
-        program = sized.program(name, width)
+    split = sized.by_leaf and len(target.parts) > 1
+    iterates = split and name.startswith(ITERATIONS)
+    with sized.tracing(name), jax.set_mesh(target.mesh) if iterates else contextlib.nullcontext():
+        spread = Spread([leaf.shape for leaf in sized.traced.layout.leaves], target) if iterates else None
+        program = sized.program(name, width, spread)
         first = len(program.specs) - (data if name != "apply" else 0)  # The residuals of `apply` are whole.
         specs: list[Any] = [
-            target.spec(spec.shape, spec.dtype, data=position >= first) for position, spec in enumerate(program.specs)
+            target.spec(spec.shape, spec.dtype, data=position >= first) if spec.sharding is None else spec
+            for position, spec in enumerate(program.specs)
         ]
         ways, results = program.ways, None
-        if sized.by_leaf and len(target.parts) > 1:
+        if iterates:
+            specs[:1], _ = _by_leaf(sized, 0, target)
+            results = jax.tree.map(
+                lambda found: found or target.whole, program.results, is_leaf=lambda found: not found
+            )
+        elif split:
             specs[:first], results = _by_leaf(sized, width, target)
+        if split:
             ways = [_with_whole_data(way, first, target) for way in ways]
         for way in ways[:-1]:
             try:

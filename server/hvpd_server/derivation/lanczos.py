@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hvpd._krylov.space import LEAST_LEFT
+from hvpd_server.derivation.spread import summed
 
 Function = Callable[..., Any]
 
@@ -46,13 +47,15 @@ def steps_of(n: int) -> int:
     return min(max(_NEW_ELEMENTS // max(n, 1), 1), _MOST_STEPS)
 
 
-def specs_of(rows: int, n: int, dtype: "np.dtype[Any]") -> list[jax.ShapeDtypeStruct]:
+def specs_of(rows: int, n: int, dtype: "np.dtype[Any]", sharding: Any = None) -> list[jax.ShapeDtypeStruct]:
     """Return the arguments of a program between x and the product's own: the basis
     Q[rows, n]; the scale and the shift of the operator, and the largest norm of a
     product so far; the number of rows that count, and of steps to take.
+
+    `sharding` is that of Q; None: Q is whole on each device.
     """
     return [
-        jax.ShapeDtypeStruct((rows, n), dtype),
+        jax.ShapeDtypeStruct((rows, n), dtype, sharding=sharding),
         jax.ShapeDtypeStruct((3,), np.dtype(np.float64)),
         jax.ShapeDtypeStruct((2,), np.dtype(np.int32)),
     ]
@@ -76,6 +79,7 @@ def inner_products(V: jax.Array, w: jax.Array, first: Any = 0, rows: int | None 
     return _by_parts(w.size, product, _PART_OF_ONE)
 
 
+@summed
 def gram(U: jax.Array, V: jax.Array) -> jax.Array:
     """Return the inner products U V^T in float64, for U[k, n] and V[l, n]."""
     if len(U) == len(V) == 1:
@@ -90,6 +94,7 @@ def gram(U: jax.Array, V: jax.Array) -> jax.Array:
     return _by_parts(V.shape[1], product)
 
 
+@summed
 def dots(U: jax.Array, V: jax.Array) -> jax.Array:
     """Return the inner product of each pair of rows, float64 of shape (k,).
 
@@ -135,11 +140,16 @@ def coefficients(V: jax.Array, w: jax.Array, count: jax.Array, rows: int) -> jax
     `rows` rows are multiplied at once. They divide m.
     """
 
-    def some(number: Any, before: jax.Array) -> jax.Array:
-        found = inner_products(V, w, number * rows, rows)
-        return jax.lax.dynamic_update_slice_in_dim(before, found, number * rows, 0)
+    @summed
+    def products(V: jax.Array, w: jax.Array, count: jax.Array) -> jax.Array:
+        def some(number: Any, before: jax.Array) -> jax.Array:
+            found = inner_products(V, w, number * rows, rows)
+            return jax.lax.dynamic_update_slice_in_dim(before, found, number * rows, 0)
 
-    found = jax.lax.fori_loop(0, -(-count // rows), some, jnp.zeros(len(V)))
+        found: jax.Array = jax.lax.fori_loop(0, -(-count // rows), some, jnp.zeros(len(V)))
+        return found
+
+    found = products(V, w, count)
     return jnp.where(jnp.arange(len(V)) < count, found, 0.0)
 
 

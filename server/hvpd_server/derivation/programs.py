@@ -21,6 +21,7 @@ from hvpd_server.derivation.layout import View
 from hvpd_server.derivation.names import Name
 from hvpd_server.derivation.objective import Traced, trace, tracing
 from hvpd_server.derivation.products import Function, curvatures_of, hvp_of, linearized, pairs_of
+from hvpd_server.derivation.spread import Spread
 from hvpd_server.importer import refusals
 from hvpd_server.importer.graph import Module
 from hvpd_server.importer.table import LOOP_BYTES, Refused, Report
@@ -30,8 +31,11 @@ PAIRS_BYTES: Final = 64 << 10
 launch by itself.
 """
 
-_METHODS: Final = {conjugate_gradients.PREFIX: conjugate_gradients.METHOD, **short_recurrences.METHODS}
+METHODS: Final = {conjugate_gradients.PREFIX: conjugate_gradients.METHOD, **short_recurrences.METHODS}
 """The iterations without a basis, by the prefixes of their programs."""
+
+ITERATIONS: Final = (lanczos.PREFIX, *METHODS)
+"""Prefixes of the programs of several steps."""
 
 _ARRAY_BYTES: Final = refusals.Limits().array_bytes
 
@@ -49,6 +53,8 @@ class Program:
     """
     specs: Sequence[jax.ShapeDtypeStruct]
     """Arguments."""
+    results: Any = None
+    """Shardings of the results; None for those that are whole on each device."""
 
     def check(self) -> None:
         """Trace the program in the first way that jax can; raise the last way's error
@@ -195,9 +201,14 @@ class Sized:
         with tracing((Name.parse(name).precision if name else "") or self._precision):
             yield
 
-    def program(self, name: str, width: int) -> Program:
+    def program(self, name: str, width: int, spread: Spread | None = None) -> Program:
         """Return a program for a block width, to be traced and lowered within
         `tracing(name)`.
+
+        Args:
+            name: Its name.
+            width: Vectors of the block, or rows of the basis.
+            spread: The layout of the vectors of several steps, if x is split.
 
         Raises:
             LookupError: There is no program of this name.
@@ -205,15 +216,15 @@ class Sized:
         """
         parsed = Name.parse(name)
         with self._lock, self.tracing(name):
-            return self._at(parsed.precision)._program(parsed, width)  # noqa: SLF001 - another of this class
+            return self._at(parsed.precision)._program(parsed, width, spread)  # noqa: SLF001 - another of this class
 
-    def _program(self, name: Name, width: int) -> Program:
+    def _program(self, name: Name, width: int, spread: Spread | None = None) -> Program:
         found = None if name.leaves else self._of_whole(name, width)
         if found is not None:
             return found
-        for prefix in (lanczos.PREFIX, *_METHODS):
+        for prefix in ITERATIONS:
             if name.base.startswith(prefix):
-                return self._iteration(prefix, name._replace(base=name.base.removeprefix(prefix)), width)
+                return self._iteration(prefix, name._replace(base=name.base.removeprefix(prefix)), width, spread)
         traced = self.traced
         product, drawn = self._whole_or_block(name)
         block = jax.ShapeDtypeStruct((width, traced.layout.size(name.leaves or None)), traced.x.dtype)
@@ -238,13 +249,14 @@ class Sized:
             return Program([self._factors.programs()[base]], [x, *_drawn(base), *args])
         return None
 
-    def _iteration(self, prefix: str, name: Name, width: int) -> Program:
+    def _iteration(self, prefix: str, name: Name, width: int, spread: Spread | None) -> Program:
         """Return several steps of an iteration around a product, for so many right-hand
         sides; or of Lanczos's iteration for a basis of so many rows. With `apply`, the
         last arguments are its residuals.
         """
         traced = self.traced
-        n, dtype = traced.layout.size(name.leaves or None), traced.x.dtype
+        size, dtype = traced.layout.size(name.leaves or None), traced.x.dtype
+        n = size if spread is None else spread.n
         product: Batched
         if name.base == "apply":
             apply, args = self._linearized[1], self._residuals()
@@ -252,20 +264,26 @@ class Sized:
         else:
             product, drawn = self._whole_or_block(name)
             args = [*drawn, *traced.args]
-        single = product(lambda f: lambda V: f(V[0])[None])
+
+        def multiply_by(way: Function) -> Function:
+            return product(way) if spread is None else spread.through(product(way))
+
+        single = multiply_by(_alone)
         if prefix == lanczos.PREFIX:
 
             def multiply(x: jax.Array, v: jax.Array, *args: jax.Array) -> Any:
                 return single(x, v[None], *args)[0]
 
-            steps = lanczos.lanczos_of(multiply, lanczos.steps_of(n), self._derivation.platform)
-            return Program([steps], [traced.x, *lanczos.specs_of(width, n, dtype), *args])
-        method, sizes = _METHODS[prefix], several_steps.Sizes(width, n, dtype, name.form)
-        products = [single] if width == 1 else [product(jax.vmap), product(lambda f: lambda V: jax.lax.map(f, V))]
-        specs = itertools.chain(*several_steps.specs_of(method, sizes))
+            steps = lanczos.lanczos_of(multiply, lanczos.steps_of(size), self._derivation.platform)
+            basis = lanczos.specs_of(width, n, dtype, spread and spread.along(1))
+            return Program([steps], [traced.x, *basis, *args], (basis[0].sharding, None, None, None))
+        method, sizes = METHODS[prefix], several_steps.Sizes(width, n, dtype, name.form, spread)
+        products = [single] if width == 1 else [multiply_by(jax.vmap), multiply_by(_in_turn)]
+        specs = several_steps.specs_of(method, sizes)
         return Program(
             [several_steps.several(method, each, sizes) for each in products],
-            [traced.x, *specs, *args],
+            [traced.x, *itertools.chain(*specs), *args],
+            (tuple(spec.sharding for spec in specs[0]), None, None),
         )
 
     def _whole_or_block(self, name: Name) -> tuple[Batched, list[jax.ShapeDtypeStruct]]:
@@ -397,7 +415,17 @@ def _drawn(base: str) -> list[jax.ShapeDtypeStruct]:
 
 
 def _batched(product: Batched, specs: Sequence[jax.ShapeDtypeStruct]) -> Program:
-    return Program([product(jax.vmap), product(lambda f: lambda V: jax.lax.map(f, V))], specs)
+    return Program([product(jax.vmap), product(_in_turn)], specs)
+
+
+def _in_turn(f: Function) -> Function:
+    """Batch a function by a loop."""
+    return lambda V: jax.lax.map(f, V)
+
+
+def _alone(f: Function) -> Function:
+    """Batch a function for one vector, which may be a list of leaves."""
+    return lambda V: jax.tree.map(lambda row: row[None], f(jax.tree.map(lambda rows: rows[0], V)))
 
 
 def _restricted(product: Batched, take: Function, drawn: int) -> Batched:

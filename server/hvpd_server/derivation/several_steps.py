@@ -16,6 +16,7 @@ import numpy as np
 
 from hvpd._krylov.preconditioning import PARTS, Applied, Described
 from hvpd_server.derivation.names import Form
+from hvpd_server.derivation.spread import Spread
 
 Function = Callable[..., Any]
 Spec = jax.ShapeDtypeStruct
@@ -36,10 +37,19 @@ class Sizes(NamedTuple):
     dtype: "np.dtype[Any]"
     """dtype of vectors."""
     form: Form = Form()
+    spread: Spread | None = None
+    """The layout of vectors that are split over several devices."""
 
     def vectors(self, *shape: int) -> Spec:
         """Return the spec of an array of vectors, of shape (*shape, n)."""
-        return Spec((*shape, self.n), self.dtype)
+        return Spec((*shape, self.n), self.dtype, sharding=self._along(len(shape)))
+
+    def columns(self, rank: int) -> Spec:
+        """Return the spec of an array of vectors, of shape (n, rank)."""
+        return Spec((self.n, rank), self.dtype, sharding=self._along(0))
+
+    def _along(self, axis: int) -> Any:
+        return None if self.spread is None else self.spread.along(axis)
 
 
 class Stepped(NamedTuple):
@@ -84,7 +94,7 @@ def specs_of(method: Method, sizes: Sizes) -> list[list[Spec]]:
     preconditioner = {
         "": [],
         "diagonal": [shift, sizes.vectors()],
-        "low_rank": [shift, *(Spec(shape, vector) for r in form.sizes for shape in ((sizes.n, r), (r,)))],
+        "low_rank": [shift, *(spec for r in form.sizes for spec in (sizes.columns(r), Spec((r,), vector)))],
         "kronecker": [shift],
     }[form.M]
     if form.M == "kronecker":
@@ -97,7 +107,7 @@ def specs_of(method: Method, sizes: Sizes) -> list[list[Spec]]:
         list(method.state(sizes)),
         [method.constant(sizes)],
         preconditioner,
-        [Spec((sizes.n, rank), vector), Spec((rank, rank), vector)] if rank else [],
+        [sizes.columns(rank), Spec((rank, rank), vector)] if rank else [],
         [Spec((2,), FLOAT), Spec(targets_of(sizes), FLOAT), Spec((), np.dtype(np.int32))],
     ]
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hvpd._wire import codec
-from hvpd_server.device.device import Device, device_errors
+from hvpd_server.derivation.spread import Spread
+from hvpd_server.device.device import Device, device_errors, host
 
 
 class Basis:
@@ -19,12 +20,15 @@ class Basis:
         rows: Number of rows.
         n: Elements of a row.
         dtype: dtype of the elements.
+        spread: The layout of rows that are split over several devices.
     """
 
-    def __init__(self, device: Device, rows: int, n: int, dtype: "np.dtype[Any]") -> None:
+    def __init__(self, device: Device, rows: int, n: int, dtype: "np.dtype[Any]", spread: Spread | None = None) -> None:
         self.rows = rows
+        self._device, self._spread = device, spread
+        n, sharding = (n, device.target.whole) if spread is None else (spread.n, spread.along(1))
         with device_errors():
-            self.array = jax.device_put(jnp.zeros((rows, n), dtype), device.target.whole)
+            self.array = jnp.zeros((rows, n), dtype, device=sharding)
 
     def write(self, rows: Any, first: int, count: int) -> None:
         """Write the first `count` of some rows, from row `first` on."""
@@ -34,6 +38,16 @@ class Basis:
         where = np.where(numbers < count, first + numbers, self.rows).astype(np.int32)
         with device_errors():
             self.array = _written(self.array, rows, where)
+
+    def put(self, rows: codec.Array, first: int) -> None:
+        """Write rows of the host's memory, from row `first` on."""
+        device, spread = self._device, self._spread
+        placed = device.put(rows) if spread is None else device.put_spread(rows, spread)
+        self.write(placed, first, len(rows))
+
+    def host(self, rows: Any) -> codec.Array:
+        """Return rows, such as those of `first`, in the host's memory."""
+        return host(rows, self._spread)
 
     def first(self, rows: int) -> Any:
         """Return a copy of the first rows."""

@@ -18,7 +18,8 @@ from jaxlib.mlir.dialects import stablehlo
 from hvpd._wire import codec
 from hvpd_server.derivation import compiling
 from hvpd_server.derivation.compiling import Compiled, Target
-from hvpd_server.device.leaves import Leaves, cut
+from hvpd_server.derivation.spread import Spread, cut
+from hvpd_server.device.leaves import Leaves
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.liveness import LOST
 
@@ -143,6 +144,19 @@ class Device:
             ]
             return Leaves(jax.block_until_ready(placed), 0)
 
+    def spread(self, shapes: Sequence[Sequence[int]]) -> Spread | None:
+        """Return the layout of flat vectors for x in leaves of such shapes; None if x
+        is not split.
+        """
+        return Spread(shapes, self.target) if shapes else None
+
+    def put_spread(self, array: codec.Array, spread: Spread, axis: int = -1) -> jax.Array:
+        """Copy vectors, which are along an axis of an array, to the parts that split
+        x.
+        """
+        with device_errors():
+            return spread.put(array, axis)
+
     def leaf_copies(self, shape: Sequence[int]) -> int:
         """Return how many copies of a leaf of x the parts hold together, if x is split
         by leaf.
@@ -215,12 +229,16 @@ def computed(result: Any) -> Any:
         return jax.block_until_ready(result)
 
 
-def host(result: Any) -> codec.Array:
+def host(result: Any, spread: Spread | None = None) -> codec.Array:
     """Wait until an array is computed, and return it in the host's memory; on the CPU
     without a copy.
+
+    Args:
+        result: The array.
+        spread: The layout of the vectors along its last axis, if they are split.
     """
     try:
-        return np.asarray(result)
+        return np.asarray(result) if spread is None else spread.host(result)
     except jax.errors.JaxRuntimeError as error:
         _raise_as_service_error(error)
 

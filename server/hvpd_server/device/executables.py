@@ -21,7 +21,7 @@ from hvpd_server.admission.session import UnsupportedError
 from hvpd_server.admission.vetting import Vetter, key_of
 from hvpd_server.derivation import compiling
 from hvpd_server.derivation.compiling import Compiled, Target
-from hvpd_server.derivation.programs import Derivation
+from hvpd_server.derivation.programs import ITERATIONS, Derivation
 from hvpd_server.device.leaves import LeafProgram
 from hvpd_server.errors import Code, ServiceError, invalid
 from hvpd_server.files import atomic_file
@@ -114,7 +114,8 @@ class Executables:
         if not self._bundle.sharded_parameters or len(self._parts) == 1:
             return built
         shapes = [tuple(leaf.shape) for leaf in self._bundle.x_leaves]
-        return built._replace(compiled=LeafProgram(built.compiled, shapes, width))
+        iterates = name.startswith(ITERATIONS)
+        return built._replace(compiled=LeafProgram(built.compiled, shapes, width, iterates=iterates))
 
     def _built(self, rows: int, name: str, width: int) -> Built:
         bundle = self._bundle

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from hvpd._wire import codec
+from hvpd_server.derivation.spread import cut
 
 
 class Leaves:
@@ -32,16 +33,6 @@ class Leaves:
         return self
 
 
-def cut(array: Any, shapes: Sequence[Sequence[int]]) -> list[Any]:
-    """Return the leaves of an array[..., n], as views."""
-    ends = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)]).tolist()
-    front = array.shape[:-1]
-    return [
-        array[..., start:end].reshape((*front, *shape))
-        for shape, start, end in zip(shapes, ends, ends[1:], strict=False)
-    ]
-
-
 class LeafProgram:
     """A compiled program that takes x, and vectors if its width is not 0, by leaf.
 
@@ -49,15 +40,22 @@ class LeafProgram:
         compiled: The program.
         shapes: Shapes of the leaves.
         width: Vectors of a block.
+        iterates: Whether the program takes several steps of an iteration. Its vectors
+            are flat; see `derivation.spread`.
     """
 
-    def __init__(self, compiled: Any, shapes: Sequence[Sequence[int]], width: int) -> None:
+    def __init__(self, compiled: Any, shapes: Sequence[Sequence[int]], width: int, *, iterates: bool = False) -> None:
         self._compiled = compiled
         self._shapes = shapes
         self._width = width
+        self._iterates = iterates
 
     def __call__(self, x: Leaves, *args: Any) -> Any:
-        """Run the program. Return HV, or the value and the gradient."""
+        """Run the program. Return HV, the value and the gradient, or what the steps
+        return.
+        """
+        if self._iterates:
+            return self._compiled(x.arrays, *args)
         if self._width:
             block, *data = args
             return Leaves(self._compiled(x.arrays, cut(block, self._shapes), *data), 1)

@@ -1,5 +1,6 @@
-"""A Krylov space in the memory of an accelerator. Its vectors stay there: launches of
-several steps add rows, and only small matrices and combinations come back.
+"""A Krylov space in the memory of an accelerator, or of several devices that split x.
+Its vectors stay there: launches of several steps add rows, and only small matrices and
+combinations come back.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,6 @@ import numpy as np
 from hvpd._krylov.space import LocalSpace, NotFiniteError, Step
 from hvpd._wire import codec
 from hvpd_server.device import basis
-from hvpd_server.device.device import host
 from hvpd_server.errors import invalid
 from hvpd_server.krylov.device_space import LanczosLauncher, capacity
 from hvpd_server.krylov.operator import Operator
@@ -32,8 +32,9 @@ class AcceleratorSpace:
         self.products = 0
         self.waiting = 0
         self._device = operator.engine.objectives.lane(operator.point.objective).device
+        self._spread = self._device.spread(operator.point.objective.leaves)
         self._launcher = LanczosLauncher(operator)
-        self._basis = basis.Basis(self._device, 0, self.n, self.dtype)
+        self._basis = self._empty(0)
         self._scale = 0.0
 
     def room_rows(self, rows: int) -> Sequence[int]:
@@ -43,7 +44,7 @@ class AcceleratorSpace:
     def reserve(self, rows: int) -> None:
         """Get memory for so many rows of the basis."""
         if rows > self._basis.rows:
-            grown = basis.Basis(self._device, rows, self.n, self.dtype)
+            grown = self._empty(rows)
             if self.rows:
                 grown.write(self._basis.first(self.rows), 0, self.rows)
             self._basis = grown
@@ -64,7 +65,7 @@ class AcceleratorSpace:
         if len(V) != 1:
             raise invalid("BLOCK_WIDTH", f"a run that starts with one vector appends one, got {len(V)}")
         local = LocalSpace(_never, self.n, self.dtype)
-        local.append(host(self._basis.first(self.rows)))
+        local.append(self._basis.host(self._basis.first(self.rows)))
         before = local.rows
         beta = local.append(V)
         self._add(local.combine(np.eye(local.rows))[before:])
@@ -89,11 +90,11 @@ class AcceleratorSpace:
 
     def combine(self, Y: codec.Array) -> codec.Array:
         """See `Space.combine`."""
-        return host(self._basis.combination(Y))
+        return self._basis.host(self._basis.combination(Y))
 
     def restart(self, Y: codec.Array, *, waiting: bool = True) -> None:
         """See `Space.restart`."""
-        new = basis.Basis(self._device, self._basis.rows, self.n, self.dtype)
+        new = self._empty(self._basis.rows)
         kept = Y.shape[1]
         new.write(self._basis.combination(Y), 0, kept)
         self.waiting *= waiting
@@ -103,10 +104,13 @@ class AcceleratorSpace:
 
     def close(self) -> None:
         """See `Space.close`."""
-        self._basis, self.rows, self.waiting = basis.Basis(self._device, 0, self.n, self.dtype), 0, 0
+        self._basis, self.rows, self.waiting = self._empty(0), 0, 0
+
+    def _empty(self, rows: int) -> basis.Basis:
+        return basis.Basis(self._device, rows, self.n, self.dtype, self._spread)
 
     def _add(self, rows: codec.Array) -> None:
-        self._basis.write(self._device.put(rows), self.rows, len(rows))
+        self._basis.put(rows, self.rows)
         self.rows += len(rows)
         self.waiting = len(rows)
 

@@ -13,7 +13,9 @@ import numpy as np
 from hvpd._krylov import preconditioning, probes, solve, trace
 from hvpd._krylov.space import NotFiniteError
 from hvpd._wire import codec
+from hvpd_server.krylov.accelerator_space import AcceleratorSpace
 from hvpd_server.krylov.device_runner import DeviceRunner
+from hvpd_server.krylov.launcher import is_possible
 from hvpd_server.krylov.operator import Operator
 
 _PROGRESS_SECONDS = 0.1
@@ -131,7 +133,8 @@ def trust_region_step(
 
 def quadrature(*, seed: int, probes_count: int, steps: int, basis_bytes: int, width: int) -> Compute:
     """Return the computation of `hvpd._krylov.probes.tridiagonals`. If it takes long,
-    a program is compiled for its blocks, which have `width` vectors.
+    a program is compiled for its blocks, which have `width` vectors. `basis_bytes` is 0
+    if no basis fits.
     """
 
     def compute(runner: DeviceRunner, tick: Tick) -> Result:
@@ -142,20 +145,54 @@ def quadrature(*, seed: int, probes_count: int, steps: int, basis_bytes: int, wi
             if time.monotonic() >= long:
                 runner.operator.expect(width)
 
-        found = probes.tridiagonals(
-            runner.multiply,
-            runner.n,
-            runner.dtype,
-            seed=seed,
-            probes=probes_count,
-            steps=steps,
-            tick=ticked,
-            basis_bytes=basis_bytes,
-        )
+        if basis_bytes and stays_on_devices(runner.operator):
+            found = _tridiagonals(runner.operator, seed, probes_count, steps, tick)
+        else:
+            found = probes.tridiagonals(
+                runner.multiply,
+                runner.n,
+                runner.dtype,
+                seed=seed,
+                probes=probes_count,
+                steps=steps,
+                tick=ticked,
+                basis_bytes=basis_bytes,
+            )
         arrays = {"alphas": found.alphas, "betas": found.betas, "sizes": found.sizes}
         return Result(arrays, reorthogonalize=found.reorthogonalize, finite=found.finite)
 
     return compute
+
+
+def stays_on_devices(operator: Operator) -> bool:
+    """Return whether the bases of a quadrature stay on the devices, because they split
+    x.
+    """
+    return bool(operator.point.objective.leaves) and operator.terms.U is None and is_possible(operator)
+
+
+def _tridiagonals(operator: Operator, seed: int, count: int, steps: int, tick: Tick) -> probes.Tridiagonals:
+    """Run one Lanczos iteration after the other, each in a basis on the devices. See
+    `hvpd._krylov.probes.tridiagonals`.
+    """
+    found = probes.Tridiagonals(
+        np.zeros((count, steps)), np.zeros((count, steps - 1)), np.zeros(count, np.int64), "full", finite=True
+    )
+    space = AcceleratorSpace(operator)
+    space.reserve(space.room_rows(steps + 1)[0])
+    for row in range(count):
+        space.rewind(0, 0)
+        space.begin(probes.signs(seed, row, 1, operator.n, operator.dtype) / operator.dtype.type(np.sqrt(operator.n)))
+        try:
+            for number, step in enumerate(space.extend(steps)):
+                found.alphas[row, number] = step.alpha[0, 0]
+                found.betas[row, number : number + 1] = step.beta.reshape(-1)[: steps - 1 - number]
+                found.sizes[row] = number + 1
+                tick(row * steps + number + 1, 0.0)
+        except NotFiniteError:
+            found.finite = False
+            break
+    return found
 
 
 def estimate(*, of_diagonal: bool, method: str, products: int, seed: int) -> Compute:

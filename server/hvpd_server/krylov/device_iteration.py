@@ -2,6 +2,7 @@
 device.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from hvpd._wire import codec
 from hvpd_server.derivation import several_steps
+from hvpd_server.derivation.programs import METHODS
 from hvpd_server.device.device import host
 from hvpd_server.krylov import packing
 from hvpd_server.krylov.launcher import Launcher
@@ -42,6 +44,11 @@ class DeviceIteration:
         self._packed = packed
         self._fixed = fixed
         self._placed: list[Any] = []
+        objective = operator.point.objective
+        self._device = operator.engine.objectives.lane(objective).device
+        self._spread = self._device.spread(objective.leaves)
+        sizes = several_steps.Sizes(packed.width, operator.n, operator.dtype, fixed.form, self._spread)
+        self._specs = several_steps.specs_of(METHODS[packed.prefix], sizes)
         self._launcher = Launcher(
             operator,
             packed.prefix,
@@ -81,12 +88,15 @@ class DeviceIteration:
         packed, operator = self._packed, self._operator
         steps = self._launcher.steps(most)
         if not self._placed:
-            device = operator.engine.objectives.lane(operator.point.objective).device
             fixed = [packed.constant, *self._fixed.preconditioner, *self._fixed.low_rank]
-            self._placed = [device.put(array, owned=True) for array in fixed]
+            specs = itertools.chain(*self._specs[1:4])
+            self._placed = [self._put(array, spec) for array, spec in zip(fixed, specs, strict=True)]
         terms = np.array([operator.terms.scale, operator.terms.shift])
         numbers = [terms, packed.targets(targets), np.int32(steps)]
-        front = [*(self.arrays or packed.pack()), *self._placed, *numbers]
+        state = self.arrays or packed.pack()
+        if self._spread is not None and not self.arrays:
+            state = [self._put(array, spec) for array, spec in zip(state, self._specs[0], strict=True)]
+        front = [*state, *self._placed, *numbers]
         self.arrays, norms, facts = self._launcher.launch(packed.width, front, steps)
         taken, usual, ended = int(facts[0]), bool(facts[1]), bool(facts[2])
         packed.state.finished = ended
@@ -96,5 +106,17 @@ class DeviceIteration:
     def home(self) -> None:
         """Copy the state from the device to the iteration in NumPy."""
         if self.arrays:
-            self._packed.unpack([host(array) for array in self.arrays])
+            self._packed.unpack(self.copied())
             self.arrays = []
+
+    def copied(self) -> list[codec.Array]:
+        """Return the state in the host's memory."""
+        return [
+            host(array, spec.sharding and self._spread) for array, spec in zip(self.arrays, self._specs[0], strict=True)
+        ]
+
+    def _put(self, array: codec.Array, spec: Any) -> Any:
+        """Copy an array to the device, split as its spec says."""
+        if self._spread is None or spec.sharding is None:
+            return self._device.put(array, owned=True)
+        return self._device.put_spread(array, self._spread, len(spec.sharding.spec) - 1)

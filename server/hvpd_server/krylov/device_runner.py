@@ -15,7 +15,6 @@ from hvpd._krylov.short_recurrence import ShortRecurrence
 from hvpd._krylov.space import Multiply
 from hvpd._wire import codec
 from hvpd_server.derivation import conjugate_gradients
-from hvpd_server.device.device import host
 from hvpd_server.krylov import launcher, packing
 from hvpd_server.krylov.device_iteration import DeviceIteration
 from hvpd_server.krylov.operator import Operator
@@ -113,7 +112,7 @@ def _region_state(iteration: DeviceIteration, tol: float, maxiter: int, tick: Ti
         norms, usual = iteration.launch(np.array([tol]), maxiter - iteration.taken)
         latest = float(norms[-1, 0]) if len(norms) else latest
         tick(iteration.taken, latest)
-    X, Q, S, *numbers = map(host, iteration.arrays)
+    X, Q, S, *numbers = iteration.copied()
     found = conjugate_gradients.State(X, Q, S, *numbers)
     C, XX, XS, SS = (float(array[0, 0]) for array in (found.C, found.XX, found.XS, found.SS))
     size = S.dtype.type(C)

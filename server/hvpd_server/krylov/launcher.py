@@ -18,19 +18,20 @@ LAUNCH_SECONDS = 0.02
 def is_possible(operator: Operator, *, basis: bool = True) -> bool:
     """Return whether several steps with an operator can be one launch.
 
-    Several steps cannot be one launch with data in chunks, with a fixed bucket, whose
-    bits depend on the steps of each launch, or with x by leaf on several devices.
+    Several steps cannot be one launch with data in chunks, or with a fixed bucket,
+    whose bits depend on the steps of each launch.
 
     Args:
         operator: Multiplies.
-        basis: Whether the steps need a basis. On several devices they are then no
-            launch, because in a group the basis would go to all ranks each time.
+        basis: Whether the steps need a basis. On several devices that do not split x,
+            they are then no launch, because in a group the basis would go to all ranks
+            each time.
     """
     point = operator.point
     device = operator.engine.objectives.lane(point.objective).device
     return (
         isinstance(point.source, data_sources.Resident)
-        and (len(device.parts) == 1 or not (basis or point.objective.leaves))
+        and (len(device.parts) == 1 or not basis or bool(point.objective.leaves))
         and not point.objective.fixed_bucket
     )
 

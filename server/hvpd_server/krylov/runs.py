@@ -115,8 +115,8 @@ class Runs:
         """Return an empty space, in the best place for its steps."""
         if reorthogonalize != "full" or operator.terms.U is not None or not is_possible(operator):
             return HostSpace(operator, reorthogonalize)
-        device = self._engine.objectives.lane(operator.point.objective).device
-        if device.platform == "cpu":
+        objective = operator.point.objective
+        if self._engine.objectives.lane(objective).device.platform == "cpu" and not objective.leaves:
             return DeviceSpace(operator)
         return AcceleratorSpace(operator) if block == 1 else HostSpace(operator, reorthogonalize)
 

@@ -9,6 +9,7 @@ from hvpd._krylov import preconditioning, probes, solve, trace
 from hvpd.v1 import krylov_pb2
 from hvpd_server.errors import invalid
 from hvpd_server.krylov import computation
+from hvpd_server.krylov.device_space import capacity
 from hvpd_server.krylov.operator import Operator
 from hvpd_server.rpc.run_requests import Arrays, Expected
 from hvpd_server.scheduling.holdback import bucket_of
@@ -153,13 +154,17 @@ def _tridiagonals(spec: krylov_pb2.TridiagonalsSpec, operator: Operator, room_by
         raise invalid("STEPS", f"a request takes at most {MAX_STEPS} steps, got {spec.probes} x {spec.steps}")
     _check_word(spec.reorthogonalize, "reorthogonalize", ("", "full", "none"))
     vector = operator.n * operator.dtype.itemsize
-    one = spec.steps * vector
+    devices = computation.stays_on_devices(operator)
+    one = (capacity(spec.steps + 1) if devices else spec.steps) * vector
     most = {"none": 0, "full": max(room_bytes, one)}.get(spec.reorthogonalize, room_bytes)
-    most = min(most, max(probes.BASIS_BYTES, one if spec.reorthogonalize == "full" else 0))
+    if not devices:
+        most = min(most, max(probes.BASIS_BYTES, one if spec.reorthogonalize == "full" else 0))
     group = min(spec.probes, max(most // one, 1) if one <= most else probes.GROUP_BYTES // vector or 1)
+    if devices and one <= most:  # One basis after the other.
+        group = 1
     size_bytes = (one * group if one <= most else 0) + 5 * group * vector
     compute = computation.quadrature(
-        seed=spec.seed, probes_count=spec.probes, steps=spec.steps, basis_bytes=most, width=group
+        seed=spec.seed, probes_count=spec.probes, steps=spec.steps, basis_bytes=most if one <= most else 0, width=group
     )
     return Computation("tridiagonals", compute, size_bytes, f"{group} iterations with {size_bytes // vector} vectors")
 
