@@ -1,7 +1,8 @@
 """The common parts of commands: connecting, reading a vector, and showing results."""
 
 import argparse
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -71,6 +72,19 @@ def connect(
     )
 
 
+@contextlib.contextmanager
+def accessing(what: str) -> Iterator[None]:
+    """Raise the error of a file that cannot be used.
+
+    Args:
+        what: The verb and the file, such as "read x.npy".
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot {what}: {error.strerror or error}", reason="FILE_ACCESS") from None
+
+
 def vector(path: str) -> Any:
     """Return the array of a file of `numpy.save`.
 
@@ -79,15 +93,13 @@ def vector(path: str) -> Any:
     """
     import numpy as np
 
-    try:
-        with Path(path).open("rb") as file:
+    with accessing(f"read {path}"), Path(path).open("rb") as file:
+        try:
             return np.lib.format.read_array(file, allow_pickle=False)
-    except OSError as error:
-        raise InvalidArgumentError(f"cannot read {path}: {error.strerror or error}", reason="FILE_ACCESS") from None
-    except (ValueError, EOFError):
-        raise InvalidArgumentError(
-            f"{path} is no file of numpy.save with one array of numbers", reason="FILE_CONTENT"
-        ) from None
+        except (ValueError, EOFError):
+            raise InvalidArgumentError(
+                f"{path} is no file of numpy.save with one array of numbers", reason="FILE_CONTENT"
+            ) from None
 
 
 def show(text: object, file: TextIO | None = None) -> None:

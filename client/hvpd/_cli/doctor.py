@@ -17,7 +17,7 @@ from hvpd import _environment, _profiles
 from hvpd._cli.common import connect, connection, show
 from hvpd._errors import AccessError, HvpdError, InvalidArgumentError
 from hvpd._transport import reach, tls
-from hvpd._transport.address import DNS, is_fleet, listed, resolved
+from hvpd._transport.address import DNS, is_fleet, listed, parts, resolved
 from hvpd._version import __version__
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _look(arguments: argparse.Namespace) -> Iterator[Finding]:
     if not host or not port.isdecimal():
         yield Finding(False, "address", f"it must be host:port, such as gpu-box:7070, got {address!r}")
         return
-    if (yield from _way(host.strip("[]"), int(port))):
+    if (yield from _way(*parts(address))):
         yield from _served(arguments)
 
 
@@ -96,9 +96,8 @@ def _look_at_fleet(arguments: argparse.Namespace, address: str) -> Iterator[Find
         return
     there = []
     for one in each:
-        host, _, port = one.rpartition(":")
         yield Finding(None, "server", one)
-        if (yield from _way(host.strip("[]"), int(port))):
+        if (yield from _way(*parts(one))):
             there.append(one)
     if there:
         yield from _served(arguments, there)
@@ -232,7 +231,7 @@ def _vectors(client: "Client") -> Finding:
         return Finding(None, "vector port", "not used, because the address is that of a tunnel or a proxy")
     if client._transport.by_unix_socket():  # noqa: SLF001 - our own
         return Finding(True, "vector port", "not needed on this machine: products go over the server's Unix socket")
-    found = _reached(client.address.rpartition(":")[0].strip("[]"), port, "vector port")
+    found = _reached(parts(client.address)[0], port, "vector port")
     if found.good:
         return found
     return Finding(None, "vector port", f"{found.text} Products go over gRPC, which takes longer.")

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from hvpd._cli.common import connect, connection, show, vector
+from hvpd._cli.common import accessing, connect, connection, show, vector
 from hvpd._errors import InvalidArgumentError
 from hvpd._wire import protocol
 
@@ -116,12 +116,8 @@ def _at(client: "Client", arguments: argparse.Namespace) -> Any:
 def _finish(arguments: argparse.Namespace, result: Any, facts: dict[str, Any], text: str) -> None:
     """Save and show a result."""
     if arguments.save:
-        try:
+        with accessing(f"write {arguments.save}"):
             result.save(arguments.save)
-        except OSError as error:
-            raise InvalidArgumentError(
-                f"cannot write {arguments.save}: {error.strerror or error}", reason="FILE_ACCESS"
-            ) from None
     facts = {"name": arguments.name, "digest": result.digest, "x": _place(arguments)} | facts
     show(json.dumps(facts) if arguments.json else f"{text}\nat {_place(arguments)}")
 
@@ -141,12 +137,8 @@ def _spectrum(arguments: argparse.Namespace) -> int:
     if arguments.png:
         axes = found.plot(sigma=arguments.sigma)
         axes.set_title(f"{arguments.operator} of {arguments.name}")
-        try:
+        with accessing(f"write {arguments.png}"):
             axes.figure.savefig(arguments.png, format="png")
-        except OSError as error:
-            raise InvalidArgumentError(
-                f"cannot write {arguments.png}: {error.strerror or error}", reason="FILE_ACCESS"
-            ) from None
     facts = {
         "n": found.n,
         "smallest": float(found.nodes.min()),

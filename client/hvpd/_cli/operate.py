@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hvpd._cli.common import connect, connection, print_table, show, show_bytes
+from hvpd._cli.common import accessing, connect, connection, print_table, show, show_bytes
 from hvpd._errors import InvalidArgumentError
 
 
@@ -328,9 +328,8 @@ def _store_copy(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _token_file(arguments: argparse.Namespace) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise InvalidArgumentError(str(error), reason="INVALID_OPTION") from None
-    except OSError as error:
-        raise InvalidArgumentError(f"cannot change {arguments.file}: {error.strerror}", reason="FILE_ACCESS") from None
+    with accessing(f"change {arguments.file}"):
+        try:
+            yield
+        except ValueError as error:
+            raise InvalidArgumentError(str(error), reason="INVALID_OPTION") from None

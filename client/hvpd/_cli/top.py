@@ -18,7 +18,7 @@ from hvpd._wire.distribution import Distribution
 from hvpd.v1 import server_pb2
 
 if TYPE_CHECKING:
-    from hvpd._client import Client
+    pass
 
 Loads: TypeAlias = "Mapping[str, server_pb2.GetLoadResponse | None]"
 """Loads of servers by address; None for one that does not answer."""
@@ -50,42 +50,27 @@ def _run(arguments: argparse.Namespace) -> int:
     live = sys.stdout.isatty() and not arguments.json
     shown = 0
     with connect(arguments) as client:
-        if is_fleet(client.address):
-            return _run_fleet(client, arguments, live=live)
-        before = client.load()
+        fleet = is_fleet(client.address)
+
+        def read() -> Loads:
+            return client.loads() if fleet else {client.address: client.load()}
+
+        before = read()
         try:
             if live:  # Otherwise the screen would be empty for the first interval.
-                _show(frame(client.address, before, before), live=live)
+                _show(_frame(before, before, fleet=fleet), live=live)
             while not arguments.count or shown < arguments.count:
                 time.sleep(arguments.interval)
-                now = client.load()
+                now = read()
                 if arguments.json:
-                    print(json.dumps(json_format.MessageToDict(now, preserving_proto_field_name=True)), flush=True)
+                    for address, load in now.items():
+                        print(json.dumps(({"address": address} if fleet else {}) | _json(load)), flush=True)
                 else:
-                    _show(frame(client.address, before, now), live=live)
-                before, shown = now, shown + 1
+                    _show(_frame(before, now, fleet=fleet), live=live)
+                # A server that was away in between counts from its latest answer.
+                before, shown = {address: load or before.get(address) for address, load in now.items()}, shown + 1
         except KeyboardInterrupt:
             pass
-    return 0
-
-
-def _run_fleet(client: "Client", arguments: argparse.Namespace, *, live: bool) -> int:
-    shown, before = 0, client.loads()
-    try:
-        if live:
-            _show(fleet_frame(before, before), live=live)
-        while not arguments.count or shown < arguments.count:
-            time.sleep(arguments.interval)
-            now = client.loads()
-            if arguments.json:
-                for address, load in now.items():
-                    print(json.dumps({"address": address} | _json(load)), flush=True)
-            else:
-                _show(fleet_frame(before, now), live=live)
-            # A server that was away in between counts from its latest answer.
-            before, shown = {address: load or before.get(address) for address, load in now.items()}, shown + 1
-    except KeyboardInterrupt:
-        pass
     return 0
 
 
@@ -101,6 +86,14 @@ def _show(lines: Sequence[str], *, live: bool) -> None:
         print(_CLEAR, end="")
     show("\n".join(lines))
     sys.stdout.flush()
+
+
+def _frame(before: Loads, now: Loads, *, fleet: bool) -> list[str]:
+    if fleet:
+        return fleet_frame(before, now)
+    [(address, load)] = now.items()
+    assert load is not None
+    return frame(address, before[address] or load, load)
 
 
 def frame(address: str, before: server_pb2.GetLoadResponse, now: server_pb2.GetLoadResponse) -> list[str]:

@@ -1,13 +1,13 @@
 """`hvpd umbridge`: objectives as models of UM-Bridge."""
 
 import argparse
-import ipaddress
 import signal
 import sys
 import threading
 
 from hvpd._cli.common import connect, connection, show
 from hvpd._errors import InvalidArgumentError
+from hvpd._transport.address import is_local
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -52,7 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 reason="ADDRESS",
             ) from None
         with server:
-            if not _is_loopback(arguments.host):
+            if not is_local(arguments.host):
                 show(
                     "hvpd: warning: UM-Bridge has no tokens: everyone who reaches this port can use the objectives",
                     sys.stderr,
@@ -68,10 +68,3 @@ def _run(arguments: argparse.Namespace) -> int:
 def _stop(server: "object") -> None:
     # `shutdown` waits for the loop, which runs in this thread.
     threading.Thread(target=server.shutdown, daemon=True).start()  # type: ignore[attr-defined]
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from hvpd._conformance import checks
 from hvpd._conformance.golden import load
+from hvpd._transport.address import parts
 from hvpd._transport.raw_calls import RawCalls
 from hvpd._transport.transport import Transport
 
@@ -23,7 +24,7 @@ class Outcome:
 
 def run(transport: Transport) -> Iterator[Outcome]:
     """Yield the outcome of each check. The server keeps nothing of the suite."""
-    host = transport.address.rpartition(":")[0].strip("[]")
+    host = parts(transport.address)[0]
     server = checks.Server(RawCalls(transport.channel), load(), host, encrypted=transport.settings["tls"] is not None)
     try:
         for name, check in zip(checks.names(), checks.CHECKS, strict=True):

@@ -35,6 +35,12 @@ def host_of(address: object) -> str:
     return host
 
 
+def parts(address: str) -> tuple[str, int]:
+    """Return host, without brackets, and port of a valid address."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 def is_local(host: str) -> bool:
     """Return whether a host is this machine's loopback."""
     try:

@@ -3,7 +3,7 @@
 import socket
 from typing import NamedTuple
 
-from hvpd._transport.address import is_local
+from hvpd._transport.address import is_local, parts
 
 REFUSED = "refuses connections: is `hvpd serve` running there, on this port and this interface (--host)?"
 """The state of a port, then what to do."""
@@ -25,12 +25,11 @@ def unreachable(address: str, seconds: float) -> Unreachable | None:
         address: "host:port".
         seconds: Seconds to wait for the connection.
     """
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
+    host, port = parts(address)
     if is_proxied(host):  # Only the proxy may know the host.
         return None
     try:
-        socket.create_connection((host, int(port)), seconds).close()
+        socket.create_connection((host, port), seconds).close()
     except ConnectionRefusedError:
         return Unreachable(
             reason="CONNECTION_REFUSED",

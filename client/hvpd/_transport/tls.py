@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 
 from hvpd._errors import InvalidArgumentError
+from hvpd._transport.address import parts
 
 PathLike = str | os.PathLike[str]
 
@@ -116,11 +117,10 @@ def shown(address: str, tls: Tls, seconds: float) -> tuple[list[str], str] | Non
         tls: Certificates of this client.
         seconds: Seconds to wait for each answer.
     """
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
+    host, port = parts(address)
     try:
         with (
-            socket.create_connection((host, int(port)), seconds) as plain,
+            socket.create_connection((host, port), seconds) as plain,
             tls.context.wrap_socket(plain, server_hostname=tls.server_name or host) as secure,
         ):
             found: dict[str, Any] = secure.getpeercert() or {}
@@ -144,12 +144,11 @@ def diagnose(address: str, tls: Tls | None, seconds: float) -> str | None:
 
 
 def _look(address: str, tls: Tls | None, seconds: float) -> str | None:
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
+    host, port = parts(address)
     context = tls.context if tls is not None else _accepting_all()
     try:
         with (
-            socket.create_connection((host, int(port)), seconds) as plain,
+            socket.create_connection((host, port), seconds) as plain,
             context.wrap_socket(plain, server_hostname=(tls and tls.server_name) or host) as secure,
         ):
             return _SPEAKS_TLS if tls is None else _after(secure, tls)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.message import Message
 
 from hvpd._errors import Failure
+from hvpd._transport.address import parts
 from hvpd._version import __version__
 from hvpd.v1 import curvature_pb2
 
@@ -64,11 +65,11 @@ class Tracing:
         self._api = trace
         self._tracer = provider.get_tracer("hvpd", __version__)
         self._propagator = TraceContextTextMapPropagator()
-        host, _, port = address.rpartition(":")
+        host, port = parts(address)
         self._server: Mapping[str, Any] = {
             "rpc.system.name": "grpc",
-            "server.address": host.strip("[]"),
-            "server.port": int(port),
+            "server.address": host,
+            "server.port": port,
         }
 
     @contextlib.contextmanager
