@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from hvpd._errors import InvalidArgumentError
+from hvpd._krylov.trace import NOT_FINITE
 from hvpd._wire import codec
 
 Multiply = Callable[[codec.Array], codec.Array]
@@ -20,11 +21,7 @@ def products(multiply: Multiply, block: codec.Array) -> codec.Array:
     """
     found = multiply(block)
     if not np.isfinite(found).all():
-        raise InvalidArgumentError(
-            "products with finite vectors hold NaN or infinity, usually because x, the value or the gradient does: look at "
-            "point.nonfinite",
-            reason="NOT_FINITE",
-        )
+        raise InvalidArgumentError(NOT_FINITE, reason="NOT_FINITE")
     return found
 
 

@@ -25,7 +25,7 @@ from jax.extend.core.primitives import custom_jvp_call_p, custom_vjp_call_p, jit
 from jax.interpreters import ad, batching, mlir
 
 from hvpd._errors import InvalidArgumentError
-from hvpd._registration.jaxprs import held, inside, is_sharded, open_jaxpr, traced
+from hvpd._registration.jaxprs import equations, held, is_sharded, open_jaxpr, traced
 
 _active = threading.local()
 """`limit`: bytes of the largest array that may stay in a jit; None outside of `opened`.
@@ -141,8 +141,7 @@ def check_closed(closed: Any, count: int) -> None:
     Raises:
         InvalidArgumentError: One does.
     """
-    bodies = [closed.jaxpr, *(getattr(each, "jaxpr", each) for each in inside(closed))]
-    if not _active.traced and all(each.primitive is not _CLOSED_OVER for body in bodies for each in body.eqns):
+    if not _active.traced and all(each.primitive is not _CLOSED_OVER for each in equations(closed)):
         return
     fun, avals = _evaluate(closed), closed.in_avals
 

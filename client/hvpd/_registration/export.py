@@ -20,6 +20,7 @@ from hvpd._registration import marked_primitives, marks, purity
 from hvpd._registration.bundle import Arrays, Export, assemble, flat_dtype_of, floating_array
 from hvpd._registration.closures import HiddenError, lowering
 from hvpd._registration.hijax import kept_rules
+from hvpd._registration.jaxprs import equations
 from hvpd._registration.lift import forget, forgetting
 from hvpd._registration.portable import oldest_reader, portable_of
 from hvpd._registration.stages import Stage, Subject, worded
@@ -349,16 +350,7 @@ def _programs(
 
 def _has_branches(stage: Stage) -> bool:
     """Return whether a function computes differently on different platforms."""
-    pending = [stage.closed.jaxpr]
-    while pending:
-        for equation in pending.pop().eqns:
-            if equation.primitive.name == "platform_index":
-                return True
-            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    pending.append(inner)
-    return False
+    return any(each.primitive.name == "platform_index" for each in equations(stage.closed))
 
 
 def _lower(stage: Stage, platforms: Sequence[str], version: str) -> bytes:

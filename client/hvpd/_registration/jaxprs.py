@@ -63,5 +63,11 @@ def inside(closed: Any) -> Iterator[Any]:
                 yield from inside(value)
 
 
+def equations(closed: Any) -> Iterator[Any]:
+    """Yield the operations of a jaxpr, and of those inside it."""
+    for each in (closed, *inside(closed)):
+        yield from getattr(each, "jaxpr", each).eqns
+
+
 def _is_jaxpr(value: Any) -> bool:
     return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")

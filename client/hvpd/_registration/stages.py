@@ -22,7 +22,7 @@ from hvpd._composite import Composite
 from hvpd._errors import InvalidArgumentError
 from hvpd._registration.closures import HiddenError, check_closed
 from hvpd._registration.hijax import is_high
-from hvpd._registration.jaxprs import inside
+from hvpd._registration.jaxprs import equations
 from hvpd._registration.lift import lift, trace
 from hvpd._registration.marked_primitives import UnmarkableError
 from hvpd._wire import codec
@@ -323,12 +323,7 @@ def _check_scalar(fun: _Function, out: Any) -> None:
 
 
 def _check_pure(fun: _Function, closed: Any) -> None:
-    callbacks = [
-        equation
-        for jaxpr in (closed, *inside(closed))
-        for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns
-        if equation.primitive.name.endswith("callback")
-    ]
+    callbacks = [each for each in equations(closed) if each.primitive.name.endswith("callback")]
     if closed.effects or callbacks:
         kinds = {type(each).__name__ for each in closed.effects} or {each.primitive.name for each in callbacks}
         made = callbacks[0].source_info.traceback if callbacks else None
