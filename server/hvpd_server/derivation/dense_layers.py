@@ -122,7 +122,7 @@ def _moved(equation: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def _reshaped(before: Sequence[Any], after: Sequence[Any], axis: int) -> list[int]:
-    """Return the position of an axis after a reshape, or None if the axis is gone.
+    """Return the position of an axis after a reshape; nothing if the axis is gone.
 
     The axis stays if it has as many elements in front of it as before.
     """

@@ -16,7 +16,7 @@ from hvpd.v1 import objective_pb2
 from hvpd_server.derivation.layout import Layout
 from hvpd_server.derivation.products import Stages
 from hvpd_server.importer import evaluate, refusals
-from hvpd_server.importer.graph import Block, Module
+from hvpd_server.importer.graph import Block, Module, TensorType
 from hvpd_server.importer.table import Refused, Report
 
 OBJECTIVE: Final = "objective"
@@ -180,24 +180,17 @@ def _check_arguments(name: str, main: Block, specs: Sequence[Any]) -> None:
 
     Extents that the program leaves open fit any size.
     """
-    taken = [(type_.dtype, type_.shape) for type_ in main.types]
-    given = [(np.dtype(spec.dtype).name, tuple(spec.shape)) for spec in specs]
-    fits = len(taken) == len(given) and all(
-        dtype == other
-        and len(shape) == len(size)
-        and all(want is None or want == got for want, got in zip(shape, size, strict=True))
-        for (dtype, shape), (other, size) in zip(taken, given, strict=False)
-    )
-    if not fits:
+    given = [TensorType(tuple(spec.shape), np.dtype(spec.dtype).name) for spec in specs]
+    if len(main.types) != len(given) or not all(map(TensorType.fits, main.types, given)):
         raise Refused(
             refusals.BUNDLE_INVALID,
-            f"{name} takes {_listed(taken)}, and the bundle says that it takes {_listed(given)}",
+            f"{name} takes {_listed(main.types)}, and the bundle says that it takes {_listed(given)}",
         )
 
 
-def _listed(specs: Sequence[tuple[str, Sequence[int | None]]]) -> str:
-    written = [f"{dtype}[{','.join('?' if size is None else str(size) for size in shape)}]" for dtype, shape in specs]
-    return ", ".join(written[:8]) + (f" and {len(written) - 8} more" if len(written) > 8 else "") or "nothing"
+def _listed(types: Sequence[TensorType]) -> str:
+    more = f" and {len(types) - 8} more" if len(types) > 8 else ""
+    return ", ".join(map(str, types[:8])) + more or "nothing"
 
 
 def _check_scalar(name: str, results: Sequence[Any]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from hvpd import _text
 from hvpd_server.importer import families, refusals
-from hvpd_server.importer.graph import Block, Module, Operation
+from hvpd_server.importer.graph import Block, Module, Operation, TensorType
 from hvpd_server.importer.table import KINKS, TABLE, Call, Refused, Report, Value, known
 
 families.load()
@@ -161,12 +161,6 @@ class _Evaluator:
         if len(results) != len(types):
             raise call.refuse(f"with {len(types)} results, it has {len(results)}", refusals.BUNDLE_INVALID)
         for result, type_ in zip(results, types, strict=True):
-            shape, dtype = np.shape(result), np.dtype(result.dtype).name
-            fits = len(shape) == len(type_.shape) and all(
-                want is None or want == got for want, got in zip(type_.shape, shape, strict=True)
-            )
-            if not fits or dtype != type_.dtype:
-                raise call.refuse(
-                    f"whose result is {dtype}{list(shape)}, the program says {type_.dtype}{list(type_.shape)}",
-                    refusals.BUNDLE_INVALID,
-                )
+            found = TensorType(np.shape(result), np.dtype(result.dtype).name)
+            if not type_.fits(found):
+                raise call.refuse(f"whose result is {found}, the program says {type_}", refusals.BUNDLE_INVALID)

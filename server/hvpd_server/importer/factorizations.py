@@ -240,7 +240,7 @@ def _orgqr(custom: CustomCall) -> Sequence[Value]:
     """Return Q of the matrix whose reflectors are expanded."""
     call = custom.call
     factored = call.definition(call.operation.operands[1])
-    if not _is_geqrf(factored) or factored is None or call.operation.operands[1] != factored.results[1]:
+    if factored is None or not _is_geqrf(factored) or call.operation.operands[1] != factored.results[1]:
         raise custom.refuse("whose second operand is not that of a QR factorization (geqrf) in the same function")
     if not _is_corner(custom, call.operation.operands[0], factored.results[0]):
         raise custom.refuse("whose first operand is not the result of the same geqrf, from its first row and column on")
@@ -252,12 +252,8 @@ def _orgqr(custom: CustomCall) -> Sequence[Value]:
     return [lax.linalg.qr(a, full_matrices=wanted == rows)[0]]
 
 
-def _is_geqrf(maker: Operation | None) -> bool:
-    return (
-        maker is not None
-        and maker.name == "stablehlo.custom_call"
-        and maker.attributes.get("call_target_name") in _GEQRF
-    )
+def _is_geqrf(maker: Operation) -> bool:
+    return maker.name == "stablehlo.custom_call" and maker.attributes.get("call_target_name") in _GEQRF
 
 
 def _is_corner(custom: CustomCall, value: int, whole: int) -> bool:

@@ -22,7 +22,13 @@ _UPDATES: Final[Mapping[str, Callable[..., Value]]] = {
 }
 """Functions of jax by the operation of the update body."""
 
-_BOOLEAN: Final[Mapping[str, str]] = {"stablehlo.or": "stablehlo.maximum", "stablehlo.and": "stablehlo.minimum"}
+_BOOLEAN: Final[Mapping[str, str]] = {
+    "stablehlo.or": "stablehlo.maximum",
+    "stablehlo.and": "stablehlo.minimum",
+    # jax writes the sum of booleans as a disjunction.
+    "stablehlo.add": "stablehlo.maximum",
+    "stablehlo.multiply": "stablehlo.minimum",
+}
 """Operations that have the same result for booleans."""
 
 
@@ -80,11 +86,7 @@ def _update(call: Call, body: Block, dtype: Any) -> Callable[..., Value]:
         return lax.scatter
     if len(body.operations) == 1 and returned in body.operations[0].results:
         (only,) = body.operations
-        name = only.name
-        # jax writes the sum of booleans as a disjunction.
-        if dtype == np.bool_:
-            name = {"stablehlo.add": "stablehlo.maximum", "stablehlo.multiply": "stablehlo.minimum"}.get(name, name)
-            name = _BOOLEAN.get(name, name)
+        name = _BOOLEAN.get(only.name, only.name) if dtype == np.bool_ else only.name
         in_order = tuple(only.operands) == (old, new)
         swapped = tuple(only.operands) == (new, old) and name != "stablehlo.subtract"
         if name in _UPDATES and not only.attributes and (in_order or swapped):

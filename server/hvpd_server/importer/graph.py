@@ -18,6 +18,19 @@ class TensorType:
     dtype: str
     """Name of a NumPy or ml_dtypes dtype, such as "float32", "bfloat16" or "bool"."""
 
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join('?' if extent is None else str(extent) for extent in self.shape)}]"
+
+    def fits(self, other: "TensorType") -> bool:
+        """Return whether both may be the type of one array: an extent that is not known
+        fits any.
+        """
+        return (
+            self.dtype == other.dtype
+            and len(self.shape) == len(other.shape)
+            and all(a is None or b is None or a == b for a, b in zip(self.shape, other.shape, strict=True))
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:

@@ -106,23 +106,14 @@ class Mark:
             ("takes", block.types, arguments),
             ("returns", block.result_types, results),
         ):
-            fits = len(found) == len(expected) and all(map(_compatible, found, expected))
-            if not fits:
+            if len(found) != len(expected) or not all(map(TensorType.fits, found, expected)):
                 raise self.refuse(
                     f"whose {name} {what} {_written(found)}: expected {_written(expected)}, as the operation's types say"
                 )
 
 
-def _compatible(left: TensorType, right: TensorType) -> bool:
-    return (
-        left.dtype == right.dtype
-        and len(left.shape) == len(right.shape)
-        and all(a is None or b is None or a == b for a, b in zip(left.shape, right.shape, strict=True))
-    )
-
-
 def _written(types: Sequence[TensorType]) -> str:
-    shown = [f"{type_.dtype}[{','.join('?' if e is None else str(e) for e in type_.shape)}]" for type_ in types[:6]]
+    shown = [str(type_) for type_ in types[:6]]
     return f"({', '.join(shown)}{', ...' if len(types) > len(shown) else ''})"
 
 
