@@ -98,25 +98,7 @@ def lanczos(
         >>> run = hvpd.krylov.lanczos(H, 100)
         >>> run.ritz(5).values
     """
-    from hvpd._arguments import check_choice, integer
-    from hvpd._errors import InvalidArgumentError
-
-    found = runner(A)
-    check_choice(reorthogonalize, "reorthogonalize", _lanczos.REORTHOGONALIZE)
-    block = integer(block, "block", 1, found.n)
-    seed = integer(seed, "seed", 0)
-    steps = integer(steps, "steps", 0)
-    if reorthogonalize == "full" and steps * block > found.n:
-        raise InvalidArgumentError(
-            f"steps * block must be at most n = {found.n} with reorthogonalize='full', got {steps} * {block}: take at most "
-            f"n // block = {found.n // block} steps",
-            reason="STEPS",
-        )
-    start = _lanczos.start_block(found.n, found.dtype, v0, seed, block)
-    origin = found.seeded(seed) if v0 is None else found.origin
-    with found.running("lanczos", steps) as tick:
-        run = Lanczos(found.space(reorthogonalize), start, origin=origin)
-        return run.extend(steps, progress=tick)
+    return _lanczos.lanczos(runner(A), steps, v0, seed, block, reorthogonalize)
 
 
 def eigsh(

@@ -21,6 +21,7 @@ from hvpd._arguments import check_choice, integer
 from hvpd._errors import HvpdError, InvalidArgumentError
 from hvpd._krylov.results import Eigenpairs, Origin
 from hvpd._krylov.ritz import WHICH, select, tolerance
+from hvpd._krylov.runner import Runner
 from hvpd._krylov.space import NotFiniteError, Resident, Space
 from hvpd._krylov.vectors import Array
 
@@ -492,3 +493,22 @@ class Lanczos:
 
     def __repr__(self) -> str:
         return f"<Lanczos {self.n}x{self.n} {self.dtype}: {self.steps} steps, {self.products} products; {self.reason}>"
+
+
+def lanczos(runner: Runner, steps: int, v0: Any, seed: int, block: int, reorthogonalize: str) -> Lanczos:
+    """Run Lanczos iteration; see `hvpd.krylov.lanczos`."""
+    check_choice(reorthogonalize, "reorthogonalize", REORTHOGONALIZE)
+    block = integer(block, "block", 1, runner.n)
+    seed = integer(seed, "seed", 0)
+    steps = integer(steps, "steps", 0)
+    if reorthogonalize == "full" and steps * block > runner.n:
+        raise InvalidArgumentError(
+            f"steps * block must be at most n = {runner.n} with reorthogonalize='full', got {steps} * {block}: take at most "
+            f"n // block = {runner.n // block} steps",
+            reason="STEPS",
+        )
+    start = start_block(runner.n, runner.dtype, v0, seed, block)
+    origin = runner.seeded(seed) if v0 is None else runner.origin
+    with runner.running("lanczos", steps) as tick:
+        run = Lanczos(runner.space(reorthogonalize), start, origin=origin)
+        return run.extend(steps, progress=tick)

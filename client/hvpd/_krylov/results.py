@@ -139,8 +139,8 @@ def load(path: str | os.PathLike[str]) -> Result:
     if not place.exists() and place.suffix != _SUFFIX:  # As `save` names it.
         place = place.with_name(place.name + _SUFFIX)
     try:
-        with place.open("rb") as file, _opened(file, path) as arrays:
-            fields: dict[str, Any] = {name: _array(arrays, name, path) for name in arrays.files}
+        with place.open("rb") as file:
+            fields = _arrays_of(file)
     except OSError as error:
         raise InvalidArgumentError(
             f"cannot read {os.fspath(path)!r}: {error.strerror or error}", reason="FILE_ACCESS"
@@ -161,28 +161,13 @@ def load(path: str | os.PathLike[str]) -> Result:
         ) from error
 
 
-def _array(arrays: Any, name: str, path: str | os.PathLike[str]) -> Array:
-    try:
-        found: Array = arrays[name]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # Damaged, or an object of Python.
-        raise InvalidArgumentError(
-            f"{os.fspath(path)!r} holds no result of hvpd.krylov: pass a file that save() wrote", reason="FILE_CONTENT"
-        ) from error
-    return found
-
-
-def _opened(file: Any, path: str | os.PathLike[str]) -> Any:
+def _arrays_of(file: Any) -> dict[str, Any]:
+    """Return the arrays of a file of numpy.savez; none if it is another or damaged."""
     try:
         found = np.load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise InvalidArgumentError(
-            f"{os.fspath(path)!r} is no .npz file: pass a file that save() wrote", reason="FILE_CONTENT"
-        ) from error
-    if not isinstance(found, np.lib.npyio.NpzFile):
-        raise InvalidArgumentError(
-            f"{os.fspath(path)!r} holds one array: pass a file that save() wrote", reason="FILE_CONTENT"
-        )
-    return found
+        return {name: found[name] for name in found.files} if isinstance(found, np.lib.npyio.NpzFile) else {}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
+        return {}
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)

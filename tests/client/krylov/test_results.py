@@ -79,17 +79,17 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(hvpd.InvalidArgumentError, match="a result of another version"):
         krylov.load(path)
     path.write_text("no zip")
-    with pytest.raises(hvpd.InvalidArgumentError, match=r"is no \.npz file"):
+    with pytest.raises(hvpd.InvalidArgumentError, match="holds no result"):
         krylov.load(path)
     with path.open("wb") as file:
         np.save(file, A)
-    with pytest.raises(hvpd.InvalidArgumentError, match="holds one array"):
+    with pytest.raises(hvpd.InvalidArgumentError, match="holds no result"):
         krylov.load(path)
     RESULTS["Estimate"]().save(path)
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:40] + bytes(40) + whole[80:]):
         path.write_bytes(damaged)
-        with pytest.raises(hvpd.InvalidArgumentError, match=r"is no \.npz file|holds no result"):
+        with pytest.raises(hvpd.InvalidArgumentError, match="holds no result"):
             krylov.load(path)
     np.savez(path, kind=np.array([object()], dtype=object))
     with pytest.raises(hvpd.InvalidArgumentError, match="holds no result"):
