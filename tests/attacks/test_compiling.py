@@ -91,3 +91,52 @@ def test_a_program_that_takes_more_memory_than_the_machine_has_is_refused_before
     with pytest.raises(hvpd.HvpdError, match="bytes of memory beside its arguments") as error:
         attacked.register(wide, np.ones(2))
     assert error.value.reason == "DEVICE_MEMORY"
+
+
+MATRIX = "%w = stablehlo.reshape %x : (tensor<16xf64>) -> tensor<4x4xf64>"
+TOTAL = """%zero = stablehlo.constant dense<0.0> : tensor<f64>
+    %sum = stablehlo.reduce(%y init: %zero) applies stablehlo.add across dimensions = [0] : (tensor<16xf64>, tensor<f64>) -> tensor<f64>
+    return %sum : tensor<f64>"""
+
+HARMFUL = {
+    # Unwritten results of this routine showed a neighbour's vector.
+    "a Schur form": (
+        f"""{MATRIX}
+    %r:5 = stablehlo.custom_call @lapack_dgees_ffi(%w) {{mhlo.backend_config = {{mode = 78 : ui8, sort = 78 : ui8}}}}
+        : (tensor<4x4xf64>) -> (tensor<4x4xf64>, tensor<4x4xf64>, tensor<4xf64>, tensor<4xf64>, tensor<i32>)
+    %y = stablehlo.reshape %r#1 : (tensor<4x4xf64>) -> tensor<16xf64>""",
+        "stablehlo.custom_call",
+        "lapack_dgees_ffi",
+    ),
+    # XLA's sort crashed, because equal keys are in no order.
+    "no strict order": (
+        """%y = "stablehlo.sort"(%x) ({ ^bb0(%a: tensor<f64>, %b: tensor<f64>):
+        %c = stablehlo.compare GE, %a, %b : (tensor<f64>, tensor<f64>) -> tensor<i1>
+        stablehlo.return %c : tensor<i1> }) {dimension = 0 : i64, is_stable = false} : (tensor<16xf64>) -> tensor<16xf64>""",
+        "stablehlo.sort",
+        "comparator that is not recognised",
+    ),
+    # XLA's compiler crashed, at each start of the server.
+    "reflectors that do not fit": (
+        f"""{MATRIX}
+    %q = stablehlo.custom_call @lapack_dorgqr_ffi(%w, %x)
+        {{mhlo.backend_config = {{}}, operand_layouts = [dense<[0, 1]> : tensor<2xindex>, dense<0> : tensor<1xindex>],
+        result_layouts = [dense<[0, 1]> : tensor<2xindex>]}} : (tensor<4x4xf64>, tensor<16xf64>) -> tensor<4x4xf64>
+    %y = stablehlo.reshape %q : (tensor<4x4xf64>) -> tensor<16xf64>""",
+        "stablehlo.custom_call",
+        "orgqr",
+    ),
+}
+"""Bodies of programs that ended a server, or read its memory, the operation of the
+refusal, and its words.
+"""
+
+
+def test_calls_and_regions_that_did_harm_are_refused_beside_a_neighbour(attacked):
+    for body, operation, says in HARMFUL.values():
+        text = f"module {{ func.func public @main(%x: tensor<16xf64>) -> tensor<f64> {{ {body}\n {TOTAL} }} }}"
+        with pytest.raises(hvpd.HvpdError, match=says) as error:
+            attacked.register_stablehlo(text, np.ones(16), name="harmful")
+        assert error.value.reason == "OPERATION_REFUSED"
+        assert operation in str(error.value)
+    assert [each.name for each in attacked.objectives()] == ["neighbour"]
