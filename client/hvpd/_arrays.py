@@ -232,6 +232,13 @@ def vectors(array: Any, where: str) -> Array:
     return host(array, where)
 
 
+def fault(array: Array) -> str:
+    """Return the reason of an error about an array that must have another shape, or
+    must be real.
+    """
+    return "SHAPE" if array.dtype.kind in "fiub" else "DTYPE"
+
+
 def back(result: Array, like: Any) -> Any:
     """Return a result in the kind of the caller's array."""
     return result if type(like) is np.ndarray else kind_of(like).back(result, like)

@@ -181,11 +181,25 @@ def test_a_launch_ends_before_a_direction_without_positive_curvature(method):
     np.testing.assert_allclose(
         solutions(state), solutions(here) if not len(norms) else _after(here, len(norms)), rtol=1e-7
     )
-    with pytest.raises(IndefiniteError) as found:
+    if method == "cg":
+        with pytest.raises(IndefiniteError) as raised:
+            state.step()
+        found, shift = raised.value, 0.0
+    else:  # The other shifts go on, in launches again.
         state.step()
-    direction = found.value.direction
-    shift = SHIFTS[0] if method == "shifted cg" else 0.0
-    assert direction @ (A + shift * np.eye(N)) @ direction == pytest.approx(found.value.curvature, abs=1e-9)
+        assert state.indefinite is not None
+        found, shift = state.indefinite, SHIFTS[0]
+        before, (norms, _, _) = solutions(state), launch(packed, A, 5)
+        while not len(norms):  # The right-hand sides fail one after the other.
+            state.step()
+            before, (norms, _, _) = solutions(state), launch(packed, A, 5)
+        failed = state.failed.T.reshape(-1)
+        assert 0 < failed.sum() < len(failed)
+        assert np.array_equal(solutions(state)[failed], before[failed])
+        assert not (norms[:, failed]).any()
+        assert np.isfinite(solutions(state)).all()
+    direction = found.direction
+    assert direction @ (A + shift * np.eye(N)) @ direction == pytest.approx(found.curvature, abs=1e-9)
 
 
 def _after(state, steps):

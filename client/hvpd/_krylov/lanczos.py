@@ -23,7 +23,7 @@ from hvpd._krylov.results import Eigenpairs, Origin
 from hvpd._krylov.ritz import WHICH, select, tolerance
 from hvpd._krylov.runner import Runner
 from hvpd._krylov.space import NotFiniteError, Resident, Space
-from hvpd._krylov.vectors import Array
+from hvpd._krylov.vectors import Array, scaled
 
 REORTHOGONALIZE = ("full", "none")
 """Choices of `reorthogonalize`."""
@@ -58,7 +58,7 @@ def start_block(n: int, dtype: np.dtype[Any], v0: Any, seed: int, block: int) ->
     if found.ndim > 2 or rows.shape != (block, n) or found.dtype.kind not in "fiub":
         shape = f"({n},)" if block == 1 else f"({n}, {block})"
         raise InvalidArgumentError(
-            f"v0 must be real, of shape {shape}, got {found.dtype} of shape {found.shape}", reason="SHAPE"
+            f"v0 must be real, of shape {shape}, got {found.dtype} of shape {found.shape}", reason=_arrays.fault(found)
         )
     if not np.isfinite(rows).all():
         raise InvalidArgumentError(
@@ -68,7 +68,7 @@ def start_block(n: int, dtype: np.dtype[Any], v0: Any, seed: int, block: int) ->
         raise InvalidArgumentError(
             "v0 is zero: a Krylov space needs a start vector, pass None for a random one", reason="DEGENERATE"
         )
-    return np.ascontiguousarray(rows, dtype)
+    return np.ascontiguousarray(scaled(rows)[0], dtype)
 
 
 _P = ParamSpec("_P")
@@ -424,7 +424,7 @@ class Lanczos:
         if found.ndim not in (1, 2) or len(found) > self._space.rows or found.dtype.kind not in "fiub":
             raise InvalidArgumentError(
                 f"Y must be real, of shape (m,) or (m, k) with m up to {self._space.rows}, got {found.dtype} {found.shape}",
-                reason="SHAPE",
+                reason=_arrays.fault(found),
             )
         rows = found[:, None] if found.ndim == 1 else found
         columns = self._space.combine(np.asarray(rows, np.float64)).T

@@ -36,6 +36,8 @@ _STATUS = {SUCCESS: 0, MAXITER: 1, PRECISION: 2, NOT_FINITE: 3, STOPPED: 99}
 UNBOUNDED = "f still falls, and x or the gradient has grown without end: is f unbounded below?"
 """Added to the message of a search that fails."""
 
+_NO_POINT = "the search finds no lower point whose value is finite"
+
 _GRADIENT_GROWTH, _X_GROWTH = 1e6, 1e8
 """Factors over the start above which growth counts as unbounded."""
 
@@ -90,6 +92,8 @@ class Search:
         self.plain = M is None
         """Whether the trust region is a ball in the usual norm."""
         self.gtol = finite(gtol, "gtol")
+        if self.gtol < 0:
+            raise InvalidArgumentError(f"gtol must be at least 0, got {gtol}", reason="INVALID_OPTION")
         vector = getattr(objective, "vector", None)
         x = np.array(np.asarray(x0) if vector is None else vector(x0, "x0"))
         self.x = x if x.dtype in (np.float32, np.float64) else x.astype(np.float64)
@@ -158,14 +162,20 @@ class Search:
 
     def step(self, gradient: Array, radius: float) -> trust_region.Step:
         """Return the step of truncated CG, with the tolerance of Newton's method."""
-        norm = float(vectors.norms(gradient[None])[0])
+        rows, exponents = vectors.scaled(gradient[None])  # So that no product overflows.
+        exponent = int(exponents[0])
+        norm = float(vectors.norms(rows)[0])
+        newton = min(0.5, np.sqrt(np.ldexp(norm, exponent)))
         M = self.preconditioner
         preconditioner(M, len(self.x), self.x.dtype)  # Here, so that every runner refuses the same M.
         found = self.hessian().steihaug(
-            gradient, radius, tol=min(0.5, np.sqrt(norm)) * norm, maxiter=2 * len(self.x) + 10, M=M
+            rows[0], float(np.ldexp(radius, -exponent)), tol=newton * norm, maxiter=2 * len(self.x) + 10, M=M
         )
         self.products += found.products
-        return found
+        with np.errstate(over="ignore", under="ignore"):
+            return found._replace(
+                p=np.ldexp(found.p, exponent), predicted=float(np.ldexp(found.predicted, 2 * exponent))
+            )
 
     def accept(self, x: Array, point: Point) -> None:
         """Move to a point."""
@@ -194,7 +204,7 @@ class Search:
         """Return SciPy's result."""
         text = f"{message}, maxiter={self.limit}" if message == MAXITER else message
         if message in (MAXITER, PRECISION, NOT_FINITE) and self.unbounded:
-            text += f"; {UNBOUNDED}"
+            text = f"{_NO_POINT if message == PRECISION else text}; {UNBOUNDED}"
         return _result(
             x=self.x,
             fun=self.point.value,
@@ -272,7 +282,7 @@ def _newton(search: Search) -> str:
             return MAXITER
         step = search.step(search.gradient, np.inf)
         if not step.p.any():
-            return NOT_FINITE
+            return NOT_FINITE if step.reason == trust_region.NOT_FINITE else PRECISION
         if not _line(search, step.p, 1.0):
             return PRECISION
         if stop := search.iterated():

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import scipy.sparse
 from scipy.sparse.linalg import aslinearoperator
 
 from hvpd._errors import InvalidArgumentError
 from hvpd._krylov.space import Multiply
+from hvpd._krylov.symmetry import check_symmetric
 from hvpd._krylov.vectors import Array
 
 
@@ -23,7 +25,8 @@ def preconditioner(M: Any, n: int, dtype: np.dtype[Any]) -> Multiply | None:
         dtype: dtype of the result.
 
     Raises:
-        InvalidArgumentError: M has another shape, or is a curvature with an inverse.
+        InvalidArgumentError: M has another shape, is a curvature with an inverse, or is
+            a matrix that is not symmetric.
     """
     if M is None:
         return None
@@ -54,6 +57,9 @@ def preconditioner(M: Any, n: int, dtype: np.dtype[Any]) -> Multiply | None:
         raise InvalidArgumentError(
             f"M must have the shape ({n}, {n}) of A, got {operator.shape}", reason="PRECONDITIONER"
         )
+    if scipy.sparse.issparse(M) or isinstance(M, np.ndarray):
+        # A computed inverse is symmetric only up to rounding times its condition.
+        check_symmetric(M, "M", dtype, float(np.finfo(dtype).eps) ** 0.5)
     return lambda rows: np.asarray(operator.matmat(rows.T), dtype).T
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from hvpd import _text
+from hvpd import _arrays, _text
 from hvpd._arguments import integer
 from hvpd._errors import HvpdError, InvalidArgumentError
 from hvpd._krylov import probes as _probes
@@ -222,6 +222,6 @@ def _values(function: Callable[[Array], Any], nodes: Array) -> Array:
         raise InvalidArgumentError(
             f"function must return a real number for each eigenvalue: it got an array of shape {nodes.shape}, and returned "
             f"{found.dtype} of shape {found.shape}",
-            reason="SHAPE",
+            reason=_arrays.fault(found),
         )
     return found.astype(np.float64, copy=False)

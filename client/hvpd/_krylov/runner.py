@@ -17,7 +17,7 @@ All that it does not override runs through `multiply`.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -32,6 +32,7 @@ from hvpd._krylov.probes import BASIS_BYTES, Sketch, Ticking, Tridiagonals, sket
 from hvpd._krylov.results import Origin
 from hvpd._krylov.short_recurrence import ShortRecurrence
 from hvpd._krylov.space import LocalSpace, Multiply, Space
+from hvpd._krylov.symmetry import check_symmetric
 from hvpd._krylov.vectors import Array
 from hvpd._progress import Reporter
 
@@ -191,44 +192,15 @@ def runner(A: Any) -> Runner:
         raise InvalidArgumentError(
             f"A must be a real symmetric operator, got shape {operator.shape}, dtype {dtype}", reason="NOT_SYMMETRIC"
         )
-    working = np.dtype(np.float32 if dtype in (np.float32, np.float16) else np.float64)
+    working: np.dtype[Any] = np.dtype(np.float32 if dtype in (np.float32, np.float16) else np.float64)
     if scipy.sparse.issparse(A) or isinstance(A, np.ndarray):
-        _check_symmetric(A, working)
+        check_symmetric(A, "A", working, 1e3 * float(np.finfo(working).eps))
     program = type(A).__name__
 
     def multiply(rows: Array) -> Array:
         return np.asarray(_columns(operator, rows.T), working).T
 
     return Runner(multiply, operator.shape[0], working, origin=Origin(program=program, dtype=working.name))
-
-
-def _check_symmetric(A: Any, dtype: np.dtype[Any]) -> None:
-    """Check that a square array or sparse matrix is symmetric up to rounding."""
-    most, row, column = 0.0, 0, 0
-    if scipy.sparse.issparse(A):
-        A = cast("Any", A).tocsr()
-        size = abs(A.data).max(initial=0)
-        differences = abs(A - A.T).tocoo()
-        if differences.nnz:
-            at = int(differences.data.argmax())
-            most, row, column = float(differences.data[at]), int(differences.row[at]), int(differences.col[at])
-    else:
-        size = abs(A).max(initial=0)
-        for start in range(0, len(A), _ROWS):  # Only few rows are copied at once.
-            part = abs(np.subtract(A[start : start + _ROWS], A[:, start : start + _ROWS].T, dtype=dtype))
-            at = int(part.argmax())
-            if part.flat[at] > most:
-                most, row, column = float(part.flat[at]), start + at // len(A), at % len(A)
-    if most > 1e3 * float(np.finfo(dtype).eps) * float(size):
-        raise InvalidArgumentError(
-            f"A must be symmetric, and A[{row}, {column}] is {A[row, column]:.6g}, A[{column}, {row}] is {A[column, row]:.6g}: pass "
-            "a symmetric matrix, such as (A + A.T) / 2",
-            reason="NOT_SYMMETRIC",
-        )
-
-
-_ROWS = 64
-"""Rows that are compared at once."""
 
 
 def _columns(operator: "LinearOperator[Any]", columns: Array) -> Array:

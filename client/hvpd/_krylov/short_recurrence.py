@@ -131,9 +131,9 @@ def advanced_cg(state: CG, link: Link, shifts: Array, arithmetic: Arithmetic) ->
         arithmetic: NumPy or jax.
     """
     xp, dtype, coupling = arithmetic.np, state.X.dtype, link.coupling[:, None]
-    ratio = coupling / state.d
-    P = link.v[:, None, :] - ratio[..., None].astype(dtype) * state.P
     active = state.norms > 0
+    ratio = xp.where(active, coupling / state.d, 0.0)  # A system that has ended stays as it is.
+    P = link.v[:, None, :] - ratio[..., None].astype(dtype) * state.P
     d = xp.where(active, link.alpha[:, None] + shifts - coupling * ratio, 1.0)
     divisor = xp.where(d > 0, d, 1.0)
     zeta = xp.where(coupling.any(), -ratio * state.zeta, state.zeta)
@@ -246,6 +246,9 @@ class ShortRecurrence:
         solved: The state of the solutions.
         shifts: As above.
         finished: Whether no step can follow.
+        failed: Whether the shifted operator has no positive curvature along a
+            direction, of shape (m, s). Such a system keeps its solution.
+        indefinite: The first such direction; None if there is none.
 
     Raises:
         InvalidArgumentError: M is not positive definite.
@@ -258,6 +261,8 @@ class ShortRecurrence:
         self._precondition = precondition
         self.shifts = shifts
         self.finished = False
+        self.failed = np.zeros(shifts.shape, bool)
+        self.indefinite: IndefiniteError | None = None
         u, v, beta = _normalised(R, precondition, _HERE)
         self.links = Links(np.zeros_like(R), u, v, np.zeros(len(R)), np.zeros(len(R)))
         X, zeros = np.zeros((*shifts.shape, R.shape[1]), R.dtype), np.zeros(shifts.shape)
@@ -281,8 +286,8 @@ class ShortRecurrence:
         """Take one step, with one product of a block.
 
         Raises:
-            IndefiniteError: A shifted operator has no positive curvature along a
-                direction. The solutions are as before.
+            IndefiniteError: The last shifted operator without such a direction has
+                one, too. The solutions are as before.
             NotFiniteError: A product holds NaN or infinity. The solutions are as
                 before.
             InvalidArgumentError: M is not positive definite.
@@ -293,14 +298,24 @@ class ShortRecurrence:
         link, links = linked(self.links, product, self._precondition, _HERE)
         if isinstance(self.solved, CG):
             found = advanced_cg(self.solved, link, self.shifts, _HERE)
-            if (found.d <= 0).any():
-                row, shift = np.argwhere(found.d <= 0)[0]
-                raise IndefiniteError(found.P[row, shift], float(found.d[row, shift]))
+            if (failing := found.d <= 0).any():
+                found = self._without(failing, found, self.solved)
             self.solved = found
         else:
             self.solved = advanced_minres(self.solved, link, self.shifts, _HERE)
             self.finished = bool((self.solved.least_squares | (self.solved.norms == 0)).all())
         self.links = links
+
+    def _without(self, failing: vectors.Array, found: CG, before: CG) -> CG:
+        """Return CG after a step that some systems cannot take."""
+        if self.indefinite is None:
+            row, shift = np.argwhere(failing)[0]
+            self.indefinite = IndefiniteError(found.P[row, shift], float(found.d[row, shift]))
+        self.failed = self.failed | failing
+        if (self.failed | (found.norms == 0)).all():
+            raise self.indefinite
+        X = np.where(failing[..., None], before.X, found.X)
+        return found._replace(X=X, norms=np.where(failing, 0.0, found.norms), d=np.where(failing, 1.0, found.d))
 
     def solutions(self) -> vectors.Array:
         """Return the solutions so far, of shape (m s, n)."""

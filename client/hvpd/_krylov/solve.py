@@ -31,6 +31,7 @@ MAXITER = "the number of steps is at its limit"
 ROUNDING = "rounding keeps a residual above the tolerance"
 INDEFINITE = "the operator is not positive definite: `direction` has no positive curvature; use method='minres' or a larger shift"
 NOT_FINITE = "a product holds NaN or infinity: x is from before it"
+RANGE = "x is too large or too small for {dtype}: scale the operator or the right-hand side"
 INCONSISTENT = "the operator has no inverse, and b is not in its range: x minimises the residual"
 
 
@@ -46,6 +47,8 @@ class Systems:
         history: Norms of the residuals after each step, each of shape (m,).
         sizes: Lower bounds of the norms of the operators, preconditioned, of shape
             (m,); 0 if unknown.
+        failed: Whether the operator of each row has no positive curvature along a
+            direction that CG met, of shape (m,).
     """
 
     def __init__(self, runner: Runner, B: Array, X: Array | None, shifts: Array, tol: float) -> None:
@@ -59,6 +62,7 @@ class Systems:
             self.measure(np.arange(len(B)))
         self.history = [vectors.norms(self.R)]
         self.sizes = np.zeros(len(B))
+        self.failed = np.zeros(len(B), bool)
 
     def measure(self, rows: Array) -> None:
         """Compute the residuals of some rows, with one product each."""
@@ -111,13 +115,22 @@ def solve(
     """Return a Solution; see `hvpd.krylov.solve`."""
     n, dtype = runner.n, runner.dtype
     check_choice(method, "method", METHODS)
-    B = _rows(b, "b", n, dtype)
+    B, exponents = vectors.scaled(_rows(b, "b", n))
+    B = B.astype(dtype)
     if finite(tol, "tol") < 0:
         raise InvalidArgumentError(f"tol must be at least 0, got {tol}", reason="INVALID_OPTION")
     limit = 10 * n if maxiter is None else integer(maxiter, "maxiter", 0)
-    X = None if x0 is None else _rows(x0, "x0", n, dtype)
-    if X is not None and np.shape(x0) != np.shape(b):
-        raise InvalidArgumentError(f"x0 must have the shape of b, {np.shape(b)}, got {np.shape(x0)}", reason="SHAPE")
+    X = None
+    if x0 is not None:
+        start = _rows(x0, "x0", n)
+        if np.shape(x0) != np.shape(b):
+            raise InvalidArgumentError(
+                f"x0 must have the shape of b, {np.shape(b)}, got {np.shape(x0)}", reason="SHAPE"
+            )
+        with np.errstate(over="ignore"):
+            X = np.ldexp(start.astype(np.float64), -exponents[:, None]).astype(dtype)
+        if not np.isfinite(X).all():
+            raise InvalidArgumentError("x0 is too large beside b: pass a smaller x0, or None", reason="NOT_FINITE")
     every = np.zeros(1) if shifts is None else _shifts(shifts)
     if shifts is not None and (X is not None or M is not None):
         raise InvalidArgumentError(
@@ -130,8 +143,12 @@ def solve(
         found = runner.solve(B, X, every, M, tol=tol, maxiter=limit, method=method, tick=tick)
         if found is None:
             found = solved(runner, B, X, every, precondition, tol=tol, maxiter=limit, method=method, tick=tick)
-    converged = bool((found.history[-1] <= tol * vectors.norms(B)).all())
-    x, history = found.X, found.history
+    with np.errstate(over="ignore", under="ignore"):
+        x, history = np.ldexp(found.X, exponents[:, None]), np.ldexp(found.history, exponents)
+        lost = vectors.norms((np.ldexp(x, -exponents[:, None]) - found.X).reshape(-1, n))
+    fits = bool((lost <= np.finfo(dtype).eps * vectors.norms(found.X.reshape(-1, n))).all())
+    reason = found.reason if fits else RANGE.format(dtype=dtype)
+    converged = fits and bool((found.history[-1] <= tol * vectors.norms(B)).all())
     if np.ndim(b) == 1:
         x, history = x[:, 0], history[..., 0]
     else:
@@ -141,7 +158,7 @@ def solve(
         converged,
         history[:, 0] if shifts is None else history,
         runner.products - before,
-        CONVERGED if converged else _worded(found.reason, limit),
+        CONVERGED if converged else _worded(reason, limit),
         found.direction,
         found.curvature,
         origin=runner.origin,
@@ -188,10 +205,19 @@ def solved(
     return Solved(
         systems.X.reshape(len(shifts), *B.shape),
         history.reshape(len(history), len(shifts), len(B)),
-        CONVERGED if not len(systems.open) else reason,
+        CONVERGED if not len(systems.open) else _indefinite(systems, shifts) if systems.failed.any() else reason,
         None if found is None else found.direction,
         None if found is None else found.curvature,
     )
+
+
+def _indefinite(systems: Systems, shifts: Array) -> str:
+    """Return the reason of systems whose operator is not positive definite."""
+    if len(shifts) == 1:
+        return INDEFINITE
+    failed = [f"{shift:g}" for shift in np.unique(systems.shifts[systems.failed])]
+    named = ", ".join([*failed[:5], *(["..."] if len(failed) > 5 else [])])
+    return f"{INDEFINITE}; this is about the shifts {named} of {len(shifts)}"
 
 
 def _iterate(
@@ -199,7 +225,7 @@ def _iterate(
 ) -> tuple[str, IndefiniteError | None]:
     """Solve until all systems have converged; return the reason and a direction."""
     first, reason, found = True, ROUNDING, None
-    while len(rows := systems.open):
+    while len(rows := systems.open[~systems.failed[systems.open]]):
         earlier = systems.X[rows], systems.R[rows]  # Copies.
         steps = limit - len(systems.history) + 1
         if steps <= 0:
@@ -209,9 +235,10 @@ def _iterate(
                 reason = _block_cg(runner, systems, rows, precondition, steps, tick)
             else:
                 joint = first and k < len(rows) == len(systems.B)
-                reason = _short(runner, systems, rows, k if joint else 0, precondition, method, steps, tick)
+                reason, indefinite = _short(runner, systems, rows, k if joint else 0, precondition, method, steps, tick)
+                found = found or indefinite
         except IndefiniteError as error:
-            reason, found = INDEFINITE, error
+            reason, found = INDEFINITE, found or error
         except NotFiniteError:
             reason = NOT_FINITE
         before = vectors.norms(earlier[1])
@@ -225,7 +252,7 @@ def _iterate(
             return reason, found
         worse = ~(after <= before)
         systems.X[rows[worse]], systems.R[rows[worse]] = earlier[0][worse], earlier[1][worse]
-        left = after > systems.targets[rows]
+        left = (after > systems.targets[rows]) & ~systems.failed[rows]
         if left.any() and not (after[left] < 0.5 * before[left]).all():
             return ROUNDING, None
     return reason, found
@@ -251,8 +278,11 @@ def _short(
     method: str,
     steps: int,
     tick: Ticking,
-) -> str:
-    """Run a short recurrence. With k > 0, the rows are the shifts of k vectors."""
+) -> tuple[str, IndefiniteError | None]:
+    """Run a short recurrence. With k > 0, the rows are the shifts of k vectors.
+
+    Return why it ended, and a direction without positive curvature.
+    """
     R = systems.R[rows[:k]] if k else systems.R[rows]
     shifts = systems.shifts[rows].reshape(-1, k).T if k else systems.shifts[rows][:, None]
     state = ShortRecurrence(runner.multiply, precondition, R, shifts, method)
@@ -261,10 +291,11 @@ def _short(
             reason = _run(advance, state, systems, rows, steps, tick)
     finally:
         systems.X[rows] += state.solutions()
+        systems.failed[rows] = state.failed.T.reshape(-1)
         if isinstance(state.solved, Minres):
             systems.sizes[rows] = state.solved.sizes.T.reshape(-1)
     inconsistent = isinstance(state.solved, Minres) and state.finished and state.solved.least_squares.any()
-    return INCONSISTENT if inconsistent else reason
+    return INCONSISTENT if inconsistent else reason, state.indefinite
 
 
 def _run(
@@ -292,23 +323,29 @@ def _run(
     targets = np.maximum(0.9 * systems.targets[rows], least)
     last = len(systems.history) + steps
     while len(systems.history) < last:
-        for latest in advance(targets, last - len(systems.history)):
+        for norms in advance(targets, last - len(systems.history)):
+            latest = np.where(_failed(state), systems.history[-1][rows], norms)
             systems.note(rows, latest)
             tick(len(systems.history) - 1, float(latest.max()))
-        if state.finished or (systems.history[-1][rows] <= targets).all():
+        if state.finished or ((systems.history[-1][rows] <= targets) | _failed(state)).all():
             return CONVERGED
     return MAXITER
 
 
-def _rows(vector: Any, name: str, n: int, dtype: np.dtype[Any]) -> Array:
-    """Return right-hand sides as rows."""
+def _failed(state: BlockCG | ShortRecurrence) -> Array:
+    """Return which systems have ended without a solution, while others go on."""
+    return state.failed.T.reshape(-1) if isinstance(state, ShortRecurrence) else np.zeros(1, bool)
+
+
+def _rows(vector: Any, name: str, n: int) -> Array:
+    """Return right-hand sides as rows, in the dtype of the argument."""
     found = _arrays.vectors(vector, name)
     if found.ndim not in (1, 2) or len(found) != n or found.dtype.kind not in "fiub" or not found.size:
         raise InvalidArgumentError(
             f"{name} must be real, of shape ({n},) or ({n}, k), got {found.dtype} of shape {found.shape}",
-            reason="SHAPE",
+            reason=_arrays.fault(found),
         )
-    rows = np.array(found.reshape(n, -1).T, dtype, order="C")
+    rows = np.array(found.reshape(n, -1).T, order="C")
     if not np.isfinite(rows).all():
         raise InvalidArgumentError(f"{name} holds NaN or infinity: pass finite numbers", reason="NOT_FINITE")
     return rows

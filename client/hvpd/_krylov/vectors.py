@@ -51,6 +51,16 @@ def norms(V: Array) -> Array:
     return found
 
 
+def scaled(V: Array) -> tuple[Array, Array]:
+    """Return V / 2^e with elements of at most 1, and the exponents e, of shape (k,).
+
+    The division is exact. Squares of the elements then stay in the range of floats.
+    """
+    rows = V if V.dtype.kind == "f" else V.astype(np.float64)
+    exponents = np.frexp(abs(rows).max(axis=1, initial=0.0).astype(np.float64))[1]
+    return np.ldexp(rows, -exponents[:, None]), exponents
+
+
 def combination(Y: Array, Q: Array) -> Array:
     """Return Y^T Q of shape (k, n) in the dtype of Q, for Y[m, k], Q[m, n]."""
     found: Array = Y.T.astype(Q.dtype) @ Q

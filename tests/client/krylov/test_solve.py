@@ -231,3 +231,75 @@ class Curvature:
 def test_bad_arguments(arguments, message):
     with pytest.raises(hvpd.InvalidArgumentError, match=message):
         krylov.solve(A, **({"b": B[:, 0]} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("float64", 1e300), ("float64", 1e-300), ("float32", 1e36), ("float32", 1e-30)]
+)
+@pytest.mark.parametrize(
+    ("options", "columns"),
+    [
+        ({}, 1),
+        ({}, 3),
+        ({"method": "minres"}, 3),
+        ({"M": 1 / np.diag(A)}, 1),
+        ({"shifts": [0.0, 5.0]}, 1),
+        ({"x0": np.ones((N, 1))}, 1),
+    ],
+    ids=["one", "several", "minres", "M", "shifts", "x0"],
+)
+def test_right_hand_sides_of_all_sizes(dtype, size, options, columns):
+    b = B[:, :columns].astype(dtype)
+    one = krylov.solve(A.astype(dtype), b, tol=1e-4, **options)
+    large = dict(options, x0=size * options["x0"]) if "x0" in options else options
+    found = krylov.solve(A.astype(dtype), b * np.dtype(dtype).type(size), tol=1e-4, **large)
+    assert found.converged
+    assert found.x.dtype == dtype
+    np.testing.assert_allclose(found.x / size, one.x, rtol=1e-2, atol=1e-5)
+    np.testing.assert_allclose(found.residual_norms[0] / size, one.residual_norms[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e100, 1e-100])
+def test_a_solution_out_of_range_is_no_solution(size):
+    found = krylov.solve(A / size, B[:, 0] * size**2.5)
+    assert not found.converged
+    assert "too large or too small for float64: scale" in found.reason
+    rounded = krylov.solve(A.astype(np.float32), B[:, 0] * 1e-60)
+    assert not rounded.converged
+    assert "too small for float32" in rounded.reason
+
+
+def test_a_start_far_beyond_the_right_hand_side_is_refused():
+    with pytest.raises(hvpd.InvalidArgumentError, match="x0 is too large beside b"):
+        krylov.solve(A, 1e-300 * B[:, 0], x0=1e300 * B[:, 1])
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_shift_that_fails_leaves_the_others(columns):
+    b, shifts = B[:, :columns], [-10.0, 1.0, -100.0, 0.0]
+    found = krylov.solve(A, b, tol=1e-10, shifts=shifts)
+    assert not found.converged
+    assert "about the shifts -100, -10 of 4" in found.reason
+    assert found.curvature <= 0
+    for place in (1, 3):
+        assert error(found.x[place], A + shifts[place] * np.eye(N), b) < 1e-7
+        assert (found.residual_norms[-1, place] <= 1e-10 * np.linalg.norm(b, axis=0)).all()
+    for place in (0, 2):
+        true = np.linalg.norm(b - (A + shifts[place] * np.eye(N)) @ found.x[place], axis=0)
+        np.testing.assert_allclose(found.residual_norms[-1, place], true, rtol=1e-6)
+        assert (found.residual_norms[1:, place] > 1e-3).all()
+
+
+@pytest.mark.parametrize("M", [np.triu(INVERSE), scipy.sparse.csr_array(np.triu(INVERSE))], ids=["array", "sparse"])
+def test_a_preconditioner_that_is_not_symmetric_is_refused(M):
+    with pytest.raises(hvpd.InvalidArgumentError, match=r"M must be symmetric, and M\[") as raised:
+        krylov.solve(A, B[:, 0], M=M)
+    assert raised.value.reason == "NOT_SYMMETRIC"
+    assert krylov.solve(A, B[:, 0], M=np.linalg.inv(A)).converged  # With its rounding.
+
+
+@pytest.mark.parametrize("arguments", [{"b": B[:, 0] * 1j}, {"b": B[:, 0], "x0": B[:, 0] * 1j}], ids=["b", "x0"])
+def test_complex_vectors_have_the_wrong_dtype(arguments):
+    with pytest.raises(hvpd.InvalidArgumentError, match="must be real") as raised:
+        krylov.solve(A, **arguments)
+    assert raised.value.reason == "DTYPE"
