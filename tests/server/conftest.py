@@ -18,6 +18,7 @@ import pytest
 
 from hvpd._registration import export as _export
 from hvpd._wire import codec
+from hvpd_server.admission import spawn
 from hvpd_server.admission.vetting import Vetter
 from hvpd_server.device.device import devices
 from hvpd_server.engine.engine import Engine
@@ -25,6 +26,7 @@ from hvpd_server.store.store import Store
 from hvpd_server.telemetry.metrics import Metrics
 from hvpd_server.tenancy.limits import Limits
 from tests.support.clock import Clock
+from tests.support.zygote import vetters_by_fork
 
 
 @pytest.fixture
@@ -214,6 +216,15 @@ def vetter():
     """
     with contextlib.closing(Vetter()) as started:
         yield started
+
+
+@pytest.fixture
+def forked_vetters(zygotes, monkeypatch):
+    """Fork the processes of the test's own vetters, which is faster than starting
+    Python for each.
+    """
+    if zygotes is not None:
+        monkeypatch.setattr(spawn, "start", vetters_by_fork(zygotes.vetters()))
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def held():
 
 
 @pytest.fixture
-def vetter(held, monkeypatch):
+def vetter(held, monkeypatch, forked_vetters):
     monkeypatch.setattr(spawn, "COMMAND", ["-c", PROGRAM.format(address=held.address)])
     # Otherwise a program that an earlier test has compiled is not compiled here.
     monkeypatch.setattr(executables.Executables, "_cached", lambda self, path: (None, 0))

@@ -28,8 +28,11 @@ from tests.support.vetting import PLAIN, made, parts, refused
 pytestmark = pytest.mark.slow  # Real programs, compiled and run.
 
 
+START = spawn.start
+
+
 @pytest.fixture
-def told(monkeypatch):
+def told(monkeypatch, forked_vetters):
     """Return a function that starts vetters whose forks run code instead of reading:
     told(code, **limits).
     """
@@ -132,6 +135,7 @@ def test_a_reason_that_is_unknown_is_none(told):
 
 
 def test_a_fork_has_neither_the_servers_streams_nor_its_environment(told, monkeypatch, capfd):
+    monkeypatch.setattr(spawn, "start", START)  # By its true command line.
     for name in ("HVPD_SECRET", "AWS_SECRET_ACCESS_KEY", "HTTPS_PROXY", "XLA_FLAGS", "NVIDIA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "secret")
     vetter = told(
@@ -226,7 +230,9 @@ def test_compiles_go_on_when_the_process_is_killed(vetter, start):
         ("raise RuntimeError('XLA does not know this')", refusals.COMPILE_FAILED, "XLA does not know this"),
     ],
 )
-def test_a_compile_that_ends_badly_is_an_answer_and_the_next_one_is_compiled(monkeypatch, work, reason, says):
+def test_a_compile_that_ends_badly_is_an_answer_and_the_next_one_is_compiled(
+    monkeypatch, forked_vetters, work, reason, says
+):
     program = (
         "import os, signal\n"
         "from hvpd_server.admission import vetting_process\n"
@@ -277,7 +283,7 @@ def test_forks_find_jax_and_scipy_imported(monkeypatch):
         compiled(vetter, "hvp", 1, parts(factored))
 
 
-def test_a_backend_that_cannot_serialize_is_told_apart(monkeypatch):
+def test_a_backend_that_cannot_serialize_is_told_apart(monkeypatch, forked_vetters):
     program = (
         "from hvpd_server.admission import vetting_process\n"
         "from hvpd_server.derivation import compiling\n"
@@ -301,7 +307,7 @@ def test_sessions_that_compile_nothing_end(vetter):
 
 
 @pytest.fixture
-def told_pids(monkeypatch):
+def told_pids(monkeypatch, forked_vetters):
     """Return a vetter whose compiles return the number of their process, wait for a
     file named after the program, and end if the program is `hvp` of width 13.
     """
@@ -381,7 +387,7 @@ def test_a_compile_that_needs_more_than_its_memory_is_refused(vetter):
 
 
 @pytest.fixture
-def as_for_a_gpu(monkeypatch):
+def as_for_a_gpu(monkeypatch, forked_vetters):
     """Have programs compiled for the CPU by a process that has the limits of a GPU's.
     Return a function that starts a vetter whose compiles run code first.
     """

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,20 +221,29 @@ def _server(request: Mapping[str, Any]) -> int:
     return __main__.main()
 
 
-def _fork_vetters(address: str) -> None:
-    """Have a zygote fork the vetter of this process."""
+def vetters_by_fork(address: str) -> Callable[[int, Mapping[str, str]], Any]:
+    """Return a function for `spawn.start` that has a zygote fork the vetter of this
+    process. The vetter runs the program of `spawn.COMMAND` if that is `-c PROGRAM`.
+    """
     from hvpd_server.admission import spawn
 
     start = spawn.start
 
     def fork(stdin: int, environment: Mapping[str, str]) -> Any:
+        arguments = spawn.COMMAND if spawn.COMMAND[0] == "-c" else ()
         with Path(os.devnull).open("wb") as silent:
             try:
-                return Fork(address, (stdin, silent.fileno(), 2), (), environment, new_session=True)
+                return Fork(address, (stdin, silent.fileno(), 2), arguments, environment, new_session=True)
             except UnsuitedError:
                 return start(stdin, environment)
 
-    spawn.start = fork
+    return fork
+
+
+def _fork_vetters(address: str) -> None:
+    from hvpd_server.admission import spawn
+
+    spawn.start = vetters_by_fork(address)
 
 
 class _Child:
@@ -301,7 +310,11 @@ def _vetter(request: Mapping[str, Any]) -> None:
     from hvpd_server.admission import vetting_process
 
     vetting_process._import_all = lambda: None  # The zygote has done this.
-    vetting_process.main()
+    match request["arguments"]:
+        case ["-c", program]:
+            exec(program, {"__name__": "__main__"})
+        case _:
+            vetting_process.main()
 
 
 def main() -> None:
