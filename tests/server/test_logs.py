@@ -208,8 +208,12 @@ def test_a_client_that_fails_ten_thousand_times_is_a_few_lines(written, form):
     lines = parsed(written(), form)
     assert 11 <= len(lines) <= 20
     last = lines[-1]
-    said = last["left_out"] if form == "json" else int(last.rpartition("left_out=")[2])
-    assert len(lines) - 1 + said == 10_000
+    if form == "json":
+        said = [line["left_out"] for line in lines if "left_out" in line]
+    else:
+        said = [int(line.rpartition("left_out=")[2]) for line in lines if "left_out=" in line]
+    # A slow machine says it every few seconds.
+    assert len(lines) - len(said) + sum(said) == 10_000
     if form == "json":
         assert last["message"] == "request failed: more like this were left out"
         assert (last["reason"], last["tenant"], last["request_id"]) == ("OBJECTIVE_NOT_FOUND", "vision", "3f2a")
