@@ -4,10 +4,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST_ARGS ?=
-# Number of processes of the suite: at most four, and one for each core. 0 runs it in
-# pytest's own process, as for -s and --pdb. Use 0 on an accelerator, too, because every
-# server takes most of its memory.
-WORKERS ?= auto
+# WORKERS is the number of processes of the suite, at most four. The whole suite has two
+# for each core, because its tests often wait for servers. 0 runs it in pytest's own
+# process, as for -s and --pdb. Use 0 on an accelerator, too, because every server takes
+# most of its memory.
+test: WORKERS ?= $(shell expr 2 '*' $$(getconf _NPROCESSORS_ONLN))
+test-fast: WORKERS ?= auto
 # A process that crashes ends the run: pytest-xdist may wait for ever after it has
 # started another.
 PARALLEL = --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile --max-worker-restart 0
