@@ -11,6 +11,7 @@ from typing import Any
 
 from hvpd import _text
 from hvpd.v1 import objective_pb2
+from hvpd_server.admission.spawn import DERIVATION
 from hvpd_server.errors import Code, ServiceError
 from hvpd_server.importer import refusals
 
@@ -64,9 +65,9 @@ class Session:
             OSError: The process is gone.
         """
         verdict = self._answer(self._limits.reading())
-        if "derivation" not in verdict:
+        if DERIVATION not in verdict:
             raise _refused(verdict, "the registration is refused")
-        return objective_pb2.Derivation.FromString(base64.b64decode(verdict["derivation"]))
+        return objective_pb2.Derivation.FromString(base64.b64decode(verdict[DERIVATION]))
 
     def compile(self, order: Mapping[str, object]) -> bytes:
         """Return the executable of a program, as `derivation.compiling.load` takes it.

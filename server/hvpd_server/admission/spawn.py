@@ -1,12 +1,21 @@
-"""How the server starts the process of `vetting_process`."""
+"""How the server starts the process of `vetting_process`, and what it calls the parts
+of a registration.
+"""
 
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import hvpd
+
+BUNDLE: Final = "bundle"
+"""Name of the bundle among a registration's programs."""
+
+DERIVATION: Final = "derivation"
+"""Name of an earlier session's derivation among them, and in a verdict."""
 
 COMMAND = ["-m", "hvpd_server.admission.vetting_process"]
 

@@ -90,7 +90,7 @@ class Vetter:
         """Return the derivation of a bundle. Its session stays open for compiles.
 
         Args:
-            programs: The serialized bundle, as "bundle", and its programs, by name.
+            programs: The bundle, as `spawn.BUNDLE`, and its programs, by name.
             platform: Platform of the server's device.
 
         Raises:
@@ -103,7 +103,7 @@ class Vetter:
             raise too_large(size, self.limits)
 
         def attempt() -> objective_pb2.Derivation:
-            with self._session(key_of(programs["bundle"]), lambda: programs, platform, new=True) as session:
+            with self._session(key_of(programs[spawn.BUNDLE]), lambda: programs, platform, new=True) as session:
                 return session.derivation()
 
         return self._twice(attempt)
@@ -130,7 +130,7 @@ class Vetter:
 
         def programs() -> Mapping[str, bytes]:
             try:
-                return {**read(), "derivation": derivation.SerializeToString()}
+                return {**read(), spawn.DERIVATION: derivation.SerializeToString()}
             except ServiceError:
                 check_wanted()  # The programs of a deleted objective are gone.
                 raise
@@ -322,7 +322,7 @@ class Vetting:
                     refusals.BUNDLE_INVALID,
                     f"{name} has {len(programs[name])} bytes, the bundle says {program.size_bytes}",
                 )
-        found = self._vetter.vet({"bundle": bundle.SerializeToString()} | programs, self._platform)
+        found = self._vetter.vet({spawn.BUNDLE: bundle.SerializeToString()} | programs, self._platform)
         self._store.add_derivation(digest, self._version, found)
         return found
 

@@ -32,6 +32,7 @@ import jax
 from hvpd import _text
 from hvpd.v1 import objective_pb2, tensor_pb2
 from hvpd_server.admission.forks import Forks
+from hvpd_server.admission.spawn import BUNDLE, DERIVATION
 from hvpd_server.derivation import compiling
 from hvpd_server.derivation.programs import Derivation, Sized
 from hvpd_server.importer import reader, refusals
@@ -41,12 +42,6 @@ from hvpd_server.importer.table import Refused
 
 _MOST = 1 << 23
 """Most bytes of a verdict, which lists an objective's residuals and dense layers."""
-
-BUNDLE: Final = "bundle"
-"""Name of the bundle among the programs."""
-
-DERIVATION: Final = "derivation"
-"""Name of an earlier session's derivation among the programs."""
 
 _LINE = 1 << 12
 """Bytes to read of a request at a time. Its programs come as a file."""

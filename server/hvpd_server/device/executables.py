@@ -18,6 +18,7 @@ import jax
 
 from hvpd.v1 import objective_pb2
 from hvpd_server.admission.session import UnsupportedError
+from hvpd_server.admission.spawn import BUNDLE
 from hvpd_server.admission.vetting import Vetter, key_of
 from hvpd_server.derivation import compiling
 from hvpd_server.derivation.compiling import Compiled, Target
@@ -203,7 +204,7 @@ class Executables:
 
     def _programs(self) -> Mapping[str, bytes]:
         programs = {name: self._read(program.digest) for name, program in sorted(self._bundle.programs.items())}
-        return {"bundle": self._bundle.SerializeToString(), **programs}
+        return {BUNDLE: self._bundle.SerializeToString(), **programs}
 
 
 class InProcess:
