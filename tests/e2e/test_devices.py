@@ -389,6 +389,22 @@ def test_bases_with_split_x_stay_on_the_devices(devices, split_and_whole):
     assert devices.metric('hvpd_launches_total{program="hvp"}') == products
 
 
+def test_runs_and_products_with_split_x_at_the_same_time(split_and_whole):
+    ours, theirs = (point.hessian(shift=10.0) for point in split_and_whole)
+    b = np.random.default_rng(3).normal(size=ours.shape[0])
+    asks = [
+        lambda H: H.solve(b, tol=1e-14).x,
+        lambda H: H.eigsh(2, seed=1)[0],
+        lambda H: H @ b,
+        lambda H: H.spectrum(steps=10, probes=2, seed=1).nodes,
+    ]
+    expected = [ask(theirs) for ask in asks]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda ask: ask(ours), asks * 4))
+    for number, each in enumerate(found):
+        assert_same(each, expected[number % len(asks)])
+
+
 def test_a_spectrum_with_split_x_that_is_not_finite(split_and_whole):
     objective = split_and_whole[0].objective
     H = objective.at(np.full(objective.n, np.nan)).hessian()
