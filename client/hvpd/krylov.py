@@ -103,7 +103,7 @@ def lanczos(
 
 def eigsh(
     A: Any,
-    k: int = 6,
+    k: int | None = None,
     which: Literal["LA", "SA", "LM", "BE"] = "LM",
     v0: Any = None,
     ncv: int | None = None,
@@ -121,7 +121,7 @@ def eigsh(
 
     Args:
         A: Symmetric operator of shape (n, n).
-        k: Number of eigenvalues, 1 to n.
+        k: Number of eigenvalues, 1 to n; None for 6, or n if n is less.
         which: "LA" or "SA" for the largest or smallest, "LM" for the largest magnitude,
             "BE" for half from each end.
         v0: Start vector of shape (n,); None for a random one.

@@ -21,6 +21,9 @@ _ROWS = 20
 _BAR = 50
 """Characters of its longest bar."""
 
+_NOT_CONVERGED = 3
+"""Exit code of a command whose result is not as exact as was asked for."""
+
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the three commands."""
@@ -42,10 +45,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     eigsh = commands.add_parser(
         "eigsh",
         help="compute eigenvalues at an end of the spectrum",
-        description="Compute eigenvalues at a point by Lanczos iteration with thick restarts. Exit code 0: all have converged; 1: not.",
+        description="Compute eigenvalues at a point by Lanczos iteration with thick restarts. Exit code 0: all have converged; 3: not.",
     )
     _operator(eigsh)
-    eigsh.add_argument("-k", type=int, default=6, help="number of eigenvalues (default: 6)")
+    eigsh.add_argument("-k", type=int, help="number of eigenvalues (default: 6, at most n)")
     eigsh.add_argument(
         "--which",
         default="LM",
@@ -118,8 +121,15 @@ def _finish(arguments: argparse.Namespace, result: Any, facts: dict[str, Any], t
     if arguments.save:
         with accessing(f"write {arguments.save}"):
             result.save(arguments.save)
-    facts = {"name": arguments.name, "digest": result.digest, "x": _place(arguments)} | facts
+    facts = {"name": arguments.name, "digest": result.digest, "point": _place(arguments)} | facts
+    facts["file"] = _file(arguments)
     show(json.dumps(facts) if arguments.json else f"{text}\nat {_place(arguments)}")
+
+
+def _file(arguments: argparse.Namespace) -> str | None:
+    """Return the file that has the whole result, as `save` names it."""
+    path: str | None = arguments.save
+    return path if not path or path.endswith(".npz") else f"{path}.npz"
 
 
 def _place(arguments: argparse.Namespace) -> str:
@@ -146,6 +156,7 @@ def _spectrum(arguments: argparse.Namespace) -> int:
         "negative_share": _share(found, -float("inf"), 0.0),
         "mean": float(found.moments(1)[0]),
         "standard_error_of_shares": found.standard_error,
+        "steps_error_of_shares": _steps_error(found),
         "products": found.products,
         "reason": found.reason,
     }
@@ -159,12 +170,29 @@ def _share(found: "Spectrum", low: float, high: float) -> float:
     return float((found.weights * inside).sum(axis=1).mean())
 
 
+def _edges(found: "Spectrum") -> Any:
+    """Return the edges of the histogram."""
+    import numpy as np
+
+    low, high = float(found.nodes.min()), float(found.nodes.max())
+    edges = np.linspace(low, high, _ROWS + 1) if high > low else np.array([low, low])
+    edges[-1] = np.nextafter(high, np.inf)
+    return edges
+
+
+def _steps_error(found: "Spectrum") -> float:
+    """Return the largest error by the steps of a share between edges."""
+    from hvpd._krylov.quadrature import steps_error
+
+    errors = steps_error(found.nodes, found.weights, found.sizes, found.n, _edges(found)[1:-1])
+    return float((errors[:-1] + errors[1:]).max(initial=errors.max(initial=0.0)))
+
+
 def _histogram(found: "Spectrum", arguments: argparse.Namespace) -> list[str]:
     import numpy as np
 
     low, high = float(found.nodes.min()), float(found.nodes.max())
-    edges = np.linspace(low, high, _ROWS + 1) if high > low else np.array([low, np.nextafter(low, np.inf)])
-    edges[-1] = np.nextafter(edges[-1], np.inf)
+    edges = _edges(found)
     shares = [_share(found, start, end) for start, end in itertools.pairwise(edges)]
     # A bar ends at the share of one eigenvalue.
     floor = np.log10(0.5 / found.n)
@@ -172,32 +200,48 @@ def _histogram(found: "Spectrum", arguments: argparse.Namespace) -> list[str]:
         f"{arguments.operator} of {arguments.name}: {found.n} eigenvalues from {low:.4g} to {high:.4g}, "
         f"{100 * _share(found, -float('inf'), 0.0):.3g} % negative, mean {found.moments(1)[0]:.4g}"
     )
+    accuracy = (
+        f"{found.products} products; shares are right to {200 * found.standard_error:.2f} percentage points by the probes (two "
+        f"standard errors), and to {100 * _steps_error(found):.2f} by the steps (bound)"
+    )
     lines = [
         title,
-        f"{found.products} products; shares are right to {200 * found.standard_error:.2g} % (two standard errors)",
+        accuracy,
+        "bars are logarithmic; none below half an eigenvalue",
     ]
     for start, end, share in zip(edges[:-1], edges[1:], shares, strict=True):
         bar = "#" * max(round(_BAR * (np.log10(share) - floor) / -floor), 0) if share > 0 else ""
-        lines.append(f"{start:>11.4g} to {end:>11.4g} {100 * share:>9.4f} %  {bar}".rstrip())
+        lines.append(f"{start:>11.4g} to {end:>11.4g} {100 * share:>9.2f} %  {bar}".rstrip())
     return lines
 
 
 def _eigsh(arguments: argparse.Namespace) -> int:
+    from hvpd._krylov.lanczos import NOT_FINITE
+    from hvpd._krylov.thick_restart import NotConvergedError
+
     with _connected(arguments) as client:
         H = _at(client, arguments)
-        found = H.eigsh(arguments.k, arguments.which, tol=arguments.tol, maxiter=arguments.maxiter, seed=arguments.seed)
+        code = 0
+        try:
+            found = H.eigsh(
+                arguments.k, arguments.which, tol=arguments.tol, maxiter=arguments.maxiter, seed=arguments.seed
+            )
+        except NotConvergedError as error:
+            code, found = _NOT_CONVERGED, error.pairs
     facts = {
         "values": found.values.tolist(),
         "residuals": found.residuals.tolist(),
+        "converged": found.converged.tolist(),
         "products": found.products,
         "reason": found.reason,
     }
     lines = [
-        f"{value:>22.15g}   residual {residual:.1e}"
-        for value, residual in zip(found.values, found.residuals, strict=True)
+        f"{value:>22.15g}   residual {residual:.1e}{'' if converged else ', not converged'}"
+        for value, residual, converged in zip(found.values, found.residuals, found.converged, strict=True)
     ]
-    _finish(arguments, found, facts, "\n".join([*lines, f"{found.products} products; {found.reason}"]))
-    return 0
+    advice = "; allow more by --maxiter, or a larger residual by --tol" if code and found.reason != NOT_FINITE else ""
+    _finish(arguments, found, facts, "\n".join([*lines, f"{found.products} products; {found.reason}{advice}"]))
+    return code
 
 
 def _solve(arguments: argparse.Namespace) -> int:
@@ -215,9 +259,11 @@ def _solve(arguments: argparse.Namespace) -> int:
         "reason": found.reason,
         "curvature": found.curvature,
     }
+    path = _file(arguments)
+    where = f"the solution is in {path}" if path else "--save FILE.npz writes the solution"
     text = (
         f"residual {last:.3e} of {first:.3e} after {len(found.residual_norms) - 1} steps, {found.products} products; "
-        f"{found.reason}"
+        f"{found.reason}\n{where}"
     )
     _finish(arguments, found, facts, text)
-    return 0 if found.converged else 3
+    return 0 if found.converged else _NOT_CONVERGED

@@ -99,6 +99,8 @@ class BlockCG:
         curvature = vectors.gram(self.S, AS)
         values, Y = np.linalg.eigh((curvature + curvature.T) / 2)
         self.norm = max(self.norm, float((vectors.norms(AS) / vectors.norms(self.S)).max()))
+        if not np.isfinite(self.norm):
+            raise NotFiniteError
         lowest = vectors.combination(Y[:, :1], self.S)
         if values[0] <= np.finfo(self.S.dtype).eps * self.norm * vectors.norms(lowest)[0] ** 2:
             raise IndefiniteError(lowest[0], float(values[0]))

@@ -23,7 +23,7 @@ from hvpd._krylov.results import Eigenpairs, Origin
 from hvpd._krylov.ritz import WHICH, select, tolerance
 from hvpd._krylov.runner import Runner
 from hvpd._krylov.space import NotFiniteError, Resident, Space
-from hvpd._krylov.vectors import Array, scaled
+from hvpd._krylov.vectors import Array, check_scale, scaled
 
 REORTHOGONALIZE = ("full", "none")
 """Choices of `reorthogonalize`."""
@@ -120,6 +120,8 @@ class Lanczos:
         self._space = space
         self._lock = threading.RLock()
         self._steps = 0
+        self._size = 0.0
+        """Largest number of the steps so far, about the norm of a product."""
         self._alphas: list[Array] = []
         self._betas: list[Array] = []
         self._kept = np.zeros(0)
@@ -181,7 +183,8 @@ class Lanczos:
 
         Raises:
             InvalidArgumentError: The space would have more than n dimensions.
-            HvpdError: The run is closed (reason `RUN_CLOSED`).
+            HvpdError: The run is closed (reason `RUN_CLOSED`), or the operator is too
+                small or too large for its dtype (reason `SCALE`).
 
         Example:
             >>> run.extend(100).ritz(5).residuals
@@ -200,6 +203,8 @@ class Lanczos:
         self.reason = DONE
         try:
             for step in self._space.extend(steps):
+                self._size = max(self._size, *(float(abs(part).max(initial=0.0)) for part in step))
+                check_scale(self._size, self.n, self.dtype)
                 self._alphas.append(step.alpha)
                 self._betas.append(step.beta)
                 self._steps += 1

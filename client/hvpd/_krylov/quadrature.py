@@ -24,7 +24,7 @@ from hvpd._krylov.results import Estimate
 from hvpd._krylov.runner import Runner
 from hvpd._krylov.spectrum import Spectrum
 from hvpd._krylov.trace import MOST_PRODUCTS, NOT_FINITE, finite_only, matrix
-from hvpd._krylov.vectors import Array
+from hvpd._krylov.vectors import Array, check_scale
 
 _DENSE = 2048
 """Largest n whose matrix is made for an exact trace: 32 MiB in float64."""
@@ -112,6 +112,33 @@ def cumulative_error(nodes: Array, weights: Array) -> float:
     return float(_probes.standard_error(shares).max())
 
 
+def steps_error(nodes: Array, weights: Array, sizes: Array, n: int, thresholds: Array) -> Array:
+    """Return bounds of the error that few steps make of the shares below thresholds.
+
+    A Gauss quadrature's share below a threshold is wrong by at most the weight of one
+    of the two nodes beside it. An iteration that ended by itself has no such error.
+
+    Source: the Chebyshev-Markov-Stieltjes inequalities; Szego, Orthogonal Polynomials
+        (1975), 3.41.
+
+    Args:
+        nodes: Nodes of shape (p, steps).
+        weights: Their weights.
+        sizes: Nodes of each probe that count, of shape (p,).
+        n: Number of eigenvalues.
+        thresholds: Thresholds of shape (t,).
+    """
+    found = np.zeros(len(thresholds))
+    for row in np.flatnonzero(sizes >= min(nodes.shape[1], n)):
+        if sizes[row] >= n:
+            continue
+        padded = np.concatenate([[0.0], weights[row, : sizes[row]], [0.0]])
+        places = np.searchsorted(nodes[row, : sizes[row]], thresholds)
+        found += np.maximum(padded[places], padded[places + 1])
+    bound: Array = found / len(nodes)
+    return bound
+
+
 def _checked(runner: Runner, probes: int, steps: int, seed: int) -> tuple[int, int, int]:
     """Return probes, steps of at most n, and seed, if they are valid."""
     probes, steps = integer(probes, "probes", 2), integer(steps, "steps", 1, None)
@@ -148,6 +175,9 @@ def _run(runner: Runner, probes: int, steps: int, seed: int, reorthogonalize: st
         found = runner.tridiagonals(seed=seed, probes=probes, steps=steps, tick=tick, basis_bytes=most)
     if not found.finite and not found.sizes.all():
         raise HvpdError(NOT_FINITE, reason="NOT_FINITE")
+    with np.errstate(invalid="ignore"):
+        largest = max(float(abs(part).max(initial=0.0)) for part in (found.alphas, found.betas))
+    check_scale(largest, runner.n, runner.dtype)
     return found
 
 

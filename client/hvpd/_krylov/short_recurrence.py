@@ -96,7 +96,8 @@ def _normalised(R: Array, precondition: Multiply | None, arithmetic: Arithmetic)
     xp = arithmetic.np
     Z = R if precondition is None else precondition(R)
     squares = arithmetic.dots(R, Z)
-    arithmetic.check(squares)
+    if precondition is not None:
+        arithmetic.check(squares)
     sizes = xp.sqrt(squares)
     scale = (1.0 / xp.where(sizes > 0, sizes, 1.0))[:, None].astype(R.dtype)
     following = R * scale
@@ -296,6 +297,8 @@ class ShortRecurrence:
         if not np.isfinite(product).all():
             raise NotFiniteError
         link, links = linked(self.links, product, self._precondition, _HERE)
+        if not np.isfinite(link.beta).all():
+            raise NotFiniteError
         if isinstance(self.solved, CG):
             found = advanced_cg(self.solved, link, self.shifts, _HERE)
             if (failing := found.d <= 0).any():

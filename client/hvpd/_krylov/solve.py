@@ -30,7 +30,7 @@ CONVERGED = "all residuals are within the tolerance"
 MAXITER = "the number of steps is at its limit"
 ROUNDING = "rounding keeps a residual above the tolerance"
 INDEFINITE = "the operator is not positive definite: `direction` has no positive curvature; use method='minres' or a larger shift"
-NOT_FINITE = "a product holds NaN or infinity: x is from before it"
+NOT_FINITE = "a product, or its norm, is NaN or infinity: x is from before it"
 RANGE = "x is too large or too small for {dtype}: scale the operator or the right-hand side"
 INCONSISTENT = "the operator has no inverse, and b is not in its range: x minimises the residual"
 

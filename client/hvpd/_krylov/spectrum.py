@@ -30,7 +30,8 @@ class Spectrum(Result):
     """Standard error of the share of eigenvalues below a threshold, at the threshold
     where it is largest.
 
-    It is an upper bound at 95 % confidence, as for an `Estimate`."""
+    It is an upper bound at 95 % confidence, as for an `Estimate`. It counts the probes,
+    not the steps."""
     n: int
     """Number of eigenvalues."""
     products: int

@@ -55,7 +55,7 @@ class NotConvergedError(ArpackNoConvergence, HvpdError):
 
 def eigsh(
     runner: Runner,
-    k: int,
+    k: int | None,
     which: str,
     *,
     v0: Any,
@@ -73,7 +73,7 @@ def eigsh(
     """
     n = runner.n
     check_choice(which, "which", WHICH)
-    k = integer(k, "k", 1, n)
+    k = min(6, n) if k is None else integer(k, "k", 1, n)
     if ncv is None:
         size = max(2 * k + 1, 20)
         # A second cycle takes size - k products more, and a whole basis is exact.

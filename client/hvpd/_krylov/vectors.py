@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hvpd._errors import HvpdError
+
 Array = npt.NDArray[Any]
 
 _PART_BYTES = 1 << 20
@@ -49,6 +51,27 @@ def norms(V: Array) -> Array:
     with np.errstate(over="ignore"):
         found: Array = np.sqrt(dots(V, V))
     return found
+
+
+def check_scale(size: float, n: int, dtype: np.dtype[Any]) -> None:
+    """Check that products have a norm whose square is in the range of floats.
+
+    Args:
+        size: Norm of a product with a unit vector, or a lower bound of it.
+        n: Number of elements of a vector.
+        dtype: dtype of products.
+
+    Raises:
+        HvpdError: It is too small or too large (reason `SCALE`).
+    """
+    wide = np.finfo(np.float64)
+    least = max(float(wide.tiny) ** 0.5 / float(wide.eps), float(np.finfo(dtype).tiny / np.finfo(dtype).eps) * n**0.5)
+    if 0 < size < least or not size < float(wide.max) ** 0.5 * float(wide.eps):
+        raise HvpdError(
+            f"products with unit vectors have a norm of about {size:.2g}, which is too {'small' if size < 1 else 'large'} for the "
+            f"iteration in {dtype}: multiply the operator by a factor, and divide the eigenvalues by it",
+            reason="SCALE",
+        )
 
 
 def scaled(V: Array) -> tuple[Array, Array]:

@@ -32,7 +32,7 @@ class KrylovMethods:
 
     def eigsh(
         self,
-        k: int = 6,
+        k: int | None = None,
         which: Literal["LA", "SA", "LM", "BE"] = "LM",
         v0: Any = None,
         ncv: int | None = None,

@@ -282,3 +282,50 @@ def test_a_picture():
     (line,) = axes.get_lines()
     assert (line.get_ydata() > 0).all()
     assert axes.get_yscale() == "log"
+
+
+def test_the_error_of_the_steps_bounds_that_of_the_shares():
+    """All vectors of signs give the same measure, so that the probes have no error."""
+    values = np.linspace(1, 3, 3000)
+    found = krylov.spectrum(scipy.sparse.diags_array(values), probes=3, steps=60)
+    assert found.standard_error < 1e-12
+    thresholds = np.linspace(1.1, 2.9, 19)
+    shares = np.array([(found.weights * (found.nodes < each)).sum() / 3 for each in thresholds])
+    wrong = abs(shares - [(values < each).mean() for each in thresholds])
+    bounds = quadrature.steps_error(found.nodes, found.weights, found.sizes, found.n, thresholds)
+    assert wrong.max() > 1e-3
+    assert (wrong <= bounds + 1e-12).all()
+    assert bounds.max() < 0.05
+    few = krylov.spectrum(scipy.sparse.diags_array(np.repeat([1.0, 2.0], 50)), probes=3, steps=60)
+    assert not quadrature.steps_error(few.nodes, few.weights, few.sizes, few.n, np.array([1.5])).any()
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float64", 1e-154), ("float64", 1e160), ("float32", 1e-36)], ids=str)
+@pytest.mark.parametrize("call", ["eigsh", "lanczos", "spectrum", "trace_of"])
+def test_operators_beyond_the_range_of_squares_are_refused(dtype, size, call):
+    A = scipy.sparse.diags_array((np.linspace(1, 3, 3000) * size).astype(dtype))
+    calls = {
+        "eigsh": lambda: krylov.eigsh(A, 2),
+        "lanczos": lambda: krylov.lanczos(A, 20),
+        "spectrum": lambda: krylov.spectrum(A, 3, 20),
+        "trace_of": lambda: krylov.trace_of(A, np.sqrt, 3, 20),
+    }
+    with np.errstate(all="ignore"), pytest.raises(hvpd.HvpdError, match="multiply the operator by a factor") as raised:
+        calls[call]()
+    assert raised.value.reason == "SCALE"
+
+
+@pytest.mark.parametrize("size", [1e-130, 1e130])
+def test_operators_within_the_range_are_right(size):
+    values = krylov.eigsh(scipy.sparse.diags_array(np.linspace(1, 3, 300) * size), 2).values
+    np.testing.assert_allclose(values / size, np.linspace(1, 3, 300)[-2:], rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["cg", "minres"])
+@pytest.mark.parametrize("size", [1e-160, 1e160])
+def test_solves_beyond_the_range_of_squares_do_not_blame_others(method, size):
+    values = np.linspace(1, 3, 30) * size
+    with np.errstate(all="ignore"):
+        found = krylov.solve(scipy.sparse.diags_array(values), np.ones(30), tol=1e-8, method=method)
+    assert found.converged == bool(np.linalg.norm(values * found.x - 1) <= 1e-8 * 30**0.5)
+    assert found.converged or "positive definite" not in found.reason
