@@ -414,7 +414,7 @@ def test_a_right_hand_side_of_zeros_has_the_solution_zero(H, method):
 
 def slow(x, data):
     """Return a function whose product takes a moment."""
-    return jax.lax.fori_loop(0, 400, lambda _, y: jnp.sin(y) + data, x).sum()
+    return jax.lax.fori_loop(0, 100, lambda _, y: jnp.sin(y) + data, x).sum()
 
 
 def test_a_computation_ends_with_its_caller(serve):
