@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from hvpd._transport.interrupts import interrupt_behind
+from hvpd._transport.interrupts import interrupt_behind, leave
 
 
 def strike():
@@ -37,3 +37,24 @@ def test_an_interrupt_that_was_handled_before_does_not_count():
     interrupt = error.value.__context__
     assert interrupt_behind(error.value, None) is interrupt
     assert interrupt_behind(error.value, interrupt) is None
+
+
+def test_a_call_that_is_left_is_cancelled_by_another_thread(monkeypatch):
+    cancelled = threading.Event()
+    held = threading.Lock()
+
+    class Call:
+        def cancel(self):
+            with held:
+                cancelled.set()
+
+    with held:
+        leave(Call())  # Does not wait.
+        assert not cancelled.is_set()
+    assert cancelled.wait(10)
+
+    def full(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    leave(Call())

@@ -5,7 +5,10 @@ cancel a call or to close it, may then wait for ever. So the client leaves the c
 as it is and opens another. An interrupt outside of gRPC costs no channel.
 """
 
+import contextlib
 import ctypes
+import threading
+from typing import Any
 
 
 class OutsideGrpcError(BaseException):
@@ -36,6 +39,17 @@ def interrupt_behind(error: BaseException, before: BaseException | None) -> Base
             return found
         found = found.__context__
     return None
+
+
+def leave(call: Any) -> None:
+    """Leave a call behind after an interrupt, and let the server end its work.
+
+    A thread cancels the call, because gRPC's locks may be held. That thread then waits
+    for ever, and no other thread does.
+    """
+    never_free(call)
+    with contextlib.suppress(RuntimeError):  # The system has no further thread.
+        threading.Thread(target=call.cancel, name="hvpd-cancel", daemon=True).start()
 
 
 def never_free(thing: object) -> None:

@@ -13,7 +13,7 @@ from hvpd._krylov.probes import BASIS_BYTES, Ticking, Tridiagonals
 from hvpd._krylov.runner import Runner
 from hvpd._krylov.space import Multiply, NotFiniteError, Space
 from hvpd._krylov.trust_region import Step
-from hvpd._transport.interrupts import never_free
+from hvpd._transport.interrupts import interrupt_behind, leave
 from hvpd._transport.server_space import ServerOperator, ServerSpace, bad_answer, chunked, described_arrays
 from hvpd._transport.stream import Filling
 from hvpd._wire import codec
@@ -166,11 +166,14 @@ class ServerRunner(Runner):
             call = transport.channel.compute(messages, metadata=metadata, timeout=left)
             try:
                 return self._read(call, expected, tick)
-            except Exception:
-                call.cancel()
+            except Exception as error:
+                if interrupt_behind(error, None) is None:
+                    call.cancel()
+                else:
+                    leave(call)
                 raise
             except BaseException:  # An interrupt: gRPC's locks may be held.
-                never_free(call)
+                leave(call)
                 raise
 
         with transport.sending(lambda: "hvpd.v1.KrylovService/Compute") as (metadata, request_id):

@@ -16,7 +16,7 @@ from hvpd._arguments import integer
 from hvpd._errors import Failure, HvpdError, OverloadedError
 from hvpd._krylov.space import LocalSpace, NotFiniteError, Step
 from hvpd._transport import cancellation
-from hvpd._transport.interrupts import never_free
+from hvpd._transport.interrupts import interrupt_behind, leave
 from hvpd._transport.stream import Filling, RpcFailure
 from hvpd._transport.transport import Transport
 from hvpd._wire import codec, protocol
@@ -365,11 +365,10 @@ class _Answers:
                 self._call = space._opened(self.left, left, self._pin_seconds)  # noqa: SLF001 - its own space
             with cancellation.ending(self._call.cancel):
                 message = next(self._call, None)
-        except Exception:
-            self._call = None
-            raise
-        except BaseException:  # An interrupt: gRPC's locks may be held.
-            never_free(self._call)
+        except BaseException as error:
+            # After an interrupt, gRPC's locks may be held.
+            if self._call is not None and interrupt_behind(error, None) is not None:
+                leave(self._call)
             self._call = None
             raise
         if message is None:
