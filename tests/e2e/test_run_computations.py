@@ -442,39 +442,31 @@ def test_a_computation_ends_with_its_caller(serve):
         assert server.metric('hvpd_resident_bytes{kind="run"}') == 0
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda H: H.lanczos(2000),
-        lambda H: H.spectrum(probes=200, steps=300),
-        lambda H: H.solve(np.ones(2000), tol=0.0, method="minres"),
-    ],
-    ids=["lanczos", "spectrum", "solve"],
-)
-def test_an_interrupted_call_ends_at_the_server(serve, call):
+def test_an_interrupted_call_ends_at_the_server(serve):
     server, over = serve(), threading.Event()
     main = threading.main_thread().ident
 
     def strike():
-        until(lambda: server.metric("hvpd_columns_total") > 5)
+        until(lambda: server.metric("hvpd_columns_total") > begun + 5)
         while not over.is_set():  # gRPC swallows some interrupts.
             signal.pthread_kill(main, signal.SIGUSR1)
             over.wait(5)
 
     with hvpd.connect(server.address) as client:
         H = client.register(slow, np.ones(2000), np.linspace(0, 1, 2000)).at(np.ones(2000)).hessian()
+        begun = server.metric("hvpd_columns_total")
         before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
         striking = threading.Thread(target=strike)
         striking.start()
         try:
             with pytest.raises(KeyboardInterrupt):
-                call(H)
+                H.spectrum(probes=200, steps=300)
         finally:
             over.set()
             striking.join()
             signal.signal(signal.SIGUSR1, before)
         until(lambda: server.metric("hvpd_open_calls") == server.metric("hvpd_open_streams"))
-        assert server.metric("hvpd_columns_total") < 2000
+        assert server.metric("hvpd_columns_total") < begun + 2000
         assert np.isfinite(H @ np.ones(2000)).all()
 
 
