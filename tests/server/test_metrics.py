@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from hvpd._wire import codec
 from hvpd._wire.frames import Frame
 from hvpd.v1 import curvature_pb2
-from hvpd_server.device import data_sources
+from hvpd_server.device import data_sources, executables
 from hvpd_server.errors import Code, ServiceError, to_status
 from hvpd_server.rpc.call_context import GrpcCall
 from hvpd_server.rpc.curvature import CurvatureService
@@ -398,6 +398,8 @@ def test_a_compile_that_fails_is_counted(open_engine, logistic, monkeypatch):
     point = create(engine, logistic)
     refusal = ServiceError(Code.INVALID_ARGUMENT, "COMPILE_FAILED", "the server cannot compile hvp")
     monkeypatch.setattr(engine.vetter, "compile", lambda *args: raise_(refusal))
+    # Otherwise a program that another file has compiled is not compiled here.
+    monkeypatch.setattr(executables.Executables, "_cached", lambda self, path: (None, 0))
     with pytest.raises(ServiceError, match="cannot compile"):
         point.source.kernels.request("hvp", 8).result(WAIT)
     assert value(engine.metrics, "hvpd_compiles_total", outcome="failed") == 1
