@@ -122,6 +122,9 @@ class Lanczos:
         self._steps = 0
         self._size = 0.0
         """Largest number of the steps so far, about the norm of a product."""
+        self._known: tuple[Array, Array, Array] | None = None
+        """What `decomposed` returns, until T changes. A request to the space may
+        replace the numbers of T, because the space may repeat its steps."""
         self._alphas: list[Array] = []
         self._betas: list[Array] = []
         self._kept = np.zeros(0)
@@ -200,14 +203,14 @@ class Lanczos:
                 f"take at most {max((self.n - self.size) // width, 0)} steps",
                 reason="STEPS",
             )
-        self.reason = DONE
+        self.reason, self._known = DONE, None
         try:
             for step in self._space.extend(steps):
                 self._size = max(self._size, *(float(abs(part).max(initial=0.0)) for part in step))
                 check_scale(self._size, self.n, self.dtype)
                 self._alphas.append(step.alpha)
                 self._betas.append(step.beta)
-                self._steps += 1
+                self._steps, self._known = self._steps + 1, None
                 if not len(step.beta):
                     self.breakdown, self.reason = True, INVARIANT
                 if progress is not None:
@@ -244,6 +247,7 @@ class Lanczos:
         seconds = integer(seconds, "seconds", 0)
         self._check_open("call pin()")
         if isinstance(self._space, Resident):
+            self._known = None
             self._space.pin(seconds)
 
     @property
@@ -342,6 +346,16 @@ class Lanczos:
         Example:
             >>> values, Y, couplings = run.decomposed()
         """
+        known = self._decomposed()
+        return known[0].copy(), known[1].copy(), known[2].copy()
+
+    def _decomposed(self) -> tuple[Array, Array, Array]:
+        """Return what `decomposed` does, not to be changed."""
+        if self._known is None:
+            self._known = self._decompose()
+        return self._known
+
+    def _decompose(self) -> tuple[Array, Array, Array]:
         if not self._alphas:  # Nothing yet, or nothing since a restart.
             return self._kept, np.eye(len(self._kept)), self._coupling
         if self.block == 1 and not len(self._kept):
@@ -375,7 +389,7 @@ class Lanczos:
         vectors = vectors and self.reorthogonalize == "full"
         if vectors:
             self._check_open("call ritz()")
-        values, Y, couplings = self.decomposed()
+        values, Y, couplings = self._decomposed()
         ghosts = self._ghosts(values)
         chosen = select(values, count, which)
         residuals = np.linalg.norm(couplings[:, chosen], axis=0)
@@ -432,6 +446,7 @@ class Lanczos:
                 reason=_arrays.fault(found),
             )
         rows = found[:, None] if found.ndim == 1 else found
+        self._known = None
         columns = self._space.combine(np.asarray(rows, np.float64)).T
         return columns[:, 0] if found.ndim == 1 else columns
 
@@ -451,7 +466,7 @@ class Lanczos:
             >>> run.restart(np.arange(run.size - 5, run.size))
         """
         self._check_open("call restart()")
-        values, Y, couplings = self.decomposed()
+        values, Y, couplings = self._decomposed()
         keep = np.asarray(keep)
         if (
             keep.ndim != 1
@@ -465,7 +480,7 @@ class Lanczos:
             )
         self._space.restart(Y[:, keep], waiting=fresh is None)
         self._kept, self._coupling = values[keep], couplings[:, keep]
-        self._alphas, self._betas = [], []
+        self._alphas, self._betas, self._known = [], [], None
         if fresh is not None:
             self.enlarge(fresh)
             self._coupling = np.zeros((1, len(keep)))
@@ -478,6 +493,7 @@ class Lanczos:
             >>> run.enlarge(seed=1)
         """
         self._check_open("call enlarge()")
+        self._known = None
         self._space.append(np.random.default_rng([self.n, seed]).standard_normal((1, self.n)).astype(self.dtype))
         self.breakdown = False
 

@@ -281,3 +281,29 @@ def test_a_run_cannot_be_pickled_and_says_what_can():
     assert raised.value.reason == "NOT_PICKLABLE"
     pairs = pickle.loads(pickle.dumps(run.ritz(2)))
     assert np.array_equal(pairs.values, run.ritz(2).values)
+
+
+def test_a_projected_matrix_is_decomposed_once_until_it_changes(monkeypatch):
+    A = symmetric(60)
+    count = 0
+    decompose = Lanczos._decompose
+
+    def counted(run):
+        nonlocal count
+        count += 1
+        return decompose(run)
+
+    monkeypatch.setattr(Lanczos, "_decompose", counted)
+    run = lanczos(A, 20)
+    values, Y, couplings = run.decomposed()
+    values[:], Y[:], couplings[:] = 0, 0, 0  # Copies.
+    first = run.ritz(3, vectors=False)
+    run.restart(np.arange(15, 20))
+    assert count == 1
+    np.testing.assert_allclose(run.ritz(3).values, first.values, rtol=1e-12)
+    sizes = []
+    run.extend(10, progress=lambda *_: sizes.append(len(run.decomposed()[0])))
+    assert sizes == list(range(6, 16))
+    assert run.ritz().values.size == 15
+    run.enlarge(1)
+    np.testing.assert_allclose(run.ritz(3).values, np.linalg.eigvalsh(run.projected)[-3:], rtol=1e-12)
