@@ -220,3 +220,12 @@ def test_bad_arguments(dense_point, arguments, message):
             call(**arguments)
     with pytest.raises(hvpd.InvalidArgumentError, match="NaN or infinity"):
         hvpd.nystrom(hvpd.HessianOperator(dense_point(np.full((5, 5), np.nan))), 2)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, scipy.sparse.csr_array])
+def test_the_matrix_of_a_preconditioner_must_be_symmetric(kind):
+    A = np.triu(np.random.default_rng(0).standard_normal((30, 30))) + 40 * np.eye(30)
+    with pytest.raises(hvpd.InvalidArgumentError, match=r"A must be symmetric, and A\[") as raised:
+        hvpd.nystrom(kind(A), 5)
+    assert raised.value.reason == "NOT_SYMMETRIC"
+    assert hvpd.nystrom(kind((A + A.T) / 2), 5).shape == (30, 30)

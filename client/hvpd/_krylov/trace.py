@@ -18,7 +18,7 @@ from hvpd._krylov.computed import Estimated
 from hvpd._krylov.results import DiagonalEstimate, Estimate
 from hvpd._krylov.runner import Runner
 from hvpd._krylov.space import NotFiniteError
-from hvpd._krylov.vectors import Array
+from hvpd._krylov.vectors import Array, check_scale
 
 TRACE = ("xtrace", "hutch++", "hutchinson")
 """Choices of `method` for a trace."""
@@ -47,6 +47,8 @@ def trace(runner: Runner, method: str, products: int | None, seed: int) -> Estim
         found = runner.estimate(False, method, budget, seed, tick) or estimated(
             runner, False, method, budget, seed, tick
         )
+    if method != "exact":
+        check_scale(found.size / runner.n, runner.n, runner.dtype)
     error = float(np.hypot(found.errors[0], 4 * np.finfo(runner.dtype).eps * found.size))
     return Estimate(float(found.values[0]), error, runner.products - before, method, origin=runner.seeded(seed))
 
@@ -60,6 +62,8 @@ def diagonal(runner: Runner, method: str, products: int | None, seed: int) -> Di
     method = "exact" if budget >= runner.n else method
     with runner.running(f"diagonal by {method}") as tick, finite_only():
         found = runner.estimate(True, method, budget, seed, tick) or estimated(runner, True, method, budget, seed, tick)
+    if method != "exact":
+        check_scale(float(abs(found.values).max(initial=0.0)), runner.n, runner.dtype)
     values, error = found.values.astype(runner.dtype), found.errors.astype(runner.dtype)
     return DiagonalEstimate(values, error, runner.products - before, method, origin=runner.seeded(seed))
 

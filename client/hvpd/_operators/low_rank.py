@@ -3,12 +3,14 @@
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 
 from hvpd import _text
 from hvpd._arguments import integer
 from hvpd._errors import InvalidArgumentError
 from hvpd._krylov.preconditioning import Described
+from hvpd._krylov.symmetry import check_symmetric
 from hvpd._operators import blocks
 from hvpd._operators.curvature import CurvatureOperator
 from hvpd._operators.symmetric import SymmetricOperator
@@ -188,12 +190,14 @@ def nystrom(
     Raises:
         InvalidArgumentError: A + shift I is not positive definite; the message has its
             smallest Ritz value. Few products cannot find every negative eigenvalue: one
-            that is small beside the largest may go unnoticed.
+            that is small beside the largest may go unnoticed. Or A is a matrix that
+            is not symmetric.
 
     Example:
         >>> M = hvpd.nystrom(H, rank=20, shift=1e-3)
         >>> step, info = scipy.sparse.linalg.cg(H.shifted(1e-3), b, M=M)
     """
+    matrix = A if scipy.sparse.issparse(A) or isinstance(A, np.ndarray) else None
     if isinstance(A, CurvatureOperator):
         total = A.shifted(shift).shift
         A = A.shifted(-A.shift)
@@ -205,6 +209,8 @@ def nystrom(
             reason="NOT_SYMMETRIC",
         )
     dtype = np.dtype(A.dtype if A.dtype in (np.float32, np.float64) else np.float64)
+    if matrix is not None:
+        check_symmetric(matrix, "A", dtype, 1e3 * float(np.finfo(dtype).eps))
     krylov = _Krylov(A, dtype, rank=rank, seed=seed, oversampling=oversampling, passes=passes)
     smallest = float(krylov.values[0])
     if smallest + total < -krylov.tolerance:

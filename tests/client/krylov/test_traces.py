@@ -301,13 +301,16 @@ def test_the_error_of_the_steps_bounds_that_of_the_shares():
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float64", 1e-154), ("float64", 1e160), ("float32", 1e-36)], ids=str)
-@pytest.mark.parametrize("call", ["eigsh", "lanczos", "spectrum", "trace_of"])
+@pytest.mark.parametrize("call", ["eigsh", "lanczos", "spectrum", "trace_of", "trace", "hutch++", "diagonal"])
 def test_operators_beyond_the_range_of_squares_are_refused(dtype, size, call):
     A = scipy.sparse.diags_array((np.linspace(1, 3, 3000) * size).astype(dtype))
     calls = {
         "eigsh": lambda: krylov.eigsh(A, 2),
         "lanczos": lambda: krylov.lanczos(A, 20),
         "spectrum": lambda: krylov.spectrum(A, 3, 20),
+        "trace": lambda: krylov.trace(A),
+        "hutch++": lambda: krylov.trace(A, "hutch++"),
+        "diagonal": lambda: krylov.diagonal(A),
         "trace_of": lambda: krylov.trace_of(A, np.sqrt, 3, 20),
     }
     with np.errstate(all="ignore"), pytest.raises(hvpd.HvpdError, match="multiply the operator by a factor") as raised:
