@@ -67,8 +67,9 @@ def check_scale(size: float, n: int, dtype: np.dtype[Any]) -> None:
     wide = np.finfo(np.float64)
     least = max(float(wide.tiny) ** 0.5 / float(wide.eps), float(np.finfo(dtype).tiny / np.finfo(dtype).eps) * n**0.5)
     if 0 < size < least or not size < float(wide.max) ** 0.5 * float(wide.eps):
+        norm = f"a norm of about {size:.2g}" if np.isfinite(size) else "an infinite norm"
         raise HvpdError(
-            f"products with unit vectors have a norm of about {size:.2g}, which is too {'small' if size < 1 else 'large'} for the "
+            f"products with unit vectors have {norm}, which is too {'small' if size < 1 else 'large'} for the "
             f"iteration in {dtype}: multiply the operator by a factor, and divide the eigenvalues by it",
             reason="SCALE",
         )
