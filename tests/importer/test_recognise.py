@@ -58,19 +58,19 @@ def test_a_function_of_jax_gets_its_rule(name, dtype):
     assert (sum(report.recognised.values()) > 0) == has_rule
 
 
-def program(symbol, body):
+def program(symbol, body, shape="3"):
     return f"""module {{
-      func.func public @main(%arg0: tensor<3xf64>) -> tensor<3xf64> {{
-        %0 = call @{symbol}(%arg0) : (tensor<3xf64>) -> tensor<3xf64>
-        return %0 : tensor<3xf64>
+      func.func public @main(%arg0: tensor<{shape}xf64>) -> tensor<{shape}xf64> {{
+        %0 = call @{symbol}(%arg0) : (tensor<{shape}xf64>) -> tensor<{shape}xf64>
+        return %0 : tensor<{shape}xf64>
       }}
-      func.func private @{symbol}(%arg0: tensor<3xf64>) -> tensor<3xf64> {{
+      func.func private @{symbol}(%arg0: tensor<{shape}xf64>) -> tensor<{shape}xf64> {{
         %cst = stablehlo.constant dense<0.0> : tensor<f64>
         %one = stablehlo.constant dense<1.0> : tensor<f64>
-        %0 = stablehlo.broadcast_in_dim %cst, dims = [] : (tensor<f64>) -> tensor<3xf64>
-        %1 = stablehlo.broadcast_in_dim %one, dims = [] : (tensor<f64>) -> tensor<3xf64>
+        %0 = stablehlo.broadcast_in_dim %cst, dims = [] : (tensor<f64>) -> tensor<{shape}xf64>
+        %1 = stablehlo.broadcast_in_dim %one, dims = [] : (tensor<f64>) -> tensor<{shape}xf64>
         {body}
-        return %2 : tensor<3xf64>
+        return %2 : tensor<{shape}xf64>
       }}
     }}"""
 
@@ -93,3 +93,22 @@ def test_neither_a_name_nor_operations_are_enough(symbol, body, slope):
     found = jax.grad(lambda x: jnp.sum(function(x)[0]))(jnp.array([-1.0, 0.0, 2.0]))
     np.testing.assert_array_equal(found, slope)
     assert bool(report.recognised) == (symbol.startswith("relu") and "%0" in body and "maximum" in body)
+
+
+def test_a_transposition_is_not_left_out():
+    body = """%3 = stablehlo.broadcast_in_dim %arg0, dims = [1, 0] : (tensor<2x2xf64>) -> tensor<2x2xf64>
+        %2 = stablehlo.maximum %3, %0 : tensor<2x2xf64>"""
+    report, x = Report(), np.array([[1.0, 2.0], [-3.0, 4.0]])
+    (found,) = jax.jit(evaluate.function(reader.read(program("relu", body, "2x2")), report=report))(x)
+    np.testing.assert_array_equal(found, np.maximum(x.T, 0))
+    assert not report.recognised
+
+
+@pytest.mark.parametrize(("order", "count"), [("FLOAT", 1), ("TOTALORDER", 0)])
+def test_a_comparison_of_another_order_is_not_that_of_jax(order, count):
+    module = jax.export.export(jax.jit(jnp.sinc))(jax.ShapeDtypeStruct((3,), np.float64)).mlir_module()
+    assert ", FLOAT :" in module
+    report = Report()
+    function = evaluate.function(reader.read(module.replace(", FLOAT :", f", {order} :")), report=report)
+    np.testing.assert_allclose(jax.jit(function)(np.arange(3.0))[0], [1, 0, 0], atol=1e-15)
+    assert sum(report.recognised.values()) == count

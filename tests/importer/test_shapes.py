@@ -126,6 +126,16 @@ def test_known_arrays_are_moved_with_numpy():
     assert_equal(known, [np.asarray(each) for each in traced])
 
 
+@pytest.mark.parametrize("order", [(1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
+def test_a_broadcast_in_another_order_transposes(order):
+    x = np.arange(8.0).reshape(2, 2, 2)
+    body = f"""%x: tensor<2x2x2xf64>) -> tensor<2x2x2xf64> {{
+        %0 = stablehlo.broadcast_in_dim %x, dims = {list(order)} : (tensor<2x2x2xf64>) -> tensor<2x2x2xf64>
+        return %0 : tensor<2x2x2xf64>"""
+    (found,) = jax.jit(lambda x: _run(body, x))(x)
+    np.testing.assert_array_equal(found, np.transpose(x, np.argsort(order)))
+
+
 @pytest.mark.parametrize("where", ["jit", "known"])
 def test_dynamic_operations_with_known_sizes(where):
     body = """%x: tensor<?xf64>, %v: tensor<f64>, %shape: tensor<2xi64>, %low: tensor<1xi32>) -> (tensor<?x?xf64>, tensor<?xf64>,

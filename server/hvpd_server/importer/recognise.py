@@ -125,7 +125,7 @@ def _formula(call: Call, block: Block, arguments: tuple[str, ...], calls: int) -
         if any(term is None for term in taken):
             return None
         types[each.results[0]] = each.types[0]
-        if each.name in _ALIKE and not _keeps(types.get(each.operands[0]), each.types[0]):
+        if each.name in _ALIKE and not _keeps(each, types.get(each.operands[0])):
             return None
         term = _term(call, each, [term for term in taken if term is not None], calls)
         if term is None or len(term) > _CHARACTERS:
@@ -134,12 +134,14 @@ def _formula(call: Call, block: Block, arguments: tuple[str, ...], calls: int) -
     return terms.get(block.returns[0])
 
 
-def _keeps(before: TensorType | None, after: TensorType) -> bool:
-    """Return whether an array keeps its elements, or a number fills the array.
+def _keeps(each: Operation, before: TensorType | None) -> bool:
+    """Return whether an array keeps its elements and their order, or a number fills the
+    array.
 
     The form may change. The dtype may not become coarser.
     """
-    if before is None or before.dtype != after.dtype:
+    after, dimensions = each.types[0], list(each.attributes.get("broadcast_dimensions", ()))
+    if before is None or before.dtype != after.dtype or dimensions != sorted(dimensions):
         return False
     return before.shape in (after.shape, ())
 
@@ -155,6 +157,8 @@ def _term(call: Call, each: Operation, taken: list[str], calls: int) -> str | No
         symbol = each.attributes["callee"]
         return _formula(call, call.signature(symbol), tuple(taken), calls - 1) if calls else None
     if each.name == "stablehlo.compare":
+        if each.attributes.get("compare_type") == "TOTALORDER":
+            return None
         name = str(each.attributes.get("comparison_direction"))
     elif each.attributes.keys() - {"result_accuracy"}:
         return None

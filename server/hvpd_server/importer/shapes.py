@@ -57,11 +57,12 @@ def broadcast_in_dim(call: Call, x: Value, shape: Sequence[int], dimensions: Seq
     of x becomes.
     """
     shape = fits(call, shape, np.dtype(x.dtype))
-    if not stays_known(shape, x):
-        return lax.broadcast_in_dim(x, shape, tuple(dimensions))
     if len(dimensions) != x.ndim or len(set(dimensions)) != x.ndim:
         raise call.refuse(f"with the dimensions {list(dimensions)}: expected {x.ndim} different ones")
     order = np.argsort(np.asarray(dimensions, int))
+    if not stays_known(shape, x):
+        # jax leaves out the transposition if the shape stays the same.
+        return lax.broadcast_in_dim(lax.transpose(x, order), shape, sorted(dimensions))
     extents = [1] * len(shape)
     for axis in order:
         extents[dimensions[axis]] = x.shape[axis]
