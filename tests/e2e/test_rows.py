@@ -111,3 +111,54 @@ def test_any_rows_is_refused_with_settings_that_contradict_it(client):
         match=r"cannot compile value_and_grad \(width 0\): objective has a stablehlo.reshape from shape \[7, 6\] to shape \[10, 3\]",
     ):
         fixed.at(np.zeros(6), np.ones((7, 6)))
+
+
+def test_numbers_of_sizes_are_exact_in_single_precision(client):
+    import jax.numpy as jnp
+
+    def pairs(w, X):
+        mean = jnp.mean(jnp.broadcast_to(w @ w, (X.shape[0], 1000, 1000)))
+        return mean + jnp.sum(w * w * X.sum(0)) / (X.shape[0] * (X.shape[0] - 1) / 2)
+
+    w, v = np.array([[1.0, -2.0, 0.5], [3.0, 1.0, -1.0]], np.float32)
+    X = np.ones((70_000, 3), np.float32)
+    objective = client.register(pairs, w, X[:3000], any_rows=True)
+    for count in (3000, 70_000):
+        factor = 1 + 2 / (count - 1)
+        point = objective.at(w, X[:count])
+        assert point.value == pytest.approx(factor * w @ w, rel=1e-5)
+        assert np.allclose(point.hessian() @ v, 2 * factor * v, rtol=1e-5)
+
+
+def test_sizes_beyond_32_bits_are_refused(client):
+    import jax.numpy as jnp
+
+    def flat(w, X):
+        return jnp.sum(w * w) * jnp.ones(X.shape[0] * 2**20)[0]
+
+    X = np.ones((2048, 3), np.float32)
+    objective = client.register(flat, np.ones(3, np.float32), X[:2047], any_rows=True)
+    assert objective.value(np.ones(3, np.float32)) == 3.0
+    says = "of 2147483648, a number computed from sizes that int32 cannot hold.*Register without any_rows"
+    with pytest.raises(hvpd.InvalidArgumentError, match=says) as info:
+        objective.at(np.ones(3, np.float32), X)
+    assert info.value.reason == "PROGRAM_TOO_LARGE"
+    with pytest.raises(hvpd.InvalidArgumentError, match=r"Register without any_rows, or write the number as a float"):
+        client.register(lambda w, X: jnp.sum(w) / (X.shape[0] * 2**33), np.ones(3, np.float32), X, any_rows=True)
+
+
+def test_sizes_of_an_exported_function_are_exact(client):
+    import jax
+    import jax.export
+    import jax.numpy as jnp
+
+    def pairs(w, X):
+        return jnp.sum(w * w * X.sum(0)) / (X.shape[0] * (X.shape[0] - 1) / 2)
+
+    w, X = np.ones(3, np.float32), np.ones((70_000, 3), np.float32)
+    (m,) = jax.export.symbolic_shape("m")
+    with jax.enable_x64(False):
+        exported = jax.export.export(jax.jit(pairs))(w, jax.ShapeDtypeStruct((m, 3), np.float32))
+    objective = client.register_stablehlo(bytes(exported.serialize()), w, X)
+    assert objective.value(w) == pytest.approx(6 / 69_999, rel=1e-6)
+    assert np.allclose(objective.at(w).hessian() @ w, 4 / 69_999, rtol=1e-5)

@@ -255,6 +255,13 @@ _TRAITS = (
         "pallas_call",
         "it has a Pallas kernel inside. If only one platform needs it, leave that platform out, as in platforms=('cpu',). ",
     ),
+    (
+        "out of bounds for int32",
+        (
+            "Integers have 32 bits here: all numbers if jax's x64 is off, and those computed from the rows with any_rows=True. "
+            "Register without any_rows, or write the number as a float, such as 2.0**33. "
+        ),
+    ),
     ("not found for platforms", "register it with the platforms that can run it, such as platforms=('cpu',). "),
 )
 """Parts of errors, each with its likely cause and what to do."""

@@ -20,6 +20,8 @@ def _composite(call: Call) -> Sequence[Value]:
     name = call.attributes.get("name")
     if type(name) is not str:
         raise call.refuse("without a name", refusals.BUNDLE_INVALID)
+    if name.startswith("chlo."):
+        call.operands = [call.plain(each) for each in call.operands]
     if name == "chlo.scan" and (found := chlo.scan(call)) is not None:
         return found
     if name.startswith("hvpd."):
@@ -36,7 +38,7 @@ def _marked(call: Call, name: str) -> Sequence[Value]:
     found = mark.read(call)
     call.report.recognised[f"the mark {_text.cut(name, 80)}"] += 1
     dimensions = found.integer("dimensions", 0, len(call.operands))
-    sizes, args = call.operands[:dimensions], call.operands[dimensions:]
+    sizes, args = call.operands[:dimensions], [call.plain(each) for each in call.operands[dimensions:]]
     if not all(isinstance(size, np.ndarray) and size.shape == () and size.dtype.kind in "iu" for size in sizes):
         raise found.refuse("whose dimensions depend on x or on data: sizes must follow from shapes")
     if name.startswith("hvpd.jax."):

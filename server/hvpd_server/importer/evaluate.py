@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from hvpd import _text
-from hvpd_server.importer import families, refusals
+from hvpd_server.importer import families, refusals, sizes
 from hvpd_server.importer.graph import Block, Module, Operation, TensorType
-from hvpd_server.importer.table import KINKS, TABLE, Call, Refused, Report, Value, known
+from hvpd_server.importer.table import KINKS, TABLE, Call, Entry, Refused, Report, Value, dtype_of, known
 
 families.load()
 
@@ -101,8 +101,11 @@ class _Evaluator:
         call = Call(
             operation,
             [values[value] for value in operation.operands],
-            lambda block, *args: self.run(block, values, args),
-            self.call,
+            lambda block, *args: [call.plain(each) for each in self.run(block, values, args)],
+            # A function of a mark must return arrays that jax can use.
+            self.call
+            if operation.name == "func.call"
+            else lambda symbol, *args: [call.plain(each) for each in self.call(symbol, *args)],
             self._signature,
             self.report,
             platform=self.platform,
@@ -120,7 +123,7 @@ class _Evaluator:
         if len(operation.regions) != entry.regions and not any_regions:
             raise call.refuse(f"with {len(operation.regions)} regions", refusals.BUNDLE_INVALID)
         try:
-            found = entry.rule(call)
+            found = _built(call, entry)
         except (Refused, MemoryError, RecursionError):
             raise
         except (
@@ -164,3 +167,16 @@ class _Evaluator:
             found = TensorType(np.shape(result), np.dtype(result.dtype).name)
             if not type_.fits(found):
                 raise call.refuse(f"whose result is {found}, the program says {type_}", refusals.BUNDLE_INVALID)
+
+
+def _built(call: Call, entry: Entry) -> Sequence[Value] | Value:
+    """Return the results of an operation: exactly if it computes a size, or else by its
+    rule.
+    """
+    if any(map(sizes.is_size, call.operands)):
+        exact = sizes.result(call.operation, call.operands, dtype_of(call.types[0])) if len(call.types) == 1 else None
+        if exact is not None:
+            return exact
+        if call.name not in sizes.CARRYING:
+            call.operands = [call.plain(each) for each in call.operands]
+    return entry.rule(call)

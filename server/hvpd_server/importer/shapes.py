@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 
 from hvpd import _text
-from hvpd_server.importer import refusals
-from hvpd_server.importer.elementwise import Array, converted
+from hvpd_server.importer import refusals, sizes
+from hvpd_server.importer.elementwise import Array
 from hvpd_server.importer.table import FOLD_ELEMENTS, Call, Value, dtype_of, known, operation, static_shape
 
 
@@ -227,15 +227,15 @@ def _dynamic_update_slice(call: Call) -> Value:
 @operation("stablehlo.get_dimension_size", attributes=["dimension"])
 def _get_dimension_size(call: Call) -> Value:
     (x,) = call.operands
-    return converted(np.asarray(np.shape(x)[call.attributes["dimension"]]), dtype_of(call.types[0]))
+    return sizes.size(np.shape(x)[call.attributes["dimension"]], dtype_of(call.types[0]))
 
 
 @operation("stablehlo.optimization_barrier")
 def _optimization_barrier(call: Call) -> list[Value]:
-    unknown = [value for value in call.operands if not known(value)]
+    unknown = [value for value in call.operands if not (known(value) or sizes.is_size(value))]
     kept: list[Value] = list(lax.optimization_barrier(unknown)) if unknown else []
     # A known size stays known: a barrier orders computations, and a size needs none.
-    return [value if known(value) else kept.pop(0) for value in call.operands]
+    return [value if known(value) or sizes.is_size(value) else kept.pop(0) for value in call.operands]
 
 
 def extents_of(call: Call, index: int, what: str) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ from typing import Any, Final
 import jax
 import numpy as np
 
-from hvpd_server.importer import refusals
+from hvpd import _text
+from hvpd_server.importer import refusals, sizes
 from hvpd_server.importer.graph import Block, Operation, TensorType
 
 Value = Any
@@ -125,6 +126,20 @@ class Call:
         where = f" at {self.operation.location}" if self.operation.location else ""
         return Refused(reason, f"has a {self.name}{where} {why}")
 
+    def plain(self, value: Value) -> Value:
+        """Return a value as an array that a rule can use.
+
+        Raises:
+            Refused: The value is a size that its dtype cannot hold.
+        """
+        if sizes.exceeds(value):
+            raise self.refuse(
+                f"of {_text.cut(str(value.exact), 40)}, a number computed from sizes that {value.dtype} cannot hold: with so many "
+                "rows a size is too large. Register without any_rows, or with fewer rows",
+                refusals.PROGRAM_TOO_LARGE,
+            )
+        return np.asarray(value) if isinstance(value, sizes.Size) else value
+
     def check_rounds(self, rounds: int, carried: Sequence[Value]) -> None:
         """Check that a loop can keep its carried values of each round, because its
         derivative needs them.
@@ -196,10 +211,14 @@ def operation(*names: str, attributes: Sequence[str] = (), regions: int = 0) -> 
 
 def known(*values: Value) -> bool:
     """Return whether all values are small, integral or boolean, and known while the
-    program is read.
+    program is read. A size that its dtype cannot hold does not count.
     """
     return all(
-        isinstance(value, np.ndarray) and value.dtype.kind in "iub" and value.size <= FOLD_ELEMENTS for value in values
+        isinstance(value, np.ndarray)
+        and value.dtype.kind in "iub"
+        and value.size <= FOLD_ELEMENTS
+        and not sizes.exceeds(value)
+        for value in values
     )
 
 
