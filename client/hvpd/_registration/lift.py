@@ -129,7 +129,7 @@ def _array(constant: Any) -> codec.Array:
     if constant.dtype.name in ("int2", "int4", "uint2", "uint4"):
         raise InvalidArgumentError(
             f"the function closes over an array {constant.dtype}{list(constant.shape)}, whose dtype cannot be sent: close over "
-            "its .astype(jnp.int8), and convert it in the function",
+            "its .astype(jnp.int8), and compute with int8",
             reason="DTYPE",
         )
     # The jaxpr holds a NumPy constant as the user gave it, but uses it in the dtype

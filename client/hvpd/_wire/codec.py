@@ -177,7 +177,7 @@ def unsent(leaf: Any, found: Array) -> str:
             "registered with a dense array, or for x, pass .toarray()"
         )
     if "int" in found.dtype.name:
-        return f"dtype {found.dtype}: pass .astype(jnp.int8), and convert it in the function"
+        return f"dtype {found.dtype}: pass .astype(jnp.int8), and compute with int8: the server has no {found.dtype}"
     if found.dtype.kind in "US" or found.dtype == object:
         what = "a string" if found.dtype.kind in "US" else f"a {type(leaf).__name__}"
         return f"{what} (dtype {found.dtype}): bind arguments that are no arrays with functools.partial"
