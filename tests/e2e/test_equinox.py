@@ -1,4 +1,5 @@
-"""Objectives that solve inside, by lineax, optimistix and diffrax, against native jax.
+"""Objectives that solve inside, by lineax, optimistix and diffrax, and batch norms of
+equinox, against native jax.
 
 A process of its own registers them, because EQX_ON_ERROR is read at the first import.
 """
@@ -12,7 +13,7 @@ import pytest
 
 PROGRAM = """
 import json, sys, warnings
-import diffrax, equinox, jax, jax.numpy as jnp, lineax, numpy as np, optimistix, hvpd
+import diffrax, equinox as eqx, jax, jax.numpy as jnp, lineax, numpy as np, optimistix, hvpd
 
 jax.config.update("jax_enable_x64", True)
 B = np.random.default_rng(0).normal(size=(6, 6)) + 4 * np.eye(6)
@@ -70,7 +71,26 @@ def ode(adjoint):
     return fun, Y
 
 
+norm = eqx.nn.BatchNorm(6, axis_name="batch", mode="batch")
+state = eqx.nn.State(norm)
+weights, rest = eqx.partition(norm, eqx.is_inexact_array)
+batch = np.sin(np.arange(30.0)).reshape(5, 6)
+_, trained = jax.vmap(norm, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(batch, state)
+
+
+def batch_norm(state, inference):
+    def fun(x):
+        module = eqx.combine(eqx.tree_at(lambda w: w.weight, weights, x), rest)
+        module = eqx.nn.inference_mode(module, inference)
+        found, after = jax.vmap(module, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(batch * x, state)
+        return jnp.sum(jnp.sin(found) ** 2) + sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(after) if leaf.ndim)
+
+    return fun, X
+
+
 CASES = {
+    "BatchNorm": batch_norm(state, False),
+    "BatchNorm inference": batch_norm(trained, True),
     "LU": linear(lineax.LU()),
     "QR": linear(lineax.QR()),
     "CG": linear(lineax.CG(1e-13, 1e-13), SPD),
@@ -120,7 +140,11 @@ def results(server):
 
 
 @pytest.mark.parametrize(
-    "name", ["LU", "QR", "CG", "batched", "Newton", "fixed point", "Levenberg-Marquardt", "BFGS", "diffrax"]
+    "name",
+    [
+        *("LU", "QR", "CG", "batched", "Newton", "fixed point", "Levenberg-Marquardt", "BFGS", "diffrax"),
+        *("BatchNorm", "BatchNorm inference"),
+    ],
 )
 def test_value_gradient_and_product_are_those_of_native_jax(results, name):
     value, gradient, product = results[name]

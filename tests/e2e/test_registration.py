@@ -273,6 +273,18 @@ def _prints(x):
             (),
             r"outside of jax.*\('cpu',\)",
         ),
+        (
+            lambda x: jnp.sum(jax.custom_derivatives.linear_call(lambda r, x: x, lambda r, t: t, (), x)),
+            np.ones(3),
+            (),
+            r"^/.*test_registration.py:\d+, in <lambda>: <lambda> cannot .*primitive linear_call.*other jax operations",
+        ),
+        (
+            lambda x: jnp.sum(jax.scipy.special.exp1(x)),
+            np.ones(3),
+            (),
+            r'rule is differentiated again.*mode="finite_difference"',
+        ),
         (lambda x: jnp.sum(x) if x[0] > 0 else 0.0, np.ones(3), (), r"jnp\.where"),
         (_prints, np.ones(3), (), "_prints has side effects .*a callback, print or checkify.check.*EQX_ON_ERROR=nan"),
         (

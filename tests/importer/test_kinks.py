@@ -485,6 +485,32 @@ CASES = {
         (ROWS,),
         tolerance=1e-6,  # It computes the softmax in single precision.
     ),
+    "vmap_psum": Case(jax.vmap(lambda a: a / lax.psum(a**2, "i"), axis_name="i"), VECTOR),
+    "vmap_pmean": Case(jax.vmap(lambda a: (a - lax.pmean(jnp.sin(a), "i")) ** 2, axis_name="i"), VECTOR),
+    "vmap_psum_nested": Case(
+        lambda x: jax.vmap(jax.vmap(lambda a: a**3 / lax.psum(a**2, ("i", "j")), axis_name="i"), axis_name="j")(
+            jnp.outer(x, x)
+        ),
+        VECTOR,
+    ),
+    "reduce_logaddexp": Case(lambda x: lax.reduce(x, -INF, jnp.logaddexp, (0,)), TIES),
+    "reduce_some_axes": Case(
+        lambda x: lax.reduce(jnp.outer(x, jnp.arange(8.0)).reshape(-1, 4, 2), -INF, jnp.logaddexp, (2, 0)) ** 2, VECTOR
+    ),
+    "reduce_own_body": Case(lambda x: lax.reduce(x**3, 0.0, lambda a, b: a + b * 1.0, (0,)), VECTOR),
+    "reduce_pairs": Case(
+        lambda x: lax.reduce((x, x**2), (0.0, 0.0), lambda a, b: (a[0] + b[0], a[1] + b[1] + a[0] * b[0]), (0,))[1],
+        TIES,
+    ),
+    "reduce_nothing": Case(lambda x: x + lax.reduce(x[:0], 0.5, jnp.logaddexp, (0,)), VECTOR),
+    "ragged_dot": Case(
+        lambda x: lax.ragged_dot(jnp.outer(x, jnp.cos(x)), jnp.ones((2, 3, 2)) * x[0], jnp.array([1, 2])) ** 2,
+        VECTOR,
+        mode="gradient",  # jax has no batching rule for more.
+    ),
+    "expi": each(special.expi, -2.0, -0.5, 0.0, 0.5, 1.0),
+    "exp1": each(special.exp1, 0.5, 1.0, 2.0, mode="gradient"),
+    "expn": each(lambda x: special.expn(2, x), 0.5, 1.0, 2.0, mode="gradient"),
     "fft": Case(lambda x: jnp.abs(jnp.fft.rfft(x**2)) ** 2, TIES),
     "ifft": Case(lambda x: jnp.real(jnp.fft.ifft(jnp.fft.fft(x) * jnp.exp(1j * x))), TIES),
     "complex": Case(lambda x: jnp.abs(jnp.exp(1j * x) + x) + jnp.angle(x + 2j), TIES),

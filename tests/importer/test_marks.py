@@ -119,7 +119,7 @@ def test_every_differentiable_primitive_is_decided():
 REFUSED = {
     # Between devices.
     *("all_gather", "all_gather_invariant", "all_gather_reduced", "all_to_all", "pbroadcast", "ppermute", "preduced"),
-    *("psum", "psum_invariant", "pvary", "ragged_all_to_all", "reduce_scatter", "reduced_vary_cast_p", "reshard"),
+    *("psum_invariant", "pvary", "ragged_all_to_all", "reduce_scatter", "reduced_vary_cast_p", "reshard"),
     *("shard_map", "unreduced_psum", "unreduced_reduce_scatter", "vary_unreduced_cast_p", "inspect_sharding"),
     # Calls out of the program.
     *("check", "debug_callback", "debug_print", "io_callback", "pure_callback", "ffi_call"),
@@ -128,7 +128,7 @@ REFUSED = {
     *("log_read", "new_box", "new_log", "new_ref", "run_state", "swap", "call_hi_primitive", "custom_lin", "dce_sink"),
     *("from_edtype", "to_edtype", "stage", "tie"),
     # With rules that no mark carries.
-    *("call_exported", "composite", "linear_call", "ragged_dot_general", "reduce_window", "spsolve"),
+    *("call_exported", "composite", "linear_call", "reduce_window", "spsolve"),
     *("global_array_to_host_local_array", "host_local_array_to_global_array", "xla_metadata_value"),
 }
 

@@ -58,11 +58,11 @@ WRITTEN_OUT: Final = _names(
     bcoo_dot_general bcoo_dot_general_sampled bcoo_extract bcoo_fromdense bcoo_sort_indices bcoo_spdot_general
     bcoo_sum_duplicates bcoo_todense bcoo_transpose bcsr_dot_general bcsr_extract bcsr_fromdense bcsr_todense
     coo_fromdense coo_matmat coo_matvec coo_todense csr_fromdense csr_matmat csr_matvec csr_todense todense
-    maybe_set nondifferentiable_backward select_if_vmap
+    maybe_set nondifferentiable_backward psum ragged_dot_general select_if_vmap
     """
 )
-"""Primitives of jax.experimental.sparse and equinox, which become the operations behind
-them.
+"""Primitives of jax, jax.experimental.sparse and equinox, which become the operations
+behind them.
 
 Each is linear in each of its arguments, so these operations have the same
 derivatives."""

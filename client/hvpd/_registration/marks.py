@@ -28,6 +28,7 @@ arguments are perturbed.
 import contextlib
 import dataclasses
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -36,12 +37,12 @@ import jax
 import jax.interpreters.ad
 import jax.interpreters.mlir as lowering
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Primitive
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jaxlib.mlir import ir
 
 from hvpd._registration import third_party
 from hvpd._registration.closures import ORDERS, HiddenError, rule
-from hvpd._registration.jaxprs import listed, traced
+from hvpd._registration.jaxprs import equations, listed, traced
 from hvpd._registration.mark_operations import (
     CALL,
     Results,
@@ -67,6 +68,9 @@ from hvpd._registration.marked_primitives import (
 
 _PATTERNS: Final = 3
 """Most arguments of a function that gets a rule for each choice of symbolic zeros."""
+
+_OPERATIONS: Final = frozenset(["add", "mul", "max", "min", "and", "or", "xor"])
+"""Functions of two numbers whose reductions the server knows."""
 
 _Rule = Callable[..., Results]
 
@@ -113,6 +117,7 @@ class _Marks:
             "custom_jvp_call": self.custom_jvp,
             "custom_vjp_call": self.custom_vjp,
             "custom_linear_solve": self.linear_solve,
+            "reduce": self.reduce,
             "remat2": self.checkpoint,
             "scan": self.scan,
             "stop_gradient": self.stop_gradient,
@@ -196,6 +201,8 @@ class _Marks:
         """
         primitive = ctx.primitive
         assert primitive is not None
+        if not all(isinstance(axis, int) for axis in params.get("axes", ())):
+            _refused(ctx)  # A psum between devices.
         lowered = lowering._lowerings[primitive].rule  # noqa: SLF001 - jax has no public way to its lowerings
         result: Results = lowered(ctx.replace(module_context=self.context(ctx, order)), *args, **params)
         return result
@@ -212,6 +219,30 @@ class _Marks:
         # The function calls the primitive for its values.
         symbol = emit_function(self.context(ctx, order, primitive.name), f"hvpd.{primitive.name}", jaxpr)
         return emit_call(ctx, symbol, args, ctx.avals_out)
+
+    def reduce(
+        self,
+        order: int,
+        ctx: lowering.LoweringRuleContext,
+        *args: Any,
+        jaxpr: ClosedJaxpr,
+        dimensions: Sequence[int],
+        **params: Any,
+    ) -> Results:
+        """Lower a reduction by any function as jax differentiates it.
+
+        The server knows the derivatives of a reduction by one operation.
+        """
+        primitive = ctx.primitive
+        assert primitive is not None
+        steps = [each.primitive.name for each in equations(jaxpr) if each.primitive.name not in ("jit", "pjit")]
+        count = len(args) // 2
+        is_known = len(steps) <= count and _OPERATIONS.issuperset(steps)
+        shape: Sequence[Any] = ctx.avals_in[0].shape  # type: ignore[attr-defined]
+        if is_known or not all(isinstance(size, int) for size in shape):
+            return self.unmarked(ctx, order, args, {"jaxpr": jaxpr, "dimensions": dimensions, **params})
+        reduced = traced(lambda *given: _by_halves(jaxpr, dimensions, given[:count], given[count:]), ctx.avals_in)
+        return emit_call(ctx, emit_function(self.context(ctx, order), "hvpd.reduce", reduced), args, ctx.avals_out)
 
     def stop_gradient(self, order: int, ctx: lowering.LoweringRuleContext, x: Any) -> Results:
         """Mark the identity without derivative."""
@@ -305,7 +336,7 @@ class _Marks:
                 # An integer's tangent is float0: no zero for jax, and no argument of
                 # the rule's function.
                 zeros = [not next(perturbed) if floating else symbolic_zeros for floating in floats]
-                with _may_end(order), rule(order):
+                with _may_end(order, ctx.module_context.module), rule(order):
                     jaxpr, consts, out_zeros = jvp_jaxpr_fun.call_wrapped(*zeros)
                     reduced = without_float0(jaxpr, consts, "custom_jvp")
                     lowered = {
@@ -343,7 +374,7 @@ class _Marks:
         facts: dict[str, Any] = {"consts": num_consts, "forward": None, "backward": None}
         if order >= ORDERS:
             return emit_composite(ctx, "custom_vjp", symbol, facts, args)
-        with _may_end(order), rule(order):
+        with _may_end(order, ctx.module_context.module), rule(order):
             inner = self.context(ctx, order + 1)
             primals = ctx.avals_in[num_consts:]
             forward, consts = fwd_jaxpr_thunk.call_wrapped(*[True] * len(primals))
@@ -377,6 +408,31 @@ class _Marks:
         )
 
 
+def _by_halves(body: ClosedJaxpr, axes: Sequence[int], xs: Sequence[Any], starts: Sequence[Any]) -> list[Any]:
+    """Reduce axes of arrays by an associative function, half onto half.
+
+    Args:
+        body: Function of one element of each array, and again one of each.
+        axes: Axes to reduce.
+        xs: Arrays of one shape.
+        starts: Neutral element of the function.
+    """
+    shape = xs[0].shape
+    rest = [axis for axis in range(len(shape)) if axis not in axes]
+    rows = math.prod(shape[axis] for axis in axes)
+    xs = [jax.lax.reshape(x, (rows, *(shape[axis] for axis in rest)), (*axes, *rest)) for x in xs]
+    combine: Callable[..., Any] = jaxpr_as_fun(body)
+    for _ in xs[0].shape:
+        combine = jax.vmap(combine)
+    while rows > 1:
+        half = (rows + 1) // 2
+        padding = [(0, 2 * half - rows, 0), *[(0, 0, 0)] * len(rest)]
+        second = [jax.lax.pad(x[half:], start, padding) for x, start in zip(xs, starts, strict=True)]
+        xs = combine(*(x[:half] for x in xs), *second)
+        rows = half
+    return [x[0] if rows else jax.lax.broadcast(start, x.shape[1:]) for x, start in zip(xs, starts, strict=True)]
+
+
 def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     """Return how many constants and how many carried values a scan has."""
     if "num_consts" in params:
@@ -387,13 +443,14 @@ def _scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _may_end(order: int) -> Iterator[None]:
+def _may_end(order: int, module: ir.Module) -> Iterator[None]:
     """Let a rule inside another rule raise.
 
     Then the mark has no rule, and the server has one derivative fewer. A product by
     differences of gradients needs the first derivative only. A rule that forbids every
-    derivative may raise anywhere.
+    derivative may raise anywhere. The functions that it left unfinished are erased.
     """
+    before = len(module.body.operations)
     try:
         yield
     except (UnmarkableError, HiddenError):
@@ -403,6 +460,12 @@ def _may_end(order: int) -> Iterator[None]:
     except Exception as error:
         if not order and not third_party.forbids(error):
             raise
+    else:
+        return
+    for function in list(module.body.operations)[before:]:
+        (block,) = function.regions[0].blocks
+        if not len(block.operations) or block.operations[len(block.operations) - 1].name != "func.return":
+            function.operation.erase()
 
 
 def _bound(rule: Callable[..., Results], order: int) -> _Rule:

@@ -167,7 +167,8 @@ def worded(fun: _Function) -> Iterator[None]:
     except UnmarkableError as error:
         remedy = _remedy(error, str(error))
         raise InvalidArgumentError(
-            f"{_name(fun)} cannot be registered: {remedy}{error}", reason="DERIVATIVE_RULE"
+            f"{_place(_made_by(error))}{_name(fun)} cannot be registered: {remedy}{error}",
+            reason="DERIVATIVE_RULE",
         ) from None
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
@@ -197,6 +198,12 @@ def _own_frames(found: TracebackType | None) -> list[TracebackType]:
             own.append(found)
         found = found.tb_next
     return own
+
+
+def _made_by(error: Exception) -> list[TracebackType]:
+    """Return the user's own frames that made the operation whose lowering raised."""
+    # jax adds them as the cause of the error.
+    return _own_frames(error.__cause__.__traceback__ if error.__cause__ is not None else None)
 
 
 def _place(frames: Sequence[TracebackType]) -> str:

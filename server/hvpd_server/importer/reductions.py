@@ -144,7 +144,10 @@ def _reduce(call: Call) -> list[Value]:
     extreme = _extreme(call, body) if count == 2 and len(axes) == 1 else None
     if extreme is not None:
         return _arg_extreme(call, extreme, axes[0])
-    raise call.refuse(f"with a body that is not recognised: expected {BODIES}, or that of argmax or argmin")
+    raise call.refuse(
+        f"with a body that is not recognised: expected {BODIES}, or that of argmax or argmin. Write "
+        "another reduction as a loop, or slice by slice with the function itself"
+    )
 
 
 def _reduced(call: Call, monoid: Monoid, x: Value, start: Value, axes: tuple[int, ...]) -> Value:

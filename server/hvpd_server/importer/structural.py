@@ -240,7 +240,8 @@ def _symbolic_zero(value: Value) -> Any:
 def _exhausted(mark: Mark) -> Refused:
     return mark.call.refuse(
         f"{mark.call.attributes['name']} whose rule is differentiated again: rules are kept for the two derivatives of a Hessian, "
-        "and for fewer where a rule raised an error when the client traced it"
+        "and for fewer where a rule raised an error when the client traced it. Register the function with "
+        'mode="finite_difference", which needs one derivative only'
     )
 
 
