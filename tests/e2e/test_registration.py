@@ -427,10 +427,38 @@ with hvpd.connect(sys.argv[1]) as client:
         for fun in (lambda x: jnp.sum((array @ x) ** 2), jax.jit(lambda x: jnp.sum((array @ x) ** 2))):
             print(client.register(fun, np.ones(3, np.float32)).hessp(np.ones(3), np.eye(3)[0]).tolist())
     print(client.register(lambda x: jnp.sum(x**2), small).value(small))
+
+    @jax.custom_jvp
+    def cube(x):
+        return x**3
+
+    @jax.jit
+    def constrained(x):
+        return jax.lax.with_sharding_constraint(x, spread)
+
+    cube.defjvp(lambda primals, tangents: (cube(*primals), 3 * constrained(primals[0] ** 2) * tangents[0]))
+    automatic = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.sharding.NamedSharding(automatic, jax.sharding.PartitionSpec("d"))
+    before = str(jax.make_jaxpr(constrained)(np.ones(4)))
+    for fun in (
+        lambda x: constrained(x) ** 3,
+        lambda x: jax.device_put(x**3, place),
+        lambda x: jax.device_put(x**3, jax.devices()[1]),
+        lambda x: jax.sharding.reshard(x, place) ** 3,
+        lambda x: jax.jit(lambda x: x**3, in_shardings=place, out_shardings=spread)(x),
+        lambda x: jax.lax.scan(lambda c, row: (c, jax.lax.with_sharding_constraint(row, spread)), 0, x[None])[1] ** 3,
+        lambda x: jax.vmap(constrained)(x.reshape(2, 2)) ** 3,
+        lambda x: jax.device_put(np.ones(4), spread) * x**3,
+        cube,
+    ):
+        objective = client.register(lambda x, fun=fun: jnp.sum(fun(x)), np.ones(4))
+        print(objective.value(np.ones(4)), objective.hessp(np.ones(4), np.arange(4.0)).tolist())
+    assert "sharding_constraint" in before
+    assert str(jax.make_jaxpr(constrained)(np.ones(4))) == before
 """
 
 
-def test_arrays_on_several_devices_may_be_closed_over(server):
+def test_arrays_on_several_devices_may_be_closed_over_and_shardings_change_nothing(server):
     done = subprocess.run(
         [sys.executable, "-c", SHARDED, server.address],
         check=True,
@@ -438,7 +466,8 @@ def test_arrays_on_several_devices_may_be_closed_over(server):
         capture_output=True,
         text=True,
     )
-    assert done.stdout.splitlines() == [*2 * ["[8.0, 8.0, 8.0]"], *2 * ["[8000.0, 8000.0, 8000.0]"], "12.0"]
+    closed_over = [*2 * ["[8.0, 8.0, 8.0]"], *2 * ["[8000.0, 8000.0, 8000.0]"], "12.0"]
+    assert done.stdout.splitlines() == [*closed_over, *9 * ["4.0 [0.0, 6.0, 12.0, 18.0]"]]
 
 
 @pytest.mark.parametrize("name", ["../escape", "a//b", "/root", "a b", "ä", "x" * 201, "0" * 64, "a/../b", ".hidden"])

@@ -16,7 +16,7 @@ from hvpd import _text
 from hvpd._arguments import check_choice
 from hvpd._composite import Composite
 from hvpd._errors import InvalidArgumentError
-from hvpd._registration import marked_primitives, marks, purity
+from hvpd._registration import marked_primitives, marks, purity, shardings
 from hvpd._registration.bundle import Arrays, Export, assemble, flat_dtype_of, floating_array
 from hvpd._registration.closures import HiddenError, lowering
 from hvpd._registration.hijax import kept_rules
@@ -47,6 +47,7 @@ _Function = Callable[..., Any]
 
 @forgetting()
 @kept_rules()
+@shardings.dropped()
 def export(
     fun: _Function,
     x: Any,

@@ -19,12 +19,12 @@ def traced(fun: Callable[..., Any], avals: Sequence[Any]) -> Any:
 
 
 def is_sharded(constant: Any) -> bool:
-    """Return whether a constant is an array of numbers on several devices."""
+    """Return whether a constant is an array of numbers on a mesh of devices."""
     return (
         isinstance(constant, jax.Array)
         and not isinstance(constant, jax.core.Tracer)
         and not jax.numpy.issubdtype(constant.dtype, jax.dtypes.extended)
-        and len(constant.sharding.device_set) > 1
+        and not isinstance(constant.sharding, jax.sharding.SingleDeviceSharding)
     )
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hvpd._errors import InvalidArgumentError
-from hvpd._registration import closures
+from hvpd._registration import closures, shardings
 from hvpd._registration.hijax import is_high
 from hvpd._registration.jaxprs import held, inside, is_sharded, open_jaxpr
 from hvpd._wire import codec
@@ -42,9 +42,11 @@ def forgetting() -> Iterator[None]:
     See `trace`.
     """
     _seen.widened = False
-    yield
-    if _seen.widened:
-        forget()
+    try:
+        yield
+    finally:
+        if _seen.widened or shardings.found():
+            forget()
 
 
 def forget() -> None:
@@ -72,10 +74,11 @@ def trace(fun: Callable[..., Any], specs: Sequence[Any], *, widened: bool, lift_
     """
     found, arrays = _trace(fun, specs, lift_bytes)
     # A nested jit that jax traced before this export can have high-level primitives,
-    # whose rules `kept_rules` did not see, or loops that hold arrays.
+    # whose rules `kept_rules` did not see, shardings, or loops that hold arrays.
     if (
         (widened and any(dtype.name in _NARROW for dtype in arrays))
         or is_high(found[0])
+        or shardings.has_shardings(found[0])
         or _hides(found[0], lift_bytes)
     ):
         del found
