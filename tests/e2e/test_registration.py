@@ -280,6 +280,24 @@ def _prints(x):
             r"^/.*test_registration.py:\d+, in <lambda>: <lambda> cannot .*primitive linear_call.*other jax operations",
         ),
         (
+            lambda x: jnp.sum(jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec())),
+            np.ones(3),
+            (),
+            r"test_registration.py:\d+, .*NamedSharding\(mesh, spec\)",
+        ),
+        (
+            lambda x: jnp.sum(jax.sharding.reshard(x, jax.sharding.PartitionSpec("d"))),
+            np.ones(3),
+            (),
+            r"test_registration.py:\d+, .*NamedSharding\(mesh, spec\)",
+        ),
+        (
+            lambda x: jnp.sum(jax.device_put(x, jax.sharding.PartitionSpec())),
+            np.ones(3),
+            (),
+            r"test_registration.py:\d+, .*NamedSharding\(mesh, spec\)",
+        ),
+        (
             lambda x: jnp.sum(jax.scipy.special.exp1(x)),
             np.ones(3),
             (),

@@ -245,7 +245,16 @@ _CALLBACKS = (
 )
 
 
+_NO_MESH = (
+    "registration keeps no mesh around the function: pass jax.sharding.NamedSharding(mesh, spec) in place of the PartitionSpec, "
+    "or leave it out. "
+)
+
+
 _TRAITS = (
+    ("a non-empty mesh in context", _NO_MESH),
+    ("not under a mesh context", _NO_MESH),
+    ("Please set a mesh via", _NO_MESH),
     (
         "custom_vjp with symbolic_zeros",
         (
