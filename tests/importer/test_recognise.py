@@ -21,12 +21,13 @@ def _wide():
         yield
 
 
-def unmarked(fun, dtype=np.float64):
+def unmarked(fun, dtype=np.float64, platforms=("cpu",), shape=POINTS.shape):
     """Return the function and the report of a program that plain jax exported."""
-    exported = jax.export.export(jax.jit(fun))(jax.ShapeDtypeStruct(POINTS.shape, dtype))
+    exported = jax.export.export(jax.jit(fun), platforms=platforms)(jax.ShapeDtypeStruct(shape, dtype))
     report = Report()
     function = evaluate.function(reader.read(exported.mlir_module_serialized), report=report)
-    return lambda *args: function(*args)[0], report
+    index = [np.asarray(0)] if len(platforms) > 1 else []
+    return lambda *args: function(*index, *args)[0], report
 
 
 FUNCTIONS = {
@@ -45,17 +46,37 @@ def test_a_function_of_jax_gets_its_rule(name, dtype):
     fun = FUNCTIONS[name]
     found, report = unmarked(fun, dtype)
     x = jnp.asarray(POINTS, dtype)
+    assert_same_derivatives(found, fun, x)
+    # jax 0.11 writes sinc as a series without a rule of its own, so that there is
+    # nothing to recognise.
+    assert (sum(report.recognised.values()) > 0) == has_rule(fun, x)
 
+
+@pytest.mark.parametrize("platforms", [("cpu",), ("cpu", "cuda")], ids=len)
+@pytest.mark.parametrize("shape", [POINTS.shape, "n"], ids=["fixed", "of any size"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_integers_that_jax_passes_make_no_difference(name, shape, platforms):
+    """jax passes the platform's index and symbolic sizes to each function."""
+    fun = FUNCTIONS[name]
+    shape = jax.export.symbolic_shape(shape) if shape == "n" else shape
+    found, report = unmarked(fun, platforms=platforms, shape=shape)
+    x = jnp.asarray(POINTS)
+    assert_same_derivatives(found, fun, x)
+    assert (sum(report.recognised.values()) > 0) == has_rule(fun, x)
+    assert not has_rule(fun, x) or not report.presumed
+
+
+def assert_same_derivatives(found, fun, x):
     def derivatives(fun):
         gradient = jax.grad(lambda x: jnp.sum(fun(x)))
         return jax.jit(lambda x: (fun(x), gradient(x), jax.jvp(gradient, (x,), (jnp.ones_like(x),))[1]))(x)
 
     for left, right in zip(derivatives(found), derivatives(fun), strict=True):
         np.testing.assert_array_equal(np.asarray(left, np.float64), np.asarray(right, np.float64))
-    # jax 0.11 writes sinc as a series without a rule of its own, so that there is
-    # nothing to recognise.
-    has_rule = any(what in str(jax.make_jaxpr(fun)(x)) for what in ("custom_jvp_call", "logistic"))
-    assert (sum(report.recognised.values()) > 0) == has_rule
+
+
+def has_rule(fun, x):
+    return any(what in str(jax.make_jaxpr(fun)(x)) for what in ("custom_jvp_call", "logistic"))
 
 
 def program(symbol, body, shape="3"):
@@ -92,7 +113,11 @@ def test_neither_a_name_nor_operations_are_enough(symbol, body, slope):
     function = evaluate.function(reader.read(program(symbol, body)), report=report)
     found = jax.grad(lambda x: jnp.sum(function(x)[0]))(jnp.array([-1.0, 0.0, 2.0]))
     np.testing.assert_array_equal(found, slope)
-    assert bool(report.recognised) == (symbol.startswith("relu") and "%0" in body and "maximum" in body)
+    recognised = symbol.startswith("relu") and "%0" in body and "maximum" in body
+    assert bool(report.recognised) == recognised
+    # A name that promises jax's rule, above operations that do not, is reported.
+    said = any("are not those of jax's relu" in rule for rule in report.presumed)
+    assert said == (symbol.startswith("relu") and not recognised)
 
 
 def test_a_transposition_is_not_left_out():

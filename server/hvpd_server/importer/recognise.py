@@ -29,6 +29,12 @@ _CALLS: Final = 2
 _CHARACTERS: Final = 2_000
 """Longest formula that is read: repeated subterms double it."""
 
+_INTEGERS: Final = frozenset(["int32", "int64"])
+"""Types of sizes, and of the platform's index."""
+
+_SIZE: Final = "size"
+"""Text of an integer. No formula has one."""
+
 _NUMBERED: Final = re.compile(r"_\d+$")
 """The number that MLIR adds to a name that is taken."""
 
@@ -80,11 +86,14 @@ def rule_of(call: Call, symbol: str) -> Callable[..., list[Value]] | None:
         call: The call; its report gets a note when the function is recognised.
         symbol: The function that is called.
     """
-    if not has_rule(call, symbol):
-        return None
     name = _name(symbol)
+    if not has_rule(call, symbol):
+        if call.recognises and name in _FUNCTIONS:
+            call.report.presumed[f"@{name}, whose operations are not those of jax's {name}: their derivatives"] += 1
+        return None
     call.report.recognised[f"@{name}, by its name and its operations, has the derivatives of jax's {name}"] += 1
-    return lambda *args: [_FUNCTIONS[name].function(*map(jnp.asarray, args))]
+    first = _sizes(call.signature(symbol))
+    return lambda *args: [_FUNCTIONS[name].function(*map(jnp.asarray, args[first:]))]
 
 
 def has_rule(call: Call, symbol: str) -> bool:
@@ -93,8 +102,9 @@ def has_rule(call: Call, symbol: str) -> bool:
     if found is None:
         return False
     block = call.signature(symbol)
-    arguments = ("x", "y")[: len(block.arguments)]
-    return _elementwise(block) and _formula(call, block, arguments, _CALLS) in found.formulas
+    first = _sizes(block)
+    arguments = (*[_SIZE] * first, *("x", "y")[: len(block.arguments) - first])
+    return _elementwise(block, first) and _formula(call, block, arguments, _CALLS) in found.formulas
 
 
 def _name(symbol: str) -> str:
@@ -102,12 +112,22 @@ def _name(symbol: str) -> str:
     return _NUMBERED.sub("", symbol)
 
 
-def _elementwise(block: Block) -> bool:
-    """Return whether a function takes one or two arrays of the type that it returns."""
+def _sizes(block: Block) -> int:
+    """Return how many integers a function takes first: jax passes the index of the
+    platform and symbolic sizes to each function.
+    """
+    is_size = [type_.shape == () and type_.dtype in _INTEGERS for type_ in block.types]
+    return [*is_size, False].index(False)
+
+
+def _elementwise(block: Block, first: int) -> bool:
+    """Return whether a function takes, after its sizes, one or two arrays of the type
+    that it returns.
+    """
     return (
-        1 <= len(block.arguments) <= 2
+        1 <= len(block.arguments) - first <= 2
         and len(block.result_types) == 1
-        and all(type_ == block.result_types[0] for type_ in block.types)
+        and all(type_ == block.result_types[0] for type_ in block.types[first:])
         and jnp.issubdtype(jnp.dtype(block.result_types[0].dtype), jnp.floating)
     )
 
@@ -125,6 +145,12 @@ def _formula(call: Call, block: Block, arguments: tuple[str, ...], calls: int) -
         if any(term is None for term in taken):
             return None
         types[each.results[0]] = each.types[0]
+        if each.types[0].dtype in _INTEGERS:
+            terms[each.results[0]] = _SIZE
+            continue
+        if each.name == "stablehlo.dynamic_broadcast_in_dim" and _is_scalar(types.get(each.operands[0])):
+            terms[each.results[0]] = taken[0]
+            continue
         if each.name in _ALIKE and not _keeps(each, types.get(each.operands[0])):
             return None
         term = _term(call, each, [term for term in taken if term is not None], calls)
@@ -132,6 +158,10 @@ def _formula(call: Call, block: Block, arguments: tuple[str, ...], calls: int) -
             return None
         terms[each.results[0]] = term
     return terms.get(block.returns[0])
+
+
+def _is_scalar(type_: TensorType | None) -> bool:
+    return type_ is not None and type_.shape == ()
 
 
 def _keeps(each: Operation, before: TensorType | None) -> bool:
