@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hvpd import _text
-from hvpd_server.importer import families, refusals, sizes
+from hvpd_server.importer import families, inlined, refusals, sizes
 from hvpd_server.importer.graph import Block, Module, Operation, TensorType
 from hvpd_server.importer.table import KINKS, TABLE, Call, Entry, Refused, Report, Value, dtype_of, known
 
@@ -72,6 +72,7 @@ class _Evaluator:
     depth: int = 0
     marked: bool = False
     definitions: dict[int, tuple[Block, dict[int, Operation]]] = dataclasses.field(default_factory=dict)
+    rewritten: dict[int, tuple[Block, Sequence[Operation]]] = dataclasses.field(default_factory=dict)
 
     def call(self, symbol: str, *args: Value) -> list[Value]:
         """Return the results of a function."""
@@ -90,7 +91,7 @@ class _Evaluator:
         if len(args) != len(block.arguments):
             raise Refused(refusals.BUNDLE_INVALID, f"passes {len(args)} values where {len(block.arguments)} are taken")
         values = {**around, **dict(zip(block.arguments, args, strict=True))}
-        for each in block.operations:
+        for each in self._operations(block):
             results = self.operation(each, values, block)
             values.update(zip(each.results, results, strict=True))
         return [values[value] for value in block.returns]
@@ -115,7 +116,10 @@ class _Evaluator:
             definition=lambda value: self._definition(within, value),
         )
         if entry is None:
-            raise call.refuse("which is not served: the importer has no rule for it")
+            raise call.refuse(
+                "which is not served: the importer has no rule for it. Let the exporter write it in simpler operations of StableHLO, "
+                "such as dot_general, gather, reduce and elementwise ones"
+            )
         foreign = sorted(operation.attributes.keys() - entry.attributes)
         if foreign:
             raise call.refuse(f"with the attribute {foreign[0]}, which is not served")
@@ -143,6 +147,17 @@ class _Evaluator:
         if operation.name in KINKS and not known(*results) and operation.types[0].dtype.startswith(_FLOATING):
             self.report.presumed[KINKS[operation.name]] += 1
         return results
+
+    def _operations(self, block: Block) -> Sequence[Operation]:
+        """Return the operations of a block, with jax's formulas recognised. Reads each
+        block once.
+        """
+        if self.marked:
+            return block.operations
+        if id(block) not in self.rewritten:
+            # As in `_definition`, the entry keeps the block.
+            self.rewritten[id(block)] = (block, inlined.rewritten(block))
+        return self.rewritten[id(block)][1]
 
     def _definition(self, block: Block, value: int) -> Operation | None:
         """Return the operation of a block that makes a value. Reads each block once."""

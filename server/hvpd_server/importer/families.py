@@ -13,6 +13,7 @@ FAMILIES: Final = (
     "convolution",
     "gather_scatter",
     "control_flow",
+    "inlined",
     "random_bits",
     "fourier",
     "chlo",
