@@ -14,6 +14,7 @@ FAMILIES: Final = (
     "gather_scatter",
     "control_flow",
     "inlined",
+    "normalization",
     "random_bits",
     "fourier",
     "chlo",

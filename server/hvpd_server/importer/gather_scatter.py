@@ -94,7 +94,7 @@ def _update(call: Call, body: Block, dtype: Any) -> Callable[..., Value]:
     names = ", ".join(each.name for each in body.operations) or "no operation"
     raise call.refuse(
         f"whose body is not recognised ({_text.cut(names, 200)}): expected one that returns the update, or a single "
-        f"{', '.join(name.removeprefix('stablehlo.') for name in _UPDATES)} of the element and its update"
+        f"{', '.join(name.removeprefix('stablehlo.') for name in _UPDATES)} of the element and its update. For another function, gather the elements, and scatter its results"
     )
 
 

@@ -403,7 +403,10 @@ def _select_and_scatter(call: Call) -> Value:
     scattered = monoids(call, call.regions[1])
     sum_ = _OR if x.dtype == np.bool_ else _MONOIDS["add"]
     if select is None or scattered is None or scattered[0] is not sum_:
-        raise call.refuse("with bodies that are not recognised: expected a selection by GE or LE, and a scatter by add")
+        raise call.refuse(
+            "with bodies that are not recognised: expected a selection by GE or LE, and a scatter by add. "
+            "For other functions, find the extremes by reduce_window or argmax, and scatter to them"
+        )
     window = _window(call, x.ndim)
     if _windows(call, x, window) != source.shape:
         raise call.refuse(f"whose source is of shape {list(source.shape)}, which is not the number of windows")
