@@ -239,7 +239,8 @@ class Registrar:
         Raises:
             InvalidArgumentError: The module cannot be read, has an operation that is
                 not served, does not take x and data, or is not differentiable. The
-                message names the operation and its place.
+                message names the operation. If the module is text, it has the line,
+                too.
             MissingExtraError: The module must be converted, and jax is not installed.
 
         Example:

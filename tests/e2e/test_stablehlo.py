@@ -3,6 +3,7 @@ their kinks are reported.
 """
 
 import base64
+import io
 import json
 import subprocess
 import sys
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import jax
 import jax.export
+import jax.interpreters.mlir
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxlib.mlir import ir
 
 import hvpd
-from hvpd._registration import portable
+from hvpd._registration import portable, stablehlo
+from hvpd_server.importer import reader
 from tests.support.waiting import until
 
 TRUTH = json.loads((Path(__file__).parents[1] / "truth" / "tensorflow.json").read_text())
@@ -196,7 +200,7 @@ def loop(rounds):
 @pytest.mark.parametrize("rounds", [1 << 62, 1 << 40])
 def test_loops_whose_derivatives_need_too_much_memory_are_refused(client, rounds):
     """XLA aborted the server on such sizes."""
-    with pytest.raises(hvpd.InvalidArgumentError, match=f"a stablehlo.while of {rounds} rounds") as error:
+    with pytest.raises(hvpd.InvalidArgumentError, match=f"a stablehlo.while at line 4 of {rounds} rounds") as error:
         client.register_stablehlo(loop(rounds), np.ones(3))
     assert error.value.reason == "PROGRAM_TOO_LARGE"
 
@@ -243,10 +247,28 @@ def test_the_check_looks_at_x_and_beside_it(client, server):
 
 
 REFUSED = {
-    "nothing": (b"", "no public function"),
+    "nothing": (b"", "module is empty"),
+    "a file of zeros": (bytes(100), "module is empty"),
     "junk": (b"\x00\x01junk", "no StableHLO that jax"),
     "bytecode that ends early": (exported().mlir_module_serialized[:200], "cannot be read|no program that this server"),
     "an unknown operation": (module("%y = stablehlo.frobnicate %z : tensor<4xf64>"), "stablehlo.frobnicate"),
+    "an operation without a rule": (
+        module(
+            '%y = "stablehlo.einsum"(%z, %z) {einsum_config = "i,i->i"} : (tensor<4xf64>, tensor<4xf64>) -> tensor<4xf64>'
+        ),
+        r"stablehlo\.einsum at line 4 which is not served.*simpler operations",
+    ),
+    "an attribute": (
+        module("%y = stablehlo.multiply %z, %z {evil} : tensor<4xf64>"),
+        "-:4:8: .*stablehlo.multiply.*evil",
+    ),
+    "an export of jax": (lambda: exported(), r"module is a jax Exported: pass bytes\(exported.serialize\(\)\)"),
+    "a lowered function": (lambda: jax.jit(jnp.sum).lower(np.ones(3)), r"module is a jax Lowered: pass .*as_text"),
+    "a function": (fun, "module is the function fun: pass a function of jax to client.register"),
+    "a path": (Path("loss.mlir"), "module is the path 'loss.mlir': read the file first"),
+    "a path as text": ("loss.mlir", "module is the text 'loss.mlir', which is no MLIR: if this is a path, read"),
+    "no module": (None, "module is None: pass bytes, or MLIR as text"),
+    "a dictionary": ({}, "module is {}: pass bytes, or MLIR as text"),
     "a foreign call": (
         module("%y = stablehlo.custom_call @launch_missiles(%z) : (tensor<4xf64>) -> tensor<4xf64>"),
         "launch_missiles",
@@ -271,16 +293,65 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refused_program_gives_the_reason(client, name):
     content, says = REFUSED[name]
+    content = content() if content is not fun and callable(content) else content
     before = {each.digest for each in client.objectives()}
     with pytest.raises(hvpd.HvpdError, match=says):
         client.register_stablehlo(content, np.ones(3), X)
     assert {each.digest for each in client.objectives()} == before
 
 
+@pytest.mark.parametrize(("form", "place"), [("portable artifact", 22), ("plain bytecode", 18)])
+def test_damaged_bytecode_does_not_end_this_process(form, place):
+    """MLIR's parser aborts if the name of the producer does not end."""
+    content = bytearray(exported().mlir_module_serialized if form == "portable artifact" else bytecode())
+    assert content[place] == 0
+    content[place] = 0xFF
+    with pytest.raises(hvpd.InvalidArgumentError) as error:
+        stablehlo._artifact(content, "")
+    assert error.value.reason == "PROGRAM_UNREADABLE"
+
+
+def test_text_that_crashes_the_parser_does_not_end_this_process():
+    with pytest.raises(hvpd.InvalidArgumentError) as error:
+        stablehlo._artifact('module { func.func @f() { call @"\\FF"() : () -> () return } }', "")
+    assert error.value.reason == "PROGRAM_UNREADABLE"
+
+
+def bytecode():
+    written = io.BytesIO()
+    with jax.interpreters.mlir.make_ir_context():
+        ir.Module.parse(exported().mlir_module()).operation.write_bytecode(written)
+    return written.getvalue()
+
+
+def test_only_text_without_locations_keeps_its_lines():
+    places = exported().mlir_module()
+    assert ".py" in places
+    assert b".py" not in stablehlo._artifact(places, "")[0]
+    assert b".py" not in stablehlo._artifact(bytecode(), "")[0]
+    operations = reader.read(stablehlo._artifact(module(), "")[0]).main.operations
+    assert {each.name: each.location for each in operations}["stablehlo.dot_general"] == "line 3"
+
+
+@pytest.mark.parametrize("platforms", [("cpu",), ("cpu", "cuda")])
+def test_functions_of_jax_keep_their_rules_on_each_platform(client, platforms):
+    def fun(x):
+        return jnp.sum(jnp.sinc(x)) + jnp.sum(jax.nn.relu(x) * (x + 1)) + jnp.sum(jnp.logaddexp(0.0, -x))
+
+    with jax.enable_x64(True):
+        blob = bytes(jax.export.export(jax.jit(fun), platforms=platforms)(jnp.zeros(3)).serialize())
+        gradient, expected = jax.grad(fun)(jnp.zeros(3)), jax.hessian(fun)(jnp.zeros(3))
+    objective = client.register_stablehlo(blob, np.zeros(3))
+    point = objective.at(np.zeros(3))
+    assert close(point.gradient, np.asarray(gradient))
+    assert close(dense(point), np.asarray(expected))
+    assert not objective.derivative_rules().presumed
+
+
 def test_arguments_that_do_not_fit_are_refused(client):
-    with pytest.raises(hvpd.InvalidArgumentError, match=r"takes float64\[3\], float64\[4,3\], and the bundle says"):
+    with pytest.raises(hvpd.InvalidArgumentError, match=r"takes float64\[3\], float64\[4,3\], and x and data are"):
         client.register_stablehlo(module(), np.ones(3), X[:2])
-    with pytest.raises(hvpd.InvalidArgumentError, match=r"takes float64\[3\], float64\[4,3\], and the bundle says"):
+    with pytest.raises(hvpd.InvalidArgumentError, match=r"takes float64\[3\], float64\[4,3\], and x and data are"):
         client.register_stablehlo(module(), np.ones(3))
     with pytest.raises(hvpd.InvalidArgumentError, match="x is of dtype int64"):
         client.register_stablehlo(module(), np.arange(3), X)

@@ -1,6 +1,8 @@
 """Converts MLIR in any form to a StableHLO portable artifact. Needs jax."""
 
+import json
 import re
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -11,7 +13,10 @@ from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import stablehlo
 
 from hvpd import _text
-from hvpd._errors import IncompatibleError, InvalidArgumentError
+from hvpd._errors import HvpdError, IncompatibleError, InvalidArgumentError
+
+_BYTECODE = b"ML\xefR"
+"""The first bytes of MLIR bytecode."""
 
 _VERSION = re.compile(r"[0-9]{1,5}(\.[0-9]{1,5}){2}")
 
@@ -43,10 +48,12 @@ def _parts(version: str) -> list[int]:
 def portable(module: bytes | str, version: str) -> bytes:
     """Return the portable artifact of MLIR bytecode or text.
 
-    It has no source locations, so that no path leaves this machine.
+    Text that states no locations keeps the numbers of its lines, for messages. Anything
+    else loses its locations, so that no path leaves this machine.
     """
+    has_places = isinstance(module, bytes) or "loc(" in module
     with jax.interpreters.mlir.make_ir_context() as context:
-        return _written(ir.Module.parse(module, context), version)
+        return _written(ir.Module.parse(module, context), version, strips=has_places)
 
 
 def portable_of(exported: jax.export.Exported, version: str) -> bytes:
@@ -57,26 +64,36 @@ def portable_of(exported: jax.export.Exported, version: str) -> bytes:
         return _written(parsed, version)
 
 
-def _written(module: ir.Module, version: str) -> bytes:
-    passmanager.PassManager.parse("builtin.module(strip-debuginfo)").run(module.operation)
+def _written(module: ir.Module, version: str, *, strips: bool = True) -> bytes:
+    if strips:
+        passmanager.PassManager.parse("builtin.module(strip-debuginfo)").run(module.operation)
     artifact: bytes = jax.extend.mlir.serialize_portable_artifact(module, version)
     return artifact
 
 
-def artifact(content: bytes, newest: str, *, is_text: bool) -> tuple[bytes, Sequence[str]]:
+def main() -> None:
+    """Convert the module on stdin for `stablehlo`, in a process that may crash."""
+    try:
+        written, platforms = artifact(sys.stdin.buffer.read(), sys.argv[1])
+        head: dict[str, object] = {"platforms": list(platforms)}
+    except HvpdError as error:
+        written, head = b"", {"error": type(error).__name__, "message": str(error), "reason": error.reason}
+    sys.stdout.buffer.write(json.dumps(head).encode() + b"\n" + written)
+
+
+def artifact(content: bytes, newest: str) -> tuple[bytes, Sequence[str]]:
     """Return the portable artifact of a module, and the platforms of its branches.
 
     Args:
         content: Bytecode, text, or the bytes of a `jax.export.Exported`.
         newest: Newest StableHLO version that the server reads.
-        is_text: Whether the content does not begin as bytecode does.
 
     Raises:
         InvalidArgumentError: The content is none of these, or an exported function that
             lost arguments or is partitioned.
     """
     version = oldest_reader(newest)
-    if not is_text:
+    if content.startswith(_BYTECODE):
         return _converted(content, version), ()
     try:
         exported = jax.export.deserialize(bytearray(content))

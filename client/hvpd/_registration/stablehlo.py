@@ -1,25 +1,41 @@
 """Objectives that another framework wrote as StableHLO.
 
-Portable artifacts need no jax. A module's entry function takes the leaves of x, then
-the leaves of data, and returns one scalar.
+Portable artifacts need no jax, and are sent unread. A process of its own converts
+everything else, because a damaged module can crash MLIR's parser. A module's entry
+function takes the leaves of x, then the leaves of data, and returns one scalar.
 """
 
+import importlib.util
+import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
+from hvpd import _text
 from hvpd._arguments import check_choice
-from hvpd._errors import InvalidArgumentError, MissingExtraError
+from hvpd._errors import IncompatibleError, InvalidArgumentError, MissingExtraError
 from hvpd._registration.bundle import Arrays, Export, assemble, flat_dtype_of, floating_array
 from hvpd._wire import codec, pytree
 from hvpd._wire.protocol import MODES, PRECISIONS
 from hvpd.v1 import objective_pb2
 
-_BYTECODE: Final = b"ML\xefR"
-"""The first bytes of MLIR bytecode."""
-
 _PRODUCER: Final = re.compile(rb"ML\xefR.{1,9}?StableHLO_v(\d+\.\d+\.\d+)\0", re.DOTALL)
 """The beginning of a portable artifact, which is MLIR bytecode that StableHLO wrote."""
+
+_READ: Final = "read the file first, and pass its content: pathlib.Path(path).read_bytes()"
+
+_REMEDIES: Final = {
+    "Exported": "pass bytes(exported.serialize())",
+    "Lowered": "pass lowered.as_text(), of jax.jit(f, keep_unused=True).lower(x, *data)",
+}
+"""Remedies for objects of jax that are no modules, by class."""
+
+_ERRORS: Final = {each.__name__: each for each in (InvalidArgumentError, IncompatibleError)}
+"""Errors of a conversion, by name."""
 
 
 def export(
@@ -80,17 +96,71 @@ def export(
 
 def _artifact(module: Any, version: str) -> tuple[bytes, Sequence[str]]:
     """Return a portable artifact and the platforms that it has branches for."""
+    content = _content(module)
+    if not content.strip(b"\0 \t\r\n"):
+        raise InvalidArgumentError("module is empty: expected StableHLO", reason="PROGRAM_UNREADABLE")
+    return (content, ()) if _PRODUCER.match(content) else _converted(content, version)
+
+
+def _content(module: Any) -> bytes:
+    """Return the bytes or the text of a module.
+
+    Raises:
+        InvalidArgumentError: The object is no module, but perhaps has one.
+    """
     if isinstance(module, (bytes, bytearray, memoryview)):
-        content = bytes(module)
-        if _PRODUCER.match(content):
-            return content, ()
+        return bytes(module)
+    kind = type(module).__name__
+    if kind in _REMEDIES:
+        what, remedy = f"a jax {kind}", _REMEDIES[kind]
+    elif isinstance(module, os.PathLike):
+        what, remedy = f"the path {os.fspath(module)!r}", _READ
+    elif isinstance(module, str):
+        if not module.strip() or "{" in module:
+            return module.encode()
+        what, remedy = f"the text {_text.quoted(module, 80)}, which is no MLIR", f"if this is a path, {_READ}"
+    elif callable(module):
+        what, remedy = f"the function {getattr(module, '__name__', kind)}", "pass a function of jax to client.register"
     else:
-        content = str(module).encode()
+        text = "" if module is None else str(module)
+        if "{" in text and "func" in text:
+            return text.encode()
+        what, remedy = _text.described(module), "pass bytes, or MLIR as text"
+    raise InvalidArgumentError(f"module is {what}: {remedy}", reason="PROGRAM_UNREADABLE")
+
+
+def _converted(content: bytes, version: str) -> tuple[bytes, Sequence[str]]:
+    """Return the portable artifact of a module, and the platforms of its branches."""
     try:
-        from hvpd._registration import portable
-    except ImportError as error:
+        found = importlib.util.find_spec("jax")
+    except ImportError:
+        found = None
+    run = None if found is None else _run(content, version)
+    last = _text.cut(run.stderr.decode(errors="replace").strip().rpartition("\n")[2], 500) if run is not None else ""
+    if run is None or (run.returncode and last.startswith(("ImportError", "ModuleNotFoundError"))):
         raise MissingExtraError(
             "without jax only a StableHLO portable artifact can be registered, as bytes; jax turns MLIR text, MLIR bytecode and "
-            f"the bytes of jax.export into one: pip install 'hvpd[jax]' ({error})"
-        ) from error
-    return portable.artifact(content, version, is_text=not content.startswith(_BYTECODE))
+            f"the bytes of jax.export into one: pip install 'hvpd[jax]' ({last or 'there is no module jax'})"
+        )
+    if run.returncode:
+        how = signal.Signals(-run.returncode).name if run.returncode < 0 else f"exit code {run.returncode}, {last}"
+        raise InvalidArgumentError(
+            f"the module ended the process that converts it ({how}): its bytes are damaged. Write or copy the module again",
+            reason="PROGRAM_UNREADABLE",
+        )
+    head, _, artifact = run.stdout.partition(b"\n")
+    said = json.loads(head)
+    if "error" in said:
+        raise _ERRORS[said["error"]](said["message"], reason=said["reason"])
+    return artifact, tuple(said["platforms"])
+
+
+def _run(content: bytes, version: str) -> "subprocess.CompletedProcess[bytes]":
+    """Run `portable.main`, which finds the modules that this process finds."""
+    return subprocess.run(  # noqa: S603 - this interpreter, our own module
+        [sys.executable, "-P", "-c", "from hvpd._registration import portable; portable.main()", version],
+        input=content,
+        capture_output=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+    )

@@ -109,7 +109,7 @@ def trace(
     def stage(name: str, specs: Sequence[Any]) -> Any:
         module = modules[name]
         front = _branch(bundle.platforms, platform, module.main)
-        _check_arguments(name, module.main, [*front, *specs])
+        _check_arguments(name, module.main.types, front, specs)
         run = evaluate.function(
             module, platform=platform, report=report, precision=precision, marked=bool(bundle.jax_version)
         )
@@ -174,17 +174,18 @@ def _dtype(name: str) -> np.dtype[Any]:
     return np.dtype(jnp.dtype(name))
 
 
-def _check_arguments(name: str, main: Block, specs: Sequence[Any]) -> None:
+def _check_arguments(name: str, types: Sequence[TensorType], front: Sequence[Any], specs: Sequence[Any]) -> None:
     """Raise Refused unless the entry function has the arguments and results of the
     bundle.
 
     Extents that the program leaves open fit any size.
     """
-    given = [TensorType(tuple(spec.shape), np.dtype(spec.dtype).name) for spec in specs]
-    if len(main.types) != len(given) or not all(map(TensorType.fits, main.types, given)):
+    given = [TensorType(tuple(spec.shape), np.dtype(spec.dtype).name) for spec in [*front, *specs]]
+    if len(types) != len(given) or not all(map(TensorType.fits, types, given)):
+        first = len(front)  # The platform's index, which no user passes.
+        what = "x and data are" if name == OBJECTIVE else "it gets"
         raise Refused(
-            refusals.BUNDLE_INVALID,
-            f"{name} takes {_listed(main.types)}, and the bundle says that it takes {_listed(given)}",
+            refusals.BUNDLE_INVALID, f"{name} takes {_listed(types[first:])}, and {what} {_listed(given[first:])}"
         )
 
 

@@ -118,7 +118,7 @@ STAGES = {
                 "%y = stablehlo.constant dense<1.0> : tensor<6x2xf64>\n return %y : tensor<6x2xf64>",
             )
         },
-        "loss takes float64[5,2], float64[5,3], int64[5], and the bundle says that it takes float64[6,2]",
+        "loss takes float64[5,2], float64[5,3], int64[5], and it gets float64[6,2]",
     ),
     "a loss of no scalar": (
         {

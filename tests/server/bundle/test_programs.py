@@ -23,19 +23,19 @@ PROGRAMS = {
     "an argument less": (text("", "tensor<f32>", SCALAR + "return %y : tensor<f32>"), "objective takes nothing, and"),
     "an argument more": (
         text("%x: tensor<3xf32>, %z: tensor<f32>", "tensor<f32>", SCALAR + "return %y : tensor<f32>"),
-        "objective takes float32[3], float32[], and the bundle says that it takes float32[3]",
+        "objective takes float32[3], float32[], and x and data are float32[3]",
     ),
     "wider arguments": (
         text("%x: tensor<3xf64>", "tensor<f32>", SCALAR + "return %y : tensor<f32>"),
-        "objective takes float64[3], and the bundle says that it takes float32[3]",
+        "objective takes float64[3], and x and data are float32[3]",
     ),
     "longer arguments": (
         text("%x: tensor<4xf32>", "tensor<f32>", SCALAR + "return %y : tensor<f32>"),
-        "objective takes float32[4], and the bundle says that it takes float32[3]",
+        "objective takes float32[4], and x and data are float32[3]",
     ),
     "arguments of one more axis": (
         text("%x: tensor<?x?xf32>", "tensor<f32>", SCALAR + "return %y : tensor<f32>"),
-        "objective takes float32[?,?], and the bundle says that it takes float32[3]",
+        "objective takes float32[?,?], and x and data are float32[3]",
     ),
     "no result": (text("%x: tensor<3xf32>", "", "return"), "objective must return one real floating scalar"),
     "two results": (
