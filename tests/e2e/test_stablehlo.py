@@ -300,6 +300,17 @@ def test_a_refused_program_gives_the_reason(client, name):
     assert {each.digest for each in client.objectives()} == before
 
 
+def test_a_conversion_without_end_is_ended(monkeypatch):
+    endless = (
+        "from hvpd._registration import portable; portable.artifact = lambda *_: any(iter(int, 1)); portable.main()"
+    )
+    monkeypatch.setattr(stablehlo, "_CONVERT", endless)
+    monkeypatch.setattr(stablehlo, "_SECONDS", 1)
+    with pytest.raises(hvpd.InvalidArgumentError, match="took more than 1 s of computing") as error:
+        stablehlo._converted(b"module {}", "")
+    assert error.value.reason == "PROGRAM_UNREADABLE"
+
+
 @pytest.mark.parametrize(("form", "place"), [("portable artifact", 22), ("plain bytecode", 18)])
 def test_damaged_bytecode_does_not_end_this_process(form, place):
     """MLIR's parser aborts if the name of the producer does not end."""

@@ -1,5 +1,6 @@
 """Converts MLIR in any form to a StableHLO portable artifact. Needs jax."""
 
+import contextlib
 import json
 import re
 import sys
@@ -72,7 +73,16 @@ def _written(module: ir.Module, version: str, *, strips: bool = True) -> bytes:
 
 
 def main() -> None:
-    """Convert the module on stdin for `stablehlo`, in a process that may crash."""
+    """Convert the module on stdin for `stablehlo`, in a process that may crash.
+
+    The second argument of the process limits its seconds of computing, because damaged
+    locations can unfold without end.
+    """
+    with contextlib.suppress(ImportError, ValueError):  # Windows has no such limit; a lower one stays.
+        import resource
+
+        seconds = int(sys.argv[2])
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     try:
         written, platforms = artifact(sys.stdin.buffer.read(), sys.argv[1])
         head: dict[str, object] = {"platforms": list(platforms)}

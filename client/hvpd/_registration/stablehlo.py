@@ -26,6 +26,12 @@ from hvpd.v1 import objective_pb2
 _PRODUCER: Final = re.compile(rb"ML\xefR.{1,9}?StableHLO_v(\d+\.\d+\.\d+)\0", re.DOTALL)
 """The beginning of a portable artifact, which is MLIR bytecode that StableHLO wrote."""
 
+_SECONDS = 600
+"""Most seconds of computing for a conversion."""
+
+_CONVERT = "from hvpd._registration import portable; portable.main()"
+"""Code of a conversion."""
+
 _READ: Final = "read the file first, and pass its content: pathlib.Path(path).read_bytes()"
 
 _REMEDIES: Final = {
@@ -144,6 +150,8 @@ def _converted(content: bytes, version: str) -> tuple[bytes, Sequence[str]]:
         )
     if run.returncode:
         how = signal.Signals(-run.returncode).name if run.returncode < 0 else f"exit code {run.returncode}, {last}"
+        if how == "SIGXCPU":
+            how = f"it took more than {_SECONDS} s of computing"
         raise InvalidArgumentError(
             f"the module ended the process that converts it ({how}): its bytes are damaged. Write or copy the module again",
             reason="PROGRAM_UNREADABLE",
@@ -158,7 +166,7 @@ def _converted(content: bytes, version: str) -> tuple[bytes, Sequence[str]]:
 def _run(content: bytes, version: str) -> "subprocess.CompletedProcess[bytes]":
     """Run `portable.main`, which finds the modules that this process finds."""
     return subprocess.run(  # noqa: S603 - this interpreter, our own module
-        [sys.executable, "-P", "-c", "from hvpd._registration import portable; portable.main()", version],
+        [sys.executable, "-P", "-c", _CONVERT, version, str(_SECONDS)],
         input=content,
         capture_output=True,
         check=False,
