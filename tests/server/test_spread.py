@@ -2,11 +2,6 @@
 them in programs of several steps.
 """
 
-import json
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +9,7 @@ import pytest
 
 from hvpd_server.derivation.compiling import Target
 from hvpd_server.derivation.spread import Spread, summed
+from tests.support import split
 
 SHAPES = [(3, 8), (4, 2), (), (5,), (2, 4, 2)]
 SIZE = 24 + 8 + 1 + 5 + 16
@@ -74,64 +70,29 @@ def test_inner_products_are_summed_over_the_devices_of_a_mesh():
     assert ["all_reduce" in text for text in made] == [True, False]
 
 
-MEASURE = r"""
-import json, re
-import jax, jax.numpy as jnp, numpy as np
-jax.config.update("jax_enable_x64", True)
-from hvpd._registration import export
-from hvpd.v1 import objective_pb2
-from hvpd_server.admission import vetting_process
-from hvpd_server.derivation import compiling, spread
+HELD = """
+from hvpd_server.derivation import spread
 from hvpd_server.device import basis, device
-from hvpd_server.importer.refusals import Limits
-
-WIDTH, LAYERS, ROWS = 96, 4, 32
-params = [{"w": np.ones((WIDTH, WIDTH)), "b": np.ones(WIDTH)} for _ in range(LAYERS)]
-
-def loss(params, X):
-    for layer in params:
-        X = jnp.tanh(X @ layer["w"] + layer["b"])
-    return jnp.mean(X**2)
-
-found = {}
-for sharded in (True, "parameters"):
-    made = export.export(loss, params, (np.ones((16, WIDTH)),), platforms=("cpu",), precision="highest", sharded=sharded)
-    bundle = objective_pb2.Bundle.FromString(bytes(made.blobs[made.digest]))
-    parts = {name: bytes(made.blobs[program.digest]) for name, program in bundle.programs.items()}
-    derivation = vetting_process.derivation_of({vetting_process.BUNDLE: bundle.SerializeToString(), **parts}, "cpu", Limits())
-    target = compiling.Target(jax.devices())
-    for name, width in (("lanczos_hvp", ROWS), ("cg_hvp", 1), ("minres_hvp{4.0..}", 2)):
-        compiled = compiling.compile_program(derivation.for_rows(0), name, width, target, 1, deterministic=False)
-        memory = compiled.memory_analysis()
-        size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        gathered = re.findall(r"= f64\[([0-9,]+)\]\S* all-gather\(", compiled.as_text())
-        found[f"{name} {sharded}"] = [size / (8 * bundle.n), max(int(np.prod(list(map(int, each.split(","))))) for each in gathered or ["0"])]
 
 four = device.Device(jax.devices())
 layout = spread.Spread([tuple(leaf.shape) for leaf in bundle.x_leaves], four.target)
 rows = np.random.default_rng(0).standard_normal((3, bundle.n))
-held = basis.Basis(four, ROWS, bundle.n, np.dtype(np.float64), layout)
+held = basis.Basis(four, 32, bundle.n, np.dtype(np.float64), layout)
 held.put(rows, 0)
 held.write(held.combination(2 * np.eye(3)), 3, 2)
 kept = {str(leaf): [shard.data.nbytes for shard in leaf.addressable_shards] for leaf in (held.array, held.first(4), held.row(1))}
 found["held"] = [max(sizes) / (8 * bundle.n) for sizes in kept.values()]
 np.testing.assert_allclose(held.host(held.first(5)), [*rows, *2 * rows[:2]])
-print(json.dumps(found))
 """
 
 
 @pytest.mark.slow
 def test_a_device_holds_a_part_of_each_vector_of_an_iteration():
-    """The figures are bytes of arguments, results and temporary arrays on each of four
-    devices, over the bytes of x; and the elements of the largest array that is
-    gathered, which is no leaf of a vector.
-    """
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": flags}
-    done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+    """The largest array that is gathered is no leaf of a vector."""
+    names = ("lanczos_hvp", "cg_hvp", "minres_hvp{4.0..}")
+    found = split.measured(list(zip(names, (32, 1, 2), strict=True)), HELD)
     assert found.pop("held") == [32 / 4, 4 / 4, 1 / 4]
-    for name in ("lanczos_hvp", "cg_hvp", "minres_hvp{4.0..}"):
-        (whole, _), (split, gathered) = found[f"{name} True"], found[f"{name} parameters"]
-        assert split < whole / 3
+    for name in names:
+        (whole, _), (part, gathered) = found[f"{name} True"], found[f"{name} parameters"]
+        assert part < whole / 3
         assert 0 < gathered < 96 * 96 / 2
