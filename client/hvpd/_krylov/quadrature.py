@@ -129,9 +129,7 @@ def steps_error(nodes: Array, weights: Array, sizes: Array, n: int, thresholds: 
         thresholds: Thresholds of shape (t,).
     """
     found = np.zeros(len(thresholds))
-    for row in np.flatnonzero(sizes >= min(nodes.shape[1], n)):
-        if sizes[row] >= n:
-            continue
+    for row in np.flatnonzero((sizes == nodes.shape[1]) & (sizes < n)):
         padded = np.concatenate([[0.0], weights[row, : sizes[row]], [0.0]])
         places = np.searchsorted(nodes[row, : sizes[row]], thresholds)
         found += np.maximum(padded[places], padded[places + 1])

@@ -15,7 +15,7 @@ from jax._src import compiler
 from jax.experimental import serialize_executable
 
 from hvpd_server.derivation.programs import ITERATIONS, Sized
-from hvpd_server.derivation.spread import Spread
+from hvpd_server.derivation.spread import ROWS, Spread
 
 _log = logging.getLogger(__name__)
 
@@ -36,12 +36,12 @@ class Target:
     def __init__(self, parts: Sequence[jax.Device]) -> None:
         self.parts = parts
         self.platform = {"gpu": "cuda"}.get(parts[0].platform, parts[0].platform)
-        self.mesh = mesh = jax.sharding.Mesh(np.array(parts), ("rows",))
+        self.mesh = mesh = jax.sharding.Mesh(np.array(parts), (ROWS,))
         """The devices along one axis."""
         alone = jax.sharding.SingleDeviceSharding(parts[0])
         self.whole = alone if len(parts) == 1 else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         """Sharding of an array that is on each part."""
-        self.split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+        self.split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(ROWS))
         """Sharding of an array whose rows are spread over the parts."""
 
     def splits(self, shape: Sequence[Any]) -> bool:
@@ -65,7 +65,7 @@ class Target:
         axis = self.axis(shape)
         if axis is None:
             return self.whole
-        return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*[None] * (front + axis), "rows"))
+        return jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec(*[None] * (front + axis), ROWS))
 
     def spec(self, shape: Sequence[int], dtype: Any, *, data: bool) -> jax.ShapeDtypeStruct:
         """Return the spec of an argument, with its sharding."""
